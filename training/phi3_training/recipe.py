@@ -1,0 +1,278 @@
+"""A recipe: what to train on what, how it is judged and how it is served. Reads YAML.
+
+`load_recipe` reports every fault at once; relative paths are relative to the recipe's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import RecipeError
+
+TINY = "tiny"
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: unknown keys are faults, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The model to fine-tune: `tiny` (made here), a Hugging Face id, or a folder of weights."""
+
+    name_or_path: Annotated[str, Field(min_length=1)] = TINY
+    revision: str | None = None
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the base model is the small Phi-3 that the project makes itself."""
+        return self.name_or_path == TINY
+
+
+class BaseSection(Section):
+    """How the tiny Phi-3 is built and taught from scratch; only for `model.name_or_path: tiny`."""
+
+    data: Annotated[list[Path], Field(min_length=1)]
+    vocab_size: Annotated[int, Field(ge=300)] = 2048
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 256
+    num_hidden_layers: Positive = 2
+    num_attention_heads: Positive = 4
+    max_position_embeddings: Annotated[int, Field(ge=64)] = 512
+    learning_rate: Rate = 6e-3
+    num_train_epochs: Positive = 30
+    per_device_train_batch_size: Positive = 32
+    target_loss: Annotated[float, Field(ge=0.0)] = 0.012
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BaseSection:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        return self
+
+
+class DataSection(Section):
+    """The chats: training files, held-out files or a share, and old chats against forgetting."""
+
+    train: Annotated[list[Path], Field(min_length=1)]
+    validation: list[Path] = []
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    replay: list[Path] = []
+    casual_copies: bool = False
+    seed: int = 42
+    max_length: Annotated[int, Field(ge=16)] = 2048
+
+
+class FinetuneSection(Section):
+    """Hyper-parameters under Hugging Face's names."""
+
+    method: Literal["lora", "full"] = "lora"
+    learning_rate: Rate = 2e-4
+    num_train_epochs: Positive = 3
+    per_device_train_batch_size: Positive = 4
+    gradient_accumulation_steps: Positive = 1
+    lora_r: Positive = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Share = 0.0
+    target_modules: str | list[str] = "all-linear"
+    warmup_ratio: Share = 0.03
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    num_threads: Positive | None = None
+
+
+class EvaluateSection(Section):
+    """What is asked of the base and the tuned model."""
+
+    max_new_tokens: Positive = 64
+    max_rows: Positive | None = None
+    per_device_eval_batch_size: Positive = 32
+
+
+class ServeSection(Section):
+    """The local endpoint; limits carry the names that Azure ML gives them."""
+
+    engine: Literal["auto", "ort-genai", "transformers", "upstream"] = "auto"
+    precision: Literal["fp32", "int4"] = "fp32"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    max_concurrent_requests_per_instance: Positive = 32
+    request_timeout_ms: Annotated[int, Field(ge=100, le=180_000)] = 60_000
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
+    max_new_tokens: Positive = 256
+    upstream_url: str | None = None
+    upstream_model: str | None = None
+
+    @model_validator(mode="after")
+    def _upstream_has_url(self) -> ServeSection:
+        if self.engine == "upstream" and not self.upstream_url:
+            raise ValueError("engine upstream needs upstream_url, e.g. http://127.0.0.1:11434/v1")
+        return self
+
+
+class ConnectionSection(Section):
+    """The Prompt flow connection that the flow names."""
+
+    name: Name = "phi3_connection"
+
+
+class Recipe(Section):
+    """A whole recipe; see training/recipes/ for shipped ones."""
+
+    name: Name
+    model: ModelSection = ModelSection()
+    base: BaseSection | None = None
+    data: DataSection
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    serve: ServeSection = ServeSection()
+    connection: ConnectionSection = ConnectionSection()
+    ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
+
+    @model_validator(mode="after")
+    def _tiny_has_base(self) -> Recipe:
+        if self.model.is_tiny and self.base is None:
+            raise ValueError("model.name_or_path tiny needs a base: section (what to teach it)")
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
+    that a path names but that do not exist.
+    """
+    content = _read_yaml(path)
+    faults = _apply_overrides(content, overrides)
+    if faults:
+        raise RecipeError(str(path), faults)
+    _resolve_paths(content, path.parent)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(str(path), [_fault_line(item) for item in error.errors()]) from None
+    missing = _missing_files(recipe)
+    if missing:
+        raise RecipeError(str(path), missing)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does and everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(str(path), ["no such file; shipped recipes: phi3 recipes"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(content, dict):
+        raise RecipeError(str(path), ["expected keys such as name:, model:, data:"])
+    return content
+
+
+def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    faults = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            faults.append(f"{override!r}: expected key.sub=value, e.g. finetune.learning_rate=1e-4")
+            continue
+        try:
+            _set(content, key.split("."), _parse(value))
+        except yaml.YAMLError:
+            faults.append(f"{override!r}: the value is not YAML")
+        except TypeError:
+            faults.append(f"{override!r}: {key.rpartition('.')[0]} is not a section")
+    return faults
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise TypeError(key)
+    content[keys[-1]] = value
+
+
+_PATH_KEYS = (("base", "data"), ("data", "train"), ("data", "validation"), ("data", "replay"))
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Make paths absolute, and let one path stand for a list of one."""
+    for section, key in _PATH_KEYS:
+        values = content.get(section)
+        if not isinstance(values, dict) or key not in values:
+            continue
+        entries = values[key] if isinstance(values[key], list) else [values[key]]
+        values[key] = [
+            str((folder / Path(item).expanduser()).resolve()) if isinstance(item, str) else item
+            for item in entries
+            if item is not None
+        ]
+
+
+def _missing_files(recipe: Recipe) -> list[str]:
+    named = {
+        "base.data": recipe.base.data if recipe.base else [],
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.replay": recipe.data.replay,
+    }
+    return [
+        f"{key}: no such file: {path}"
+        for key, paths in named.items()
+        for path in paths
+        if not path.is_file()
+    ]
+
+
+def _fault_line(item: Any) -> str:
+    """One pydantic fault in the recipe's own terms: `finetune.lora_r: …, got 0`."""
+    key = ".".join(str(part) for part in item["loc"]) or "recipe"
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key; check its spelling (all keys: phi3 recipes --keys)"
+    if item["type"] == "missing":
+        return f"{key}: is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{key}: {message}{shown}"

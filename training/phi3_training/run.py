@@ -1,0 +1,123 @@
+"""The run folder: one JSON manifest per stage, written whole or not at all, never a secret.
+
+Reads and writes `runs/<name>/<stage>.json`; every stage learns from these files what went before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import StageError, UsageError
+
+MANIFEST_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Run:
+    """A run folder. `Run.open` makes it; manifests are plain dictionaries."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open (and make, if need be) the run folder `path`.
+
+        Raises UsageError when the folder's name is not a plain name or it cannot be made.
+        """
+        if not _NAME.fullmatch(path.name):
+            raise UsageError(
+                f"{path.name!r} is not a run name: expected letters, digits, '.', '_' and '-', "
+                "at most 64, starting with a letter or digit"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"The run folder {path} cannot be made ({error.strerror}); "
+                "choose another place with --runs FOLDER"
+            ) from None
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its path."""
+        return self.path.name
+
+    def file(self, *parts: str) -> Path:
+        """A path inside the run folder; its parent folder exists afterwards."""
+        path = self.path.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """The manifest of `stage`, or None when that stage has not finished.
+
+        Raises StageError when the file is there and is not a manifest.
+        """
+        path = self.path / f"{stage}.json"
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict) or content.get("version") != MANIFEST_VERSION:
+            raise StageError(
+                f"{path} is not a manifest that this version reads; "
+                "delete the file and the stage is done again"
+            )
+        return content
+
+    def require(self, stage: str, command: str) -> dict[str, Any]:
+        """The manifest of `stage`; raises StageError naming `command` when it is missing."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise StageError(
+                f"The run {self.name!r} has no {stage}.json yet; make it with: {command}"
+            )
+        return manifest
+
+    def write_manifest(self, stage: str, content: Mapping[str, Any]) -> None:
+        """Write `<stage>.json` so that a reader sees the old file or the new one, never half."""
+        body = {"version": MANIFEST_VERSION, "stage": stage, **content}
+        text = json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n"
+        write_atomically(self.path / f"{stage}.json", text)
+
+    def remove_manifest(self, stage: str) -> None:
+        """Forget a stage, so that it is done again."""
+        (self.path / f"{stage}.json").unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step (temporary file, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+    except BaseException:  # also on Ctrl-C: leave no temporary file behind
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable hash of a JSON-like value: what a stage compares to know if it is done."""
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
