@@ -1,0 +1,241 @@
+"""Conversation to token ids and back: the one home of it for training, evaluation and serving.
+
+Reads a model folder's tokenizer.json, tokenizer_config.json, chat_template.jinja,
+generation_config.json and config.json. Needs `tokenizers` and `jinja2` only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from .prompt_parts import ChatTemplate, Guard, StreamDecoder, read_json, token_text
+
+Message = Mapping[str, Any]
+
+# End-of-turn marks that are stop tokens wherever a tokenizer has them.
+_KNOWN_STOPS = ("<|end|>", "<|endoftext|>")
+_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation to train on: 1 in the mask where the model must learn to say the token."""
+
+    input_ids: list[int]
+    assistant_mask: list[int]
+
+
+class ChatFormat:
+    """How one model folder writes a conversation as tokens.
+
+    Text that looks like a control token ("<|end|>") inside a message is encoded as plain text:
+    a message can neither forge a role nor end a turn.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, template: ChatTemplate, settings: Mapping[str, Any]
+    ) -> None:
+        self._template = template
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._guard = Guard(tokenizer_json, settings["special_texts"])
+        self.context_length: int = settings["context_length"]
+        known = {self._guard.control_id(text) for text in _KNOWN_STOPS}
+        stops = {*settings["eos_ids"], *known, self._turn_end_id()}
+        stops.add(self._guard.control_id(settings["eos_text"]))
+        self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
+        pad = self._guard.control_id(settings["pad_text"])
+        self.pad_token_id: int = next(
+            i for i in (pad, settings["pad_id"], self.stop_token_ids[0]) if i is not None
+        )
+
+    @classmethod
+    def from_folder(cls, model_dir: Path) -> ChatFormat:
+        """Read the format of a model folder.
+
+        Raises ValueError when the folder has no tokenizer.json or no chat template.
+        """
+        try:
+            tokenizer_json = (model_dir / "tokenizer.json").read_text(encoding="utf-8")
+        except OSError:
+            raise ValueError(
+                f"{model_dir} has no tokenizer.json; expected a Hugging Face model folder with a "
+                "fast tokenizer (AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one)"
+            ) from None
+        config = read_json(model_dir / "tokenizer_config.json")
+        template = ChatTemplate(_template_text(model_dir, config), _special_tokens(config))
+        return cls(tokenizer_json, template, _settings(model_dir, config))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as text, written by the tokenizer's own chat template."""
+        checked = _checked(messages)
+        return self._template.render(checked, add_generation_prompt=add_generation_prompt)
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids after which the model writes its answer.
+
+        Raises ValueError, in a plain sentence, for a conversation that does not end with a user
+        message or whose roles are out of order.
+        """
+        checked = _checked(messages, last_role="user")
+        text = self._guarded_text(checked, add_generation_prompt=True)
+        return self._guard.encode(text)[0]
+
+    def encode_example(self, messages: Sequence[Message]) -> Example:
+        """The token ids of a whole conversation and the mask of what is to be learnt.
+
+        Learnt are each answer, the token that ends its turn, and the end of text that the
+        template writes after the last one.
+        """
+        checked = _checked(messages, last_role="assistant")
+        text = self._guarded_text(checked, add_generation_prompt=False)
+        ids, starts, control = self._guard.encode(text)
+        mask = [0] * len(ids)
+        last = len(checked) - 1
+        for position, message in enumerate(checked):
+            if message["role"] == "assistant":
+                start, end = self._answer_span(text, checked[:position], message["content"])
+                _mark(mask, starts, control, (start, end), to_the_end=position == last)
+        return Example(ids, mask)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; control tokens leave no trace."""
+        plain = [token for token in ids if not self._guard.is_control(token)]
+        return str(self._tokenizer.decode(plain, skip_special_tokens=True))
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder that takes ids one by one and gives whole characters back."""
+        return StreamDecoder(self.decode)
+
+    def _guarded_text(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        safe = [{**m, "content": self._guard.escape(m["content"])} for m in messages]
+        rendered = self._template.render(safe, add_generation_prompt=add_generation_prompt)
+        text = self._guard.seal(rendered)
+        system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
+        if system not in text:
+            raise ValueError(
+                "The model's chat template has no place for a system prompt and would drop it; "
+                "leave the system prompt out or say it in the first user message."
+            )
+        return text
+
+    def _answer_span(self, text: str, before: Sequence[Message], answer: str) -> tuple[int, int]:
+        """Where an answer stands in `text`: right behind the prompt that serving would send."""
+        prompt = self._guarded_text(before, add_generation_prompt=True)
+        if text.startswith(prompt):
+            for form in (answer, answer.strip()):
+                if text.startswith(form, len(prompt)):
+                    return len(prompt), len(prompt) + len(form)
+        raise ValueError(
+            "The model's chat template writes a finished answer otherwise than the prompt that "
+            "asks for it, so a trained answer would not follow the served prompt; "
+            "use the model's original chat template."
+        )
+
+    def _turn_end_id(self) -> int | None:
+        example = self.encode_example(_PROBE)
+        learnt = zip(example.input_ids, example.assistant_mask, strict=True)
+        ends = (i for i, trained in learnt if trained and self._guard.is_control(i))
+        return next(ends, None)
+
+
+def _mark(
+    mask: list[int],
+    starts: Sequence[int],
+    control: Sequence[bool],
+    span: tuple[int, int],
+    *,
+    to_the_end: bool,
+) -> None:
+    """Set the mask on the tokens of `span`, on the control token behind it, or on all of those."""
+    for index, start in enumerate(starts):
+        if span[0] <= start < span[1] and not control[index]:
+            mask[index] = 1
+        elif start >= span[1] and control[index]:
+            mask[index] = 1
+            if not to_the_end:
+                return
+
+
+def _checked(messages: Sequence[Message], last_role: str | None = None) -> list[dict[str, str]]:
+    """The messages as role and content only, an empty system prompt left out."""
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"Message {number} has the role {role!r}; expected system, user or assistant."
+            )
+        if role == "system" and (content is None or not str(content).strip()):
+            continue
+        if type(content) is not str:
+            raise ValueError(
+                f"The content of message {number} is {type(content).__name__}; expected text."
+            )
+        checked.append({"role": role, "content": content})
+    _check_order([message["role"] for message in checked], last_role)
+    return checked
+
+
+def _check_order(roles: Sequence[str], last_role: str | None) -> None:
+    turns = roles[1:] if roles and roles[0] == "system" else roles
+    if not turns:
+        raise ValueError("The conversation has no user message.")
+    if "system" in turns:
+        raise ValueError("A system message may stand only at the start of a conversation.")
+    for number, role in enumerate(turns):
+        if role != ("user", "assistant")[number % 2]:
+            raise ValueError(
+                "User and assistant must take turns, the user first; "
+                f"the roles are: {', '.join(roles)}."
+            )
+    if last_role is not None and turns[-1] != last_role:
+        raise ValueError(f"The last message is the {turns[-1]}'s; expected the {last_role}'s.")
+
+
+def _template_text(model_dir: Path, config: Mapping[str, Any]) -> str:
+    path = model_dir / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise ValueError(
+            f"{model_dir} has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json); expected an instruct model, such as "
+            "microsoft/Phi-3-mini-4k-instruct"
+        )
+    return str(template)
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token`, … as chat templates know them."""
+    named = {
+        key: token_text(value) for key, value in config.items() if re.match(r"\w+_token$", key)
+    }
+    return {key: text for key, text in named.items() if text is not None}
+
+
+def _settings(model_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    model = read_json(model_dir / "config.json")
+    generation = read_json(model_dir / "generation_config.json")
+    eos_ids: list[int] = []
+    for value in (generation.get("eos_token_id"), model.get("eos_token_id")):
+        eos_ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+    pads = (generation.get("pad_token_id"), model.get("pad_token_id"))
+    lengths = (model.get("max_position_embeddings"), config.get("model_max_length"))
+    special = _special_tokens(config)
+    return {
+        "special_texts": set(special.values()),
+        "eos_ids": eos_ids,
+        "eos_text": special.get("eos_token"),
+        "pad_text": special.get("pad_token"),
+        "pad_id": next((pad for pad in pads if isinstance(pad, int)), None),
+        "context_length": next((n for n in lengths if isinstance(n, int) and n < 1e9), 2048),
+    }
