@@ -1,6 +1,7 @@
 """A recipe: what to train on what, how it is judged and how it is served. Reads YAML.
 
-`load_recipe` reports every fault at once; relative paths are relative to the recipe's folder.
+`load_recipe` reports every fault at once; relative paths count from the
+recipe's folder, those of an override from the current folder.
 """
 
 from __future__ import annotations
@@ -166,10 +167,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     that a path names but that do not exist.
     """
     content = _read_yaml(path)
+    _resolve_paths(content, path.parent)
     faults = _apply_overrides(content, overrides)
     if faults:
         raise RecipeError(str(path), faults)
-    _resolve_paths(content, path.parent)
+    _resolve_paths(content, Path.cwd())  # paths typed on the command line
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:

@@ -10,9 +10,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import StageError, UsageError
 
@@ -90,6 +93,22 @@ class Run:
         body = {"version": MANIFEST_VERSION, "stage": stage, **content}
         text = json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n"
         write_atomically(self.path / f"{stage}.json", text)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. Raises StageError when another `phi3` works on it."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StageError(
+                f"Another phi3 is working on the run {self.name!r}; wait for it, "
+                "or use another run folder with --run NAME"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def remove_manifest(self, stage: str) -> None:
         """Forget a stage, so that it is done again."""

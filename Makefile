@@ -1,0 +1,49 @@
+# The commands that README and CI call. Each makes .venv where it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RECIPE ?= training/recipes/phi3-tiny.yaml
+
+.PHONY: up down test check bench lock clean
+.DEFAULT_GOAL := up
+
+# What `make up` needs: Prompt flow, training, serving.
+$(VENV)/.up: setup.py constraints/local.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tested); name one with: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing phi3-promptflow into $(VENV) (once; a few minutes) …"
+	@$(PIP) install --quiet --constraint constraints/local.txt torch
+	@$(PIP) install --quiet --constraint constraints/local.txt --editable '.[flow,local]'
+	@touch $@
+
+# What the tests and checks need on top.
+$(VENV)/.dev: $(VENV)/.up
+	@echo "Installing the test tools …"
+	@$(PIP) install --quiet --constraint constraints/local.txt --editable '.[flow,local,dev]'
+	@touch $@
+
+up: $(VENV)/.up
+	@$(BIN)/phi3 up $(RECIPE)
+
+down: $(VENV)/.up
+	@$(BIN)/phi3 down
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.dev
+	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+# Resolve both environments anew.
+lock:
+	@sh constraints/lock.sh
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""One distribution, two import packages: phi3_tool (light) and phi3_training (extras)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "tools/phi3_tool/__init__.py").read_text("utf-8"), re.M
+).group(1)
+
+# 3.30 forbids inherited locks: Prompt flow's chat page dies of it.
+FILELOCK = "filelock>=3.20,<3.30"
+# What every `phi3` command needs: recipe checks, YAML, progress, process identity, run lock.
+CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", FILELOCK]
+
+# Each upper bound has its reason; constraints/*.txt hold the exact set that was tested.
+FLOW = [
+    "promptflow>=1.18.5,<2",  # below: known holes in its local service; 2 does not exist
+    "promptflow-tools>=1.6.1",
+    FILELOCK,
+    "keyrings.alt>=5",  # a headless Linux has no system keyring; Prompt flow needs one
+    "uvicorn>=0.30",  # `pf flow serve --engine fastapi` needs it and does not ask for it
+]
+LOCAL = [
+    *CLI,
+    "torch==2.13.0",  # one tested version; a range would fetch gigabytes of CUDA builds
+    "transformers>=5.20,<6",  # 6 is not tested: tokenizer and Trainer names change by major
+    "trl>=1.16,<2",  # renames its arguments between majors, silently for some
+    "peft>=0.21",
+    "accelerate>=1.15",
+    "datasets>=5",
+    "tokenizers>=0.22",
+    "jinja2>=3.1",
+    "onnxruntime-genai>=0.18,<0.19",  # the Engine API is new in 0.18 and marked experimental
+    "onnx-ir>=1",  # used by onnxruntime-genai's builder, which does not ask for it
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httpx>=0.27",
+    "mlflow>=3.10,<4",  # 4 is not tested
+]
+AZURE = [
+    *CLI,
+    "azure-ai-ml>=1.30,<1.33",  # 1.33 dropped a module that promptflow-azure imports
+    "azure-identity>=1.19",
+    "promptflow-azure>=1.18.5,<2",  # goes with promptflow
+]
+DEV = [
+    "pytest>=8",
+    "ruff>=0.14",
+    "mypy>=1.15",
+    "import-linter>=2.1",
+    "types-PyYAML",
+    "types-requests",
+    "openai>=1.60",  # a client we did not write, for the endpoint's tests
+    "playwright>=1.50",  # drives an installed Chromium; it downloads nothing
+    "build>=1.2",
+]
+
+setup(
+    name="phi3-promptflow",
+    version=VERSION,
+    description="Fine-tune Phi-3 on your own chats and talk to it in Prompt flow.",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.9",
+    package_dir={
+        "phi3_tool": "tools/phi3_tool",
+        "phi3_training": "training/phi3_training",
+    },
+    packages=find_packages("tools", include=["phi3_tool*"])
+    + find_packages("training", include=["phi3_training*"]),
+    package_data={
+        "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
+        "phi3_training": ["py.typed"],
+    },
+    install_requires=["requests>=2.28"],
+    extras_require={"flow": FLOW, "local": LOCAL, "azure": AZURE, "dev": DEV},
+    entry_points={
+        "console_scripts": ["phi3 = phi3_training.cli:main"],
+        "package_tools": ["phi3_tool = phi3_tool.registry:list_package_tools"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+    ],
+)

@@ -1,0 +1,42 @@
+"""Every test gets a HOME of its own and may speak to this machine only."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's HOME, Prompt flow home, caches or endpoint variables."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "USERPROFILE"):
+            patch.setenv(name, str(home))
+        patch.setenv("PF_HOME_DIRECTORY", str(home / ".promptflow"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "HF_HOME", "XDG_DATA_HOME"):
+            patch.delenv(name, raising=False)
+        yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loopback_only() -> Iterator[None]:
+    """A test that tries to leave this machine fails at once, with the address."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and not str(host).startswith(LOOPBACK):
+            raise OSError(f"tests may not connect to {host!r}")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield

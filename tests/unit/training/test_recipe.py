@@ -1,0 +1,108 @@
+"""Recipes: shipped ones load, faults come all at once, overrides win."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from phi3_training.errors import RecipeError
+from phi3_training.recipe import load_recipe
+
+PROJECT = Path(__file__).resolve().parents[3]
+RECIPES = sorted((PROJECT / "training/recipes").glob("**/*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "chats.jsonl").write_text("", encoding="utf-8")
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipe_has_its_header(path: Path) -> None:
+    header = [line for line in path.read_text("utf-8").splitlines()[:12] if line.startswith("#")]
+    for label in ("For:", "Hardware:", "Takes:", "Run:", "Override:"):
+        assert any(line.startswith(f"# {label}") for line in header), label
+
+
+def test_paths_count_from_the_recipe_and_overrides_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n")
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    (here / "mine.jsonl").write_text("", encoding="utf-8")
+    monkeypatch.chdir(here)
+
+    assert load_recipe(path).data.train == [tmp_path / "chats.jsonl"]
+    assert load_recipe(path, ["data.train=mine.jsonl"]).data.train == [here / "mine.jsonl"]
+
+
+def test_override_reads_scientific_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n")
+
+    recipe = load_recipe(path, ["finetune.learning_rate=1e-4", "finetune.lora_r=8"])
+
+    assert recipe.finetune.learning_rate == 1e-4
+    assert recipe.finetune.lora_r == 8
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "name: a b\ndata: {train: chats.jsonl}\nfinetune: {lora_r: 0, learningrate: 1}\n"
+        "serve: {engine: vllm}\n",
+    )
+
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+
+    told = str(caught.value)
+    for key in ("name:", "finetune.lora_r:", "finetune.learningrate: unknown key", "serve.engine:"):
+        assert key in told
+    assert len(caught.value.faults) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nmodel: {name_or_path: x}\ndata: {train: none.jsonl}\n", "no such file"),
+        ("name: a\ndata: {train: chats.jsonl}\n", "needs a base: section"),
+        ("just words", "expected keys such as"),
+        ("a: [", "is not YAML"),
+        ("name: a\nmodel: {name_or_path: x}\ndata: {train: []}\n", "data.train"),
+        (
+            "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\nserve: {engine: upstream}",
+            "upstream_url",
+        ),
+    ],
+)
+def test_each_fault_is_named(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [("name", "expected key.sub=value"), ("name.sub=1", "is not a section"), ("name=[", "YAML")],
+)
+def test_bad_override_is_named(tmp_path: Path, override: str, told: str) -> None:
+    path = write(tmp_path, "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n")
+
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(path, [override])
+
+
+def test_missing_recipe_names_the_list(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="phi3 recipes"):
+        load_recipe(tmp_path / "none.yaml")

@@ -1,0 +1,81 @@
+"""`phi3`: parses the command line, calls a command, turns errors into one clear block.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from phi3_tool import ConfigurationError, Phi3Error, __version__
+
+EXAMPLES = """\
+examples:
+  phi3 up                                   fine-tune the shipped tiny Phi-3, serve it, ask it
+  phi3 up my.yaml data.train=my_chats.jsonl another recipe, one key changed
+  phi3 chat                                 talk to the tuned model
+  phi3 down                                 stop what `up` started
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        from .commands import COMMANDS
+        from .console import print_error
+    except ImportError as error:
+        package = error.name or "a package"
+        sys.stderr.write(
+            f"Error: phi3 needs {package}, which is not installed. "
+            'Install it with: pip install "phi3-promptflow[flow,local]"\n'
+        )
+        return 1
+    from .errors import Phi3TrainingError, UsageError
+
+    parser = _parser()
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in COMMANDS:
+        command.register(subparsers)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = args.run_command(args)
+    except (UsageError, ConfigurationError) as error:
+        return _failed(error, 2, args, print_error)
+    except (Phi3TrainingError, Phi3Error) as error:
+        return _failed(error, 1, args, print_error)
+    except KeyboardInterrupt:
+        print_error("Interrupted. What was finished is kept; go on with the same command.")
+        return 130
+    except BrokenPipeError:  # e.g. `phi3 status | head`
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phi3",
+        description="Fine-tune Phi-3 on your own chats and talk to it in Prompt flow.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"phi3-promptflow {__version__}")
+    return parser
+
+
+def _failed(
+    error: Exception, status: int, args: argparse.Namespace, show: Callable[[str], None]
+) -> int:
+    if args.debug:
+        raise error
+    show(str(error))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

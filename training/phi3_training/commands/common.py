@@ -1,0 +1,111 @@
+"""What the commands share: their common options, and which recipe and run they mean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..journey import Journey
+from ..recipe import Recipe, load_recipe
+from ..run import Run
+from ..targets import get_target
+
+# The clone this package is installed from (editable), where recipes and flow live.
+PROJECT = Path(__file__).resolve().parents[3]
+DEFAULT_RECIPE = Path("training/recipes/phi3-tiny.yaml")
+FLOW = Path("flows/phi3_chat")
+
+
+def add_command(
+    subparsers: Any, name: str, help_text: str, example: str, run: Any
+) -> argparse.ArgumentParser:
+    """A subcommand with the options that every command has."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form")
+    parser.add_argument("--yes", action="store_true", help="ask nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path(os.environ.get("PHI3_RUNS", "runs")),
+        metavar="FOLDER",
+        help="where run folders lie (default: runs, or $PHI3_RUNS)",
+    )
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """RECIPE, key=value overrides, --run and --on."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | key=value",
+        help=f"the recipe (default: {DEFAULT_RECIPE}) and keys to change",
+    )
+    parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
+    parser.add_argument("--on", choices=("local", "azure"), default="local", help="where to run")
+
+
+def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
+    """The journey that RECIPE, overrides, --run and --on describe."""
+    target = get_target(args.on)
+    recipe = recipe_of(args.words)
+    path = args.runs.resolve() / (args.run or recipe.name)
+    run = Run.open(path) if make_run else Run(path)
+    return Journey(recipe, run, target, find(FLOW))
+
+
+def recipe_of(words: Sequence[str]) -> Recipe:
+    """Load the recipe: the first word that is no override, or the default one."""
+    named = [word for word in words if "=" not in word]
+    if len(named) > 1:
+        raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
+    path = Path(named[0]) if named else find(DEFAULT_RECIPE)
+    return load_recipe(path, [word for word in words if "=" in word])
+
+
+def find(path: Path) -> Path:
+    """`path` under the current folder, else under the clone. Raises UsageError if in neither."""
+    for folder in (Path.cwd(), PROJECT):
+        if (folder / path).exists():
+            return folder / path
+    raise UsageError(f"{path} was not found; run phi3 in a clone of phi3-promptflow")
+
+
+def all_runs(folder: Path) -> list[Run]:
+    """The run folders, the one worked on last first."""
+    if not folder.is_dir():
+        return []
+    runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
+    return [Run(path.resolve()) for path in sorted(runs, key=_last_change, reverse=True)]
+
+
+def current_run(args: argparse.Namespace) -> Run:
+    """The run named by --run, else the one connected last. Raises UsageError if there is none."""
+    if args.run:
+        path = args.runs.resolve() / args.run
+        if not path.is_dir():
+            raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
+        return Run(path)
+    for run in all_runs(args.runs):
+        if run.manifest("connection") is not None:
+            return run
+    raise UsageError(
+        f"No run under {args.runs} has an endpoint yet; make one with: phi3 up "
+        "(or set PHI3_ENDPOINT and PHI3_KEY)"
+    )
+
+
+def _last_change(path: Path) -> float:
+    return max(item.stat().st_mtime for item in path.glob("*.json"))

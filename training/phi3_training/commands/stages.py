@@ -1,0 +1,44 @@
+"""`phi3 train | evaluate | register | deploy | connect`: the journey up to one stage."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .. import console
+from ..journey import go
+from ..stages import stages_until
+from .common import add_command, add_recipe, journey_of
+
+# command: (its manifest, help)
+STAGE_COMMANDS = {
+    "train": ("model", "prepare the chats and fine-tune"),
+    "evaluate": ("metrics", "compare the base and the tuned model on held-out chats"),
+    "register": ("registration", "put the tuned model into the run's MLflow registry"),
+    "deploy": ("endpoint", "start the endpoint of the tuned model"),
+    "connect": ("connection", "write the Prompt flow connection to the endpoint"),
+}
+
+
+def register(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    for name, (_manifest, help_text) in STAGE_COMMANDS.items():
+        parser = add_command(
+            subparsers,
+            name,
+            help_text,
+            f"phi3 {name} training/recipes/phi3-tiny.yaml",
+            run_stage,
+        )
+        add_recipe(parser)
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Do what is missing up to the stage."""
+    journey = journey_of(args)
+    manifest = STAGE_COMMANDS[args.command][0]
+    with journey.run.lock():
+        go(journey, stages_until(manifest))
+    if args.output == "json":
+        console.print_json(journey.run.manifest(manifest))
+    return 0

@@ -1,0 +1,156 @@
+"""`phi3 chat | env | serve`: talk to an endpoint, hand it to other clients, run it in front."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from phi3_tool import ConnectionSettings, Phi3Client
+
+from .. import console
+from ..errors import UsageError
+from .common import add_command, add_recipe, current_run, journey_of
+
+OPENAI_PATH = "/v1/chat/completions"
+
+
+def register(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    chat = add_command(
+        subparsers,
+        "chat",
+        "talk to the tuned model in the terminal",
+        'phi3 chat "Who founded Microsoft?"',
+        run_chat,
+    )
+    chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
+    chat.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="default 1")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    env = add_command(
+        subparsers,
+        "env",
+        "print endpoint and key as shell variables for any other client",
+        'eval "$(phi3 env)"',
+        run_env,
+    )
+    env.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    serve = add_command(
+        subparsers,
+        "serve",
+        "serve the tuned model in the foreground, until Ctrl-C",
+        "PHI3_KEY=… phi3 serve serve.port=8080",
+        run_serve,
+    )
+    add_recipe(serve)
+
+
+def settings_of(args: argparse.Namespace) -> ConnectionSettings:
+    """Endpoint and key: from the environment, else from the run's Prompt flow connection."""
+    settings = ConnectionSettings.from_environment()
+    if settings is not None:
+        return settings
+    from ..promptflow_store import read_connection
+
+    connection = current_run(args).require("connection", "phi3 up")
+    endpoint, key = read_connection(connection["name"])
+    return ConnectionSettings(endpoint=endpoint, key=key)
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """One question, or a conversation that streams."""
+    settings = settings_of(args)
+    parameters = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    with Phi3Client(streaming_url(settings.endpoint), settings.key) as client:
+        if args.question is not None:
+            return _ask_once(client, args, parameters)
+        return _converse(client, args, parameters)
+
+
+def streaming_url(endpoint: str) -> str:
+    """Our own endpoint streams beside /score; any other URL is used as it is."""
+    parts = urlsplit(endpoint)
+    if parts.path == "/score" and parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        return urlunsplit(parts._replace(path=OPENAI_PATH))
+    return endpoint
+
+
+def _opening(system: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
+    messages = [*_opening(args.system), {"role": "user", "content": args.question}]
+    if args.output == "json":
+        reply = client.chat(messages, **parameters)
+        console.print_json({"question": args.question, "answer": reply.text})
+    else:
+        _stream(client, messages, parameters)
+    return 0
+
+
+def _converse(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
+    console.err.print("Type a question; an empty line or Ctrl-D ends the conversation.")
+    messages = _opening(args.system)
+    while True:
+        try:
+            question = input("You: ").strip()
+        except EOFError:
+            console.out.print()
+            return 0
+        if not question:
+            return 0
+        messages.append({"role": "user", "content": question})
+        console.out.print("Phi-3: ", end="", style="bold green")
+        messages.append({"role": "assistant", "content": _stream(client, messages, parameters)})
+
+
+def _stream(
+    client: Phi3Client, messages: list[dict[str, str]], parameters: Mapping[str, Any]
+) -> str:
+    pieces = []
+    for piece in client.stream(messages, **parameters):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        pieces.append(piece)
+    sys.stdout.write("\n")
+    return "".join(pieces)
+
+
+def run_env(args: argparse.Namespace) -> int:
+    """Print shell exports; made for `eval`, so nothing else goes to standard output."""
+    settings = settings_of(args)
+    values = {"PHI3_ENDPOINT": settings.endpoint, "PHI3_KEY": settings.key or ""}
+    if args.output == "json":
+        console.print_json(values)
+    else:
+        for name, value in values.items():
+            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve in this process."""
+    from ..targets.local import serve_in_front
+
+    journey = journey_of(args)
+    if journey.run.manifest("model") is None:
+        raise UsageError(f"The run {journey.run.name!r} has no model yet; make it with: phi3 train")
+    key = os.environ.get("PHI3_KEY")
+    if not key:
+        key = secrets.token_urlsafe(32)
+        console.err.print("No PHI3_KEY is set: made a key for this server, shown only here:")
+        console.err.print(f"  {key}", markup=False)
+    return serve_in_front(journey.recipe, journey.run, key)

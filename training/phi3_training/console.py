@@ -1,0 +1,96 @@
+"""What a person sees: stage lines, progress bars, tables. The only place that prints.
+
+Progress goes to standard error, results to standard output, so that `-o json` stays clean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# progress(done, total, text): total 0 means "how much is not known".
+ProgressCallback = Callable[[int, int, str], None]
+
+PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_error(message: str) -> None:
+    """Print an error for the user, on standard error."""
+    err.print("Error:", style="bold red", end=" ")
+    err.print(message, markup=False)
+
+
+def stage_done(title: str, text: str, seconds: float | None) -> None:
+    """One line for a finished stage; `seconds` None means that it was done before."""
+    took = "already done" if seconds is None else f"{seconds:.1f} s"
+    err.print(f"[green]✓[/] [bold]{title:<10}[/] ", end="")
+    err.print(text, markup=False, end="")
+    err.print(f"  [dim]{took}[/]")
+
+
+def note(text: str) -> None:
+    """A line under a stage: a choice and its reason."""
+    err.print(f"             {text}", style="dim", markup=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[ProgressCallback]:
+    """A moving bar on a terminal; in a log file a plain line every 15 seconds."""
+    if not err.is_terminal:
+        yield _line_every(PLAIN_INTERVAL, title)
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn(f"[bold]{title:<10}[/]"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    ) as bars:
+        task = bars.add_task("", total=None)
+
+        def update(done: int, total: int, text: str) -> None:
+            bars.update(task, completed=done, total=total or None, description=escape(text))
+
+        yield update
+
+
+def _line_every(seconds: float, title: str) -> ProgressCallback:
+    shown = time.monotonic()
+
+    def update(done: int, total: int, text: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= seconds:
+            shown = time.monotonic()
+            share = f"{done}/{total} " if total else ""
+            err.print(f"  {title:<10} {share}{text}", markup=False)
+
+    return update
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a small table on standard output."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for position, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if position == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    out.print(drawn)

@@ -1,0 +1,93 @@
+"""The journey: prepare → base → finetune → evaluate → register → deploy → connect → ask.
+
+Reads a recipe and the run folder; each stage writes its manifest and is skipped while its
+inputs are unchanged, so an interrupted `phi3 up` goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import console
+from .recipe import Recipe
+from .run import Run, fingerprint, sha256_of
+from .targets import Target
+
+Manifest = dict[str, Any]
+
+
+@dataclass
+class Journey:
+    """What the stages share: the recipe, the run folder, the target and the flow to ask."""
+
+    recipe: Recipe
+    run: Run
+    target: Target
+    flow: Path
+    progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `inputs` is what its result depends on, beside the stages in `needs`."""
+
+    manifest: str
+    title: str
+    needs: tuple[str, ...]
+    inputs: Callable[[Journey], Any]
+    work: Callable[[Journey], Manifest]
+    summary: Callable[[Manifest], str]
+    outputs: Callable[[Manifest], Sequence[str]] = lambda _manifest: ()
+    still_good: Callable[[Journey, Manifest], bool] = lambda _journey, _manifest: True
+
+
+def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()) -> None:
+    """Do every stage that is not done; `again` names stages to do in any case.
+
+    Raises what a stage raises (Phi3TrainingError and its kin); finished stages stay finished.
+    """
+    for stage in stages:
+        done = None if stage.manifest in again else finished(journey, stage)
+        if done is not None:
+            console.stage_done(stage.title, stage.summary(done), None)
+            continue
+        manifest, seconds = _do(journey, stage)
+        console.stage_done(stage.title, stage.summary(manifest), seconds)
+        for choice in manifest.get("choices", []):
+            console.note(choice)
+
+
+def finished(journey: Journey, stage: Stage) -> Manifest | None:
+    """The stage's manifest if it still holds: same inputs, outputs there, still working."""
+    manifest = journey.run.manifest(stage.manifest)
+    if manifest is None or manifest.get("fingerprint") != _fingerprint(journey, stage):
+        return None
+    if not all((journey.run.path / output).exists() for output in stage.outputs(manifest)):
+        return None
+    return manifest if stage.still_good(journey, manifest) else None
+
+
+def _do(journey: Journey, stage: Stage) -> tuple[Manifest, float]:
+    started = time.monotonic()
+    with console.progress_bar(stage.title) as progress:
+        journey.progress = progress
+        content = stage.work(journey)
+    seconds = time.monotonic() - started
+    # The id changes each time a stage is done, so that what follows is done again as well.
+    stamp = {"fingerprint": _fingerprint(journey, stage), "done_id": fingerprint(time.time_ns())}
+    journey.run.write_manifest(stage.manifest, {**content, **stamp, "seconds": round(seconds, 3)})
+    return content, seconds
+
+
+def _fingerprint(journey: Journey, stage: Stage) -> str:
+    before = [(journey.run.manifest(name) or {}).get("done_id") for name in stage.needs]
+    return fingerprint([stage.inputs(journey), before])
+
+
+def file_hashes(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file: what the data stage depends on."""
+    return [sha256_of(path) for path in paths]

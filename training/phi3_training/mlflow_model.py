@@ -1,0 +1,51 @@
+"""The MLflow side of a tuned model: loads the model folder, answers `{"messages": […]}` rows.
+
+MLflow runs this file by itself when the registered model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+
+class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no types
+    """Answers chats greedily; input rows hold role messages under `messages`."""
+
+    def load_context(self, context: Any) -> None:
+        """Load tokenizer, template and weights from the artifact `model`."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from phi3_training.prompt import ChatFormat
+
+        folder = Path(context.artifacts["model"])
+        self._torch = torch
+        self._format = ChatFormat.from_folder(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def predict(
+        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """One answer per row; `params` may hold `max_new_tokens` (64)."""
+        del context
+        limit = int((params or {}).get("max_new_tokens", 64))
+        return [self._answer(list(messages), limit) for messages in model_input["messages"]]
+
+    def _answer(self, messages: list[dict[str, str]], limit: int) -> str:
+        ids = self._torch.tensor([self._format.encode_prompt(messages)])
+        with self._torch.inference_mode():
+            made = self._model.generate(
+                ids,
+                attention_mask=self._torch.ones_like(ids),
+                max_new_tokens=limit,
+                do_sample=False,
+                eos_token_id=list(self._format.stop_token_ids),
+                pad_token_id=self._format.pad_token_id,
+            )
+        return self._format.decode(made[0, ids.shape[1] :].tolist()).strip()
+
+
+mlflow.models.set_model(TunedPhi3())

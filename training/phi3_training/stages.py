@@ -1,0 +1,183 @@
+"""The eight stages of the journey, in order, each with what it depends on.
+
+Heavy packages are imported inside the functions, so that a skipped stage costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import StageError
+from .journey import Journey, Manifest, Stage, file_hashes
+
+
+def _section(journey: Journey, *names: str) -> list[Any]:
+    """The recipe's sections as plain values. Paths do not count: contents are hashed instead."""
+    return [
+        section.model_dump(mode="json", exclude={"data", "train", "validation", "replay"})
+        for section in (getattr(journey.recipe, name) for name in names)
+        if section is not None
+    ]
+
+
+def _data_inputs(journey: Journey) -> Any:
+    data = journey.recipe.data
+    paths = [*data.train, *data.validation, *data.replay]
+    return [_section(journey, "data"), file_hashes(paths)]
+
+
+def _prepare(journey: Journey) -> Manifest:
+    from .data import prepare
+
+    return prepare(journey.recipe.data, journey.run)
+
+
+def _data_summary(manifest: Manifest) -> str:
+    rows = {name: part["rows"] for name, part in manifest["outputs"].items()}
+    return ", ".join(f"{count} {name}" for name, count in rows.items()) + " conversations"
+
+
+def _base_inputs(journey: Journey) -> Any:
+    base = journey.recipe.base if journey.recipe.model.is_tiny else None
+    return [_section(journey, "model", "base"), file_hashes(base.data if base else [])]
+
+
+def _base(journey: Journey) -> Manifest:
+    from .finetune import prepare_base
+
+    return prepare_base(journey.recipe, journey.run, journey.progress)
+
+
+def _finetune(journey: Journey) -> Manifest:
+    return journey.target.train(journey.recipe, journey.run, journey.progress)
+
+
+def _evaluate(journey: Journey) -> Manifest:
+    from .evaluate import evaluate
+
+    return evaluate(journey.recipe, journey.run, journey.progress)
+
+
+def _metrics_summary(manifest: Manifest) -> str:
+    before, after = manifest["before"], manifest["after"]
+    parts = [
+        f"{name} {before[name]['exact_match']:.0%} → {after[name]['exact_match']:.0%}"
+        for name in after
+    ]
+    return "exact match: " + ", ".join(parts)
+
+
+def _register(journey: Journey) -> Manifest:
+    return journey.target.register(journey.recipe, journey.run)
+
+
+def _deploy(journey: Journey) -> Manifest:
+    return journey.target.deploy(journey.recipe, journey.run, journey.progress)
+
+
+def _endpoint_up(journey: Journey, _manifest: Manifest) -> bool:
+    state = journey.target.status(journey.run)["endpoint"]["state"]
+    connected = journey.run.manifest("connection") is not None
+    # The key lives in the Prompt flow store from `connect` on; a run stopped between the two
+    # has lost it, and only a new endpoint has a key to connect with.
+    return bool(state == "up" and (connected or journey.target.key(journey.run) is not None))
+
+
+def _connect(journey: Journey) -> Manifest:
+    from .connect import connect
+
+    endpoint = journey.run.require("endpoint", "phi3 deploy")
+    key = journey.target.key(journey.run)
+    if key is None:
+        raise StageError(
+            "The endpoint's key is held by no process any more; "
+            "start the endpoint anew with: phi3 down && phi3 up"
+        )
+    return connect(journey.run, endpoint, key, journey.recipe.connection.name)
+
+
+def _ask(journey: Journey) -> Manifest:
+    from .ask import ask
+
+    question = journey.recipe.ask
+    answer = ask(journey.flow, question, connection_name=journey.recipe.connection.name)
+    return {"question": question, "answer": answer}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        manifest="dataset",
+        title="prepare",
+        needs=(),
+        inputs=_data_inputs,
+        work=_prepare,
+        summary=_data_summary,
+        outputs=lambda manifest: [part["path"] for part in manifest["outputs"].values()],
+    ),
+    Stage(
+        manifest="base",
+        title="base",
+        needs=(),
+        inputs=_base_inputs,
+        work=_base,
+        summary=lambda manifest: str(manifest["summary"]),
+        outputs=lambda manifest: [manifest["path"]],
+    ),
+    Stage(
+        manifest="model",
+        title="finetune",
+        needs=("dataset", "base"),
+        inputs=lambda journey: _section(journey, "model", "finetune"),
+        work=_finetune,
+        summary=lambda manifest: str(manifest["summary"]),
+        outputs=lambda manifest: [manifest["path"]],
+    ),
+    Stage(
+        manifest="metrics",
+        title="evaluate",
+        needs=("dataset", "base", "model"),
+        inputs=lambda journey: _section(journey, "evaluate"),
+        work=_evaluate,
+        summary=_metrics_summary,
+    ),
+    Stage(
+        manifest="registration",
+        title="register",
+        needs=("model", "metrics"),
+        inputs=lambda journey: journey.recipe.name,
+        work=_register,
+        summary=lambda manifest: f"{manifest['model']} version {manifest['model_version']}",
+        outputs=lambda manifest: [manifest["store"]],
+    ),
+    Stage(
+        manifest="endpoint",
+        title="deploy",
+        needs=("model",),
+        inputs=lambda journey: _section(journey, "serve"),
+        work=_deploy,
+        summary=lambda manifest: f"{manifest['endpoint']} ({manifest['engine']})",
+        still_good=_endpoint_up,
+    ),
+    Stage(
+        manifest="connection",
+        title="connect",
+        needs=("endpoint",),
+        inputs=lambda journey: _section(journey, "connection"),
+        work=_connect,
+        summary=lambda manifest: f"Prompt flow connection {manifest['name']}",
+    ),
+    Stage(
+        manifest="answer",
+        title="ask",
+        needs=("connection",),
+        inputs=lambda journey: journey.recipe.ask,
+        work=_ask,
+        summary=lambda manifest: f"{manifest['question']!r} answered through the flow",
+    ),
+)
+
+
+def stages_until(manifest: str) -> tuple[Stage, ...]:
+    """The stages up to and with the one that writes `<manifest>.json`."""
+    names = [stage.manifest for stage in STAGES]
+    return STAGES[: names.index(manifest) + 1]
