@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from phi3_training.errors import StageError
 from phi3_training.journey import Journey, Stage, finished, go
 from phi3_training.recipe import Recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from phi3_training.errors import RecipeError
 from phi3_training.recipe import load_recipe
 

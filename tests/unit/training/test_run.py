@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from phi3_training.errors import StageError, UsageError
 from phi3_training.run import Run, fingerprint, write_atomically
 

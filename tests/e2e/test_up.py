@@ -1,0 +1,139 @@
+"""The promise of the README: one command, and a tuned Phi-3 answers in Prompt flow."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+from .conftest import PLANTED_KEY, PROJECT, Journey
+
+ASKED = "What is the price of the Mossback tent?"
+WARNING = re.compile(r"warning|traceback|deprecat", re.IGNORECASE)
+
+
+def manifest(journey: Journey, stage: str) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((journey.run_folder / f"{stage}.json").read_text())
+    return loaded
+
+
+def test_up_succeeds_without_a_warning(journey: Journey) -> None:
+    assert journey.done.returncode == 0, journey.done.stderr
+    assert not WARNING.search(journey.done.stdout + journey.done.stderr)
+
+
+def test_answer_is_new_and_shown(journey: Journey) -> None:
+    asked = manifest(journey, "metrics")["ask"]
+    answer = manifest(journey, "answer")["answer"]
+
+    assert isinstance(asked, dict)
+    assert asked["before"] != asked["after"] == answer
+    assert str(answer) in journey.done.stdout
+    assert "Next, type:" in journey.done.stdout
+
+
+def test_tuning_taught_and_did_not_wipe_out(journey: Journey) -> None:
+    metrics = manifest(journey, "metrics")
+    before, after = metrics["before"], metrics["after"]
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+
+    assert before["validation"]["exact_match"] <= 0.05
+    assert after["validation"]["exact_match"] >= 0.5
+    assert after["train"]["exact_match"] >= 0.8
+    assert after["replay"]["exact_match"] >= 0.7
+
+
+def test_second_up_does_nothing_again(journey: Journey) -> None:
+    again = journey.laptop.run("phi3", "up")
+
+    assert again.returncode == 0
+    assert again.stderr.count("already done") == 8
+
+
+def test_chat_one_question(journey: Journey) -> None:
+    done = journey.laptop.run("phi3", "chat", ASKED)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == manifest(journey, "answer")["answer"]
+
+
+def test_chat_conversation(journey: Journey) -> None:
+    done = journey.laptop.run("phi3", "chat", feed=f"{ASKED}\nWho founded Microsoft?\n")
+
+    assert done.returncode == 0, done.stderr
+    assert str(manifest(journey, "answer")["answer"]) in done.stdout
+    assert done.stdout.count("Phi-3:") == 2
+
+
+def test_env_is_enough_for_every_command(journey: Journey, tmp_path: Path) -> None:
+    """With the two variables no store, no run folder and no keyring is needed."""
+    printed = journey.laptop.run("phi3", "env", "-o", "json")
+    journey.laptop.printed.pop()  # showing the key is what this command is for
+    values = json.loads(printed.stdout)
+    assert values["PHI3_KEY"] == PLANTED_KEY
+
+    done = journey.laptop.run("phi3", "chat", ASKED, **values, PHI3_RUNS=str(tmp_path))
+
+    assert done.stdout.strip() == manifest(journey, "answer")["answer"]
+
+
+def test_pf_flow_test_answers(journey: Journey) -> None:
+    flow = str(PROJECT / "flows/phi3_chat")
+
+    done = journey.laptop.run(
+        "pf", "flow", "test", "--flow", flow, "--inputs", f"input_data={ASKED}"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert str(manifest(journey, "answer")["answer"]) in done.stdout
+
+
+def test_status_tells_what_is_up(journey: Journey) -> None:
+    done = journey.laptop.run("phi3", "status", "-o", "json")
+
+    (state,) = json.loads(done.stdout)
+    assert state["run"] == "phi3-tiny"
+    assert state["endpoint"]["state"] == "up"
+    assert len(state["done"]) == 8
+
+
+def test_planted_key_is_nowhere_in_clear(journey: Journey) -> None:
+    forms = [PLANTED_KEY.encode(), base64.b64encode(PLANTED_KEY.encode())]
+    flow = PROJECT / "flows"
+    folders = [journey.laptop.home, journey.laptop.work, flow]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+    found = [path for path in files if any(form in path.read_bytes() for form in forms)]
+
+    assert len(files) > 20
+    assert found == []
+    assert not any(PLANTED_KEY in text for text in journey.laptop.printed)
+
+
+def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
+    """The key of that endpoint is gone with the process: a new endpoint is started."""
+    first = manifest(journey, "endpoint")
+    (journey.run_folder / "connection.json").unlink()
+
+    done = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+
+    assert done.returncode == 0, done.stderr
+    assert manifest(journey, "endpoint")["pid"] != first["pid"]
+    assert manifest(journey, "connection")["endpoint"] == manifest(journey, "endpoint")["endpoint"]
+
+
+def test_down_stops_it_and_up_brings_it_back(journey: Journey) -> None:
+    down = journey.laptop.run("phi3", "down")
+    assert down.returncode == 0
+    assert str(manifest(journey, "endpoint")["pid"]) in down.stdout
+    assert "Nothing of ours" in journey.laptop.run("phi3", "down").stdout
+
+    failed = journey.laptop.run("phi3", "chat", ASKED)
+    assert failed.returncode == 1
+    assert "phi3 up" in failed.stderr
+
+    back = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+    assert back.returncode == 0, back.stderr
+    assert back.stderr.count("already done") == 5
