@@ -1,0 +1,192 @@
+"""Endpoint, key and options out of a Prompt flow connection, a mapping, or the environment.
+
+Reads PHI3_ENDPOINT, PHI3_KEY, PHI3_DEPLOYMENT, PHI3_DIALECT, PHI3_CONTEXT_LENGTH; writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .address import parse_address
+from .credentials import clean_secret
+from .errors import ConfigurationError
+
+#: Where each setting may stand; the second names are those of promptflow-tools' open_model_llm.
+_NAMES = {
+    "endpoint": ("endpoint", "endpoint_url"),
+    "key": ("key", "endpoint_api_key"),
+    "deployment": ("deployment", "deployment_name"),
+    "dialect": ("dialect", "api"),
+    "context_length": ("context_length",),
+}
+_MEND = (
+    "`phi3 connect` fills it in for the current run; by hand: `pf connection create --file"
+    " connections/<template>.yaml --set configs.endpoint=<URL> secrets.key=<key>`"
+)
+_ENVIRONMENT = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_PLACEHOLDER = re.compile(
+    r"<[^<>]*>|\$\{[^}]*\}|\{\{.*\}\}|\*{3,}"
+    r"|your[-_ ].*|to_replace_with.*|change[-_ ]?me|placeholder",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class ConnectionSettings:
+    """A checked connection. The key is not part of its repr."""
+
+    endpoint: str
+    key: str = field(repr=False)
+    deployment: str | None = None
+    dialect: str | None = None
+    context_length: int | None = None
+
+    @classmethod
+    def from_connection(
+        cls, connection: object, environ: Mapping[str, str] | None = None
+    ) -> ConnectionSettings:
+        """Settings of a CustomConnection or a mapping; one error names all that is wrong.
+
+        `${env:NAME}` values are looked up in the environment: Prompt flow's own commands do so
+        only when they serve a flow, and pass the text on as it stands when they test one.
+        """
+        if isinstance(connection, ConnectionSettings):
+            return connection
+        configs, secrets = _parts_of(connection)
+        environment = os.environ if environ is None else environ
+        faults: list[str] = []
+        found: dict[str, str | None] = {}
+        for setting, names in _NAMES.items():
+            found[setting] = _find(setting, names, configs, secrets, environment, faults)
+        return cls._checked(found, faults, f"The connection cannot be used ({_MEND})")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> ConnectionSettings:
+        """Settings of PHI3_ENDPOINT and PHI3_KEY, as `phi3 env` prints them."""
+        environment = os.environ if environ is None else environ
+        found = {
+            setting: environment.get(f"PHI3_{setting.upper()}", "").strip() or None
+            for setting in _NAMES
+        }
+        faults = [
+            f"PHI3_{setting.upper()} is not set"
+            for setting in ("endpoint", "key")
+            if found[setting] is None
+        ]
+        return cls._checked(
+            found, faults, 'The environment names no usable endpoint (`eval "$(phi3 env)"` sets it)'
+        )
+
+    @classmethod
+    def _checked(
+        cls, found: Mapping[str, str | None], faults: list[str], what: str
+    ) -> ConnectionSettings:
+        endpoint, key, length = found["endpoint"], found["key"], found["context_length"]
+        if endpoint is not None:
+            try:
+                parse_address(endpoint, found["dialect"])
+            except ConfigurationError as error:
+                faults.append(error.message)
+        if key is not None:
+            try:
+                key = clean_secret(key)
+            except ConfigurationError as error:
+                faults.append(error.message)
+        if length is not None and not (length.isascii() and length.isdigit() and int(length) > 0):
+            faults.append("context_length must be a whole number of tokens")
+        if faults or endpoint is None or key is None:
+            raise ConfigurationError.from_faults(what, faults)
+        return cls(
+            endpoint=endpoint,
+            key=key,
+            deployment=found["deployment"],
+            dialect=found["dialect"],
+            context_length=int(length) if length else None,
+        )
+
+
+def environment_names_endpoint(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether PHI3_ENDPOINT is set, and so outranks any connection."""
+    environment = os.environ if environ is None else environ
+    return bool(environment.get("PHI3_ENDPOINT", "").strip())
+
+
+def _parts_of(connection: object) -> tuple[Mapping[str, object], Mapping[str, object] | None]:
+    """The configs and secrets; secrets is None where the two are not kept apart."""
+    if isinstance(connection, Mapping):
+        configs, secrets = connection.get("configs"), connection.get("secrets")
+        if not isinstance(configs, Mapping) and not isinstance(secrets, Mapping):
+            return connection, None
+    elif connection is None or isinstance(connection, str):
+        shown = "no connection was given" if not connection else "a connection's name was given"
+        raise ConfigurationError(
+            f"The connection cannot be used: {shown}, not a connection itself. Prompt flow fills"
+            " it in where the node's input names a connection that `pf connection list` shows;"
+            " `phi3 connect` makes one, and PHI3_ENDPOINT with PHI3_KEY do without"
+        )
+    else:
+        # Never connection.key: Prompt flow warns on the terminal at each such access.
+        configs = getattr(connection, "configs", None)
+        secrets = getattr(connection, "secrets", None)
+    return (
+        configs if isinstance(configs, Mapping) else {},
+        secrets if isinstance(secrets, Mapping) else {},
+    )
+
+
+def _find(
+    setting: str,
+    names: tuple[str, ...],
+    configs: Mapping[str, object],
+    secrets: Mapping[str, object] | None,
+    environment: Mapping[str, str],
+    faults: list[str],
+) -> str | None:
+    """The one value of a setting, or None with the fault noted where it should have one."""
+    apart = secrets is not None
+    place = secrets if setting == "key" and secrets is not None else configs
+    given = {name: place[name] for name in names if _is_given(place.get(name))}
+    if not given and apart and setting == "key" and any(_is_given(configs.get(n)) for n in names):
+        faults.append(
+            "the key stands under configs, where Prompt flow stores it in clear: move it to secrets"
+        )
+        return None
+    if not given:
+        if setting in ("endpoint", "key"):
+            where = f" under {'secrets' if setting == 'key' else 'configs'}" if apart else ""
+            faults.append(f"{setting} is missing: expected {' or '.join(names)}{where}")
+        return None
+    if len({str(value).strip() for value in given.values()}) > 1:
+        faults.append(f"{' and '.join(given)} differ: keep one of them")
+        return None
+    name, value = next(iter(given.items()))
+    return _filled_in(name, value, environment, faults)
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and str(value).strip() != ""
+
+
+def _filled_in(
+    name: str, value: object, environment: Mapping[str, str], faults: list[str]
+) -> str | None:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        faults.append(f"{name} must be text")
+        return None
+    text = str(value).strip()
+    variable = _ENVIRONMENT.fullmatch(text)
+    if variable:
+        text = environment.get(variable[1], "").strip()
+        if not text:
+            faults.append(f"{name} is not filled in: the variable {variable[1]} is not set")
+            return None
+    spot = (
+        _PLACEHOLDER.search(text) if name.startswith("endpoint_url") or name == "endpoint" else None
+    )
+    if _PLACEHOLDER.fullmatch(text) or (spot and spot[0][0] in "<$"):
+        faults.append(f"{name} is not filled in: it still holds its template's placeholder")
+        return None
+    return text

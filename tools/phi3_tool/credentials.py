@@ -1,0 +1,90 @@
+"""The key or token of an endpoint: checked, sent as a Bearer header, and kept out of every text.
+
+Nothing here is written anywhere; the secret is held in a closure so that no repr can show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from requests import PreparedRequest
+from requests.auth import AuthBase
+
+from .errors import ConfigurationError, one_line
+
+_HIDDEN = "[key hidden]"
+
+
+def clean_secret(value: object, what: str = "key") -> str:
+    """The secret without surrounding blanks; ConfigurationError (never quoting it) if unusable."""
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigurationError(f"the {what} is missing")
+    secret = value.strip()
+    if secret.lower().startswith("bearer "):
+        raise ConfigurationError(f"the {what} starts with the word Bearer: give the {what} alone")
+    if not secret.isascii() or not secret.isprintable() or " " in secret:
+        raise ConfigurationError(
+            f"the {what} holds a line break, a space or another sign that cannot be part of it:"
+            " copy it again, as one piece"
+        )
+    return secret
+
+
+class Credential:
+    """Hands out the secret for one request at a time; shows nothing of it."""
+
+    __slots__ = ("_current", "_fetch", "is_set", "renewable")
+
+    def __init__(self, key: str | None, token_provider: Callable[[], str] | None) -> None:
+        self.renewable = token_provider is not None
+        self.is_set = self.renewable or key is not None
+        secret = None if key is None else clean_secret(key)
+        self._fetch: Callable[[], str | None] = token_provider or (lambda: secret)
+        self._current: Callable[[], str | None] = lambda: secret
+
+    def __repr__(self) -> str:
+        return "<Credential: hidden>"
+
+    def auth(self) -> BearerAuth:
+        """What signs the next request; a token provider is asked each time (it caches)."""
+        token = self._fetch()
+        if self.renewable:
+            token = clean_secret(token, "token from the token provider")
+            self._current = lambda: token
+        return BearerAuth(token)
+
+    def scrub(self, text: str) -> str:
+        """The text with every occurrence of the secret taken out."""
+        secret = self._current()
+        return text.replace(secret, _HIDDEN) if secret else text
+
+    def quote(self, text: str) -> str:
+        """Another party's words made fit to show: no secret, one line, at most 300 characters."""
+        # Scrubbed first: a cut through the middle of the secret would leave half of it.
+        return one_line(self.scrub(text))
+
+
+class BearerAuth(AuthBase):
+    """Sets the Authorization header. As an auth object it also keeps ~/.netrc from doing so."""
+
+    def __init__(self, secret: str | None) -> None:
+        self._secret: Callable[[], str | None] = lambda: secret
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        secret = self._secret()
+        if secret is not None:
+            request.headers["Authorization"] = f"Bearer {secret}"
+        return request
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BearerAuth) and self._secret() == other._secret()
+
+    def __hash__(self) -> int:
+        return hash(self._secret())
+
+    def __repr__(self) -> str:
+        return "<BearerAuth: hidden>"
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a credential is not written to anything")

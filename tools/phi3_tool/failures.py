@@ -1,0 +1,190 @@
+"""Turns an answer that is not a success into the right error, and says whether to try again.
+
+The table behind it is Azure's: a managed online endpoint wraps what its container says in a
+424 and puts the container's own status and a reason into headers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from .errors import (
+    AuthenticationError,
+    ConfigurationError,
+    EndpointNotFoundError,
+    EndpointTimeoutError,
+    ModelError,
+    Phi3Error,
+    RequestRejectedError,
+    ServiceError,
+    ThrottledError,
+    one_line,
+)
+from .retry import Retry, retry_after_seconds
+from .wire import reported_failure
+
+INNER_STATUS = "ms-azureml-model-error-statuscode"
+INNER_REASON = "ms-azureml-model-error-reason"
+LOCAL_REASON = "x-phi3-reason"
+
+_REJECTED = (400, 413, 422)
+_NOT_READY = ("model_not_ready", "too_few_model_instance")
+_TOO_MANY = "too_many_pending_request"
+_RETRYABLE_INNER = (429, 500, 504)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt."""
+
+    error: Phi3Error
+    retry: Retry = Retry.NEVER
+    retry_after: float | None = None
+
+
+def failure_of(
+    status: int,
+    headers: Mapping[str, str],
+    body: str,
+    quote: Callable[[str], str] = one_line,
+) -> Failure:
+    """The failure in a non-200 answer. `quote` makes a server's words fit to show."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    said = quote(server_words(body))
+    says = f" The endpoint says: {said}" if said else ""
+    if status == 424:
+        failure = _dependency_failure(lower, said, says, quote)
+    elif 300 <= status < 400:
+        failure = Failure(_redirect(lower))
+    else:
+        failure = _plain_failure(status, says)
+    failure.error.status = status
+    return Failure(failure.error, failure.retry, retry_after_seconds(lower))
+
+
+def server_words(body: str) -> str:
+    """The human part of an error body: its message where it is JSON, else the text itself."""
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if isinstance(payload, dict):
+        inside = next((payload[k] for k in ("error", "message", "detail") if payload.get(k)), "")
+        return reported_failure(inside)[0]
+    return payload if isinstance(payload, str) else ""
+
+
+def _plain_failure(status: int, says: str) -> Failure:
+    if status in (401, 403):
+        return Failure(_authentication(status, says))
+    if status in (404, 405):
+        return Failure(
+            EndpointNotFoundError(
+                "No deployment answers at this URL: check that its path is the scoring URI's,"
+                " that the deployment's name is right, and that a deployment has traffic"
+                f" (or name one with `deployment`).{says}"
+            )
+        )
+    if status == 408:
+        return Failure(
+            EndpointTimeoutError(
+                "The model took longer than the endpoint's request timeout: raise"
+                f" request_timeout_ms of the deployment, or lower max_new_tokens.{says}"
+            ),
+            Retry.ONCE,
+        )
+    if status == 429:
+        return Failure(_throttled(says), Retry.BOUNDED)
+    if status == 413:
+        return Failure(
+            RequestRejectedError(f"The request is too large: shorten the conversation.{says}")
+        )
+    if status < 500:
+        return Failure(
+            RequestRejectedError(
+                "The endpoint rejected the request: check the messages' roles and the"
+                f" parameters.{says}"
+            )
+        )
+    retry = Retry.BOUNDED if status in (500, 502, 503, 504) else Retry.NEVER
+    return Failure(
+        ServiceError(
+            "The service failed: try again later; if it stays so, look into the deployment's"
+            f" log.{says}"
+        ),
+        retry,
+    )
+
+
+def _dependency_failure(
+    headers: Mapping[str, str], said: str, says: str, quote: Callable[[str], str]
+) -> Failure:
+    inner = _whole_number(headers.get(INNER_STATUS))
+    reason = quote(headers.get(INNER_REASON, "")) or None
+    if reason is None and "no healthy upstream" in said.lower():
+        reason = _NOT_READY[0]
+    if inner in _REJECTED:
+        error: Phi3Error = RequestRejectedError(
+            "The model rejected the request: check the messages' roles and the parameters, and"
+            f" that the conversation fits the model's context.{says}"
+        )
+        retry = Retry.NEVER
+    elif reason == _TOO_MANY or inner == 429:
+        error, retry = _throttled(says), Retry.BOUNDED
+    elif reason in _NOT_READY:
+        error = ModelError(
+            "The model is not ready: wait until the deployment is up, or give it more"
+            f" instances.{says}"
+        )
+        retry = Retry.BOUNDED
+    else:
+        error = ModelError(
+            "The model failed while it answered: look into the deployment's log, or lower"
+            f" max_new_tokens.{says}"
+        )
+        retry = Retry.BOUNDED if inner in _RETRYABLE_INNER else Retry.NEVER
+        if inner == 408:
+            retry = Retry.ONCE
+    error.inner_status, error.reason = inner, reason
+    return Failure(error, retry)
+
+
+def _authentication(status: int, says: str) -> AuthenticationError:
+    if status == 401:
+        return AuthenticationError(
+            "The endpoint does not accept the key or token: it may be of another endpoint,"
+            " regenerated or expired. Fetch it again and store it in the connection"
+            f" (`phi3 connect`, or PHI3_KEY).{says}"
+        )
+    return AuthenticationError(
+        "The endpoint refuses this identity: it needs the right to score (role AzureML Data"
+        f" Scientist), and a network that may reach the endpoint.{says}"
+    )
+
+
+def _throttled(says: str) -> ThrottledError:
+    return ThrottledError(
+        "The endpoint has more requests than it may work on at once: send fewer at a time, or"
+        f" raise max_concurrent_requests_per_instance or the instance count.{says}"
+    )
+
+
+def _redirect(headers: Mapping[str, str]) -> ConfigurationError:
+    # Only the host: a redirect's query may carry what must not be shown.
+    try:
+        host = urlsplit(headers.get("location", "")).hostname or ""
+    except ValueError:
+        host = ""
+    where = f" to {host[:100]}" if host.isascii() and host.isprintable() and host else ""
+    return ConfigurationError(
+        f"The endpoint redirects{where}, and a key is never sent after a redirect: put the final"
+        " URL into the connection"
+    )
+
+
+def _whole_number(value: str | None) -> int | None:
+    text = (value or "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else None

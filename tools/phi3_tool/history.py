@@ -1,0 +1,143 @@
+"""Prompt flow's chat_history to role messages and back, trimmed to a budget in whole turns.
+
+Pure functions; a system message appears only where a system prompt is set, because an empty one
+would still change the tokens that the model sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .errors import RequestRejectedError
+
+log = logging.getLogger(__name__)
+
+#: What a chat template adds around each message: role, line ends, end-of-turn.
+TOKENS_AROUND_MESSAGE = 5
+
+Turn = tuple[str, str]
+
+
+def rough_tokens(text: str) -> int:
+    """A cautious guess without a tokenizer: three bytes to a token."""
+    return math.ceil(len(text.encode("utf-8", "replace")) / 3)
+
+
+def to_messages(
+    chat_history: Sequence[Mapping[str, Any]] | None,
+    user_input: str,
+    system_prompt: str | None = None,
+    *,
+    max_tokens: int | None = None,
+    max_chars: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[dict[str, str]]:
+    """The conversation as role messages, ending in `user_input`.
+
+    The budgets count everything that is sent. The oldest turns go first, always as a whole; the
+    system message and the question always stay. Without `count_tokens` tokens are guessed.
+    """
+    if not isinstance(user_input, str) or not user_input.strip():
+        raise RequestRejectedError("The question is empty: type something to ask")
+    system = (system_prompt or "").strip()
+    head = [{"role": "system", "content": system}] if system else []
+    question = {"role": "user", "content": user_input}
+    turns = [_messages_of(turn) for turn in read_turns(chat_history, input_key, output_key)]
+    counter = count_tokens or rough_tokens
+    for budget, cost in (
+        (max_chars, lambda text: len(text)),
+        (max_tokens, lambda text: counter(text) + TOKENS_AROUND_MESSAGE),
+    ):
+        if budget is not None:
+            turns = _newest_within(budget, turns, [*head, question], cost)
+    return [*head, *(message for turn in turns for message in turn), question]
+
+
+def from_messages(
+    messages: Iterable[Mapping[str, str]],
+    *,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[dict[str, dict[str, str]]]:
+    """Role messages as Prompt flow's chat_history; a question not answered yet is left out."""
+    history: list[dict[str, dict[str, str]]] = []
+    question: str | None = None
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content", "")
+        if role == "user" and question is None:
+            question = content
+        elif role == "assistant" and question is not None:
+            history.append({"inputs": {input_key: question}, "outputs": {output_key: content}})
+            question = None
+        elif role != "system" or index > 0:
+            raise RequestRejectedError(
+                f"Message {index} has the role {role!r}: user and assistant must take turns"
+            )
+    return history
+
+
+def read_turns(
+    chat_history: Sequence[Mapping[str, Any]] | None,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[Turn]:
+    """(question, answer) of each finished turn; a turn that failed has no answer and is skipped."""
+    if not chat_history:
+        return []
+    if isinstance(chat_history, (str, Mapping)) or not isinstance(chat_history, Sequence):
+        raise RequestRejectedError("chat_history must be a list of turns")
+    turns = (_turn(i, item, input_key, output_key) for i, item in enumerate(chat_history))
+    return [turn for turn in turns if turn is not None]
+
+
+def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | None:
+    inputs = item.get("inputs") if isinstance(item, Mapping) else None
+    outputs = item.get("outputs") if isinstance(item, Mapping) else None
+    if not isinstance(inputs, Mapping) or not isinstance(outputs, (Mapping, type(None))):
+        raise RequestRejectedError(
+            f'chat_history[{index}] is no turn: expected {{"inputs": {{"{input_key}": …}},'
+            f' "outputs": {{"{output_key}": …}}}}'
+        )
+    question = _one_text(inputs, input_key)
+    answer = _one_text(outputs or {}, output_key)
+    if question is None:
+        raise RequestRejectedError(f"chat_history[{index}] has no text under inputs.{input_key}")
+    if not answer or not question.strip():
+        return None
+    return question, answer
+
+
+def _one_text(values: Mapping[str, Any], key: str) -> str | None:
+    """The text under the key; under another name where it is the only text there."""
+    if key in values:
+        return values[key] if isinstance(values[key], str) else None
+    texts = [value for value in values.values() if isinstance(value, str)]
+    return texts[0] if len(texts) == 1 else None
+
+
+def _messages_of(turn: Turn) -> list[dict[str, str]]:
+    question, answer = turn
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _newest_within(
+    budget: int,
+    turns: list[list[dict[str, str]]],
+    always: list[dict[str, str]],
+    cost: Callable[[str], int],
+) -> list[list[dict[str, str]]]:
+    left = budget - sum(cost(message["content"]) for message in always)
+    kept = 0
+    for turn in reversed(turns):
+        left -= sum(cost(message["content"]) for message in turn)
+        if left < 0:
+            break
+        kept += 1
+    if kept < len(turns):
+        log.info("left out %d of %d earlier turns to fit the budget", len(turns) - kept, len(turns))
+    return turns[len(turns) - kept :]

@@ -1,0 +1,165 @@
+"""A requests session whose every read obeys one total deadline, even where a server drips bytes.
+
+Socket timeouts alone start anew with each byte that arrives; here each read of the socket,
+headers included, is given no more than what is left of the call's deadline.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, cast
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import get_environ_proxies
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util.retry import Retry as UrllibRetry
+
+from .address import Address
+
+POOL_SIZE = 64
+_CHUNK = 64 * 1024
+
+
+class Deadline:
+    """The time one call may take in all, and the longest silence within it; in seconds."""
+
+    def __init__(self, total: float, silence: float) -> None:
+        self._silence = silence
+        self._end = time.monotonic() + total
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left; never below zero."""
+        return max(0.0, self._end - time.monotonic())
+
+    def shorten(self, seconds: float) -> None:
+        """Leave at most this much time."""
+        self._end = min(self._end, time.monotonic() + seconds)
+
+    def limit(self, seconds: float | None = None) -> float:
+        """The timeout for one socket operation; small, but never zero (zero means no waiting)."""
+        return max(0.001, min(self._silence if seconds is None else seconds, self.remaining))
+
+
+_DEADLINE: ContextVar[Deadline | None] = ContextVar("phi3_tool_deadline", default=None)
+
+
+@contextmanager
+def deadline_applies(deadline: Deadline) -> Iterator[None]:
+    """Responses begun inside are read under this deadline, also after the block has ended."""
+    token = _DEADLINE.set(deadline)
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(token)
+
+
+class _DeadlinePassed(socket.timeout):
+    """Of the class that urllib3 takes for a read timeout on every Python version."""
+
+
+class _TimedReader(io.RawIOBase):
+    """The socket's reader with its timeout set anew before each read."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: Deadline) -> None:
+        super().__init__()
+        self._raw = raw
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._deadline.remaining <= 0:
+            raise _DeadlinePassed("the deadline has passed")
+        self._sock.settimeout(self._deadline.limit())
+        return cast("int | None", self._raw.readinto(buffer))  # type: ignore[attr-defined,unused-ignore]
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        deadline = _DEADLINE.get()
+        if deadline is not None:
+            self.fp = io.BufferedReader(_TimedReader(self.fp.detach(), sock, deadline))
+
+
+class _PlainConnection(HTTPConnection):
+    response_class = _TimedResponse
+
+
+class _TlsConnection(HTTPSConnection):
+    response_class = _TimedResponse
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _TimedAdapter(HTTPAdapter):
+    def __init__(self) -> None:
+        # Retries are ours alone: urllib3's know nothing of the deadline.
+        super().__init__(
+            pool_connections=4, pool_maxsize=POOL_SIZE, max_retries=UrllibRetry(0, read=False)
+        )
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+
+    def proxy_manager_for(self, proxy: Any, **proxy_kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **proxy_kwargs)
+        manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+        return manager
+
+
+def new_session(address: Address) -> requests.Session:
+    """A pooled session for one endpoint, safe to share between threads."""
+    session = requests.Session()
+    # Read the environment once, here: left to requests it would also look for a netrc entry,
+    # and would send what is meant for this machine through a proxy.
+    session.trust_env = False
+    if not address.is_loopback:
+        session.proxies = dict(get_environ_proxies(address.url))
+    bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    session.verify = bundle or True
+    # The jar is the one thing in a session that threads would write to.
+    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    adapter = _TimedAdapter()
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
+def body_pieces(response: requests.Response) -> Iterator[bytes]:
+    """The body as it arrives: a piece may be of any size, and none waits for the next."""
+    raw = response.raw
+    read1 = getattr(raw, "read1", None)
+    if read1 is None:  # urllib3 1.x
+        yield from raw.stream(_CHUNK if getattr(raw, "chunked", False) else 1, decode_content=True)
+        return
+    while True:
+        piece: bytes = read1(_CHUNK, decode_content=True)
+        if not piece:
+            return
+        yield piece

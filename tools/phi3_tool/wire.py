@@ -1,0 +1,319 @@
+"""The two request/response dialects of a Phi-3 endpoint: `score` and `openai`.
+
+Builds strictly (a faulty request is refused before it is sent) and reads tolerantly (every
+answer shape the Azure images are known to give). Standard library only; reads no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from .errors import (
+    ConfigurationError,
+    ModelError,
+    RequestRejectedError,
+    UnreadableAnswerError,
+    one_line,
+)
+
+Dialect = Literal["score", "openai"]
+Message = Mapping[str, str]
+Quote = Callable[[str], str]
+
+DIALECTS: tuple[Dialect, ...] = ("score", "openai")
+ROLES = ("system", "user", "assistant")
+
+#: What every OpenAI-shaped route of Azure's images knows; anything else needs a header to pass.
+OPENAI_PARAMETERS = frozenset(
+    (
+        "model",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "stop",
+        "seed",
+        "n",
+        "response_format",
+        "frequency_penalty",
+        "presence_penalty",
+        "tools",
+        "tool_choice",
+    )
+)
+_OURS = ("messages", "stream", "input_data", "input_string")
+
+_EXPECTED = {
+    "score": 'expected {"output": "text"}',
+    "openai": 'expected {"choices": [{"message": {"content": "text"}}]}',
+}
+_SHORTEN = "shorten the conversation, lower max_new_tokens, or look into the deployment's log"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an endpoint said, whatever dialect it said it in."""
+
+    text: str
+    finish_reason: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+    model: str | None = None
+
+
+def guess_dialect(url: str) -> Dialect:
+    """The dialect spoken at the URL's path; ConfigurationError where the path tells nothing."""
+    path = urlsplit(url).path.rstrip("/")
+    if path.endswith("/score"):
+        return "score"
+    if path.endswith(("/chat/completions", "/v1")):
+        return "openai"
+    shown = f"its path is {path!r}" if path else "it names a host and no path"
+    raise ConfigurationError(
+        f"the endpoint URL should end with /score or with /v1/chat/completions, but {shown}"
+        " (copy the scoring URI; or set dialect to 'score' or 'openai' where a proxy renames paths)"
+    )
+
+
+def build_request(
+    dialect: str,
+    messages: Sequence[Message],
+    parameters: Mapping[str, object] | None = None,
+    stream: bool = False,
+) -> dict[str, Any]:
+    """The JSON body for one question; RequestRejectedError where no endpoint would take it."""
+    clean = _check_messages(messages)
+    settings = _check_parameters(parameters or {})
+    length = settings.pop("max_new_tokens", None)
+    if dialect == "openai":
+        body: dict[str, Any] = {"messages": clean, **settings}
+        if length is not None:
+            body["max_tokens"] = length
+        # Greedy decoding has no name of its own in this dialect.
+        if body.pop("do_sample", True) is False:
+            body["temperature"] = 0
+        if stream:
+            body["stream"] = True
+        return body
+    if dialect != "score":
+        raise ConfigurationError(f"dialect is {dialect!r}, but must be 'score' or 'openai'")
+    if stream:
+        raise RequestRejectedError("The score dialect cannot stream: use the openai dialect")
+    if length is not None:
+        # One Azure image obeys only the first name, another only the second.
+        settings.update(max_new_tokens=length, max_tokens=length)
+    return {"input_data": {"input_string": clean, "parameters": settings}}
+
+
+def read_answer(
+    dialect: str, payload: object, *, reason: str | None = None, quote: Quote = one_line
+) -> Answer:
+    """The answer in a decoded 200 body of either dialect.
+
+    `dialect` only words the message of an unknown shape. `reason` is the server's own word on
+    why it failed, where it sent one. `quote` makes a server's words fit to show.
+    ModelError for a failure dressed as 200.
+    """
+    why = quote(reason) if reason else None
+    if isinstance(payload, dict):
+        if payload.get("error") and payload.get("output") is None and not payload.get("choices"):
+            raise _reported(payload["error"], why, quote)
+        if "choices" in payload:
+            return _read_choices(payload, why, quote)
+        if "output" in payload:
+            return _read_output(payload, why)
+    if not payload and (payload is None or isinstance(payload, (dict, list))):
+        raise _no_answer("an empty answer", why)
+    text = _text_in(payload) if isinstance(payload, list) else None
+    if text is None:
+        raise UnreadableAnswerError(
+            f"The endpoint answered {_shape(payload, quote)}, which is no known answer shape"
+            f" ({_EXPECTED.get(dialect, _EXPECTED['score'])}): check that the URL is the"
+            " scoring URI of a chat model"
+        )
+    return Answer(text)
+
+
+def token_counts(usage: object) -> dict[str, int]:
+    """The whole-number entries of a `usage` object; empty where there are none."""
+    if not isinstance(usage, dict):
+        return {}
+    return {str(k): v for k, v in usage.items() if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def reported_failure(error: object) -> tuple[str, int | None]:
+    """The words and the status in an `error` value of any known shape."""
+    if isinstance(error, dict):
+        status = next(
+            (
+                error[k]
+                for k in ("status_code", "status", "code")
+                if isinstance(error.get(k), int) and not isinstance(error[k], bool)
+            ),
+            None,
+        )
+        inside = next((error[k] for k in ("message", "body", "error", "code") if error.get(k)), "")
+        words = reported_failure(inside)[0] if isinstance(inside, dict) else str(inside)
+        return words, status
+    return str(error), None
+
+
+def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise RequestRejectedError(
+            'messages must be a list of {"role": …, "content": …}, not one value'
+        )
+    if not messages:
+        raise RequestRejectedError("There is no message to send: give at least one user message")
+    clean = [_check_message(index, message) for index, message in enumerate(messages)]
+    late = [i for i, message in enumerate(clean) if message["role"] == "system" and i > 0]
+    if late:
+        raise RequestRejectedError(
+            f"Message {late[0]} is a system message: a system message can only come first"
+        )
+    if clean[-1]["role"] != "user":
+        raise RequestRejectedError(
+            f"The last message has the role {clean[-1]['role']!r}: it must be the user's question"
+        )
+    return clean
+
+
+def _check_message(index: int, message: object) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise RequestRejectedError(f'Message {index} is not an object with "role" and "content"')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RequestRejectedError(
+            f"Message {index} has the role {role!r}: it must be one of {', '.join(ROLES)}"
+        )
+    if not isinstance(content, str):
+        raise RequestRejectedError(f"Message {index}: content must be text, not {_kind(content)}")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise RequestRejectedError(
+            f"Message {index}: content is broken text (half a character at position {error.start})"
+        ) from None
+    return {"role": str(role), "content": content}
+
+
+def _check_parameters(parameters: Mapping[str, object]) -> dict[str, Any]:
+    settings = {name: value for name, value in parameters.items() if value is not None}
+    faults = [f"{name} cannot be given as a parameter" for name in _OURS if name in settings]
+    if "max_tokens" in settings:
+        same = settings.setdefault("max_new_tokens", settings["max_tokens"])
+        if same != settings.pop("max_tokens"):
+            faults.append("max_new_tokens and max_tokens differ: give one of them")
+    length = settings.get("max_new_tokens", 1)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        faults.append("max_new_tokens must be a whole number of at least 1")
+    if "temperature" in settings and not _is_number(settings["temperature"], 0, math.inf):
+        faults.append("temperature must be a number of at least 0")
+    if "top_p" in settings and not _is_number(settings["top_p"], 0, 1):
+        faults.append("top_p must be a number between 0 and 1")
+    if faults:
+        raise RequestRejectedError("The request cannot be sent: " + "; ".join(faults))
+    return settings
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and low <= value <= high
+
+
+def _read_output(payload: dict[str, Any], reason: str | None) -> Answer:
+    usage = token_counts(payload.get("usage"))
+    text = _text_in(payload["output"])
+    if payload["output"] is None or payload["output"] == []:
+        raise _no_answer("no output", reason)
+    if text is None:
+        raise UnreadableAnswerError(
+            f"The endpoint's output is {_kind(payload['output'])}, not text: check that the URL"
+            " is the scoring URI of a chat model"
+        )
+    # Azure's older image turns its own missing answer into this word and sends no usage with it.
+    if text == "None" and not usage.get("completion_tokens"):
+        raise _no_answer('{"output": "None"}', reason)
+    return Answer(
+        text, _optional_text(payload, "finish_reason"), usage, _optional_text(payload, "model")
+    )
+
+
+def _read_choices(payload: dict[str, Any], reason: str | None, quote: Quote) -> Answer:
+    choices = payload["choices"]
+    if not isinstance(choices, list) or (choices and not isinstance(choices[0], dict)):
+        raise UnreadableAnswerError(
+            f"The endpoint's choices are {_kind(choices)}, not a list of answers"
+        )
+    if not choices:
+        raise _no_answer("an empty list of choices", reason)
+    first = choices[0]
+    finish = _optional_text(first, "finish_reason")
+    text = message_text(first.get("message")) if "message" in first else first.get("text")
+    if finish == "error" or (text is None and finish is not None):
+        shown = quote(finish or "")
+        raise _no_answer(f"finish_reason {shown!r} and no text", reason or shown)
+    if not isinstance(text, str):
+        raise UnreadableAnswerError("The endpoint's first choice holds no text")
+    return Answer(
+        text, finish, token_counts(payload.get("usage")), _optional_text(payload, "model")
+    )
+
+
+def message_text(message: object) -> str | None:
+    """The text of an OpenAI message or stream delta: a string, or a list of text parts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
+
+
+def _text_in(value: object) -> str | None:
+    """The text in `"text"`, `["text", …]`, `[{"0": "text"}]` and one list around these."""
+    for _ in range(2):
+        if isinstance(value, list) and value:
+            value = value[0]
+    if isinstance(value, dict):
+        value = value.get("0", value.get("output"))
+    return value if isinstance(value, str) else None
+
+
+def _reported(error: object, reason: str | None, quote: Quote) -> ModelError:
+    said, status = reported_failure(error)
+    words = quote(said)
+    why = f"{words}; {reason}" if reason and words else (reason or words)
+    return ModelError(
+        f"The model failed although the endpoint answered 200: {why or 'no reason given'}",
+        inner_status=status,
+        reason=reason,
+    )
+
+
+def _no_answer(what: str, reason: str | None) -> ModelError:
+    why = f" It says why: {reason}." if reason else ""
+    return ModelError(
+        f"The model gave no answer: the endpoint sent {what}, its way of reporting a failure.{why}"
+        f" What helps: {_SHORTEN}",
+        reason=reason,
+    )
+
+
+def _optional_text(payload: Mapping[str, Any], name: str) -> str | None:
+    value = payload.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else "no text")
+
+
+def _shape(payload: object, quote: Quote) -> str:
+    if isinstance(payload, dict):
+        keys = quote(", ".join(repr(str(key)[:40]) for key in list(payload)[:5]))
+        return f"an object with the keys {keys}"
+    return _kind(payload)
