@@ -1,0 +1,30 @@
+"""The chat flow's one node: hands the flow's inputs to phi3_tool, which asks the endpoint.
+
+Prompt flow wants a @tool function of this file's own, with annotations it can read at run time.
+"""
+
+from promptflow.connections import CustomConnection
+from promptflow.core import tool
+
+from phi3_tool.chat import phi3_chat
+
+
+@tool
+def integrate_with_promptflow(
+    connection: CustomConnection,
+    input_data: str,
+    chat_history: list,
+    system_prompt: str = "",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+) -> str:
+    return phi3_chat(
+        connection=connection,
+        input_data=input_data,
+        chat_history=chat_history,
+        system_prompt=system_prompt,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )
