@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,13 +94,27 @@ class PfHome:
         done = self.python(CONNECT, name, endpoint, feed=key)
         assert done.code == 0, done.text
 
+    def copy_flow(self) -> Path:
+        """A copy of the chat flow and the source it includes, laid out as in the repository."""
+        for part in ("flows/phi3_chat", "tools/phi3_tool"):
+            shutil.copytree(
+                ROOT / part,
+                self.path / "clone" / part,
+                ignore=shutil.ignore_patterns("__pycache__", ".promptflow"),
+            )
+        return self.path / "clone/flows/phi3_chat"
+
     def stop_processes(self) -> None:
         """Stop whatever still runs with this HOME: the Prompt flow service detaches itself."""
-        ours = [process for process in psutil.process_iter() if self._is_ours(process)]
+        ours = self.processes()
         for process in ours:
             process.terminate()
         for process in psutil.wait_procs(ours, timeout=5)[1]:
             process.kill()
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs with this HOME at the moment."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:

@@ -116,7 +116,7 @@ def test_somebody_elses_connection_stays_as_it_is(home: PfHome) -> None:
     assert done.code == 0, done.text
     mine, openai, name, delete, read, kept = done.out.splitlines()
     assert "'mine' that phi3 did not write" in mine
-    assert "pf connection delete --name openai" in openai
+    assert "pf connection delete --yes --name openai" in openai
     assert "connection.name=NAME" in name
     assert "'openai' that phi3 did not write" in delete
     assert "a custom one is needed" in read

@@ -13,7 +13,7 @@ from .errors import StageError
 from .run import Run
 
 # Settings of the endpoint that a flow wants to know too, where the target has them.
-PASSED_ON = ("deployment", "dialect")
+PASSED_ON = ("deployment", "dialect", "context_length")
 
 
 def connect(

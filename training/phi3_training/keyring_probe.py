@@ -1,4 +1,4 @@
-"""Run as `python -m phi3_training.keyring_probe`: shows that the keyring can keep Prompt flow's key.
+"""Shows that this machine's keyring can keep Prompt flow's key; run with `python -m`.
 
 Writes one line of JSON to standard output. A process of its own, because a locked or broken
 keyring may wait for ever; whoever starts it can stop it.
@@ -21,7 +21,7 @@ def holder_of(members: list[Any], system: str, name: str) -> Any | None:
 
 
 def probe() -> dict[str, Any]:
-    """Name the keyring that holds Prompt flow's key, or would hold it: proven by a written entry."""
+    """Name the keyring that holds Prompt flow's key, or would: proven by a written entry."""
     import keyring
     from keyring.backends.chainer import ChainerBackend
 

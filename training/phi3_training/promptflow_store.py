@@ -141,7 +141,7 @@ def _refuse_foreign(name: str) -> None:
     raise StoreError(
         f"Prompt flow already has a connection {name!r} that phi3 did not write; it stays as it "
         "is. Choose another name with connection.name=NAME, or remove it with: "
-        f"pf connection delete --name {name}"
+        f"pf connection delete --yes --name {name}"
     )
 
 

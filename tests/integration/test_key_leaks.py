@@ -1,0 +1,106 @@
+"""A planted key is searched for wherever Prompt flow and phi3 write or print: nowhere in clear."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import pytest
+from tests.integration.pf_home import PfHome, endpoint, pf_home
+
+pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
+
+# Signs that base64, URLs and JSON each write in another way.
+KEY = "p1anted/Key+5c~0e%7a==" + "Zq" * 8
+WRONG_KEY = "wr0ng/Key+91~fe%3b==" + "Yx" * 8
+ASK = """
+import sys
+from pathlib import Path
+from phi3_training.ask import ask
+from phi3_training.connect import connect
+from phi3_training.errors import Phi3TrainingError
+from phi3_training.run import Run
+
+flow, url = Path(sys.argv[1]), sys.argv[2]
+run = Run.open(Path.home() / "runs" / "trial")
+run.write_manifest("connection", connect(run, {"endpoint": url}, sys.stdin.read()))
+try:
+    print(ask(flow, "Who founded Contoso?"))
+except Phi3TrainingError as error:
+    print(repr(error))
+"""
+
+
+def forms_of(key: str) -> set[bytes]:
+    """The key as it stands, and as the usual encodings would write it."""
+    text = {key, quote(key), quote(key, safe=""), quote_plus(key), json.dumps(key)[1:-1]}
+    forms = {form.encode() for form in text} | {
+        key.encode("utf-16-le"),
+        key.encode().hex().encode(),
+    }
+    for shift in range(3):  # wherever the key begins within what was encoded
+        encoded = base64.b64encode(b"\0" * shift + key.encode())
+        whole = encoded[4 if shift else 0 : -4]
+        forms |= {whole, whole.translate(bytes.maketrans(b"+/", b"-_"))}
+    return forms
+
+
+def leaks(key: str, places: dict[str, bytes]) -> list[str]:
+    forms = forms_of(key)
+    return [name for name, content in places.items() if any(form in content for form in forms)]
+
+
+def everything(home: PfHome) -> dict[str, bytes]:
+    """All files of this HOME (store, runs, flow folder, temporary ones) and all output."""
+    files = {str(path): path.read_bytes() for path in home.path.rglob("*") if path.is_file()}
+    return {**files, "output": "\n".join(home.printed).encode()}
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PfHome]:
+    """A HOME in which everything was done once: with the right key, then with a wrong one."""
+    with pf_home(tmp_path_factory.mktemp("leaks") / "home") as home, endpoint(KEY) as served:
+        flow = home.copy_flow()
+        test = ["flow", "test", "--flow", flow]
+        batch = ["run", "create", "--file", flow / "run.yaml", "--name"]
+        for key, asked in ((KEY, "1: Who founded Contoso?"), (WRONG_KEY, "401")):
+            done = home.python(ASK, str(flow), served.url, feed=f"{key}\n")
+            assert asked in done.out, done.text
+            answered = home.pf(*test, "--inputs", "input_data=Who founded Contoso?")
+            assert answered.code == (0 if key == KEY else 1), answered.text
+            assert asked in answered.out
+        assert home.pf(*batch, "refused").code == 0
+        assert home.pf("connection", "show", "--name", "phi3_connection").code == 0
+        home.connect(served.url, KEY)
+        assert "Bot: 3: And when?" in home.pf(*test, "--interactive", feed="Who?\nAnd when?\n").out
+        yield home
+
+
+def test_search_finds_what_is_there() -> None:
+    """The search itself: each form of the key, however it is embedded, is a find."""
+    wrapped = base64.b64encode(b'{"Authorization": "Bearer ' + KEY.encode() + b'"}')
+    places = {
+        "raw": b"x" + KEY.encode(),
+        "url": f"?key={quote(KEY, safe='')}&".encode(),
+        "base64": wrapped,
+        "nothing": b"*" * 40,
+    }
+    assert leaks(KEY, places) == ["raw", "url", "base64"]
+
+
+@pytest.mark.parametrize("key", [KEY, WRONG_KEY], ids=["accepted", "refused"])
+def test_key_is_nowhere_in_clear(used: PfHome, key: str) -> None:
+    places = everything(used)
+    assert leaks(key, places) == []
+
+
+def test_search_covered_what_matters(used: PfHome) -> None:
+    """The store, a failed batch run with its snapshot, transcripts and manifests were searched."""
+    files = {Path(name) for name in everything(used) if name != "output"}
+    names = {path.name for path in files}
+    assert {"pf.sqlite", "connection.json", "flow.detail.json", "chat.detail.json"} <= names
+    assert any(path.match(".runs/refused/snapshot/*") for path in files)
+    assert any(path.match(".runs/refused/error.json") for path in files)
