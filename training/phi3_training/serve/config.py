@@ -1,0 +1,68 @@
+"""The server's settings, as one JSON file holds them. Never a key.
+
+Read by `python -m phi3_training.serve`; written by `process.start`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..errors import UsageError
+from .quirks import Quirk
+
+EngineName = Literal["auto", "ort-genai", "transformers", "upstream"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ServerConfig(BaseModel):
+    """One server. Limits carry the names that Azure ML gives them."""
+
+    # "model_" is a prefix that pydantic keeps for itself unless told otherwise.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    engine: EngineName = "auto"
+    model_dir: Path | None = None
+    onnx_dir: Path | None = None
+    model_name: str = "phi3"
+    num_threads: int | None = None
+    upstream_url: str | None = None
+    upstream_model: str | None = None
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    status_file: Path | None = None
+    deployment: str = "local"
+    dialect: Literal["loi", "fms"] = "loi"
+
+    max_concurrent_requests_per_instance: Positive = 32
+    request_timeout_ms: Annotated[int, Field(ge=100, le=180_000)] = 60_000
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
+    max_new_tokens: Positive = 256
+    drain_seconds: Annotated[int, Field(ge=0)] = 30
+    quirks: tuple[str, ...] = ()
+
+    @field_validator("quirks")
+    @classmethod
+    def _known_quirks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Quirk.parse(text)
+        return value
+
+    @classmethod
+    def from_file(cls, path: Path) -> ServerConfig:
+        """Read the settings; raises UsageError naming each fault."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror})") from None
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise UsageError(f"{path} has faults: {'; '.join(faults)}") from None
+
+    def to_json(self) -> str:
+        """What `from_file` reads."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"

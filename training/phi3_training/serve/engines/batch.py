@@ -1,0 +1,225 @@
+"""Continuous batching: one owner thread runs a step model for every answer being written.
+
+New answers join between two steps, finished and abandoned ones leave at once; nobody waits for a
+batch to end. Threads: `submit` and `cancel` from anywhere, the step model only from the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from .base import EngineError
+from .sampling import Logits, Sampler
+
+logger = logging.getLogger(__name__)
+
+# Prompt tokens taken in between two steps: bounds how long running answers stand still.
+PREFILL_BUDGET = 256
+
+
+class StepModel(Protocol):
+    """A model that holds rows (one per answer) and moves all of them by one token per call."""
+
+    def has_room(self, length: int) -> bool:
+        """Whether memory holds one more row of `length` tokens."""
+        ...
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:
+        """Append a row that may grow to `length` tokens; the logits after its prompt."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to each row, in row order; logits of shape (rows, vocabulary)."""
+        ...
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last row takes its place."""
+        ...
+
+    def reset(self) -> None:
+        """Remove all rows, also after a failure."""
+        ...
+
+
+class Job:
+    """One answer: its prompt, its sampler, and the tokens on their way to the caller."""
+
+    def __init__(
+        self, ids: Sequence[int], limit: int, sampler: Sampler, stop_ids: frozenset[int]
+    ) -> None:
+        self.ids = ids
+        self.limit = limit
+        self.sampler = sampler
+        self.cancelled = False
+        self.count = 0
+        self.stop_ids = stop_ids
+        self.loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[int | EngineError | None] = asyncio.Queue()
+
+    def accept(self, logits: Logits) -> tuple[int, bool]:
+        """Pick the next token; True when it is the last one."""
+        token = self.sampler.pick(logits)
+        self.count += 1
+        return token, token in self.stop_ids or self.count >= self.limit
+
+    def post(self, item: int | EngineError | None) -> None:
+        """Give an item to the caller; on the caller's event loop only. None: no more."""
+        self._queue.put_nowait(item)
+
+    async def next(self) -> int | None:
+        """The next token id, None after the last; raises EngineError if the engine fails."""
+        item = await self._queue.get()
+        if isinstance(item, EngineError):
+            raise item
+        return item
+
+
+Mail = tuple[Job, "int | EngineError | None"]
+
+
+def deliver(mail: Sequence[Mail]) -> None:
+    """Bring items to their callers' event loops, with one wake-up per loop."""
+    for loop in {job.loop for job, _ in mail}:
+        own = [(job, item) for job, item in mail if job.loop is loop]
+        try:
+            loop.call_soon_threadsafe(_post_all, own)
+        except RuntimeError:  # the loop is closed: nobody is listening any more
+            for job, _ in own:
+                job.cancelled = True
+
+
+def _post_all(mail: Sequence[Mail]) -> None:
+    for job, item in mail:
+        job.post(item)
+
+
+class Batcher:
+    """Runs jobs on a step model, at most `slots` at a time, first come first served."""
+
+    def __init__(self, model: StepModel, *, slots: int) -> None:
+        self._model = model
+        self._slots = slots
+        self._waiting: deque[Job] = deque()
+        self._rows: list[Job] = []
+        self._next: list[int] = []
+        self._mail: list[Mail] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="phi3-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> int:
+        """Jobs running or waiting."""
+        return len(self._rows) + len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it joins the batch between two steps."""
+        with self._wake:
+            if self._closing:
+                raise EngineError("The engine is shutting down.")
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job: its row is free before the next step."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Stop the owner thread; jobs not finished get an EngineError."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 - the owner thread must outlive any failure
+                self._fail(error)
+        self._end_all("The engine was shut down before the answer was finished.")
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closing or self._waiting or self._rows)
+            return not self._closing
+
+    def _turn(self) -> None:
+        for row in range(len(self._rows) - 1, -1, -1):
+            if self._rows[row].cancelled:
+                self._leave(row)
+        self._admit()
+        if self._rows:
+            logits = self._model.step(self._next)
+            # Backwards: `_leave` moves the last row into the place of the one that left.
+            for row in range(len(self._rows) - 1, -1, -1):
+                self._accept(row, logits[row])
+        self._send()
+
+    def _admit(self) -> None:
+        budget = PREFILL_BUDGET
+        while budget > 0 and len(self._rows) < self._slots:
+            job = self._next_waiting()
+            if job is None:
+                return
+            budget -= len(job.ids)
+            # Listed before `add`: if that fails, `_fail` must know of it.
+            self._rows.append(job)
+            self._next.append(0)
+            logits = self._model.add(job.ids, len(job.ids) + job.limit)
+            self._accept(len(self._rows) - 1, logits)
+        self._send()
+
+    def _next_waiting(self) -> Job | None:
+        with self._wake:
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft()
+            if not self._waiting:
+                return None
+            length = len(self._waiting[0].ids) + self._waiting[0].limit
+            if self._rows and not self._model.has_room(length):
+                return None
+            return self._waiting.popleft()
+
+    def _accept(self, row: int, logits: Logits) -> None:
+        job = self._rows[row]
+        token, last = job.accept(logits)
+        self._next[row] = token
+        self._mail.append((job, token))
+        if last:
+            self._mail.append((job, None))
+            self._leave(row)
+
+    def _send(self) -> None:
+        mail, self._mail = self._mail, []
+        deliver(mail)
+
+    def _leave(self, row: int) -> None:
+        self._model.drop(row)
+        self._rows[row] = self._rows[-1]
+        self._next[row] = self._next[-1]
+        self._rows.pop()
+        self._next.pop()
+
+    def _fail(self, error: Exception) -> None:
+        logger.error("the engine failed: %s: %s", type(error).__name__, error)
+        rows, self._rows, self._next = self._rows, [], []
+        self._model.reset()
+        self._send()
+        failure = EngineError("The model failed while it was writing this answer.")
+        deliver([(job, failure) for job in rows])
+
+    def _end_all(self, reason: str) -> None:
+        with self._wake:
+            jobs = [*self._rows, *self._waiting]
+            self._rows, self._next = [], []
+            self._waiting.clear()
+        deliver([(job, EngineError(reason)) for job in jobs])

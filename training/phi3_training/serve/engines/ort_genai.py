@@ -1,0 +1,189 @@
+"""The `ort-genai` engine: an ONNX folder made by ONNX Runtime GenAI's builder, on the CPU.
+
+Reads model.onnx, genai_config.json and the chat format files. Tokens come from `ChatFormat`,
+never from the library's own tokenizer, whose ids differ for some Phi-3 tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+
+from ...errors import StageError
+from ...prompt import ChatFormat
+from .batch import StepModel
+from .sampling import Logits, defaults_of
+from .tokens import TokenEngine
+
+logger = logging.getLogger(__name__)
+
+# Below this size threads cost more than they bring.
+_SMALL_MODEL_BYTES = 64 * 2**20
+_LENGTH_STEP = 64
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
+    """Load the folder; raises StageError when it is not a converted model."""
+    try:
+        config = json.loads((onnx_dir / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError):
+        raise StageError(
+            f"{onnx_dir} is not a converted model (no readable genai_config.json); "
+            "convert the tuned model again with: phi3 deploy"
+        ) from None
+    chat = ChatFormat.from_folder(onnx_dir)
+    threads = num_threads or _threads_for(onnx_dir)
+    model: StepModel
+    if _has_one_rope(onnx_dir):
+        model = BatchedSession(onnx_dir, config["decoder"], threads)
+    else:
+        from .ort_generator import Generators
+
+        model = Generators(onnx_dir)
+    return TokenEngine("ort-genai", chat, model, slots=slots, defaults=defaults_of(onnx_dir))
+
+
+def _threads_for(onnx_dir: Path) -> int:
+    size = sum(file.stat().st_size for file in onnx_dir.glob("*.onnx*"))
+    if size < _SMALL_MODEL_BYTES:
+        return 1
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def _has_one_rope(onnx_dir: Path) -> bool:
+    """Whether a token's rotation depends on its own position only.
+
+    LongRoPE models (Phi-3 128k, Phi-4-mini) switch tables for a whole batch by its longest row,
+    so their rows must not share a batch.
+    """
+    try:
+        config = json.loads((onnx_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ropes = (config.get("rope_parameters"), config.get("rope_scaling"))
+    kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes if isinstance(rope, dict)}
+    return kinds <= {None, "default", "linear"}
+
+
+class BatchedSession:
+    """All rows in one key/value buffer, moved by one `session.run` per step.
+
+    The graph's attention reads each row up to its own length, so rows of any age share a batch;
+    it writes new keys and values in place, because past and present are the same memory.
+    """
+
+    def __init__(self, onnx_dir: Path, decoder: dict[str, Any], threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        # A server waits most of the time; spinning threads would burn a neighbour's core.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        path = onnx_dir / decoder["filename"]
+        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        layers = int(decoder["num_hidden_layers"])
+        self._names = [
+            (decoder["inputs"][f"past_{kind}_names"] % n, decoder["outputs"][out] % n)
+            for kind, out in (("key", "present_key_names"), ("value", "present_value_names"))
+            for n in range(layers)
+        ]
+        types = {value.name: value.type for value in self._session.get_inputs()}
+        self._dtype = _DTYPES[types[self._names[0][0]]]
+        self._heads, self._size = int(decoder["num_key_value_heads"]), int(decoder["head_size"])
+        item = np.dtype(self._dtype).itemsize
+        self._token_bytes = len(self._names) * self._heads * self._size * item
+        self._memory: int = psutil.virtual_memory().available // 2
+        self._buffers: list[np.ndarray[Any, Any]] = []
+        self._lengths: list[int] = []
+        self._reserved: list[int] = []
+        self._binding: tuple[int, Any] | None = None
+
+    def has_room(self, length: int) -> bool:
+        """Whether the buffer can grow to hold one more row of `length` tokens."""
+        return self._fits(*self._wanted(length))
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:
+        """Append a row and read its prompt."""
+        self._grow(*self._wanted(length))
+        row = len(self._lengths)
+        self._lengths.append(len(ids))
+        self._reserved.append(length)
+        prompt = np.array([ids], np.int64)
+        binding = self._bind(row, 1)
+        logits: Logits = self._run(binding, prompt, np.ones_like(prompt))[0]
+        return logits
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to every row."""
+        rows = len(tokens)
+        if self._binding is None or self._binding[0] != rows:
+            self._binding = (rows, self._bind(0, rows))
+        self._lengths = [length + 1 for length in self._lengths]
+        lengths = np.array(self._lengths)
+        mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
+        return self._run(self._binding[1], np.array(tokens, np.int64)[:, None], mask)
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one moves into its place."""
+        last, length = len(self._lengths) - 1, self._lengths[-1]
+        if row != last:
+            for buffer in self._buffers:
+                buffer[row, :, :length] = buffer[last, :, :length]
+        self._lengths[row], self._reserved[row] = self._lengths[-1], self._reserved[-1]
+        self._lengths.pop()
+        self._reserved.pop()
+
+    def reset(self) -> None:
+        """Remove all rows and give their memory back."""
+        self._lengths, self._reserved = [], []
+        self._buffers, self._binding = [], None
+
+    def _wanted(self, length: int) -> tuple[int, int]:
+        longest = max([*self._reserved, length])
+        return len(self._reserved) + 1, -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+
+    def _grow(self, rows: int, longest: int) -> None:
+        have_rows, _, have_length, _ = self._buffers[0].shape if self._buffers else (0, 0, 0, 0)
+        if not self._reserved and have_length > 2 * longest:
+            self.reset()
+            have_rows = have_length = 0
+        if rows <= have_rows and longest <= have_length:
+            return
+        if rows > have_rows:
+            rows = max(rows, 2 * have_rows if self._fits(2 * have_rows, longest) else rows)
+        shape = (max(rows, have_rows), self._heads, max(longest, have_length), self._size)
+        used = len(self._reserved)
+        for index in range(len(self._names)):
+            # zeros: pages that no row reaches cost no memory.
+            buffer = np.zeros(shape, self._dtype)
+            if used:
+                buffer[:used, :, :have_length] = self._buffers[index][:used]
+            self._buffers[index : index + 1] = [buffer]
+        self._binding = None
+
+    def _fits(self, rows: int, longest: int) -> bool:
+        return rows * longest * self._token_bytes <= self._memory
+
+    def _bind(self, first: int, rows: int) -> Any:
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for (past, present), buffer in zip(self._names, self._buffers, strict=True):
+            shape, at = (rows, *buffer.shape[1:]), buffer[first:].ctypes.data
+            binding.bind_input(past, "cpu", 0, self._dtype, shape, at)
+            binding.bind_output(present, "cpu", 0, self._dtype, shape, at)
+        return binding
+
+    def _run(self, binding: Any, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> Logits:
+        for name, value in (("input_ids", ids), ("attention_mask", mask)):
+            at = value.ctypes.data
+            binding.bind_input(name, "cpu", 0, np.int64, value.shape, at)
+        self._session.run_with_iobinding(binding)
+        logits: Logits = binding.get_outputs()[0].numpy()[:, -1].astype(np.float32, copy=False)
+        return logits

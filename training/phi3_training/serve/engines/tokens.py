@@ -1,0 +1,121 @@
+"""The half that all token engines share: conversation to ids, ids to text, stops, limits.
+
+Reads the model folder's chat format through `ChatFormat`; the other half is a `StepModel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+
+from ...prompt import ChatFormat
+from .base import Chunk, FinishReason, InvalidPromptError, Message, PromptTooLongError, Sampling
+from .batch import Batcher, Job, StepModel
+from .sampling import Sampler, with_defaults
+from .text import StopCutter
+
+logger = logging.getLogger(__name__)
+
+# Longer prompts are tokenised in a thread, so that other streams do not stand still.
+_LONG_PROMPT = 20_000
+
+
+class TokenEngine:
+    """An engine made of a chat format and a step model; see `base.Engine`."""
+
+    def __init__(
+        self,
+        name: str,
+        chat: ChatFormat,
+        model: StepModel,
+        *,
+        slots: int,
+        defaults: Sampling,
+    ) -> None:
+        self.name = name
+        self.context_length = chat.context_length
+        self._chat = chat
+        self._defaults = defaults
+        self._batcher = Batcher(model, slots=slots)
+
+    @property
+    def active(self) -> int:
+        """Answers being written or waiting for their turn."""
+        return self._batcher.active
+
+    async def stream(
+        self, messages: Sequence[Message], sampling: Sampling
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer in chunks. Raises InvalidPromptError before the first one."""
+        job = await self._start(messages, sampling)
+        writer = _Writer(self._chat, job.stop_ids, sampling.stop)
+        text = ""
+        try:
+            while writer.reason is None and (token := await job.next()) is not None:
+                text = writer.push(token)
+                if text and writer.reason is None:
+                    yield Chunk(text, None, len(job.ids), writer.count)
+                    text = ""
+            rest = text + writer.finish()
+            yield Chunk(rest, writer.reason or "length", len(job.ids), writer.count)
+        finally:
+            self._batcher.cancel(job)
+
+    async def close(self) -> None:
+        """Stop the owner thread; unfinished answers fail."""
+        await asyncio.to_thread(self._batcher.close)
+
+    async def _start(self, messages: Sequence[Message], sampling: Sampling) -> Job:
+        ids = await self._encode(messages)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise PromptTooLongError(len(ids), self.context_length)
+        own = () if sampling.ignore_eos else self._chat.stop_token_ids
+        stop_ids = frozenset((*own, *sampling.stop_token_ids))
+        sampler = Sampler(with_defaults(sampling, self._defaults))
+        job = Job(ids, min(sampling.max_new_tokens, room), sampler, stop_ids)
+        self._batcher.submit(job)
+        return job
+
+    async def _encode(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            if sum(len(str(m.get("content"))) for m in messages) > _LONG_PROMPT:
+                return await asyncio.to_thread(self._chat.encode_prompt, messages)
+            return self._chat.encode_prompt(messages)
+        except ValueError as error:
+            raise InvalidPromptError(str(error)) from None
+
+
+class _Writer:
+    """Text of one answer: decodes ids, ends at a stop token or a stop string."""
+
+    def __init__(
+        self, chat: ChatFormat, stop_ids: frozenset[int], stop_texts: Sequence[str]
+    ) -> None:
+        self.count = 0
+        self.reason: FinishReason | None = None
+        self._stop_ids = stop_ids
+        self._decoder = chat.stream_decoder()
+        self._cutter = StopCutter(stop_texts)
+
+    def push(self, token: int) -> str:
+        """The text that may be sent now that `token` has come."""
+        self.count += 1
+        if token in self._stop_ids:
+            self.reason = "stop"
+            return ""
+        return self._cut(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What is left at the end of the answer."""
+        if self._cutter.hit:
+            return ""
+        text = self._cut(self._decoder.flush())
+        return text + self._cutter.flush()
+
+    def _cut(self, text: str) -> str:
+        safe = self._cutter.push(text)
+        if self._cutter.hit:
+            self.reason = "stop"
+        return safe

@@ -1,0 +1,131 @@
+"""The `transformers` engine: a Hugging Face model folder, on the GPU where there is one.
+
+Reads the model folder. Rows share one left-padded key/value cache; a new answer is read alone
+and then joins the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from ...errors import StageError
+from ...prompt import ChatFormat
+from .sampling import Logits, defaults_of
+from .tokens import TokenEngine
+
+logger = logging.getLogger(__name__)
+
+
+def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
+    """Load the folder; raises StageError when it holds no model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads or 1)
+    dtype = _dtype_for(device)
+    chat = ChatFormat.from_folder(model_dir)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{model_dir} holds no model that can be loaded ({error}); "
+            "train it again with: phi3 train"
+        ) from None
+    logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
+    rows = CachedRows(model.to(device).eval())
+    return TokenEngine("transformers", chat, rows, slots=slots, defaults=defaults_of(model_dir))
+
+
+def _dtype_for(device: torch.device) -> torch.dtype:
+    """bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+class CachedRows:
+    """A step model over one `DynamicCache`, padded on the left; see `batch.StepModel`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._device: torch.device = model.device
+        self.reset()
+
+    def has_room(self, length: int) -> bool:  # noqa: ARG002 - the protocol's signature
+        """The cache grows as needed; the number of slots is the limit."""
+        return True
+
+    def reset(self) -> None:
+        """Remove all rows."""
+        self._cache = DynamicCache()
+        self._mask = torch.zeros((0, 0), dtype=torch.long, device=self._device)
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:  # noqa: ARG002 - see has_room
+        """Read the prompt alone, then append its row to the others."""
+        prompt = torch.tensor([list(ids)], device=self._device)
+        cache, mask = DynamicCache(), torch.ones_like(prompt)
+        logits = self._forward(prompt, mask, cache)
+        if not self._mask.shape[0]:
+            self._cache, self._mask = cache, mask
+        else:
+            self._join(cache, mask)
+        row: Logits = logits[0]
+        return row
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to every row."""
+        column = torch.tensor(tokens, device=self._device)[:, None]
+        self._mask = torch.cat([self._mask, torch.ones_like(column)], dim=1)
+        return self._forward(column, self._mask, self._cache)
+
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place. Columns that are padding everywhere go."""
+        rows = self._mask.shape[0]
+        if rows == 1:
+            self.reset()
+            return
+        kept = list(range(rows - 1))
+        if row != rows - 1:
+            kept[row] = rows - 1
+        self._mask = self._mask[kept]
+        first = int(self._mask.argmax(dim=1).min())
+        self._mask = self._mask[:, first:]
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[kept][:, :, first:]
+            layer.values = layer.values[kept][:, :, first:]
+
+    @torch.inference_mode()
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Logits:
+        positions = mask.cumsum(dim=1)[:, -ids.shape[1] :] - 1
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Logits = output.logits[:, -1].float().cpu().numpy()
+        return logits
+
+    def _join(self, cache: Any, mask: torch.Tensor) -> None:
+        width = max(self._mask.shape[1], mask.shape[1])
+        self._mask = torch.cat([_pad(self._mask, 1, width), _pad(mask, 1, width)])
+        for mine, new in zip(self._cache.layers, cache.layers, strict=True):
+            mine.keys = torch.cat([_pad(mine.keys, 2, width), _pad(new.keys, 2, width)])
+            mine.values = torch.cat([_pad(mine.values, 2, width), _pad(new.values, 2, width)])
+
+
+def _pad(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+    """Zeros in front along `dim` up to `width`."""
+    missing = width - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)

@@ -1,0 +1,122 @@
+"""Converts a model folder to the ONNX folder that the `ort-genai` engine serves.
+
+Reads a Hugging Face model folder; writes model.onnx, genai_config.json and a copy of the chat
+format's files. The folder appears whole or not at all; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import MissingExtraError, StageError
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "int4"]
+
+# Builder options: only the last position's logits are ever read; no look into the user's
+# Hugging Face login.
+_OPTIONS = ("prune_lm_head=true", "hf_token=false")
+# What ChatFormat reads, and what other programs expect beside it: byte for byte the originals.
+_COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+
+
+def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -> dict[str, Any]:
+    """Convert `model_dir` to `out_dir`, replacing what was there.
+
+    Returns path, precision, bytes, seconds. Raises StageError with the builder's last words.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise StageError(
+            f"{model_dir} is not a model folder (no config.json); make one with: phi3 train"
+        )
+    started = time.monotonic()
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as scratch:
+        built = Path(scratch) / "built"
+        _build(model_dir, built, precision, cache=Path(scratch) / "cache")
+        for name in _COPIED:
+            if (model_dir / name).is_file():
+                shutil.copyfile(model_dir / name, built / name)
+        _replace(out_dir, built, Path(scratch) / "old")
+    size = sum(file.stat().st_size for file in out_dir.iterdir())
+    seconds = round(time.monotonic() - started, 2)
+    logger.info("converted %s to %s (%s, %d bytes)", model_dir, out_dir, precision, size)
+    return {"path": str(out_dir), "precision": precision, "bytes": size, "seconds": seconds}
+
+
+def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path) -> None:
+    said = io.StringIO()
+    try:
+        with _captured(said):
+            from onnxruntime_genai.models import builder
+
+            common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))
+            options = builder.parse_extra_options(*common, list(_OPTIONS))
+            builder.create_model(*common, **options)
+    except ImportError as error:
+        raise MissingExtraError(error.name or "onnxruntime-genai", "local") from None
+    except Exception as error:
+        # The builder raises whatever its parts raise, plain Exception included.
+        logger.debug("the builder said:\n%s", said.getvalue(), exc_info=True)
+        raise StageError(
+            f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
+            "Serve it without conversion with: serve.engine=transformers"
+        ) from None
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+
+
+class _ThreadTee(io.TextIOBase):
+    """Takes what one thread writes; lets other threads (a progress display) through."""
+
+    def __init__(self, sink: io.StringIO, other: Any) -> None:
+        self._sink = sink
+        self._other = other
+        self._owner = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        stream = self._sink if threading.get_ident() == self._owner else self._other
+        return int(stream.write(text) or 0)
+
+    def flush(self) -> None:
+        self._other.flush()
+
+    def isatty(self) -> bool:
+        return bool(self._other.isatty())
+
+    def fileno(self) -> int:
+        return int(self._other.fileno())
+
+
+@contextlib.contextmanager
+def _captured(sink: io.StringIO) -> Iterator[None]:
+    """Keep this thread's prints off the user's screen."""
+    out, err = sys.stdout, sys.stderr
+    with (
+        contextlib.redirect_stdout(_ThreadTee(sink, out)),
+        contextlib.redirect_stderr(_ThreadTee(sink, err)),
+    ):
+        yield

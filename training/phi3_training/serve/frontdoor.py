@@ -1,0 +1,240 @@
+"""Imitates the front door of an Azure ML online endpoint, as plain ASGI around the application.
+
+Reads and answers headers: ids, key, deployment, model time, the 424 wrapper. Logs one line per
+request: never a body, a header's value other than a checked id, or a path that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+
+import anyio
+
+from .asgi import App, Header, Message, Receive, Scope, Send, encoded, header, respond
+from .auth import BearerKey
+from .config import ServerConfig
+from .limits import (
+    BodyTooLargeError,
+    ClientGoneError,
+    Pending,
+    TooManyPendingError,
+    drain,
+    read_body,
+    replay,
+)
+
+logger = logging.getLogger(__name__)
+
+_ID = re.compile(r"[ -~]+")
+_MOST_ID = 100
+_PATHS = frozenset(
+    {"/", "/score", "/swagger.json", "/chat/completions", "/v1/chat/completions", "/v1/models"}
+)
+_TEXT, _JSON = "text/plain", "application/json"
+_STREAM = b"text/event-stream"
+_TIMEOUT = b"upstream request timeout"
+
+
+class FrontDoor:
+    """Lets a request in, times it, and dresses the answer as Azure ML does."""
+
+    def __init__(self, app: App, *, key: str, config: ServerConfig) -> None:
+        self._app = app
+        self._key = BearerKey(key)
+        self._config = config
+        self._seconds = config.request_timeout_ms / 1000
+        self.pending = Pending(config.max_concurrent_requests_per_instance)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        visit = _Visit(scope, send, self._config.deployment)
+        try:
+            await self._serve(visit, receive)
+        except ClientGoneError:
+            visit.leave()
+        except Exception as error:  # noqa: BLE001 - the last place that can answer
+            _log_failure(error)
+            await visit.refuse(500, b'{"error":{"message":"internal error"}}', _JSON)
+        finally:
+            visit.log()
+
+    async def _serve(self, visit: _Visit, receive: Receive) -> None:
+        refusal = self._refusal(visit) or await self._attempt(visit, receive)
+        if refusal is not None:
+            await drain(receive)
+            await visit.refuse(*refusal)
+
+    async def _attempt(self, visit: _Visit, receive: Receive) -> Refusal | None:
+        """Let the application answer; what the front door says where that is not possible."""
+        try:
+            if visit.scope["method"] == "POST":
+                with self.pending.place():
+                    await self._pass_on(visit, receive, await self._body(visit, receive))
+            else:
+                await self._pass_on(visit, receive, b"")
+        except TooManyPendingError:
+            return 429, b"", _TEXT, [_reason("too_many_pending_request")]
+        except BodyTooLargeError:
+            limit = self._config.max_request_bytes
+            return 413, f"The request is over {limit} bytes.".encode(), _TEXT
+        except TimeoutError:
+            return 408, _TIMEOUT, _TEXT
+        return None
+
+    async def _body(self, visit: _Visit, receive: Receive) -> bytes:
+        declared = header(visit.scope, "content-length")
+        with anyio.fail_after(self._seconds):
+            return await read_body(receive, declared, self._config.max_request_bytes)
+
+    def _refusal(self, visit: _Visit) -> Refusal | None:
+        """What the front door says before anything is read, if it does not let the request in."""
+        scope = visit.scope
+        if visit.bad_id:
+            text = f"{visit.bad_id} must be at most {_MOST_ID} ASCII characters."
+            return 431, text.encode(), _TEXT
+        if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+            return None
+        if not self._key.matches(header(scope, "authorization")):
+            return 401, _UNAUTHORIZED, _JSON, [("www-authenticate", "Bearer")]
+        wanted = header(scope, "azureml-model-deployment")
+        if wanted is not None and wanted.strip() != self._config.deployment:
+            return 404, b"Specified traffic group could not be found", _TEXT
+        return None
+
+    async def _pass_on(self, visit: _Visit, receive: Receive, body: bytes) -> None:
+        """Run the application until it answers, the time is up, or the client leaves."""
+        visit.entered = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            group.start_soon(_watch, visit, receive, group.cancel_scope)
+            with anyio.move_on_after(self._seconds) as deadline:
+                await self._app(visit.scope, replay(body), visit.send)
+            group.cancel_scope.cancel()
+        if deadline.cancelled_caught:
+            await visit.time_out()
+
+
+Refusal = tuple[int, bytes, str] | tuple[int, bytes, str, list[Header]]
+
+_UNAUTHORIZED = json.dumps(
+    {
+        "error": {
+            "code": "key_auth_access_denied",
+            "status": 401,
+            "message": "The key is missing or wrong; send it as: Authorization: Bearer KEY",
+        }
+    }
+).encode()
+
+
+def _reason(reason: str) -> Header:
+    return ("ms-azureml-model-error-reason", reason)
+
+
+async def _watch(visit: _Visit, receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    visit.leave()
+    scope.cancel()
+
+
+class _Visit:
+    """One request and its answer on the way out."""
+
+    def __init__(self, scope: Scope, send: Send, deployment: str) -> None:
+        self.scope = scope
+        self.started = time.perf_counter()
+        self.entered: float | None = None
+        self.status: int | str | None = None
+        self.bad_id = ""
+        self._send = send
+        self._streaming = False
+        self._ended = False
+        client = self._id("x-ms-client-request-id")
+        self._request_id = self._id("x-request-id") or str(uuid.uuid4())
+        self._headers = [
+            ("x-request-id", self._request_id),
+            ("azureml-model-deployment", deployment),
+        ]
+        if client:
+            self._headers.append(("x-ms-client-request-id", client))
+
+    def _id(self, name: str) -> str | None:
+        value = header(self.scope, name)
+        if value and (len(value) > _MOST_ID or not _ID.fullmatch(value)):
+            self.bad_id = name
+            return None
+        return value or None
+
+    async def send(self, message: Message) -> None:
+        """The application's `send`: adds headers, and wraps a status other than 200 in 424."""
+        if message["type"] == "http.response.start":
+            message = {**message, **self._dress(message)}
+        else:
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    def _dress(self, message: Message) -> Message:
+        inner, headers = message["status"], list(message.get("headers", ()))
+        self._streaming = any(name == b"content-type" and _STREAM in v for name, v in headers)
+        extra = [*self._headers, ("ms-azureml-model-time", f"{self._model_ms():.0f}")]
+        self.status = inner
+        if inner != 200 and not self.scope.get("phi3.bare"):
+            self.status = 424
+            extra.append(("ms-azureml-model-error-statuscode", str(inner)))
+            extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
+        return {"status": self.status, "headers": [*headers, *encoded(extra)]}
+
+    def _model_ms(self) -> float:
+        return 1000 * (time.perf_counter() - (self.entered or self.started))
+
+    async def refuse(
+        self, status: int, body: bytes, content_type: str, headers: list[Header] | None = None
+    ) -> None:
+        """Answer in the front door's own name, unless an answer has begun."""
+        if self.status is not None:
+            return
+        self.status = status
+        every = [*self._headers, *(headers or [])]
+        await respond(self._send, status, body, content_type, headers=every)
+
+    def leave(self) -> None:
+        """Note that the client went away before its answer was complete."""
+        if not self._ended:
+            self.status = f"{self.status or 'no answer'}, client left"
+
+    async def time_out(self) -> None:
+        """408, or, where a stream has begun, an error event at its end."""
+        if self.status is None:
+            await self.refuse(408, _TIMEOUT, _TEXT)
+        elif not self._ended and self._streaming:
+            self.status = f"{self.status}, timed out"
+            event = {"error": {"code": "timeout", "message": _TIMEOUT.decode()}}
+            body = f"data: {json.dumps(event)}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        """One line: what, how it ended, how long, which request."""
+        path = self.scope["path"] if self.scope["path"] in _PATHS else "(another path)"
+        logger.info(
+            "%s %s %s %.0f ms id=%s",
+            self.scope["method"],
+            path,
+            self.status,
+            1000 * (time.perf_counter() - self.started),
+            self._request_id,
+        )
+
+
+def _log_failure(error: BaseException) -> None:
+    """Where it happened, not what it says: messages can hold a caller's text."""
+    while inner := getattr(error, "exceptions", None):  # an exception group
+        error = inner[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}:{frame.lineno}"
+    logger.error("internal error: %s at %s", type(error).__name__, where)

@@ -1,0 +1,210 @@
+"""Starts the endpoint as a process that outlives its parent, and stops exactly that process.
+
+Writes the settings and status files beside the log (mode 0600). The key travels through a pipe.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..errors import StageError
+from ..run import write_atomically
+from .config import ServerConfig
+
+_MODULE = "phi3_training.serve"
+_POLL_SECONDS = 0.05
+_PROBE_SECONDS = 2.0
+_SHOWN_LINES = 12
+# The system rounds the moment a process was created; two processes with one pid lie further apart.
+_SAME_SECONDS = 1.0
+
+# Children of this process: kept so that their end can be collected.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True)
+class Started:
+    """A running endpoint; pid and create_time together name the process."""
+
+    pid: int
+    create_time: float
+    port: int
+    endpoint: str
+
+
+def start(
+    config: ServerConfig,
+    *,
+    key: str,
+    log_path: Path,
+    upstream_key: str | None = None,
+    wait_seconds: float = 300.0,
+) -> Started:
+    """Start a server and wait until it answers.
+
+    Raises StageError with the log's last lines when it ends or does not answer in time.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    status_file = log_path.with_suffix(".status.json").absolute()
+    status_file.unlink(missing_ok=True)
+    settings = log_path.with_suffix(".settings.json").absolute()
+    write_atomically(settings, config.model_copy(update={"status_file": status_file}).to_json())
+    process = _spawn(settings, log_path, f"{key}\n{upstream_key or ''}\n")
+    try:
+        status = _wait(process, status_file, config, log_path, wait_seconds)
+    except BaseException:  # Ctrl-C too: a server that nobody knows of must not stay
+        _end(process)
+        raise
+    _children[process.pid] = process
+    port = int(status["port"])
+    endpoint = f"http://{_reachable(config.host)}:{port}/score"
+    return Started(process.pid, float(status["create_time"]), port, endpoint)
+
+
+def alive(pid: int, create_time: float) -> bool:
+    """Whether that very server still runs."""
+    return _find(pid, create_time) is not None
+
+
+def stop(pid: int, create_time: float, timeout: float = 40.0) -> bool:
+    """Stop that very server: SIGTERM, after `timeout` seconds SIGKILL. False: it did not run."""
+    process = _find(pid, create_time)
+    if process is None:
+        _collect(pid)
+        return False
+    try:
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except psutil.TimeoutExpired:
+            process.kill()
+            process.wait(timeout)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:
+        raise StageError(
+            f"The endpoint's process {pid} does not end, not even by SIGKILL"
+        ) from None
+    _collect(pid)
+    return True
+
+
+def _find(pid: int, create_time: float) -> psutil.Process | None:
+    """The process, if pid, moment of creation and command line all fit."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - create_time) < _SAME_SECONDS
+        if same and process.status() != psutil.STATUS_ZOMBIE and _MODULE in process.cmdline():
+            return process
+    except psutil.Error:
+        pass
+    return None
+
+
+def _collect(pid: int) -> None:
+    child = _children.pop(pid, None)
+    if child is not None:
+        child.poll()
+
+
+def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]:
+    descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    command = [sys.executable, "-m", _MODULE, "--config", str(settings), "--key-stdin"]
+    try:
+        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+            command,
+            stdin=subprocess.PIPE,
+            stdout=descriptor,
+            stderr=descriptor,
+            cwd=log_path.parent,
+            env=_environment(),
+            # A session of its own: closing the terminal or Ctrl-C there does not reach it.
+            **_detached(),
+        )
+    finally:
+        os.close(descriptor)
+    assert process.stdin is not None  # noqa: S101 - for mypy: stdin is a pipe
+    try:
+        process.stdin.write(keys.encode())
+        process.stdin.close()
+    except OSError:  # it ended at once; `_wait` says why
+        pass
+    return process
+
+
+def _detached() -> dict[str, Any]:
+    if os.name == "nt":
+        flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
+        return {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
+    return {"start_new_session": True}
+
+
+def _environment() -> dict[str, str]:
+    """Ours without the keys, finding our package also where it runs uninstalled."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3_")}
+    package_home = str(Path(__file__).resolve().parents[2])
+    paths = [package_home, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    absolute = dict.fromkeys(str(Path(path).resolve()) for path in paths)
+    environment["PYTHONPATH"] = os.pathsep.join(absolute)
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    status_file: Path,
+    config: ServerConfig,
+    log_path: Path,
+    wait_seconds: float,
+) -> dict[str, Any]:
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise StageError(f"The endpoint did not start.{_last_lines(log_path)}")
+        if status_file.exists():
+            status: dict[str, Any] = json.loads(status_file.read_text(encoding="utf-8"))
+            if _healthy(_reachable(config.host), int(status["port"])):
+                return status
+        time.sleep(_POLL_SECONDS)
+    raise StageError(
+        f"The endpoint did not answer within {wait_seconds:.0f} seconds and was stopped."
+        f"{_last_lines(log_path)}"
+    )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - no binding
+
+
+def _healthy(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=_PROBE_SECONDS)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _last_lines(log_path: Path) -> str:
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        return f" Its log {log_path} is empty."
+    shown = "\n".join(f"  {line}" for line in lines[-_SHOWN_LINES:])
+    return f" The end of its log {log_path}:\n{shown}"

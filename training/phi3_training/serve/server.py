@@ -1,0 +1,155 @@
+"""Runs the endpoint: binds the port, loads the engine, serves until told to stop, then drains.
+
+Reads the settings file and, for the keys, its standard input or the environment; writes a status
+file with the port it got. Logs to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import uvicorn
+
+from ..errors import Phi3TrainingError, UsageError
+from ..run import write_atomically
+from .app import create_app
+from .choice import load_engine
+from .config import ServerConfig
+from .engines.base import Engine
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+# Longer than clients keep an idle connection, so that they close first.
+_KEEP_ALIVE_SECONDS = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m phi3_training.serve`; its exit status."""
+    args = _parser().parse_args(arguments)
+    _log_to_stderr()
+    try:
+        config = ServerConfig.from_file(args.config)
+        key, upstream_key = read_keys(from_stdin=args.key_stdin)
+        serve(config, key=key, upstream_key=upstream_key)
+    except Phi3TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is a command
+        return 1
+    except KeyboardInterrupt:  # Ctrl-C while the model loads
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m phi3_training.serve",
+        description="Serve a tuned model. The key comes from PHI3_KEY or standard input.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the settings, a JSON file")
+    parser.add_argument(
+        "--key-stdin",
+        action="store_true",
+        help="read the key from the first line of standard input, an upstream key from the second",
+    )
+    return parser
+
+
+def _log_to_stderr() -> None:
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr)
+    # Our own front door logs requests; other libraries log urls or bodies.
+    for name in ("uvicorn.access", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:
+    """The endpoint's key and the upstream server's, if any; both leave the environment."""
+    named = [os.environ.pop(name, "") for name in ("PHI3_KEY", "PHI3_UPSTREAM_KEY")]
+    lines = [sys.stdin.readline().strip() for _ in named] if from_stdin else ["", ""]
+    key, upstream = (line or value for line, value in zip(lines, named, strict=True))
+    if not key:
+        raise UsageError(
+            "The endpoint has no key; set PHI3_KEY, or give the key on standard input "
+            "with --key-stdin"
+        )
+    return key, upstream or None
+
+
+def serve(config: ServerConfig, *, key: str, upstream_key: str | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; returns when the running requests are finished.
+
+    Raises UsageError when the port is taken, StageError when the model cannot be loaded.
+    """
+    listener = bind(config.host, config.port)
+    try:
+        engine = load_engine(config, upstream_key=upstream_key)
+        asyncio.run(_serve(config, engine, listener, key))
+    finally:
+        listener.close()
+        if config.status_file is not None:
+            config.status_file.unlink(missing_ok=True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the port (0: any free one), not listening yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    if os.name == "posix":  # elsewhere this option would let two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"Port {port} on {host} cannot be used ({error.strerror or error}); "
+            "choose another with serve.port=PORT, or 0 for any free one"
+        ) from None
+    return listener
+
+
+async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, key: str) -> None:
+    app = create_app(engine, config, key=key)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=config.drain_seconds,
+        )
+    )
+    _ignore_repeated_signals()
+    _announce(config, listener)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        await engine.close()
+    logger.info("stopped")
+
+
+def _ignore_repeated_signals() -> None:
+    """uvicorn raises the signal that stopped it once more; by then all is done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+
+def _announce(config: ServerConfig, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    logger.info("serving %s on http://%s:%d", config.model_name, config.host, port)
+    if config.status_file is not None:
+        created = psutil.Process().create_time()
+        status = {"pid": os.getpid(), "create_time": created, "port": port}
+        write_atomically(config.status_file, json.dumps(status))
