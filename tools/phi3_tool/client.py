@@ -58,7 +58,8 @@ class _Arrival:
     """A 200: with its whole body, or still open where the caller streams."""
 
     response: requests.Response
-    body: bytes | None
+    # Not in the repr: a server may quote our own headers back at us.
+    body: bytes | None = field(repr=False)
 
     def header(self, name: str) -> str | None:
         value: str | None = self.response.headers.get(name)
@@ -301,26 +302,30 @@ class Phi3Client:
         return failure_of(response.status_code, response.headers, text, self._credential.quote)
 
     def _read(self, arrival: _Arrival, call: Call) -> Answer:
-        failure: Phi3Error
+        outcome = self._answer_in(arrival)
+        if isinstance(outcome, Answer):
+            return outcome
+        outcome.status = 200
+        raise call.dress(outcome, self._credential)
+
+    def _answer_in(self, arrival: _Arrival) -> Answer | Phi3Error:
+        """Errors are returned, so that the raw body is in no frame of their traceback."""
         try:
             payload = json.loads(arrival.body or b"")
         except (ValueError, RecursionError):
-            failure = UnreadableAnswerError(
+            return UnreadableAnswerError(
                 "The endpoint's answer is not JSON (or was cut short): check that the URL is the"
                 " scoring URI, not a web page"
             )
-        else:
-            try:
-                return read_answer(
-                    self._address.dialect,
-                    payload,
-                    reason=arrival.header(LOCAL_REASON),
-                    quote=self._credential.quote,
-                )
-            except Phi3Error as error:
-                failure = error
-        failure.status = 200
-        raise call.dress(failure, self._credential)
+        try:
+            return read_answer(
+                self._address.dialect,
+                payload,
+                reason=arrival.header(LOCAL_REASON),
+                quote=self._credential.quote,
+            )
+        except Phi3Error as error:
+            return error.with_traceback(None)
 
     def _pieces(self, response: requests.Response, call: Call) -> Generator[str, None, None]:
         failure: Phi3Error | None = None
@@ -329,7 +334,7 @@ class Phi3Client:
             lines = read_lines(body_pieces(response))
             yield from read_pieces(read_events(lines), self._credential.quote)
         except Phi3Error as error:
-            failure = error
+            failure = error.with_traceback(None)
         except (requests.RequestException, HTTPError, OSError) as error:
             broken = transport_failure(error, call, self._address, self._limits, answering=True)
             failure = broken.error

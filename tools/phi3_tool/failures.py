@@ -21,6 +21,7 @@ from .errors import (
     RequestRejectedError,
     ServiceError,
     ThrottledError,
+    UnreadableAnswerError,
     one_line,
 )
 from .retry import Retry, retry_after_seconds
@@ -57,6 +58,13 @@ def failure_of(
     says = f" The endpoint says: {said}" if said else ""
     if status == 424:
         failure = _dependency_failure(lower, said, says, quote)
+    elif 200 <= status < 300:
+        failure = Failure(
+            UnreadableAnswerError(
+                f"The endpoint answered with status {status}, which carries no answer: check that"
+                " the URL is the scoring URI of a chat model"
+            )
+        )
     elif 300 <= status < 400:
         failure = Failure(_redirect(lower))
     else:
