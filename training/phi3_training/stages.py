@@ -136,7 +136,7 @@ STAGES: tuple[Stage, ...] = (
         manifest="metrics",
         title="evaluate",
         needs=("dataset", "base", "model"),
-        inputs=lambda journey: _section(journey, "evaluate"),
+        inputs=lambda journey: [_section(journey, "evaluate"), journey.recipe.ask],
         work=_evaluate,
         summary=_metrics_summary,
     ),

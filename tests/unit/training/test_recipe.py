@@ -83,7 +83,8 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("name: a\nmodel: {name_or_path: x}\ndata: {train: []}\n", "data.train"),
         (
-            "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\nserve: {engine: upstream}",
+            "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n"
+            "serve: {engine: upstream}",
             "upstream_url",
         ),
     ],

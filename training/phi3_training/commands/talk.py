@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ConnectionSettings, Phi3Client
+from phi3_tool.connection import environment_names_endpoint
 
 from .. import console
 from ..errors import UsageError
@@ -55,9 +56,8 @@ def register(subparsers: Any) -> None:
 
 def settings_of(args: argparse.Namespace) -> ConnectionSettings:
     """Endpoint and key: from the environment, else from the run's Prompt flow connection."""
-    settings = ConnectionSettings.from_environment()
-    if settings is not None:
-        return settings
+    if environment_names_endpoint():
+        return ConnectionSettings.from_environment()
     from ..promptflow_store import read_connection
 
     connection = current_run(args).require("connection", "phi3 up")

@@ -1,0 +1,166 @@
+"""This machine as target: trains in process, registers with MLflow, serves in the background.
+
+Reads the run folder; writes run/onnx and run/endpoint.log, and starts one server process.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from ..console import ProgressCallback
+from ..recipe import Recipe
+from ..run import Run
+from ..serve import process
+from ..serve.choice import choose_engine
+from ..serve.config import ServerConfig
+from .base import Manifest, PlanLine
+
+
+class LocalTarget:
+    """The embedded default. The endpoint's key lives in the server and in this object only."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        self._keys: dict[Path, str] = {}
+
+    def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
+        """What `up` would use here; nothing is billed."""
+        engine, reason = choose_engine(recipe.serve.engine)
+        model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
+        return [
+            PlanLine("base", model),
+            PlanLine("finetune", f"{recipe.finetune.method}, on this machine"),
+            PlanLine("deploy", f"engine {engine}: {reason}"),
+            PlanLine("cost", f"nothing is billed; {run.path} and one server process are yours"),
+        ]
+
+    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Fine-tune in this process."""
+        from ..finetune import finetune
+
+        return finetune(recipe, run, progress)
+
+    def register(self, recipe: Recipe, run: Run) -> Manifest:
+        """Register with MLflow in the run folder."""
+        from ..register import register
+
+        return register(recipe.name, run)
+
+    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Start the endpoint of this run, on the port it had before where that is free.
+
+        The old endpoint, if one answers, is stopped once the model is ready to be served.
+        """
+        config, engine, reason = server_config(recipe, run, progress)
+        before = run.manifest("endpoint")
+        if before is not None:
+            process.stop(before["pid"], before["create_time"])
+        key = os.environ.get("PHI3_KEY") or secrets.token_urlsafe(32)
+        progress(0, 0, "waiting for the endpoint to answer")
+        started = process.start(
+            config,
+            key=key,
+            upstream_key=os.environ.get("PHI3_UPSTREAM_KEY"),
+            log_path=run.file("endpoint.log"),
+        )
+        self._keys[run.path] = key
+        return {
+            "target": self.name,
+            "endpoint": started.endpoint,
+            "engine": engine,
+            "pid": started.pid,
+            "create_time": started.create_time,
+            "port": started.port,
+            "deployment": config.deployment,
+            "context_length": context_length(config),
+            "log": "endpoint.log",
+            "choices": [f"engine {engine}: {reason}"],
+        }
+
+    def key(self, run: Run) -> str | None:
+        """The key of the endpoint that this object started."""
+        return self._keys.get(run.path)
+
+    def status(self, run: Run) -> Manifest:
+        """Whether the run's server process lives."""
+        endpoint = run.manifest("endpoint")
+        if endpoint is None:
+            return {"endpoint": {"state": "none"}}
+        up = process.alive(endpoint["pid"], endpoint["create_time"])
+        shown = {"url": endpoint["endpoint"], "pid": endpoint["pid"], "engine": endpoint["engine"]}
+        return {"endpoint": {"state": "up" if up else "down", **shown}}
+
+    def teardown(self, run: Run) -> list[str]:
+        """Stop the run's server; requests that it is answering are finished first."""
+        endpoint = run.manifest("endpoint")
+        if endpoint is None or not process.stop(endpoint["pid"], endpoint["create_time"]):
+            return []
+        return [f"Stopped the endpoint of {run.name}: process {endpoint['pid']}"]
+
+
+def server_config(
+    recipe: Recipe, run: Run, progress: ProgressCallback
+) -> tuple[ServerConfig, str, str]:
+    """What the server needs to serve this run's model, the engine and the reason for it.
+
+    Converts the model to ONNX where the engine wants it and that has not been done yet.
+    """
+    model = run.require("model", "phi3 train")
+    engine, reason = choose_engine(recipe.serve.engine)
+    settings = recipe.serve.model_dump(exclude={"precision"})
+    settings["engine"] = engine
+    settings["model_dir"] = run.path / model["path"]
+    if engine == "ort-genai":
+        settings["onnx_dir"] = _converted(recipe, run, model, progress)
+    before = run.manifest("endpoint") or {}
+    settings["port"] = recipe.serve.port or _free_again(before.get("port", 0))
+    settings["num_threads"] = recipe.finetune.num_threads
+    config = ServerConfig.model_validate(settings)
+    return config, engine, reason
+
+
+def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
+    """Serve the run's model in this process until a signal ends it."""
+    from ..serve.server import serve
+
+    config, _engine, _reason = server_config(recipe, run, lambda _done, _total, _text: None)
+    serve(config, key=key, upstream_key=os.environ.pop("PHI3_UPSTREAM_KEY", None))
+    return 0
+
+
+def context_length(config: ServerConfig) -> int | None:
+    """How many tokens the served model takes, for those who cut the history to it."""
+    from ..prompt import ChatFormat
+
+    if config.engine == "upstream" or config.model_dir is None:
+        return None
+    return ChatFormat.from_folder(config.model_dir).context_length or None
+
+
+def _converted(recipe: Recipe, run: Run, model: Manifest, progress: ProgressCallback) -> Path:
+    """run/onnx for exactly this model and precision."""
+    from ..serve.export import export_onnx
+
+    wanted = {"of": model["done_id"], "precision": recipe.serve.precision}
+    folder = run.path / "onnx"
+    export = run.manifest("export") or {}
+    if not folder.is_dir() or any(export.get(name) != value for name, value in wanted.items()):
+        progress(0, 0, f"converting the model to ONNX ({recipe.serve.precision})")
+        made = export_onnx(run.path / model["path"], folder, recipe.serve.precision)
+        run.write_manifest("export", {**made, **wanted, "path": "onnx"})
+    return folder
+
+
+def _free_again(port: int) -> int:
+    """The port of the last endpoint, so that clients find the next one; 0 when it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return 0
+    return port
