@@ -1,0 +1,21 @@
+"""Chats: read in any of the known formats, checked row by row, split and written into the run."""
+
+from __future__ import annotations
+
+from .check import CheckReport, FileReport, check, show
+from .conversation import Conversation, Message
+from .faults import Fault
+from .prepare import prepare
+from .read import read_conversations
+
+__all__ = [
+    "CheckReport",
+    "Conversation",
+    "Fault",
+    "FileReport",
+    "Message",
+    "check",
+    "prepare",
+    "read_conversations",
+    "show",
+]

@@ -1,0 +1,77 @@
+"""Conversation and Message: what all chat formats become, and the keys that compare them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+CARRIED = ("prompt", "prompt_id")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message; `role` is one of ROLES."""
+
+    role: str
+    content: str
+
+    def to_dict(self) -> dict[str, str]:
+        """As it is written in JSON lines."""
+        return {"role": self.role, "content": self.content}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Message:
+        """The reverse of `to_dict`."""
+        return cls(role=value["role"], content=value["content"])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked conversation, the place it was read from, and what is carried along with it."""
+
+    messages: tuple[Message, ...]
+    source: Path
+    line: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written in JSON lines; `prompt` and `prompt_id` come after the messages."""
+        return {"messages": [message.to_dict() for message in self.messages], **self.extra}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], source: Path, line: int) -> Conversation:
+        """The reverse of `to_dict`, for rows that were checked before."""
+        messages = tuple(Message.from_dict(message) for message in value["messages"])
+        extra = {key: value[key] for key in CARRIED if key in value}
+        return cls(messages, source, line, extra)
+
+    @property
+    def turns(self) -> int:
+        """How many questions it holds."""
+        return sum(message.role == "user" for message in self.messages)
+
+    def identity(self) -> bytes:
+        """Equal for conversations with exactly the same messages."""
+        return _digest(part for m in self.messages for part in (m.role, m.content))
+
+    def question_key(self) -> bytes:
+        """Equal for the same last question in the same context.
+
+        Case, spacing and closing marks do not count: a model that saw "who wrote hamlet" has
+        seen "Who wrote Hamlet?".
+        """
+        return _digest(part for m in self.messages[:-1] for part in (m.role, _normal(m.content)))
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip("?.! ")
+
+
+def _digest(parts: Iterable[str]) -> bytes:
+    # A byte that UTF-8 never has keeps ("ab", "c") and ("a", "bc") apart.
+    body = b"\xff".join(part.encode("utf-8") for part in parts)
+    return hashlib.blake2b(body, digest_size=16).digest()

@@ -1,0 +1,81 @@
+"""Faults of chat files: where, what, and what mends it. Writes the full report of a run.
+
+A `Problem` is a fault that does not know its file and line yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..run import write_atomically
+
+
+class Problem(NamedTuple):
+    """What is wrong with a row, and the mend; `column` counts characters from 1."""
+
+    kind: str
+    what: str
+    mend: str
+    column: int | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of one file. Line 0 stands for the file as a whole; `kind` is a stable name."""
+
+    path: Path
+    line: int
+    kind: str
+    what: str
+    mend: str
+    column: int | None = None
+
+    @classmethod
+    def at(cls, path: Path, line: int, problem: Problem) -> Fault:
+        """The problem, found at this place."""
+        return cls(path, line, problem.kind, problem.what, problem.mend, problem.column)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}; {self.mend}"
+
+    @property
+    def place(self) -> str:
+        """`file`, `file:line` or `file:line:column`, as editors open it."""
+        parts = [shown(self.path), *(str(n) for n in (self.line, self.column) if n)]
+        return ":".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`."""
+        return {
+            "file": str(self.path),
+            "line": self.line or None,
+            "column": self.column,
+            "kind": self.kind,
+            "what": self.what,
+            "mend": self.mend,
+        }
+
+
+def shown(path: Path) -> str:
+    """The path as a person would type it: relative where it lies below the current folder."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except (ValueError, FileNotFoundError):
+        return str(path)
+
+
+def in_order(faults: Iterable[Fault]) -> list[Fault]:
+    """Faults by file (in the order first met), then by line and column."""
+    faults = list(faults)
+    rank: dict[Path, int] = {}
+    for fault in faults:
+        rank.setdefault(fault.path, len(rank))
+    return sorted(faults, key=lambda fault: (rank[fault.path], fault.line, fault.column or 0))
+
+
+def write_report(path: Path, faults: Sequence[Fault]) -> None:
+    """Every fault, one line each, in one file."""
+    write_atomically(path, "".join(f"{fault}\n" for fault in faults))
