@@ -1,5 +1,7 @@
 """Every golden answer file, sent by a real server and read by the client."""
 
+from __future__ import annotations
+
 import pytest
 from cases import AnswerCase, answer_cases
 from stub_endpoint import Reply, StubEndpoint

@@ -1,5 +1,7 @@
 """Every golden request file against wire.build_request."""
 
+from __future__ import annotations
+
 import pytest
 from cases import RequestCase, request_cases
 

@@ -1,5 +1,7 @@
 """Every error of phi3_tool, provoked by a real server, with its time bound."""
 
+from __future__ import annotations
+
 import socket
 import threading
 import time

@@ -1,5 +1,7 @@
 """Where the key goes (to the endpoint alone) and where it must never show."""
 
+from __future__ import annotations
+
 import json
 import logging
 import traceback

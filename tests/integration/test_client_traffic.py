@@ -1,5 +1,7 @@
 """Streams, headers, pooled connections and many threads, over real sockets."""
 
+from __future__ import annotations
+
 import gc
 import json
 import logging

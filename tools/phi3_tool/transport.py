@@ -154,6 +154,8 @@ def new_session(address: Address) -> requests.Session:
 def body_pieces(response: requests.Response) -> Iterator[bytes]:
     """The body as it arrives: a piece may be of any size, and none waits for the next."""
     raw = response.raw
+    # Off by default in urllib3 1.x: a body shorter than it was promised would pass for whole.
+    raw.enforce_content_length = True
     read1 = getattr(raw, "read1", None)
     if read1 is None:  # urllib3 1.x
         yield from raw.stream(_CHUNK if getattr(raw, "chunked", False) else 1, decode_content=True)

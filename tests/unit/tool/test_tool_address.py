@@ -1,0 +1,92 @@
+"""phi3_tool.address and wire.guess_dialect: which URLs are taken, and where a key may go."""
+
+from __future__ import annotations
+
+import pytest
+
+from phi3_tool import ConfigurationError, guess_dialect
+from phi3_tool.address import is_loopback, parse_address
+
+AZURE = "https://phi3.eastus.inference.ml.azure.com"
+
+
+@pytest.mark.parametrize(
+    ("url", "dialect", "asked"),
+    [
+        (f"{AZURE}/score", "score", f"{AZURE}/score"),
+        (f" {AZURE}/score/\n", "score", f"{AZURE}/score"),
+        (f"{AZURE}/chat/completions", "openai", f"{AZURE}/chat/completions"),
+        (f"{AZURE}/v1", "openai", f"{AZURE}/v1/chat/completions"),
+        (f"{AZURE}/v1/chat/completions?v=1", "openai", f"{AZURE}/v1/chat/completions?v=1"),
+        ("http://127.0.0.1:8000/score#x", "score", "http://127.0.0.1:8000/score"),
+        ("HTTP://LOCALHOST/score", "score", "http://LOCALHOST/score"),
+        ("http://[::1]:80/v1/", "openai", "http://[::1]:80/v1/chat/completions"),
+    ],
+)
+def test_usable(url: str, dialect: str, asked: str) -> None:
+    address = parse_address(url)
+    assert (address.dialect, address.url) == (dialect, asked)
+    assert "?" not in address.shown
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        (None, "missing"),
+        ("  ", "missing"),
+        ("phi3.example.com/score", "whole URL"),
+        ("ftp://example.com/score", "whole URL"),
+        ("https:///score", "whole URL"),
+        (AZURE, "/score"),
+        (f"{AZURE}/swagger.json", "/score"),
+        ("https://ml.azure.com/endpoints/realtime/phi3/detail", "/score"),
+        ("https://user:pass@example.com/score", "user name"),
+        ("https://example.com:0/score", "host and port"),
+        ("https://example.com:99999/score", "no URL"),
+        ("https://exa mple.com/score", "spaces"),
+        ("https://exämple.com/score", "signs"),
+        ("https://example.com\\@evil.com/score", "signs"),
+        ("https://[::1/score", "no URL"),
+        ("https://example.com/score\nHost: x", "signs"),
+    ],
+)
+def test_unusable(url: object, word: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_address(url)
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["example.com", "127.0.0.1.example.com", "127.1", "0x7f000001", "2130706433", "0.0.0.1",
+     "localhost.example.com", "10.0.0.1", "[::]", "localhost."],
+)  # fmt: skip
+def test_plain_http_is_for_this_machine_alone(host: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_address(f"http://{host}/score")
+    assert "https" in str(caught.value)
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ["localhost", "127.0.0.1", "127.8.9.10", "::1"]))
+    assert not any(map(is_loopback, ["example.com", "128.0.0.1", "::2", ""]))
+
+
+def test_a_dialect_may_be_set_where_a_proxy_renames_paths() -> None:
+    assert parse_address(f"{AZURE}/my/phi3", "score").url == f"{AZURE}/my/phi3"
+    assert parse_address(f"{AZURE}/v1", "openai").url == f"{AZURE}/v1/chat/completions"
+    for url, dialect in (
+        (f"{AZURE}/score", "openai"),
+        (f"{AZURE}/v1/chat/completions", "score"),
+        (AZURE, "score"),
+        (f"{AZURE}/score", "grpc"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            parse_address(url, dialect)
+        assert "dialect" in str(caught.value)
+
+
+def test_guess_names_what_it_found() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        guess_dialect("https://example.com/predict")
+    assert "'/predict'" in str(caught.value)

@@ -1,0 +1,71 @@
+"""phi3_tool.retry: how often, how long, and whose word counts."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+
+import pytest
+
+from phi3_tool.retry import BACKOFF_CEILING, Retry, RetryBudget, retry_after_seconds
+
+
+def longest(low: float, high: float) -> float:
+    assert low == 0.0
+    return high
+
+
+def test_waits_double_up_to_a_ceiling() -> None:
+    budget = RetryBudget(8, 0.5, longest)
+    waits = [budget.next_wait(Retry.BOUNDED, None, 1e9) for _ in range(9)]
+    assert waits == [0.5, 1, 2, 4, 8, 16, BACKOFF_CEILING, BACKOFF_CEILING, None]
+
+
+def test_jitter_is_full() -> None:
+    waits = [RetryBudget(1, 10).next_wait(Retry.BOUNDED, None, 1e9) for _ in range(200)]
+    assert all(wait is not None and 0 <= wait <= 10 for wait in waits)
+    assert min(w for w in waits if w is not None) < 2 < 8 < max(w for w in waits if w is not None)
+
+
+def test_never_and_once() -> None:
+    assert RetryBudget(4, 0, longest).next_wait(Retry.NEVER, 0, 1e9) is None
+    budget = RetryBudget(4, 0, longest)
+    assert budget.next_wait(Retry.ONCE, None, 1e9) == 0
+    assert budget.next_wait(Retry.ONCE, None, 1e9) is None
+    assert budget.next_wait(Retry.BOUNDED, None, 1e9) == 0
+    assert RetryBudget(0, 0, longest).next_wait(Retry.BOUNDED, None, 1e9) is None
+
+
+def test_a_servers_wish_is_obeyed_to_a_ceiling_and_within_the_deadline() -> None:
+    assert RetryBudget(1, 0.5, longest).next_wait(Retry.BOUNDED, 7, 100) == 7
+    assert RetryBudget(1, 0.5, longest).next_wait(Retry.BOUNDED, 0, 100) == 0
+    assert RetryBudget(1, 0.5, longest).next_wait(Retry.BOUNDED, 3600, 100) == 30
+    assert RetryBudget(1, 0.5, longest).next_wait(Retry.BOUNDED, 7, 7) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3),
+        ({"retry-after": " 1.5 "}, 1.5),
+        ({"retry-after": "3", "x-ms-retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "100"}, 0.1),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "9" * 400}, None),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"x-ms-retry-after-ms": "x", "retry-after": "2"}, 2),
+    ],
+)
+def test_reading_the_header(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after_seconds(headers) == seconds
+
+
+def test_an_http_date_in_the_future() -> None:
+    moment = datetime.now(timezone.utc) + timedelta(seconds=90)
+    wait = retry_after_seconds({"retry-after": format_datetime(moment, usegmt=True)})
+    assert wait is not None
+    assert 85 < wait < 91
