@@ -69,9 +69,9 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PfHome]:
         for key, asked in ((KEY, "1: Who founded Contoso?"), (WRONG_KEY, "401")):
             done = home.python(ASK, str(flow), served.url, feed=f"{key}\n")
             assert asked in done.out, done.text
-            answered = home.pf(*test, "--inputs", "input_data=Who founded Contoso?")
-            assert answered.code == (0 if key == KEY else 1), answered.text
-            assert asked in answered.out
+        refused = home.pf(*test, "--inputs", "input_data=Who founded Contoso?")
+        assert refused.code == 1
+        assert "401" in refused.out
         assert home.pf(*batch, "refused").code == 0
         assert home.pf("connection", "show", "--name", "phi3_connection").code == 0
         home.connect(served.url, KEY)

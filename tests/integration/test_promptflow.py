@@ -67,6 +67,7 @@ def test_flow_answers_and_passes_every_setting_on(bench: Bench) -> None:
     assert (done.code, complaints(done)) == (0, [])
     assert answer(done) == {"answer": "2: Who founded Contoso?"}
     assert "WARNING" not in done.out
+    assert bench.home.processes() == []  # with README's settings no service stays behind
     sent = bench.endpoint.bodies[-1]["input_data"]
     assert sent["input_string"][0] == {"role": "system", "content": "Be brief."}
     wanted = {"temperature": 0.5, "top_p": 0.9, "max_new_tokens": 9}
@@ -136,12 +137,6 @@ def test_missing_endpoint_is_said_plainly(bench: Bench) -> None:
     assert "ServiceError" in last
     assert env["PHI3_ENDPOINT"] in last
     assert KEY not in done.text
-
-
-def test_service_is_not_left_behind(bench: Bench) -> None:
-    """With the settings README names, `pf flow test` starts no background service."""
-    bench.test("--inputs", "input_data=Hi")
-    assert bench.home.processes() == []
 
 
 def _lines(path: Path) -> list[str]:
