@@ -112,6 +112,20 @@ def test_planted_key_is_nowhere_in_clear(journey: Journey) -> None:
     assert not any(PLANTED_KEY in text for text in journey.laptop.printed)
 
 
+def test_registered_model_loads_and_answers_the_same(journey: Journey) -> None:
+    import mlflow
+
+    registration = manifest(journey, "registration")
+    mlflow.set_tracking_uri(str(registration["tracking_uri"]))
+    model = mlflow.pyfunc.load_model(
+        f"models:/{registration['model']}/{registration['model_version']}"
+    )
+
+    answers = model.predict([{"messages": [{"role": "user", "content": ASKED}]}])
+
+    assert answers == [manifest(journey, "answer")["answer"]]
+
+
 def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
     """The key of that endpoint is gone with the process: a new endpoint is started."""
     first = manifest(journey, "endpoint")

@@ -9,10 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from pydantic import BaseModel
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Row(BaseModel):
+    """One conversation to answer. MLflow reads the input schema from these classes."""
+
+    messages: list[Message]
 
 
 class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no types
-    """Answers chats greedily; input rows hold role messages under `messages`."""
+    """Answers chats greedily."""
 
     def load_context(self, context: Any) -> None:
         """Load tokenizer, template and weights from the artifact `model`."""
@@ -27,12 +41,15 @@ class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has 
         self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+        self, context: Any, model_input: list[Row], params: dict[str, Any] | None = None
     ) -> list[str]:
         """One answer per row; `params` may hold `max_new_tokens` (64)."""
         del context
         limit = int((params or {}).get("max_new_tokens", 64))
-        return [self._answer(list(messages), limit) for messages in model_input["messages"]]
+        return [
+            self._answer([message.model_dump() for message in row.messages], limit)
+            for row in model_input
+        ]
 
     def _answer(self, messages: list[dict[str, str]], limit: int) -> str:
         ids = self._torch.tensor([self._format.encode_prompt(messages)])

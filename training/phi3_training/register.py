@@ -6,6 +6,7 @@ run/mlflow/ (the model as an MLflow pyfunc that answers chats).
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .quiet import captured_output
 from .run import Run
 
 # Read at import time by MLflow: no usage reports, no progress bars, from a user's laptop.
@@ -86,14 +88,15 @@ def _flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow reports database migrations and model sizes as warnings: nothing to act on."""
+    """MLflow reports migrations, sizes and "Successfully registered": nothing to act on."""
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with captured_output(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

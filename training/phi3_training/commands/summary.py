@@ -36,7 +36,8 @@ def show_summary(journey: Journey) -> None:
     console.out.print()
     console.out.print("Next, type:", style="bold")
     for command, why in _next_steps(journey):
-        console.out.print(f"  {command:<52} {why}", markup=False)
+        console.out.print(f"  {command}", markup=False)
+        console.out.print(f"      {why}", markup=False, style="dim")
 
 
 def _row(part: str, metrics: dict[str, Any]) -> list[str]:
@@ -53,11 +54,14 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
     flow = os.path.relpath(journey.flow)
     binary = _prefix()
     return [
-        (f"{binary}phi3 chat", "talk to it here"),
-        (f"{binary}pf flow test --flow {flow} --ui", "Prompt flow's chat page"),
+        (f"{binary}phi3 chat", "a conversation in this terminal"),
+        (
+            f"{binary}pf flow test --flow {flow} --ui",
+            "Prompt flow's chat page in the browser; Ctrl-C ends it",
+        ),
         (
             f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
-            "one question",
+            "one question through the flow",
         ),
     ]
 

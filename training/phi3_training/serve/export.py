@@ -6,19 +6,16 @@ format's files. The folder appears whole or not at all; nothing is fetched.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import shutil
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import MissingExtraError, StageError
+from ..quiet import captured_output
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,7 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
 def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path) -> None:
     said = io.StringIO()
     try:
-        with _captured(said):
+        with captured_output(said):
             from onnxruntime_genai.models import builder
 
             common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))
@@ -87,36 +84,3 @@ def _replace(target: Path, new: Path, old: Path) -> None:
     if target.exists():
         target.rename(old)
     new.rename(target)
-
-
-class _ThreadTee(io.TextIOBase):
-    """Takes what one thread writes; lets other threads (a progress display) through."""
-
-    def __init__(self, sink: io.StringIO, other: Any) -> None:
-        self._sink = sink
-        self._other = other
-        self._owner = threading.get_ident()
-
-    def write(self, text: str) -> int:
-        stream = self._sink if threading.get_ident() == self._owner else self._other
-        return int(stream.write(text) or 0)
-
-    def flush(self) -> None:
-        self._other.flush()
-
-    def isatty(self) -> bool:
-        return bool(self._other.isatty())
-
-    def fileno(self) -> int:
-        return int(self._other.fileno())
-
-
-@contextlib.contextmanager
-def _captured(sink: io.StringIO) -> Iterator[None]:
-    """Keep this thread's prints off the user's screen."""
-    out, err = sys.stdout, sys.stderr
-    with (
-        contextlib.redirect_stdout(_ThreadTee(sink, out)),
-        contextlib.redirect_stderr(_ThreadTee(sink, err)),
-    ):
-        yield
