@@ -47,6 +47,8 @@ def register(subparsers: Any) -> None:
 def run_up(args: argparse.Namespace) -> int:
     """Do the journey and show what came out of it."""
     journey = journey_of(args)
+    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
+    os.environ.pop("PHI3_ENDPOINT", None)
     with journey.run.lock():
         go(journey, STAGES, again=_stages_named(args.again))
     if args.output == "json":

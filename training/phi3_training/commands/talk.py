@@ -58,11 +58,10 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
     """Endpoint and key: from the environment, else from the run's Prompt flow connection."""
     if environment_names_endpoint():
         return ConnectionSettings.from_environment()
-    from ..promptflow_store import read_connection
+    from ..promptflow_store import stored_connection
 
     connection = current_run(args).require("connection", "phi3 up")
-    endpoint, key = read_connection(connection["name"])
-    return ConnectionSettings(endpoint=endpoint, key=key)
+    return ConnectionSettings.from_connection(stored_connection(connection["name"]))
 
 
 def run_chat(args: argparse.Namespace) -> int:
