@@ -28,12 +28,10 @@ class FileReport:
     faults: tuple[Fault, ...]
 
     def __str__(self) -> str:
-        formats = ", ".join(self.formats) or "no format"
         found = _count(len(self.faults), "fault") if self.faults else "no fault"
-        return (
-            f"{shown(self.path)}: {_count(self.rows, 'conversation')} ({formats}; "
-            f"{self.several_turns} with several turns), {found}"
-        )
+        formats = f" ({', '.join(self.formats)}; {self.several_turns} with several turns)"
+        rows = _count(self.rows, "conversation") + (formats if self.rows else "")
+        return f"{shown(self.path)}: {rows}, {found}"
 
     def as_dict(self) -> dict[str, Any]:
         """For `-o json`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,22 +56,19 @@ class Conversation:
 
     def identity(self) -> bytes:
         """Equal for conversations with exactly the same messages."""
-        return _digest(part for m in self.messages for part in (m.role, m.content))
+        return _digest([part for m in self.messages for part in (m.role, m.content)])
 
     def question_key(self) -> bytes:
         """Equal for the same last question in the same context.
 
-        Case, spacing and closing marks do not count: a model that saw "who wrote hamlet" has
-        seen "Who wrote Hamlet?".
+        Case, spacing and closing marks of the question do not count: a model that was trained on
+        "who wrote hamlet" has seen "Who wrote Hamlet?".
         """
-        return _digest(part for m in self.messages[:-1] for part in (m.role, _normal(m.content)))
+        *context, question, _answer = self.messages
+        parts = [part for m in context for part in (m.role, m.content)]
+        return _digest([*parts, " ".join(question.content.casefold().split()).rstrip("?.! ")])
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip("?.! ")
-
-
-def _digest(parts: Iterable[str]) -> bytes:
-    # A byte that UTF-8 never has keeps ("ab", "c") and ("a", "bc") apart.
-    body = b"\xff".join(part.encode("utf-8") for part in parts)
-    return hashlib.blake2b(body, digest_size=16).digest()
+def _digest(parts: Sequence[str]) -> bytes:
+    # A NUL, which no checked text holds, keeps ("ab", "c") and ("a", "bc") apart.
+    return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=16).digest()
