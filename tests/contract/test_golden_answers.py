@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cases import AnswerCase, answer_cases
-from stub_endpoint import Reply, StubEndpoint
+from tests.contract.cases import AnswerCase, answer_cases
+from tests.integration.stub_endpoint import Reply, StubEndpoint
 
 import phi3_tool
 from phi3_tool import Phi3Client

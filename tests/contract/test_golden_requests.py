@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cases import RequestCase, request_cases
+from tests.contract.cases import RequestCase, request_cases
 
 import phi3_tool
 from phi3_tool.wire import build_request

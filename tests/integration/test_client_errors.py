@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from stub_endpoint import (
+from tests.integration.stub_endpoint import (
     KEY,
     OPENAI,
     QUESTION,
@@ -128,6 +128,13 @@ def drip_one_chunk(connection: socket.socket, stopping: threading.Event) -> None
         connection.sendall(b" ")
 
 
+def late_then_silent(connection: socket.socket, stopping: threading.Event) -> None:
+    """The socket's own timeout begins anew with each byte; the deadline does not."""
+    stopping.wait(0.7)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+    stopping.wait(30)
+
+
 def flood(connection: socket.socket, stopping: threading.Event) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     piece = b"1000\r\n" + b" " * 0x1000 + b"\r\n"
@@ -142,9 +149,10 @@ def flood(connection: socket.socket, stopping: threading.Event) -> None:
         Reply(body=b'{"output": "' + b"x" * 5000, drip=0.05),
         Reply(raw=drip_headers),
         Reply(raw=drip_one_chunk),
+        Reply(raw=late_then_silent),
         Reply(raw=flood),
     ],
-    ids=["silent", "dripping body", "dripping headers", "dripping chunk", "flood"],
+    ids=["silent", "drips body", "drips headers", "drips a chunk", "late then silent", "flood"],
 )
 def test_the_deadline_holds(reply: Reply) -> None:
     """Whatever a server does, a deadline of 1 s ends the call by 1.5 s, with one attempt."""
@@ -162,6 +170,22 @@ def test_the_deadline_holds_in_mid_stream() -> None:
         with within(1.5), pytest.raises(EndpointTimeoutError):
             list(client.stream(QUESTION))
         assert stub.hung_up.wait(5)
+
+
+def flood_of_events(connection: socket.socket, stopping: threading.Event) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+    while not stopping.is_set():
+        connection.sendall(b": still thinking\n\n" * 1000)
+
+
+def test_the_deadline_holds_where_data_never_pauses() -> None:
+    with (
+        StubEndpoint(Reply(raw=flood_of_events)) as stub,
+        Phi3Client(stub.url(OPENAI), KEY, deadline=0.5) as client,
+        within(1.5),
+        pytest.raises(EndpointTimeoutError),
+    ):
+        list(client.stream(QUESTION))
 
 
 def test_read_timeout_ends_a_silence() -> None:
@@ -258,7 +282,9 @@ def test_an_answer_cut_short_is_unreadable(reply: Reply) -> None:
 def test_an_endless_answer_is_refused() -> None:
     reply = Reply(chunks=tuple((0, b" " * 2**20) for _ in range(20)))
     with StubEndpoint(reply) as stub, Phi3Client(stub.url(), KEY) as client, within(5):
-        assert type(failure(client)) is UnreadableAnswerError
+        error = failure(client)
+        assert type(error) is UnreadableAnswerError
+        assert "endless" in str(error)
 
 
 def test_a_stream_broken_in_the_middle() -> None:

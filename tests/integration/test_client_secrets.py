@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stub_endpoint import KEY, QUESTION, Reply, Seen, StubEndpoint, failure, no_listener
+from tests.integration.stub_endpoint import (
+    KEY,
+    QUESTION,
+    Reply,
+    Seen,
+    StubEndpoint,
+    failure,
+    no_listener,
+)
 
 from phi3_tool import ConfigurationError, Phi3Client, Phi3Error, ServiceError
 

@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from stub_endpoint import (
+from tests.integration.stub_endpoint import (
     KEY,
     OPENAI,
     QUESTION,
