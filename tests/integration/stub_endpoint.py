@@ -6,6 +6,7 @@ It notes every request; nothing is written to disk. The few helpers at the end s
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,9 @@ class _Server(ThreadingHTTPServer):
 class StubEndpoint:
     """`with StubEndpoint(Reply(429), Reply()) as stub`: replies in turn, the last one for good."""
 
-    def __init__(self, *replies: Reply, script: Script | None = None) -> None:
+    def __init__(
+        self, *replies: Reply, script: Script | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._replies = list(replies) or [Reply()]
         self._script = script
         self._lock = threading.Lock()
@@ -77,6 +80,9 @@ class StubEndpoint:
         self.stopping = threading.Event()
         self.hung_up = threading.Event()
         self._server = _Server(("127.0.0.1", 0), self._handler())
+        self._scheme = "https" if tls else "http"
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         )
@@ -86,7 +92,7 @@ class StubEndpoint:
         return int(self._server.server_address[1])
 
     def url(self, path: str = "/score") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self._scheme}://127.0.0.1:{self.port}{path}"
 
     def __enter__(self) -> StubEndpoint:
         self._thread.start()
