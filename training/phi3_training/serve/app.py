@@ -41,6 +41,11 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
     async def refused(_request: Request, error: HTTPException) -> Response:
         return JSONResponse(error_body("Error", error.status_code, error.detail), error.status_code)
 
+    @app.exception_handler(Exception)
+    async def failed(_request: Request, _error: Exception) -> Response:
+        body = error_body("Internal Server Error", 500, "the endpoint failed; see its log")
+        return JSONResponse(body, 500)
+
     add_score(app, engine, config)
     add_openai(app, engine, config)
     return app

@@ -32,10 +32,10 @@ async def respond(
     content_type: str,
     *,
     headers: Sequence[Header] = (),
-    promised: int | None = None,
+    cut_from: int | None = None,
 ) -> None:
-    """Send a whole response; `promised` is a content length that differs from the truth."""
-    length = len(body) if promised is None else promised
+    """Send a response; with `cut_from` it claims that length and is never finished."""
+    length = len(body) if cut_from is None else cut_from
     all_headers = [("content-type", content_type), ("content-length", str(length)), *headers]
     await send({"type": "http.response.start", "status": status, "headers": encoded(all_headers)})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": cut_from is not None})

@@ -67,7 +67,8 @@ class FrontDoor:
     async def _serve(self, visit: _Visit, receive: Receive) -> None:
         refusal = self._refusal(visit) or await self._attempt(visit, receive)
         if refusal is not None:
-            await drain(receive)
+            if refusal[0] != 408:
+                await drain(receive)
             await visit.refuse(*refusal)
 
     async def _attempt(self, visit: _Visit, receive: Receive) -> Refusal | None:

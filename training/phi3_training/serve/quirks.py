@@ -81,8 +81,8 @@ async def _play(quirk: Quirk, scope: Scope, send: Send) -> None:
     elif quirk.name == "text":
         await respond(send, 200, b"<html>a forced page</html>", "text/html")
     elif quirk.name == "cut":
-        # Promises more than it sends: the server closes the connection in mid-body.
-        await respond(send, 200, b'{"output": "a forced', "application/json", promised=1000)
+        # Promises more than it sends and stops: the server closes the connection in mid-body.
+        await respond(send, 200, b'{"output": "a forced', "application/json", cut_from=1000)
     elif quirk.name == "424":
         scope["phi3.reason"] = quirk.details[1] if len(quirk.details) > 1 else "model_error"
         body = json.dumps({"error": {"message": "a forced error"}}).encode()

@@ -103,7 +103,8 @@ def serve(config: ServerConfig, *, key: str, upstream_key: str | None = None) ->
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the port (0: any free one), not listening yet."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Named explicitly: asyncio turns Nagle's delay off only where it sees the protocol's number.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     if os.name == "posix":  # elsewhere this option would let two servers share a port
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

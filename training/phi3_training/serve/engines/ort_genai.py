@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import psutil
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ...errors import StageError
 from ...prompt import ChatFormat
@@ -28,6 +29,17 @@ logger = logging.getLogger(__name__)
 # Below this size threads cost more than they bring.
 _SMALL_MODEL_BYTES = 64 * 2**20
 _LENGTH_STEP = 64
+# The library's own errors share no base class but Exception.
+_ORT_ERRORS = (
+    RuntimeError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -42,14 +54,25 @@ def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> Token
         ) from None
     chat = ChatFormat.from_folder(onnx_dir)
     threads = num_threads or _threads_for(onnx_dir)
-    model: StepModel
-    if _has_one_rope(onnx_dir):
-        model = BatchedSession(onnx_dir, config["decoder"], threads)
-    else:
-        from .ort_generator import Generators
-
-        model = Generators(onnx_dir)
+    try:
+        model = _model(onnx_dir, config["decoder"], threads)
+        # One token now: a model that the library cannot run fails before it is served.
+        model.add([chat.pad_token_id], 2)
+        model.reset()
+    except _ORT_ERRORS as error:
+        raise StageError(
+            f"ONNX Runtime cannot run the model in {onnx_dir}: {error}. "
+            "Serve it with the setting serve.engine=transformers"
+        ) from None
     return TokenEngine("ort-genai", chat, model, slots=slots, defaults=defaults_of(onnx_dir))
+
+
+def _model(onnx_dir: Path, decoder: dict[str, Any], threads: int) -> StepModel:
+    if _has_one_rope(onnx_dir):
+        return BatchedSession(onnx_dir, decoder, threads)
+    from .ort_generator import Generators
+
+    return Generators(onnx_dir)
 
 
 def _threads_for(onnx_dir: Path) -> int:

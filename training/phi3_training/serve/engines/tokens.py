@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncGenerator, Sequence
 
 from ...prompt import ChatFormat
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Longer prompts are tokenised in a thread, so that other streams do not stand still.
 _LONG_PROMPT = 20_000
+# JSON can spell these; they are no text, and the tokenizer cannot take them.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 class TokenEngine:
@@ -79,8 +82,11 @@ class TokenEngine:
         return job
 
     async def _encode(self, messages: Sequence[Message]) -> list[int]:
+        texts = "".join(str(message.get("content")) for message in messages)
+        if _HALF_CHARACTER.search(texts):
+            raise InvalidPromptError("A message holds half a character (a lone surrogate).")
         try:
-            if sum(len(str(m.get("content"))) for m in messages) > _LONG_PROMPT:
+            if len(texts) > _LONG_PROMPT:
                 return await asyncio.to_thread(self._chat.encode_prompt, messages)
             return self._chat.encode_prompt(messages)
         except ValueError as error:

@@ -1,0 +1,30 @@
+"""Session fixtures of the endpoint's tests.
+
+A plugin (`pytest_plugins = …`), so that all test modules share one taught model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from tests.integration.server_fixture import Taught, teach
+
+from phi3_training.serve.engines.base import Engine
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    """One taught model for the whole test session."""
+    return teach(tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="session")
+def engine(taught: Taught) -> Iterator[Engine]:
+    """The ort-genai engine on the taught model."""
+    from phi3_training.serve.engines import ort_genai
+
+    loaded = ort_genai.load(taught.onnx_dir, slots=40)
+    yield loaded
+    asyncio.run(loaded.close())

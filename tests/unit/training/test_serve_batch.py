@@ -1,0 +1,170 @@
+"""Continuous batching, on a step model that counts instead of computing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from phi3_training.serve.engines.base import EngineError, Sampling
+from phi3_training.serve.engines.batch import Batcher, Job
+from phi3_training.serve.engines.sampling import Logits, Sampler
+
+VOCABULARY = 1000
+
+
+class Counting:
+    """Each row says its prompt's last token + 1, + 2, …; remembers what was asked of it."""
+
+    def __init__(self, room: int = 10**6) -> None:
+        self.rows: list[int] = []
+        self.widths: list[int] = []
+        self.threads: set[str] = set()
+        self.room = room
+        self.fail = False
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def has_room(self, length: int) -> bool:
+        return length <= self.room
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:
+        self.rows.append(ids[-1])
+        return self._logits([ids[-1]])[0]
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        self.gate.wait(5)
+        self.threads.add(threading.current_thread().name)
+        self.widths.append(len(tokens))
+        if self.fail:
+            raise RuntimeError("forced")
+        assert len(tokens) == len(self.rows)
+        assert all(row < token for row, token in zip(self.rows, tokens, strict=True))
+        self.rows = list(tokens)
+        return self._logits(tokens)
+
+    def drop(self, row: int) -> None:
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+
+    def reset(self) -> None:
+        self.rows = []
+
+    def _logits(self, tokens: Sequence[int]) -> Logits:
+        logits = np.zeros((len(tokens), VOCABULARY), np.float32)
+        logits[np.arange(len(tokens)), [token + 1 for token in tokens]] = 1.0
+        return logits
+
+
+def job(first: int, limit: int = 5, stop: Sequence[int] = ()) -> Job:
+    return Job([first], limit, Sampler(Sampling(temperature=0.0)), frozenset(stop))
+
+
+async def tokens(batcher: Batcher, one: Job) -> list[int]:
+    batcher.submit(one)
+    found = []
+    while (token := await one.next()) is not None:
+        found.append(token)
+    return found
+
+
+def test_many_answers_share_steps_and_never_mix() -> None:
+    model = Counting()
+    model.gate.clear()
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(model, slots=8)
+        asyncio.get_running_loop().call_later(0.1, model.gate.set)
+        jobs = [tokens(batcher, job(20 * i, limit=3 + i % 4)) for i in range(30)]
+        try:
+            return await asyncio.gather(*jobs)
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    answers = asyncio.run(main())
+    for i, answer in enumerate(answers):
+        assert answer == [20 * i + 1 + n for n in range(3 + i % 4)]
+    assert max(model.widths) == 8, "the slots were not all used"
+    assert model.threads == {"phi3-engine"}
+    assert model.rows == []
+
+
+def test_a_stop_token_is_the_last_one() -> None:
+    async def main() -> list[int]:
+        batcher = Batcher(Counting(), slots=2)
+        try:
+            return await tokens(batcher, job(10, limit=50, stop=[13]))
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    assert asyncio.run(main()) == [11, 12, 13]
+
+
+def test_a_cancelled_answer_leaves_its_slot() -> None:
+    model = Counting()
+
+    async def main() -> list[int]:
+        batcher = Batcher(model, slots=1)
+        long = job(0, limit=900)
+        batcher.submit(long)
+        assert await long.next() == 1
+        waiting = asyncio.create_task(tokens(batcher, job(500, limit=2)))
+        batcher.cancel(long)
+        try:
+            return await asyncio.wait_for(waiting, 5)
+        finally:
+            assert batcher.active == 0
+            await asyncio.to_thread(batcher.close)
+
+    assert asyncio.run(main()) == [501, 502]
+
+
+def test_a_failure_reaches_its_callers_and_the_next_answer_works() -> None:
+    model = Counting()
+
+    async def main() -> list[int]:
+        batcher = Batcher(model, slots=2)
+        model.fail = True
+        try:
+            with pytest.raises(EngineError, match="failed while"):
+                await tokens(batcher, job(1))
+            model.fail = False
+            return await tokens(batcher, job(7, limit=2))
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    assert asyncio.run(main()) == [8, 9]
+
+
+def test_an_answer_waits_for_memory_but_not_when_alone() -> None:
+    model = Counting(room=0)
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(model, slots=4)
+        try:
+            return await asyncio.gather(*[tokens(batcher, job(100 * i)) for i in range(3)])
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    answers = asyncio.run(main())
+    assert [answer[0] for answer in answers] == [1, 101, 201]
+    assert set(model.widths) == {1}
+
+
+def test_closing_ends_what_is_unfinished() -> None:
+    async def main() -> None:
+        batcher = Batcher(Counting(), slots=1)
+        running, queued = job(0, limit=900), job(1)
+        batcher.submit(running)
+        batcher.submit(queued)
+        await running.next()
+        await asyncio.to_thread(batcher.close)
+        with pytest.raises(EngineError, match="shut down"):
+            await queued.next()
+        with pytest.raises(EngineError, match="shutting down"):
+            batcher.submit(job(2))
+
+    asyncio.run(main())
