@@ -108,6 +108,10 @@ class ChatFormat:
         plain = [token for token in ids if not self._guard.is_control(token)]
         return str(self._tokenizer.decode(plain, skip_special_tokens=True))
 
+    def control_id(self, text: str) -> int | None:
+        """The id of a control token such as "<|end|>", or None when there is none of that name."""
+        return self._guard.control_id(text)
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes ids one by one and gives whole characters back."""
         return StreamDecoder(self.decode)

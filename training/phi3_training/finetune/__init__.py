@@ -1,1 +1,33 @@
-"""Makes the base model, fine-tunes it on the prepared chats and merges the result."""
+"""Makes the base model, fine-tunes it on the prepared chats and merges the result.
+
+Reads run/data/*.jsonl; writes run/base, run/adapter, run/model and run/finetune/loss.jsonl.
+torch is imported inside the functions only, so that the package itself is cheap to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..recipe import Recipe
+from ..run import Run
+
+Progress = Callable[[int, int, str], None]
+
+
+def no_progress(_done: int, _total: int, _text: str) -> None:
+    """Shows nothing: for callers without a display."""
+
+
+def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+    """Make the tiny Phi-3, or find the weights that the recipe names; the manifest `base`."""
+    from . import base
+
+    return base.prepare_base(recipe, run, progress)
+
+
+def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+    """Fine-tune the base model on the prepared chats; the manifest `model`."""
+    from . import sft
+
+    return sft.finetune(recipe, run, progress)

@@ -1,0 +1,100 @@
+"""Where training runs and how: device, number type, threads, each with its reason; quiet libraries.
+
+Reads the recipe and what torch sees of this machine; writes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..recipe import Recipe
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_SMALL_MODEL = 50_000_000
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The resolved device, number type and threads; `choices` says why, one line each."""
+
+    device: str
+    dtype: Dtype
+    threads: int
+    choices: tuple[str, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number type as torch names it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+
+def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
+    """Decide for a model with so many parameters, on this machine."""
+    device = _device()
+    dtype, dtype_reason = _dtype(recipe.model.dtype, device)
+    threads, threads_reason = _threads(recipe.finetune.num_threads, device, parameters)
+    return Runtime(device, dtype, threads, (f"{dtype}: {dtype_reason}", threads_reason))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads; as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' progress bars and advice; our own progress says what goes on.
+
+    Errors are not touched, nor is the Hub's download bar: it is the only sign of life there.
+    """
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # peft reads a name that transformers is about to drop; no user can mend that.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
+    if wanted == "float32":
+        return "float32", "as the recipe says"
+    if wanted == "bfloat16":
+        return "bfloat16", "as the recipe says"
+    if wanted == "float16":
+        return "float16", "as the recipe says"
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "the GPU supports it"
+    if device == "cuda":
+        return "float16", "the GPU has no bfloat16"
+    return "float32", f"exact, and the fastest that every {device} computes with"
+
+
+def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:
+    if wanted is not None:
+        return wanted, f"{wanted} torch thread(s): as the recipe says"
+    if device == "cpu" and parameters < _SMALL_MODEL:
+        return 1, "1 torch thread: the model is small, more threads would wait for each other"
+    count = torch.get_num_threads()
+    return count, f"{count} torch thread(s): torch's own choice for this machine"
