@@ -13,14 +13,14 @@ $(VENV)/.up: setup.py constraints/local.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tested); name one with: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing phi3-promptflow into $(VENV) (once; a few minutes) …"
-	@$(PIP) install --quiet --constraint constraints/local.txt torch
-	@$(PIP) install --quiet --constraint constraints/local.txt --editable '.[flow,local]'
+	@$(PIP) install --quiet --quiet --constraint constraints/local.txt torch
+	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local]'
 	@touch $@
 
 # What the tests and checks need on top.
 $(VENV)/.dev: $(VENV)/.up
 	@echo "Installing the test tools …"
-	@$(PIP) install --quiet --constraint constraints/local.txt --editable '.[flow,local,dev]'
+	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local,dev]'
 	@touch $@
 
 up: $(VENV)/.up
