@@ -131,7 +131,14 @@ def _stream(
 def run_env(args: argparse.Namespace) -> int:
     """Print shell exports; made for `eval`, so nothing else goes to standard output."""
     settings = settings_of(args)
-    values = {"PHI3_ENDPOINT": settings.endpoint, "PHI3_KEY": settings.key or ""}
+    named = {
+        "PHI3_ENDPOINT": settings.endpoint,
+        "PHI3_KEY": settings.key,
+        "PHI3_DEPLOYMENT": settings.deployment,
+        "PHI3_DIALECT": settings.dialect,
+        "PHI3_CONTEXT_LENGTH": settings.context_length,
+    }
+    values = {name: str(value) for name, value in named.items() if value is not None}
     if args.output == "json":
         console.print_json(values)
     else:
