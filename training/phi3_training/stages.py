@@ -43,11 +43,8 @@ def _base_inputs(journey: Journey) -> Any:
 
 
 def _base(journey: Journey) -> Manifest:
-    from .data import read_conversations
     from .finetune import prepare_base
 
-    if journey.recipe.base is not None:
-        read_conversations(journey.recipe.base.data)  # every fault, before anything is taught
     return prepare_base(journey.recipe, journey.run, journey.progress)
 
 
