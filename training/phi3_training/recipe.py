@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -27,7 +28,26 @@ TINY = "tiny"
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
+Rule = TypeVar("Rule")
+OneOrMany = Annotated[list[Rule], BeforeValidator(lambda v: [v] if isinstance(v, dict) else v)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# The rules of the label audit (finetune/audit_rules.py says what each means).
+AuditRule = Literal[
+    "nothing-trained",
+    "everything-trained",
+    "cut-answer",
+    "no-end",
+    "pad-is-end",
+    "answer-untrained",
+    "question-trained",
+    "shifted-labels",
+    "other-tokens",
+    "empty-system",
+    "added-system",
+    "packed-mask",
+    "packed-sight",
+]
 
 
 class Section(BaseModel):
@@ -103,14 +123,55 @@ class FinetuneSection(Section):
     gradient_checkpointing: bool = False
     seed: int = 42
     num_threads: Positive | None = None
+    allow: list[AuditRule] = []
 
 
 class EvaluateSection(Section):
-    """What is asked of the base and the tuned model."""
+    """What is asked of the base and the tuned model; `canary` and `probes`: None is the shipped."""
 
     max_new_tokens: Positive = 64
     max_rows: Positive | None = None
     per_device_eval_batch_size: Positive = 32
+    canary: list[Path] | None = None
+    probes: list[Path] | None = None
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
+    confidence: Confidence = 0.95
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class GateRule(Section):
+    """One demand of the gate: a metric of a part, by how much, and how sure one must be."""
+
+    metric: Literal[
+        "exact_match",
+        "contains",
+        "token_f1",
+        "f1_over_chance",
+        "rouge_l",
+        "bleu",
+        "chrf",
+        "perplexity",
+    ]
+    part: Literal["validation", "train", "replay", "canary"] = "validation"
+    value: Annotated[float, Field(ge=0.0)] = 0.0
+    confidence: Confidence = 0.95
+
+
+class RefusalRule(Section):
+    """By how much the share of refused requests may change, either way."""
+
+    metric: Literal["refusal_rate"] = "refusal_rate"
+    part: Literal["validation", "train", "replay", "canary", "probes"] = "probes"
+    value: Share = 0.2
+    confidence: Confidence = 0.95
+
+
+class GateSection(Section):
+    """What a model must show before it is deployed; an empty list asks nothing."""
+
+    min_gain: OneOrMany[GateRule] = [GateRule(metric="f1_over_chance", value=0.02)]
+    max_regression: OneOrMany[GateRule] = [GateRule(metric="contains", part="canary", value=0.2)]
+    max_refusal_change: OneOrMany[RefusalRule] = [RefusalRule()]
 
 
 class ServeSection(Section):
@@ -149,6 +210,7 @@ class Recipe(Section):
     data: DataSection
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
     ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
@@ -235,7 +297,14 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
     content[keys[-1]] = value
 
 
-_PATH_KEYS = (("base", "data"), ("data", "train"), ("data", "validation"), ("data", "replay"))
+_PATH_KEYS = (
+    ("base", "data"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "replay"),
+    ("evaluate", "canary"),
+    ("evaluate", "probes"),
+)
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
@@ -258,6 +327,8 @@ def _missing_files(recipe: Recipe) -> list[str]:
         "data.train": recipe.data.train,
         "data.validation": recipe.data.validation,
         "data.replay": recipe.data.replay,
+        "evaluate.canary": recipe.evaluate.canary or [],
+        "evaluate.probes": recipe.evaluate.probes or [],
     }
     return [
         f"{key}: no such file: {path}"
