@@ -12,9 +12,13 @@ from .journey import Journey, Manifest, Stage, file_hashes
 
 
 def _section(journey: Journey, *names: str) -> list[Any]:
-    """The recipe's sections as plain values. Paths do not count: contents are hashed instead."""
+    """The recipe's sections as plain values.
+
+    Paths do not count: contents are hashed instead. Nor does what the label audit let pass: a
+    model trained with --allow stays trained when the next command comes without it.
+    """
     return [
-        section.model_dump(mode="json", exclude={"data", "train", "validation", "replay"})
+        section.model_dump(mode="json", exclude={"data", "train", "validation", "replay", "allow"})
         for section in (getattr(journey.recipe, name) for name in names)
         if section is not None
     ]

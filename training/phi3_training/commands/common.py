@@ -6,11 +6,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import UsageError
 from ..journey import Journey
-from ..recipe import Recipe, load_recipe
+from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run
 from ..targets import get_target
 
@@ -57,13 +57,31 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", choices=("local", "azure"), default="local", help="where to run")
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """--allow RULE of the label audit."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=get_args(AuditRule),
+        metavar="RULE",
+        help="train although the label audit's RULE is broken (repeatable; kept in the run)",
+    )
+
+
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
     target = get_target(args.on)
-    recipe = recipe_of(args.words)
+    recipe = recipe_of([*args.words, *_from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
     run = Run.open(path) if make_run else Run(path)
     return Journey(recipe, run, target, find(FLOW))
+
+
+def _from_options(args: argparse.Namespace) -> list[str]:
+    """Options that are short for keys of the recipe."""
+    allow = getattr(args, "allow", [])
+    return [f"finetune.allow=[{','.join(allow)}]"] if allow else []
 
 
 def recipe_of(words: Sequence[str]) -> Recipe:

@@ -8,7 +8,7 @@ from typing import Any
 from .. import console
 from ..journey import go
 from ..stages import stages_until
-from .common import add_command, add_recipe, journey_of
+from .common import add_allow, add_command, add_recipe, journey_of
 
 # command: (its manifest, help)
 STAGE_COMMANDS = {
@@ -31,6 +31,8 @@ def register(subparsers: Any) -> None:
             run_stage,
         )
         add_recipe(parser)
+        if name == "train":
+            add_allow(parser)
 
 
 def run_stage(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
 from .merge import new_folder, write_model
-from .rows import Conversation, encode_rows, with_casual_copies
+from .rows import Located, audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
 from .teach import Progress, Taught, teach
 from .tokenizer import BEGIN, make_tokenizer
@@ -46,14 +46,14 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]
 def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) -> dict[str, Any]:
     started = time.process_time()
     rows = [
-        [{"role": message.role, "content": message.content} for message in conversation.messages]
-        for conversation in read_conversations(base.data)
+        (f"{chats.source.name}:{chats.line}", [message.to_dict() for message in chats.messages])
+        for chats in read_conversations(base.data)
     ]
     rows = with_casual_copies(rows) if recipe.data.casual_copies else rows
     with new_folder(run.path / "base") as folder, torch_threads(1):
         size = _write_tokenizer(base, rows, folder)
         chat = ChatFormat.from_folder(folder)
-        examples = encode_rows(chat, rows, base.max_position_embeddings, "base.data")
+        _, examples, _ = audited(chat, encode_rows(chat, rows), base.max_position_embeddings)
         model = _new_model(base, size, chat)
         taught = teach(model, examples, base, chat.pad_token_id, progress)
         write_model(model, chat, folder, tokenizer_from=folder)
@@ -75,8 +75,8 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
     }
 
 
-def _write_tokenizer(base: BaseSection, rows: list[Conversation], folder: Path) -> int:
-    texts = [message["content"] for row in rows for message in row]
+def _write_tokenizer(base: BaseSection, rows: list[Located], folder: Path) -> int:
+    texts = [message["content"] for _, row in rows for message in row]
     return make_tokenizer(
         texts,
         folder,

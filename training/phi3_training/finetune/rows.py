@@ -1,4 +1,4 @@
-"""Conversations as rows to train on: reading, casual copies, tokens and the checks before training.
+"""Conversations as rows to train on: reading, casual copies, tokens and the audit before training.
 
 Reads JSON lines of `{"messages": […]}`; writes nothing.
 """
@@ -6,15 +6,15 @@ Reads JSON lines of `{"messages": […]}`; writes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import StageError
 from ..prompt import ChatFormat, Example
+from .audit import Report, Row, Seen, audit, expected_labels
 
 Conversation = list[dict[str, str]]
-
-_NAMED_ROWS = 5
+Located = tuple[str, Conversation]  # where it stands, and its messages
 
 
 def read_rows(paths: Iterable[Path]) -> list[Conversation]:
@@ -41,72 +41,67 @@ def casual_copy(conversation: Conversation) -> Conversation | None:
     return copy
 
 
-def with_casual_copies(rows: Sequence[Conversation]) -> list[Conversation]:
+def with_casual_copies(rows: Sequence[Located]) -> list[Located]:
     """The rows and their casual copies; what is already there is not added twice."""
-    seen = {_key(row) for row in rows}
+    seen = {_key(row) for _, row in rows}
     copies = []
-    for row in rows:
+    for place, row in rows:
         copy = casual_copy(row)
         if copy is not None and _key(copy) not in seen:
             seen.add(_key(copy))
-            copies.append(copy)
+            copies.append((f"{place} (casual copy)", copy))
     return [*rows, *copies]
 
 
-def encode_rows(
-    chat: ChatFormat, rows: Sequence[Conversation], max_length: int, source: str
-) -> list[Example]:
-    """The rows as token ids with their masks, checked.
+def read_located(path: Path, root: Path) -> Iterator[Located]:
+    """The conversations of a prepared file, each with its place: `data/train.jsonl:12`."""
+    shown = path.relative_to(root)
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield f"{shown}:{number}", json.loads(line)["messages"]
 
-    Raises StageError when a row cannot be written as tokens, is longer than `max_length` (its
-    answer would be cut), teaches nothing, or when every token of every row is learnt.
+
+def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
+    """Located conversations as token ids with their masks.
+
+    Raises StageError when one cannot be written as tokens, and when there is none.
     """
-    if not rows:
-        raise StageError(f"There is nothing to train on: {source} holds no conversation.")
-    examples = []
-    for number, row in enumerate(rows, start=1):
+    encoded = []
+    for place, messages in rows:
         try:
-            examples.append(chat.encode_example(row))
+            encoded.append(Row(place, messages, chat.encode_example(messages)))
         except ValueError as error:
-            raise StageError(f"{source}, conversation {number}: {error}") from None
-    _check_lengths(examples, rows, max_length, source)
-    _check_masks(examples, rows, source)
-    return examples
+            raise StageError(f"{place}: {error}") from None
+    if not encoded:
+        raise StageError("There is nothing to train on: the chats hold no conversation.")
+    return encoded
 
 
-def _check_lengths(
-    examples: Sequence[Example], rows: Sequence[Conversation], max_length: int, source: str
-) -> None:
-    long = [i for i, example in enumerate(examples) if len(example.input_ids) > max_length]
-    if long:
-        longest = max(len(examples[i].input_ids) for i in long)
-        raise StageError(
-            f"{source}: {len(long)} of {len(rows)} conversations are longer than {max_length} "
-            f"tokens (the longest has {longest}), so the end of their answers would be cut off "
-            f"and never learnt: {_named(long, rows)}. Raise data.max_length as far as the model's "
-            "context allows, or shorten them."
-        )
+def cut(example: Example, limit: int) -> Example:
+    """The first `limit` tokens: what a trainer is given of a row that is too long."""
+    return Example(example.input_ids[:limit], example.assistant_mask[:limit])
 
 
-def _check_masks(examples: Sequence[Example], rows: Sequence[Conversation], source: str) -> None:
-    empty = [i for i, example in enumerate(examples) if not any(example.assistant_mask)]
-    if empty:
-        raise StageError(
-            f"{source}: {len(empty)} of {len(rows)} conversations have no token to learn: "
-            f"{_named(empty, rows)}. Expected an answer by the assistant in each."
-        )
-    if all(all(example.assistant_mask) for example in examples):
-        raise StageError(
-            f"{source}: every token of every conversation would be learnt, questions too; the "
-            "chat template of the model does not separate answers from questions. "
-            "Use the model's original chat template."
-        )
+def audited(
+    chat: ChatFormat, rows: Sequence[Row], limit: int, allow: Collection[str] = ()
+) -> tuple[list[Row], list[Example], Report]:
+    """The rows that can be trained on, what a trainer is given of each, and the audit.
 
-
-def _named(numbers: Sequence[int], rows: Sequence[Conversation]) -> str:
-    shown = [f"conversation {i + 1} ({rows[i][0]['content'][:40]!r}…)" for i in numbers]
-    more = len(shown) - _NAMED_ROWS
-    return ", ".join(shown[:_NAMED_ROWS]) + (f" and {more} more" if more > 0 else "")
+    Raises StageError for a breach of a rule that is not allowed. Rows too long are cut where
+    that is allowed; rows that teach nothing are left out where that is allowed.
+    """
+    given = [cut(row.example, limit) for row in rows]
+    report = audit(rows, [Seen(e.input_ids, expected_labels(e)) for e in given], chat)
+    report.refuse(allow)
+    kept = [
+        (row, example)
+        for row, example in zip(rows, given, strict=True)
+        if any(example.assistant_mask)
+    ]
+    if not kept:
+        raise StageError("There is nothing to train on: no row has a token to learn.")
+    return [row for row, _ in kept], [example for _, example in kept], report
 
 
 def _key(row: Conversation) -> str:

@@ -16,11 +16,12 @@ from ..errors import StageError
 from ..prompt import ChatFormat, Example
 from ..recipe import Recipe
 from ..run import Run
+from .audit import Report, Row, audit
 from .merge import merge, write_adapter
-from .rows import encode_rows, read_rows, with_casual_copies
+from .rows import audited, encode_rows, read_located, with_casual_copies
 from .runtime import Runtime, choose_runtime, quiet_libraries, torch_threads
 from .teach import Progress
-from .trainer import LossLog, make_trainer
+from .trainer import LossLog, as_trained, make_trainer
 from .weights import base_folder, chat_format, count_weights, load_model
 
 
@@ -34,13 +35,18 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     progress(0, 0, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
-    examples, counts = _examples(recipe, run, chat)
+    rows, counts = _rows(recipe, run, chat)
+    limit = min(recipe.data.max_length, chat.context_length)
+    rows, examples, audit_report = audited(chat, rows, limit, recipe.finetune.allow)
     runtime = choose_runtime(recipe, count_weights(folder))
     _check_one_gpu()
     with torch_threads(runtime.threads):
         model = load_model(folder, _load_dtype(recipe, runtime), recipe.model.attn_implementation)
         log = LossLog(run.file("finetune", "loss.jsonl"), progress)
-        trainer = _trained(model, folder, examples, recipe, runtime, log)
+        trainer = _made(model, folder, examples, recipe, runtime, log)
+        # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
+        audit(rows, as_trained(trainer), chat).refuse(recipe.finetune.allow)
+        _train(trainer, recipe, log)
         trained = trainer.accelerator.unwrap_model(trainer.model)
         figures = _figures(trained, examples, log)
         if recipe.finetune.method == "lora":
@@ -53,6 +59,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
         f"{figures['parameters'] / 1e6:.2f} M weights, final loss {figures['final_loss']:.3f}",
         "loss_log": "finetune/loss.jsonl",
         "conversations": counts,
+        "audit": audit_report.manifest(recipe.finetune.allow),
         **figures,
         "settings": {
             **recipe.finetune.model_dump(mode="json"),
@@ -60,25 +67,26 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
             "dtype": runtime.dtype,
             "num_threads": runtime.threads,
         },
-        "choices": list(runtime.choices),
+        "choices": [*runtime.choices, *_audit_choices(audit_report)],
     }
 
 
-def _examples(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Example], dict[str, int]]:
+def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
     """The new chats, their casual copies, and the old chats that are replayed."""
-    train = read_rows([run.path / "data" / "train.jsonl"])
+    train = list(read_located(run.path / "data" / "train.jsonl", run.path))
     replay_file = run.path / "data" / "replay.jsonl"
-    replay = read_rows([replay_file] if replay_file.is_file() else [])
+    replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
     rows = with_casual_copies(train) if recipe.data.casual_copies else train
-    limit = min(recipe.data.max_length, chat.context_length)
-    examples = encode_rows(chat, rows, limit, "data.train")
-    if replay:
-        examples += encode_rows(chat, replay, limit, "data.replay")
-    return examples, {
+    return encode_rows(chat, [*rows, *replay]), {
         "train": len(train),
         "casual_copies": len(rows) - len(train),
         "replay": len(replay),
     }
+
+
+def _audit_choices(report: Report) -> list[str]:
+    found = ", ".join(f"{count} × {rule}" for rule, count in report.counts().items())
+    return [f"label audit: {found}, trained all the same as --allow says"] if found else []
 
 
 def _load_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
@@ -94,7 +102,7 @@ def _check_one_gpu() -> None:
         )
 
 
-def _trained(
+def _made(
     model: Any,
     folder: Path,
     examples: list[Example],
@@ -103,12 +111,15 @@ def _trained(
     log: LossLog,
 ) -> Any:
     try:
-        trainer = make_trainer(model, folder, examples, recipe.finetune, runtime, log)
+        return make_trainer(model, folder, examples, recipe.finetune, runtime, log)
     except ValueError as error:
         raise StageError(
             f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
             "Check finetune.target_modules (all-linear always fits)."
         ) from None
+
+
+def _train(trainer: Any, recipe: Recipe, log: LossLog) -> None:
     try:
         trainer.train()
     except torch.OutOfMemoryError:
@@ -123,7 +134,6 @@ def _trained(
             f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
             f"the loss of each step: {log.path}"
         )
-    return trainer
 
 
 def _figures(model: Any, examples: list[Example], log: LossLog) -> dict[str, Any]:

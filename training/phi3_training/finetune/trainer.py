@@ -25,10 +25,9 @@ from trl import SFTConfig, SFTTrainer
 
 from ..prompt import Example
 from ..recipe import FinetuneSection
+from .audit import IGNORED, Seen, expected_labels
 from .runtime import Runtime
 from .teach import Progress
-
-IGNORED = -100
 
 
 class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -94,15 +93,22 @@ def labelled(examples: Sequence[Example]) -> Dataset:
     return Dataset.from_dict(
         {
             "input_ids": [example.input_ids for example in examples],
-            "labels": [
-                [
-                    token if learnt else IGNORED
-                    for token, learnt in zip(example.input_ids, example.assistant_mask, strict=True)
-                ]
-                for example in examples
-            ],
+            "labels": [expected_labels(example) for example in examples],
         }
     )
+
+
+def as_trained(trainer: SFTTrainer) -> list[Seen]:
+    """The rows as the trainer hands them to the model: behind its own data set and collator."""
+    size = trainer.args.per_device_train_batch_size
+    seen = []
+    for first in range(0, len(trainer.train_dataset), size):
+        last = min(first + size, len(trainer.train_dataset))
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(first, last)])
+        parts = (batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
+        for ids, labels, real in zip(*parts, strict=True):
+            seen.append(Seen(ids[real].tolist(), labels[real].tolist()))
+    return seen
 
 
 def make_trainer(
