@@ -9,51 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     model_validator,
 )
 
 from .errors import RecipeError
+from .recipe_finetune import AuditRule as AuditRule
+from .recipe_finetune import FinetuneSection as FinetuneSection
+from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
 
 TINY = "tiny"
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0.0, le=1.0)]
-Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
-Rule = TypeVar("Rule")
-OneOrMany = Annotated[list[Rule], BeforeValidator(lambda v: [v] if isinstance(v, dict) else v)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-# The rules of the label audit (finetune/audit_rules.py says what each means).
-AuditRule = Literal[
-    "nothing-trained",
-    "everything-trained",
-    "cut-answer",
-    "no-end",
-    "pad-is-end",
-    "answer-untrained",
-    "question-trained",
-    "shifted-labels",
-    "other-tokens",
-    "empty-system",
-    "added-system",
-    "packed-mask",
-    "packed-sight",
-]
-
-
-class Section(BaseModel):
-    """Base of the recipe's sections: unknown keys are faults, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -103,27 +73,6 @@ class DataSection(Section):
     casual_copies: bool = False
     seed: int = 42
     max_length: Annotated[int, Field(ge=16)] = 2048
-
-
-class FinetuneSection(Section):
-    """Hyper-parameters under Hugging Face's names."""
-
-    method: Literal["lora", "full"] = "lora"
-    learning_rate: Rate = 2e-4
-    num_train_epochs: Positive = 3
-    per_device_train_batch_size: Positive = 4
-    gradient_accumulation_steps: Positive = 1
-    lora_r: Positive = 16
-    lora_alpha: Positive = 32
-    lora_dropout: Share = 0.0
-    target_modules: str | list[str] = "all-linear"
-    warmup_ratio: Share = 0.03
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    gradient_checkpointing: bool = False
-    seed: int = 42
-    num_threads: Positive | None = None
-    allow: list[AuditRule] = []
 
 
 class EvaluateSection(Section):
@@ -214,6 +163,16 @@ class Recipe(Section):
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
     ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
+
+    @model_validator(mode="after")
+    def _flash_packs_one_row(self) -> Recipe:
+        flash = self.model.attn_implementation == "flash_attention_2"
+        if flash and self.finetune.packing and self.finetune.per_device_train_batch_size > 1:
+            raise ValueError(
+                "flash_attention_2 keeps packed conversations apart in one row at a time only: set "
+                "finetune.per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tiny_has_base(self) -> Recipe:
