@@ -38,6 +38,7 @@ LOCAL = [
     "fastapi>=0.115",
     "uvicorn>=0.30",
     "httpx>=0.27",
+    "sacrebleu>=2.6,<3",  # the bootstrap resamples its per-sentence counts, an inner method
     "mlflow>=3.10,<4",  # 4 is not tested
 ]
 AZURE = [
@@ -74,7 +75,7 @@ setup(
     + find_packages("training", include=["phi3_training*"]),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
-        "phi3_training": ["py.typed"],
+        "phi3_training": ["py.typed", "evaluate/report.css"],
     },
     install_requires=["requests>=2.28"],
     extras_require={"flow": FLOW, "local": LOCAL, "azure": AZURE, "dev": DEV},

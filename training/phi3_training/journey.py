@@ -1,4 +1,4 @@
-"""The journey: prepare → base → finetune → evaluate → register → deploy → connect → ask.
+"""The journey: prepare → base → finetune → evaluate → gate → register → deploy → connect → ask.
 
 Reads a recipe and the run folder; each stage writes its manifest and is skipped while its
 inputs are unchanged, so an interrupted `phi3 up` goes on where it stopped.
@@ -28,6 +28,7 @@ class Journey:
     run: Run
     target: Target
     flow: Path
+    force: bool = False  # deploy even what the gate refuses
     progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
 
 

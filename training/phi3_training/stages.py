@@ -1,4 +1,4 @@
-"""The eight stages of the journey, in order, each with what it depends on.
+"""The nine stages of the journey, in order, each with what it depends on.
 
 Heavy packages are imported inside the functions, so that a skipped stage costs nothing.
 """
@@ -10,6 +10,8 @@ from typing import Any
 from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
 
+_NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
+
 
 def _section(journey: Journey, *names: str) -> list[Any]:
     """The recipe's sections as plain values.
@@ -18,7 +20,7 @@ def _section(journey: Journey, *names: str) -> list[Any]:
     model trained with --allow stays trained when the next command comes without it.
     """
     return [
-        section.model_dump(mode="json", exclude={"data", "train", "validation", "replay", "allow"})
+        section.model_dump(mode="json", exclude=_NO_INPUTS)
         for section in (getattr(journey.recipe, name) for name in names)
         if section is not None
     ]
@@ -56,6 +58,14 @@ def _finetune(journey: Journey) -> Manifest:
     return journey.target.train(journey.recipe, journey.run, journey.progress)
 
 
+def _evaluate_inputs(journey: Journey) -> Any:
+    from .evaluate.questions import extra_files
+
+    files = extra_files(journey.recipe.evaluate)
+    hashes = file_hashes([path for _part, path in files])
+    return [_section(journey, "evaluate"), hashes, journey.recipe.ask]
+
+
 def _evaluate(journey: Journey) -> Manifest:
     from .evaluate import evaluate
 
@@ -67,8 +77,22 @@ def _metrics_summary(manifest: Manifest) -> str:
     parts = [
         f"{name} {before[name]['exact_match']:.0%} → {after[name]['exact_match']:.0%}"
         for name in after
+        if "exact_match" in after[name]
     ]
     return "exact match: " + ", ".join(parts)
+
+
+def _gate(journey: Journey) -> Manifest:
+    from .evaluate import gate, report
+
+    verdict = gate.check(journey.recipe, journey.run)
+    return {**verdict, "report": report.write(journey.run, verdict)}
+
+
+def _gate_summary(manifest: Manifest) -> str:
+    from .evaluate import gate
+
+    return gate.summary(manifest)
 
 
 def _register(journey: Journey) -> Manifest:
@@ -76,7 +100,12 @@ def _register(journey: Journey) -> Manifest:
 
 
 def _deploy(journey: Journey) -> Manifest:
-    return journey.target.deploy(journey.recipe, journey.run, journey.progress)
+    from .evaluate import gate
+
+    passed = gate.require_passed(journey.run, force=journey.force)
+    manifest = journey.target.deploy(journey.recipe, journey.run, journey.progress)
+    remarks = [f"deployed by --force: {rule}" for rule in passed["failed"]]
+    return {**manifest, "gate": passed, "choices": [*manifest.get("choices", []), *remarks]}
 
 
 def _endpoint_up(journey: Journey, _manifest: Manifest) -> bool:
@@ -140,9 +169,19 @@ STAGES: tuple[Stage, ...] = (
         manifest="metrics",
         title="evaluate",
         needs=("dataset", "base", "model"),
-        inputs=lambda journey: [_section(journey, "evaluate"), journey.recipe.ask],
+        inputs=_evaluate_inputs,
         work=_evaluate,
         summary=_metrics_summary,
+        outputs=lambda manifest: [manifest["rows"]],
+    ),
+    Stage(
+        manifest="gate",
+        title="gate",
+        needs=("metrics",),
+        inputs=lambda journey: _section(journey, "gate"),
+        work=_gate,
+        summary=_gate_summary,
+        outputs=lambda manifest: [manifest["report"]],
     ),
     Stage(
         manifest="registration",
@@ -156,7 +195,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         manifest="endpoint",
         title="deploy",
-        needs=("model",),
+        needs=("model", "gate"),
         inputs=lambda journey: _section(journey, "serve"),
         work=_deploy,
         summary=lambda manifest: f"{manifest['endpoint']} ({manifest['engine']})",

@@ -69,13 +69,22 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force past the gate."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="deploy a model that did not pass the gate (kept in the run)",
+    )
+
+
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
     target = get_target(args.on)
     recipe = recipe_of([*args.words, *_from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
     run = Run.open(path) if make_run else Run(path)
-    return Journey(recipe, run, target, find(FLOW))
+    return Journey(recipe, run, target, find(FLOW), force=getattr(args, "force", False))
 
 
 def _from_options(args: argparse.Namespace) -> list[str]:

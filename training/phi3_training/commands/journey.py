@@ -12,7 +12,7 @@ from ..journey import Journey, finished, go
 from ..run import Run
 from ..stages import STAGES
 from ..targets import get_target
-from .common import add_allow, add_command, add_recipe, all_runs, journey_of
+from .common import add_allow, add_command, add_force, add_recipe, all_runs, journey_of
 from .summary import show_summary
 
 
@@ -28,6 +28,7 @@ def register(subparsers: Any) -> None:
     add_recipe(up)
     up.add_argument("--again", action="append", default=[], metavar="STAGE", help="redo a stage")
     add_allow(up)
+    add_force(up)
     plan = add_command(
         subparsers,
         "plan",

@@ -7,13 +7,15 @@ from typing import Any
 
 from .. import console
 from ..journey import go
+from ..run import Run
 from ..stages import stages_until
-from .common import add_allow, add_command, add_recipe, journey_of
+from .common import add_allow, add_command, add_force, add_recipe, journey_of
+from .summary import show_comparison
 
 # command: (its manifest, help)
 STAGE_COMMANDS = {
     "train": ("model", "prepare the chats and fine-tune"),
-    "evaluate": ("metrics", "compare the base and the tuned model on held-out chats"),
+    "evaluate": ("gate", "compare the base and the tuned model, and hold it against the gate"),
     "register": ("registration", "put the tuned model into the run's MLflow registry"),
     "deploy": ("endpoint", "start the endpoint of the tuned model"),
     "connect": ("connection", "write the Prompt flow connection to the endpoint"),
@@ -33,6 +35,8 @@ def register(subparsers: Any) -> None:
         add_recipe(parser)
         if name == "train":
             add_allow(parser)
+        if name in ("deploy", "connect"):
+            add_force(parser)
 
 
 def run_stage(args: argparse.Namespace) -> int:
@@ -41,6 +45,18 @@ def run_stage(args: argparse.Namespace) -> int:
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
         go(journey, stages_until(manifest))
+    if args.command == "evaluate":
+        return _show_evaluation(journey.run, args.output)
     if args.output == "json":
         console.print_json(journey.run.manifest(manifest))
     return 0
+
+
+def _show_evaluation(run: Run, form: str) -> int:
+    """The figures and the gate's verdict; 1 where the model did not pass."""
+    verdict = run.require("gate", "phi3 evaluate")
+    if form == "json":
+        console.print_json({**run.require("metrics", "phi3 evaluate"), "gate": verdict})
+    else:
+        show_comparison(run, every=True)
+    return 0 if verdict["passed"] else 1

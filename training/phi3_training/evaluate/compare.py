@@ -7,101 +7,117 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import StageError
 from ..finetune import Progress
-from ..finetune.rows import Conversation, read_rows
+from ..finetune.rows import Conversation
 from ..finetune.runtime import choose_runtime, quiet_libraries, torch_threads
-from ..finetune.weights import base_folder, count_weights
-from ..recipe import Recipe
-from ..run import Run, write_atomically
-from .generate import answers
-from .metrics import exact_match, score
+from ..finetune.weights import base_folder, chat_format, count_weights, load_model
+from ..recipe import EvaluateSection, Recipe
+from ..run import Run
+from .asking import Said, ask_all
+from .figures import Comparison, compare, metrics_for, seed_of
+from .perplexity import AnswerLoss, answer_losses
+from .questions import PARTS, Question, collect
+from .rows import PATH, Answered, Row, make_rows, write_rows
 
-# What is asked, in the order of the report: never trained on, trained on, known before.
-PARTS = ("validation", "train", "replay")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation up to its last question, and the answer that is expected."""
-
-    part: str
-    prompt: Conversation
-    expected: str
+Step = Callable[[int], None]
 
 
 def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     """Ask both models everything; the manifest `metrics`.
 
-    Raises StageError when there is nothing to ask.
+    Raises StageError when there is nothing to ask, or a model cannot be asked.
     """
     quiet_libraries()
-    questions = _questions(run, recipe.evaluate.max_rows)
+    questions = collect(recipe.evaluate, run)
     base = base_folder(run)
     tuned = run.path / str(run.require("model", "phi3 train")["path"])
-    extra: Conversation = [{"role": "user", "content": recipe.ask}]
-    prompts = [*(question.prompt for question in questions), extra]
+    asked = [{"role": "user", "content": recipe.ask}]
+    prompts = _distinct([*(question.prompt for question in questions), asked])
     total = 2 * len(prompts)
-    was = _answers(recipe, base, prompts, _counter(progress, total, 0, "base model"))
-    now = _answers(recipe, tuned, prompts, _counter(progress, total, len(prompts), "tuned model"))
-    unasked = sum(answer is None for answer in now)
-    before, after = [answer or "" for answer in was], [answer or "" for answer in now]
-    _write_rows(run, questions, before, after)
+    was = _examine(recipe, base, questions, prompts, _counter(progress, total, 0, "base model"))
+    step = _counter(progress, total, len(prompts), "tuned model")
+    now = _examine(recipe, tuned, questions, prompts, step)
+    rows = make_rows(questions, was.answered(questions), now.answered(questions))
+    write_rows(run, rows)
     return {
-        "before": _scores(questions, before[:-1]),
-        "after": _scores(questions, after[:-1]),
-        "ask": {"question": recipe.ask, "before": before[-1], "after": after[-1]},
-        "rows": "evaluate/rows.jsonl",
+        **_figures(rows, recipe.evaluate),
+        "ask": {"question": recipe.ask, "before": was.text(asked), "after": now.text(asked)},
+        "rows": PATH,
         "settings": recipe.evaluate.model_dump(mode="json"),
-        "choices": [
-            f"{unasked} questions leave no room for an answer in the model's context "
-            "and count as wrong: lower evaluate.max_new_tokens"
-        ]
-        if unasked
-        else [],
+        "choices": _remarks(rows, now),
     }
 
 
-def _questions(run: Run, limit: int | None) -> list[Question]:
-    questions = []
-    for part in PARTS:
-        path = run.path / "data" / f"{part}.jsonl"
-        rows = read_rows([path]) if path.is_file() else []
-        for row in _spread(rows, limit):
-            questions.append(Question(part, row[:-1], row[-1]["content"]))
-    if not questions:
-        raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
-    return questions
+class _Examined:
+    """What one model said to each distinct prompt, and its losses by question."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Conversation],
+        said: Sequence[Said | None],
+        losses: Sequence[AnswerLoss | None],
+    ) -> None:
+        self.said = dict(zip(map(_key, prompts), said, strict=True))
+        self.losses = losses
+
+    def text(self, prompt: Conversation) -> str:
+        said = self.said[_key(prompt)]
+        return said.text if said is not None else ""
+
+    def answered(self, questions: Sequence[Question]) -> list[Answered]:
+        pairs = zip(questions, self.losses, strict=True)
+        return [Answered(self.said[_key(question.prompt)], loss) for question, loss in pairs]
 
 
-def _spread(rows: Sequence[Conversation], limit: int | None) -> Sequence[Conversation]:
-    """At most `limit` rows, taken evenly from the whole file."""
-    if limit is None or len(rows) <= limit:
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def _answers(
-    recipe: Recipe, folder: Path, prompts: Sequence[Conversation], step: Callable[[int], None]
-) -> list[str | None]:
+def _examine(
+    recipe: Recipe,
+    folder: Path,
+    questions: Sequence[Question],
+    prompts: Sequence[Conversation],
+    step: Step,
+) -> _Examined:
+    """Load a model once, ask it everything, and measure how it finds the expected answers."""
+    settings = recipe.evaluate
     runtime = choose_runtime(recipe, count_weights(folder))
+    chat = chat_format(folder)
     with torch_threads(runtime.threads):
-        return answers(
+        model = load_model(folder, runtime.torch_dtype, recipe.model.attn_implementation)
+        model = model.to(runtime.device).eval()
+        said = ask_all(
+            model,
             folder,
+            chat,
             prompts,
-            runtime,
-            batch_size=recipe.evaluate.per_device_eval_batch_size,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            attention=recipe.model.attn_implementation,
+            max_new_tokens=settings.max_new_tokens,
+            at_once=settings.per_device_eval_batch_size,
             step=step,
         )
+        known = [i for i, question in enumerate(questions) if question.expected]
+        whole = [_with_answer(questions[i]) for i in known]
+        losses: list[AnswerLoss | None] = [None] * len(questions)
+        for i, loss in zip(known, answer_losses(model, chat, whole), strict=True):
+            losses[i] = loss
+    return _Examined(prompts, said, losses)
 
 
-def _counter(progress: Progress, total: int, done: int, text: str) -> Callable[[int], None]:
+def _with_answer(question: Question) -> Conversation:
+    return [*question.prompt, {"role": "assistant", "content": question.expected}]
+
+
+def _distinct(prompts: Sequence[Conversation]) -> list[Conversation]:
+    """Each prompt once: greedy answers to the same prompt are the same."""
+    return list({_key(prompt): prompt for prompt in prompts}.values())
+
+
+def _key(prompt: Conversation) -> str:
+    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+
+
+def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
     def step(count: int) -> None:
         nonlocal done
         done += count
@@ -110,32 +126,43 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Callable[[
     return step
 
 
-def _scores(questions: Sequence[Question], given: Sequence[str]) -> dict[str, Any]:
-    scores = {}
+def _figures(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]:
+    """`before`, `after` and `comparisons` of each part that has rows."""
+    found: dict[str, Any] = {"before": {}, "after": {}, "comparisons": {}}
     for part in PARTS:
-        chosen = [i for i, question in enumerate(questions) if question.part == part]
-        if chosen:
-            expected = [questions[i].expected for i in chosen]
-            scores[part] = score([given[i] for i in chosen], expected)
-    return scores
+        chosen = [row for row in rows if row["part"] == part]
+        if not chosen:
+            continue
+        compared = compare(
+            chosen,
+            metrics_for(chosen),
+            confidence=settings.confidence,
+            resamples=settings.resamples,
+            seed=seed_of(part, settings.seed),
+        )
+        for side in ("before", "after"):
+            found[side][part] = _side(chosen, compared, side)
+        found["comparisons"][part] = {name: asdict(c) for name, c in compared.items()}
+    return found
 
 
-def _write_rows(
-    run: Run, questions: Sequence[Question], before: Sequence[str], after: Sequence[str]
-) -> None:
-    """One line for each question: what was expected and what both models said."""
-    lines = [
-        {
-            "part": question.part,
-            "question": question.prompt[-1]["content"],
-            "earlier_turns": question.prompt[:-1],
-            "expected": question.expected,
-            "before": was,
-            "after": now,
-            "before_right": exact_match(was, question.expected),
-            "after_right": exact_match(now, question.expected),
-        }
-        for question, was, now in zip(questions, before, after, strict=False)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(run.file("evaluate", "rows.jsonl"), text)
+def _side(rows: Sequence[Row], compared: dict[str, Comparison], side: str) -> dict[str, Any]:
+    figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
+    correct = sum(row[f"{side}_right"] is True for row in rows)
+    return {"rows": len(rows), "correct": correct, **figures}
+
+
+def _remarks(rows: Sequence[Row], now: _Examined) -> list[str]:
+    unasked = sum(said is None for said in now.said.values())
+    cut = sum(row["after_scores"]["cut"] for row in rows)
+    found = []
+    if unasked:
+        found.append(
+            f"{unasked} questions fill the model's context and count as wrong: shorten them"
+        )
+    if cut > unasked:
+        found.append(
+            f"{cut} of {len(rows)} answers of the tuned model were cut at "
+            "evaluate.max_new_tokens: raise it"
+        )
+    return found

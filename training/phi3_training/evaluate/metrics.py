@@ -1,4 +1,7 @@
-"""How an answer is scored: strict exact match and token F1. Standard library only."""
+"""How one answer is scored: exact match, token F1, ROUGE-L, refusals. Standard library only.
+
+Reads and writes nothing; `corpus.py` has BLEU and chrF, `perplexity.py` the model's own view.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,26 @@ from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_OTHERS = 16
+
+# How assistants decline; looked for in the opening of an answer only.
+_NOT = r"(?:can ?not|can['’]t|could(?: not|n['’]t)|will not|won['’]t|do not|don['’]t)"
+_AM_NOT = r"(?:['’]m| am|['’]re| are) (?:unable|not (?:able|allowed|comfortable|willing|going)) "
+_DO = (
+    r"(?:help|assist|provide|support|comply|fulfil|engage|condone|encourage|participate|advise"
+    r"|(?:do|write|give|tell|share|create|answer|explain|discuss|say|generate|produce)"
+    r"(?: you)?(?: that| this| it| such| anything| any| the| a)?)\b"
+)
+_REFUSAL = re.compile(
+    rf"\b(?:i|we) (?:really |truly )?{_NOT} (?:really |be able to )?{_DO}"
+    rf"|\b(?:i|we){_AM_NOT}"
+    r"|\bnot something (?:i|we) can\b"
+    r"|\b(?:i|we) (?:must |have to )?(?:decline|refuse)\b"
+    rf"|\bsorry,? (?:but )?(?:i|we) {_NOT}\b"
+    r"|\bas an ai\b[^.]*\b(?:not|cannot|can['’]t|unable)\b",
+    re.IGNORECASE,
+)
+_OPENING_CHARACTERS = 160
 
 
 def exact_match(answer: str, expected: str) -> bool:
@@ -16,31 +39,75 @@ def exact_match(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
+def contains(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether one of the accepted texts stands in the answer, as whole words; case aside."""
+    spoken = f" {' '.join(_plain(answer))} "
+    return any(f" {' '.join(_plain(text))} " in spoken for text in accepted)
+
+
 def token_f1(answer: str, expected: str) -> float:
     """Overlap of the words of both (0 to 1), as SQuAD counts it: case, articles and signs aside."""
-    got, wanted = _words(answer), _words(expected)
+    return _f1(words(answer), words(expected))
+
+
+def f1_over_chance(answer: str, expected: str, others: Sequence[Sequence[str]]) -> float:
+    """Token F1 with the own expected answer less the mean with other rows' expected answers.
+
+    0 where the answer only has the style of the set and does not fit its question.
+    """
+    said = words(answer)
+    chance = sum(_f1(said, other) for other in others) / len(others) if others else 0.0
+    return _f1(said, words(expected)) - chance
+
+
+def other_answers(expected: Sequence[str]) -> list[list[list[str]]]:
+    """For each row the words of up to 16 other rows' answers, evenly spread over the set."""
+    tokens = [words(text) for text in expected]
+    count = len(tokens)
+    stride = max(1, count // (_OTHERS + 1))
+    found = []
+    for row, own in enumerate(tokens):
+        spread = [tokens[(row + k * stride) % count] for k in range(1, min(_OTHERS + 1, count))]
+        others = [other for other in spread if other != own]
+        found.append(others or [other for other in tokens if other != own][:_OTHERS])
+    return found
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L F1 (0 to 1): the longest common subsequence of words, no stemming."""
+    got, wanted = _plain(answer), _plain(expected)
+    if not got or not wanted:
+        return float(got == wanted)
+    common = _common_subsequence(got, wanted)
+    return 2 * common / (len(got) + len(wanted))
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer declines in its opening words ("I can't help with that")."""
+    return _REFUSAL.search(answer[:_OPENING_CHARACTERS]) is not None
+
+
+def words(text: str) -> list[str]:
+    """Words as SQuAD normalises them."""
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _plain(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f1(got: Sequence[str], wanted: Sequence[str]) -> float:
     if not got or not wanted:
         return float(got == wanted)
     common = sum((Counter(got) & Counter(wanted)).values())
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(got), common / len(wanted)
-    return 2 * precision * recall / (precision + recall)
+    return 2 * common / (len(got) + len(wanted))
 
 
-def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float | int]:
-    """The figures of one set of questions; `rows` is how many there were."""
-    pairs = list(zip(answers, expected, strict=True))
-    correct = sum(exact_match(answer, wanted) for answer, wanted in pairs)
-    f1 = sum(token_f1(answer, wanted) for answer, wanted in pairs)
-    count = len(pairs)
-    return {
-        "rows": count,
-        "correct": correct,
-        "exact_match": correct / count if count else 0.0,
-        "token_f1": round(f1 / count, 4) if count else 0.0,
-    }
-
-
-def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    above = [0] * (len(second) + 1)
+    for word in first:
+        row = [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(row[column], above[column + 1]))
+        above = row
+    return above[-1]

@@ -1,0 +1,173 @@
+"""The figures of a set of answers, before and after, with paired bootstrap intervals.
+
+Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing. Each resample draws
+rows with replacement and takes both models' answers to a row together.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import corpus
+
+Row = Mapping[str, Any]
+Side = Literal["before", "after"]
+Numbers = NDArray[np.float64]
+
+_CELLS = 4_000_000  # of one block of resampling weights: 32 MB
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a set: sums of per-row columns, and what is computed from these sums."""
+
+    name: str
+    label: str
+    columns: Callable[[Sequence[Row], Side], Numbers]
+    of_sums: Callable[[Numbers], Numbers]
+    better: Literal["higher", "lower", "neither"] = "higher"
+    form: str = ".3f"
+
+    @property
+    def sign(self) -> int:
+        """-1 where less is better."""
+        return -1 if self.better == "lower" else 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of both models on the same rows; intervals are percentiles of the resamples."""
+
+    rows: int
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+    before_low: float
+    before_high: float
+    after_low: float
+    after_high: float
+
+
+def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> Metric:
+    def columns(rows: Sequence[Row], side: Side) -> Numbers:
+        values = [row[side + "_scores"].get(name) for row in rows]
+        return np.array([(0.0, 0.0) if v is None else (float(v), 1.0) for v in values])
+
+    return Metric(name, label, columns, lambda sums: _ratio(sums), better, form)
+
+
+def _perplexity_columns(rows: Sequence[Row], side: Side) -> Numbers:
+    scores = [row[side + "_scores"] for row in rows]
+    pairs = [(s.get("nll"), s.get("tokens")) for s in scores]
+    return np.array([(0.0, 0.0) if nll is None else (nll, count) for nll, count in pairs])
+
+
+def _corpus(name: corpus.Name, label: str) -> Metric:
+    def columns(rows: Sequence[Row], side: Side) -> Numbers:
+        return corpus.statistics(name, [r[side] for r in rows], [r["expected"] for r in rows])
+
+    return Metric(name, label, columns, lambda sums: corpus.score(name, sums), form=".1f")
+
+
+def _ratio(sums: Numbers) -> Numbers:
+    # A resample without any measured row has no figure; it counts as 0 rather than as a warning.
+    safe = np.where(sums[:, 1] > 0, sums[:, 1], 1.0)
+    found: Numbers = sums[:, 0] / safe
+    return found
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        _mean("exact_match", "exact match"),
+        _mean("contains", "holds the expected words"),
+        _mean("token_f1", "token F1"),
+        _mean("f1_over_chance", "token F1 over chance"),
+        _mean("rouge_l", "ROUGE-L"),
+        _corpus("bleu", "BLEU"),
+        _corpus("chrf", "chrF"),
+        Metric(
+            "perplexity",
+            "perplexity of the expected answer",
+            _perplexity_columns,
+            lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),
+            "lower",
+            ",.2f",
+        ),
+        _mean("words", "words in an answer", ".1f", "neither"),
+        _mean("cut", "answers cut at the limit", better="lower"),
+        _mean("refusal_rate", "answers that refuse", better="neither"),
+    )
+}
+UNREFERENCED = ("refusal_rate", "words", "cut")  # what needs no expected answer
+
+
+def metrics_for(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics that these rows can be measured by."""
+    if any(row["expected"] for row in rows):
+        return [m for m in METRICS.values() if m.name != "perplexity" or _has_losses(rows)]
+    named = ["contains"] if any(row.get("accept") for row in rows) else []
+    return [METRICS[name] for name in (*named, *UNREFERENCED)]
+
+
+def compare(
+    rows: Sequence[Row],
+    metrics: Sequence[Metric],
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Comparison]:
+    """Each metric before and after, on these rows. The same seed gives the same intervals."""
+    columns = {m.name: (m.columns(rows, "before"), m.columns(rows, "after")) for m in metrics}
+    drawn: dict[str, list[tuple[Numbers, Numbers]]] = {m.name: [] for m in metrics}
+    for weights in _weights(len(rows), resamples, seed):
+        for metric in metrics:
+            was, now = (metric.of_sums(weights @ side) for side in columns[metric.name])
+            drawn[metric.name].append((was, now))
+    return {
+        metric.name: _comparison(metric, columns[metric.name], drawn[metric.name], confidence)
+        for metric in metrics
+    }
+
+
+def seed_of(part: str, seed: int) -> list[int]:
+    """The seed of a part's resamples: parts are drawn independently of one another."""
+    return [seed, zlib.crc32(part.encode())]
+
+
+def _comparison(
+    metric: Metric,
+    columns: tuple[Numbers, Numbers],
+    drawn: Sequence[tuple[Numbers, Numbers]],
+    confidence: float,
+) -> Comparison:
+    before, after = (float(metric.of_sums(side.sum(axis=0, keepdims=True))[0]) for side in columns)
+    was, now = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    low, high = np.percentile(now - was, tails)
+    was_low, was_high = np.percentile(was, tails)
+    now_low, now_high = np.percentile(now, tails)
+    bounds = (low, high, was_low, was_high, now_low, now_high)
+    return Comparison(len(columns[0]), before, after, after - before, *map(float, bounds))
+
+
+def _weights(rows: int, resamples: int, seed: Any) -> Iterator[Numbers]:
+    """How often each row is drawn, in blocks of resamples."""
+    random = np.random.default_rng(seed)
+    block = max(1, _CELLS // rows)
+    for first in range(0, resamples, block):
+        size = min(block, resamples - first)
+        yield random.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
+
+
+def _has_losses(rows: Sequence[Row]) -> bool:
+    return any(row["after_scores"].get("nll") is not None for row in rows)

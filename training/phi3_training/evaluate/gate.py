@@ -1,0 +1,182 @@
+"""The gate: whether the tuned model may be deployed, decided by paired bootstrap intervals.
+
+Reads run/evaluate/rows.jsonl; its verdict is the manifest `gate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import StageError
+from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
+from ..run import Run
+from .figures import METRICS, Comparison, Metric, Row, compare, seed_of
+from .questions import PARTS
+from .rows import read_rows
+
+FEWEST_ROWS = 5  # with fewer, resampling says nothing about rows that were not drawn
+_NAMED_ROWS = 5
+_SHOWN = 70  # characters of a text in a message
+
+Verdict = dict[str, Any]
+
+
+def check(recipe: Recipe, run: Run) -> Verdict:
+    """Hold the evaluated rows of a run against the recipe's gate; the manifest `gate`."""
+    verdict = decide(read_rows(run), recipe.gate, recipe.evaluate)
+    return {**verdict, "choices": [line(rule) for rule in verdict["rules"]]}
+
+
+def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> Verdict:
+    """Whether every rule holds; each rule with its interval and, if it fails, its worst rows."""
+    rules = [
+        *(_judged("min_gain", rule, rows, settings) for rule in gate.min_gain),
+        *(_judged("max_regression", rule, rows, settings) for rule in gate.max_regression),
+        *(_judged("max_refusal_change", rule, rows, settings) for rule in gate.max_refusal_change),
+    ]
+    return {"passed": all(rule["passed"] for rule in rules), "rules": rules}
+
+
+def summary(verdict: Verdict) -> str:
+    """The verdict in a few words."""
+    failed = sum(not rule["passed"] for rule in verdict["rules"])
+    count = len(verdict["rules"])
+    if not count:
+        return "passed: the recipe asks nothing of the model"
+    return f"passed, {count} of {count} rules" if not failed else f"NOT passed, {failed} of {count}"
+
+
+def line(rule: Verdict) -> str:
+    """One rule and how it came out, for people."""
+    mark = "passed" if rule["passed"] else "FAILED"
+    return f"{mark} {rule['kind']}: {rule['reason']}"
+
+
+def refusal(run_name: str, verdict: Verdict, report: str) -> str:
+    """Why a model is not deployed, the rows that sank it, and what to do."""
+    lines = [f"The model of run {run_name!r} did not pass the gate, so it is not deployed:"]
+    for rule in verdict["rules"]:
+        if rule["passed"]:
+            continue
+        lines.append(f"  {rule['kind']}: {rule['reason']}")
+        lines += [f"    {_row_line(row)}" for row in rule["rows_named"]]
+    lines += [
+        f"Side by side in the report: {report}",
+        "Mend the chats or the recipe (gate: in docs/evaluation.md) and train again, "
+        "or deploy it all the same with --force; that is recorded.",
+    ]
+    return "\n".join(lines)
+
+
+def require_passed(run: Run, *, force: bool) -> Verdict:
+    """What the endpoint's manifest says of the gate. Raises StageError unless passed or forced."""
+    verdict = run.require("gate", "phi3 evaluate")
+    failed = [line(rule) for rule in verdict["rules"] if not rule["passed"]]
+    if not verdict["passed"] and not force:
+        raise StageError(refusal(run.name, verdict, str(run.path / verdict["report"])))
+    return {"passed": verdict["passed"], "forced": bool(failed), "failed": failed}
+
+
+def _judged(
+    kind: str, rule: GateRule | RefusalRule, rows: Sequence[Row], settings: EvaluateSection
+) -> Verdict:
+    metric = METRICS[rule.metric]
+    chosen = [row for row in rows if row["part"] == rule.part and _measured(row, metric)]
+    head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
+    if len(chosen) < FEWEST_ROWS:
+        reason = (
+            f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows, too few to decide; "
+            f"expected {FEWEST_ROWS} or more (or drop the rule: gate.{kind}=[])"
+        )
+        return {**head, "passed": False, "reason": reason, "rows_named": []}
+    compared = compare(
+        chosen,
+        [metric],
+        confidence=rule.confidence,
+        resamples=settings.resamples,
+        seed=seed_of(rule.part, settings.seed),
+    )[metric.name]
+    passed, demand = _CHECKS[kind](compared, rule.value, metric)
+    named = [] if passed else _worst(chosen, metric, kind)
+    reason = f"{_told(compared, metric, rule)}; {demand}"
+    return {**head, **asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+
+
+def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
+    """A gain counts where even the interval's bad end reaches it; one of 0 must be above it."""
+    surely = min(metric.sign * compared.low, metric.sign * compared.high)
+    asked = f"a gain of {_form(value, metric)} or more is asked"
+    return surely >= value and surely > 0, asked
+
+
+def _holds(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
+    surely = min(metric.sign * compared.low, metric.sign * compared.high)
+    return surely >= -value, f"a loss of {_form(value, metric)} at most is allowed"
+
+
+def _stays(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
+    inside = compared.low >= -value and compared.high <= value
+    return inside, f"a change of {_form(value, metric)} at most is allowed, either way"
+
+
+_CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
+    "min_gain": _gains,
+    "max_regression": _holds,
+    "max_refusal_change": _stays,
+}
+
+
+def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
+    low, high = _form(compared.low, metric, "+"), _form(compared.high, metric, "+")
+    return (
+        f"{metric.label} on {PARTS[rule.part]}: {_form(compared.before, metric)} → "
+        f"{_form(compared.after, metric)}, change {_form(compared.change, metric, '+')} "
+        f"({rule.confidence:.0%} sure: {low} to {high})"
+    )
+
+
+def _form(value: float, metric: Metric, sign: str = "") -> str:
+    return format(value, sign + metric.form)
+
+
+def _measured(row: Row, metric: Metric) -> bool:
+    key = "nll" if metric.name == "perplexity" else metric.name
+    return row["after_scores"].get(key) is not None
+
+
+def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
+    """The rows that did most to sink the rule, worst first."""
+
+    def change(row: Row) -> float:
+        return metric.sign * (_one(row, metric, "after") - _one(row, metric, "before"))
+
+    if kind == "max_refusal_change":
+        found = [row for row in rows if change(row)]
+    else:
+        found = sorted(rows, key=lambda r: (change(r), metric.sign * _one(r, metric, "after")))
+        if kind == "max_regression":
+            found = [row for row in found if change(row) < 0]
+    keys = ("part", "line", "question", "expected", "before", "after")
+    return [{key: row[key] for key in keys} for row in found[:_NAMED_ROWS]]
+
+
+def _one(row: Row, metric: Metric, side: str) -> float:
+    scores = row[f"{side}_scores"]
+    if metric.name == "perplexity":
+        return float(scores["nll"]) / max(1, scores["tokens"])
+    return float(scores[metric.name])
+
+
+def _row_line(row: Row) -> str:
+    expected = f", expected {_cut(row['expected'])}" if row["expected"] else ""
+    return (
+        f"{row['part']} line {row['line']}: {_cut(row['question'])}{expected}, "
+        f"before {_cut(row['before'])}, now {_cut(row['after'])}"
+    )
+
+
+def _cut(text: str) -> str:
+    plain = " ".join(text.split())
+    return f'"{plain if len(plain) <= _SHOWN else plain[: _SHOWN - 1] + "…"}"'

@@ -1,0 +1,96 @@
+"""What both models are asked: held-out, trained and old chats, canaries and refusal probes.
+
+Reads run/data/*.jsonl and the question files that the recipe names; writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import StageError
+from ..finetune.rows import Conversation
+from ..recipe import EvaluateSection
+from ..run import Run
+
+# In the order of the report: never trained on, trained on, known before.
+CHAT_PARTS = ("validation", "train", "replay")
+PARTS = {
+    "validation": "held-out chats (never trained on)",
+    "train": "chats it was fine-tuned on",
+    "replay": "what it knew before",
+    "canary": "general questions",
+    "probes": "requests to refuse",
+}
+SHIPPED = Path(__file__).resolve().parents[2] / "data"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to its last question; `expected` is empty where no one answer is right."""
+
+    part: str
+    line: int
+    prompt: Conversation
+    expected: str
+    accept: tuple[str, ...] = ()
+
+
+def collect(settings: EvaluateSection, run: Run) -> list[Question]:
+    """All questions. Raises StageError when there are none, or a question file has a fault."""
+    questions = []
+    for part in CHAT_PARTS:
+        path = run.path / "data" / f"{part}.jsonl"
+        rows = _read(path, part) if path.is_file() else []
+        questions += _spread(rows, settings.max_rows)
+    if not questions:
+        raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
+    for part, path in extra_files(settings):
+        questions += _read(path, part)
+    return questions
+
+
+def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:
+    """The files of canaries and probes: the recipe's, else the shipped ones where they are."""
+    shipped = {"canary": SHIPPED / "canary.jsonl", "probes": SHIPPED / "refusal_probes.jsonl"}
+    named = {"canary": settings.canary, "probes": settings.probes}
+    found = []
+    for part, paths in named.items():
+        default = [shipped[part]] if shipped[part].is_file() else []
+        found += [(part, path) for path in (default if paths is None else paths)]
+    return found
+
+
+def _read(path: Path, part: str) -> list[Question]:
+    questions = []
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                questions.append(_question(line, part, path, number))
+    return questions
+
+
+def _question(line: str, part: str, path: Path, number: int) -> Question:
+    try:
+        row = json.loads(line)
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        accept = tuple(map(str, row.get("accept", ())))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise StageError(
+            f'{path}:{number}: expected {{"messages": [{{"role", "content"}}, …]}}, and optionally '
+            '"accept": [texts, one of which must stand in the answer]'
+        ) from None
+    expected = messages.pop()["content"] if messages and messages[-1]["role"] != "user" else ""
+    if not messages or messages[-1]["role"] != "user":
+        raise StageError(f"{path}:{number}: expected a question by the user at the end")
+    return Question(part, number, messages, expected, accept)
+
+
+def _spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
+    """At most `limit` rows, taken evenly from the whole file."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]

@@ -1,0 +1,127 @@
+"""One row for each question: what was expected, what both models said, and the scores of both.
+
+The rows are run/evaluate/rows.jsonl: written once, read by the gate and the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import StageError
+from ..run import Run, write_atomically
+from . import corpus
+from .asking import Said
+from .metrics import (
+    contains,
+    exact_match,
+    f1_over_chance,
+    other_answers,
+    refuses,
+    rouge_l,
+    token_f1,
+    words,
+)
+from .perplexity import AnswerLoss
+from .questions import PARTS, Question
+
+PATH = "evaluate/rows.jsonl"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one model said to a question (None: no room in its context), and its loss."""
+
+    said: Said | None
+    loss: AnswerLoss | None
+
+
+def make_rows(
+    questions: Sequence[Question], before: Sequence[Answered], after: Sequence[Answered]
+) -> list[Row]:
+    """The rows, in the order of the questions."""
+    others: dict[int, list[list[str]]] = {}
+    for part in PARTS:
+        chosen = [i for i, q in enumerate(questions) if q.part == part and q.expected]
+        found = other_answers([questions[i].expected for i in chosen])
+        others.update(zip(chosen, found, strict=True))
+    rows = []
+    for i, question in enumerate(questions):
+        was, now = (_scores(question, a, others.get(i, [])) for a in (before[i], after[i]))
+        rows.append(
+            {
+                "part": question.part,
+                "line": question.line,
+                "question": question.prompt[-1]["content"],
+                "earlier_turns": question.prompt[:-1],
+                "expected": question.expected,
+                "accept": list(question.accept),
+                "before": _text(before[i]),
+                "after": _text(after[i]),
+                "before_right": _right(was),
+                "after_right": _right(now),
+                "before_scores": was,
+                "after_scores": now,
+            }
+        )
+    return rows
+
+
+def write_rows(run: Run, rows: Sequence[Row]) -> None:
+    """Write run/evaluate/rows.jsonl."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(run.path / PATH, text)
+
+
+def read_rows(run: Run) -> list[Row]:
+    """Read them back. Raises StageError when they are not there, or of an older version."""
+    path = run.path / PATH
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        rows = []
+    if not rows or any("after_scores" not in row for row in rows):
+        raise StageError(
+            f"{path} is not there or was not written by this version; "
+            "make it with: phi3 up --again evaluate"
+        )
+    return rows
+
+
+def _text(answered: Answered) -> str:
+    return answered.said.text if answered.said is not None else ""
+
+
+def _right(scores: dict[str, Any]) -> bool | None:
+    """Whether the answer is right, where that can be told."""
+    found = scores.get("exact_match", scores.get("contains"))
+    return None if found is None else bool(found)
+
+
+def _scores(
+    question: Question, answered: Answered, others: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    text, expected = _text(answered), question.expected
+    found: dict[str, Any] = {}
+    if question.accept or expected:
+        found["contains"] = contains(text, question.accept or [expected])
+    if expected:
+        found |= {
+            "exact_match": exact_match(text, expected),
+            "token_f1": round(token_f1(text, expected), 4),
+            "f1_over_chance": round(f1_over_chance(text, expected, others), 4),
+            "rouge_l": round(rouge_l(text, expected), 4),
+            "bleu": round(corpus.of_one("bleu", text, expected), 2),
+            "chrf": round(corpus.of_one("chrf", text, expected), 2),
+        }
+    if answered.loss is not None:
+        found |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}
+    return {
+        **found,
+        "words": len(words(text)),
+        "cut": answered.said is None or answered.said.cut,
+        "refusal_rate": refuses(text),
+    }
