@@ -47,13 +47,20 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
     metrics = run.require("metrics", "phi3 evaluate")
     verdict = run.require("gate", "phi3 evaluate")
     confidence = metrics["settings"]["confidence"]
-    rows = [
-        row
-        for part, compared in metrics["comparisons"].items()
-        for row in _rows(part, compared, None if every else HEADLINES[part])
-    ]
-    heads = ["questions", "count", "figure", "before", "after", f"change, {confidence:.0%} sure"]
-    console.table("The base and the tuned model, as measured", heads, rows)
+    sure = f"change, {confidence:.0%} sure"
+    if every:
+        for part, compared in metrics["comparisons"].items():
+            title = f"{_title(part, compared)}, before and after tuning"
+            console.table(title, ["", "before", "after", sure], _rows(compared))
+    else:
+        rows = [
+            [_title(part, compared) if not number else "", *row]
+            for part, compared in metrics["comparisons"].items()
+            for number, row in enumerate(_rows(compared, HEADLINES[part]))
+        ]
+        console.table(
+            "Before and after tuning, as measured", ["asked", "", "before", "after", sure], rows
+        )
     console.out.print(f"Gate:     {gate.summary(verdict)}", markup=False)
     if every or not verdict["passed"]:
         for rule in verdict["rules"]:
@@ -61,27 +68,23 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
     console.out.print(f"Report:   {_shown(run.path / verdict['report'])}", markup=False)
 
 
-def _rows(part: str, compared: dict[str, Any], wanted: tuple[str, ...] | None) -> list[list[str]]:
-    from ..evaluate.figures import METRICS
+def _title(part: str, compared: dict[str, Any]) -> str:
     from ..evaluate.questions import PARTS
 
-    found = []
+    return f"{next(iter(compared.values()))['rows']} {PARTS[part]}"
+
+
+def _rows(compared: dict[str, Any], wanted: tuple[str, ...] | None = None) -> list[list[str]]:
+    from ..evaluate.figures import METRICS
+
+    rows = []
     for name, figures in compared.items():
-        if wanted is not None and name not in wanted:
-            continue
-        form = METRICS[name].form
-        low, high = (format(figures[end], "+" + form) for end in ("low", "high"))
-        found.append(
-            [
-                "" if found else PARTS[part],
-                "" if found else str(figures["rows"]),
-                METRICS[name].label,
-                format(figures["before"], form),
-                format(figures["after"], form),
-                f"{low} to {high}",
-            ]
-        )
-    return found
+        if wanted is None or name in wanted:
+            metric = METRICS[name]
+            before, after = (format(figures[side], metric.form) for side in ("before", "after"))
+            low, high = (format(figures[end], "+" + metric.form) for end in ("low", "high"))
+            rows.append([metric.label, before, after, f"{low} to {high}"])
+    return rows
 
 
 def _shown(path: Path) -> str:

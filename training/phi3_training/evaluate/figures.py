@@ -88,7 +88,7 @@ METRICS = {
     metric.name: metric
     for metric in (
         _mean("exact_match", "exact match"),
-        _mean("contains", "holds the expected words"),
+        _mean("contains", "has the expected words"),
         _mean("token_f1", "token F1"),
         _mean("f1_over_chance", "token F1 over chance"),
         _mean("rouge_l", "ROUGE-L"),
@@ -96,15 +96,15 @@ METRICS = {
         _corpus("chrf", "chrF"),
         Metric(
             "perplexity",
-            "perplexity of the expected answer",
+            "perplexity of expected",
             _perplexity_columns,
             lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),
             "lower",
             ",.2f",
         ),
-        _mean("words", "words in an answer", ".1f", "neither"),
-        _mean("cut", "answers cut at the limit", better="lower"),
-        _mean("refusal_rate", "answers that refuse", better="neither"),
+        _mean("words", "words", ".1f", "neither"),
+        _mean("cut", "cut at the limit", better="lower"),
+        _mean("refusal_rate", "refuses", better="neither"),
     )
 }
 UNREFERENCED = ("refusal_rate", "words", "cut")  # what needs no expected answer

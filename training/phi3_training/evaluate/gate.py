@@ -25,8 +25,7 @@ Verdict = dict[str, Any]
 
 def check(recipe: Recipe, run: Run) -> Verdict:
     """Hold the evaluated rows of a run against the recipe's gate; the manifest `gate`."""
-    verdict = decide(read_rows(run), recipe.gate, recipe.evaluate)
-    return {**verdict, "choices": [line(rule) for rule in verdict["rules"]]}
+    return decide(read_rows(run), recipe.gate, recipe.evaluate)
 
 
 def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> Verdict:

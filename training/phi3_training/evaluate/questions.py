@@ -19,9 +19,9 @@ from ..run import Run
 # In the order of the report: never trained on, trained on, known before.
 CHAT_PARTS = ("validation", "train", "replay")
 PARTS = {
-    "validation": "held-out chats (never trained on)",
+    "validation": "held-out chats, never trained on",
     "train": "chats it was fine-tuned on",
-    "replay": "what it knew before",
+    "replay": "chats it knew before",
     "canary": "general questions",
     "probes": "requests to refuse",
 }

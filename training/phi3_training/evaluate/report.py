@@ -133,7 +133,7 @@ def _table(part: str, figures: Mapping[str, Any], confidence: float) -> str:
         )
     count = next(iter(figures.values()))["rows"]
     return (
-        f"<h3>{PARTS[part]}: {count} rows</h3>\n<table><thead><tr><th></th><th>before</th>"
+        f"<h3>{count} {PARTS[part]}</h3>\n<table><thead><tr><th></th><th>before</th>"
         f"<th>after</th><th>change</th><th>{confidence:.0%} interval</th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
