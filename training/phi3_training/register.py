@@ -6,25 +6,13 @@ run/mlflow/ (the model as an MLflow pyfunc that answers chats).
 
 from __future__ import annotations
 
-import io
-import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .quiet import captured_output
+from .mlflow_store import experiment_of, quiet_mlflow, tracking_uri
 from .run import Run
 
-# Read at import time by MLflow: no usage reports, no progress bars, from a user's laptop.
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 # What the registered model needs to load; named here because MLflow's own guess imports the model.
 REQUIREMENTS = ["torch==2.13.0", "transformers>=5.20,<6", "tokenizers>=0.22", "jinja2>=3.1"]
 
@@ -36,17 +24,11 @@ def register(name: str, run: Run) -> dict[str, Any]:
     """
     model = run.require("model", "phi3 train")
     metrics = run.require("metrics", "phi3 evaluate")
-    store = run.path / "mlflow.db"
-    with _quiet():
+    with quiet_mlflow():
         import mlflow
 
-        mlflow.set_tracking_uri(f"sqlite:///{store}")
-        experiment = mlflow.get_experiment_by_name(name)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment
-            else mlflow.create_experiment(name, artifact_location=run.file("mlflow").as_uri())
-        )
+        mlflow.set_tracking_uri(tracking_uri(run))
+        _client, experiment_id = experiment_of(name, run)
         with mlflow.start_run(experiment_id=experiment_id, run_name=run.name) as active:
             mlflow.log_params(_params(run))
             mlflow.log_metrics(_flat_metrics(metrics))
@@ -61,8 +43,8 @@ def register(name: str, run: Run) -> dict[str, Any]:
     return {
         "model": name,
         "model_version": str(logged.registered_model_version),
-        "store": store.name,
-        "tracking_uri": f"sqlite:///{store}",
+        "store": "mlflow.db",
+        "tracking_uri": tracking_uri(run),
         "mlflow_run_id": active.info.run_id,
     }
 
@@ -84,19 +66,3 @@ def _flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items()
         if isinstance(value, (int, float))
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """MLflow reports migrations, sizes and "Successfully registered": nothing to act on."""
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with captured_output(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

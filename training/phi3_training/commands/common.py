@@ -78,6 +78,13 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """--adapter NAME: which of a run's adapters is meant."""
+    parser.add_argument(
+        "--adapter", metavar="NAME", help="train a named adapter (short for finetune.adapter=NAME)"
+    )
+
+
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
     target = get_target(args.on)
@@ -89,8 +96,9 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
 
 def _from_options(args: argparse.Namespace) -> list[str]:
     """Options that are short for keys of the recipe."""
-    allow = getattr(args, "allow", [])
-    return [f"finetune.allow=[{','.join(allow)}]"] if allow else []
+    allow, adapter = getattr(args, "allow", []), getattr(args, "adapter", None)
+    words = [f"finetune.allow=[{','.join(allow)}]"] if allow else []
+    return [*words, f"finetune.adapter={adapter}"] if adapter else words
 
 
 def recipe_of(words: Sequence[str]) -> Recipe:
@@ -132,6 +140,16 @@ def current_run(args: argparse.Namespace) -> Run:
         f"No run under {args.runs} has an endpoint yet; make one with: phi3 up "
         "(or set PHI3_ENDPOINT and PHI3_KEY)"
     )
+
+
+def tuned_run(args: argparse.Namespace) -> Run:
+    """The run named by --run, else the one trained last. Raises UsageError if there is none."""
+    if args.run:
+        return current_run(args)
+    for run in all_runs(args.runs):
+        if run.manifest("model") is not None:
+            return run
+    raise UsageError(f"No run under {args.runs} has a tuned model yet; make one with: phi3 train")
 
 
 def _last_change(path: Path) -> float:

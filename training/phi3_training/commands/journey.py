@@ -8,11 +8,12 @@ from typing import Any
 
 from .. import console
 from ..errors import UsageError
+from ..finetune.adapters import list_adapters
 from ..journey import Journey, finished, go
 from ..run import Run
 from ..stages import STAGES
 from ..targets import get_target
-from .common import add_allow, add_command, add_force, add_recipe, all_runs, journey_of
+from .common import add_adapter, add_allow, add_command, add_force, add_recipe, all_runs, journey_of
 from .summary import show_summary
 
 
@@ -27,6 +28,7 @@ def register(subparsers: Any) -> None:
     )
     add_recipe(up)
     up.add_argument("--again", action="append", default=[], metavar="STAGE", help="redo a stage")
+    add_adapter(up)
     add_allow(up)
     add_force(up)
     plan = add_command(
@@ -103,6 +105,8 @@ def run_status(args: argparse.Namespace) -> int:
         console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
         where = f" {endpoint['url']} (process {endpoint['pid']})" if endpoint.get("url") else ""
         console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
+        if state["adapters"]:
+            console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
     return 0
 
 
@@ -115,6 +119,7 @@ def _state(run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "done": done,
         **status,
+        "adapters": [adapter.name for adapter in list_adapters(run)],
         "question": answer.get("question"),
         "answer": answer.get("answer"),
     }

@@ -9,7 +9,7 @@ from .. import console
 from ..journey import go
 from ..run import Run
 from ..stages import stages_until
-from .common import add_allow, add_command, add_force, add_recipe, journey_of
+from .common import add_adapter, add_allow, add_command, add_force, add_recipe, journey_of
 from .summary import show_comparison
 
 # command: (its manifest, help)
@@ -33,6 +33,7 @@ def register(subparsers: Any) -> None:
             run_stage,
         )
         add_recipe(parser)
+        add_adapter(parser)
         if name == "train":
             add_allow(parser)
         if name in ("deploy", "connect"):

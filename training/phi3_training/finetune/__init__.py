@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import StageError
 from ..recipe import Recipe
 from ..run import Run
 
@@ -28,6 +29,13 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> 
 
 def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
     """Fine-tune the base model on the prepared chats; the manifest `model`."""
+    if recipe.finetune.num_processes > 1:
+        from . import launch
+
+        return launch.finetune(recipe, run, progress)
     from . import sft
 
-    return sft.finetune(recipe, run, progress)
+    manifest = sft.finetune(recipe, run, progress)
+    if manifest is None:
+        raise StageError("RANK is set, as in a process of torchrun; unset it: unset RANK")
+    return manifest

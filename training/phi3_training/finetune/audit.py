@@ -25,6 +25,7 @@ class Row:
     place: str
     messages: Sequence[dict[str, str]]
     example: Example
+    is_cut: bool = False  # knowingly, because that was allowed
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Report:
                 + "\n\n".join(paragraphs)
                 + f"\n\nTo train all the same (it is recorded in the run): {flags}"
             )
+
+    def choices(self) -> list[str]:
+        """What a user should see of it: what was let pass."""
+        found = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
+        return [f"label audit: {found}; trained all the same, as --allow says"] if found else []
 
     def manifest(self, allow: Collection[str]) -> dict[str, Any]:
         """For the run: the shares of trained tokens, and what was found and allowed."""
@@ -140,7 +146,8 @@ class _Auditor:
             yield "nothing-trained", f"none of {len(mask)} tokens"
         elif all(mask):
             yield "everything-trained", f"all of {len(mask)} tokens"
-        yield from self._ends(row, [i for i, learnt in enumerate(mask) if learnt])
+        if not row.is_cut:
+            yield from self._ends(row, [i for i, learnt in enumerate(mask) if learnt])
 
     def _ends(self, row: Row, trained: Sequence[int]) -> Iterator[tuple[str, str]]:
         answers = sum(message["role"] == "assistant" for message in row.messages)

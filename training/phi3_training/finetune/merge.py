@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..prompt import ChatFormat
+from .adapters import write_notes
 
 # Copied byte by byte: saving a tokenizer through transformers may rewrite how it splits text.
 _TOKENIZER_FILES = (
@@ -77,9 +78,10 @@ def merge(
         write_model(model.to(dtype), chat, folder, tokenizer_from)
 
 
-def write_adapter(model: Any, target: Path) -> None:
-    """Write the LoRA adapter alone into `target`."""
+def write_adapter(model: Any, target: Path, notes: dict[str, Any]) -> None:
+    """Write the adapter alone into `target`, with our notes on it."""
     with new_folder(target) as folder:
         model.save_pretrained(folder)
         # A model card full of blanks that peft adds; the run's manifests say what this is.
         (folder / "README.md").unlink(missing_ok=True)
+        write_notes(folder, notes)

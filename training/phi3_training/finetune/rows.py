@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import StageError
@@ -78,30 +79,30 @@ def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
     return encoded
 
 
-def cut(example: Example, limit: int) -> Example:
-    """The first `limit` tokens: what a trainer is given of a row that is too long."""
-    return Example(example.input_ids[:limit], example.assistant_mask[:limit])
-
-
 def audited(
     chat: ChatFormat, rows: Sequence[Row], limit: int, allow: Collection[str] = ()
-) -> tuple[list[Row], list[Example], Report]:
-    """The rows that can be trained on, what a trainer is given of each, and the audit.
+) -> tuple[list[Row], Report]:
+    """The rows as they are trained on, and their audit.
 
-    Raises StageError for a breach of a rule that is not allowed. Rows too long are cut where
-    that is allowed; rows that teach nothing are left out where that is allowed.
+    Raises StageError for a breach of a rule that is not allowed. Rows longer than `limit` are cut
+    where that is allowed; rows that teach nothing are left out where that is allowed.
     """
-    given = [cut(row.example, limit) for row in rows]
-    report = audit(rows, [Seen(e.input_ids, expected_labels(e)) for e in given], chat)
+    given = [_cut(row, limit) for row in rows]
+    seen = [Seen(row.example.input_ids, expected_labels(row.example)) for row in given]
+    report = audit(rows, seen, chat)
     report.refuse(allow)
-    kept = [
-        (row, example)
-        for row, example in zip(rows, given, strict=True)
-        if any(example.assistant_mask)
-    ]
+    kept = [row for row in given if any(row.example.assistant_mask)]
     if not kept:
         raise StageError("There is nothing to train on: no row has a token to learn.")
-    return [row for row, _ in kept], [example for _, example in kept], report
+    return kept, report
+
+
+def _cut(row: Row, limit: int) -> Row:
+    """The row's first `limit` tokens: what a trainer can be given of it."""
+    ids, mask = row.example.input_ids, row.example.assistant_mask
+    if len(ids) <= limit:
+        return row
+    return replace(row, example=Example(ids[:limit], mask[:limit]), is_cut=True)
 
 
 def _key(row: Conversation) -> str:

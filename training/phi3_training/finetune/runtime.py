@@ -5,6 +5,7 @@ Reads the recipe and what torch sees of this machine; writes nothing.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,10 @@ class Runtime:
 
 def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
     """Decide for a model with so many parameters, on this machine."""
-    device = _device()
-    dtype, dtype_reason = _dtype(recipe.model.dtype, device)
-    threads, threads_reason = _threads(recipe.finetune.num_threads, device, parameters)
-    return Runtime(device, dtype, threads, (f"{dtype}: {dtype_reason}", threads_reason))
+    here = device()
+    dtype, dtype_reason = _dtype(recipe.model.dtype, here)
+    threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
+    return Runtime(here, dtype, threads, (f"{dtype}: {dtype_reason}", threads_reason))
 
 
 @contextmanager
@@ -53,6 +54,11 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files: one of several does (see launch.py)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_libraries() -> None:
@@ -71,7 +77,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
-def _device() -> str:
+def device() -> str:
+    """The kind of device that trains: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,73 +1,118 @@
-"""Fine-tunes the base model on the prepared chats: LoRA or all weights, answers only.
+"""Fine-tunes the base model on the prepared chats: answers only, by the recipe's method.
 
-Reads run/data/train.jsonl and replay.jsonl and the base model; writes run/adapter, run/model
+Reads run/data/*.jsonl and the base model; writes run/adapter (or run/adapters/NAME), run/model
 and run/finetune/loss.jsonl.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import StageError
-from ..prompt import ChatFormat, Example
+from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..run import Run
-from .audit import Report, Row, audit
+from .adapters import adapter_folder
+from .audit import Report, Row
+from .checkpoints import Checkpoints, training_id
 from .merge import merge, write_adapter
+from .methods import check_method, load_for_training, with_adapter
 from .rows import audited, encode_rows, read_located, with_casual_copies
-from .runtime import Runtime, choose_runtime, quiet_libraries, torch_threads
+from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .teach import Progress
-from .trainer import LossLog, as_trained, make_trainer
-from .weights import base_folder, chat_format, count_weights, load_model
+from .tracking import trackers
+from .trainer import LossLog, Rows, audit_trainer, make_trainer
+from .validation import Validation
+from .weights import base_folder, chat_format, count_weights
+
+Manifest = dict[str, Any]
 
 
-def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     """Train, merge and save; the manifest `model` with its `path`.
 
-    Raises StageError when the chats cannot be learnt from as they are, when memory does not
-    suffice, or when the loss is no number any more.
+    None in all but the main one of several processes. Raises StageError when the chats cannot be
+    learnt from as they are, when memory does not suffice, or when the loss is no number any more.
     """
     quiet_libraries()
     progress(0, 0, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
+    runtime = choose_runtime(recipe, count_weights(folder))
+    check_method(recipe.finetune, runtime.device)
+    _check_one_gpu(recipe)
     rows, counts = _rows(recipe, run, chat)
     limit = min(recipe.data.max_length, chat.context_length)
-    rows, examples, audit_report = audited(chat, rows, limit, recipe.finetune.allow)
-    runtime = choose_runtime(recipe, count_weights(folder))
-    _check_one_gpu()
+    rows, report = audited(chat, rows, limit, recipe.finetune.allow)
+    held_out = _held_out(recipe, run, chat, limit)
+    learnt = [row.example for row in rows]
     with torch_threads(runtime.threads):
-        model = load_model(folder, _load_dtype(recipe, runtime), recipe.model.attn_implementation)
+        model = load_for_training(folder, recipe, runtime)
         log = LossLog(run.file("finetune", "loss.jsonl"), progress)
-        trainer = _made(model, folder, examples, recipe, runtime, log)
+        watch = Validation(run.path / "finetune", recipe.finetune.early_stopping_patience)
+        parts = [learnt, [row.example for row in held_out]]
+        own = training_id(recipe.finetune, runtime, parts, folder)
+        kept_steps = Checkpoints(run.path / "finetune" / "checkpoints", own, recipe.finetune)
+        callbacks = [log, *([watch] if held_out else []), kept_steps, *trackers(recipe, run)]
+        data = Rows(learnt, [row.example for row in held_out], limit, chat.pad_token_id)
+        try:
+            trainer = make_trainer(
+                model, folder, data, recipe.finetune, runtime, callbacks, kept_steps.folder
+            )
+        except ValueError as error:
+            raise _unfit(error) from None
         # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
-        audit(rows, as_trained(trainer), chat).refuse(recipe.finetune.allow)
-        _train(trainer, recipe, log)
+        audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
+        _train(trainer, recipe, log, kept_steps.newest())
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        figures = _figures(trained, examples, log)
-        if recipe.finetune.method == "lora":
-            write_adapter(trained, run.path / "adapter")
-        merge(trained, chat, run.path / "model", folder, runtime.torch_dtype)
+        if not is_main_process():
+            return None
+        kept = watch.restore(trained)
+        watch.clear()
+        figures = _figures(trained, rows, log)
+        if watch.best is not None:
+            figures["validation_loss"] = round(watch.best[1], 5)
+        _save(trained, recipe, run, chat, runtime, figures)
+        kept_steps.clear()
+    choices = [
+        *runtime.choices,
+        *kept_steps.choices(),
+        *report.choices(),
+        *([kept] if kept else []),
+    ]
+    return {**_manifest(recipe, runtime, counts, report, figures), "choices": choices}
+
+
+def _manifest(
+    recipe: Recipe,
+    runtime: Runtime,
+    counts: dict[str, int],
+    report: Report,
+    figures: dict[str, Any],
+) -> Manifest:
+    settings = recipe.finetune
+    named = f" as adapter {settings.adapter}" if settings.adapter else ""
+    folder = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
     return {
         "path": "model",
-        "adapter": "adapter" if recipe.finetune.method == "lora" else None,
-        "summary": f"{recipe.finetune.method}, {figures['trained_parameters'] / 1e6:.2f} M of "
+        "adapter": None if settings.method == "full" else folder,
+        "summary": f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
         f"{figures['parameters'] / 1e6:.2f} M weights, final loss {figures['final_loss']:.3f}",
         "loss_log": "finetune/loss.jsonl",
         "conversations": counts,
-        "audit": audit_report.manifest(recipe.finetune.allow),
+        "audit": report.manifest(settings.allow),
         **figures,
         "settings": {
-            **recipe.finetune.model_dump(mode="json"),
+            **settings.model_dump(mode="json"),
             "device": runtime.device,
             "dtype": runtime.dtype,
             "num_threads": runtime.threads,
         },
-        "choices": [*runtime.choices, *_audit_choices(audit_report)],
     }
 
 
@@ -84,49 +129,39 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
     }
 
 
-def _audit_choices(report: Report) -> list[str]:
-    found = ", ".join(f"{count} × {rule}" for rule, count in report.counts().items())
-    return [f"label audit: {found}, trained all the same as --allow says"] if found else []
+def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Row]:
+    """The chats that are looked at while training; none unless the recipe asks for it."""
+    if recipe.finetune.eval_steps is None:
+        return []
+    located = read_located(run.path / "data" / "validation.jsonl", run.path)
+    return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
 
 
-def _load_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
-    """LoRA leaves the weights as they are; when all learn, small steps need all of float32."""
-    return torch.float32 if recipe.finetune.method == "full" else runtime.torch_dtype
-
-
-def _check_one_gpu() -> None:
-    if torch.cuda.device_count() > 1:
+def _check_one_gpu(recipe: Recipe) -> None:
+    count = torch.cuda.device_count()
+    if count > 1 and recipe.finetune.num_processes == 1:
         raise StageError(
-            f"{torch.cuda.device_count()} GPUs are visible; fine-tuning uses one. "
-            "Name it: CUDA_VISIBLE_DEVICES=0 phi3 up …"
+            f"{count} GPUs are visible and one process is to train. Use all of them: "
+            f"finetune.num_processes={count}; or name one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
 
 
-def _made(
-    model: Any,
-    folder: Path,
-    examples: list[Example],
-    recipe: Recipe,
-    runtime: Runtime,
-    log: LossLog,
-) -> Any:
-    try:
-        return make_trainer(model, folder, examples, recipe.finetune, runtime, log)
-    except ValueError as error:
-        raise StageError(
-            f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
-            "Check finetune.target_modules (all-linear always fits)."
-        ) from None
+def _unfit(error: ValueError) -> StageError:
+    return StageError(
+        f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
+        "Check finetune.target_modules (all-linear always fits)."
+    )
 
 
-def _train(trainer: Any, recipe: Recipe, log: LossLog) -> None:
+def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError:
         raise StageError(
             "The GPU's memory does not suffice. Lower finetune.per_device_train_batch_size (and "
             "raise finetune.gradient_accumulation_steps as much), or set "
-            "finetune.gradient_checkpointing=true, or lower data.max_length."
+            "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
+            "data.max_length."
         ) from None
     if not log.losses or not math.isfinite(log.losses[-1]):
         raise StageError(
@@ -136,13 +171,38 @@ def _train(trainer: Any, recipe: Recipe, log: LossLog) -> None:
         )
 
 
-def _figures(model: Any, examples: list[Example], log: LossLog) -> dict[str, Any]:
+def _save(
+    model: Any,
+    recipe: Recipe,
+    run: Run,
+    chat: ChatFormat,
+    runtime: Runtime,
+    figures: dict[str, Any],
+) -> None:
+    """Write the adapter, if there is one, and the whole model."""
+    settings = recipe.finetune
+    base = base_folder(run)
+    if settings.method != "full":
+        target = adapter_folder(run, settings.adapter)
+        notes = {
+            "method": settings.method,
+            "base_id": run.require("base", "phi3 train").get("done_id"),
+            "dtype": runtime.dtype,
+            "final_loss": figures["final_loss"],
+        }
+        write_adapter(model, target, notes)
+        if settings.method == "qlora":
+            model = with_adapter(base, target, runtime.torch_dtype)
+    merge(model, chat, run.path / "model", base, runtime.torch_dtype)
+
+
+def _figures(model: Any, rows: Sequence[Row], log: LossLog) -> dict[str, Any]:
     weights = list(model.parameters())
     return {
         "parameters": sum(weight.numel() for weight in weights),
         "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
-        "tokens": sum(len(example.input_ids) for example in examples),
-        "learnt_tokens": sum(sum(example.assistant_mask) for example in examples),
+        "tokens": sum(len(row.example.input_ids) for row in rows),
+        "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),
         "steps": len(log.losses),
         "first_loss": round(log.losses[0], 5),
         "final_loss": round(log.losses[-1], 5),

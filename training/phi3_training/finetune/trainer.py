@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
     PrinterCallback,
@@ -23,9 +22,15 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from ..prompt import Example
+from ..prompt import ChatFormat, Example
 from ..recipe import FinetuneSection
-from .audit import IGNORED, Seen, expected_labels
+from ..run import write_atomically
+from .audit import Report, Row, Seen, audit, expected_labels
+from .audit_packed import SeenPacked, audit_packed
+from .compute import CpuTrainer, OwnLossTrainer
+from .losses import find_loss
+from .methods import peft_config
+from .packing import PackedCollator, as_packed, packed_rows
 from .runtime import Runtime
 from .teach import Progress
 
@@ -37,7 +42,16 @@ class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
         self.path = path
         self.losses: list[float] = []
         self._progress = progress
-        path.write_text("", encoding="utf-8")
+
+    def on_train_begin(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        """Begin anew, or with the steps before the checkpoint that training goes on from."""
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        self.losses = [float(entry["loss"]) for entry in entries]
+        if state.is_world_process_zero:
+            text = "".join(_line(e["step"], e["epoch"], e) for e in entries)
+            write_atomically(self.path, text)
 
     def on_log(
         self,
@@ -51,45 +65,96 @@ class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
         if not logs or "loss" not in logs:
             return
         self.losses.append(float(logs["loss"]))
-        line = {
-            "step": state.global_step,
-            "epoch": round(float(state.epoch or 0.0), 4),
-            "loss": self.losses[-1],
-            "token_accuracy": logs.get("mean_token_accuracy"),
-            "learning_rate": logs.get("learning_rate"),
-        }
+        if not state.is_world_process_zero:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(_line(state.global_step, float(state.epoch or 0.0), logs))
         epoch = f"epoch {int(state.epoch or 0) + 1}"
         self._progress(state.global_step, state.max_steps, f"{epoch}, loss {self.losses[-1]:.3f}")
 
 
-class CpuTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
-    """The same loss, scored only where something is learnt.
-
-    TRL's own loss saves a GPU's memory by scoring every position twice and piece by piece; on a
-    CPU that is more than half of the training time of a small model.
-    """
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        num_items_in_batch: torch.Tensor | None = None,
-        **_options: Any,
-    ) -> torch.Tensor:
-        """Mean cross entropy of the learnt tokens; padding stands on the right, unseen by them."""
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden = plain.base_model(input_ids=inputs["input_ids"], use_cache=False)[0]
-        labels = inputs["labels"][:, 1:]
-        learnt = labels != IGNORED
-        logits = plain.get_output_embeddings()(hidden[:, :-1][learnt])
-        loss = torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
-        return loss / (learnt.sum() if num_items_in_batch is None else num_items_in_batch)
+def _line(step: int, epoch: float, logs: dict[str, float]) -> str:
+    line = {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "loss": float(logs["loss"]),
+        "token_accuracy": logs.get("mean_token_accuracy"),
+        "learning_rate": logs.get("learning_rate"),
+    }
+    return json.dumps(line) + "\n"
 
 
-def labelled(examples: Sequence[Example]) -> Dataset:
+@dataclass(frozen=True)
+class Rows:
+    """What is learnt, what is looked at meanwhile (if anything), and how both are padded."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    limit: int  # tokens of a packed row
+    pad_token_id: int
+
+
+def make_trainer(
+    model: Any,
+    folder: Path,
+    rows: Rows,
+    settings: FinetuneSection,
+    runtime: Runtime,
+    callbacks: Sequence[TrainerCallback],
+    output: Path,
+) -> SFTTrainer:
+    """A trainer that learns exactly the marked tokens of `rows.train`."""
+    loss = None if settings.loss is None else find_loss(settings.loss)
+    trainer = _kind(settings, runtime)(
+        model=model,
+        args=_arguments(settings, runtime, output, bool(rows.validation)),
+        data_collator=PackedCollator(rows.pad_token_id) if settings.packing else None,
+        train_dataset=_dataset(rows.train, rows.limit, packing=settings.packing),
+        eval_dataset=_dataset(rows.validation, rows.limit, packing=settings.packing)
+        if rows.validation
+        else None,
+        processing_class=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        peft_config=peft_config(settings),
+        callbacks=list(callbacks),
+    )
+    if loss is not None:
+        trainer.own_loss = loss
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def audit_trainer(trainer: SFTTrainer, rows: Sequence[Row], chat: ChatFormat) -> Report:
+    """The label audit of the rows as the trainer hands them to the model."""
+    size = trainer.args.per_device_train_batch_size
+    data = trainer.train_dataset
+    seen: list[Seen] = []
+    packed: list[SeenPacked] = []
+    for first in range(0, len(data), size):
+        chosen = [data[i] for i in range(first, min(first + size, len(data)))]
+        batch = trainer.data_collator(chosen)
+        for number, row in enumerate(chosen):
+            if "seq_lengths" in row:
+                packed.append(as_packed(row, batch, number))
+                continue
+            real = batch["attention_mask"][number].bool()
+            ids, labels = batch["input_ids"][number][real], batch["labels"][number][real]
+            seen.append(Seen(ids.tolist(), labels.tolist()))
+    return audit_packed(rows, packed, chat) if packed else audit(rows, seen, chat)
+
+
+def _kind(settings: FinetuneSection, runtime: Runtime) -> type[SFTTrainer]:
+    if settings.loss is not None:
+        return OwnLossTrainer
+    # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
+    alone = settings.num_processes == 1
+    short = runtime.device == "cpu" and runtime.dtype == "float32" and alone
+    return CpuTrainer if short else SFTTrainer
+
+
+def _dataset(examples: Sequence[Example], limit: int, *, packing: bool) -> Dataset:
     """The rows as TRL takes them unchanged: ids, and labels only where something is learnt."""
+    if packing:
+        return packed_rows(examples, limit)
     return Dataset.from_dict(
         {
             "input_ids": [example.input_ids for example in examples],
@@ -98,42 +163,10 @@ def labelled(examples: Sequence[Example]) -> Dataset:
     )
 
 
-def as_trained(trainer: SFTTrainer) -> list[Seen]:
-    """The rows as the trainer hands them to the model: behind its own data set and collator."""
-    size = trainer.args.per_device_train_batch_size
-    seen = []
-    for first in range(0, len(trainer.train_dataset), size):
-        last = min(first + size, len(trainer.train_dataset))
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(first, last)])
-        parts = (batch["input_ids"], batch["labels"], batch["attention_mask"].bool())
-        for ids, labels, real in zip(*parts, strict=True):
-            seen.append(Seen(ids[real].tolist(), labels[real].tolist()))
-    return seen
-
-
-def make_trainer(
-    model: Any,
-    folder: Path,
-    examples: Sequence[Example],
-    settings: FinetuneSection,
-    runtime: Runtime,
-    log: LossLog,
-) -> SFTTrainer:
-    """A trainer that learns exactly the marked tokens of `examples`."""
-    kind = CpuTrainer if runtime.device == "cpu" and runtime.dtype == "float32" else SFTTrainer
-    trainer = kind(
-        model=model,
-        args=_arguments(settings, runtime, log.path.parent),
-        train_dataset=labelled(examples),
-        processing_class=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        peft_config=_lora(settings) if settings.method == "lora" else None,
-        callbacks=[log],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _arguments(settings: FinetuneSection, runtime: Runtime, output: Path) -> SFTConfig:
+def _arguments(
+    settings: FinetuneSection, runtime: Runtime, output: Path, evaluates: bool
+) -> SFTConfig:
+    several = settings.num_processes > 1
     return SFTConfig(
         output_dir=str(output),
         learning_rate=settings.learning_rate,
@@ -156,17 +189,13 @@ def _arguments(settings: FinetuneSection, runtime: Runtime, output: Path) -> SFT
         packing=False,
         logging_steps=1,
         save_strategy="no",
-        report_to=[],
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_steps,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        # Keeping every score of the vocabulary is what fills a GPU in the evaluation step.
+        prediction_loss_only=True,
+        ddp_backend="gloo" if several and runtime.device == "cpu" else None,
+        ddp_find_unused_parameters=False if several else None,
+        report_to=[],  # our own callbacks do, see tracking.py
         disable_tqdm=True,
-    )
-
-
-def _lora(settings: FinetuneSection) -> LoraConfig:
-    return LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
-        bias="none",
-        task_type="CAUSAL_LM",
     )

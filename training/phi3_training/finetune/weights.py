@@ -50,11 +50,17 @@ def find_weights(model: ModelSection) -> Path:
     return folder.resolve()
 
 
-def load_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
-    """The causal language model of a folder, on the CPU, without running code from the folder."""
+def load_model(
+    folder: Path, dtype: torch.dtype, attention: str | None = None, **options: Any
+) -> Any:
+    """The causal language model of a folder, without running code from the folder.
+
+    It is on the CPU, unless `options` of transformers' loader say otherwise.
+    """
     from transformers import AutoModelForCausalLM
 
-    options = {} if attention is None else {"attn_implementation": attention}
+    if attention is not None:
+        options["attn_implementation"] = attention
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options

@@ -1,0 +1,128 @@
+"""Fine-tunes with several processes: one for each GPU, on one machine or more.
+
+Starts them through accelerate and shows their progress. Reads and writes run/finetune/launch.json
+(the recipe), launch-result.json and launch.log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import StageError
+from ..recipe import FinetuneSection, Recipe
+from ..run import Run, write_atomically
+from .runtime import device
+from .teach import Progress
+
+WORKER = "phi3_training.finetune.worker"
+_END = 10  # seconds for the processes to leave when they are told to
+
+
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
+    """Start the processes and wait for them; the manifest of the main one.
+
+    Raises StageError with what stopped them.
+    """
+    where = device()
+    _check(recipe.finetune, where)
+    plan = run.file("finetune", "launch.json")
+    result = run.path / "finetune" / "launch-result.json"
+    log = run.path / "finetune" / "launch.log"
+    result.unlink(missing_ok=True)
+    body = {"recipe": recipe.model_dump(mode="json"), "run": str(run.path), "result": str(result)}
+    write_atomically(plan, json.dumps(body))
+    status = _follow(command(recipe.finetune, where, plan), log, progress)
+    answer = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    if "error" in answer:
+        raise StageError(str(answer["error"]))
+    if status == 0 and recipe.finetune.machine_rank > 0:
+        return {
+            "path": "finetune",
+            "summary": f"machine {recipe.finetune.machine_rank} has done its part; "
+            "the model is on machine 0",
+        }
+    if status != 0 or "manifest" not in answer:
+        raise StageError(
+            f"The {recipe.finetune.num_processes} training processes ended with status {status}. "
+            f"What they said: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
+        )
+    manifest: dict[str, Any] = answer["manifest"]
+    return manifest
+
+
+def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:
+    """The command line that starts all processes of this machine.
+
+    accelerate starts several processes on a CPU only through MPI, so torchrun, which it uses for
+    GPUs itself, is called directly there; the processes meet through accelerate either way.
+    """
+    address = settings.main_process_ip or "127.0.0.1"
+    port = str(settings.main_process_port or _free_port())
+    machines, rank = str(settings.num_machines), str(settings.machine_rank)
+    if where == "cuda":
+        tool = ["accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
+        tool += ["--dynamo_backend", "no", "--num_processes", str(settings.num_processes)]
+        tool += ["--num_machines", machines, "--machine_rank", rank]
+        tool += ["--main_process_ip", address, "--main_process_port", port]
+    else:
+        here = settings.num_processes // settings.num_machines
+        tool = ["torch.distributed.run", "--nproc-per-node", str(here), "--nnodes", machines]
+        tool += ["--node-rank", rank, "--master-addr", address, "--master-port", port]
+    return [sys.executable, "-m", *tool, "--module", WORKER, str(plan)]
+
+
+def _check(settings: FinetuneSection, where: str) -> None:
+    if where not in ("cuda", "cpu"):
+        raise StageError(
+            f"Several processes train on CUDA GPUs or on the CPU; this machine has: {where}. "
+            "Set finetune.num_processes=1."
+        )
+    import torch
+
+    here, count = settings.num_processes // settings.num_machines, torch.cuda.device_count()
+    if where == "cuda" and here > count:
+        raise StageError(
+            f"finetune.num_processes asks for {here} GPUs on this machine; it has {count}. "
+            f"Set finetune.num_processes={count * settings.num_machines}."
+        )
+
+
+def _follow(words: Sequence[str], log: Path, progress: Progress) -> int:
+    """Run the command, showing the progress that its main process writes, to its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
+            words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+        try:
+            for line in process.stdout or ():
+                _show(line, progress)
+            return process.wait()
+        finally:
+            if process.poll() is None:  # we were interrupted: take them with us
+                process.terminate()
+                try:
+                    process.wait(_END)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _show(line: str, progress: Progress) -> None:
+    try:
+        done, total, text = json.loads(line)
+    except ValueError:  # something that a library printed
+        return
+    progress(int(done), int(total), str(text))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
