@@ -21,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from ...errors import StageError
 from ...prompt import ChatFormat
 from .batch import StepModel
-from .sampling import Logits, defaults_of
+from .sampling import Logits
 from .tokens import TokenEngine
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> Token
             f"ONNX Runtime cannot run the model in {onnx_dir}: {error}. "
             "Serve it with the setting serve.engine=transformers"
         ) from None
-    return TokenEngine("ort-genai", chat, model, slots=slots, defaults=defaults_of(onnx_dir))
+    return TokenEngine.of_folder("ort-genai", onnx_dir, model, slots=slots)
 
 
 def _model(onnx_dir: Path, decoder: dict[str, Any], threads: int) -> StepModel:

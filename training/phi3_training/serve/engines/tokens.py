@@ -9,11 +9,12 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 from ...prompt import ChatFormat
 from .base import Chunk, FinishReason, InvalidPromptError, Message, PromptTooLongError, Sampling
 from .batch import Batcher, Job, StepModel
-from .sampling import Sampler, with_defaults
+from .sampling import Sampler, defaults_of, with_defaults
 from .text import StopCutter
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ class TokenEngine:
         self._chat = chat
         self._defaults = defaults
         self._batcher = Batcher(model, slots=slots)
+
+    @classmethod
+    def of_folder(cls, name: str, folder: Path, model: StepModel, *, slots: int) -> TokenEngine:
+        """The engine for a folder's chat format and defaults, and a model made from its weights."""
+        chat = ChatFormat.from_folder(folder)
+        return cls(name, chat, model, slots=slots, defaults=defaults_of(folder))
 
     @property
     def active(self) -> int:

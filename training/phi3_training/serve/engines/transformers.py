@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ...errors import StageError
-from ...prompt import ChatFormat
-from .sampling import Logits, defaults_of
+from .sampling import Logits
 from .tokens import TokenEngine
 
 logger = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> Toke
     if device.type == "cpu":
         torch.set_num_threads(num_threads or 1)
     dtype = _dtype_for(device)
-    chat = ChatFormat.from_folder(model_dir)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -38,7 +36,7 @@ def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> Toke
         ) from None
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
     rows = CachedRows(model.to(device).eval())
-    return TokenEngine("transformers", chat, rows, slots=slots, defaults=defaults_of(model_dir))
+    return TokenEngine.of_folder("transformers", model_dir, rows, slots=slots)
 
 
 def _dtype_for(device: torch.device) -> torch.dtype:

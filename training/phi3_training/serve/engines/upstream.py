@@ -82,7 +82,12 @@ class Upstream:
     def _body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
         asked = {
             "model": self._model or "default",
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+            # An empty system prompt is no turn; the other server's template would write one.
+            "messages": [
+                {"role": m["role"], "content": m["content"]}
+                for m in messages
+                if m["role"] != "system" or m["content"].strip()
+            ],
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
