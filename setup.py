@@ -41,6 +41,8 @@ LOCAL = [
     "sacrebleu>=2.6,<3",  # the bootstrap resamples its per-sentence counts, an inner method
     "mlflow>=3.10,<4",  # 4 is not tested
 ]
+QLORA = [*LOCAL, "bitsandbytes>=0.46"]  # CUDA only
+TENSORBOARD = ["tensorboard>=2.16"]
 AZURE = [
     *CLI,
     "azure-ai-ml>=1.30,<1.33",  # 1.33 dropped a module that promptflow-azure imports
@@ -78,10 +80,18 @@ setup(
         "phi3_training": ["py.typed", "evaluate/report.css"],
     },
     install_requires=["requests>=2.28"],
-    extras_require={"flow": FLOW, "local": LOCAL, "azure": AZURE, "dev": DEV},
+    extras_require={
+        "flow": FLOW,
+        "local": LOCAL,
+        "qlora": QLORA,
+        "tensorboard": TENSORBOARD,
+        "azure": AZURE,
+        "dev": DEV,
+    },
     entry_points={
         "console_scripts": ["phi3 = phi3_training.cli:main"],
         "package_tools": ["phi3_tool = phi3_tool.registry:list_package_tools"],
+        "phi3_training.losses": ["contrastive = phi3_training.finetune.losses:contrastive"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
