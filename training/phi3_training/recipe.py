@@ -95,7 +95,7 @@ class GateRule(Section):
         "exact_match",
         "contains",
         "token_f1",
-        "f1_over_chance",
+        "f1_over_lookalikes",
         "rouge_l",
         "bleu",
         "chrf",
@@ -118,7 +118,7 @@ class RefusalRule(Section):
 class GateSection(Section):
     """What a model must show before it is deployed; an empty list asks nothing."""
 
-    min_gain: OneOrMany[GateRule] = [GateRule(metric="f1_over_chance", value=0.02)]
+    min_gain: OneOrMany[GateRule] = [GateRule(metric="f1_over_lookalikes", value=0.02)]
     max_regression: OneOrMany[GateRule] = [GateRule(metric="contains", part="canary", value=0.2)]
     max_refusal_change: OneOrMany[RefusalRule] = [RefusalRule()]
 

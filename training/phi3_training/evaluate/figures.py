@@ -90,7 +90,7 @@ METRICS = {
         _mean("exact_match", "exact match"),
         _mean("contains", "has the expected words"),
         _mean("token_f1", "token F1"),
-        _mean("f1_over_chance", "token F1 over chance"),
+        _mean("f1_over_lookalikes", "token F1 over look-alikes"),
         _mean("rouge_l", "ROUGE-L"),
         _corpus("bleu", "BLEU"),
         _corpus("chrf", "chrF"),

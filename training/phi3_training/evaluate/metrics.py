@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_OTHERS = 16
+_CANDIDATES, _LOOKALIKES = 200, 4
 
 # How assistants decline; looked for in the opening of an answer only.
 _NOT = r"(?:can ?not|can['’]t|could(?: not|n['’]t)|will not|won['’]t|do not|don['’]t)"
@@ -50,26 +50,28 @@ def token_f1(answer: str, expected: str) -> float:
     return _f1(words(answer), words(expected))
 
 
-def f1_over_chance(answer: str, expected: str, others: Sequence[Sequence[str]]) -> float:
-    """Token F1 with the own expected answer less the mean with other rows' expected answers.
+def f1_over_lookalikes(answer: str, expected: str, lookalikes: Sequence[Sequence[str]]) -> float:
+    """Token F1 with the own expected answer less the mean with those most like it.
 
-    0 where the answer only has the style of the set and does not fit its question.
+    About 0 where an answer has the style of the set, or even the right form, and another's facts.
     """
     said = words(answer)
-    chance = sum(_f1(said, other) for other in others) / len(others) if others else 0.0
-    return _f1(said, words(expected)) - chance
+    alike = [_f1(said, other) for other in lookalikes]
+    return _f1(said, words(expected)) - (sum(alike) / len(alike) if alike else 0.0)
 
 
-def other_answers(expected: Sequence[str]) -> list[list[list[str]]]:
-    """For each row the words of up to 16 other rows' answers, evenly spread over the set."""
+def lookalikes(expected: Sequence[str]) -> list[list[list[str]]]:
+    """For each expected answer the words of the 4 others most like it.
+
+    They are looked for among at most 200, spread over the set: enough to find the same form.
+    """
     tokens = [words(text) for text in expected]
-    count = len(tokens)
-    stride = max(1, count // (_OTHERS + 1))
+    some = tokens[:: max(1, -(-len(tokens) // _CANDIDATES))]
     found = []
-    for row, own in enumerate(tokens):
-        spread = [tokens[(row + k * stride) % count] for k in range(1, min(_OTHERS + 1, count))]
-        others = [other for other in spread if other != own]
-        found.append(others or [other for other in tokens if other != own][:_OTHERS])
+    for own in tokens:
+        others = {tuple(other) for other in some if other != own}
+        alike = sorted(others, key=lambda other: (-_f1(own, other), other))
+        found.append([list(other) for other in alike[:_LOOKALIKES]])
     return found
 
 

@@ -26,7 +26,7 @@ _WORST = 12
 _BARS = (
     ("validation", "exact_match", "held-out: exact match"),
     ("validation", "token_f1", "held-out: token F1"),
-    ("validation", "f1_over_chance", "held-out: F1 over chance"),
+    ("validation", "f1_over_lookalikes", "held-out: F1 over look-alikes"),
     ("train", "exact_match", "trained: exact match"),
     ("replay", "exact_match", "known before: exact match"),
     ("canary", "contains", "general questions"),

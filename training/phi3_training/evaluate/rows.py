@@ -17,8 +17,8 @@ from .asking import Said
 from .metrics import (
     contains,
     exact_match,
-    f1_over_chance,
-    other_answers,
+    f1_over_lookalikes,
+    lookalikes,
     refuses,
     rouge_l,
     token_f1,
@@ -43,14 +43,14 @@ def make_rows(
     questions: Sequence[Question], before: Sequence[Answered], after: Sequence[Answered]
 ) -> list[Row]:
     """The rows, in the order of the questions."""
-    others: dict[int, list[list[str]]] = {}
+    alike: dict[int, list[list[str]]] = {}
     for part in PARTS:
         chosen = [i for i, q in enumerate(questions) if q.part == part and q.expected]
-        found = other_answers([questions[i].expected for i in chosen])
-        others.update(zip(chosen, found, strict=True))
+        found = lookalikes([questions[i].expected for i in chosen])
+        alike.update(zip(chosen, found, strict=True))
     rows = []
     for i, question in enumerate(questions):
-        was, now = (_scores(question, a, others.get(i, [])) for a in (before[i], after[i]))
+        was, now = (_scores(question, a, alike.get(i, [])) for a in (before[i], after[i]))
         rows.append(
             {
                 "part": question.part,
@@ -102,7 +102,7 @@ def _right(scores: dict[str, Any]) -> bool | None:
 
 
 def _scores(
-    question: Question, answered: Answered, others: Sequence[Sequence[str]]
+    question: Question, answered: Answered, alike: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
     text, expected = _text(answered), question.expected
     found: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _scores(
         found |= {
             "exact_match": exact_match(text, expected),
             "token_f1": round(token_f1(text, expected), 4),
-            "f1_over_chance": round(f1_over_chance(text, expected, others), 4),
+            "f1_over_lookalikes": round(f1_over_lookalikes(text, expected, alike), 4),
             "rouge_l": round(rouge_l(text, expected), 4),
             "bleu": round(corpus.of_one("bleu", text, expected), 2),
             "chrf": round(corpus.of_one("chrf", text, expected), 2),
