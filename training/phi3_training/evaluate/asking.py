@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,10 @@ from ..serve.engines.sampling import defaults_of
 from ..serve.engines.tokens import TokenEngine
 from ..serve.engines.transformers import CachedRows
 from ..serve.server import bind
+from .rows import Said
 
 # The longest that the endpoint gives one request; questions never wait, there is a slot for each.
 _REQUEST_TIMEOUT_MS = 180_000
-
-
-@dataclass(frozen=True)
-class Said:
-    """An answer; `cut` where it reached its limit before the model ended it."""
-
-    text: str
-    cut: bool = False
 
 
 def ask_all(

@@ -17,11 +17,11 @@ from ..finetune.runtime import choose_runtime, quiet_libraries, torch_threads
 from ..finetune.weights import base_folder, chat_format, count_weights, load_model
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
-from .asking import Said, ask_all
+from .asking import ask_all
 from .figures import Comparison, compare, metrics_for, seed_of
-from .perplexity import AnswerLoss, answer_losses
+from .perplexity import answer_losses
 from .questions import PARTS, Question, collect
-from .rows import PATH, Answered, Row, make_rows, write_rows
+from .rows import PATH, Answered, AnswerLoss, Row, Said, make_rows, write_rows
 
 Step = Callable[[int], None]
 
@@ -44,7 +44,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
     write_rows(run, rows)
     return {
-        **_figures(rows, recipe.evaluate),
+        **figures_of(rows, recipe.evaluate),
         "ask": {"question": recipe.ask, "before": was.text(asked), "after": now.text(asked)},
         "rows": PATH,
         "settings": recipe.evaluate.model_dump(mode="json"),
@@ -126,7 +126,7 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
     return step
 
 
-def _figures(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]:
+def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]:
     """`before`, `after` and `comparisons` of each part that has rows."""
     found: dict[str, Any] = {"before": {}, "after": {}, "comparisons": {}}
     for part in PARTS:

@@ -40,7 +40,8 @@ def of_one(name: Name, answer: str, expected: str) -> float:
 @cache
 def _metric(name: Name, *, single: bool = False) -> Any:
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "sacrebleu", "local") from None
     return BLEU(effective_order=single) if name == "bleu" else CHRF()

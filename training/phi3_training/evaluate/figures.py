@@ -124,7 +124,7 @@ def compare(
     *,
     confidence: float,
     resamples: int,
-    seed: int,
+    seed: int | Sequence[int],
 ) -> dict[str, Comparison]:
     """Each metric before and after, on these rows. The same seed gives the same intervals."""
     columns = {m.name: (m.columns(rows, "before"), m.columns(rows, "after")) for m in metrics}

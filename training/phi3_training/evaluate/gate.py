@@ -5,7 +5,7 @@ Reads run/evaluate/rows.jsonl; its verdict is the manifest `gate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,7 @@ _NAMED_ROWS = 5
 _SHOWN = 70  # characters of a text in a message
 
 Verdict = dict[str, Any]
+Told = Mapping[str, Any]
 
 
 def check(recipe: Recipe, run: Run) -> Verdict:
@@ -38,7 +39,7 @@ def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) ->
     return {"passed": all(rule["passed"] for rule in rules), "rules": rules}
 
 
-def summary(verdict: Verdict) -> str:
+def summary(verdict: Told) -> str:
     """The verdict in a few words."""
     failed = sum(not rule["passed"] for rule in verdict["rules"])
     count = len(verdict["rules"])
@@ -47,7 +48,7 @@ def summary(verdict: Verdict) -> str:
     return f"passed, {count} of {count} rules" if not failed else f"NOT passed, {failed} of {count}"
 
 
-def line(rule: Verdict) -> str:
+def line(rule: Told) -> str:
     """One rule and how it came out, for people."""
     mark = "passed" if rule["passed"] else "FAILED"
     return f"{mark} {rule['kind']}: {rule['reason']}"
@@ -149,7 +150,7 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
     """The rows that did most to sink the rule, worst first."""
 
     def change(row: Row) -> float:
-        return metric.sign * (_one(row, metric, "after") - _one(row, metric, "before"))
+        return float(metric.sign * (_one(row, metric, "after") - _one(row, metric, "before")))
 
     if kind == "max_refusal_change":
         found = [row for row in rows if change(row)]
@@ -164,7 +165,7 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
 def _one(row: Row, metric: Metric, side: str) -> float:
     scores = row[f"{side}_scores"]
     if metric.name == "perplexity":
-        return float(scores["nll"]) / max(1, scores["tokens"])
+        return float(scores["nll"] / max(1, scores["tokens"]))
     return float(scores[metric.name])
 
 

@@ -7,24 +7,16 @@ assistant's tokens and the tokens that end its turns, as training's mask marks t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..finetune.rows import Conversation
 from ..prompt import ChatFormat, Example
+from .rows import AnswerLoss
 
 # Rows times width of one forward pass: bounds the logits, which are what fills a GPU in evaluation.
 _TOKENS_PER_PASS = 4096
-
-
-@dataclass(frozen=True)
-class AnswerLoss:
-    """Sum of the negative log likelihoods (natural logarithm) and how many tokens they are of."""
-
-    nll: float
-    tokens: int
 
 
 def answer_losses(

@@ -41,7 +41,7 @@ class Question:
 
 def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     """All questions. Raises StageError when there are none, or a question file has a fault."""
-    questions = []
+    questions: list[Question] = []
     for part in CHAT_PARTS:
         path = run.path / "data" / f"{part}.jsonl"
         rows = _read(path, part) if path.is_file() else []

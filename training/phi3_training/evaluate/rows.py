@@ -13,7 +13,6 @@ from typing import Any
 from ..errors import StageError
 from ..run import Run, write_atomically
 from . import corpus
-from .asking import Said
 from .metrics import (
     contains,
     exact_match,
@@ -24,11 +23,26 @@ from .metrics import (
     token_f1,
     words,
 )
-from .perplexity import AnswerLoss
 from .questions import PARTS, Question
 
 PATH = "evaluate/rows.jsonl"
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer; `cut` where it reached its limit before the model ended it."""
+
+    text: str
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """Sum of the negative log likelihoods (natural logarithm) and how many tokens they are of."""
+
+    nll: float
+    tokens: int
 
 
 @dataclass(frozen=True)
