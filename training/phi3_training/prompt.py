@@ -112,6 +112,10 @@ class ChatFormat:
         """The id of a control token such as "<|end|>", or None when there is none of that name."""
         return self._guard.control_id(text)
 
+    def is_control(self, token: int) -> bool:
+        """Whether an id is a control token's, which no message can write."""
+        return self._guard.is_control(token)
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder that takes ids one by one and gives whole characters back."""
         return StreamDecoder(self.decode)

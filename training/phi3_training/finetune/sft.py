@@ -19,7 +19,7 @@ from ..recipe import Recipe
 from ..run import Run
 from .adapters import adapter_folder
 from .audit import Report, Row
-from .checkpoints import Checkpoints, training_id
+from .checkpoints import Checkpoints
 from .merge import merge, write_adapter
 from .methods import check_method, load_for_training, with_adapter
 from .rows import audited, encode_rows, read_located, with_casual_copies
@@ -55,20 +55,18 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         model = load_for_training(folder, recipe, runtime)
         log = LossLog(run.file("finetune", "loss.jsonl"), progress)
         watch = Validation(run.path / "finetune", recipe.finetune.early_stopping_patience)
-        parts = [learnt, [row.example for row in held_out]]
-        own = training_id(recipe.finetune, runtime, parts, folder)
-        kept_steps = Checkpoints(run.path / "finetune" / "checkpoints", own, recipe.finetune)
-        callbacks = [log, *([watch] if held_out else []), kept_steps, *trackers(recipe, run)]
         data = Rows(learnt, [row.example for row in held_out], limit, chat.pad_token_id)
+        saves = Checkpoints(run.path, recipe.finetune, runtime, data, folder)
+        callbacks = [log, *([watch] if held_out else []), saves, *trackers(recipe, run)]
         try:
             trainer = make_trainer(
-                model, folder, data, recipe.finetune, runtime, callbacks, kept_steps.folder
+                model, folder, data, recipe.finetune, runtime, callbacks, saves.folder
             )
         except ValueError as error:
             raise _unfit(error) from None
         # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
-        _train(trainer, recipe, log, kept_steps.newest())
+        _train(trainer, recipe, log, saves.newest())
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if not is_main_process():
             return None
@@ -78,10 +76,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         if watch.best is not None:
             figures["validation_loss"] = round(watch.best[1], 5)
         _save(trained, recipe, run, chat, runtime, figures)
-        kept_steps.clear()
+        saves.clear()
     choices = [
         *runtime.choices,
-        *kept_steps.choices(),
+        *saves.choices(),
         *report.choices(),
         *([kept] if kept else []),
     ]

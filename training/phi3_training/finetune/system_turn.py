@@ -36,6 +36,10 @@ class SystemTurn:
         # Templates that put the system text into the user's turn, or in front of it unmarked.
         if opening == user or "sys" not in "".join(written).lower():
             return None
+        while (
+            opening and not chat.is_control(opening[-1]) and not chat.decode(opening[-1:]).strip()
+        ):
+            opening.pop()  # the mark of a word's start belongs to the content
         return cls(chat, opening)
 
     def content(self, ids: Sequence[int]) -> str | None:
