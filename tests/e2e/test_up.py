@@ -49,7 +49,7 @@ def test_second_up_does_nothing_again(journey: Journey) -> None:
     again = journey.laptop.run("phi3", "up")
 
     assert again.returncode == 0
-    assert again.stderr.count("already done") == 8
+    assert again.stderr.count("already done") == 9
 
 
 def test_chat_one_question(journey: Journey) -> None:
@@ -96,7 +96,7 @@ def test_status_tells_what_is_up(journey: Journey) -> None:
     (state,) = json.loads(done.stdout)
     assert state["run"] == "phi3-tiny"
     assert state["endpoint"]["state"] == "up"
-    assert len(state["done"]) == 8
+    assert len(state["done"]) == 9
 
 
 def test_planted_key_is_nowhere_in_clear(journey: Journey) -> None:
@@ -150,4 +150,4 @@ def test_down_stops_it_and_up_brings_it_back(journey: Journey) -> None:
 
     back = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
     assert back.returncode == 0, back.stderr
-    assert back.stderr.count("already done") == 5
+    assert back.stderr.count("already done") == 6
