@@ -47,6 +47,9 @@ class FinetuneSection(Section):
     loss: Name | None = None
     eval_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
+    save_steps: Positive | None = None
+    save_seconds: Annotated[float, Field(gt=0.0)] | None = 60.0
+    save_total_limit: Positive = 2
     seed: int = 42
     num_threads: Positive | None = None
     num_processes: Positive = 1

@@ -11,6 +11,7 @@ from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
+_NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
 
 
 def _section(journey: Journey, *names: str) -> list[Any]:

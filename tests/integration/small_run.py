@@ -1,0 +1,120 @@
+"""A run folder with prepared chats and a small base, and fine-tunings of it in processes that die.
+
+Writes into the folders it is given. Processes are forked from a server that has torch loaded, so
+that each costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from phi3_training.data import prepare
+from phi3_training.finetune import finetune, prepare_base
+from phi3_training.recipe import Recipe, load_recipe
+from phi3_training.run import Run
+
+IN_PROCESS = "small_run_in_a_process"
+
+SMALL = """\
+name: small
+model: {name_or_path: tiny}
+base: {data: chats.jsonl, vocab_size: 400, hidden_size: 32, intermediate_size: 48,
+       num_hidden_layers: 2, num_attention_heads: 2, num_train_epochs: 1}
+data: {train: chats.jsonl, validation_share: 0.1}
+finetune: {learning_rate: 5.0e-3, num_train_epochs: 8, per_device_train_batch_size: 8,
+           lora_r: 4, lora_dropout: 0.1, save_steps: 5, num_threads: 1}
+"""
+
+
+def make_small_run(folder: Path) -> Path:
+    """A run folder with `dataset` and `base` done, and recipe.yaml beside it."""
+    words = ("lamp", "boat", "stove", "tent", "kettle", "drum", "rope", "axe")
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What does {word} number {size} cost?"},
+                {"role": "assistant", "content": f"It is {size * 3} euros" + " today" * size},
+            ]
+        }
+        for size, word in ((size, word) for size in range(1, 8) for word in words)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "recipe.yaml").write_text(SMALL)
+    run = Run.open(folder / "run")
+    recipe = load_recipe(folder / "recipe.yaml")
+    run.write_manifest("dataset", prepare(recipe.data, run))
+    run.write_manifest("base", prepare_base(recipe, run))
+    return run.path
+
+
+def small_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe beside a run folder that `make_small_run` made."""
+    return load_recipe(run.parent / "recipe.yaml", overrides)
+
+
+def copy_of(run: Path, name: str) -> Path:
+    """The same run under another name, beside it."""
+    return Path(shutil.copytree(run, run.with_name(name)))
+
+
+def train(run: Path, overrides: Sequence[str] = ()) -> None:
+    """Fine-tune in this process and write the manifest."""
+    content = finetune(small_recipe(run, overrides), Run(run))
+    Run(run).write_manifest("model", content)
+
+
+def start(run: Path, overrides: Sequence[str] = ()) -> BaseProcess:
+    """Fine-tune in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["phi3_training.finetune.sft"])
+    # By its path: pytest's own way of importing is not known in there.
+    given = {"RUN": run, "OVERRIDES": list(overrides)}
+    process = context.Process(
+        target=runpy.run_path, args=(__file__, given, IN_PROCESS), daemon=True
+    )
+    process.start()
+    return process
+
+
+def train_apart(run: Path, overrides: Sequence[str] = ()) -> None:
+    """Fine-tune in a process of its own, to the end."""
+    process = start(run, overrides)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def kill_when(
+    run: Path, overrides: Sequence[str], reached: Callable[[], bool], limit: float = 60
+) -> None:
+    """Fine-tune in a process of its own and send it SIGKILL as soon as `reached` says so."""
+    process = start(run, overrides)
+    end = time.monotonic() + limit
+    while not reached():
+        assert process.exitcode is None, "training ended before it was to be killed"
+        assert time.monotonic() < end, "training did not get there in time"
+        time.sleep(0.0005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every line of the loss log; a line that was cut is left out."""
+    path = run / "finetune" / "loss.jsonl"
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(entry["step"], entry["loss"]) for entry in entries]
+
+
+if __name__ == IN_PROCESS:
+    train(globals()["RUN"], globals()["OVERRIDES"])

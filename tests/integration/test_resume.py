@@ -1,0 +1,229 @@
+"""A fine-tuning that is killed goes on as if nothing had happened: same rows, same losses."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.integration.small_run import (
+    copy_of,
+    kill_when,
+    losses,
+    make_small_run,
+    train_apart,
+)
+
+from phi3_training.finetune.checkpoints import SEAL
+from phi3_training.run import Run
+
+# What the kills are spread over; each draws on other states that have to be restored.
+WAYS = {
+    "dropout": [],
+    "full": ["finetune.method=full", "finetune.learning_rate=1e-3"],
+    "accumulation": [
+        "finetune.gradient_accumulation_steps=2",
+        "finetune.per_device_train_batch_size=5",
+    ],
+    "packing": [
+        "finetune.packing=true",
+        "finetune.per_device_train_batch_size=1",
+        "data.max_length=128",
+    ],
+    "evaluations": ["finetune.eval_steps=4", "finetune.lr_scheduler_type=linear"],
+}
+DRAW = random.Random(20)  # noqa: S311 - picks steps, guards nothing
+KILLS = [(list(WAYS)[number % len(WAYS)], DRAW.random()) for number in range(10)]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_run(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Path) -> Callable[[str], list[tuple[int, float]]]:
+    """The losses of each way, trained without a kill and without checkpoints."""
+    known: dict[str, list[tuple[int, float]]] = {}
+
+    def of(way: str) -> list[tuple[int, float]]:
+        if way not in known:
+            run = copy_of(prepared, f"whole-{way}")
+            train_apart(run, [*WAYS[way], "finetune.save_steps=null"])
+            known[way] = losses(run)
+        return known[way]
+
+    return of
+
+
+def checkpoints(run: Path) -> list[Path]:
+    found = run.glob("finetune/checkpoints/*/checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def assert_same(found: list[tuple[int, float]], expected: list[tuple[int, float]]) -> None:
+    """Every step once, in order, with the loss of the training that was never killed."""
+    assert [step for step, _ in found] == list(range(1, len(expected) + 1))
+    assert max(abs(a - b) for (_, a), (_, b) in zip(found, expected, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize(("way", "share"), KILLS)
+def test_a_kill_at_a_random_step_changes_nothing(
+    way: str, share: float, prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
+) -> None:
+    expected = uninterrupted(way)
+    step = 6 + int(share * (len(expected) - 8))
+    run = copy_of(prepared, f"killed-{way}-{step}")
+    kill_when(run, WAYS[way], lambda: len(losses(run)) >= step)
+    assert len(losses(run)) < len(expected)
+    train_apart(run, WAYS[way])
+    assert_same(losses(run), expected)
+    resumed = [text for text in Run(run).require("model", "")["choices"] if "went on" in text]
+    assert len(resumed) == 1
+    assert not (run / "finetune" / "checkpoints").exists()
+
+
+def test_a_run_killed_again_and_again_comes_to_the_same_end(
+    prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
+) -> None:
+    run = copy_of(prepared, "killed-often")
+    for step in (7, 23, 41):
+        kill_when(run, [], lambda step=step: len(losses(run)) >= step)
+    train_apart(run)
+    assert_same(losses(run), uninterrupted("dropout"))
+    assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
+
+
+def model_bytes(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_kill_while_a_checkpoint_is_written(
+    prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
+) -> None:
+    """What was half written is not used; training goes on from the one before."""
+    for attempt in range(20):
+        run = copy_of(prepared, f"half-{attempt}")
+        half = next_checkpoint(run, 20)
+        kill_when(run, [], lambda half=half: half() is not None)
+        last = checkpoints(run)[-1]
+        if not (last / SEAL).exists():  # else it was faster than our signal: once more
+            break
+    assert last.name == "checkpoint-20"
+    train_apart(run)
+    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert_same(losses(run), uninterrupted("dropout"))
+
+
+def next_checkpoint(run: Path, step: int) -> Callable[[], Path | None]:
+    """Finds the folder of that step's checkpoint as soon as something is in it."""
+
+    def look() -> Path | None:
+        files = run.glob(f"finetune/checkpoints/*/checkpoint-{step}/*")
+        return next(iter(files), None)
+
+    return look
+
+
+@pytest.fixture(scope="module")
+def killed(prepared: Path) -> Path:
+    """A run that was killed behind step 22: checkpoints 15 and 20 are there."""
+    run = copy_of(prepared, "killed")
+    kill_when(run, [], lambda: len(losses(run)) >= 22)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
+    return run
+
+
+def without_seal(checkpoint: Path) -> None:
+    (checkpoint / SEAL).unlink()
+
+
+def cut_optimizer(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lost_random_state(checkpoint: Path) -> None:
+    (checkpoint / "rng_state.pth").unlink()
+
+
+def half_a_seal(checkpoint: Path) -> None:
+    (checkpoint / SEAL).write_text((checkpoint / SEAL).read_text()[:30])
+
+
+@pytest.mark.parametrize("damage", [without_seal, cut_optimizer, lost_random_state, half_a_seal])
+def test_a_damaged_checkpoint_is_passed_over(
+    damage: Callable[[Path], None],
+    killed: Path,
+    uninterrupted: Callable[[str], list[tuple[int, float]]],
+) -> None:
+    run = copy_of(killed, f"damaged-{damage.__name__}")
+    damage(checkpoints(run)[-1])
+    train_apart(run)
+    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert_same(losses(run), uninterrupted("dropout"))
+
+
+@pytest.mark.parametrize(
+    "other", [["finetune.learning_rate=4e-3"], ["finetune.seed=7"], ["data.max_length=300"]]
+)
+def test_other_settings_do_not_take_the_checkpoint(other: list[str], killed: Path) -> None:
+    run = copy_of(killed, f"other-{other[0]}".replace("=", "-"))
+    train_apart(run, other)
+    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert [step for step, _ in losses(run)] == list(range(1, 57))
+
+
+def test_other_chats_do_not_take_the_checkpoint(killed: Path) -> None:
+    run = copy_of(killed, "other-chats")
+    path = run / "data" / "train.jsonl"
+    path.write_text(path.read_text().replace("euros", "crowns"))
+    train_apart(run)
+    assert "went on" not in str(Run(run).require("model", "")["choices"])
+
+
+def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
+    run = copy_of(killed, "other-base")
+    weights = run / "base" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1
+    weights.write_bytes(bytes(content))
+    train_apart(run)
+    assert "went on" not in str(Run(run).require("model", "")["choices"])
+
+
+def test_how_often_is_saved_may_change_in_between(
+    killed: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
+) -> None:
+    run = copy_of(killed, "other-saving")
+    train_apart(run, ["finetune.save_steps=9", "finetune.save_total_limit=1"])
+    assert "behind step 20" in str(Run(run).require("model", "")["choices"])
+    assert_same(losses(run), uninterrupted("dropout"))
+
+
+def test_saving_by_seconds_keeps_to_the_limit(prepared: Path) -> None:
+    run = copy_of(prepared, "seconds")
+    settings = ["finetune.save_steps=null", "finetune.save_seconds=0.01"]
+    settings += ["finetune.num_train_epochs=40", "finetune.save_total_limit=1"]
+    kill_when(run, settings, lambda: len(losses(run)) >= 150)
+    kept = [path for path in checkpoints(run) if (path / SEAL).exists()]
+    assert kept
+    # One part in twenty of the time: far fewer than one for each of the 150 steps.
+    assert len(checkpoints(run)) <= 2
+    train_apart(run, settings)
+    assert len(losses(run)) == 280
+
+
+def test_killed_behind_the_last_step_trains_no_step_twice(
+    prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
+) -> None:
+    """The last checkpoint holds the finished training: only merging is left to be done."""
+    run = copy_of(prepared, "at-the-end")
+    kill_when(run, [], lambda: bool(list(run.glob("finetune/checkpoints/*/checkpoint-56/" + SEAL))))
+    shutil.rmtree(run / "model", ignore_errors=True)
+    train_apart(run)
+    assert "behind step 56" in str(Run(run).require("model", "")["choices"])
+    assert_same(losses(run), uninterrupted("dropout"))
+    assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
