@@ -1,6 +1,6 @@
 """This machine as target: trains in process, registers with MLflow, serves in the background.
 
-Reads the run folder; writes run/onnx and run/endpoint.log, and starts one server process.
+Reads the run folder; writes run/onnx-<precision> and run/endpoint.log; starts one server process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from ..console import ProgressCallback
+from ..export.onnx import converted
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
@@ -115,7 +116,7 @@ def server_config(
     settings["engine"] = engine
     settings["model_dir"] = run.path / model["path"]
     if engine == "ort-genai":
-        settings["onnx_dir"] = _converted(recipe, run, model, progress)
+        settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
     before = run.manifest("endpoint") or {}
     settings["port"] = recipe.serve.port or _free_again(before.get("port", 0))
     settings["num_threads"] = recipe.finetune.num_threads
@@ -139,20 +140,6 @@ def context_length(config: ServerConfig) -> int | None:
     if config.engine == "upstream" or config.model_dir is None:
         return None
     return ChatFormat.from_folder(config.model_dir).context_length or None
-
-
-def _converted(recipe: Recipe, run: Run, model: Manifest, progress: ProgressCallback) -> Path:
-    """run/onnx for exactly this model and precision."""
-    from ..serve.export import export_onnx
-
-    wanted = {"of": model["done_id"], "precision": recipe.serve.precision}
-    folder = run.path / "onnx"
-    export = run.manifest("export") or {}
-    if not folder.is_dir() or any(export.get(name) != value for name, value in wanted.items()):
-        progress(0, 0, f"converting the model to ONNX ({recipe.serve.precision})")
-        made = export_onnx(run.path / model["path"], folder, recipe.serve.precision)
-        run.write_manifest("export", {**made, **wanted, "path": "onnx"})
-    return folder
 
 
 def _free_again(port: int) -> int:

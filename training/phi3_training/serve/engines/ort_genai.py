@@ -45,6 +45,12 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
     """Load the folder; raises StageError when it is not a converted model."""
+    model = step_model(onnx_dir, num_threads)
+    return TokenEngine.of_folder("ort-genai", onnx_dir, model, slots=slots)
+
+
+def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:
+    """The folder's graph, ready to step; raises StageError when it is not a converted model."""
     try:
         config = json.loads((onnx_dir / "genai_config.json").read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError):
@@ -64,7 +70,7 @@ def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> Token
             f"ONNX Runtime cannot run the model in {onnx_dir}: {error}. "
             "Serve it with the setting serve.engine=transformers"
         ) from None
-    return TokenEngine.of_folder("ort-genai", onnx_dir, model, slots=slots)
+    return model
 
 
 def _model(onnx_dir: Path, decoder: dict[str, Any], threads: int) -> StepModel:

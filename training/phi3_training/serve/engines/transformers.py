@@ -23,10 +23,18 @@ logger = logging.getLogger(__name__)
 
 def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
     """Load the folder; raises StageError when it holds no model."""
+    rows = step_model(model_dir, num_threads)
+    return TokenEngine.of_folder("transformers", model_dir, rows, slots=slots)
+
+
+def step_model(
+    model_dir: Path, num_threads: int | None = None, dtype: torch.dtype | None = None
+) -> CachedRows:
+    """The folder's weights, ready to step; raises StageError when it holds no model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(num_threads or 1)
-    dtype = _dtype_for(device)
+    dtype = dtype or _dtype_for(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -35,8 +43,7 @@ def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> Toke
             "train it again with: phi3 train"
         ) from None
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
-    rows = CachedRows(model.to(device).eval())
-    return TokenEngine.of_folder("transformers", model_dir, rows, slots=slots)
+    return CachedRows(model.to(device).eval())
 
 
 def _dtype_for(device: torch.device) -> torch.dtype:
