@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import get_sampler
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -111,7 +110,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         The library draws it from torch's global state, which is another one when training goes
         on in the middle of an epoch: rows would be seen twice and others never.
         """
-        sampler = get_sampler(train_dataloader)
+        batches = train_dataloader.batch_sampler
+        batches = getattr(batches, "batch_sampler", batches)  # a process's share of the batches
+        sampler = getattr(batches, "sampler", None)
         if not isinstance(sampler, LengthGroupedSampler):
             raise TypeError(f"the order of {type(sampler).__name__} cannot be repeated")
         seed = int(fingerprint([args.data_seed or args.seed, int(state.epoch or 0)])[:15], 16)
