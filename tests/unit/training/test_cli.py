@@ -72,7 +72,7 @@ def test_plan_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     plan = json.loads(capsys.readouterr().out)
     assert plan["to_do"][0] == "prepare"
-    assert len(plan["to_do"]) == 8
+    assert len(plan["to_do"]) == 9
     assert not (tmp_path / "runs").exists()
 
 
