@@ -14,7 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -132,19 +133,25 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
             timeout_graceful_shutdown=config.drain_seconds,
         )
     )
-    _ignore_repeated_signals()
-    _announce(config, listener)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        await engine.close()
+    with _signals_end_quietly():
+        _announce(config, listener)
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await engine.close()
     logger.info("stopped")
 
 
-def _ignore_repeated_signals() -> None:
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
     """uvicorn raises the signal that stopped it once more; by then all is done."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from ...errors import StageError
 from ...prompt import ChatFormat
@@ -27,6 +28,7 @@ def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> Toke
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(num_threads or 1)
+    disable_progress_bar()
     dtype = _dtype_for(device)
     chat = ChatFormat.from_folder(model_dir)
     try:
