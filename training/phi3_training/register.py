@@ -17,10 +17,8 @@ from typing import Any
 from .quiet import captured_output
 from .run import Run
 
-# Read at import time by MLflow: no usage reports, no progress bars, from a user's laptop.
+# Read at import time by MLflow.
 QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
