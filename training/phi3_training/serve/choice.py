@@ -37,9 +37,9 @@ def choose_engine(asked: EngineName = "auto") -> tuple[EngineName, str]:
 def _has_gpu() -> bool:
     if not find_spec("torch") or not any(Path(mark).exists() for mark in _GPU_MARKS):
         return False
-    from .engines.gpu import cuda_available
+    import torch
 
-    return cuda_available()
+    return bool(torch.cuda.is_available())
 
 
 def load_engine(config: ServerConfig, *, upstream_key: str | None = None) -> Engine:

@@ -68,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 def _log_to_stderr() -> None:
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr)
-    # Our own front door logs requests; other libraries log urls or bodies.
-    for name in ("uvicorn.access", "httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Our own front door logs requests; other libraries log urls, bodies, and each write to a
+    # client that has left.
+    for name in ("uvicorn.access", "httpx", "httpcore", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:

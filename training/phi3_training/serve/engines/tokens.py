@@ -9,7 +9,9 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
+from ...errors import StageError
 from ...prompt import ChatFormat
 from .base import Chunk, FinishReason, InvalidPromptError, Message, PromptTooLongError, Sampling
 from .batch import Batcher, Job, StepModel
@@ -24,6 +26,14 @@ _LONG_PROMPT = 20_000
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
+def chat_format(folder: Path) -> ChatFormat:
+    """The chat format of a model folder; raises StageError where it has none."""
+    try:
+        return ChatFormat.from_folder(folder)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+
+
 class TokenEngine:
     """An engine made of a chat format and a step model; see `base.Engine`."""
 
@@ -35,12 +45,13 @@ class TokenEngine:
         *,
         slots: int,
         defaults: Sampling,
+        share_limit: int | None = None,
     ) -> None:
         self.name = name
         self.context_length = chat.context_length
         self._chat = chat
         self._defaults = defaults
-        self._batcher = Batcher(model, slots=slots)
+        self._batcher = Batcher(model, slots=slots, share_limit=share_limit)
 
     @property
     def active(self) -> int:

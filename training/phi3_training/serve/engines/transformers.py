@@ -11,26 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from ...errors import StageError
-from ...prompt import ChatFormat
+from .rope import share_limit
 from .sampling import Logits, defaults_of
-from .tokens import TokenEngine
+from .tokens import TokenEngine, chat_format
 
 logger = logging.getLogger(__name__)
+
+# Fewer weights than this, and threads cost more than they bring.
+_SMALL_MODEL = 50_000_000
 
 
 def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
     """Load the folder; raises StageError when it holds no model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(num_threads or 1)
     disable_progress_bar()
     dtype = _dtype_for(device)
-    chat = ChatFormat.from_folder(model_dir)
+    chat = chat_format(model_dir)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -38,9 +40,24 @@ def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> Toke
             f"{model_dir} holds no model that can be loaded ({error}); "
             "train it again with: phi3 train"
         ) from None
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads or _threads_for(model))
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
     rows = CachedRows(model.to(device).eval())
-    return TokenEngine("transformers", chat, rows, slots=slots, defaults=defaults_of(model_dir))
+    return TokenEngine(
+        "transformers",
+        chat,
+        rows,
+        slots=slots,
+        defaults=defaults_of(model_dir),
+        share_limit=share_limit(model_dir),
+    )
+
+
+def _threads_for(model: Any) -> int:
+    if sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL:
+        return 1
+    return psutil.cpu_count(logical=False) or 1
 
 
 def _dtype_for(device: torch.device) -> torch.dtype:
