@@ -46,7 +46,7 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]
 def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) -> dict[str, Any]:
     started = time.process_time()
     rows = [
-        [{"role": message.role, "content": message.content} for message in conversation.messages]
+        [message.to_dict() for message in conversation.messages]
         for conversation in read_conversations(base.data)
     ]
     rows = with_casual_copies(rows) if recipe.data.casual_copies else rows

@@ -82,6 +82,8 @@ def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
         return "float32", "as the recipe says"
     if wanted == "bfloat16":
         return "bfloat16", "as the recipe says"
+    if wanted == "float16" and device == "cpu":
+        return "float32", "float16, which the recipe asks for, needs a GPU"
     if wanted == "float16":
         return "float16", "as the recipe says"
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

@@ -42,7 +42,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
         log = LossLog(run.file("finetune", "loss.jsonl"), progress)
         trainer = _trained(model, folder, examples, recipe, runtime, log)
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        figures = _figures(trained, examples, log)
+        figures = _figures(trained, examples, log, recipe.finetune.num_train_epochs)
         if recipe.finetune.method == "lora":
             write_adapter(trained, run.path / "adapter")
         merge(trained, chat, run.path / "model", folder, runtime.torch_dtype)
@@ -126,7 +126,8 @@ def _trained(
     return trainer
 
 
-def _figures(model: Any, examples: list[Example], log: LossLog) -> dict[str, Any]:
+def _figures(model: Any, examples: list[Example], log: LossLog, epochs: int) -> dict[str, Any]:
+    last = log.losses[-max(1, len(log.losses) // epochs) :]
     weights = list(model.parameters())
     return {
         "parameters": sum(weight.numel() for weight in weights),
@@ -135,5 +136,5 @@ def _figures(model: Any, examples: list[Example], log: LossLog) -> dict[str, Any
         "learnt_tokens": sum(sum(example.assistant_mask) for example in examples),
         "steps": len(log.losses),
         "first_loss": round(log.losses[0], 5),
-        "final_loss": round(log.losses[-1], 5),
+        "final_loss": round(sum(last) / len(last), 5),  # mean of the last epoch
     }

@@ -149,6 +149,7 @@ def _arguments(settings: FinetuneSection, runtime: Runtime, output: Path) -> SFT
         max_length=None,
         packing=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

@@ -52,6 +52,7 @@ def find_weights(model: ModelSection) -> Path:
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> Any:
     """The causal language model of a folder, on the CPU, without running code from the folder."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     options = {} if attention is None else {"attn_implementation": attention}
@@ -59,7 +60,7 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise StageError(
             f"The weights in {folder} cannot be loaded: {_first_line(error)}. Expected a causal "
             "language model that transformers knows, as safetensors."
