@@ -6,6 +6,7 @@ and run/finetune/loss.jsonl.
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
         if recipe.finetune.method == "lora":
             write_adapter(trained, run.path / "adapter")
         merge(trained, chat, run.path / "model", folder, runtime.torch_dtype)
+    del model, trainer, trained
+    _free_gpu_memory()
     return {
         "path": "model",
         "adapter": "adapter" if recipe.finetune.method == "lora" else None,
@@ -84,6 +87,13 @@ def _examples(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Example]
 def _load_dtype(recipe: Recipe, runtime: Runtime) -> torch.dtype:
     """LoRA leaves the weights as they are; when all learn, small steps need all of float32."""
     return torch.float32 if recipe.finetune.method == "full" else runtime.torch_dtype
+
+
+def _free_gpu_memory() -> None:
+    """Evaluation loads two more models in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_one_gpu() -> None:
