@@ -26,7 +26,7 @@ FLOW = [
 LOCAL = [
     *CLI,
     "torch==2.13.0",  # one tested version; a range would fetch gigabytes of CUDA builds
-    "transformers>=5.20,<6",  # 6 is not tested: tokenizer and Trainer names change by major
+    "transformers>=5.23,<6",  # 6 is not tested: tokenizer and Trainer names change by major
     "trl>=1.16,<2",  # renames its arguments between majors, silently for some
     "peft>=0.21",
     "accelerate>=1.15",
