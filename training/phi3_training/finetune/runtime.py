@@ -90,13 +90,13 @@ def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
         return "bfloat16", "the GPU supports it"
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and the fastest that every {device} computes with"
+    return "float32", f"exact, and what a {device} computes fastest"
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:
     if wanted is not None:
-        return wanted, f"{wanted} torch thread(s): as the recipe says"
+        return wanted, f"torch threads: {wanted}, as the recipe says"
     if device == "cpu" and parameters < _SMALL_MODEL:
-        return 1, "1 torch thread: the model is small, more threads would wait for each other"
+        return 1, "torch threads: 1, the model is small and more would wait for each other"
     count = torch.get_num_threads()
-    return count, f"{count} torch thread(s): torch's own choice for this machine"
+    return count, f"torch threads: {count}, torch's own choice for this machine"
