@@ -171,6 +171,8 @@ def test_interrupted_up_goes_on(journey: Journey) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A job in a script's background ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     base = journey.laptop.work / "runs" / "cut" / "base.json"
     deadline = time.monotonic() + 120
