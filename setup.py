@@ -26,14 +26,15 @@ FLOW = [
 LOCAL = [
     *CLI,
     "torch==2.13.0",  # one tested version; a range would fetch gigabytes of CUDA builds
-    "transformers>=5.20,<6",  # 6 is not tested: tokenizer and Trainer names change by major
+    "transformers>=5.23,<6",  # 6 is not tested: tokenizer and Trainer names change by major
     "trl>=1.16,<2",  # renames its arguments between majors, silently for some
     "peft>=0.21",
     "accelerate>=1.15",
     "datasets>=5",
     "tokenizers>=0.22",
     "jinja2>=3.1",
-    "onnxruntime-genai>=0.18,<0.19",  # the Engine API is new in 0.18 and marked experimental
+    "onnxruntime>=1.24",
+    "onnxruntime-genai>=0.18,<0.19",  # its builder converts; called in process, by its own names
     "onnx-ir>=1",  # used by onnxruntime-genai's builder, which does not ask for it
     "fastapi>=0.115",
     "uvicorn>=0.30",

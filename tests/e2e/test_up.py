@@ -5,7 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from .conftest import PLANTED_KEY, PROJECT, Journey
 
@@ -130,12 +136,70 @@ def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
     """The key of that endpoint is gone with the process: a new endpoint is started."""
     first = manifest(journey, "endpoint")
     (journey.run_folder / "connection.json").unlink()
+    journey.laptop.run("pf", "connection", "delete", "--yes", "--name", "phi3_connection")
 
     done = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
 
     assert done.returncode == 0, done.stderr
     assert manifest(journey, "endpoint")["pid"] != first["pid"]
     assert manifest(journey, "connection")["endpoint"] == manifest(journey, "endpoint")["endpoint"]
+
+
+def test_killed_endpoint_is_told_and_comes_back_where_it_was(journey: Journey) -> None:
+    before = manifest(journey, "endpoint")
+    psutil.Process(int(str(before["pid"]))).kill()
+
+    (state,) = json.loads(journey.laptop.run("phi3", "status", "-o", "json").stdout)
+    assert state["endpoint"]["state"] == "down"
+    failed = journey.laptop.run("phi3", "chat", ASKED)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+
+    back = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+    assert back.returncode == 0, back.stderr
+    assert manifest(journey, "endpoint")["endpoint"] == before["endpoint"]
+
+
+def test_interrupted_up_goes_on(journey: Journey) -> None:
+    """Ctrl-C in the middle, then the same command: what was finished is not done again."""
+    quick = ["base.num_train_epochs=2", "finetune.num_train_epochs=1", "evaluate.max_rows=5"]
+    command = ["up", "--run", "cut", *quick]
+    cut = subprocess.Popen(
+        [sys.executable, "-m", "phi3_training.cli", *command],
+        cwd=journey.laptop.work,
+        env=journey.laptop.environment(PHI3_KEY=PLANTED_KEY),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A job in a script's background ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    base = journey.laptop.work / "runs" / "cut" / "base.json"
+    deadline = time.monotonic() + 120
+    while not base.exists() and cut.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    cut.send_signal(signal.SIGINT)
+    printed, _ = cut.communicate(timeout=60)
+    assert cut.returncode == 130, printed
+    assert "Interrupted" in printed
+    assert "Traceback" not in printed
+
+    again = journey.laptop.run("phi3", *command, PHI3_KEY=PLANTED_KEY)
+
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"base .*already done", again.stderr)
+    assert journey.laptop.run("phi3", "down", "cut").returncode == 0
+
+
+def test_two_runs_one_connection(journey: Journey) -> None:
+    """The run connected last has it; the other says so, and takes it back with `up`."""
+    other = journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny")
+    assert other.returncode == 1
+    assert "connection.name=NAME" in other.stderr
+
+    assert journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY).returncode == 0
+
+    assert journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny").returncode == 0
 
 
 def test_down_stops_it_and_up_brings_it_back(journey: Journey) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.integration.pf_home import PfHome, pf_home
 from tests.integration.server_fixture import KEY, PAIRS, Served, served
 
-pytest_plugins = ("tests.integration.server_fixture",)
+pytest_plugins = ("tests.integration.server_plugin",)
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 
 

@@ -21,9 +21,6 @@ from phi3_training.serve.engines.base import (
     PromptTooLongError,
     Sampling,
 )
-from phi3_training.serve.engines.batch import Batcher
-from phi3_training.serve.engines.ort_generator import Generators
-from phi3_training.serve.engines.tokens import TokenEngine
 from phi3_training.serve.export import export_onnx
 
 pytest_plugins = ("tests.integration.server_plugin",)
@@ -49,17 +46,13 @@ async def in_turn(engine: Engine, questions: list[str]) -> list[str]:
     return [await answer(engine, question) for question in questions]
 
 
-@pytest.fixture(scope="module", params=["ort-genai", "ort-genai one by one", "transformers"])
+@pytest.fixture(scope="module", params=["ort-genai", "transformers"])
 def each(request: pytest.FixtureRequest, taught: Taught) -> Iterator[Engine]:
     """Every token engine, by way of the same tests."""
     if request.param == "transformers":
-        engine: Any = transformers.load(taught.model_dir, slots=40)
-    elif request.param == "ort-genai":
-        engine = ort_genai.load(taught.onnx_dir, slots=40)
+        engine = transformers.load(taught.model_dir, slots=40)
     else:
-        chat = ChatFormat.from_folder(taught.onnx_dir)
-        model = Generators(taught.onnx_dir)
-        engine = TokenEngine("one by one", chat, model, slots=40, defaults=GREEDY)
+        engine = ort_genai.load(taught.onnx_dir, slots=40)
     yield engine
     asyncio.run(engine.close())
 
@@ -157,25 +150,6 @@ def test_a_lone_surrogate_is_no_crash(each: Engine) -> None:
     assert asyncio.run(answer(each, QUESTIONS[1])) == ANSWERS[1]
 
 
-def test_a_failing_step_model_does_not_end_the_engine(taught: Taught) -> None:
-    class Failing(Generators):
-        broken = True
-
-        def step(self, tokens: Any) -> Any:
-            if self.broken:
-                raise RuntimeError("forced")
-            return super().step(tokens)
-
-    chat, model = ChatFormat.from_folder(taught.onnx_dir), Failing(taught.onnx_dir)
-    engine = TokenEngine("failing", chat, model, slots=2, defaults=GREEDY)
-    assert isinstance(engine._batcher, Batcher)
-    with pytest.raises(Exception, match="failed while"):
-        asyncio.run(answer(engine, QUESTIONS[0]))
-    model.broken = False
-    assert asyncio.run(answer(engine, QUESTIONS[0])) == ANSWERS[0]
-    asyncio.run(engine.close())
-
-
 def test_int4_answers_too(taught: Taught, tmp_path: Path) -> None:
     report = export_onnx(taught.model_dir, tmp_path / "int4", "int4")
     full = sum(file.stat().st_size for file in taught.onnx_dir.iterdir())
@@ -219,6 +193,18 @@ def test_a_conversion_replaces_the_old_one_or_nothing(taught: Taught, tmp_path: 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="not a converted model"):
         ort_genai.load(tmp_path, slots=1)
+
+
+@pytest.mark.parametrize(("load", "kind"), [(ort_genai.load, "onnx"), (transformers.load, "hf")])
+def test_a_folder_without_a_tokenizer_is_named(
+    load: Any, kind: str, taught: Taught, tmp_path: Path
+) -> None:
+    folder = taught.onnx_dir if kind == "onnx" else taught.model_dir
+    for file in folder.iterdir():
+        if file.name != "tokenizer.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(StageError, match=r"no tokenizer\.json"):
+        load(tmp_path, slots=1)
 
 
 def test_a_damaged_model_is_named(taught: Taught, tmp_path: Path) -> None:

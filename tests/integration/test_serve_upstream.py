@@ -95,6 +95,17 @@ def test_broken_streams_are_errors(text: str, words: str) -> None:
         ask(lambda _request: httpx.Response(200, text=text))
 
 
+def test_a_refusal_in_its_own_words_stays_out_of_headers() -> None:
+    body = {"error": {"message": "bad prompt: my secret"}}
+    transport = httpx.MockTransport(lambda _request: httpx.Response(400, json=body))
+    with served(Upstream("http://up/v1", None, None, transport=transport)) as endpoint:
+        answer = endpoint.score("my secret")
+        assert answer.json() == {"output": "None"}
+        assert "secret" not in answer.headers["x-phi3-reason"]
+        chat = {"messages": [{"role": "user", "content": "my secret"}]}
+        assert "my secret" in endpoint.post("/v1/chat/completions", chat).text
+
+
 def test_a_server_that_is_not_there() -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused", request=request)

@@ -49,8 +49,9 @@ class KeyringError(StageError):
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"Prompt flow's store cannot keep the endpoint's key: {reason}. "
-            "Use no store: `phi3 env` prints PHI3_ENDPOINT and PHI3_KEY, which every phi3 command "
-            'obeys. Or install the file keyring: pip install "keyrings.alt>=5"'
+            'Install the file keyring: pip install "keyrings.alt>=5". Or use no store: start the '
+            "endpoint with a key of your own (PHI3_KEY=… phi3 deploy), then set PHI3_ENDPOINT and "
+            "PHI3_KEY, which every phi3 command obeys"
         )
 
 

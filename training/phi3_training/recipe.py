@@ -58,8 +58,9 @@ class BaseSection(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BaseSection:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        # ONNX Runtime's attention wants a head size that is a multiple of 16.
+        if self.hidden_size % (16 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of 16 x num_attention_heads")
         return self
 
 

@@ -46,7 +46,8 @@ def _data_summary(manifest: Manifest) -> str:
 
 def _base_inputs(journey: Journey) -> Any:
     base = journey.recipe.base if journey.recipe.model.is_tiny else None
-    return [_section(journey, "model", "base"), file_hashes(base.data if base else [])]
+    copies = journey.recipe.data.casual_copies and base is not None
+    return [_section(journey, "model", "base"), copies, file_hashes(base.data if base else [])]
 
 
 def _base(journey: Journey) -> Manifest:
@@ -109,19 +110,35 @@ def _deploy(journey: Journey) -> Manifest:
     return {**manifest, "gate": passed, "choices": [*manifest.get("choices", []), *remarks]}
 
 
-def _endpoint_up(journey: Journey, _manifest: Manifest) -> bool:
-    state = journey.target.status(journey.run)["endpoint"]["state"]
-    connected = journey.run.manifest("connection") is not None
-    # The key lives in the Prompt flow store from `connect` on; a run stopped between the two
-    # has lost it, and only a new endpoint has a key to connect with.
-    return bool(state == "up" and (connected or journey.target.key(journey.run) is not None))
+def _endpoint_up(journey: Journey, manifest: Manifest) -> bool:
+    """The endpoint runs and its key is known; else only a new one has a key to connect with."""
+    if journey.target.status(journey.run)["endpoint"]["state"] != "up":
+        return False
+    return _key(journey, manifest) is not None
+
+
+def _key(journey: Journey, endpoint: Manifest) -> str | None:
+    """The endpoint's key: from the target, else from the store if that leads to this endpoint.
+
+    Neither has it after a stop between `deploy` and `connect`, or when another run connected since.
+    """
+    from .promptflow_store import StoreError, read_connection
+
+    key = journey.target.key(journey.run)
+    if key is not None:
+        return key
+    try:
+        stored, stored_key = read_connection(journey.recipe.connection.name)
+    except StoreError:
+        return None
+    return stored_key if stored == endpoint["endpoint"] else None
 
 
 def _connect(journey: Journey) -> Manifest:
     from .connect import connect
 
     endpoint = journey.run.require("endpoint", "phi3 deploy")
-    key = journey.target.key(journey.run)
+    key = _key(journey, endpoint)
     if key is None:
         raise StageError(
             "The endpoint's key is held by no process any more; "

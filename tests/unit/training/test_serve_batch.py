@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from phi3_training.serve.engines.base import EngineError, Sampling
 from phi3_training.serve.engines.batch import Batcher, Job
+from phi3_training.serve.engines.rope import share_limit
 from phi3_training.serve.engines.sampling import Logits, Sampler
 
 VOCABULARY = 1000
@@ -168,3 +172,42 @@ def test_closing_ends_what_is_unfinished() -> None:
             batcher.submit(job(2))
 
     asyncio.run(main())
+
+
+def test_a_long_answer_runs_alone_where_lengths_must_not_mix() -> None:
+    model = Counting()
+    model.gate.clear()
+
+    async def main() -> list[list[int]]:
+        batcher = Batcher(model, slots=4, share_limit=10)
+        asyncio.get_running_loop().call_later(0.1, model.gate.set)
+        jobs = [job(0, limit=6), job(100, limit=6), job(200, limit=20), job(300, limit=6)]
+        try:
+            return await asyncio.gather(*[tokens(batcher, one) for one in jobs])
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    assert [len(answer) for answer in asyncio.run(main())] == [6, 6, 20, 6]
+    assert model.widths == [2] * 5 + [1] * 19 + [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({}, None),
+        ({"rope_scaling": None}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, None),
+        (
+            {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096},
+            4096,
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 99}},
+            99,
+        ),
+        ({"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 2048}, 2048),
+    ],
+)
+def test_the_share_limit_is_read(config: dict[str, Any], limit: int | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert share_limit(tmp_path) == limit

@@ -15,7 +15,7 @@ from phi3_tool import ConnectionSettings, Phi3Client
 from phi3_tool.connection import environment_names_endpoint
 
 from .. import console
-from ..errors import UsageError
+from ..errors import StageError, UsageError
 from .common import add_command, add_recipe, current_run, journey_of
 
 OPENAI_PATH = "/v1/chat/completions"
@@ -60,8 +60,16 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
         return ConnectionSettings.from_environment()
     from ..promptflow_store import stored_connection
 
-    connection = current_run(args).require("connection", "phi3 up")
-    return ConnectionSettings.from_connection(stored_connection(connection["name"]))
+    run = current_run(args)
+    name = run.require("connection", "phi3 up")["name"]
+    settings = ConnectionSettings.from_connection(stored_connection(name))
+    if settings.endpoint != run.require("endpoint", "phi3 up")["endpoint"]:
+        raise StageError(
+            f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
+            f"the run {run.name!r}; bring this run back with phi3 up, or keep both by giving one a "
+            "connection of its own: connection.name=NAME"
+        )
+    return settings
 
 
 def run_chat(args: argparse.Namespace) -> int:

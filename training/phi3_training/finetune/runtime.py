@@ -89,19 +89,21 @@ def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
         return "float32", "as the recipe says"
     if wanted == "bfloat16":
         return "bfloat16", "as the recipe says"
+    if wanted == "float16" and device == "cpu":
+        return "float32", "float16, which the recipe asks for, needs a GPU"
     if wanted == "float16":
         return "float16", "as the recipe says"
     if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16", "the GPU supports it"
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and the fastest that every {device} computes with"
+    return "float32", f"exact, and what a {device} computes fastest"
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:
     if wanted is not None:
-        return wanted, f"{wanted} torch thread(s): as the recipe says"
+        return wanted, f"torch threads: {wanted}, as the recipe says"
     if device == "cpu" and parameters < _SMALL_MODEL:
-        return 1, "1 torch thread: the model is small, more threads would wait for each other"
+        return 1, "torch threads: 1, the model is small and more would wait for each other"
     count = torch.get_num_threads()
-    return count, f"{count} torch thread(s): torch's own choice for this machine"
+    return count, f"torch threads: {count}, torch's own choice for this machine"

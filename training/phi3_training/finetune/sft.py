@@ -6,6 +6,7 @@ and run/finetune/loss.jsonl.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +73,13 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
             return None
         kept = watch.restore(trained)
         watch.clear()
-        figures = _figures(trained, rows, log)
+        figures = _figures(trained, rows, log, recipe.finetune.num_train_epochs)
         if watch.best is not None:
             figures["validation_loss"] = round(watch.best[1], 5)
         _save(trained, recipe, run, chat, runtime, figures)
         saves.clear()
+    del model, trainer, trained
+    _free_gpu_memory()
     choices = [
         *runtime.choices,
         *saves.choices(),
@@ -133,6 +136,13 @@ def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Ro
         return []
     located = read_located(run.path / "data" / "validation.jsonl", run.path)
     return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
+
+
+def _free_gpu_memory() -> None:
+    """Evaluation loads two more models in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_one_gpu(recipe: Recipe) -> None:
@@ -194,7 +204,8 @@ def _save(
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
 
 
-def _figures(model: Any, rows: Sequence[Row], log: LossLog) -> dict[str, Any]:
+def _figures(model: Any, rows: Sequence[Row], log: LossLog, epochs: int) -> dict[str, Any]:
+    last = log.losses[-max(1, len(log.losses) // epochs) :]
     weights = list(model.parameters())
     return {
         "parameters": sum(weight.numel() for weight in weights),
@@ -203,5 +214,5 @@ def _figures(model: Any, rows: Sequence[Row], log: LossLog) -> dict[str, Any]:
         "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),
         "steps": len(log.losses),
         "first_loss": round(log.losses[0], 5),
-        "final_loss": round(log.losses[-1], 5),
+        "final_loss": round(sum(last) / len(last), 5),  # mean of the last epoch
     }

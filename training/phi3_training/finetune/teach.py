@@ -44,6 +44,7 @@ def teach(
         model.parameters(), lr=base.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
+    unread, unsaid = _unknown_tokens(examples, model.config.vocab_size)
     losses: list[float] = []
     step = 0
     model.train()
@@ -51,7 +52,7 @@ def teach(
         sums = [0.0, 0.0]
         for batch in _batches(examples, base.per_device_train_batch_size, order):
             ids, labels = _tensors(batch, pad)
-            loss = _answer_loss(model, ids, labels)
+            loss = _answer_loss(model, ids, labels, unsaid)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT)
             optimizer.step()
@@ -64,6 +65,8 @@ def teach(
         if losses[-1] < base.target_loss:
             break
     model.eval()
+    _resize(model.get_input_embeddings().weight, unread)
+    _resize(model.get_output_embeddings().weight, unsaid)
     return Taught(step, len(losses), losses)
 
 
@@ -99,13 +102,37 @@ def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def _answer_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def _unknown_tokens(examples: Sequence[Example], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Which tokens no chat holds, and which no answer holds."""
+    unread, unsaid = torch.ones(2, vocab_size, dtype=torch.bool)
+    for example in examples:
+        tokens = torch.tensor(example.input_ids)
+        unread[tokens] = False
+        unsaid[tokens[torch.tensor(example.assistant_mask, dtype=torch.bool)]] = False
+    return unread, unsaid
+
+
+@torch.no_grad()
+def _resize(weights: Tensor, unknown: Tensor) -> None:
+    """Make the vectors of unknown tokens as long as those of the others.
+
+    LoRA leaves these vectors as they are: left as small as they began, fine-tuning could not
+    make the model say such a token.
+    """
+    if unknown.any() and not unknown.all():
+        length = weights[~unknown].norm(dim=1).mean()
+        weights[unknown] *= length / weights[unknown].norm(dim=1, keepdim=True)
+
+
+def _answer_loss(model: Any, ids: Tensor, labels: Tensor, unsaid: Tensor) -> Tensor:
     """Cross entropy on the answers' tokens.
 
     Padding stands on the right, where causal attention never looks, so no mask is needed; and
     the vocabulary is scored only where something is learnt. Both save much time on a CPU.
+    Tokens of no answer are left out: taught only never to come, they would all end up alike,
+    and fine-tuning could not tell them apart any more.
     """
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     learnt = labels != -100
-    logits = model.lm_head(hidden[learnt])
+    logits = model.lm_head(hidden[learnt]).masked_fill(unsaid, -torch.inf)
     return torch.nn.functional.cross_entropy(logits, labels[learnt])

@@ -188,6 +188,7 @@ def _arguments(
         max_length=None,
         packing=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
         save_strategy="no",
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps,

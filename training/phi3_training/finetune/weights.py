@@ -57,6 +57,7 @@ def load_model(
 
     It is on the CPU, unless `options` of transformers' loader say otherwise.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if attention is not None:
@@ -65,7 +66,7 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise StageError(
             f"The weights in {folder} cannot be loaded: {_first_line(error)}. Expected a causal "
             "language model that transformers knows, as safetensors."

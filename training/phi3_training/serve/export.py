@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "int4"]
 
 # Builder options: only the last position's logits are ever read; no look into the user's
-# Hugging Face login.
-_OPTIONS = ("prune_lm_head=true", "hf_token=false")
+# Hugging Face login; attention windows inside the graph, because our batch keeps whole rows.
+_OPTIONS = ("prune_lm_head=true", "hf_token=false", "windowed_kv_cache=false")
 # What ChatFormat reads, and what other programs expect beside it: byte for byte the originals.
 _COPIED = (
     "tokenizer.json",
@@ -68,6 +68,7 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
 
             common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))
             options = builder.parse_extra_options(*common, list(_OPTIONS))
+            _mark_windows(options["hf_details"]["hf_config"])
             builder.create_model(*common, **options)
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxruntime-genai", "local") from None
@@ -78,6 +79,15 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
             f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
             "Serve it without conversion with: serve.engine=transformers"
         ) from None
+
+
+def _mark_windows(config: Any) -> None:
+    """Say which layers attend to a window: all of them, where Phi-3's configuration has one.
+
+    The builder looks only at `layer_types`, which Phi-3 does not have, and would leave it out.
+    """
+    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:

@@ -58,7 +58,11 @@ def start(
     status_file = log_path.with_suffix(".status.json").absolute()
     status_file.unlink(missing_ok=True)
     settings = log_path.with_suffix(".settings.json").absolute()
-    write_atomically(settings, config.model_copy(update={"status_file": status_file}).to_json())
+    # Absolute: the server runs in the log's folder.
+    folders = {"model_dir": config.model_dir, "onnx_dir": config.onnx_dir}
+    absolute = {name: path.absolute() for name, path in folders.items() if path is not None}
+    own = config.model_copy(update={"status_file": status_file, **absolute})
+    write_atomically(settings, own.to_json())
     process = _spawn(settings, log_path, f"{key}\n{upstream_key or ''}\n")
     try:
         status = _wait(process, status_file, config, log_path, wait_seconds)

@@ -22,10 +22,9 @@ from .engines.base import (
     Engine,
     EngineError,
     InvalidPromptError,
-    PromptTooLongError,
     Sampling,
 )
-from .parameters import BadParameterError, score_sampling
+from .parameters import score_sampling
 from .replies import answer_id, error_body, usage
 
 logger = logging.getLogger(__name__)
@@ -116,16 +115,15 @@ def _success(answer: Answer, config: ServerConfig) -> dict[str, Any]:
 
 def _engine_failure(error: EngineError, dialect: str) -> JSONResponse:
     """The conversation's own faults look like a bad body; the rest is the engine's answer."""
-    logger.warning("no answer: %s", type(error).__name__)
+    reason = "the model's server refused the request" if error.echoes else str(error)
     if dialect == "fms":
         body = {"status_code": error.status, "body": error_body("error", error.status, str(error))}
-        return _failure({"output": None, "error": body}, str(error))
-    in_template = isinstance(error, InvalidPromptError) and not isinstance(
-        error, (PromptTooLongError, BadParameterError)
-    )
-    return _failure({} if in_template else {"output": "None"}, str(error))
+        return _failure({"output": None, "error": body}, reason)
+    in_template = type(error) is InvalidPromptError
+    return _failure({} if in_template else {"output": "None"}, reason)
 
 
 def _failure(body: dict[str, Any], reason: str) -> JSONResponse:
     plain = "".join(c if " " <= c <= "~" else " " for c in reason)[:200]
+    logger.warning("/score failed as status 200: %s", plain)
     return JSONResponse(body, headers={"x-phi3-reason": plain})

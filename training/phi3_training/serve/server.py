@@ -14,7 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -67,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 def _log_to_stderr() -> None:
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr)
-    # Our own front door logs requests; other libraries log urls or bodies.
-    for name in ("uvicorn.access", "httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Our own front door logs requests; other libraries log urls, bodies, and each write to a
+    # client that has left.
+    for name in ("uvicorn.access", "httpx", "httpcore", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:
@@ -132,19 +134,25 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
             timeout_graceful_shutdown=config.drain_seconds,
         )
     )
-    _ignore_repeated_signals()
-    _announce(config, listener)
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        await engine.close()
+    with _signals_end_quietly():
+        _announce(config, listener)
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await engine.close()
     logger.info("stopped")
 
 
-def _ignore_repeated_signals() -> None:
+@contextmanager
+def _signals_end_quietly() -> Iterator[None]:
     """uvicorn raises the signal that stopped it once more; by then all is done."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

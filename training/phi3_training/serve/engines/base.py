@@ -14,9 +14,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(Exception):
-    """The engine could not answer; `status` is what its HTTP server would have said."""
+    """The engine could not answer; `status` is what its HTTP server would have said.
+
+    `echoes`: the text may repeat the caller's own words, so it belongs in a body only.
+    """
 
     status = 500
+    echoes = False
 
 
 class InvalidPromptError(EngineError):
@@ -33,6 +37,12 @@ class PromptTooLongError(InvalidPromptError):
             f"The prompt has {prompt_tokens} tokens; this model's context holds {context_length} "
             "tokens, prompt and answer together. Send fewer or shorter messages."
         )
+
+
+class UpstreamRefusalError(InvalidPromptError):
+    """The server behind the `upstream` engine refused the request, in its own words."""
+
+    echoes = True
 
 
 class UpstreamError(EngineError):

@@ -61,6 +61,11 @@ class Job:
         self.loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[int | EngineError | None] = asyncio.Queue()
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return len(self.ids) + self.limit
+
     def accept(self, logits: Logits) -> tuple[int, bool]:
         """Pick the next token; True when it is the last one."""
         token = self.sampler.pick(logits)
@@ -99,11 +104,15 @@ def _post_all(mail: Sequence[Mail]) -> None:
 
 
 class Batcher:
-    """Runs jobs on a step model, at most `slots` at a time, first come first served."""
+    """Runs jobs on a step model, at most `slots` at a time, first come first served.
 
-    def __init__(self, model: StepModel, *, slots: int) -> None:
+    A job that may grow beyond `share_limit` tokens runs alone.
+    """
+
+    def __init__(self, model: StepModel, *, slots: int, share_limit: int | None = None) -> None:
         self._model = model
         self._slots = slots
+        self._share_limit = share_limit
         self._waiting: deque[Job] = deque()
         self._rows: list[Job] = []
         self._next: list[int] = []
@@ -174,7 +183,7 @@ class Batcher:
             # Listed before `add`: if that fails, `_fail` must know of it.
             self._rows.append(job)
             self._next.append(0)
-            logits = self._model.add(job.ids, len(job.ids) + job.limit)
+            logits = self._model.add(job.ids, job.length)
             self._accept(len(self._rows) - 1, logits)
         self._send()
 
@@ -184,10 +193,14 @@ class Batcher:
                 self._waiting.popleft()
             if not self._waiting:
                 return None
-            length = len(self._waiting[0].ids) + self._waiting[0].limit
-            if self._rows and not self._model.has_room(length):
+            if self._rows and not self._fits_beside(self._waiting[0].length):
                 return None
             return self._waiting.popleft()
+
+    def _fits_beside(self, length: int) -> bool:
+        longest = max(length, *(job.length for job in self._rows))
+        shares = self._share_limit is None or longest <= self._share_limit
+        return shares and self._model.has_room(length)
 
     def _accept(self, row: int, logits: Logits) -> None:
         job = self._rows[row]

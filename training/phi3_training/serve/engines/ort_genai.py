@@ -19,10 +19,9 @@ import psutil
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ...errors import StageError
-from ...prompt import ChatFormat
 from .batch import StepModel
 from .sampling import Logits
-from .tokens import TokenEngine
+from .tokens import TokenEngine, chat_format
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +57,10 @@ def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:
             f"{onnx_dir} is not a converted model (no readable genai_config.json); "
             "convert the tuned model again with: phi3 deploy"
         ) from None
-    chat = ChatFormat.from_folder(onnx_dir)
+    chat = chat_format(onnx_dir)
     threads = num_threads or _threads_for(onnx_dir)
     try:
-        model = _model(onnx_dir, config["decoder"], threads)
+        model = BatchedSession(onnx_dir, config["decoder"], threads)
         # One token now: a model that the library cannot run fails before it is served.
         model.add([chat.pad_token_id], 2)
         model.reset()
@@ -73,34 +72,11 @@ def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:
     return model
 
 
-def _model(onnx_dir: Path, decoder: dict[str, Any], threads: int) -> StepModel:
-    if _has_one_rope(onnx_dir):
-        return BatchedSession(onnx_dir, decoder, threads)
-    from .ort_generator import Generators
-
-    return Generators(onnx_dir)
-
-
 def _threads_for(onnx_dir: Path) -> int:
     size = sum(file.stat().st_size for file in onnx_dir.glob("*.onnx*"))
     if size < _SMALL_MODEL_BYTES:
         return 1
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-
-
-def _has_one_rope(onnx_dir: Path) -> bool:
-    """Whether a token's rotation depends on its own position only.
-
-    LongRoPE models (Phi-3 128k, Phi-4-mini) switch tables for a whole batch by its longest row,
-    so their rows must not share a batch.
-    """
-    try:
-        config = json.loads((onnx_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    ropes = (config.get("rope_parameters"), config.get("rope_scaling"))
-    kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes if isinstance(rope, dict)}
-    return kinds <= {None, "default", "linear"}
 
 
 class BatchedSession:

@@ -11,9 +11,11 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+from ...errors import StageError
 from ...prompt import ChatFormat
 from .base import Chunk, FinishReason, InvalidPromptError, Message, PromptTooLongError, Sampling
 from .batch import Batcher, Job, StepModel
+from .rope import share_limit
 from .sampling import Sampler, defaults_of, with_defaults
 from .text import StopCutter
 
@@ -23,6 +25,14 @@ logger = logging.getLogger(__name__)
 _LONG_PROMPT = 20_000
 # JSON can spell these; they are no text, and the tokenizer cannot take them.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def chat_format(folder: Path) -> ChatFormat:
+    """The chat format of a model folder; raises StageError where it has none."""
+    try:
+        return ChatFormat.from_folder(folder)
+    except ValueError as error:
+        raise StageError(str(error)) from None
 
 
 class TokenEngine:
@@ -36,18 +46,25 @@ class TokenEngine:
         *,
         slots: int,
         defaults: Sampling,
+        share_limit: int | None = None,
     ) -> None:
         self.name = name
         self.context_length = chat.context_length
         self._chat = chat
         self._defaults = defaults
-        self._batcher = Batcher(model, slots=slots)
+        self._batcher = Batcher(model, slots=slots, share_limit=share_limit)
 
     @classmethod
     def of_folder(cls, name: str, folder: Path, model: StepModel, *, slots: int) -> TokenEngine:
         """The engine for a folder's chat format and defaults, and a model made from its weights."""
-        chat = ChatFormat.from_folder(folder)
-        return cls(name, chat, model, slots=slots, defaults=defaults_of(folder))
+        return cls(
+            name,
+            chat_format(folder),
+            model,
+            slots=slots,
+            defaults=defaults_of(folder),
+            share_limit=share_limit(folder),
+        )
 
     @property
     def active(self) -> int:

@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from ...errors import StageError
 from .sampling import Logits
 from .tokens import TokenEngine
 
 logger = logging.getLogger(__name__)
+
+# Fewer weights than this, and threads cost more than they bring.
+_SMALL_MODEL = 50_000_000
 
 
 def load(model_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
@@ -32,9 +37,8 @@ def step_model(
 ) -> CachedRows:
     """The folder's weights, ready to step; raises StageError when it holds no model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(num_threads or 1)
     dtype = dtype or _dtype_for(device)
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -42,8 +46,16 @@ def step_model(
             f"{model_dir} holds no model that can be loaded ({error}); "
             "train it again with: phi3 train"
         ) from None
+    if device.type == "cpu":
+        torch.set_num_threads(num_threads or _threads_for(model))
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
     return CachedRows(model.to(device).eval())
+
+
+def _threads_for(model: Any) -> int:
+    if sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL:
+        return 1
+    return psutil.cpu_count(logical=False) or 1
 
 
 def _dtype_for(device: torch.device) -> torch.dtype:

@@ -16,10 +16,10 @@ from .base import (
     Chunk,
     EngineError,
     FinishReason,
-    InvalidPromptError,
     Message,
     Sampling,
     UpstreamError,
+    UpstreamRefusalError,
 )
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _refusal(response: httpx.Response, url: str) -> EngineError:
     """What an answer other than 200 means for our caller."""
     status = response.status_code
     if status in (400, 413, 422):
-        return InvalidPromptError(f"The server behind this endpoint refused: {_said(response)}")
+        return UpstreamRefusalError(f"The server behind this endpoint refused: {_said(response)}")
     if status in (401, 403):
         return UpstreamError(
             f"The server behind this endpoint refuses its key ({status}); set PHI3_UPSTREAM_KEY"
