@@ -153,7 +153,7 @@ async def _engine(
     recorder = Recorder(next((row.end for row in rows if row.end is not None), 0))
     try:
         engine = TokenEngine.of_folder(name, folder, recorder, slots=1)
-    except ValueError as error:
+    except (StageError, ValueError) as error:
         unusable = Difference("every conversation", f"cannot be served: {error}")
         return [Place(f"engine {name} ({folder.name})", 1, differences=[unusable])]
     places = []
