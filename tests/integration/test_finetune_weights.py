@@ -102,8 +102,12 @@ def test_faulty_base_chats_teach_nothing(tmp_path: Path) -> None:
 
 def test_too_long_base_chats_leave_no_half_folder(tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", {"Tell me?": "word " * 300})
-    with pytest.raises(StageError, match=r"base\.data: 1 of 1"):
+    with pytest.raises(StageError, match=r"cut-answer \(1 of 1 rows\)") as caught:
         make(tmp_path, "run", chats)
+    message = str(caught.value)
+    assert "chats.jsonl:1 ('Tell me?')" in message
+    assert "base.max_position_embeddings" in message
+    assert "--allow" not in message  # nothing of a base model's chats can be let pass
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from phi3_training.errors import StageError
-from phi3_training.finetune.rows import casual_copy, encode_rows, read_rows, with_casual_copies
+from phi3_training.finetune.rows import (
+    Located,
+    audited,
+    casual_copy,
+    encode_rows,
+    read_located,
+    read_rows,
+    with_casual_copies,
+)
 from phi3_training.finetune.tokenizer import make_tokenizer
 from phi3_training.prompt import ChatFormat, Example
 
@@ -18,6 +27,10 @@ Row = list[dict[str, str]]
 def row(*texts: str) -> Row:
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def located(*rows: Row) -> list[Located]:
+    return [(f"data/train.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +64,12 @@ def test_casual_copy_touches_the_last_question_only() -> None:
     assert original == row("Who?", "Me.", "Where?", "Here.")
 
 
-def test_copies_come_once() -> None:
-    rows = [row("Who?", "Me."), row("who", "Me."), row("WHO?", "Me.")]
+def test_copies_come_once_and_say_what_they_are_copies_of() -> None:
+    rows = located(row("Who?", "Me."), row("who", "Me."), row("WHO?", "Me."))
     assert with_casual_copies(rows) == rows
-    assert with_casual_copies(rows[:1] * 2) == [rows[0], rows[0], row("who", "Me.")]
+    twice = [rows[0], rows[0]]
+    copy = ("data/train.jsonl:1 (casual copy)", row("who", "Me."))
+    assert with_casual_copies(twice) == [*twice, copy]
 
 
 def test_read_rows_keeps_order_and_skips_empty_lines(tmp_path: Path) -> None:
@@ -64,53 +79,85 @@ def test_read_rows_keeps_order_and_skips_empty_lines(tmp_path: Path) -> None:
     assert read_rows([first, second]) == [row("é?", "1"), row("b", "2")]
 
 
+def test_located_rows_know_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "train.jsonl"
+    path.parent.mkdir()
+    lines = [json.dumps({"messages": row("a", "1")}), "", json.dumps({"messages": row("b", "2")})]
+    path.write_text("\n".join(lines), "utf-8")
+    assert list(read_located(path, tmp_path)) == [
+        ("data/train.jsonl:1", row("a", "1")),
+        ("data/train.jsonl:3", row("b", "2")),
+    ]
+
+
 def test_encoded_rows_are_the_chat_format_s(chat: ChatFormat) -> None:
-    rows = [row("Who is it?", "It is me."), row("a", "b", "c", "d")]
-    assert encode_rows(chat, rows, 64, "x") == [chat.encode_example(r) for r in rows]
+    rows = located(row("Who is it?", "It is me."), row("a", "b", "c", "d"))
+    encoded = encode_rows(chat, rows)
+    assert [(r.place, r.messages) for r in encoded] == rows
+    assert [r.example for r in encoded] == [chat.encode_example(messages) for _, messages in rows]
+
+
+def test_fitting_rows_are_trained_on_unchanged(chat: ChatFormat) -> None:
+    rows = encode_rows(chat, located(row("Who is it?", "It is me."), row("a", "b", "c", "d")))
+    kept, report = audited(chat, rows, 64)
+    assert kept == rows
+    assert report.findings == []
 
 
 def test_answers_that_would_be_cut_are_named(chat: ChatFormat) -> None:
-    rows = [row("Who is it?", "It is me."), row("Long one?", "word " * 50), row("x", "y " * 60)]
+    rows = located(
+        row("Who is it?", "It is me."), row("Long one?", "word " * 50), row("x", "y" * 99)
+    )
     with pytest.raises(StageError) as caught:
-        encode_rows(chat, rows, 40, "data.train")
+        audited(chat, encode_rows(chat, rows), 40)
     message = str(caught.value)
-    assert "2 of 3 conversations are longer than 40 tokens" in message
-    assert "conversation 2 ('Long one?'…), conversation 3" in message
+    assert "cut-answer (2 of 3 rows)" in message
+    assert "data/train.jsonl:2 ('Long one?')" in message
+    assert "data/train.jsonl:3 ('x')" in message
+    assert "data/train.jsonl:1" not in message
     assert "data.max_length" in message
+    assert "--allow cut-answer" in message
 
 
-def test_many_faulty_rows_are_counted_and_five_named(chat: ChatFormat) -> None:
-    with pytest.raises(StageError, match="and 4 more"):
-        encode_rows(chat, [row("q", "word " * 50)] * 9, 40, "data.train")
+def test_no_way_around_is_offered_where_nothing_can_be_allowed(chat: ChatFormat) -> None:
+    rows = encode_rows(chat, located(row("Long one?", "word " * 50)))
+    with pytest.raises(StageError, match="cut-answer") as caught:
+        audited(chat, rows, 40, allow=None)
+    assert "--allow" not in str(caught.value)
+
+
+def test_many_faulty_rows_are_counted_and_ten_named(chat: ChatFormat) -> None:
+    rows = encode_rows(chat, located(*[row("q", "word " * 50)] * 14))
+    with pytest.raises(StageError) as caught:
+        audited(chat, rows, 40)
+    message = str(caught.value)
+    assert message.count("data/train.jsonl:") == 10
+    assert "and 4 more" in message
 
 
 def test_nothing_to_train_on(chat: ChatFormat) -> None:
-    with pytest.raises(StageError, match=r"data\.replay holds no conversation"):
-        encode_rows(chat, [], 40, "data.replay")
+    with pytest.raises(StageError, match="hold no conversation"):
+        encode_rows(chat, [])
 
 
 def test_row_that_cannot_be_encoded_is_named(chat: ChatFormat) -> None:
-    with pytest.raises(StageError, match=r"data\.train, conversation 2: .*take turns"):
-        encode_rows(chat, [row("a", "b"), [*row("a"), *row("b")]], 40, "data.train")
+    rows = located(row("a", "b"), [*row("a"), *row("b")])
+    with pytest.raises(StageError, match=r"data/train\.jsonl:2: .*take turns"):
+        encode_rows(chat, rows)
 
 
-class Masked(ChatFormat):
-    """A chat format whose mask is always the same: what a broken template leads to."""
-
-    learnt = 0
-
-    def __init__(self, learnt: int) -> None:
-        self.learnt = learnt
-
-    def encode_example(self, messages: object) -> Example:
-        return Example([1, 2, 3], [self.learnt] * 3)
-
-
-def test_row_without_anything_to_learn_is_refused() -> None:
-    with pytest.raises(StageError, match="1 of 1 conversations have no token to learn"):
-        encode_rows(Masked(0), [row("a", "b")], 40, "data.train")
-
-
-def test_rows_learnt_from_end_to_end_are_refused() -> None:
-    with pytest.raises(StageError, match="questions too"):
-        encode_rows(Masked(1), [row("a", "b")], 40, "data.train")
+@pytest.mark.parametrize(
+    ("learnt", "refused"),
+    [
+        (0, r"nothing-trained \(1 of 1 rows\): not one token would be learnt"),
+        (1, r"everything-trained \(1 of 1 rows\): the questions would be learnt"),
+    ],
+)
+def test_masks_of_a_broken_template_are_refused(
+    chat: ChatFormat, learnt: int, refused: str
+) -> None:
+    (right,) = encode_rows(chat, located(row("a", "b")))
+    ids = right.example.input_ids
+    wrong = replace(right, example=Example(ids, [learnt] * len(ids)))
+    with pytest.raises(StageError, match=refused):
+        audited(chat, [wrong], 64)

@@ -58,17 +58,20 @@ class Report:
         broken = [finding.rule for finding in self.findings]
         return {rule: broken.count(rule) for rule in RULES if rule in broken}
 
-    def refuse(self, allow: Collection[str]) -> None:
-        """Raise StageError, a paragraph for each broken rule that is not allowed."""
-        faults = [rule for rule in self.counts() if rule not in allow]
-        if faults:
-            paragraphs = [self._paragraph(rule) for rule in faults]
+    def refuse(self, allow: Collection[str] | None) -> None:
+        """Raise StageError, a paragraph for each broken rule that is not allowed.
+
+        None: nothing can be allowed here, so no way around is offered.
+        """
+        faults = [rule for rule in self.counts() if rule not in (allow or ())]
+        if not faults:
+            return
+        stopped = "The label audit stopped the training before its first step."
+        paragraphs = [stopped, *(self._paragraph(rule) for rule in faults)]
+        if allow is not None:
             flags = " ".join(f"--allow {rule}" for rule in faults)
-            raise StageError(
-                "The label audit stopped the training before its first step.\n\n"
-                + "\n\n".join(paragraphs)
-                + f"\n\nTo train all the same (it is recorded in the run): {flags}"
-            )
+            paragraphs.append(f"To train all the same (it is recorded in the run): {flags}")
+        raise StageError("\n\n".join(paragraphs))
 
     def choices(self) -> list[str]:
         """What a user should see of it: what was let pass."""

@@ -31,7 +31,8 @@ RULES: dict[str, Rule] = {
     "cut-answer": Rule(
         "the row is longer than allowed and would be cut, so that an answer or its end is lost "
         "and the model learns to stop nowhere.",
-        "Raise data.max_length as far as the model's context allows, or shorten the conversation.",
+        "Raise data.max_length as far as the model's context allows (for base.data: "
+        "base.max_position_embeddings), or shorten the conversation.",
     ),
     "no-end": Rule(
         "the token that ends an answer (Phi-3's <|end|>) would not be learnt, so that the tuned "

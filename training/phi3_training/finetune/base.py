@@ -53,7 +53,8 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
     with new_folder(run.path / "base") as folder, torch_threads(1):
         size = _write_tokenizer(base, rows, folder)
         chat = ChatFormat.from_folder(folder)
-        checked, _ = audited(chat, encode_rows(chat, rows), base.max_position_embeddings)
+        encoded = encode_rows(chat, rows)
+        checked, _ = audited(chat, encoded, base.max_position_embeddings, allow=None)
         examples = [row.example for row in checked]
         model = _new_model(base, size, chat)
         taught = teach(model, examples, base, chat.pad_token_id, progress)

@@ -80,12 +80,12 @@ def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
 
 
 def audited(
-    chat: ChatFormat, rows: Sequence[Row], limit: int, allow: Collection[str] = ()
+    chat: ChatFormat, rows: Sequence[Row], limit: int, allow: Collection[str] | None = ()
 ) -> tuple[list[Row], Report]:
     """The rows as they are trained on, and their audit.
 
-    Raises StageError for a breach of a rule that is not allowed. Rows longer than `limit` are cut
-    where that is allowed; rows that teach nothing are left out where that is allowed.
+    Raises StageError for a breach of a rule that is not allowed (None: no rule can be). Rows longer
+    than `limit` are cut where that is allowed; rows that teach nothing are left out likewise.
     """
     given = [_cut(row, limit) for row in rows]
     seen = [Seen(row.example.input_ids, expected_labels(row.example)) for row in given]
