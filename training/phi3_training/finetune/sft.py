@@ -73,7 +73,9 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
             return None
         kept = watch.restore(trained)
         watch.clear()
-        figures = _figures(trained, rows, log, recipe.finetune.num_train_epochs)
+        # By the schedule: a training that stopped early has fewer epochs than the recipe says.
+        epoch = trainer.state.max_steps // recipe.finetune.num_train_epochs
+        figures = _figures(trained, rows, log, epoch)
         if watch.best is not None:
             figures["validation_loss"] = round(watch.best[1], 5)
         _save(trained, recipe, run, chat, runtime, figures)
@@ -204,8 +206,8 @@ def _save(
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
 
 
-def _figures(model: Any, rows: Sequence[Row], log: LossLog, epochs: int) -> dict[str, Any]:
-    last = log.losses[-max(1, len(log.losses) // epochs) :]
+def _figures(model: Any, rows: Sequence[Row], log: LossLog, epoch: int) -> dict[str, Any]:
+    last = log.losses[-max(1, epoch) :]
     weights = list(model.parameters())
     return {
         "parameters": sum(weight.numel() for weight in weights),
