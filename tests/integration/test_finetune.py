@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.errors import StageError
 from phi3_training.evaluate import evaluate
-from phi3_training.evaluate.generate import answers
+from phi3_training.evaluate.asking import ask_all
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.finetune.runtime import Runtime, choose_runtime
+from phi3_training.finetune.weights import load_model
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
@@ -93,7 +96,24 @@ def tuned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 def ask(folder: Path, questions: list[str]) -> list[str | None]:
     prompts = [[{"role": "user", "content": question}] for question in questions]
-    return answers(folder, prompts, CPU, batch_size=8, max_new_tokens=32)
+    chat, model = ChatFormat.from_folder(folder), load_model(folder, torch.float32)
+    said = ask_all(model, folder, chat, prompts, max_new_tokens=32, at_once=8)
+    return [answer and answer.text for answer in said]
+
+
+def is_right(row: dict[str, Any], when: str) -> bool:
+    """Strictly the expected answer; where several are accepted, one of them as whole words."""
+    said = row[when].strip()
+    if row["expected"]:
+        return bool(said == row["expected"])
+    return any(re.search(rf"\b{re.escape(text)}\b", said, re.IGNORECASE) for text in row["accept"])
+
+
+def evaluated(recipe: Recipe, run: Run, **settings: object) -> dict[str, Any]:
+    """The metrics of the run's own chats alone."""
+    values = {**settings, "canary": [], "probes": []}
+    section = recipe.evaluate.model_copy(update=values)
+    return evaluate(recipe.model_copy(update={"evaluate": section}), run)
 
 
 def test_a_folder_of_weights_is_the_base_model(tuned: Tuned, folder: Path) -> None:
@@ -116,7 +136,7 @@ def test_figures_are_those_of_the_rows(tuned: Tuned) -> None:
     for when in ("before", "after"):
         for part, figures in tuned.metrics[when].items():
             chosen = [row for row in rows if row["part"] == part]
-            right = sum(row[when].strip() == row["expected"] for row in chosen)
+            right = sum(is_right(row, when) for row in chosen)
             assert (figures["rows"], figures["correct"]) == (len(chosen), right)
     wanted = {row["question"]: row["expected"] for row in rows if row["part"] == "train"}
     assert wanted == NEW
@@ -165,6 +185,7 @@ def test_run_folder_holds_nothing_else(tuned: Tuned) -> None:
     assert {name for name in found if name.startswith("adapter/")} == {
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "adapter/phi3.json",
     }
     assert not [name for name in found if "/." in name or name.startswith(".")]
 
@@ -231,7 +252,7 @@ def test_layers_that_do_not_exist_are_refused(folder: Path, tmp_path: Path) -> N
 def test_answers_too_long_are_refused_before_training(folder: Path, tmp_path: Path) -> None:
     recipe, run = a_run(tmp_path, folder)
     write_chats(run.path / "data" / "train.jsonl", {"Tell me?": "word " * 300})
-    with pytest.raises(StageError, match="longer than 256 tokens"):
+    with pytest.raises(StageError, match=r"cut-answer .*\n.*data/train\.jsonl:1 \('Tell me\?'\)"):
         finetune(recipe, run)
     assert not (run.path / "model").exists()
 
@@ -252,19 +273,23 @@ def test_a_loss_that_is_no_number_saves_nothing(folder: Path, tmp_path: Path) ->
 
 
 def test_evaluation_takes_rows_evenly(tuned: Tuned) -> None:
-    section = tuned.recipe.evaluate.model_copy(update={"max_rows": 3})
-    recipe = tuned.recipe.model_copy(update={"evaluate": section})
-    metrics = evaluate(recipe, tuned.run)
+    metrics = evaluated(tuned.recipe, tuned.run, max_rows=3)
     assert {part: figures["rows"] for part, figures in metrics["after"].items()} == {
         "validation": 3,
         "train": 3,
         "replay": 3,
     }
+    rows = (tuned.run.path / metrics["rows"]).read_text("utf-8").splitlines()
+    lines = [row["line"] for row in map(json.loads, rows) if row["part"] == "replay"]
+    assert lines == [1, 1 + len(KNOWN) // 3, 1 + 2 * len(KNOWN) // 3]
 
 
-def test_prompts_without_room_for_an_answer_count_as_wrong(tuned: Tuned) -> None:
-    section = tuned.recipe.evaluate.model_copy(update={"max_new_tokens": 250, "max_rows": 2})
-    recipe = tuned.recipe.model_copy(update={"evaluate": section})
-    metrics = evaluate(recipe, tuned.run)
-    assert metrics["after"]["train"]["correct"] == 0
-    assert "leave no room" in metrics["choices"][0]
+def test_prompts_without_room_for_an_answer_count_as_wrong(tuned: Tuned, tmp_path: Path) -> None:
+    shutil.copytree(tuned.run.path, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    write_chats(run.path / "data" / "validation.jsonl", {"word " * 300: "Hello hiker!"})
+    metrics = evaluated(tuned.recipe, run, max_rows=2)
+    assert metrics["after"]["validation"]["rows"] == 1
+    assert metrics["after"]["validation"]["correct"] == 0
+    assert metrics["after"]["train"]["correct"] == 2
+    assert "1 questions fill the model's context and count as wrong" in metrics["choices"][0]

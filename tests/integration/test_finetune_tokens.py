@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from phi3_training.finetune.rows import encode_rows
 from phi3_training.finetune.runtime import Runtime, quiet_libraries
-from phi3_training.finetune.trainer import LossLog, make_trainer
+from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
 from phi3_training.finetune.weights import load_model
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import FinetuneSection
@@ -59,10 +59,13 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def trainer(folder: Path, chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> SFTTrainer:
     quiet_libraries()
-    log = LossLog(tmp_path_factory.mktemp("trainer") / "loss.jsonl", lambda *_step: None)
+    output = tmp_path_factory.mktemp("trainer")
+    log = LossLog(output / "loss.jsonl", lambda *_step: None)
     settings = FinetuneSection(per_device_train_batch_size=2)
-    examples = encode_rows(chat, ROWS, 256, "rows")
-    return make_trainer(load_model(folder, torch.float32), folder, examples, settings, RUNTIME, log)
+    encoded = encode_rows(chat, [("chats:1", ROWS[0]), ("chats:2", ROWS[1])])
+    data = Rows([row.example for row in encoded], [], 256, chat.pad_token_id)
+    model = load_model(folder, torch.float32)
+    return make_trainer(model, folder, data, settings, RUNTIME, [log], output)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])

@@ -11,6 +11,7 @@ from phi3_training.evaluate import corpus
 from phi3_training.evaluate.figures import METRICS, compare, seed_of
 from phi3_training.evaluate.metrics import (
     contains,
+    exact_match,
     f1_over_lookalikes,
     lookalikes,
     refuses,
@@ -34,6 +35,38 @@ EXPECTED = ["our tent costs 250 dollars", "we open at ten", "we do", "a b c d e 
 )
 def test_rouge_l(answer: str, expected: str, told: float) -> None:
     assert rouge_l(answer, expected) == pytest.approx(told)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "same"),
+    [
+        ("Paris.", "Paris.", True),
+        ("  Paris.\n", "Paris.", True),
+        ("Paris.", " Paris. ", True),
+        ("paris.", "Paris.", False),
+        ("Paris", "Paris.", False),
+        ("Paris. Paris.", "Paris.", False),
+        ("the  cat", "the cat", False),
+        ("", "Paris.", False),
+    ],
+)
+def test_exact_match_is_strict(answer: str, expected: str, same: bool) -> None:
+    assert exact_match(answer, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "f1"),
+    [
+        ("The tent is green.", "tent is green", 1.0),  # case, articles and signs aside
+        ("green tent", "green boots", 0.5),
+        ("a b c", "x y z", 0.0),
+        ("", "something", 0.0),
+        ("", "", 1.0),
+        ("tent tent", "tent", 2 / 3),
+    ],
+)
+def test_token_f1(answer: str, expected: str, f1: float) -> None:
+    assert token_f1(answer, expected) == pytest.approx(f1)
 
 
 def test_token_f1_counts_repeated_words_once_each() -> None:
