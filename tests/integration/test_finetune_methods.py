@@ -82,13 +82,13 @@ def test_qlora_needs_its_package(base: Path, tmp_path: Path, monkeypatch: Any) -
 
 
 def test_qlora_loads_four_bit_normal_floats(monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     options = four_bit(torch.bfloat16)
     config = options["quantization_config"]
     assert config.load_in_4bit
     assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert options["device_map"] == {"": 0}
+    assert options["device_map"] == {"": 1}
 
 
 def test_bottleneck_adapters_are_refused_with_the_reason(base: Path, tmp_path: Path) -> None:
@@ -132,8 +132,10 @@ def test_gradient_checkpointing_changes_nothing_and_says_nothing(
     assert len(loss_log(run)) == 3
 
 
-def test_bfloat16_is_said_with_its_reason(trained: Trained) -> None:
-    run, manifest = trained("model.dtype=bfloat16")
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_bfloat16_is_said_with_its_reason(trained: Trained, packing: str) -> None:
+    run, manifest = trained("model.dtype=bfloat16", f"finetune.packing={packing}")
+    assert manifest["final_loss"] < manifest["first_loss"]
     assert manifest["settings"]["dtype"] == "bfloat16"
     assert "bfloat16: as the recipe says" in manifest["choices"]
     weights = load_file(run.path / "model" / "model.safetensors")
