@@ -17,7 +17,7 @@ from tests.integration.finetune_fixture import HELD_OUT, loss_log, make_base, ma
 
 from phi3_training.errors import MissingExtraError, RecipeError, StageError
 from phi3_training.finetune import finetune
-from phi3_training.finetune.methods import check_method, four_bit, peft_config
+from phi3_training.finetune.methods import check_method, four_bit, learn_in_float32, peft_config
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.run import Run
 
@@ -89,6 +89,16 @@ def test_qlora_loads_four_bit_normal_floats(monkeypatch: Any) -> None:
     assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert options["device_map"] == {"": 1}
+
+
+def test_an_adapter_can_learn_in_float32_over_weights_that_do_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(torch.bfloat16)
+    model[0].requires_grad_(False)
+    learn_in_float32(model)
+    assert [weight.dtype for weight in model.parameters()] == [
+        *[torch.bfloat16] * 2,
+        *[torch.float32] * 2,
+    ]
 
 
 def test_bottleneck_adapters_are_refused_with_the_reason(base: Path, tmp_path: Path) -> None:

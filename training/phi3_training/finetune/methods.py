@@ -61,6 +61,17 @@ def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
     return load_model(folder, runtime.torch_dtype, attention, **four_bit(runtime.torch_dtype))
 
 
+def learn_in_float32(model: Any) -> None:
+    """Give what learns all of float32.
+
+    TRL makes a QLoRA adapter bfloat16, whose gradients cannot be scaled on a GPU that has only
+    float16 (such as a T4).
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def four_bit(dtype: torch.dtype) -> dict[str, Any]:
     """How transformers loads weights as 4-bit normal floats, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
