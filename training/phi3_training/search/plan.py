@@ -142,17 +142,21 @@ def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]:
     faults: dict[str, None] = {}
+    probes: dict[str, list[Value]] = {}
     for key, parameter in _parameters(content).items():
         if key.partition(".")[0] not in _SECTIONS:
             sections = ", ".join(_SECTIONS)
             faults[f"parameters.{key}: nothing is learnt with it; expected {sections}"] = None
-            continue
-        if key in _FIXED:
+        elif key in _FIXED:
             faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
-            continue
-        for value in _probes(parameter):
+        elif found := _probes(parameter):
+            probes[key] = found
+    # The others are set as well: some keys make sense only together.
+    first = {key: values[0] for key, values in probes.items()}
+    for key, values in probes.items():
+        for value in values:
             try:
-                make(overrides_of({key: value}))
+                make(overrides_of({**first, key: value}))
             except RecipeError as error:
                 faults.update(dict.fromkeys(f"parameters.{fault}" for fault in error.faults))
     return list(faults)
