@@ -40,6 +40,7 @@ LOCAL = [
     "uvicorn>=0.30",
     "httpx>=0.27",
     "sacrebleu>=2.6,<3",  # the bootstrap resamples its per-sentence counts, an inner method
+    "optuna>=5,<6",  # a search goes on from its database, whose form changes by major
     "mlflow>=3.10,<4",  # 4 is not tested
 ]
 QLORA = [*LOCAL, "bitsandbytes>=0.46"]  # CUDA only

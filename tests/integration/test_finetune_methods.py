@@ -17,7 +17,7 @@ from tests.integration.finetune_fixture import HELD_OUT, loss_log, make_base, ma
 
 from phi3_training.errors import MissingExtraError, RecipeError, StageError
 from phi3_training.finetune import finetune
-from phi3_training.finetune.methods import check_method, four_bit, peft_config
+from phi3_training.finetune.methods import check_method, four_bit, learn_in_float32, peft_config
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.run import Run
 
@@ -82,13 +82,23 @@ def test_qlora_needs_its_package(base: Path, tmp_path: Path, monkeypatch: Any) -
 
 
 def test_qlora_loads_four_bit_normal_floats(monkeypatch: Any) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     options = four_bit(torch.bfloat16)
     config = options["quantization_config"]
     assert config.load_in_4bit
     assert config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert options["device_map"] == {"": 0}
+    assert options["device_map"] == {"": 1}
+
+
+def test_an_adapter_can_learn_in_float32_over_weights_that_do_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(torch.bfloat16)
+    model[0].requires_grad_(False)
+    learn_in_float32(model)
+    assert [weight.dtype for weight in model.parameters()] == [
+        *[torch.bfloat16] * 2,
+        *[torch.float32] * 2,
+    ]
 
 
 def test_bottleneck_adapters_are_refused_with_the_reason(base: Path, tmp_path: Path) -> None:
@@ -132,8 +142,10 @@ def test_gradient_checkpointing_changes_nothing_and_says_nothing(
     assert len(loss_log(run)) == 3
 
 
-def test_bfloat16_is_said_with_its_reason(trained: Trained) -> None:
-    run, manifest = trained("model.dtype=bfloat16")
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_bfloat16_is_said_with_its_reason(trained: Trained, packing: str) -> None:
+    run, manifest = trained("model.dtype=bfloat16", f"finetune.packing={packing}")
+    assert manifest["final_loss"] < manifest["first_loss"]
     assert manifest["settings"]["dtype"] == "bfloat16"
     assert "bfloat16: as the recipe says" in manifest["choices"]
     weights = load_file(run.path / "model" / "model.safetensors")

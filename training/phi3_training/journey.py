@@ -56,8 +56,9 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
         if done is not None:
             console.stage_done(stage.title, stage.summary(done), None)
             continue
-        manifest, seconds = _do(journey, stage)
-        console.stage_done(stage.title, stage.summary(manifest), seconds)
+        with console.progress_bar(stage.title) as progress:
+            manifest = do(journey, stage, progress)
+        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"])
         for choice in manifest.get("choices", []):
             console.note(choice)
 
@@ -72,16 +73,17 @@ def finished(journey: Journey, stage: Stage) -> Manifest | None:
     return manifest if stage.still_good(journey, manifest) else None
 
 
-def _do(journey: Journey, stage: Stage) -> tuple[Manifest, float]:
+def do(journey: Journey, stage: Stage, progress: console.ProgressCallback) -> Manifest:
+    """Do a stage in any case and write its manifest."""
     started = time.monotonic()
-    with console.progress_bar(stage.title) as progress:
-        journey.progress = progress
-        content = stage.work(journey)
+    journey.progress = progress
+    content = stage.work(journey)
     seconds = time.monotonic() - started
     # The id changes each time a stage is done, so that what follows is done again as well.
     stamp = {"fingerprint": _fingerprint(journey, stage), "done_id": fingerprint(time.time_ns())}
-    journey.run.write_manifest(stage.manifest, {**content, **stamp, "seconds": round(seconds, 3)})
-    return content, seconds
+    manifest = {**content, **stamp, "seconds": round(seconds, 3)}
+    journey.run.write_manifest(stage.manifest, manifest)
+    return manifest
 
 
 def _fingerprint(journey: Journey, stage: Stage) -> str:

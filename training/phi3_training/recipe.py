@@ -188,7 +188,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
     that a path names but that do not exist.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     _resolve_paths(content, path.parent)
     faults = _apply_overrides(content, overrides)
     if faults:
@@ -219,7 +219,8 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; RecipeError when it cannot be read as such."""
     try:
         content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,7 +18,7 @@ def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "command",
     ["up", "plan", "status", "down", "train", "evaluate", "register", "deploy", "connect",
-     "chat", "env", "serve", "recipes", "data check", "data prepare", "data show"],
+     "adapters", "chat", "env", "serve", "recipes", "data check", "data prepare", "data show"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -38,6 +38,11 @@ def test_every_command_has_help_with_an_example(
         (["up", "none.yaml"], "no such file"),
         (["up", "a.yaml", "b.yaml"], "One recipe at a time"),
         (["up", "finetune.lora_r=0"], "finetune.lora_r"),
+        (["train", "--adapter", "a", "finetune.lora_r=0"], "finetune.lora_r"),
+        (["train", "--adapter", "no/name"], "finetune.adapter"),
+        (["train", "finetune.method=adapter"], "peft has no bottleneck adapters"),
+        (["train", "finetune.early_stopping_patience=2"], "give eval_steps as well"),
+        (["adapters"], "make one with: phi3 up"),
         (["up", "--again", "sing"], "No stage sing"),
         (["up", "--on", "azure"], "Azure half"),
         (["up", "--run", "a b"], "not a run name"),

@@ -88,13 +88,13 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
     target = get_target(args.on)
-    recipe = recipe_of([*args.words, *_from_options(args)])
+    recipe = recipe_of([*args.words, *from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
     run = Run.open(path) if make_run else Run(path)
     return Journey(recipe, run, target, find(FLOW), force=getattr(args, "force", False))
 
 
-def _from_options(args: argparse.Namespace) -> list[str]:
+def from_options(args: argparse.Namespace) -> list[str]:
     """Options that are short for keys of the recipe."""
     allow, adapter = getattr(args, "allow", []), getattr(args, "adapter", None)
     words = [f"finetune.allow=[{','.join(allow)}]"] if allow else []

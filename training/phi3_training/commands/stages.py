@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .. import console
@@ -10,6 +11,7 @@ from ..journey import go
 from ..run import Run
 from ..stages import stages_until
 from .common import add_adapter, add_allow, add_command, add_force, add_recipe, journey_of
+from .searching import run_search
 from .summary import show_comparison
 
 # command: (its manifest, help)
@@ -36,6 +38,12 @@ def register(subparsers: Any) -> None:
         add_adapter(parser)
         if name == "train":
             add_allow(parser)
+            parser.add_argument(
+                "--search",
+                type=Path,
+                metavar="FILE",
+                help="look for better settings, as the YAML file says (docs/search.md)",
+            )
         if name in ("deploy", "connect"):
             add_force(parser)
 
@@ -43,6 +51,8 @@ def register(subparsers: Any) -> None:
 def run_stage(args: argparse.Namespace) -> int:
     """Do what is missing up to the stage."""
     journey = journey_of(args)
+    if getattr(args, "search", None) is not None:
+        return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
         go(journey, stages_until(manifest))

@@ -45,7 +45,11 @@ def summary(verdict: Told) -> str:
     count = len(verdict["rules"])
     if not count:
         return "passed: the recipe asks nothing of the model"
-    return f"passed, {count} of {count} rules" if not failed else f"NOT passed, {failed} of {count}"
+    return (
+        f"passed, {count} of {count} rules"
+        if not failed
+        else f"NOT passed: {failed} of {count} rules failed"
+    )
 
 
 def line(rule: Told) -> str:

@@ -6,6 +6,7 @@ Reads model folders; writes nothing.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
     return load_model(folder, runtime.torch_dtype, attention, **four_bit(runtime.torch_dtype))
 
 
+def learn_in_float32(model: Any) -> None:
+    """Give what learns all of float32.
+
+    TRL makes a QLoRA adapter bfloat16, whose gradients cannot be scaled on a GPU that has only
+    float16 (such as a T4).
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def four_bit(dtype: torch.dtype) -> dict[str, Any]:
     """How transformers loads weights as 4-bit normal floats, computing in `dtype`."""
     from transformers import BitsAndBytesConfig
@@ -70,7 +82,13 @@ def four_bit(dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
+    # 4-bit weights cannot be moved later: they go at once to the GPU of this process.
+    return {"quantization_config": quantized, "device_map": {"": _own_gpu()}}
+
+
+def _own_gpu() -> int:
+    """The number that torchrun and accelerate give to each process of a machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:

@@ -210,7 +210,8 @@ def _figures(model: Any, rows: Sequence[Row], log: LossLog, epoch: int) -> dict[
     last = log.losses[-max(1, epoch) :]
     weights = list(model.parameters())
     return {
-        "parameters": sum(weight.numel() for weight in weights),
+        # bitsandbytes packs two weights of 4 bits into a byte.
+        "parameters": sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights),
         "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
         "tokens": sum(len(row.example.input_ids) for row in rows),
         "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),

@@ -29,7 +29,7 @@ from .audit import Report, Row, Seen, audit, expected_labels
 from .audit_packed import SeenPacked, audit_packed
 from .compute import CpuTrainer, OwnLossTrainer
 from .losses import find_loss
-from .methods import peft_config
+from .methods import learn_in_float32, peft_config
 from .packing import PackedCollator, as_packed, packed_rows
 from .runtime import Runtime
 from .teach import Progress
@@ -119,6 +119,8 @@ def make_trainer(
     )
     if loss is not None:
         trainer.own_loss = loss
+    if settings.method == "qlora" and runtime.dtype == "float16":
+        learn_in_float32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

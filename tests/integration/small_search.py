@@ -1,0 +1,66 @@
+"""A search over the small run of `small_run`, here or in a process that may be killed.
+
+Writes into the folders it is given.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from phi3_training.journey import Journey
+from phi3_training.recipe import Recipe, load_recipe
+from phi3_training.run import Run
+from phi3_training.search.plan import load_plan
+from phi3_training.search.study import search
+from phi3_training.targets import get_target
+
+SEARCH = """\
+metric: validation_loss
+direction: minimize
+trials: 7
+seed: 3
+parameters:
+  finetune.learning_rate: {type: float, low: 1e-3, high: 5e-2, log: true}
+  finetune.lora_r: {type: int, low: 2, high: 8, step: 2}
+  finetune.lr_scheduler_type: {type: categorical, choices: [linear, cosine]}
+"""
+SETTINGS = [
+    "finetune.eval_steps=7",
+    "finetune.num_train_epochs=2",
+    "finetune.save_steps=3",
+    "finetune.lora_dropout=0",
+]
+IN_PROCESS = "search_in_a_process"
+
+
+def journey_of(run: Path, overrides: Sequence[str]) -> Journey:
+    recipe = load_recipe(run.parent / "recipe.yaml", overrides)
+    return Journey(recipe, Run(run), get_target("local"), run / "no-flow")
+
+
+def run_search(
+    run: Path, text: str = SEARCH, settings: Sequence[str] = tuple(SETTINGS)
+) -> dict[str, Any]:
+    def make(overrides: Sequence[str]) -> Recipe:
+        return load_recipe(run.parent / "recipe.yaml", [*settings, *overrides])
+
+    path = run.with_suffix(".yaml")
+    path.write_text(text)
+    return search(journey_of(run, settings), load_plan(path, make), make)
+
+
+def start(run: Path) -> BaseProcess:
+    process = get_context("forkserver").Process(
+        target=runpy.run_path, args=(__file__, {"RUN": run}, IN_PROCESS), daemon=True
+    )
+    process.start()
+    return process
+
+
+if __name__ == IN_PROCESS:
+    run_search(globals()["RUN"])

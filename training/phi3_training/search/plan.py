@@ -1,0 +1,193 @@
+"""What is searched: search.yaml, read and checked; every fault at once. Reads YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ..errors import RecipeError
+from ..recipe import Recipe, read_yaml
+from ..recipe_types import Positive, Section
+
+# A recipe with these overrides applied; raises RecipeError.
+MakeRecipe = Callable[[Sequence[str]], Recipe]
+Value = bool | int | float | str | None
+
+# Figures of the training itself: no model has to be asked for them.
+TRAINING_METRICS = ("validation_loss", "final_loss")
+_SECTIONS = ("finetune", "data", "base", "model")
+# Trials that are asked other questions cannot be compared.
+_FIXED = ("data.seed", "data.validation", "data.validation_share")
+
+
+class FloatRange(Section):
+    """Any number from low to high; log: spread evenly over the powers of ten."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    log: bool = False
+    step: Annotated[float, Field(gt=0.0)] | None = None
+
+    @model_validator(mode="after")
+    def _is_range(self) -> FloatRange:
+        _check_range(self)
+        return self
+
+
+class IntRange(Section):
+    """Any whole number from low to high, in steps."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+    step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _is_range(self) -> IntRange:
+        _check_range(self)
+        return self
+
+
+class Choices(Section):
+    """One of the listed values."""
+
+    type: Literal["categorical"]
+    choices: Annotated[list[Value], Field(min_length=2)]
+
+
+Parameter = Annotated[FloatRange | IntRange | Choices, Field(discriminator="type")]
+
+
+class Pruning(Section):
+    """Ends a trial whose held-out loss is worse than the median of earlier trials there."""
+
+    startup_trials: Positive = 5
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class SearchPlan(Section):
+    """A whole search.yaml."""
+
+    metric: str
+    direction: Literal["maximize", "minimize"]
+    trials: Positive
+    seed: Annotated[int, Field(ge=0)] = 42
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    pruning: Pruning | None = None
+
+
+def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
+    """Read search.yaml for the recipe that `make` makes.
+
+    Raises RecipeError with every fault: of the form, of the metric, and of keys and values that
+    the recipe does not take.
+    """
+    recipe = make([])
+    if not path.is_file():
+        raise RecipeError(str(path), ["no such file; docs/search.md shows how to write one"])
+    content = read_yaml(path)
+    faults: list[str] = []
+    try:
+        plan = SearchPlan.model_validate(content)
+    except ValidationError as error:
+        faults = [_fault_line(item) for item in error.errors()]
+    faults += [*_metric_faults(content, recipe), *_parameter_faults(content, make)]
+    if faults:
+        raise RecipeError(str(path), faults)
+    return plan
+
+
+def overrides_of(values: Mapping[str, Value]) -> list[str]:
+    """`key=value` for each parameter, as the command line takes it."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _check_range(found: FloatRange | IntRange) -> None:
+    if found.low >= found.high:
+        raise ValueError(f"low must be below high, got {found.low} and {found.high}")
+    if found.log and found.low <= 0:
+        raise ValueError(f"log needs a low above 0, got {found.low}")
+    if found.log and found.step is not None:
+        raise ValueError("log and step exclude each other")
+
+
+# The following look at the file as it was written, so that a fault of its form hides no other.
+def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    from ..evaluate.figures import METRICS
+    from ..evaluate.questions import PARTS
+
+    faults = []
+    metric = content.get("metric")
+    evaluates = recipe.finetune.eval_steps or "finetune.eval_steps" in _parameters(content)
+    part, _, figure = str(metric).partition(".")
+    known = metric in TRAINING_METRICS or (part in PARTS and figure in METRICS)
+    if metric is not None and not known:
+        faults.append(
+            f"metric: {metric!r} is unknown; expected {' or '.join(TRAINING_METRICS)}, or a "
+            f"part and a figure such as validation.token_f1 (parts: {', '.join(PARTS)}; figures: "
+            f"{', '.join(METRICS)})"
+        )
+    if metric == "validation_loss" and not evaluates:
+        faults.append("metric: validation_loss needs finetune.eval_steps in the recipe")
+    if content.get("pruning") is not None and not evaluates:
+        faults.append("pruning: needs finetune.eval_steps in the recipe, to look at trials early")
+    return faults
+
+
+def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]:
+    faults: dict[str, None] = {}
+    probes: dict[str, list[Value]] = {}
+    for key, parameter in _parameters(content).items():
+        if key.partition(".")[0] not in _SECTIONS:
+            sections = ", ".join(_SECTIONS)
+            faults[f"parameters.{key}: nothing is learnt with it; expected {sections}"] = None
+        elif key in _FIXED:
+            faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
+        elif found := _probes(parameter):
+            probes[key] = found
+    # The others are set as well: some keys make sense only together.
+    first = {key: values[0] for key, values in probes.items()}
+    for key, values in probes.items():
+        for value in values:
+            try:
+                make(overrides_of({**first, key: value}))
+            except RecipeError as error:
+                faults.update(dict.fromkeys(f"parameters.{fault}" for fault in error.faults))
+    return list(faults)
+
+
+def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
+    found = content.get("parameters")
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _probes(parameter: Any) -> list[Value]:
+    """Values that the recipe must accept; one between two tells keys that want whole numbers."""
+    if not isinstance(parameter, dict):
+        return []
+    choices = parameter.get("choices")
+    ends = [parameter.get("low"), parameter.get("high")]
+    numbers = [end for end in ends if isinstance(end, (int, float))]
+    if len(numbers) == 2 and parameter.get("type") == "float":
+        numbers.append(numbers[0] + 0.37 * (numbers[1] - numbers[0]))
+    return [*numbers, *(choices if isinstance(choices, list) else [])]
+
+
+def _fault_line(item: Any) -> str:
+    """One fault in the file's own terms: `parameters.finetune.lora_r.low: is missing`."""
+    key = ".".join(str(part) for part in item["loc"] if part not in ("float", "int", "categorical"))
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key; check its spelling"
+    if item["type"] == "missing":
+        return f"{key}: is missing"
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{key}: needs type: float, int or categorical"
+    given = item.get("input")
+    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}{shown}"

@@ -1,0 +1,185 @@
+"""The search itself: Optuna proposes, a trial measures, everything is kept in run/search/study.db.
+
+A search that was killed goes on: finished trials are not run again, and the trial that was cut
+short is proposed again with the same values and goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import console
+from ..errors import DataError, RecipeError, StageError, UsageError
+from ..journey import Journey, go
+from ..run import Run, fingerprint
+from ..stages import stages_until
+from .plan import (
+    Choices,
+    FloatRange,
+    IntRange,
+    MakeRecipe,
+    Parameter,
+    SearchPlan,
+    Value,
+    overrides_of,
+)
+from .report import Finished, best_of, write_report
+from .trials import drop_weights, measure, trial_journey
+
+# So many trials are drawn at random before Optuna's sampler (TPE) models what is good.
+_RANDOM_TRIALS = 5
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_NO_PART = {"save_steps", "save_seconds", "save_total_limit", "allow", "num_threads"}
+
+
+def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, Any]:
+    """Run the trials that are missing; the report (also run/search/report.json).
+
+    Raises StageError when no trial came to a figure, and UsageError when the run folder holds
+    another search.
+    """
+    go(journey, stages_until("base"))
+    study = _open(journey, plan)
+    _close_cut_trials(study)
+    while len(done := finished_trials(study)) < plan.trials:
+        _run_trial(journey, plan, make, study, len(done) + 1)
+        _keep_best(journey.run, study)
+    return write_report(journey, plan, make, finished_trials(study))
+
+
+def finished_trials(study: optuna.Study) -> list[Finished]:
+    """What came of each trial that was not cut short, in the order of proposal."""
+    kept = [trial for trial in study.get_trials(deepcopy=False) if _counts(trial)]
+    return [
+        Finished(
+            number=number,
+            state=trial.state.name.lower(),
+            value=trial.value if trial.state == TrialState.COMPLETE else None,
+            parameters=trial.params,
+            seconds=trial.user_attrs.get("seconds"),
+            remark=trial.user_attrs.get("remark"),
+        )
+        for number, trial in enumerate(kept, start=1)
+    ]
+
+
+def _open(journey: Journey, plan: SearchPlan) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if plan.pruning is not None:
+        pruner = optuna.pruners.MedianPruner(plan.pruning.startup_trials, plan.pruning.warmup_steps)
+    study = optuna.create_study(
+        study_name="search",
+        storage=f"sqlite:///{journey.run.file('search', 'study.db')}",
+        direction=plan.direction,
+        pruner=pruner,
+        load_if_exists=True,
+    )
+    _check_same(study, journey, plan)
+    return study
+
+
+def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None:
+    """Trials of another search would be compared with what they cannot be compared with."""
+    recipe = journey.recipe
+    sections = {
+        name: section.model_dump(mode="json", exclude=_NO_PART)
+        for name in ("model", "finetune", "evaluate")
+        if (section := getattr(recipe, name)) is not None
+    }
+    parts = {
+        "search file": fingerprint(plan.model_dump(mode="json", exclude={"trials"})),
+        "recipe": fingerprint(sections),
+        "chats": str(journey.run.require("dataset", "phi3 train")["done_id"]),
+        "base model": str(journey.run.require("base", "phi3 train")["done_id"]),
+    }
+    known = study.user_attrs
+    other = [name for name, value in parts.items() if known.get(name, value) != value]
+    if other:
+        raise UsageError(
+            f"{journey.run.path / 'search'} holds a search with another {' and '.join(other)}; its "
+            "trials cannot be compared with new ones. Name another run folder with --run NAME, "
+            "or remove that folder."
+        )
+    for name, value in parts.items():
+        study.set_user_attr(name, value)
+
+
+def _run_trial(
+    journey: Journey, plan: SearchPlan, make: MakeRecipe, study: optuna.Study, number: int
+) -> None:
+    # Seeded anew for each trial: what is proposed depends on the trials before and on nothing
+    # else, so a search that was cut short proposes what it would have proposed.
+    seed = int(fingerprint([plan.seed, number])[:8], 16)
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
+    trial = study.ask()
+    values = {key: _propose(trial, key, choice) for key, choice in plan.parameters.items()}
+    title = f"trial {number}/{plan.trials}"
+    shown = ", ".join(f"{key.rpartition('.')[2]}={_short(v)}" for key, v in values.items())
+    started = time.monotonic()
+
+    def watch(loss: float, step: int) -> None:
+        # The loss falls while the metric may rise: the pruner wants both the same way round.
+        trial.report(loss if plan.direction == "minimize" else -loss, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"pruned behind step {step}: held-out loss {loss:.3f}")
+
+    try:
+        with console.progress_bar(title) as progress:
+            own = trial_journey(journey, make(overrides_of(values)), number)
+            value = measure(own, plan.metric, progress, watch)
+    except optuna.TrialPruned as pruned:
+        _tell(study, trial, started, TrialState.PRUNED, str(pruned))
+        console.stage_done(title, f"{shown}: {pruned}", time.monotonic() - started)
+    except (StageError, DataError, RecipeError) as error:
+        _tell(study, trial, started, TrialState.FAIL, str(error))
+        console.stage_done(title, f"{shown}: failed. {error}", time.monotonic() - started)
+    else:
+        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        study.tell(trial, value)
+        console.stage_done(title, f"{shown}: {plan.metric} {value:.4g}", time.monotonic() - started)
+
+
+def _tell(
+    study: optuna.Study, trial: optuna.Trial, started: float, state: TrialState, remark: str
+) -> None:
+    trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+    trial.set_user_attr("remark", remark)
+    study.tell(trial, state=state)
+
+
+def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
+    if isinstance(parameter, Choices):
+        return trial.suggest_categorical(key, parameter.choices)
+    if isinstance(parameter, IntRange):
+        step = parameter.step or 1
+        return trial.suggest_int(key, parameter.low, parameter.high, step=step, log=parameter.log)
+    found: FloatRange = parameter
+    return trial.suggest_float(key, found.low, found.high, step=found.step, log=found.log)
+
+
+def _close_cut_trials(study: optuna.Study) -> None:
+    """A trial that a killed process left running is none: its values are proposed again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    return trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
+
+
+def _keep_best(run: Run, study: optuna.Study) -> None:
+    done = finished_trials(study)
+    best = best_of(done, maximize=study.direction == optuna.study.StudyDirection.MAXIMIZE)
+    for trial in done:
+        if trial is not best:
+            drop_weights(run.path / trial.folder)
+
+
+def _short(value: Value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).strip('"')
