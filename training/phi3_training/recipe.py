@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .run import write_atomically
 
 TINY = "tiny"
 Positive = Annotated[int, Field(ge=1)]
@@ -181,6 +182,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if missing:
         raise RecipeError(str(path), missing)
     return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as it was resolved, so that `load_recipe` reads the same one again."""
+    content = recipe.model_dump(mode="json")
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):
