@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.register(subparsers)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # a recipe or key=value behind an option: argparse takes them in one piece only
+        args.words += rest
     if args.command is None:
         parser.print_help()
         return 2
@@ -54,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `phi3 status | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        if args.debug:
+            raise
+        print_error(f"{error}. Free space or set rights there, then type the same command again.")
+        return 1
     return status
 
 
