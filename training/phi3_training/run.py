@@ -106,10 +106,6 @@ class Run:
         finally:
             lock.release()
 
-    def remove_manifest(self, stage: str) -> None:
-        """Forget a stage, so that it is done again."""
-        (self.path / f"{stage}.json").unlink(missing_ok=True)
-
 
 def check_run_name(name: str) -> None:
     """Raise UsageError unless `name` is a plain name: no path, nothing a shell would trip over."""
