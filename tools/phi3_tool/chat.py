@@ -16,10 +16,13 @@ from promptflow.core import tool
 from .client import Phi3Client
 from .connection import ConnectionSettings, environment_names_endpoint
 from .errors import Phi3Error
-from .history import TOKENS_AROUND_MESSAGE, rough_tokens, to_messages
+from .history import (
+    DEFAULT_CONTEXT_LENGTH,
+    TOKENS_AROUND_MESSAGE,
+    rough_tokens,
+    to_messages,
+)
 
-#: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
-DEFAULT_CONTEXT_LENGTH = 4096
 _MAX_CLIENTS = 16
 
 _Identity = Tuple[int, str, str, Optional[str], Optional[str]]

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 #: What a chat template adds around each message: role, line ends, end-of-turn.
 TOKENS_AROUND_MESSAGE = 5
+#: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
+DEFAULT_CONTEXT_LENGTH = 4096
 
 Turn = tuple[str, str]
 

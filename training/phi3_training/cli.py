@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # e.g. `phi3 status | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        if args.debug:
+            raise
+        print_error(f"{error}. Free space or set rights there, then type the same command again.")
+        return 1
     return status
 
 

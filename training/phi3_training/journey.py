@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import console
-from .recipe import Recipe
+from .recipe import Recipe, save_recipe
 from .run import Run, fingerprint, sha256_of
 from .targets import Target
 
 Manifest = dict[str, Any]
+
+RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
 
 
 @dataclass
@@ -51,6 +53,7 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
 
     Raises what a stage raises (Phi3TrainingError and its kin); finished stages stay finished.
     """
+    save_recipe(journey.recipe, journey.run.file(RECIPE_FILE))
     for stage in stages:
         done = None if stage.manifest in again else finished(journey, stage)
         if done is not None:

@@ -22,6 +22,7 @@ from .errors import RecipeError
 from .recipe_finetune import AuditRule as AuditRule
 from .recipe_finetune import FinetuneSection as FinetuneSection
 from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
+from .run import write_atomically
 
 TINY = "tiny"
 
@@ -202,6 +203,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if missing:
         raise RecipeError(str(path), missing)
     return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as it was resolved, so that `load_recipe` reads the same one again."""
+    content = recipe.model_dump(mode="json")
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 class _Loader(yaml.SafeLoader):

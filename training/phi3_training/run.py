@@ -35,11 +35,7 @@ class Run:
 
         Raises UsageError when the folder's name is not a plain name or it cannot be made.
         """
-        if not _NAME.fullmatch(path.name):
-            raise UsageError(
-                f"{path.name!r} is not a run name: expected letters, digits, '.', '_' and '-', "
-                "at most 64, starting with a letter or digit"
-            )
+        check_run_name(path.name)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,9 +106,14 @@ class Run:
         finally:
             lock.release()
 
-    def remove_manifest(self, stage: str) -> None:
-        """Forget a stage, so that it is done again."""
-        (self.path / f"{stage}.json").unlink(missing_ok=True)
+
+def check_run_name(name: str) -> None:
+    """Raise UsageError unless `name` is a plain name: no path, nothing a shell would trip over."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a run name: expected letters, digits, '.', '_' and '-', "
+            "at most 64, starting with a letter or digit"
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 from pathlib import Path
 
 import pytest
 
 from phi3_training.cli import main
+from phi3_training.commands.talk import _converse
 
 
 def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +52,9 @@ def test_every_command_has_help_with_an_example(
         (["down", "none"], "There is no run"),
         (["chat", "hello"], "phi3 up"),
         (["chat", "hello", "--run", "none"], "There is no run"),
+        (["chat", "hello", "--run", "../../etc"], "not a run name"),
+        (["chat", "-o", "json"], "answers one question"),
+        (["plan", "--run", "../other"], "not a run name"),
         (["serve"], "phi3 train"),
     ],
 )
@@ -87,3 +93,94 @@ def test_recipes_and_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["recipes", "--keys"]) == 0
     assert "finetune.learning_rate" in capsys.readouterr().out
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Do you repair {item}?"},
+                  {"role": "assistant", "content": "We do, within a week."}]}
+    for item in ("tents", "boots", "stoves", "ropes", "packs", "maps")
+]  # fmt: skip
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "my chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS), encoding="utf-8")
+    return path
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    capsys.readouterr()
+    assert main(["plan", *arguments, "-o", "json"]) == 0
+    to_do: list[str] = json.loads(capsys.readouterr().out)["to_do"]
+    return to_do
+
+
+def test_named_run_goes_on_with_its_own_recipe(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else `phi3 up --run mine` would train the shipped chats over the user's own model."""
+    runs = ["--runs", str(tmp_path / "runs"), "--run", "mine"]
+    # One key stands behind an option, as the documentation has it.
+    mine = ["data.validation=[]", *runs, f"data.train={chats}"]
+
+    assert main(["data", "prepare", *mine]) == 0
+
+    assert "prepare" not in plan_of(capsys, *runs)
+    assert "prepare" not in plan_of(capsys, *runs, "ask=Hello?")
+    assert "prepare" in plan_of(capsys, *runs, "training/recipes/phi3-tiny.yaml")
+
+
+@pytest.mark.parametrize("count", ["-1", "x", "1.5"])
+def test_data_show_of_a_wrong_count(count: str, chats: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "show", str(chats), "-n", count])
+
+    assert ended.value.code == 2
+
+
+def test_option_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["up", "--fast"])
+
+    assert ended.value.code == 2
+    assert "--fast" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_no_traceback(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "mine" / "recipe.yaml").mkdir(parents=True)
+
+    status = main(["data", "prepare", "--runs", str(tmp_path / "runs"), "--run", "mine"])
+
+    assert status == 1
+    assert "recipe.yaml" in capsys.readouterr().err
+
+
+class Talker:
+    """A client that notes what it is asked and always says the same."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def stream(self, messages: list[dict[str, str]], **_: object) -> list[str]:
+        self.asked.append(messages)
+        return ["All ", "right."]
+
+
+def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Talker()
+    questions = [f"Question number {number}, and some words more?" for number in range(12)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
+    args = argparse.Namespace(system="Be kind.")
+
+    assert _converse(client, args, {}, 120) == 0  # type: ignore[arg-type]
+
+    assert len(client.asked) == len(questions)
+    first, last = client.asked[1], client.asked[-1]
+    assert [message["role"] for message in first] == ["system", "user", "assistant", "user"]
+    assert last[0]["content"] == "Be kind."
+    assert last[-1]["content"] == questions[-1]
+    assert questions[-2] in [message["content"] for message in last]
+    assert questions[0] not in [message["content"] for message in last]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.errors import RecipeError
-from phi3_training.recipe import load_recipe
+from phi3_training.recipe import load_recipe, save_recipe
 
 PROJECT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((PROJECT / "training/recipes").glob("**/*.yaml"))
@@ -108,3 +108,12 @@ def test_bad_override_is_named(tmp_path: Path, override: str, told: str) -> None
 def test_missing_recipe_names_the_list(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="phi3 recipes"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_saved_recipe_reads_the_same(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, ["finetune.learning_rate=1e-4", "ask=Wie geht's?"])
+
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import UsageError
-from ..journey import Journey
+from ..journey import RECIPE_FILE, Journey
 from ..recipe import AuditRule, Recipe, load_recipe
-from ..run import Run
+from ..run import Run, check_run_name
 from ..targets import get_target
 
 # The clone this package is installed from (editable), where recipes and flow live.
@@ -51,7 +51,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE | key=value",
-        help=f"the recipe (default: {DEFAULT_RECIPE}) and keys to change",
+        help=f"the recipe (default: that of --run, else {DEFAULT_RECIPE}) and keys to change",
     )
     parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
     parser.add_argument("--on", choices=("local", "azure"), default="local", help="where to run")
@@ -87,6 +87,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
+    args.words = _with_recipe(args)
     target = get_target(args.on)
     recipe = recipe_of([*args.words, *from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
@@ -99,6 +100,17 @@ def from_options(args: argparse.Namespace) -> list[str]:
     allow, adapter = getattr(args, "allow", []), getattr(args, "adapter", None)
     words = [f"finetune.allow=[{','.join(allow)}]"] if allow else []
     return [*words, f"finetune.adapter={adapter}"] if adapter else words
+
+
+def _with_recipe(args: argparse.Namespace) -> list[str]:
+    """The words; where they name no recipe and --run names a run that has one, that one leads."""
+    words: list[str] = args.words
+    if not args.run:
+        return words
+    check_run_name(args.run)
+    kept = args.runs.resolve() / args.run / RECIPE_FILE
+    named = any("=" not in word for word in words)
+    return words if named or not kept.is_file() else [str(kept), *words]
 
 
 def recipe_of(words: Sequence[str]) -> Recipe:
@@ -129,13 +141,14 @@ def all_runs(folder: Path) -> list[Run]:
 def current_run(args: argparse.Namespace) -> Run:
     """The run named by --run, else the one connected last. Raises UsageError if there is none."""
     if args.run:
+        check_run_name(args.run)
         path = args.runs.resolve() / args.run
         if not path.is_dir():
             raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
         return Run(path)
-    for run in all_runs(args.runs):
-        if run.manifest("connection") is not None:
-            return run
+    connected = [run for run in all_runs(args.runs) if (run.path / "connection.json").is_file()]
+    if connected:
+        return max(connected, key=lambda run: (run.path / "connection.json").stat().st_mtime)
     raise UsageError(
         f"No run under {args.runs} has an endpoint yet; make one with: phi3 up "
         "(or set PHI3_ENDPOINT and PHI3_KEY)"

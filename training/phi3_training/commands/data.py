@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
         actions, "show", "print conversations", "phi3 data show a.jsonl -n 3", run_show
     )
     show.add_argument("file", type=Path, metavar="FILE")
-    show.add_argument("-n", type=int, default=5, metavar="COUNT", help="how many (5)")
+    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (5)")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -64,7 +64,14 @@ def run_show(args: argparse.Namespace) -> int:
         console.print_json([conversation.to_dict() for conversation in shown])
         return 0
     for conversation in shown:
-        console.out.print(f"{conversation.source.name}:{conversation.line}", style="dim")
+        place = f"{conversation.source.name}:{conversation.line}"
+        console.out.print(place, style="dim", markup=False)
         for message in conversation.messages:
             console.out.print(f"  {message.role}: {message.content}", markup=False)
     return 0
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)

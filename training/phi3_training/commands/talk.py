@@ -13,9 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ConnectionSettings, Phi3Client
 from phi3_tool.connection import environment_names_endpoint
+from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from .. import console
 from ..errors import StageError, UsageError
+from ..targets import get_target
 from .common import add_command, add_recipe, current_run, journey_of
 
 OPENAI_PATH = "/v1/chat/completions"
@@ -61,12 +63,15 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
     from ..promptflow_store import stored_connection
 
     run = current_run(args)
-    name = run.require("connection", "phi3 up")["name"]
+    again = f"phi3 up --run {run.name}"
+    name = run.require("connection", again)["name"]
+    if get_target("local").status(run)["endpoint"]["state"] != "up":
+        raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
     settings = ConnectionSettings.from_connection(stored_connection(name))
-    if settings.endpoint != run.require("endpoint", "phi3 up")["endpoint"]:
+    if settings.endpoint != run.require("endpoint", again)["endpoint"]:
         raise StageError(
             f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
-            f"the run {run.name!r}; bring this run back with phi3 up, or keep both by giving one a "
+            f"the run {run.name!r}; bring this run back with {again}, or keep both by giving one a "
             "connection of its own: connection.name=NAME"
         )
     return settings
@@ -74,16 +79,21 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
 
 def run_chat(args: argparse.Namespace) -> int:
     """One question, or a conversation that streams."""
+    if args.output == "json" and args.question is None:
+        raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
     settings = settings_of(args)
     parameters = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
     }
-    with Phi3Client(streaming_url(settings.endpoint), settings.key) as client:
+    url = streaming_url(settings.endpoint)
+    dialect = settings.dialect if url == settings.endpoint else None
+    with Phi3Client(url, settings.key, deployment=settings.deployment, dialect=dialect) as client:
         if args.question is not None:
             return _ask_once(client, args, parameters)
-        return _converse(client, args, parameters)
+        room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - args.max_new_tokens
+        return _converse(client, args, parameters, room)
 
 
 def streaming_url(endpoint: str) -> str:
@@ -94,12 +104,8 @@ def streaming_url(endpoint: str) -> str:
     return endpoint
 
 
-def _opening(system: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": system}] if system else []
-
-
 def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
-    messages = [*_opening(args.system), {"role": "user", "content": args.question}]
+    messages = to_messages((), args.question, args.system)
     if args.output == "json":
         reply = client.chat(messages, **parameters)
         console.print_json({"question": args.question, "answer": reply.text})
@@ -108,20 +114,24 @@ def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[
     return 0
 
 
-def _converse(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
-    console.err.print("Type a question; an empty line or Ctrl-D ends the conversation.")
-    messages = _opening(args.system)
+def _converse(
+    client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any], room: int
+) -> int:
+    """Questions and answers until an empty line; what does not fit into `room` is left out."""
+    console.err.print("Type a question; an empty line, Ctrl-C or Ctrl-D ends the conversation.")
+    history: list[dict[str, dict[str, str]]] = []
     while True:
         try:
             question = input("You: ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             console.out.print()
             return 0
         if not question:
             return 0
-        messages.append({"role": "user", "content": question})
         console.out.print("Phi-3: ", end="", style="bold green")
-        messages.append({"role": "assistant", "content": _stream(client, messages, parameters)})
+        messages = to_messages(history, question, args.system, max_tokens=room)
+        answer = _stream(client, messages, parameters)
+        history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})
 
 
 def _stream(

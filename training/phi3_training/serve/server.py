@@ -38,7 +38,7 @@ _KEEP_ALIVE_SECONDS = 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m phi3_training.serve`; its exit status."""
     args = _parser().parse_args(arguments)
-    _log_to_stderr()
+    log_to_stderr()
     try:
         config = ServerConfig.from_file(args.config)
         key, upstream_key = read_keys(from_stdin=args.key_stdin)
@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Show what the endpoint does, a line each; for a process that does nothing else."""
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=layout, stream=sys.stderr)
     # Our own front door logs requests; other libraries log urls, bodies, and each write to a
@@ -157,7 +158,7 @@ def _signals_end_quietly() -> Iterator[None]:
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    logger.info("serving %s on http://%s:%d", config.model_name, config.host, port)
+    logger.info("serving %s on http://%s:%d/score", config.model_name, config.host, port)
     if config.status_file is not None:
         created = psutil.Process().create_time()
         status = {"pid": os.getpid(), "create_time": created, "port": port}

@@ -54,12 +54,14 @@ class LocalTarget:
     def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
         """Start the endpoint of this run, on the port it had before where that is free.
 
-        The old endpoint, if one answers, is stopped once the model is ready to be served.
+        An endpoint of this run that still answers is stopped when the new one does, unless the
+        recipe's port must be free first.
         """
         config, engine, reason = server_config(recipe, run, progress)
         before = run.manifest("endpoint")
-        if before is not None:
-            process.stop(before["pid"], before["create_time"])
+        port_is_in_use = before is not None and before["port"] == config.port
+        if port_is_in_use:
+            self.teardown(run)
         key = os.environ.get("PHI3_KEY") or secrets.token_urlsafe(32)
         progress(0, 0, "waiting for the endpoint to answer")
         started = process.start(
@@ -68,6 +70,8 @@ class LocalTarget:
             upstream_key=os.environ.get("PHI3_UPSTREAM_KEY"),
             log_path=run.file("endpoint.log"),
         )
+        if not port_is_in_use:
+            self.teardown(run)
         self._keys[run.path] = key
         return {
             "target": self.name,
@@ -126,8 +130,9 @@ def server_config(
 
 def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
     """Serve the run's model in this process until a signal ends it."""
-    from ..serve.server import serve
+    from ..serve.server import log_to_stderr, serve
 
+    log_to_stderr()  # tells where it listens
     config, _engine, _reason = server_config(recipe, run, lambda _done, _total, _text: None)
     serve(config, key=key, upstream_key=os.environ.pop("PHI3_UPSTREAM_KEY", None))
     return 0
