@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -227,3 +231,26 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     assert "behind step 56" in str(Run(run).require("model", "")["choices"])
     assert_same(losses(run), uninterrupted("dropout"))
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
+
+
+def test_the_command_goes_on_after_a_kill(prepared: Path, tmp_path: Path) -> None:
+    """`phi3 train`, `kill -9`, `phi3 train`: stages that were done stay done, no lock is left."""
+    command = [sys.executable, "-m", "phi3_training.cli", "train"]
+    command += [str(prepared.parent / "recipe.yaml"), "--runs", str(tmp_path), "--run", "shot"]
+    command += ["finetune.num_train_epochs=40"]
+    run = tmp_path / "shot"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while len(losses(run)) < 33:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=30)
+    base = (run / "base.json").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    went_on = re.search(r"went on behind step (\d+), from", again.stderr)
+    assert went_on is not None
+    assert int(went_on.group(1)) >= 30
+    assert [step for step, _ in losses(run)] == list(range(1, 281))
+    assert (run / "base.json").read_bytes() == base

@@ -15,6 +15,7 @@ import yaml
 from tests.integration.small_run import copy_of, make_small_run
 from tests.integration.small_search import SEARCH, SETTINGS, journey_of, run_search, start
 
+from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
 from phi3_training.journey import go
 from phi3_training.recipe import load_recipe
@@ -209,3 +210,29 @@ def test_a_metric_of_the_evaluation(prepared: Path) -> None:
     assert report["best"]["value"] == max(values)
     metrics = json.loads((run / report["best"]["folder"] / "metrics.json").read_text())
     assert metrics["after"]["validation"]["token_f1"] == report["best"]["value"]
+
+
+def test_the_command_shows_a_table_and_where_the_recipe_lies(
+    found: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, report = found
+    words = ["train", str(run.parent / "recipe.yaml"), "--search", str(run.with_suffix(".yaml"))]
+    words += ["--runs", str(run.parent), "--run", run.name, *SETTINGS]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "validation_loss" in shown
+    assert f"{report['best']['value']:.5g}" in shown
+    assert str(run / "search" / "best.yaml") in shown
+    assert main([*words, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_a_faulty_search_file_is_wrong_usage(
+    found: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "search.yaml").write_text("metric: luck\ntrials: 0\n")
+    words = ["train", str(found[0].parent / "recipe.yaml"), "--runs", str(tmp_path)]
+    assert main([*words, "--search", str(tmp_path / "search.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert "metric: 'luck' is unknown" in told
+    assert "parameters: is missing" in told

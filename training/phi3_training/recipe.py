@@ -130,6 +130,7 @@ class ServeSection(Section):
 
     engine: Literal["auto", "ort-genai", "transformers", "upstream"] = "auto"
     precision: Literal["fp32", "int4"] = "fp32"
+    adapters: bool = False
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     max_concurrent_requests_per_instance: Positive = 32
@@ -143,6 +144,8 @@ class ServeSection(Section):
     def _upstream_has_url(self) -> ServeSection:
         if self.engine == "upstream" and not self.upstream_url:
             raise ValueError("engine upstream needs upstream_url, e.g. http://127.0.0.1:11434/v1")
+        if self.adapters and self.engine not in ("auto", "transformers"):
+            raise ValueError("adapters are served by name by the engine transformers only")
         return self
 
 

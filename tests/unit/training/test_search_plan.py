@@ -11,6 +11,7 @@ from phi3_training.errors import RecipeError
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.search.plan import IntRange, SearchPlan, load_plan, overrides_of
 
+PROJECT = Path(__file__).resolve().parents[3]
 GOOD = """\
 metric: validation_loss
 direction: minimize
@@ -139,3 +140,16 @@ def test_values_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert recipe.finetune.learning_rate == 1.23e-05
     assert recipe.finetune.packing is True
     assert recipe.finetune.lora_r == 7
+
+
+def test_the_example_of_the_docs_fits_the_shipped_recipe(tmp_path: Path) -> None:
+    text = (PROJECT / "docs" / "search.md").read_text("utf-8")
+    example = text.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "search.yaml").write_text(example)
+    recipe = PROJECT / "training" / "recipes" / "phi3-tiny.yaml"
+    plan = load_plan(
+        tmp_path / "search.yaml",
+        lambda words: load_recipe(recipe, ["finetune.eval_steps=30", *words]),
+    )
+    assert plan.metric == "validation_loss"
+    assert len(plan.parameters) == 3

@@ -26,7 +26,7 @@ def choose_engine(asked: EngineName = "auto") -> tuple[EngineName, str]:
     """The engine to take and the reason, fit for `engine X: REASON`."""
     if asked != "auto":
         return asked, "the settings ask for it"
-    if _has_gpu():
+    if has_gpu():
         return "transformers", "there is an NVIDIA GPU"
     missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
     if missing:
@@ -34,7 +34,8 @@ def choose_engine(asked: EngineName = "auto") -> tuple[EngineName, str]:
     return "ort-genai", "no GPU; ONNX Runtime is the fastest on a CPU"
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether torch can use an NVIDIA GPU here; imports torch only where there seems to be one."""
     if not find_spec("torch") or not any(Path(mark).exists() for mark in _GPU_MARKS):
         return False
     import torch
@@ -69,10 +70,25 @@ def _load(name: EngineName, config: ServerConfig, upstream_key: str | None) -> E
 
         folder = _needed(config.onnx_dir, "onnx_dir", name)
         return ort_genai.load(folder, slots=slots, num_threads=threads)
+    if config.adapters:
+        return _load_adapters(config)
     from .engines import transformers
 
     folder = _needed(config.model_dir, "model_dir", name)
     return transformers.load(folder, slots=slots, num_threads=threads)
+
+
+def _load_adapters(config: ServerConfig) -> Engine:
+    from .engines import adapters
+
+    return adapters.load(
+        _needed(config.base_dir, "base_dir", "transformers"),
+        _needed(config.adapter_dir, "adapter_dir", "transformers"),
+        config.adapters,
+        own_names=(config.model_name, config.deployment),
+        slots=config.max_concurrent_requests_per_instance,
+        num_threads=config.num_threads,
+    )
 
 
 def _needed(value: T | None, setting: str, engine: str) -> T:

@@ -31,6 +31,10 @@ class ServerConfig(BaseModel):
     num_threads: int | None = None
     upstream_url: str | None = None
     upstream_model: str | None = None
+    # Named adapters over `base_dir`; `adapter_dir` is the run's own, which needs no name.
+    base_dir: Path | None = None
+    adapter_dir: Path | None = None
+    adapters: dict[str, Path] = {}
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0

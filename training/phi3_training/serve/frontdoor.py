@@ -105,7 +105,9 @@ class FrontDoor:
             return 401, _UNAUTHORIZED, _JSON, [("www-authenticate", "Bearer")]
         wanted = header(scope, "azureml-model-deployment")
         if wanted is not None and wanted.strip() != self._config.deployment:
-            return 404, b"Specified traffic group could not be found", _TEXT
+            if wanted.strip() not in self._config.adapters:
+                return 404, b"Specified traffic group could not be found", _TEXT
+            visit.chose(wanted.strip())
         return None
 
     async def _pass_on(self, visit: _Visit, receive: Receive, body: bytes) -> None:
@@ -164,6 +166,10 @@ class _Visit:
         ]
         if client:
             self._headers.append(("x-ms-client-request-id", client))
+
+    def chose(self, deployment: str) -> None:
+        """Answer as another deployment of this endpoint than the usual one."""
+        self._headers[1] = ("azureml-model-deployment", deployment)
 
     def _id(self, name: str) -> str | None:
         value = header(self.scope, name)

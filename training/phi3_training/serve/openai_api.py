@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from .asgi import Receive, Scope, Send
 from .config import ServerConfig
 from .engines.base import Chunk, Engine, EngineError
+from .engines.named import pick
 from .openai_body import ChatRequest, unsupported
 from .replies import ChunkShape, completion, error_body
 from .score_api import gather
@@ -32,8 +33,9 @@ def add_openai(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": config.model_name, "object": "model", "created": started}
-        return {"object": "list", "data": [{**model, "owned_by": "phi3-promptflow"}]}
+        about = {"object": "model", "created": started, "owned_by": "phi3-promptflow"}
+        names = [config.model_name, *config.adapters]
+        return {"object": "list", "data": [{"id": name, **about} for name in names]}
 
     @app.post("/v1/chat/completions")
     async def chat_v1(request: Request) -> Response:
@@ -54,19 +56,28 @@ async def _chat(request: Request, engine: Engine, config: ServerConfig, extras: 
     if refused := unsupported(asked, extras):
         return JSONResponse(error_body("Bad Request", 400, refused), 400)
     sampling = asked.sampling(config.max_new_tokens)
+    wanted = _wanted(request, asked, config)
+    name = wanted if wanted in config.adapters else config.model_name
     try:
+        chosen = pick(engine, wanted)
         if asked.stream:
-            return await _streamed(engine.stream(asked.conversation(), sampling), asked, config)
-        answer = await gather(engine, asked.conversation(), sampling)
+            return await _streamed(chosen.stream(asked.conversation(), sampling), asked, name)
+        answer = await gather(chosen, asked.conversation(), sampling)
     except EngineError as error:
         return JSONResponse(_error(error), error.status)
-    return JSONResponse(completion(config.model_name, answer.text, answer.last))
+    return JSONResponse(completion(name, answer.text, answer.last))
 
 
-async def _streamed(stream: Stream, asked: ChatRequest, config: ServerConfig) -> Response:
+def _wanted(request: Request, asked: ChatRequest, config: ServerConfig) -> str | None:
+    """The model that a request names: as a deployment, or else in its body."""
+    deployment = request.headers.get("azureml-model-deployment")
+    return deployment if deployment in config.adapters else asked.model
+
+
+async def _streamed(stream: Stream, asked: ChatRequest, name: str) -> Response:
     """A streaming response, once the first chunk has come: until then errors have a status."""
     first = await anext(stream)
-    return _Events(stream, first, ChunkShape(config.model_name), wants_usage=asked.wants_usage)
+    return _Events(stream, first, ChunkShape(name), wants_usage=asked.wants_usage)
 
 
 class _Events(StreamingResponse):

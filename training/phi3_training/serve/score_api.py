@@ -24,6 +24,7 @@ from .engines.base import (
     InvalidPromptError,
     Sampling,
 )
+from .engines.named import pick
 from .parameters import score_sampling
 from .replies import answer_id, error_body, usage
 
@@ -57,7 +58,8 @@ def add_score(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         try:
             messages, parameters = read_score(payload)
             sampling = score_sampling(parameters, config.dialect, config.max_new_tokens)
-            answer = await gather(engine, messages, sampling)
+            chosen = pick(engine, request.headers.get("azureml-model-deployment"))
+            answer = await gather(chosen, messages, sampling)
         except BadBodyError as error:
             return _failure({}, str(error))
         except EngineError as error:

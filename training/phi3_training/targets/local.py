@@ -9,14 +9,16 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Any
 
 from ..console import ProgressCallback
+from ..errors import StageError
 from ..export.onnx import converted
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
 from ..serve.choice import choose_engine
-from ..serve.config import ServerConfig
+from ..serve.config import EngineName, ServerConfig
 from .base import Manifest, PlanLine
 
 
@@ -30,7 +32,7 @@ class LocalTarget:
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here; nothing is billed."""
-        engine, reason = choose_engine(recipe.serve.engine)
+        engine, reason = _engine(recipe)
         model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
@@ -115,9 +117,11 @@ def server_config(
     Converts the model to ONNX where the engine wants it and that has not been done yet.
     """
     model = run.require("model", "phi3 train")
-    engine, reason = choose_engine(recipe.serve.engine)
-    settings = recipe.serve.model_dump(exclude={"precision"})
+    engine, reason = _engine(recipe)
+    settings = recipe.serve.model_dump(exclude={"precision", "adapters"})
     settings["engine"] = engine
+    if recipe.serve.adapters:
+        settings.update(_adapters(run, model))
     settings["model_dir"] = run.path / model["path"]
     if engine == "ort-genai":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
@@ -126,6 +130,31 @@ def server_config(
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
+
+
+def _engine(recipe: Recipe) -> tuple[EngineName, str]:
+    if recipe.serve.adapters:
+        return "transformers", "it serves the run's adapters by name"
+    return choose_engine(recipe.serve.engine)
+
+
+def _adapters(run: Run, model: Manifest) -> dict[str, Any]:
+    """The run's own adapter, the named ones, and the base below them."""
+    from ..finetune.adapters import list_adapters
+
+    if model.get("adapter") is None:
+        raise StageError(
+            f"The model of the run {run.name!r} was trained whole, so no adapters can be served "
+            "beside it: train with finetune.method=lora, or set serve.adapters=false"
+        )
+    named = {adapter.name: adapter.path for adapter in list_adapters(run) if adapter.fits}
+    if not named:
+        raise StageError(
+            f"The run {run.name!r} has no named adapter to serve; "
+            "train one: phi3 train RECIPE --adapter NAME"
+        )
+    base = run.path / str(run.require("base", "phi3 train")["path"])
+    return {"base_dir": base, "adapter_dir": run.path / model["adapter"], "adapters": named}
 
 
 def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:

@@ -69,7 +69,7 @@ class CachedRows:
     """A step model over one `DynamicCache`, padded on the left; see `batch.StepModel`."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self.model = model
         self._device: torch.device = model.device
         self.reset()
 
@@ -119,7 +119,7 @@ class CachedRows:
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Logits:
         positions = mask.cumsum(dim=1)[:, -ids.shape[1] :] - 1
-        output = self._model(
+        output = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
