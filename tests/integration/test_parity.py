@@ -65,7 +65,7 @@ def change(folder: Path, name: str, edit: Callable[[str], str]) -> None:
 def test_healthy_folders_agree_everywhere(places: Places) -> None:
     report = check_tokens(places)
     assert report.ok, report.lines()
-    assert report.cases == 12
+    assert report.cases == 13
     compared = {place.name: place.compared for place in report.places if not place.skipped}
     assert min(compared.values()) >= 1
     assert compared["engine ort-genai (onnx): flow, then POST /score"] == 12

@@ -46,8 +46,9 @@ def to_messages(
     """
     if not isinstance(user_input, str) or not user_input.strip():
         raise RequestRejectedError("The question is empty: type something to ask")
-    system = (system_prompt or "").strip()
-    head = [{"role": "system", "content": system}] if system else []
+    # Its white space stays: it was trained with, and other tokens would be another prompt.
+    said = bool(system_prompt and system_prompt.strip())
+    head = [{"role": "system", "content": system_prompt or ""}] if said else []
     question = {"role": "user", "content": user_input}
     turns = [_messages_of(turn) for turn in read_turns(chat_history, input_key, output_key)]
     counter = count_tokens or rough_tokens

@@ -282,7 +282,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make paths absolute, and let one path stand for a list of one."""
     for section, key in _PATH_KEYS:
         values = content.get(section)
-        if not isinstance(values, dict) or key not in values:
+        if not isinstance(values, dict) or values.get(key) is None:
             continue
         entries = values[key] if isinstance(values[key], list) else [values[key]]
         values[key] = [

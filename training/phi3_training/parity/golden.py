@@ -48,6 +48,7 @@ def golden(chat: ChatFormat, literals: Sequence[str]) -> list[Case]:
     plain = {
         "one question": (_user("Who founded Microsoft?"),),
         "system prompt": (_system("You are brief."), _user("Hi")),
+        "system prompt of a YAML block": (_system(" Be brief.\n"), _user("Hi")),
         "empty system prompt": (_system(""), _user("Hi")),
         "many turns": (*turns, _assistant("Now it works."), _user("Thanks. Why?")),
         "system and turns": (_system("Answer in French."), *turns),
