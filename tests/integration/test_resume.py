@@ -220,6 +220,15 @@ def test_saving_by_seconds_keeps_to_the_limit(prepared: Path) -> None:
     assert len(losses(run)) == 280
 
 
+def test_a_short_training_writes_no_checkpoint(prepared: Path) -> None:
+    """With the default of one in 60 seconds, what takes two of them saves nothing."""
+    run = copy_of(prepared, "short")
+    settings = ["finetune.save_steps=null", "finetune.num_train_epochs=40"]
+    kill_when(run, settings, (run / "adapter").exists)
+    assert len(losses(run)) == 280
+    assert checkpoints(run) == []
+
+
 def test_killed_behind_the_last_step_trains_no_step_twice(
     prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
 ) -> None:

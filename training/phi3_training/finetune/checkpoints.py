@@ -129,7 +129,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         every = self._settings.save_steps
         due = every is not None and state.global_step % every == 0
         if state.global_step >= state.max_steps:
-            due = due or self.folder.exists()
+            due = due or any(self.folder.glob("checkpoint-*"))
         elif self._settings.save_seconds is not None and not due:
             due = self._is_late(state.global_step)
         if due:
