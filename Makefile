@@ -17,10 +17,10 @@ $(VENV)/.up: setup.py constraints/local.txt
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local]'
 	@touch $@
 
-# What the tests and checks need on top.
-$(VENV)/.dev: $(VENV)/.up
+# What the tests and checks need on top, the Azure half included.
+$(VENV)/.dev: $(VENV)/.up constraints/azure.txt
 	@echo "Installing the test tools …"
-	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local,dev]'
+	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,dev]'
 	@touch $@
 
 up: $(VENV)/.up

@@ -12,8 +12,10 @@ VERSION = re.search(
 
 # 3.30 forbids inherited locks: Prompt flow's chat page dies of it.
 FILELOCK = "filelock>=3.20,<3.30"
+# What reads chats at speed.
+DATA = ["numpy>=2", "orjson>=3.10", "xxhash>=3.4"]
 # What every `phi3` command needs: recipe checks, YAML, progress, process identity, run lock.
-CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", FILELOCK]
+CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", FILELOCK, *DATA]
 
 # Each upper bound has its reason; constraints/*.txt hold the exact set that was tested.
 FLOW = [
@@ -49,6 +51,11 @@ AZURE = [
     *CLI,
     "azure-ai-ml>=1.30,<1.33",  # 1.33 dropped a module that promptflow-azure imports
     "azure-identity>=1.19",
+    "azure-mgmt-authorization>=4,<5",  # 5 renames the role assignment models
+    "azure-mgmt-msi>=7",
+    "azure-mgmt-quota>=3",
+    "azure-mgmt-resource>=24",
+    "azure-storage-blob>=12.20",
     "promptflow-azure>=1.18.5,<2",  # goes with promptflow
 ]
 DEV = [
@@ -61,6 +68,7 @@ DEV = [
     "openai>=1.60",  # a client we did not write, for the endpoint's tests
     "playwright>=1.50",  # drives an installed Chromium; it downloads nothing
     "build>=1.2",
+    *TENSORBOARD,
 ]
 
 setup(

@@ -6,7 +6,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 lock() { # NAME EXTRAS WORDS
     python3 -m venv "$work/$1"
-    [ "$1" = azure ] || "$work/$1/bin/python" -m pip install --quiet torch==2.13.0
+    "$work/$1/bin/python" -m pip install --quiet torch==2.13.0
     "$work/$1/bin/python" -m pip install --quiet ".[$2]"
     {
         echo "# Lock of the $3 environment (extras $2): Python 3.11. Renew with: make lock"
@@ -15,4 +15,4 @@ lock() { # NAME EXTRAS WORDS
     } > "constraints/$1.txt"
 }
 lock local flow,local,dev laptop
-lock azure flow,azure,dev Azure
+lock azure flow,local,azure,dev whole
