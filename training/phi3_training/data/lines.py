@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
+from .arrays import U8, Bools, Ints
 from .faults import Problem
+
+_DOUBTFUL_ESCAPES = np.frombuffer(b"ubf", np.uint8)
 
 LINE_LIMIT = 1 << 20
 BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 16
+_STEP = 1 << 18
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class Range(NamedTuple):
+    """Bytes of a file. The lines that start in it are its own, also where they end beyond it."""
+
+    start: int
+    end: int
 
 
 class Line(NamedTuple):
@@ -26,7 +39,7 @@ class Line(NamedTuple):
     @property
     def is_too_long(self) -> bool:
         """Whether the line was beyond the limit, so that its data was let go."""
-        return self.size > LINE_LIMIT and not self.data
+        return self.size > LINE_LIMIT
 
     @property
     def is_blank(self) -> bool:
@@ -34,33 +47,73 @@ class Line(NamedTuple):
         return not self.is_too_long and not self.data.strip()
 
 
-class Digest(Protocol):
-    """What takes the bytes as they are read, such as hashlib.sha256()."""
+class Chunk(NamedTuple):
+    """Some lines that follow on each other, without their LF; the last may have been cut short."""
 
-    def update(self, data: bytes, /) -> None: ...
+    offset: int
+    text: bytes
+    lines: list[bytes]
+    cut: int = 0
 
-
-def numbered_lines(stream: BinaryIO, digest: Digest) -> Iterator[Line]:
-    """The lines from 1 on; never holds more than the limit."""
-    number = offset = 0
-    while data := stream.readline(LINE_LIMIT + 1):
-        digest.update(data)
-        number, size = number + 1, len(data)
-        if size > LINE_LIMIT and not data.endswith(b"\n"):
-            size += _skip_line(stream, digest)
-            data = b""
-        yield Line(number, offset, data.removesuffix(b"\n"), size)
-        offset += size
+    def line(self, index: int, number: int, offset: int) -> Line:
+        """A line by its index, with its number and its place in the file."""
+        data = self.lines[index]
+        size = len(data) + (self.cut if index == len(self.lines) - 1 else 0)
+        return Line(number, offset, data if size <= LINE_LIMIT else b"", size)
 
 
-def _skip_line(stream: BinaryIO, digest: Digest) -> int:
+def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
+    """The lines of a range, as many at a time as a processor's cache holds.
+
+    Holds one line more than that at most, of limited size.
+    """
+    offset = part.start
+    if offset:
+        stream.seek(offset - 1)
+        offset += _rest_of_line(stream)  # of the line before ours
+    while offset < part.end and (text := stream.read(min(_STEP, part.end - offset))):
+        cut = 0
+        if not text.endswith(b"\n"):
+            text += stream.readline(LINE_LIMIT + 1)
+            cut = 0 if text.endswith(b"\n") else _rest_of_line(stream)
+        lines = text.split(b"\n")
+        if not lines[-1]:  # what stands behind the last line end is no line
+            lines.pop()
+        yield Chunk(offset, text, lines, cut)
+        offset = stream.tell()
+
+
+def _rest_of_line(stream: BinaryIO) -> int:
     size = 0
     while data := stream.readline(_CHUNK):
-        digest.update(data)
         size += len(data)
         if data.endswith(b"\n"):
-            break
+            return size - 1
     return size
+
+
+def doubtful_lines(chunk: Chunk) -> set[int]:
+    """The indices of lines that may hold a character which no text may have.
+
+    Beside raw controls, which JSON forbids, those are a DEL, a C1 control in UTF-8, and what a
+    `\\u`, `\\b` or `\\f` escape writes.
+    """
+    data = np.frombuffer(chunk.text, np.uint8)
+    found = [_followed(data, ord("\\"), lambda after: np.isin(after, _DOUBTFUL_ESCAPES))]
+    if b"\xc2" in chunk.text:
+        found.append(_followed(data, 0xC2, lambda after: after < 0xA0))
+    if b"\x7f" in chunk.text:
+        found.append(np.flatnonzero(data == 0x7F))
+    places = np.concatenate(found)
+    if not len(places):
+        return set()
+    ends = np.cumsum([len(line) + 1 for line in chunk.lines])
+    return set(np.searchsorted(ends, places, side="right").tolist())
+
+
+def _followed(data: U8, byte: int, by: Callable[[U8], Bools]) -> Ints:
+    places = np.flatnonzero(data[:-1] == byte)
+    return places[by(data[places + 1])]
 
 
 def decode(line: Line) -> tuple[str | None, list[Problem]]:
@@ -87,7 +140,7 @@ def whole_file_problem(first: Line) -> Problem | None:
         return Problem(
             "json-array",
             "the file is one JSON array over many lines, not JSON lines",
-            "write one object per line, e.g. with: jq -c '.[]' OLD > NEW",
+            "name it .json, or write one object per line, e.g. with: jq -c '.[]' OLD > NEW",
         )
     return None
 
