@@ -1,4 +1,4 @@
-"""What looks like personal data is flagged by line and kind, never with its value."""
+"""What looks like personal data is flagged by line and kind, its letters and digits hidden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.data import check, prepare
-from phi3_training.data.personal import EMAIL, KEY, PHONE, flags_of
+from phi3_training.data.personal import EMAIL, KEY, PHONE, flags_of, masked
 from phi3_training.data.sketch import Batch
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run
@@ -71,7 +71,27 @@ def test_each_text_of_a_batch_has_its_own_flags() -> None:
     flags = flags_of(Batch.of([text.encode() for text in texts]))
 
     expected = [(2 * number + 1, kind) for number, (_, kind) in enumerate(FOUND[: len(NOT_FOUND)])]
-    assert [tuple(flag) for flag in flags] == expected
+    assert [(flag.row, flag.kind) for flag in flags] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("ann.lee@mail.org", "a**.***@****.**g"),
+        ("+49 30 1234567", "+** ** ******7"),
+        ("hf_" + "Q" * 40, "h*_********************…"),
+        ("x@y.de", "x@*.*e"),
+        ("é@ü.de", "é@*.*e"),
+    ],
+)
+def test_masked_value_keeps_its_form_and_no_more_than_two_characters(
+    value: str, shown: str
+) -> None:
+    text = f"This is {value}"
+    assert masked(value) == shown
+    if value.isascii():
+        (flag,) = flags_of(Batch.of([text.encode()]))
+        assert flag.masked == masked(value)
 
 
 def test_warning_has_the_line_and_not_the_value(tmp_path: Path) -> None:
@@ -84,7 +104,7 @@ def test_warning_has_the_line_and_not_the_value(tmp_path: Path) -> None:
     assert report.faults == []
     assert [warning.line for warning in report.warnings] == list(range(2, len(FOUND) + 2))
     assert str(report.warnings[0]) == (
-        f"{path}:2: there seems to be an e-mail address in it; "
+        f"{path}:2: there seems to be an e-mail address in it (a**.***@****.*******.**g); "
         "take it out, or put a made-up one in its place"
     )
     shown = "\n".join([*report.lines(), report.every_line(), json.dumps(report.as_dict())])

@@ -135,9 +135,8 @@ def test_removed_rows_are_listed_and_gone(tmp_path: Path, long_rows: list[tuple[
     assert manifest["removed"] == {"duplicate": 1, "near-duplicate": 1}
     assert sum(part["rows"] for part in manifest["outputs"].values()) == 20
     assert (run.path / manifest["report"]).read_text().splitlines() == [
-        f"removed: {path}:21: the same conversation as {path}:3; keep one of the two",
-        f"removed: {path}:22: nearly the same conversation as {path}:4; "
-        "keep one of the two, or set data.near_duplicates=remove",
+        f"removed: {path}:21: the same conversation as {path}:3",
+        f"removed: {path}:22: nearly the same conversation as {path}:4",
     ]
     assert "removed: 1 row (duplicate), listed in data-report.txt" in manifest["choices"]
 

@@ -76,7 +76,9 @@ def test_command_shows_learnt_tokens_as_json_and_as_text(
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert f"a.jsonl:1: {view['trained']} of {view['tokens']} tokens are learnt" in text
-    assert "A small house of cloth.<|end|>" in text
+    # No colour where the output is a file: the marks tell.
+    assert "what is learnt stands in ⟦ ⟧" in text
+    assert "<|assistant|>⟦ A small house of cloth.<|end|>⟧" in text.replace("\n", "")
 
 
 def test_command_takes_the_model_of_the_last_run(
@@ -101,9 +103,11 @@ def test_learnt_text_is_coloured_on_a_terminal(folder: Path, chats: Path) -> Non
 
     stream = io.StringIO()
     view = TokenViewer(folder).view(show(chats, 1)[0])
-    Console(file=stream, force_terminal=True, soft_wrap=True).print(coloured(view.stretches))
+    Console(file=stream, force_terminal=True, soft_wrap=True).print(
+        coloured(view.stretches, marked=False)
+    )
 
-    assert "\x1b[1;32m A small house of cloth.<|end|>\x1b[0m" in stream.getvalue()
+    assert "\x1b[32m A small house of cloth.<|end|>\x1b[0m" in stream.getvalue()
 
 
 def test_lengths_are_counted_with_a_tokenizer(folder: Path, chats: Path) -> None:

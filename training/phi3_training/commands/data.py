@@ -45,7 +45,7 @@ def register(subparsers: Any) -> None:
     show.add_argument("file", metavar="SOURCE", help=SOURCE_HELP)
     show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (5)")
     show.add_argument(
-        "--tokens", action="store_true", help="the exact training text; what is learnt is coloured"
+        "--tokens", action="store_true", help="the exact training text; what is learnt is marked"
     )
     show.add_argument(
         "--model",
@@ -117,20 +117,23 @@ def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
     if args.output == "json":
         console.print_json([view.as_dict() for view in views])
         return 0
-    console.out.print("learnt text is green; the rest is only read", style="dim")
+    plain = console.out.color_system is None or console.out.no_color
+    how = "stands in ⟦ ⟧" if plain else "is green"
+    console.out.print(f"what is learnt {how}; the rest is only read", style="dim")
     for view in views:
         console.out.print(
             f"{view.place}: {view.trained} of {len(view.ids)} tokens are learnt", style="dim"
         )
-        console.out.print(coloured(view.stretches))
+        console.out.print(coloured(view.stretches, marked=plain))
     return 0
 
 
-def coloured(stretches: Sequence[Stretch]) -> Text:
-    """Training text with what is learnt in green."""
+def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
+    """Training text with what is learnt in green, or `marked` where there are no colours."""
     text = Text()
     for stretch in stretches:
-        text.append(stretch.text, style="bold green" if stretch.trained else "")
+        learnt = f"⟦{stretch.text}⟧" if marked else stretch.text
+        text.append(learnt if stretch.trained else stretch.text, "green" if stretch.trained else "")
     return text
 
 

@@ -49,7 +49,7 @@ class Digest:
     stop: bool = False  # the file is not what it seems: nothing else in it counts
     formats: Counter[str] = field(default_factory=Counter)
     several_turns: int = 0
-    flags: list[tuple[int, int]] = field(default_factory=list)
+    flags: list[tuple[int, int, str]] = field(default_factory=list)
     # One entry for each sound row. Where it lies: in the source itself, or in the block file.
     line: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
     size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -121,6 +121,6 @@ class Digester:
             return
         batch, first = Batch.of(self._bodies), len(self._columns) // 7 - len(self._bodies)
         self._bands.append(sketch(batch))
-        for row, kind in flags_of(batch):
-            self.digest.flags.append((self._columns[(first + row) * 7], kind))
+        for row, kind, masked in flags_of(batch):
+            self.digest.flags.append((self._columns[(first + row) * 7], kind, masked))
         self._bodies, self._waiting = [], 0

@@ -95,15 +95,15 @@ class Findings:
         yield from self._repeated(self._told)
         for one in self.table.scans:
             for digest, first in zip(one.digests, one.firsts, strict=True):
-                for line, kind in digest.flags:
-                    yield Fault.at(one.path, line + first, _personal(NAMES[kind]))
+                for line, kind, masked in digest.flags:
+                    yield Fault.at(one.path, line + first, _personal(NAMES[kind], masked))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many rows were removed and how many warnings there are, by kind."""
         flags: Counter[str] = Counter()
         for one in self.table.scans:
             for digest in one.digests:
-                flags.update(f"personal-data: {NAMES[kind]}" for _, kind in digest.flags)
+                flags.update(f"personal-data: {NAMES[kind]}" for _, kind, _ in digest.flags)
         told = {**_sizes(self._told), **dict(sorted(flags.items()))}
         return {"removed": _sizes(self._removed), "warnings": told}
 
@@ -117,7 +117,8 @@ class Findings:
         path, line = self.table.place(other)
         first = f"{shown(path)}:{line}"
         if kind == "duplicate":
-            return Problem(kind, f"the same conversation as {first}", "keep one of the two")
+            mend = "keep one of the two, or set data.duplicates=remove"
+            return Problem(kind, f"the same conversation as {first}", mend)
         if kind == "leak":
             what = f"held out, but {first} trains on the same question in the same context"
             mend = "take it out of one of the two sets: a figure on trained questions tells nothing"
@@ -133,9 +134,9 @@ def _sizes(lists: list[tuple[str, Pairs]]) -> dict[str, int]:
     return {kind: len(pairs.rows) for kind, pairs in lists if len(pairs.rows)}
 
 
-def _personal(what: str) -> Problem:
+def _personal(what: str, masked: str) -> Problem:
     mend = "take it out, or put a made-up one in its place"
-    return Problem("personal-data", f"there seems to be {what} in it", mend)
+    return Problem("personal-data", f"there seems to be {what} in it ({masked})", mend)
 
 
 def write_findings(path: Path, findings: Findings) -> bool:
@@ -143,10 +144,12 @@ def write_findings(path: Path, findings: Findings) -> bool:
     count = 0
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as stream:
-        for title, faults in (("removed", findings.removed()), ("warning", findings.warnings())):
-            for fault in faults:
-                stream.write(f"{title}: {fault}\n")
-                count += 1
+        for fault in findings.removed():
+            stream.write(f"removed: {fault.place}: {fault.what}\n")
+            count += 1
+        for fault in findings.warnings():
+            stream.write(f"warning: {fault}\n")
+            count += 1
     if count:
         temporary.replace(path)
     else:

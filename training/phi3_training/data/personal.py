@@ -1,8 +1,12 @@
-"""Flags what looks like personal data or a secret: e-mail, phone, key. Never gives the value."""
+"""Flags what looks like personal data or a secret: e-mail, phone, key.
+
+Never gives the value, only how it looks with its letters and digits hidden.
+"""
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -40,15 +44,25 @@ _KEY = re.compile(
     rb"[A-Za-z0-9+=]{32,}"
     rb")"
 )
+_NAME = b"._%+-" + string.ascii_letters.encode() + string.digits.encode()
+_HIDE = re.compile(r"[^\W_]")
+_SHOWN = 24
 _PHONE_SPAN = 16
 _FOUR_SPACES, _ONES, _HIGHS = (np.uint32(byte * 0x01010101) for byte in (0x20, 0x01, 0x80))
 
 
 class Flag(NamedTuple):
-    """That a text of the batch holds something of a kind."""
+    """That a text of the batch holds something of a kind, and how the first of them looks."""
 
     row: int
     kind: int
+    masked: str
+
+
+def masked(value: str) -> str:
+    """A value with its letters and digits hidden, but the first and the last one."""
+    hidden = value[0] + _HIDE.sub("*", value[1:-1]) + value[-1]
+    return hidden if len(hidden) <= _SHOWN else hidden[: _SHOWN - 1] + "…"
 
 
 def flags_of(batch: Batch) -> list[Flag]:
@@ -56,25 +70,38 @@ def flags_of(batch: Batch) -> list[Flag]:
 
     Patterns are tried only where one is possible: this looks at every byte of every text.
     """
-    found = {
-        *_matches(batch, _around(_places(batch.text, b"@"), 1, 96), _EMAIL, EMAIL),
-        *_matches(batch, _around(_digit_places(batch.codes).tolist(), 8, 48), _PHONE, PHONE),
-        *_matches(batch, _unbroken(batch), _KEY, KEY),
-    }
-    return sorted(found)
+    return sorted(
+        [
+            *_matches(batch, _around(_places(batch.text, b"@"), 1, 96), _EMAIL, EMAIL),
+            *_matches(batch, _around(_digit_places(batch.codes).tolist(), 8, 48), _PHONE, PHONE),
+            *_matches(batch, _unbroken(batch), _KEY, KEY),
+        ]
+    )
 
 
 def _matches(
     batch: Batch, spans: Iterable[tuple[int, int]], pattern: re.Pattern[bytes], kind: int
-) -> set[Flag]:
-    """The texts in which the pattern matches in one of the spans."""
-    places = []
+) -> list[Flag]:
+    """The texts in which the pattern matches in one of the spans, each once."""
+    places, matches = [], []
     done = 0
     for start, end in spans:
         if match := pattern.search(batch.text, max(start, done), end):
             done = match.end()
             places.append(match.start() + 1)
-    return {Flag(row, kind) for row in batch.row_of(np.array(places, np.int64)).tolist()}
+            matches.append(match)
+    rows = batch.row_of(np.array(places, np.int64)).tolist()
+    first = dict(zip(reversed(rows), reversed(matches), strict=True))
+    return [Flag(row, kind, masked(_value(batch, match))) for row, match in first.items()]
+
+
+def _value(batch: Batch, match: re.Match[bytes]) -> str:
+    """All of what was found: of an e-mail address the pattern takes one letter before the @."""
+    start = match.start()
+    if match.re is _EMAIL:
+        before = batch.text[max(start - 64, 0) : start]
+        start -= len(before) - len(before.rstrip(_NAME))
+    return batch.text[start : match.end()].decode("utf-8", "replace").strip()
 
 
 def _around(places: Iterable[int], before: int, after: int) -> Iterator[tuple[int, int]]:
