@@ -1,6 +1,7 @@
 """Prepares a synthetic set of chats as the tutorials do and as `phi3 data prepare` does.
 
-Writes only to a temporary folder, removed at the end. Run: python benchmarks/data_prep.py [--gb 1]
+Writes only to a temporary folder, removed at the end, and prints both sides of each repeat, the
+ratio and the most memory. Run: python benchmarks/data_prep.py [--megabytes 1000] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -11,56 +12,68 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 
 MB = 1_000_000
 WARNED_ROWS = 500  # one row in so many holds a made-up e-mail address, one is nearly another
+FOREIGN_ROWS = 12  # one row in so many has letters beyond ASCII, written as escapes
+Work = Callable[[Path, Path], dict[str, Any]]
 
 
 def write_chats(path: Path, size: int, seed: int = 7) -> int:
     """Rows in the shape of ultrachat_200k: prompt, prompt_id and some turns, 5 to 6 KB each."""
-    chance = random.Random(seed)  # noqa: S311 - text, not secrets
-    words = _words(chance)
-    text = " ".join(chance.choices(words, k=400_000))
+    writer = ChatWriter(seed)
     rows, written, last = 0, 0, {}
     with path.open("w", encoding="utf-8") as stream:
         while written < size:
             near = rows % WARNED_ROWS == 17 and last
-            row = _nearly(last, rows) if near else _row(chance, text, rows)
+            row = _nearly(last, rows) if near else writer.row(rows)
             written += stream.write(json.dumps(row) + "\n")
             rows, last = rows + 1, row
     return rows
 
 
-def _words(chance: random.Random) -> list[str]:
-    letters = "eeeetttaaaooinshrdlucmfwypvbgk"
-    words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(8000)]
-    return [*words, *(f"{word}." for word in words[:800]), *(f"{word},\n" for word in words[:400])]
+class ChatWriter:
+    """Makes up conversations: sentences of made-up words, paragraphs, lists and quotes."""
 
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)  # noqa: S311 - text, not secrets
+        letters = "eeeetttaaaooinshrdlucmfwypvbgk"
+        plain = ["".join(self._chance.choices(letters, k=2 + n % 8)) for n in range(8000)]
+        marked = [f"{word}{mark}" for mark in (".", ",", ".\n\n") for word in plain[:400]]
+        quoted = [f'"{word}"' for word in plain[:100]] + [f"{word}'s" for word in plain[:100]]
+        listed = [f"\n{n}. {word}" for n, word in enumerate(plain[:60], start=1)]
+        self._words = [*plain, *marked, *quoted, *listed]
+        foreign = ["caf\u00e9", "na\u00efve", "it\u2019s", "\u2014", "\u65e5\u672c", "\u00fcber"]
+        self._foreign = [*self._words, *(foreign * 30)]
 
-def _row(chance: random.Random, text: str, number: int) -> dict[str, Any]:
-    def passage(least: int, most: int) -> str:
-        start = chance.randrange(len(text) - most)
-        return text[start : start + chance.randint(least, most)].strip()
+    def row(self, number: int) -> dict[str, Any]:
+        """One conversation of two to five questions and answers."""
+        words = self._foreign if number % FOREIGN_ROWS == 0 else self._words
 
-    prompt = f"{passage(60, 600)} {number}?"
-    messages = [{"content": prompt, "role": "user"}]
-    for turn in range(chance.randint(2, 5)):
-        if turn:
-            messages.append({"content": passage(40, 300) + "?", "role": "user"})
-        messages.append({"content": passage(600, 2000), "role": "assistant"})
-    if number % WARNED_ROWS == 0:
-        messages[1]["content"] += f" Write to user{number}@mail.invented-shop.net."
-    prompt_id = hashlib.sha256(prompt.encode()).hexdigest()
-    return {"prompt": prompt, "prompt_id": prompt_id, "messages": messages}
+        def passage(least: int, most: int) -> str:
+            return " ".join(self._chance.choices(words, k=self._chance.randint(least, most)))
+
+        prompt = f"{passage(10, 100)} {number}?"
+        messages = [{"content": prompt, "role": "user"}]
+        for turn in range(self._chance.randint(2, 5)):
+            if turn:
+                messages.append({"content": passage(7, 50) + "?", "role": "user"})
+            messages.append({"content": passage(100, 340), "role": "assistant"})
+        if number % WARNED_ROWS == 0:
+            messages[1]["content"] += f" Write to user{number}@mail.invented-shop.net."
+        prompt_id = hashlib.sha256(prompt.encode()).hexdigest()
+        return {"prompt": prompt, "prompt_id": prompt_id, "messages": messages}
 
 
 def _nearly(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -69,12 +82,30 @@ def _nearly(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
+class Watch:
+    """Seconds by the clock, and of the processor: the latter hang little on what else runs."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), self._processor()
+
+    def read(self) -> dict[str, float]:
+        """Both, since the start."""
+        clock, processor = self._started
+        return {"seconds": time.perf_counter() - clock, "cpu": self._processor() - processor}
+
+    @staticmethod
+    def _processor() -> float:
+        """Of this process and its ended children."""
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def baseline(source: Path, folder: Path) -> dict[str, Any]:
     """What the tutorials' script does: load, split without a seed, json.dump record by record."""
     import datasets
 
     datasets.disable_progress_bars()
-    started = time.perf_counter()
+    watch = Watch()
     whole = datasets.load_dataset(
         "json", data_files=str(source), split="train", cache_dir=str(folder / "cache")
     )
@@ -83,7 +114,7 @@ def baseline(source: Path, folder: Path) -> dict[str, Any]:
             for record in part:
                 json.dump(record, stream)
                 stream.write("\n")
-    return {"seconds": time.perf_counter() - started, "rows": len(whole)}
+    return {**watch.read(), "rows": len(whole)}
 
 
 def ours(source: Path, folder: Path) -> dict[str, Any]:
@@ -92,24 +123,21 @@ def ours(source: Path, folder: Path) -> dict[str, Any]:
     from phi3_training.recipe import DataSection
     from phi3_training.run import Run
 
-    started = time.perf_counter()
+    watch = Watch()
     manifest = prepare(DataSection(train=[source]), Run.open(folder / "run"))
     return {
-        "seconds": time.perf_counter() - started,
+        **watch.read(),
         "rows": sum(part["rows"] for part in manifest["outputs"].values()),
         "warnings": manifest["warnings"],
-        "tokens": manifest["tokens"],
     }
 
 
-def _child(
-    work: Callable[[Path, Path], dict[str, Any]], source: Path, folder: Path, out: Any
-) -> None:
+def _child(work: Work, source: Path, folder: Path, out: Any) -> None:
     out.send(work(source, folder))
     out.close()
 
 
-def measured(work: Callable[[Path, Path], dict[str, Any]], source: Path) -> dict[str, Any]:
+def measured(work: Work, source: Path) -> dict[str, Any]:
     """Do the work in a new process; adds the most memory that it and its children held at once."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -157,41 +185,55 @@ class _Peak(threading.Thread):
         return total
 
 
+SIDES = (("tutorials' way (baseline)", baseline), ("phi3 data prepare", ours))
+
+
+def repeat(source: Path, rows: int, sides: tuple[tuple[str, Work], ...]) -> list[dict[str, Any]]:
+    """Measure each side once, one after the other, and print what was seen."""
+    size = source.stat().st_size
+    found = []
+    for name, work in sides:
+        one = measured(work, source)
+        if one["rows"] != rows:
+            raise SystemExit(f"{name}: rows were lost")
+        print(
+            f"{name:26} {one['seconds']:7.2f} s {rows / one['seconds']:8.0f} rows/s "
+            f"{size / MB / one['seconds']:5.0f} MB/s   processor {one['cpu']:6.2f} s   "
+            f"peak {one['peak_mb']:4.0f} MB"
+        )
+        found.append(one)
+    return found
+
+
 def main() -> int:
-    """Measure both and print the ratio."""
+    """Measure both sides back to back, so often, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gb", type=float, default=0.1, help="size of the set (0.1)")
-    parser.add_argument("--rounds", type=int, default=1, help="measure so often, take the medians")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the set (100)")
+    parser.add_argument("--repeats", type=int, default=3, help="measure so often (3)")
     parser.add_argument("--ours-only", action="store_true", help="leave the baseline out")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="phi3-bench-") as folder:
         source = Path(folder) / "chats.jsonl"
-        rows = write_chats(source, int(args.gb * 1000 * MB))
-        size = source.stat().st_size
-        print(f"{rows} conversations, {size / MB:.0f} MB, {os.cpu_count()} cores")
-        sides = [("phi3 data prepare", ours)]
-        if not args.ours_only:
-            sides.insert(0, ("tutorials' way (baseline)", baseline))
-        speeds = {}
-        for name, work in sides:
-            found = [measured(work, source) for _ in range(args.rounds)]
-            seconds = sorted(one["seconds"] for one in found)[args.rounds // 2]
-            peak = max(one["peak_mb"] for one in found)
-            if any(one["rows"] != rows for one in found):
-                raise SystemExit(f"{name}: rows were lost")
-            speeds[name] = rows / seconds
-            print(
-                f"{name:28} {seconds:7.2f} s {rows / seconds:9.0f} rows/s "
-                f"{size / MB / seconds:6.0f} MB/s   peak {peak:5.0f} MB"
-            )
-            for key in ("warnings", "tokens"):
-                if key in found[0]:
-                    print(f"{'':28} {key}: {found[0][key]}")
-        if len(speeds) == 2:
-            slow, fast = speeds.values()
-            print(f"ratio: {fast / slow:.1f} times the rows per second of the baseline")
+        rows = write_chats(source, args.megabytes * MB)
+        size = source.stat().st_size / MB
+        load = os.getloadavg()[0]
+        print(f"{rows} conversations, {size:.0f} MB; {os.cpu_count()} cores, load {load:.1f}")
+        sides = SIDES[1:] if args.ours_only else SIDES
+        found = [repeat(source, rows, sides) for _ in range(args.repeats)]
+    print(f"found on the way: {found[0][-1]['warnings']}")
+    print(f"peak memory of phi3 data prepare: {max(one[-1]['peak_mb'] for one in found):.0f} MB")
+    if not args.ours_only:
+        _print_ratios(
+            "rows per second", [slow["seconds"] / fast["seconds"] for slow, fast in found]
+        )
+        _print_ratios("processor time", [slow["cpu"] / fast["cpu"] for slow, fast in found])
     return 0
+
+
+def _print_ratios(what: str, ratios: list[float]) -> None:
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"ratio by {what}: {median(ratios):.2f} (median of {each})")
 
 
 if __name__ == "__main__":

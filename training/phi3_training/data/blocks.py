@@ -16,14 +16,12 @@ from .faults import Problem
 from .formats import carried, read_row
 from .lines import (
     BOM,
-    LINE_LIMIT,
     Chunk,
     Line,
     Range,
     byte_order_mark,
     chunks,
     decode,
-    doubtful_lines,
     whole_file_problem,
 )
 from .strict_json import StrictJson
@@ -52,14 +50,10 @@ def digest_range(source: Path, part: Range, path: Path) -> Digest:
 
 
 def _digest_chunk(chunk: Chunk, digester: Digester, strict: _Strict, rows: BinaryIO) -> None:
-    doubtful = doubtful_lines(chunk)
     offset, number = chunk.offset, digester.digest.lines
-    for index, line in enumerate(chunk.lines):
+    for index, sound in enumerate(accept(chunk)):
         number += 1
-        size = len(line)
-        sound = None
-        if size <= LINE_LIMIT and not line.endswith(b"\r"):
-            sound = accept(line, index in doubtful)
+        size = len(chunk.lines[index])
         if sound is None:
             sound = strict.read(chunk.line(index, number, offset))
         if sound is not None:

@@ -1,4 +1,4 @@
-"""Reads a line of JSON quickly where nothing can be wrong with it; leaves all others alone.
+"""Reads lines of JSON quickly where nothing can be wrong with them; leaves all others alone.
 
 Every line that is not accepted here is read by the strict reader, which alone names faults. What
 is accepted is what the strict reader accepts, with the same values; the comments say why.
@@ -11,10 +11,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
+from .arrays import Ints
 from .conversation import CARRIED, Message
 from .formats import carried, read_row
+from .lines import LINE_LIMIT, Chunk, doubtful_lines
 from .rules import check_characters
 
 _PLAIN_KEYS = {"messages", *CARRIED}
@@ -41,12 +44,48 @@ class Sound(NamedTuple):
         return cls(form, texts, messages[0].role == "system", join(texts), written)
 
 
-def accept(line: bytes, doubtful: bool) -> Sound | None:
-    """The row of a line, or None when the strict reader must look at it.
+class _Plain(NamedTuple):
+    """A row in the plainest form, with how many colons its keys, and what it carries, have."""
 
-    `doubtful` lines hold a DEL, a `\\u`, `\\b` or `\\f` escape, or a C1 control: only those can
-    bring characters that have no place in training data, as orjson refuses all others.
+    sound: Sound
+    more: list[str]
+    colons: int
+
+
+def accept(chunk: Chunk) -> list[Sound | None]:
+    """The rows of lines, None where the strict reader must look.
+
+    What can be looked for in all lines at once is looked for in all at once.
     """
+    doubtful = doubtful_lines(chunk)
+    found = [_read(line) for line in chunk.lines]
+    # Each key of a line has a colon, and so has nothing else but texts. A key that is there
+    # twice was dropped by orjson, with its colon: then there is one more in the line.
+    surplus = _colons(chunk.text, chunk.ends)
+    joined = [row.sound.joined if isinstance(row, _Plain) else b"" for row in found]
+    surplus -= _colons(b"\n".join([*joined, b""]), np.cumsum([len(text) + 1 for text in joined]))
+    rows: list[Sound | None] = []
+    for index, (row, colons) in enumerate(zip(found, surplus.tolist(), strict=True)):
+        if isinstance(row, _Plain):
+            hidden = index in doubtful and _hides(chunk.lines[index], (*row.sound.texts, *row.more))
+            if colons == row.colons and not hidden:
+                rows.append(row.sound)
+                continue
+            row = None if hidden else orjson.loads(chunk.lines[index])
+        rows.append(_accept_other(row, chunk.lines[index]) if row is not None else None)
+    return rows
+
+
+def _colons(text: bytes, ends: Ints) -> Ints:
+    """How many colons each part of a text has."""
+    places = np.flatnonzero(np.frombuffer(text, np.uint8) == ord(":"))
+    return np.diff(np.searchsorted(places, ends), prepend=0)
+
+
+def _read(line: bytes) -> _Plain | dict[str, Any] | None:
+    """A line as a plain row, as an object of any other form, or neither."""
+    if len(line) > LINE_LIMIT or line.endswith(b"\r"):
+        return None
     try:
         row = orjson.loads(line)  # refuses NaN, lone surrogates, bad UTF-8 and raw controls
     except orjson.JSONDecodeError:
@@ -55,22 +94,16 @@ def accept(line: bytes, doubtful: bool) -> Sound | None:
         return None
     plain = _plain_messages(row.get("messages"))
     if plain is None or not row.keys() <= _PLAIN_KEYS:
-        return _accept_other(row, line)
+        return row
     texts, joined = plain
-    colons = len(row) + 2 * len(texts) + joined.count(b":")
     more = [row[key] for key in CARRIED if key in row]
     try:
-        colons += "".join(more).count(":")
+        colons = len(row) + 2 * len(texts) + "".join(more).count(":")
     except TypeError:  # not only texts
-        return _accept_other(row, line)
-    if doubtful and not _has_no_hidden(line, (*texts, *more)):
-        return None
-    # Each key of the line has a colon, and so has nothing else but texts. A key that is there
-    # twice was dropped by orjson, with its colon: then there is one more in the line.
-    if line.count(b":") != colons:
-        return _accept_other(row, line)
+        return row
     whole = line[0] == _OPEN and line[-1] == _CLOSE
-    return Sound("messages", texts, len(texts) % 2 == 1, joined, None if whole else line.strip())
+    written = None if whole else line.strip()
+    return _Plain(Sound("messages", texts, len(texts) % 2 == 1, joined, written), more, colons)
 
 
 def join(texts: Sequence[str]) -> bytes:
@@ -121,8 +154,8 @@ def _accept_other(row: dict[str, Any], line: bytes) -> Sound | None:
     return Sound.of(form, messages, extra)
 
 
-def _has_no_hidden(line: bytes, texts: Sequence[str]) -> bool:
-    return not _hides_colon(line) and not any(check_characters("", text) for text in texts)
+def _hides(line: bytes, texts: Sequence[str]) -> bool:
+    return _hides_colon(line) or any(check_characters("", text) for text in texts)
 
 
 def _hides_colon(line: bytes) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .arrays import U8, Bools, Ints
+from .arrays import U8, Ints
 from .faults import Problem
 
-_DOUBTFUL_ESCAPES = np.frombuffer(b"ubf", np.uint8)
+# After a backslash: `b`, `f`, and `u00` with one of these digits, are C0, DEL, C1 or a colon.
+_DOUBTFUL_DIGITS = np.frombuffer(b"013789", np.uint8)
 
 LINE_LIMIT = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -48,12 +49,20 @@ class Line(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some lines that follow on each other, without their LF; the last may have been cut short."""
+    """Some lines that follow on each other, without their LF; the last may have been cut short.
+
+    `text` holds the lines with their LF, and perhaps more behind them.
+    """
 
     offset: int
     text: bytes
     lines: list[bytes]
     cut: int = 0
+
+    @property
+    def ends(self) -> Ints:
+        """Behind which place of `text` each line ends, with its LF."""
+        return np.cumsum([len(line) + 1 for line in self.lines])
 
     def line(self, index: int, number: int, offset: int) -> Line:
         """A line by its index, with its number and its place in the file."""
@@ -72,15 +81,20 @@ def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
         stream.seek(offset - 1)
         offset += _rest_of_line(stream)  # of the line before ours
     while offset < part.end and (text := stream.read(min(_STEP, part.end - offset))):
-        cut = 0
-        if not text.endswith(b"\n"):
-            text += stream.readline(LINE_LIMIT + 1)
-            cut = 0 if text.endswith(b"\n") else _rest_of_line(stream)
         lines = text.split(b"\n")
-        if not lines[-1]:  # what stands behind the last line end is no line
-            lines.pop()
+        behind, cut = offset + len(text), 0
+        rest = lines.pop()
+        if rest and lines and behind < part.end:
+            behind -= len(rest)  # read again with the next ones: cheaper than to join them
+            stream.seek(behind)
+        elif rest:
+            more = stream.readline(LINE_LIMIT + 1)
+            text += more
+            lines.append(rest + more.removesuffix(b"\n"))
+            cut = 0 if more.endswith(b"\n") else _rest_of_line(stream)
+            behind = stream.tell()
         yield Chunk(offset, text, lines, cut)
-        offset = stream.tell()
+        offset = behind
 
 
 def _rest_of_line(stream: BinaryIO) -> int:
@@ -95,25 +109,30 @@ def _rest_of_line(stream: BinaryIO) -> int:
 def doubtful_lines(chunk: Chunk) -> set[int]:
     """The indices of lines that may hold a character which no text may have.
 
-    Beside raw controls, which JSON forbids, those are a DEL, a C1 control in UTF-8, and what a
-    `\\u`, `\\b` or `\\f` escape writes.
+    Beside raw controls, which JSON forbids, those are a DEL, a C1 control in UTF-8, and what an
+    escape writes. An escaped colon is doubtful too: colons are counted to find repeated keys.
     """
     data = np.frombuffer(chunk.text, np.uint8)
-    found = [_followed(data, ord("\\"), lambda after: np.isin(after, _DOUBTFUL_ESCAPES))]
+    found = [_doubtful_escapes(data)]
     if b"\xc2" in chunk.text:
-        found.append(_followed(data, 0xC2, lambda after: after < 0xA0))
+        places = np.flatnonzero(data[:-1] == 0xC2)
+        found.append(places[data[places + 1] < 0xA0])
     if b"\x7f" in chunk.text:
         found.append(np.flatnonzero(data == 0x7F))
     places = np.concatenate(found)
     if not len(places):
         return set()
-    ends = np.cumsum([len(line) + 1 for line in chunk.lines])
-    return set(np.searchsorted(ends, places, side="right").tolist())
+    return set(np.searchsorted(chunk.ends, places, side="right").tolist())
 
 
-def _followed(data: U8, byte: int, by: Callable[[U8], Bools]) -> Ints:
-    places = np.flatnonzero(data[:-1] == byte)
-    return places[by(data[places + 1])]
+def _doubtful_escapes(data: U8) -> Ints:
+    places = np.flatnonzero(data[:-1] == ord("\\"))
+    after = data[places + 1]
+    short = places[(after == ord("b")) | (after == ord("f"))]
+    coded = places[(after == ord("u")) & (places < len(data) - 4)]
+    zeros = (data[coded + 2] == ord("0")) & (data[coded + 3] == ord("0"))
+    coded = coded[zeros & np.isin(data[coded + 4], _DOUBTFUL_DIGITS)]
+    return np.concatenate([short, coded])
 
 
 def decode(line: Line) -> tuple[str | None, list[Problem]]:

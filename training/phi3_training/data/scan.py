@@ -26,7 +26,7 @@ from .lines import Range, blank, crlf
 from .sources import Source, is_lines, place_of, rows_of, stamp
 
 POOL_FROM = 48 << 20  # bytes; below, one process is done before others have started
-MOST_WORKERS = 4  # each holds some 70 MB
+MOST_WORKERS = 8  # each holds some 30 MB of its own
 
 
 Task = tuple[Path, Range, Path]

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +15,7 @@ import numpy as np
 from .arrays import U8
 from .table import Span, Table
 
-_AHEAD = 2  # spans of 8 MB that are read before they are written
+_AHEAD = 2  # spans of 1 MB that are read before they are written
 
 
 class RowWriter:
@@ -45,12 +45,13 @@ class RowWriter:
         """Of what was written so far."""
         return self._hash.hexdigest()
 
-    def write(self, data: bytes, rows: int) -> None:
-        """Add whole lines."""
+    def write(self, data: bytes, rows: int, hashing: Executor) -> None:
+        """Add whole lines; their hash is taken beside, as it takes as long as the writing."""
         if rows:
+            hashed = hashing.submit(self._hash.update, data)
             self._stream.write(data)
-            self._hash.update(data)
             self.rows += rows
+            hashed.result()
 
 
 Lines = list[tuple[int, bytes, int]]  # number of the writer, lines, how many
@@ -59,7 +60,7 @@ Lines = list[tuple[int, bytes, int]]  # number of the writer, lines, how many
 def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> None:
     """Copy each row to the writer that its number in `target` names; 0 is none.
 
-    One thread reads and sorts ahead while this one writes and hashes.
+    One thread reads and sorts ahead and one hashes while this one writes.
     """
 
     def sorted_lines(span: Span) -> Lines:
@@ -70,16 +71,16 @@ def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> No
             found.append((number, b"\n".join([*chosen, b""]), len(chosen)))
         return found
 
-    with ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as hashing:
         waiting: deque[Future[Lines]] = deque()
         for span in table.spans(np.flatnonzero(target)):
             waiting.append(ahead.submit(sorted_lines, span))
             if len(waiting) > _AHEAD:
-                _write(waiting.popleft().result(), writers)
+                _write(waiting.popleft().result(), writers, hashing)
         for last in waiting:
-            _write(last.result(), writers)
+            _write(last.result(), writers, hashing)
 
 
-def _write(lines: Lines, writers: Mapping[int, RowWriter]) -> None:
+def _write(lines: Lines, writers: Mapping[int, RowWriter], hashing: Executor) -> None:
     for number, data, rows in lines:
-        writers[number].write(data, rows)
+        writers[number].write(data, rows, hashing)
