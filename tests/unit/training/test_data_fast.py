@@ -132,6 +132,17 @@ def test_no_bad_line_is_accepted(name: str) -> None:
     assert quickly(BAD_LINES[name][0]) is None
 
 
+def test_control_character_at_the_very_end_of_a_file(tmp_path: Path) -> None:
+    """There is nothing behind it that could be looked at together with it."""
+    path = tmp_path / "a.jsonl"
+    start = json.dumps({"messages": MESSAGES}).encode()[:-1] + b', "prompt": "'
+    for end in (b"\\b", b"\\f", b"\\u0007", b"\x7f", "\x85".encode()):
+        path.write_bytes(start + end + b'"}')
+        digest = digest_range(path, Range(0, path.stat().st_size), tmp_path / "rows")
+
+        assert [problem.kind for _, problem in digest.faults] == ["control-character"], end
+
+
 def test_thousands_of_damaged_lines_are_read_alike() -> None:
     """Lines cut, joined and changed at random; some are still sound, most are not."""
     chance = random.Random(5)  # noqa: S311 - test data

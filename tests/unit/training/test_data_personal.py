@@ -125,6 +125,16 @@ def test_flags_do_not_stop_the_stage_and_are_counted(tmp_path: Path) -> None:
     assert "company" not in written + json.dumps(manifest)
 
 
+def test_system_messages_are_looked_at_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    roles = ("system", "user", "assistant")
+    texts = ("Send bills to ann.lee@mail.company.org.", "Hi?", "Yes.")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
+    path.write_text(json.dumps({"messages": messages}))
+
+    assert [warning.kind for warning in check([path]).warnings] == ["personal-data"]
+
+
 def test_prompt_id_is_no_key(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]

@@ -83,25 +83,28 @@ class Digester:
         self.digest = Digest(path)
         self.written = 0
         self._columns = array("Q")
-        self._bodies: list[bytes] = []
+        self._texts: list[bytes] = []
+        self._systems: list[int] = []
         self._waiting = 0
         self._bands: list[U32] = []
 
     def take(self, line: int, sound: Sound, offset: int, size: int, stream: BinaryIO) -> None:
         """Add a sound row; `offset` and `size` are its place in the source."""
         digest = self.digest
-        identity, question, body = keys_of(sound.joined, sound.texts[-2], sound.has_system)
+        text = sound.joined
+        identity, question, system = keys_of(text, sound.texts[-2], sound.has_system)
         if sound.written is not None:
             offset, size = self.written, len(sound.written)
             self.written += stream.write(sound.written)
         in_source = sound.written is None
-        self._columns.extend((line, size, offset, in_source, identity, question, len(body)))
+        self._columns.extend((line, size, offset, in_source, identity, question, len(text)))
         digest.filled = True
         digest.formats[sound.form] += 1
         digest.several_turns += len(sound.texts) > 3
-        self._bodies.append(body)
-        self._waiting += len(body)
-        if self._waiting > _BATCH or len(self._bodies) > _BATCH_ROWS:
+        self._texts.append(text)
+        self._systems.append(system)
+        self._waiting += len(text)
+        if self._waiting > _BATCH or len(self._texts) > _BATCH_ROWS:
             self._look_at_texts()
 
     def finish(self) -> Digest:
@@ -117,10 +120,11 @@ class Digester:
         return digest
 
     def _look_at_texts(self) -> None:
-        if not self._bodies:
+        if not self._texts:
             return
-        batch, first = Batch.of(self._bodies), len(self._columns) // 7 - len(self._bodies)
+        batch = Batch.of(self._texts, self._systems)
+        first = len(self._columns) // 7 - len(self._texts)
         self._bands.append(sketch(batch))
         for row, kind, masked in flags_of(batch):
             self.digest.flags.append((self._columns[(first + row) * 7], kind, masked))
-        self._bodies, self._waiting = [], 0
+        self._texts, self._systems, self._waiting = [], [], 0

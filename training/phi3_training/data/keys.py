@@ -16,12 +16,13 @@ class Keys(NamedTuple):
     """`identity`: exactly these messages. `question`: the same last question in the same context.
 
     Case, spacing and closing marks of the question do not count: a model that was trained on
-    "who wrote hamlet" has seen "Who wrote Hamlet?". `body` is the text without a system message.
+    "who wrote hamlet" has seen "Who wrote Hamlet?". `system` is the size of the system
+    message in front.
     """
 
     identity: int
     question: int
-    body: bytes
+    system: int
 
 
 def keys_of(joined: bytes, question_text: str, has_system: bool) -> Keys:
@@ -32,9 +33,8 @@ def keys_of(joined: bytes, question_text: str, has_system: bool) -> Keys:
     answer = joined.rfind(b"\0")
     question = joined.rfind(b"\0", 0, answer) + 1
     asked = " ".join(question_text.casefold().split()).rstrip("?.! ").encode()
-    body = joined[joined.find(b"\0") + 1 :] if has_system else joined
     return Keys(
         xxhash.xxh3_64_intdigest(joined, has_system),
         xxhash.xxh3_64_intdigest(joined[:question] + asked, _QUESTION + has_system),
-        body,
+        joined.find(b"\0") + 1 if has_system else 0,
     )

@@ -33,19 +33,29 @@ _WORDS = bytes(
 
 
 class Batch(NamedTuple):
-    """Texts that are looked at together; text n ends before `ends[n]` in `text`."""
+    """Texts that are looked at together; text n ends before `ends[n]` in `text`.
+
+    Its first `systems[n]` bytes do not count for its likeness: else all rows with one system
+    message would be alike.
+    """
 
     texts: Sequence[bytes]
     text: bytes
     codes: U8
     ends: Ints
+    systems: Ints
 
     @classmethod
-    def of(cls, texts: Sequence[bytes]) -> Batch:
+    def of(cls, texts: Sequence[bytes], systems: Sequence[int] | None = None) -> Batch:
         """Put texts side by side, with so many spaces between that no run reaches another."""
         text = _SPACES.join([b"", *texts, b""])
         ends = np.cumsum([len(_SPACES) + len(item) for item in texts])
-        return cls(texts, text, np.frombuffer(text, np.uint8), ends)
+        skipped = np.array(systems if systems is not None else [0] * len(texts), np.int64)
+        return cls(texts, text, np.frombuffer(text, np.uint8), ends, skipped)
+
+    def body(self, row: int) -> bytes:
+        """A text without its system message."""
+        return self.texts[row][self.systems[row] :]
 
     def row_of(self, places: Ints) -> Ints:
         """Which text each place of `text` is in."""
@@ -67,7 +77,7 @@ def sketch(batch: Batch) -> U32:
     numbers = np.where((least == _EMPTY).all(axis=2), np.uint64(0), _number(numbers))
     for row in np.flatnonzero(sizes < SHORT).tolist():
         numbers[row] = 0
-        words = words_of(batch.texts[row])
+        words = words_of(batch.body(row))
         numbers[row, 0] = xxhash.xxh3_64_intdigest(words) >> 32 | 1 if words else 0
     return numbers.astype(np.uint32)
 
@@ -79,6 +89,10 @@ def _number(hashes: U64) -> U64:
 def _runs(batch: Batch) -> tuple[U64, Ints]:
     """The hashes of the runs of all texts, and which text each is of."""
     places = np.flatnonzero((batch.codes[: -len(_SPACES)] & _ANCHOR_BITS) == _ANCHOR)
+    if batch.systems.any():
+        rows = batch.row_of(places)
+        sizes = np.diff(batch.ends, prepend=0) - len(_SPACES)
+        places = places[places >= (batch.ends - sizes + batch.systems)[rows]]
     # Eight bytes from any place on: a view of the same memory that moves by one byte.
     eights = np.ndarray((len(batch.text) - 7,), "<u8", batch.text, strides=(1,))
     first, second = eights[places] | _NO_CASE, eights[places + 8] | _NO_CASE

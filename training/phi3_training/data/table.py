@@ -14,7 +14,6 @@ from .arrays import U32, U64, Bools, Ints
 from .conversation import Conversation
 from .digest import Digest
 from .fast_json import join
-from .keys import keys_of
 from .scan import Scan
 from .sketch import BANDS
 
@@ -75,7 +74,7 @@ class Table:
         """The text of a row that near-duplicates are told by."""
         messages = self.conversation(row).messages
         texts = [message.content for message in messages]
-        return keys_of(join(texts), texts[-2], messages[0].role == "system").body
+        return join(texts[1:] if messages[0].role == "system" else texts)
 
     def spans(self, chosen: Ints) -> Iterator[Span]:
         """Rows (ascending) as stretches of some megabytes of one file."""

@@ -29,8 +29,9 @@ def csv_rows(path: Path) -> Iterator[Raw]:
             mend = "save the file as UTF-8"
             yield Raw(0, None, [Problem("not-utf8", "the file is not UTF-8", mend)])
         except csv.Error as error:
+            what = "broken CSV, what follows was not read"
             mend = 'put texts with commas, quotes or line ends between quotes, and double each "'
-            yield Raw(reader.line_num, None, [Problem("broken-csv", f"broken CSV: {error}", mend)])
+            yield Raw(reader.line_num, None, [Problem("broken-csv", f"{what} ({error})", mend)])
 
 
 def _named(reader: Any) -> Iterator[Raw]:
