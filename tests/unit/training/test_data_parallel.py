@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from phi3_training.data.findings import Findings, Rules
+from phi3_training.data.lines import Range, chunks
 from phi3_training.data.scan import scan
 
 from .test_data_faults import BAD_LINES
@@ -28,10 +30,21 @@ def bad_file(path: Path, *, ending: bytes) -> Path:
     lines = [chat(number, chance.randrange(300)) for number in range(400)]
     lines += [chat(number, 3) + b"\r" for number in range(500, 520)]
     lines += [bad for bad, _, _ in BAD_LINES.values()]
-    lines += [b""] * 40 + [b"x" * 3_000_000, chat(7, 1), chat(7, 1)]
+    lines += [b""] * 40 + [b"x" * 1_100_000, chat(7, 1), chat(7, 1)]
     chance.shuffle(lines)
     path.write_bytes(b"\n".join([*lines, b"", b"", b""]) + ending)
     return path
+
+
+class CountingFile(io.FileIO):
+    """Counts the bytes that are read from it."""
+
+    given = 0
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        size = super().readinto(buffer)
+        self.given += size or 0
+        return size
 
 
 def everything(path: Path, folder: Path, workers: int, block: int) -> dict[str, Any]:
@@ -56,9 +69,23 @@ def test_result_does_not_depend_on_processes_or_blocks(tmp_path: Path, ending: b
 
     assert len(whole["faults"]) > len(BAD_LINES)
     assert len(whole["rows"]) > 400
-    for workers, block in [(1, 700), (3, 50_000), (2, 1 << 20)]:
+    for workers, block in [(1, 3_000), (3, 50_000), (2, 1 << 20)]:
         other = everything(path, tmp_path / f"{workers}-{block}", workers, block)
         assert other == whole, (workers, block)
+
+
+def test_line_over_many_blocks_is_read_to_its_end_once(tmp_path: Path) -> None:
+    """Else a file of one endless line would be read as often as it has blocks."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 4_000_000 + b"\n" + chat(1, 0))
+    with CountingFile(path) as file:
+        stream: Any = io.BufferedReader(file)
+        starts = range(0, 4_000_000, 100_000)
+        found = [list(chunks(stream, Range(start, start + 100_000))) for start in starts]
+
+        assert [len(block) for block in found] == [1] + [0] * 39
+        assert found[0][0].line(0, 1, 0).size == 4_000_000
+        assert file.given < 4 * 4_000_000
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64])

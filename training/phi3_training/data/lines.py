@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -79,7 +80,8 @@ def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
     offset = part.start
     if offset:
         stream.seek(offset - 1)
-        offset += _rest_of_line(stream)  # of the line before ours
+        # Of the line before ours. One that fills the whole range is not read to its end here.
+        offset += _rest_of_line(stream, part.end - offset + 1)
     while offset < part.end and (text := stream.read(min(_STEP, part.end - offset))):
         lines = text.split(b"\n")
         behind, cut = offset + len(text), 0
@@ -97,9 +99,9 @@ def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
         offset = behind
 
 
-def _rest_of_line(stream: BinaryIO) -> int:
+def _rest_of_line(stream: BinaryIO, most: int = sys.maxsize) -> int:
     size = 0
-    while data := stream.readline(_CHUNK):
+    while size < most and (data := stream.readline(_CHUNK)):
         size += len(data)
         if data.endswith(b"\n"):
             return size - 1
