@@ -46,6 +46,8 @@ class HubSet(BaseModel):
 
 
 def _source(value: Any) -> Any:
+    if value == {"hub": None}:  # YAML's reading of a bare `hub:`
+        return HubSet()
     if isinstance(value, str) and value.startswith(HUB):
         return HubSet.parse(value)
     if not isinstance(value, (str, Path, HubSet)):

@@ -227,6 +227,17 @@ def test_recipe_takes_hub_sets_and_folders(tmp_path: Path) -> None:
     assert data.validation == [HubSet(name="a/b", split="test")]
 
 
+@pytest.mark.parametrize("value", ["hub:", '"hub:"', "[hub:]", "hub:HuggingFaceH4/ultrachat_200k"])
+def test_default_set_as_it_is_typed_in_a_recipe_or_on_the_command_line(
+    tmp_path: Path, value: str
+) -> None:
+    """YAML takes a bare `hub:` for a mapping."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\nmodel: {name_or_path: x/y}\ndata: {train: [a/b.jsonl]}\n")
+
+    assert load_recipe(recipe, [f"data.train={value}"]).data.train == [HubSet()]
+
+
 def test_source_that_is_no_text_is_told_plainly(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\nmodel: {name_or_path: x/y}\ndata: {train: [{hub: a/b}]}\n")

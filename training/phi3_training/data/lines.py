@@ -19,7 +19,7 @@ LINE_LIMIT = 1 << 20
 BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 16
-_STEP = 1 << 18
+_STEP = 1 << 19
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 
 
 def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
-    """The lines of a range, as many at a time as a processor's cache holds.
+    """The lines of a range, some hundred kilobytes at a time.
 
     Holds one line more than that at most, of limited size.
     """
