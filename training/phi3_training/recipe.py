@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .recipe_data import HUB, HubSet
+from .recipe_data import DataSection as DataSection
 from .recipe_finetune import AuditRule as AuditRule
 from .recipe_finetune import FinetuneSection as FinetuneSection
 from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
@@ -63,18 +65,6 @@ class BaseSection(Section):
         if self.hidden_size % (16 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 16 x num_attention_heads")
         return self
-
-
-class DataSection(Section):
-    """The chats: training files, held-out files or a share, and old chats against forgetting."""
-
-    train: Annotated[list[Path], Field(min_length=1)]
-    validation: list[Path] = []
-    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    replay: list[Path] = []
-    casual_copies: bool = False
-    seed: int = 42
-    max_length: Annotated[int, Field(ge=16)] = 2048
 
 
 class EvaluateSection(Section):
@@ -278,6 +268,9 @@ _PATH_KEYS = (
 )
 
 
+_FOLDERS = ("data.train", "data.validation", "data.replay")
+
+
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Make paths absolute, and let one path stand for a list of one."""
     for section, key in _PATH_KEYS:
@@ -286,14 +279,18 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             continue
         entries = values[key] if isinstance(values[key], list) else [values[key]]
         values[key] = [
-            str((folder / Path(item).expanduser()).resolve()) if isinstance(item, str) else item
+            str((folder / Path(item).expanduser()).resolve()) if _is_path(item) else item
             for item in entries
             if item is not None
         ]
 
 
+def _is_path(item: Any) -> bool:
+    return isinstance(item, str) and not item.startswith(HUB)
+
+
 def _missing_files(recipe: Recipe) -> list[str]:
-    named = {
+    named: dict[str, Sequence[Path | HubSet]] = {
         "base.data": recipe.base.data if recipe.base else [],
         "data.train": recipe.data.train,
         "data.validation": recipe.data.validation,
@@ -305,7 +302,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
         f"{key}: no such file: {path}"
         for key, paths in named.items()
         for path in paths
-        if not path.is_file()
+        if not (isinstance(path, HubSet) or path.is_file() or (key in _FOLDERS and path.is_dir()))
     ]
 
 

@@ -5,6 +5,7 @@ Heavy packages are imported inside the functions, so that a skipped stage costs 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .errors import StageError
@@ -28,15 +29,19 @@ def _section(journey: Journey, *names: str) -> list[Any]:
 
 
 def _data_inputs(journey: Journey) -> Any:
+    from .data import fingerprints
+
     data = journey.recipe.data
-    paths = [*data.train, *data.validation, *data.replay]
-    return [_section(journey, "data"), file_hashes(paths)]
+    sources = [*data.train, *data.validation, *data.replay]
+    return [_section(journey, "data"), fingerprints(sources)]
 
 
 def _prepare(journey: Journey) -> Manifest:
     from .data import prepare
 
-    return prepare(journey.recipe.data, journey.run)
+    model = Path(journey.recipe.model.name_or_path)
+    tokenizer = model if (model / "tokenizer.json").is_file() else None
+    return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
 
 
 def _data_summary(manifest: Manifest) -> str:

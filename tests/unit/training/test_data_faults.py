@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,15 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
 }
 
 
+def test_more_than_forty_kinds_of_bad_rows_are_told_apart(tmp_path: Path) -> None:
+    told = {
+        (kind, re.sub(r"[0-9]+", "N", faults_of(tmp_path / "a.jsonl", between(bad))[0].what))
+        for bad, kind, _ in BAD_LINES.values()
+    }
+
+    assert len(told) >= 40
+
+
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_bad_line_is_told_by_its_number(tmp_path: Path, name: str) -> None:
     bad, kind, words = BAD_LINES[name]
@@ -257,14 +267,14 @@ def test_file_without_rows(tmp_path: Path, content: bytes, what: str) -> None:
     assert (fault.line, fault.kind, fault.what) == (0, "no-rows", what)
 
 
-def test_missing_file_and_folder_are_faults(tmp_path: Path) -> None:
+def test_missing_file_and_empty_folder_are_faults(tmp_path: Path) -> None:
     faults = check([tmp_path / "none.jsonl", tmp_path]).faults
 
-    assert [(fault.line, fault.kind) for fault in faults] == [
-        (0, "no-such-file"),
-        (0, "unreadable"),
+    assert [(fault.path, fault.line, fault.kind) for fault in faults] == [
+        (tmp_path, 0, "no-chat-files"),
+        (tmp_path / "none.jsonl", 0, "no-such-file"),
     ]
-    assert str(faults[0]).startswith(f"{tmp_path}/none.jsonl: no such file;")
+    assert str(faults[1]).startswith(f"{tmp_path}/none.jsonl: no such file;")
 
 
 def test_blank_lines_at_the_end_are_fine(tmp_path: Path) -> None:
@@ -353,9 +363,9 @@ def test_check_report_shows_twenty_and_keeps_all(tmp_path: Path) -> None:
     report = check([path])
 
     lines = report.lines()
-    assert len(lines) == 1 + 20 + 1
+    assert len(lines) == 1 + 1 + 20 + 1
     assert lines[0].endswith("1 conversation (messages; 0 with several turns), 50 faults")
-    assert lines[-1] == "  … and 30 more (all of them: -o json)"
+    assert lines[-1] == "  … and 30 more (all of them: --report FILE)"
     assert len(report.as_dict()["faults"]) == 50
     assert report.as_dict()["faults"][49]["line"] == 50
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
 
 from .. import console
+from ..errors import UsageError
 from ..journey import go
+from ..run import write_atomically
 from ..stages import stages_until
-from .common import add_command, add_recipe, journey_of
+from .common import add_command, add_recipe, all_runs, journey_of
+
+if TYPE_CHECKING:
+    from ..data.shown_tokens import Stretch
+
+SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME:SPLIT"
 
 
 def register(subparsers: Any) -> None:
@@ -17,26 +27,41 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="check, prepare or show chats")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = add_command(
-        actions, "check", "report every fault of chat files", "phi3 data check a.jsonl", run_check
+        actions, "check", "report every fault of chats", "phi3 data check a.jsonl", run_check
     )
-    check.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    check.add_argument("files", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    check.add_argument("--report", type=Path, metavar="FILE", help="write every fault there")
+    check.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="count tokens with this model folder"
+    )
     prepare = add_command(
         actions, "prepare", "check, split and copy the chats into the run", "phi3 data prepare",
         run_prepare,
     )  # fmt: skip
     add_recipe(prepare)
     show = add_command(
-        actions, "show", "print conversations", "phi3 data show a.jsonl -n 3", run_show
+        actions, "show", "print conversations", "phi3 data show a.jsonl -n 3 --tokens", run_show
     )
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", metavar="SOURCE", help=SOURCE_HELP)
     show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (5)")
+    show.add_argument(
+        "--tokens", action="store_true", help="the exact training text; what is learnt is marked"
+    )
+    show.add_argument(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="whose tokens (default: the base model of the run worked on last)",
+    )
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Check files; exit 1 with all faults when there are any."""
+    """Check sources; exit 1 with all faults when there are any."""
     from ..data import check
 
-    report = check(args.files)
+    report = check(args.files, args.model)
+    if args.report:
+        write_atomically(args.report, report.every_line())
     if args.output == "json":
         console.print_json(report.as_dict())
     else:
@@ -47,19 +72,26 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Do the first stage alone."""
+    from ..data.lengths import sentence
+
     journey = journey_of(args)
     with journey.run.lock():
         go(journey, stages_until("dataset"))
+    manifest = journey.run.require("dataset", "phi3 data prepare")
     if args.output == "json":
-        console.print_json(journey.run.manifest("dataset"))
+        console.print_json(manifest)
+    elif manifest.get("tokens"):
+        console.note(sentence(manifest["tokens"]))
     return 0
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Print the first conversations of a file."""
+    """Print the first conversations of a source."""
     from ..data import show
 
     shown = show(args.file, args.n)
+    if args.tokens:
+        return _show_tokens(args, shown)
     if args.output == "json":
         console.print_json([conversation.to_dict() for conversation in shown])
         return 0
@@ -75,3 +107,43 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     return int(text)
+
+
+def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
+    from ..data.shown_tokens import TokenViewer
+
+    viewer = TokenViewer(args.model or _last_base(args.runs))
+    views = [viewer.view(conversation) for conversation in shown]
+    if args.output == "json":
+        console.print_json([view.as_dict() for view in views])
+        return 0
+    plain = console.out.color_system is None or console.out.no_color
+    how = "stands in ⟦ ⟧" if plain else "is green"
+    console.out.print(f"what is learnt {how}; the rest is only read", style="dim")
+    for view in views:
+        console.out.print(
+            f"{view.place}: {view.trained} of {len(view.ids)} tokens are learnt", style="dim"
+        )
+        console.out.print(coloured(view.stretches, marked=plain))
+    return 0
+
+
+def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
+    """Training text with what is learnt in green, or `marked` where there are no colours."""
+    text = Text()
+    for stretch in stretches:
+        learnt = f"⟦{stretch.text}⟧" if marked else stretch.text
+        text.append(learnt if stretch.trained else stretch.text, "green" if stretch.trained else "")
+    return text
+
+
+def _last_base(runs: Path) -> Path:
+    """The base model of the run that was worked on last."""
+    for run in all_runs(runs):
+        manifest = run.manifest("base")
+        folder = run.path / manifest["path"] if manifest else run.path
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    raise UsageError(
+        f"No run under {runs} has a model yet; name the folder of one with --model FOLDER"
+    )

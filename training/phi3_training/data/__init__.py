@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .check import CheckReport, FileReport, check, show
+from .check import CheckReport, FileReport, check
 from .conversation import Conversation, Message
 from .faults import Fault
 from .prepare import prepare
-from .read import read_conversations
+from .read import read_conversations, show
+from .sources import fingerprints
 
 __all__ = [
     "CheckReport",
@@ -15,6 +16,7 @@ __all__ = [
     "FileReport",
     "Message",
     "check",
+    "fingerprints",
     "prepare",
     "read_conversations",
     "show",

@@ -1,18 +1,22 @@
-"""`phi3 data check` and `show`: reads chat files and tells what is in them. Writes nothing."""
+"""`phi3 data check`: reads chats and tells what is in them. Writes nothing that stays."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import SHOWN_FAULTS, DataError
-from .compare import Seen
-from .conversation import Conversation
+import numpy as np
+
+from ..errors import SHOWN_FAULTS
 from .faults import Fault, in_order, shown
-from .read import ChatFile, read_checked
+from .findings import Findings, Rules
+from .lengths import lengths, sentence
+from .prepare import chosen_sources
+from .scan import Scan, scan
+from .sources import source_of
 
 
 @dataclass(frozen=True)
@@ -48,62 +52,75 @@ class FileReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All files of one check and all their faults, in order."""
+    """All sources of one check, all their faults and warnings in order, and how long rows are."""
 
     files: tuple[FileReport, ...]
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Every fault of every file."""
-        return in_order(fault for file in self.files for fault in file.faults)
+    faults: list[Fault]
+    warnings: list[Fault]
+    tokens: dict[str, Any] | None
 
     def lines(self) -> list[str]:
-        """For people: one line per file, then the first faults."""
-        faults = self.faults
+        """For people: one line per file, the lengths, then the first faults and warnings."""
         lines = [str(file) for file in self.files]
-        lines += [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
-        if len(faults) > SHOWN_FAULTS:
-            lines.append(f"  … and {len(faults) - SHOWN_FAULTS} more (all of them: -o json)")
+        lines += [sentence(self.tokens)] if self.tokens else []
+        lines += _first(self.faults)
+        if self.warnings:
+            lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
         return lines
+
+    def every_line(self) -> str:
+        """Every fault and warning, one line each, for a file."""
+        faults = [f"fault: {fault}\n" for fault in self.faults]
+        return "".join([*faults, *(f"warning: {warning}\n" for warning in self.warnings)])
 
     def as_dict(self) -> dict[str, Any]:
         """For `-o json`: nothing is left out."""
         return {
             "files": [file.as_dict() for file in self.files],
             "faults": [fault.as_dict() for fault in self.faults],
+            "warnings": [warning.as_dict() for warning in self.warnings],
+            "tokens": self.tokens,
         }
 
 
-def check(paths: Sequence[Path]) -> CheckReport:
-    """Read all files to their ends and report what is in them and every fault."""
-    seen = Seen()
-    return CheckReport(tuple(_check_file(ChatFile(path), seen) for path in paths))
+def check(
+    paths: Sequence[Path | str], tokenizer: Path | None = None, *, workers: int | None = None
+) -> CheckReport:
+    """Read all sources to their ends and report what is in them, every fault and every warning.
 
-
-def show(path: Path, count: int) -> list[Conversation]:
-    """The first sound conversations of a file.
-
-    Raises DataError with every fault met when there is no sound one.
+    `tokenizer` is a model folder to count tokens with.
     """
-    file = ChatFile(path)
-    found = list(islice(file.conversations(), count))
-    if not found and file.faults:
-        raise DataError(in_order(file.faults))
-    return found
+    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
+        scans = scan(sources, Path(folder), workers=workers)
+        findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
+        faults = in_order([*faults, *findings.faults()])
+        return CheckReport(
+            files=tuple(_file_report(one, faults) for one in scans),
+            faults=faults,
+            warnings=in_order(findings.warnings()),
+            tokens=lengths(findings.table, np.arange(len(findings.table)), tokenizer),
+        )
 
 
-def _check_file(file: ChatFile, seen: Seen) -> FileReport:
-    for _ in read_checked(file, seen):
-        pass
+def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
+    repeated = sum(fault.path == one.path and fault.kind == "duplicate" for fault in faults)
     return FileReport(
-        path=file.path,
-        rows=file.rows,
-        several_turns=file.several_turns,
-        formats=dict(file.formats),
-        size=file.size,
-        sha256=file.sha256,
-        faults=tuple(in_order(file.faults)),
+        path=one.path,
+        rows=one.rows - repeated,
+        several_turns=one.several_turns,
+        formats=dict(one.formats),
+        size=one.size,
+        sha256=one.sha256,
+        faults=tuple(fault for fault in faults if fault.path == one.path),
     )
+
+
+def _first(faults: Sequence[Fault]) -> list[str]:
+    lines = [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        lines.append(f"  … and {len(faults) - SHOWN_FAULTS} more (all of them: --report FILE)")
+    return lines
 
 
 def _count(number: int, what: str) -> str:

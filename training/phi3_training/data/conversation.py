@@ -1,9 +1,8 @@
-"""Conversation and Message: what all chat formats become, and the keys that compare them."""
+"""Conversation and Message: what all chat formats become."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,22 +52,3 @@ class Conversation:
     def turns(self) -> int:
         """How many questions it holds."""
         return sum(message.role == "user" for message in self.messages)
-
-    def identity(self) -> bytes:
-        """Equal for conversations with exactly the same messages."""
-        return _digest([part for m in self.messages for part in (m.role, m.content)])
-
-    def question_key(self) -> bytes:
-        """Equal for the same last question in the same context.
-
-        Case, spacing and closing marks of the question do not count: a model that was trained on
-        "who wrote hamlet" has seen "Who wrote Hamlet?".
-        """
-        *context, question, _answer = self.messages
-        parts = [part for m in context for part in (m.role, m.content)]
-        return _digest([*parts, " ".join(question.content.casefold().split()).rstrip("?.! ")])
-
-
-def _digest(parts: Sequence[str]) -> bytes:
-    # A NUL, which no checked text holds, keeps ("ab", "c") and ("a", "bc") apart.
-    return hashlib.blake2b("\0".join(parts).encode("utf-8"), digest_size=16).digest()

@@ -20,6 +20,7 @@ SHAREGPT = ListShape(
     {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
 )
 _LISTS = {shape.key: shape for shape in (MESSAGES, SHAREGPT)}
+LIST_KEYS = _LISTS.keys()
 _NAMES = {"messages": "messages", "conversations": "sharegpt"}
 
 # (format, key of the question, key of the answer); the first whose question key is there wins.

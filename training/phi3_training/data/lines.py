@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
+from .arrays import U8, Ints
 from .faults import Problem
+
+# After a backslash: `b`, `f`, and `u00` with one of these digits, are C0, DEL, C1 or a colon.
+_DOUBTFUL_DIGITS = np.frombuffer(b"013789", np.uint8)
 
 LINE_LIMIT = 1 << 20
 BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 16
+_STEP = 1 << 19
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+class Range(NamedTuple):
+    """Bytes of a file. The lines that start in it are its own, also where they end beyond it."""
+
+    start: int
+    end: int
 
 
 class Line(NamedTuple):
@@ -26,7 +41,7 @@ class Line(NamedTuple):
     @property
     def is_too_long(self) -> bool:
         """Whether the line was beyond the limit, so that its data was let go."""
-        return self.size > LINE_LIMIT and not self.data
+        return self.size > LINE_LIMIT
 
     @property
     def is_blank(self) -> bool:
@@ -34,33 +49,92 @@ class Line(NamedTuple):
         return not self.is_too_long and not self.data.strip()
 
 
-class Digest(Protocol):
-    """What takes the bytes as they are read, such as hashlib.sha256()."""
+class Chunk(NamedTuple):
+    """Some lines that follow on each other, without their LF; the last may have been cut short.
 
-    def update(self, data: bytes, /) -> None: ...
+    `text` holds the lines with their LF, and perhaps more behind them.
+    """
+
+    offset: int
+    text: bytes
+    lines: list[bytes]
+    cut: int = 0
+
+    @property
+    def ends(self) -> Ints:
+        """Behind which place of `text` each line ends, with its LF."""
+        return np.cumsum([len(line) + 1 for line in self.lines])
+
+    def line(self, index: int, number: int, offset: int) -> Line:
+        """A line by its index, with its number and its place in the file."""
+        data = self.lines[index]
+        size = len(data) + (self.cut if index == len(self.lines) - 1 else 0)
+        return Line(number, offset, data if size <= LINE_LIMIT else b"", size)
 
 
-def numbered_lines(stream: BinaryIO, digest: Digest) -> Iterator[Line]:
-    """The lines from 1 on; never holds more than the limit."""
-    number = offset = 0
-    while data := stream.readline(LINE_LIMIT + 1):
-        digest.update(data)
-        number, size = number + 1, len(data)
-        if size > LINE_LIMIT and not data.endswith(b"\n"):
-            size += _skip_line(stream, digest)
-            data = b""
-        yield Line(number, offset, data.removesuffix(b"\n"), size)
-        offset += size
+def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
+    """The lines of a range, some hundred kilobytes at a time.
+
+    Holds one line more than that at most, of limited size.
+    """
+    offset = part.start
+    if offset:
+        stream.seek(offset - 1)
+        # Of the line before ours. One that fills the whole range is not read to its end here.
+        offset += _rest_of_line(stream, part.end - offset + 1)
+    while offset < part.end and (text := stream.read(min(_STEP, part.end - offset))):
+        lines = text.split(b"\n")
+        behind, cut = offset + len(text), 0
+        rest = lines.pop()
+        if rest and lines and behind < part.end:
+            behind -= len(rest)  # read again with the next ones: cheaper than to join them
+            stream.seek(behind)
+        elif rest:
+            more = stream.readline(LINE_LIMIT + 1)
+            text += more
+            lines.append(rest + more.removesuffix(b"\n"))
+            cut = 0 if more.endswith(b"\n") else _rest_of_line(stream)
+            behind = stream.tell()
+        yield Chunk(offset, text, lines, cut)
+        offset = behind
 
 
-def _skip_line(stream: BinaryIO, digest: Digest) -> int:
+def _rest_of_line(stream: BinaryIO, most: int = sys.maxsize) -> int:
     size = 0
-    while data := stream.readline(_CHUNK):
-        digest.update(data)
+    while size < most and (data := stream.readline(_CHUNK)):
         size += len(data)
         if data.endswith(b"\n"):
-            break
+            return size - 1
     return size
+
+
+def doubtful_lines(chunk: Chunk) -> set[int]:
+    """The indices of lines that may hold a character which no text may have.
+
+    Beside raw controls, which JSON forbids, those are a DEL, a C1 control in UTF-8, and what an
+    escape writes. An escaped colon is doubtful too: colons are counted to find repeated keys.
+    """
+    data = np.frombuffer(chunk.text, np.uint8)
+    found = [_doubtful_escapes(data)]
+    if b"\xc2" in chunk.text:
+        places = np.flatnonzero(data[:-1] == 0xC2)
+        found.append(places[data[places + 1] < 0xA0])
+    if b"\x7f" in chunk.text:
+        found.append(np.flatnonzero(data == 0x7F))
+    places = np.concatenate(found)
+    if not len(places):
+        return set()
+    return set(np.searchsorted(chunk.ends, places, side="right").tolist())
+
+
+def _doubtful_escapes(data: U8) -> Ints:
+    places = np.flatnonzero(data[:-1] == ord("\\"))
+    after = data[places + 1]
+    short = places[(after == ord("b")) | (after == ord("f"))]
+    coded = places[(after == ord("u")) & (places < len(data) - 4)]
+    zeros = (data[coded + 2] == ord("0")) & (data[coded + 3] == ord("0"))
+    coded = coded[zeros & np.isin(data[coded + 4], _DOUBTFUL_DIGITS)]
+    return np.concatenate([short, coded])
 
 
 def decode(line: Line) -> tuple[str | None, list[Problem]]:
@@ -87,7 +161,7 @@ def whole_file_problem(first: Line) -> Problem | None:
         return Problem(
             "json-array",
             "the file is one JSON array over many lines, not JSON lines",
-            "write one object per line, e.g. with: jq -c '.[]' OLD > NEW",
+            "name it .json, or write one object per line, e.g. with: jq -c '.[]' OLD > NEW",
         )
     return None
 

@@ -1,74 +1,102 @@
 """The data stage: checks and splits all chats; writes run/data/{train,validation,replay}.jsonl.
 
 Nothing is written when there is a fault, but run/data-faults.txt, which lists every one.
+run/data-report.txt lists each row that was left out and each warning.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+import numpy as np
+
+from ..errors import DataError, StageError
 from ..run import Run
-from .compare import Seen, Trained
+from .arrays import U8
 from .faults import Fault, in_order, write_report
-from .read import ChatFile, read_checked
+from .findings import Findings, Rules, sentences, write_findings
+from .lengths import lengths
+from .scan import Scan, scan
+from .sources import Source, expand, place_of
 from .split import held_out
-from .write import RowWriter, divide
+from .write import RowWriter, distribute
 
 if TYPE_CHECKING:
-    from ..recipe import DataSection
+    from ..recipe_data import DataSection
 
-REPORT = "data-faults.txt"
+FAULTS = "data-faults.txt"
+REPORT = "data-report.txt"
 FOLDER = "data"
+# Trained parts first: of two rows that are alike the later one is named.
+PARTS = ("train", "replay", "validation")
 
-Files = dict[str, list[ChatFile]]
 Writers = dict[str, RowWriter]
 
 
-def prepare(data: DataSection, run: Run) -> dict[str, Any]:
+def prepare(
+    data: DataSection, run: Run, *, tokenizer: Path | None = None, workers: int | None = None
+) -> dict[str, Any]:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
-    Raises DataError with every fault of every file; then the run's chats stay as they were.
+    `tokenizer` is a model folder to count tokens with. Raises DataError with every fault of
+    every source; then the run's chats stay as they were.
     """
     started = time.monotonic()
-    report = run.path / REPORT
-    files, faults = _chat_files(data)
+    sources, faults = chosen_sources({part: getattr(data, part) for part in PARTS})
     with _staging(run.path) as staging:
-        writers, keys = _read_parts(files, staging)
-        faults += [fault for part in files.values() for file in part for fault in file.faults]
-        if not faults and not data.validation:
-            faults = _split(data, keys, writers, staging)
+        scans = scan(sources, staging, workers=workers)
+        findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
+        faults += findings.faults()
+        target = _targets(data, findings)
+        if not faults and not data.validation and not (target == _number("validation")).any():
+            faults = [_nothing_to_hold_out(data)]
         if faults:
             faults = in_order(faults)
-            write_report(report, faults)
-            raise DataError(faults, report)
+            write_report(run.path / FAULTS, faults)
+            raise DataError(faults, run.path / FAULTS)
+        writers = _write(findings, target, staging)
+        _refuse_changed(scans)
+        listed = write_findings(run.path / REPORT, findings)
+        stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         _publish(writers, run)
-    report.unlink(missing_ok=True)
-    return {**_manifest(data, files, writers), "seconds": round(time.monotonic() - started, 3)}
+    (run.path / FAULTS).unlink(missing_ok=True)
+    return {
+        **_manifest(data, scans, writers),
+        **findings.counts(),
+        "report": REPORT if listed else None,
+        "tokens": stats,
+        "choices": _choices(data, findings, writers),
+        "seconds": round(time.monotonic() - started, 3),
+    }
 
 
-def _chat_files(data: DataSection) -> tuple[Files, list[Fault]]:
-    """The files to read, trained parts first, and a fault for each that is named again."""
-    files: Files = {}
+def chosen_sources(
+    parts: dict[str, Sequence[Source]],
+) -> tuple[list[tuple[str, Source]], list[Fault]]:
+    """The sources to read, folders opened, and a fault for each that is named again."""
+    chosen: list[tuple[str, Source]] = []
     faults = []
-    named: dict[Path, str] = {}
-    sources = {"train": data.train, "replay": data.replay, "validation": data.validation}
-    for part, paths in sources.items():
-        files[part] = []
-        for path in paths:
-            first = named.get(path.resolve())
-            if first is None:
-                named[path.resolve()] = part
-                files[part].append(ChatFile(path))
-            else:
-                what = f"named twice, by data.{first} and data.{part}"
-                faults.append(Fault(path, 0, "named-twice", what, "name it once"))
-    return files, faults
+    named: dict[str, str] = {}
+    for part, sources in parts.items():
+        for source in sources:
+            inside = expand(source)
+            if not inside:
+                what, mend = "a folder without chats", "put .jsonl, .json, .csv or .parquet there"
+                faults.append(Fault(place_of(source), 0, "no-chat-files", what, mend))
+            for one in inside:
+                key = str(one.resolve() if isinstance(one, Path) else one)
+                if key in named:
+                    what = f"named twice, by data.{named[key]} and data.{part}"
+                    faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
+                    continue
+                named[key] = part
+                chosen.append((part, one))
+    return chosen, faults
 
 
 @contextmanager
@@ -83,54 +111,46 @@ def _staging(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _read_parts(files: Files, staging: Path) -> tuple[Writers, list[bytes]]:
-    """Write each part to `staging`; gives the training rows' question keys as well."""
-    trained, trained_rows, held_rows = Trained(), Seen(), Seen()
-    writers: Writers = {}
-    keys: list[bytes] = []
-    for part, of_part in files.items():
-        if not of_part:
-            continue
-        with RowWriter(staging / f"{part}.jsonl") as writer:
-            writers[part] = writer
-            for file in of_part:
-                if part == "validation":
-                    _read_held_out(file, held_rows, trained, writer)
-                    continue
-                found = _read_trained(file, trained_rows, trained, writer)
-                keys += found if part == "train" else []
-    return writers, keys
+def _number(part: str) -> int:
+    return PARTS.index(part) + 1
 
 
-def _read_trained(file: ChatFile, seen: Seen, trained: Trained, writer: RowWriter) -> list[bytes]:
-    keys = []
-    for conversation in read_checked(file, seen):
-        key = conversation.question_key()
-        trained.add(key, conversation)
-        keys.append(key)
-        writer.write(conversation)
-    return keys
+def _targets(data: DataSection, findings: Findings) -> U8:
+    """For each row the number of the part it is written to; 0 for removed ones."""
+    table = findings.table
+    numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
+    target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
+    if not data.validation:
+        rows = np.flatnonzero(target == _number("train"))
+        if len(rows):
+            chosen = held_out(findings.groups[rows], data.validation_share, data.seed)
+            target[rows[chosen]] = _number("validation")
+    return target
 
 
-def _read_held_out(file: ChatFile, seen: Seen, trained: Trained, writer: RowWriter) -> None:
-    for conversation in read_checked(file, seen):
-        if problem := trained.leaked(conversation):
-            file.fault(conversation.line, problem)
-        writer.write(conversation)
+def _nothing_to_hold_out(data: DataSection) -> Fault:
+    what = "all conversations ask the same question, so none can be held out"
+    mend = "add conversations, or name held-out ones under data.validation"
+    return Fault(place_of(data.train[0]), 0, "too-few", what, mend)
 
 
-def _split(data: DataSection, keys: list[bytes], writers: Writers, staging: Path) -> list[Fault]:
-    """Divide the staged training rows; a fault when there is nothing to hold out."""
-    chosen = held_out(keys, data.validation_share, data.seed)
-    if not chosen:
-        what = "all conversations ask the same question, so none can be held out"
-        mend = "add conversations, or name held-out ones under data.validation"
-        return [Fault(data.train[0], 0, "too-few", what, mend)]
-    whole = writers["train"].path
-    writers["train"], writers["validation"] = divide(
-        whole, chosen, staging / "rest.jsonl", staging / "validation.jsonl"
-    )
-    return []
+def _write(findings: Findings, target: U8, staging: Path) -> Writers:
+    with ExitStack() as stack:
+        writers = {
+            part: stack.enter_context(RowWriter(staging / f"{part}.jsonl"))
+            for part in PARTS
+            if (target == _number(part)).any()
+        }
+        numbered = {_number(part): writer for part, writer in writers.items()}
+        distribute(findings.table, target, numbered)
+    return writers
+
+
+def _refuse_changed(scans: Sequence[Scan]) -> None:
+    """Rows are copied from their source after all were checked: it must still be the same."""
+    for one in scans:
+        if one.has_changed():
+            raise StageError(f"{one.path} was changed while it was read; prepare again")
 
 
 def _publish(writers: Writers, run: Run) -> None:
@@ -144,10 +164,14 @@ def _publish(writers: Writers, run: Run) -> None:
         writer.path.replace(folder / f"{part}.jsonl")
 
 
-def _manifest(data: DataSection, files: Files, writers: Writers) -> dict[str, Any]:
+def _manifest(data: DataSection, scans: Sequence[Scan], writers: Writers) -> dict[str, Any]:
     order = [part for part in ("train", "validation", "replay") if part in writers]
     return {
-        "inputs": {part: [_input(file) for file in files[part]] for part in order},
+        "inputs": {
+            part: [_input(one) for one in scans if one.part == part]
+            for part in order
+            if any(one.part == part for one in scans)
+        },
         "outputs": {
             part: {
                 "path": f"{FOLDER}/{part}.jsonl",
@@ -158,26 +182,27 @@ def _manifest(data: DataSection, files: Files, writers: Writers) -> dict[str, An
         },
         "seed": data.seed,
         "settings": data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
-        "choices": _choices(data, writers),
     }
 
 
-def _input(file: ChatFile) -> dict[str, Any]:
+def _input(one: Scan) -> dict[str, Any]:
     return {
-        "path": str(file.path),
-        "sha256": file.sha256,
-        "bytes": file.size,
-        "rows": file.rows,
-        "formats": dict(file.formats),
+        "path": str(one.path),
+        "sha256": one.sha256,
+        "bytes": one.size,
+        "rows": one.rows,
+        "formats": dict(one.formats),
     }
 
 
-def _choices(data: DataSection, writers: Writers) -> list[str]:
-    """The automatic choices of this stage, each with its reason."""
-    if data.validation:
-        return []
-    rows = writers["validation"].rows
-    return [
-        f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
-        f"{data.seed} (data.validation names no file)"
-    ]
+def _choices(data: DataSection, findings: Findings, writers: Writers) -> list[str]:
+    """What was found and chosen, each with its reason."""
+    lines = sentences(findings.counts(), REPORT)
+    if not data.validation:
+        rows = writers["validation"].rows
+        lines.insert(
+            0,
+            f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
+            f"{data.seed} (data.validation names no file)",
+        )
+    return lines

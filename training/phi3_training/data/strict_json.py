@@ -32,6 +32,19 @@ class StrictJson:
             return None, [_unreadable("it holds a number with thousands of digits")]
         return value, self._problems
 
+    def read_at(self, text: str, place: int) -> tuple[Any, list[Problem], int | None]:
+        """The value that starts at a place, and where it ends; None where there is none whole."""
+        self._problems = []
+        try:
+            value, end = self._decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            return None, [_broken(text, error)], None
+        except RecursionError:
+            return None, [_unreadable("its brackets are nested too deeply")], None
+        except ValueError:  # an integer with more digits than Python converts
+            return None, [_unreadable("it holds a number with thousands of digits")], None
+        return value, self._problems, end
+
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) != len(pairs):

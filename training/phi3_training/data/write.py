@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Set as AbstractSet
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from .conversation import Conversation
+import numpy as np
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode
+from .arrays import U8
+from .table import Span, Table
+
+_AHEAD = 2  # spans of 1 MB that are read before they are written
 
 
 class RowWriter:
@@ -41,26 +45,42 @@ class RowWriter:
         """Of what was written so far."""
         return self._hash.hexdigest()
 
-    def write(self, conversation: Conversation) -> None:
-        """Add a conversation."""
-        self.write_line(_encode(conversation.to_dict()).encode("utf-8") + b"\n")
-
-    def write_line(self, line: bytes) -> None:
-        """Add a line that was written by `write` before."""
-        self._stream.write(line)
-        self._hash.update(line)
-        self.rows += 1
+    def write(self, data: bytes, rows: int, hashing: Executor) -> None:
+        """Add whole lines; their hash is taken beside, as it takes as long as the writing."""
+        if rows:
+            hashed = hashing.submit(self._hash.update, data)
+            self._stream.write(data)
+            self.rows += rows
+            hashed.result()
 
 
-def divide(
-    whole: Path, chosen: AbstractSet[int], rest_path: Path, chosen_path: Path
-) -> tuple[RowWriter, RowWriter]:
-    """Copy a written file's lines into two files: the rest, and those with a chosen number."""
-    with (
-        whole.open("rb") as lines,
-        RowWriter(rest_path) as rest,
-        RowWriter(chosen_path) as taken,
-    ):
-        for number, line in enumerate(lines):
-            (taken if number in chosen else rest).write_line(line)
-    return rest, taken
+Lines = list[tuple[int, bytes, int]]  # number of the writer, lines, how many
+
+
+def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> None:
+    """Copy each row to the writer that its number in `target` names; 0 is none.
+
+    One thread reads and sorts ahead and one hashes while this one writes.
+    """
+
+    def sorted_lines(span: Span) -> Lines:
+        texts, wanted = table.texts(span), target[span.rows]
+        found = []
+        for number in writers:
+            chosen = [texts[place] for place in np.flatnonzero(wanted == number).tolist()]
+            found.append((number, b"\n".join([*chosen, b""]), len(chosen)))
+        return found
+
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as hashing:
+        waiting: deque[Future[Lines]] = deque()
+        for span in table.spans(np.flatnonzero(target)):
+            waiting.append(ahead.submit(sorted_lines, span))
+            if len(waiting) > _AHEAD:
+                _write(waiting.popleft().result(), writers, hashing)
+        for last in waiting:
+            _write(last.result(), writers, hashing)
+
+
+def _write(lines: Lines, writers: Mapping[int, RowWriter], hashing: Executor) -> None:
+    for number, data, rows in lines:
+        writers[number].write(data, rows, hashing)

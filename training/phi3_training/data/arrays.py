@@ -1,0 +1,21 @@
+"""Names for the kinds of arrays, and a mixer of 64-bit numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def mixed(values: U64) -> U64:
+    """Numbers whose every bit hangs on every bit of the given ones (splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * _ODD[0]
+    values = (values ^ (values >> np.uint64(27))) * _ODD[1]
+    return values ^ (values >> np.uint64(31))
