@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from typing import Any
 
 from .. import console
 from ..errors import UsageError
 from ..finetune.adapters import list_adapters
-from ..journey import Journey, finished, go
+from ..journey import Journey, finished
+from ..memory import of_size
 from ..run import Run
 from ..stages import STAGES
 from ..targets import get_target
-from .common import add_adapter, add_allow, add_command, add_force, add_recipe, all_runs, journey_of
+from .common import (
+    add_adapter,
+    add_allow,
+    add_command,
+    add_force,
+    add_recipe,
+    all_runs,
+    go_where_it_fits,
+    journey_of,
+)
 from .summary import show_summary
 
 
@@ -39,6 +50,15 @@ def register(subparsers: Any) -> None:
         run_plan,
     )
     add_recipe(plan)
+    plan.add_argument(
+        "--device-gb",
+        type=_size,
+        metavar="GB",
+        help="plan for a GPU of this size instead",
+    )
+    plan.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="kind of that device (cuda)"
+    )
     add_command(
         subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
     )
@@ -54,7 +74,7 @@ def run_up(args: argparse.Namespace) -> int:
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
     os.environ.pop("PHI3_ENDPOINT", None)
     with journey.run.lock():
-        go(journey, STAGES, again=_stages_named(args.again))
+        go_where_it_fits(journey, STAGES, again=_stages_named(args.again))
     if args.output == "json":
         console.print_json(_state(journey.run))
     else:
@@ -74,9 +94,10 @@ def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
     todo = [stage.title for stage in STAGES if not _is_done(journey, stage.manifest)]
-    lines = journey.target.plan(journey.recipe, journey.run)
+    device = of_size(args.device_gb, args.device) if args.device_gb else None
+    lines = journey.target.plan(journey.recipe, journey.run, device)
     if args.output == "json":
-        plan = [{"stage": line.stage, "text": line.text, "stops": line.stops} for line in lines]
+        plan = [asdict(line) for line in lines]
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
     else:
         console.out.print(f"Run folder: {journey.run.path}", markup=False)
@@ -85,6 +106,14 @@ def run_plan(args: argparse.Namespace) -> int:
             mark = "STOPS" if line.stops else "     "
             console.out.print(f"  {mark} {line.stage:<10} {line.text}", markup=False)
     return 1 if any(line.stops for line in lines) else 0
+
+
+def _size(text: str) -> float:
+    """A size in gigabytes, more than none."""
+    size = float(text)
+    if not 0 < size < 1e6:
+        raise ValueError(text)
+    return size
 
 
 def _is_done(journey: Journey, manifest: str) -> bool:

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..journey import go
 from ..run import Run
 from ..stages import stages_until
-from .common import add_adapter, add_allow, add_command, add_force, add_recipe, journey_of
+from .common import (
+    add_adapter,
+    add_allow,
+    add_command,
+    add_force,
+    add_recipe,
+    go_where_it_fits,
+    journey_of,
+)
 from .searching import run_search
 from .summary import show_comparison
 
@@ -55,7 +62,7 @@ def run_stage(args: argparse.Namespace) -> int:
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
-        go(journey, stages_until(manifest))
+        go_where_it_fits(journey, stages_until(manifest))
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":
