@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from phi3_training.cli import main
-from phi3_training.commands.common import go_where_it_fits
 from phi3_training.errors import StageError
-from phi3_training.journey import Journey, Stage
-from phi3_training.memory import MemoryLine, memory_plan, of_size
-from phi3_training.memory.advise import changed
+from phi3_training.journey import Journey, Stage, go, refuse_unfit
+from phi3_training.memory import memory_plan, of_size
+from phi3_training.memory.config import KNOWN
+from phi3_training.memory.levers import changed
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.targets import PlanLine
@@ -33,13 +33,14 @@ def recipe(**finetune: Any) -> Recipe:
     )
 
 
-def line(plan: list[MemoryLine], stage: str) -> MemoryLine:
+def line(plan: list[PlanLine], stage: str) -> PlanLine:
     return next(line for line in plan if line.stage == stage)
 
 
 def test_large_gpu_takes_everything() -> None:
     plan = memory_plan(recipe(), of_size(80))
-    assert [line.stops for line in plan] == [False, False, False]
+    assert [x.stage for x in plan] == ["finetune", "evaluate", "deploy", "memory"]
+    assert not any(x.stops for x in plan)
     assert "our table" in line(plan, "finetune").text
 
 
@@ -132,8 +133,8 @@ def test_plan_of_the_tiny_recipe_fits_here(
 ) -> None:
     assert main(["plan", "--runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "finetune   memory" in shown
-    assert "evaluate   memory" in shown
+    assert "finetune   fits" in shown
+    assert "evaluate   fits; memory" in shown
 
 
 @pytest.mark.parametrize("command", ["up", "train"])
@@ -144,41 +145,112 @@ def test_up_and_train_refuse_before_anything_is_done(
     words = ["finetune.per_device_train_batch_size=8192", "finetune.gradient_checkpointing=false"]
     assert main([command, "--runs", str(tmp_path), MINI_RECIPE, *words]) == 1
     told = capsys.readouterr().err
-    assert "nothing was begun" in told
+    assert "Nothing was begun" in told
     assert "finetune.gradient_checkpointing=true" in told
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_no_plan_begins_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then fails at what comes first: here weights that are not there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [f"model.name_or_path={hub_folder(tmp_path)}", "data.max_length=4096",
+             "finetune.per_device_train_batch_size=8192"]  # fmt: skip
+    command = ["train", "--runs", str(tmp_path / "runs"), MINI_RECIPE, *words]
+    assert main(command) == 1
+    assert "does not fit" in capsys.readouterr().err
+    assert main([*command, "--no-plan"]) == 1
+    assert "holds no weights" in capsys.readouterr().err
+
+
+def hub_folder(folder: Path) -> Path:
+    """A folder as a hub's, with nothing but the config."""
+    made = folder / "hub"
+    made.mkdir()
+    content = {**KNOWN["microsoft/Phi-3-mini-4k-instruct"], "architectures": ["Phi3ForCausalLM"]}
+    (made / "config.json").write_text(json.dumps(content))
+    return made
+
+
+def test_config_alone_suffices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", MINI_RECIPE, f"model.name_or_path={hub_folder(tmp_path)}", "--device-gb=24"]
+    assert main([*words, "--runs", str(tmp_path / "runs")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3,821.1 M weights by" in shown
+    assert "hub/config.json" in shown
+    assert "not measured on a GPU yet" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["--device", "cpu"], ["--device-gb", "none"]])
+def test_half_a_device_is_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    try:
+        status = main(["plan", "--runs", str(tmp_path), *words])
+    except SystemExit as error:  # argparse's own way
+        status = int(error.code or 0)
+    assert status == 2
+    assert "such as 24" in capsys.readouterr().err or words[0] == "--device"
 
 
 class Crowded:
     """A target without room for one stage."""
 
     def __init__(self, stage: str) -> None:
-        self._stage = stage
+        self.stage = stage
 
     def plan(self, *_: object) -> list[PlanLine]:
-        return [PlanLine(self._stage, "too large; lower x=1", stops=True)]
+        return [PlanLine(self.stage, "too large; lower x=1", stops=True)]
 
 
-@pytest.mark.parametrize("stage", ["first", "second", "other"])
-def test_only_stages_to_be_done_are_refused(tmp_path: Path, stage: str) -> None:
-    done: list[str] = []
+@pytest.fixture
+def crowded(tmp_path: Path) -> Journey:
+    """A journey whose target has no room for the evaluation."""
+    target: Any = Crowded("evaluate")
+    return Journey(Recipe.model_construct(name="toy"), Run.open(tmp_path / "r"), target, tmp_path)
 
-    def toy(name: str) -> Stage:
-        def work(_journey: Journey) -> dict[str, Any]:
-            done.append(name)
-            return {}
 
-        return Stage(name, name, (), lambda _: 0, work, str)
+def stage(title: str) -> Stage:
+    return Stage(title, title, (), lambda _: 0, lambda _: {}, lambda _: "done")
 
-    stages = (toy("first"), toy("second"))
-    run, target = Run.open(tmp_path / "toy"), Crowded(stage)
-    journey = Journey(Recipe.model_construct(name="toy"), run, target, tmp_path)  # type: ignore[arg-type]
-    if stage == "other":
-        go_where_it_fits(journey, stages)
-        assert done == ["first", "second"]
-        journey.target = Crowded("first")  # type: ignore[assignment]
-        go_where_it_fits(journey, stages)  # all is done already: there is nothing to refuse
-        return
-    with pytest.raises(StageError, match="too large; lower x=1"):
-        go_where_it_fits(journey, stages)
-    assert not done
+
+def test_stage_to_be_done_is_refused(crowded: Journey) -> None:
+    with pytest.raises(StageError, match=r"evaluate: too large; lower x=1[\s\S]*--no-plan"):
+        refuse_unfit(crowded, [stage("finetune"), stage("evaluate")])
+    crowded.no_plan = True
+    refuse_unfit(crowded, [stage("finetune"), stage("evaluate")])
+
+
+def test_other_stages_are_not_refused(crowded: Journey) -> None:
+    refuse_unfit(crowded, [stage("finetune")])
+
+
+def test_what_is_done_is_not_refused_unless_it_is_done_again(crowded: Journey) -> None:
+    stages = [stage("finetune"), stage("evaluate"), stage("ask")]
+    go(crowded, stages[:2])
+    refuse_unfit(crowded, stages)
+    with pytest.raises(StageError, match="too large"):
+        refuse_unfit(crowded, stages, again=frozenset({"evaluate"}))
+
+
+def test_processes_of_a_cpu_share_its_memory() -> None:
+    one, two = (
+        line(memory_plan(recipe(num_processes=n), of_size(64, "cpu")), "finetune") for n in (1, 2)
+    )
+    assert two.details["bytes"] > 1.9 * one.details["bytes"]
+    assert "in each of 2 processes" in two.text
+    alone, beside = (
+        line(memory_plan(recipe(num_processes=n), of_size(24)), "finetune") for n in (1, 2)
+    )
+    # each has a GPU of its own, and what it exchanges
+    assert beside.details["parts"]["exchange"] == alone.details["parts"]["gradients"]
+
+
+def test_conversion_that_cannot_be_done_is_refused_with_its_lever() -> None:
+    start = changed(recipe(), {"serve.precision": "int4", "serve.engine": "ort-genai"})
+    lines = memory_plan(start, of_size(16, "cpu"))
+    (refused,) = [x for x in lines if x.details.get("phase") == "convert"]
+    assert refused.stops
+    assert refused.text.endswith("serve.engine=transformers")

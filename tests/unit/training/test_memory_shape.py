@@ -49,8 +49,8 @@ def test_table_gives_the_published_number_of_weights(name: str, published: int) 
 
 
 def test_tiny_is_read_from_the_recipe() -> None:
-    shape = shape_of(recipe(vocab_size=400, hidden_size=32, intermediate_size=48))
-    assert (shape.vocab, shape.hidden, shape.head_dim, shape.context) == (400, 32, 8, 512)
+    shape = shape_of(recipe(vocab_size=400, hidden_size=64, intermediate_size=96))
+    assert (shape.vocab, shape.hidden, shape.head_dim, shape.context) == (400, 64, 16, 512)
     assert shape.source == "the recipe's base section"
 
 

@@ -36,6 +36,43 @@ def test_full_training_holds_sixteen_bytes_a_weight() -> None:
     assert fixed == 16 * MINI.parameters
 
 
+def test_phi3_mini_by_hand() -> None:
+    """32 layers, hidden 3072, MLP 8192, 32064 words: figures that can be worked out on paper."""
+    layer = 3072 * 9216 + 3072 * 3072 + 3072 * 16384 + 8192 * 3072
+    words_and_norms = 2 * 32064 * 3072 + 65 * 3072
+    assert MINI.parameters == 32 * layer + words_and_norms == 3_821_079_552
+    assert weight_bytes(MINI, GPU) == 7_642_159_104  # the published files: 7.64 GB
+    # r = 16 beside all matrices: the 25.2 M that peft reports for this model
+    assert gradient_bytes(MINI, replace(GPU, lora_r=16)) == 4 * 25_165_824
+    assert optimiser_bytes(MINI, replace(GPU, lora_r=16)) == 8 * 25_165_824
+    # transformers' get_memory_footprint() of the 4-bit model is 2206.347264 MB: with 6,144 bytes
+    # of rotary tables, and without the constants of each block of 64 weights
+    constants = 32 * layer * (1 / 64 + 4 / (64 * 256))
+    four = weight_bytes(MINI, replace(GPU, method="qlora"))
+    assert four == 2_206_347_264 - 6_144 + constants
+    assert MINI.kv_per_token * 2 == 393_216  # so 4,096 tokens of one conversation take 1.5 GiB
+
+
+def test_phi3_mini_activations_by_hand() -> None:
+    """One row of 2,048 tokens, bf16 LoRA: what each token keeps of a layer.
+
+    h = 3072, i = 8192; in two bytes: both norms' outputs 2h, qkv 3h, rotated q and k 2h,
+    attention's output h, and 4i of the MLP; in four: both norms' inputs; and r for each matrix.
+    """
+    work = replace(GPU, batch=1, tokens=2048, lora_r=16)
+    token = 2 * (8 * 3072 + 4 * 8192 + 4 * 16) + 4 * 2 * 3072
+    assert layer_bytes(MINI, work) == 2048 * token
+    ends = 2048 * 3072 * 8
+    assert activation_bytes(MINI, work) == 32 * 2048 * token + ends
+    kept = replace(work, checkpointing=True)
+    assert activation_bytes(MINI, kept) == 32 * 2048 * 3072 * 2 + ends
+
+
+def test_float16_needs_adapters_of_float32() -> None:
+    half, full = (replace(GPU, method="qlora", float16=n) for n in (False, True))
+    assert gradient_bytes(MINI, full) == 2 * gradient_bytes(MINI, half)
+
+
 def test_lora_learns_r_times_both_sides_and_dora_the_lengths_as_well() -> None:
     sides = 128 + 384 + 128 + 128 + 128 + 512 + 256 + 128
     assert gradient_bytes(SMALL, replace(CPU, lora_r=8)) == 2 * 8 * sides * 4

@@ -1,4 +1,4 @@
-"""What the commands share: options, which recipe and run they mean, how stages are done."""
+"""What the commands share: their common options, and which recipe and run they mean."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ..errors import StageError, UsageError
-from ..journey import RECIPE_FILE, Journey, Stage, finished, go
+from ..errors import UsageError
+from ..journey import RECIPE_FILE, Journey
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
 from ..targets import get_target
@@ -78,6 +78,13 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_plan(parser: argparse.ArgumentParser) -> None:
+    """--no-plan past what the plan refuses."""
+    parser.add_argument(
+        "--no-plan", action="store_true", help="begin even what the plan says cannot fit"
+    )
+
+
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """--adapter NAME: which of a run's adapters is meant."""
     parser.add_argument(
@@ -92,29 +99,10 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     recipe = recipe_of([*args.words, *from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
     run = Run.open(path) if make_run else Run(path)
-    return Journey(recipe, run, target, find(FLOW), force=getattr(args, "force", False))
-
-
-def go_where_it_fits(
-    journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()
-) -> None:
-    """Do the stages; nothing is begun when the plan says that one to be done must stop.
-
-    Raises StageError with what stops it and the key that mends it.
-    """
-    open_stages = [
-        number
-        for number, stage in enumerate(stages)
-        if stage.manifest in again or finished(journey, stage) is None
-    ]
-    to_do = {stage.title for stage in stages[min(open_stages, default=len(stages)) :]}
-    if to_do:
-        lines = journey.target.plan(journey.recipe, journey.run)
-        stops = [line for line in lines if line.stops and line.stage in to_do]
-        if stops:
-            listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
-            raise StageError(f"This would not end well, so nothing was begun:\n{listed}")
-    go(journey, stages, again=again)
+    journey = Journey(recipe, run, target, find(FLOW))
+    journey.force = getattr(args, "force", False)
+    journey.no_plan = getattr(args, "no_plan", False)
+    return journey
 
 
 def from_options(args: argparse.Namespace) -> list[str]:

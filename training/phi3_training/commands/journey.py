@@ -10,8 +10,9 @@ from typing import Any
 from .. import console
 from ..errors import UsageError
 from ..finetune.adapters import list_adapters
-from ..journey import Journey, finished
-from ..memory import of_size
+from ..journey import Journey, finished, go, refuse_unfit
+from ..memory import memory_plan, of_size
+from ..planning import PlanLine
 from ..run import Run
 from ..stages import STAGES
 from ..targets import get_target
@@ -20,9 +21,9 @@ from .common import (
     add_allow,
     add_command,
     add_force,
+    add_no_plan,
     add_recipe,
     all_runs,
-    go_where_it_fits,
     journey_of,
 )
 from .summary import show_summary
@@ -42,6 +43,7 @@ def register(subparsers: Any) -> None:
     add_adapter(up)
     add_allow(up)
     add_force(up)
+    add_no_plan(up)
     plan = add_command(
         subparsers,
         "plan",
@@ -54,10 +56,10 @@ def register(subparsers: Any) -> None:
         "--device-gb",
         type=_size,
         metavar="GB",
-        help="plan for a GPU of this size instead",
+        help="memory only, on a GPU of this size instead of this machine",
     )
     plan.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="kind of that device (cuda)"
+        "--device", choices=("cuda", "cpu"), help="kind of that device (default: cuda)"
     )
     add_command(
         subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
@@ -74,7 +76,9 @@ def run_up(args: argparse.Namespace) -> int:
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
     os.environ.pop("PHI3_ENDPOINT", None)
     with journey.run.lock():
-        go_where_it_fits(journey, STAGES, again=_stages_named(args.again))
+        again = _stages_named(args.again)
+        refuse_unfit(journey, STAGES, again=again)
+        go(journey, STAGES, again=again)
     if args.output == "json":
         console.print_json(_state(journey.run))
     else:
@@ -94,8 +98,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
     todo = [stage.title for stage in STAGES if not _is_done(journey, stage.manifest)]
-    device = of_size(args.device_gb, args.device) if args.device_gb else None
-    lines = journey.target.plan(journey.recipe, journey.run, device)
+    lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
     if args.output == "json":
         plan = [asdict(line) for line in lines]
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
@@ -108,11 +111,23 @@ def run_plan(args: argparse.Namespace) -> int:
     return 1 if any(line.stops for line in lines) else 0
 
 
+def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
+    """What a device that is not here would hold; nothing where no such one is named."""
+    if args.device_gb is not None:
+        return memory_plan(journey.recipe, of_size(args.device_gb, args.device or "cuda"))
+    if args.device is not None:
+        raise UsageError("--device says what kind --device-gb is; add e.g. --device-gb 24")
+    return []
+
+
 def _size(text: str) -> float:
     """A size in gigabytes, more than none."""
-    size = float(text)
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
     if not 0 < size < 1e6:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected gigabytes such as 24, got {text!r}")
     return size
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..journey import go, refuse_unfit
 from ..run import Run
 from ..stages import stages_until
 from .common import (
@@ -14,8 +15,8 @@ from .common import (
     add_allow,
     add_command,
     add_force,
+    add_no_plan,
     add_recipe,
-    go_where_it_fits,
     journey_of,
 )
 from .searching import run_search
@@ -43,6 +44,7 @@ def register(subparsers: Any) -> None:
         )
         add_recipe(parser)
         add_adapter(parser)
+        add_no_plan(parser)
         if name == "train":
             add_allow(parser)
             parser.add_argument(
@@ -62,7 +64,8 @@ def run_stage(args: argparse.Namespace) -> int:
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
-        go_where_it_fits(journey, stages_until(manifest))
+        refuse_unfit(journey, stages_until(manifest))
+        go(journey, stages_until(manifest))
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":

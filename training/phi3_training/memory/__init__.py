@@ -5,7 +5,7 @@ Reads a recipe and, at most, a config.json; loads neither torch nor weights for 
 
 from __future__ import annotations
 
-from .advise import MemoryLine, memory_plan
-from .device import Device, of_size
+from .advise import memory_plan
+from .device import Device, of_size, this_device
 
-__all__ = ["Device", "MemoryLine", "memory_plan", "of_size"]
+__all__ = ["Device", "memory_plan", "of_size", "this_device"]

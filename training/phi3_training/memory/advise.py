@@ -1,293 +1,158 @@
-"""Decides whether a recipe fits a device, what to change where it does not, and what fits best.
+"""The memory lines of a plan: what fits a device, what does not and what to change, what is better.
 
 Reads a recipe and the device's memory; the lines it returns are those of `phi3 plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
+from ..planning import PlanLine
 from ..recipe import Recipe
 from ..serve.choice import choose_engine
 from .config import ModelShape, UnknownShapeError, shape_of
-from .device import GIB, Device, gib, this_device, this_ram
-from .inference import evaluate_phase, row_bytes, save_phase, serve_phase
-from .training import FLOAT32, Phase, compute_bytes, step_phase, work_of
+from .device import Device, gib, this_ram
+from .inference import convert_phase, row_bytes, serve_phase
+from .levers import changed, cure, difference, most_sparing, proposal, words
+from .needs import Need, evaluation_need, halves, length, loading_need, training_need
+from .training import compute_bytes
 
-Changes = Mapping[str, Any]
-
-# Python, torch, transformers, TRL and peft, loaded: measured on Linux (benchmarks/memory_plan.py).
-LIBRARIES = 600 * 2**20
-# CUDA's own context and its libraries' workspace; a round figure, not measured by this project.
-CUDA_CONTEXT = GIB
-# What allocators lose between pieces; less room than this is called tight.
-MARGIN = 0.05
-_SHORTEST = 256
-_LADDER = {
-    "full": ("full", "lora", "qlora"),
-    "dora": ("dora", "lora", "qlora"),
-    "lora": ("lora", "qlora"),
-    "qlora": ("qlora",),
-}
+_EVAL_BATCH = "evaluate.per_device_eval_batch_size"
 
 
-@dataclass(frozen=True)
-class MemoryLine:
-    """A line of the plan: the stage it is about, and whether it stops that stage."""
-
-    stage: str
-    text: str
-    stops: bool = False
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-def memory_plan(recipe: Recipe, device: Device | None = None) -> list[MemoryLine]:
-    """The lines for `device`, or for this machine: training, evaluation, serving."""
-    planned = device or this_device()
+def memory_plan(recipe: Recipe, device: Device) -> list[PlanLine]:
+    """The lines for training, evaluation and serving on `device`."""
     try:
         shape = shape_of(recipe)
     except UnknownShapeError as error:
-        return [MemoryLine("finetune", f"memory is not predicted: {error}")]
-    lines = [_training(recipe, shape, planned), _evaluation(recipe, shape, planned)]
-    if planned.kind == "cuda" and device is None:
-        lines.append(_loading(recipe, shape, planned))
+        return [PlanLine("finetune", f"memory is not predicted: {error}")]
+    lines = [_training(recipe, shape, device)]
+    if device.kind == "cuda" and device.is_here:
+        lines.append(_loading(recipe, shape, device))
+    lines.append(_evaluation(recipe, shape, device))
     if recipe.serve.engine != "upstream":
-        lines.append(_serving(recipe, shape, planned, elsewhere=device is not None))
+        lines += _serving(recipe, shape, device)
+    if device.kind == "cuda":
+        lines.append(
+            PlanLine("memory", "a GPU's figures are calculated, not measured on a GPU yet")
+        )
     return lines
 
 
-def _training(recipe: Recipe, shape: ModelShape, device: Device) -> MemoryLine:
+def _training(recipe: Recipe, shape: ModelShape, device: Device) -> PlanLine:
     if recipe.finetune.method == "qlora" and device.kind != "cuda":
         text = f"qlora needs a CUDA GPU, and this plan is for {device.name}: finetune.method=lora"
-        return MemoryLine("finetune", text, stops=True)
-    phase = _higher(_training_phases(recipe, shape, device))
+        return PlanLine("finetune", text, stops=True)
+    need = training_need(recipe, shape, device)
     model = f"{shape.parameters / 1e6:,.1f} M weights by {shape.source}"
-    rows = f"rows of data.max_length={_length(recipe, shape)} tokens"
-    text = f"{_needs(phase, device)} for {rows}, {model}"
-    proposed = _first_fit(_best(recipe), recipe, shape, device, 1 + MARGIN)
-    details = _details(phase, shape, device) | {"proposal": dict(proposed or {})}
-    if _fits(phase, device):
-        if proposed and _changed(recipe, proposed):
-            text += f". Fits; better: {_words(_changed(recipe, proposed))}"
-        else:
-            text += ". Fits" if proposed else ". Fits, but tightly"
-        return MemoryLine("finetune", text, details=details)
-    cure = _first_fit(_sparing(recipe, device), recipe, shape, device)
-    details["change"] = dict(_changed(recipe, cure or {}))
-    text += _too_much(phase, device)
-    return MemoryLine("finetune", text + _cure(cure, recipe, shape, device), True, details)
+    text = f"{need} for rows of data.max_length={length(recipe, shape)} tokens, {model}"
+    best = proposal(recipe, shape, device)
+    details = _details(need, shape) | {"proposal": dict(best or {})}
+    if need.fits:
+        better = difference(recipe, best or {})
+        remark = f"; better: {words(better)}" if better else "" if best else ", but tightly"
+        return PlanLine("finetune", f"fits{remark}; {text}", details=details)
+    found = cure(recipe, shape, device)
+    details["change"] = dict(difference(recipe, found or {}))
+    mend = _cure(found, recipe, shape, device)
+    return PlanLine("finetune", f"does not fit: {text}. {need.too_much}. {mend}", True, details)
 
 
-def _loading(recipe: Recipe, shape: ModelShape, device: Device) -> MemoryLine:
-    """The RAM beside a GPU: weights pass through it, and a QLoRA adapter is merged there."""
-    full = recipe.finetune.method == "full"
-    size = (FLOAT32 if full else compute_bytes(recipe, device)) * shape.parameters
-    ram = this_ram()
-    phase = Phase("load", {"weights on their way to the GPU": size, "libraries": LIBRARIES})
-    text = f"memory {gib(phase.total)} of RAM for weights on their way to the GPU"
-    if phase.total > ram.available:
-        text += f". Too much by {gib(phase.total - ram.available)}: {ram.where}"
-        return MemoryLine("finetune", text, stops=True)
-    return MemoryLine("finetune", text + ". Fits")
-
-
-def _evaluation(recipe: Recipe, shape: ModelShape, device: Device) -> MemoryLine:
-    phase = _evaluate_phase(recipe, shape, device)
-    details = _details(phase, shape, device)
-    text = _needs(phase, device) + ", one model after the other"
-    if _fits(phase, device):
-        return MemoryLine("evaluate", text + ". Fits", details=details)
-    text += _too_much(phase, device)
-    size = recipe.evaluate.per_device_eval_batch_size
-    key = "evaluate.per_device_eval_batch_size"
-    for fewer in _halves(size, 1):
-        smaller = _evaluate_phase(changed(recipe, {key: fewer}), shape, device)
-        if _fits(smaller, device):
-            text += (
-                f". It fits ({gib(_whole(smaller, device))}) with {key}={fewer}, or with a lower "
-            )
-            text += "data.max_length, if your chats are shorter than that"
-            return MemoryLine("evaluate", text, True, {**details, "change": {key: fewer}})
-    least = _evaluate_phase(changed(recipe, {key: 1}), shape, device)
-    text += f". Even one row at a time needs {gib(_whole(least, device))}: take a larger device"
-    return MemoryLine("evaluate", text, True, details)
-
-
-def _serving(recipe: Recipe, shape: ModelShape, device: Device, *, elsewhere: bool) -> MemoryLine:
-    engine = recipe.serve.engine
-    if engine == "auto":
-        engine = choose_engine("auto")[0] if not elsewhere else "ort-genai"
-        engine = "transformers" if device.kind == "cuda" else engine
-    compute = compute_bytes(recipe, device)
-    tokens = min(shape.context, _length(recipe, shape) + recipe.serve.max_new_tokens)
-    phase = serve_phase(shape, recipe.serve.precision, engine, compute, tokens)
-    details = _details(phase, shape, device)
-    text = f"{_needs(phase, device)} with one conversation of {tokens:,} tokens"
-    # The endpoint starts when training has ended, so what is in use now does not count.
-    short = _whole(phase, device) - device.total
-    if short > 0:
-        text += f", {gib(short)} more than {device.name} has"
-        precise = recipe.serve.precision == "fp32" and engine == "ort-genai"
-        text += ": serve.precision=int4" if precise else ": take a larger device"
-        return MemoryLine("deploy", text, True, details)
-    row = row_bytes(shape, engine, compute, tokens)
-    room = 1 + max(0, device.available - _whole(phase, device)) // row
-    wanted = recipe.serve.max_concurrent_requests_per_instance
-    text += f"; room for {min(room, wanted)} of {wanted} such at once"
-    return MemoryLine("deploy", text, details=details | {"conversations": int(room)})
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with `section.key` changed."""
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        inner = getattr(recipe, section).model_copy(update={name: value})
-        recipe = recipe.model_copy(update={section: inner})
-    return recipe
-
-
-def _sparing(recipe: Recipe, device: Device) -> Iterator[Changes]:
-    """Settings from the recipe's own to the most sparing, each with the same batch per step."""
-    settings = recipe.finetune
-    methods = [m for m in _LADDER[settings.method] if m != "qlora" or device.kind == "cuda"]
-    lengths = (recipe.data.max_length, *_halves(recipe.data.max_length, _SHORTEST))
-    checkpointing = sorted({settings.gradient_checkpointing, True})
-    step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    sizes = [n for n in _divisors(step) if n <= settings.per_device_train_batch_size]
-    for length, method, kept, size in product(lengths, methods, checkpointing, sizes):
-        yield _setting(size, step, kept) | {"finetune.method": method, "data.max_length": length}
-
-
-def _best(recipe: Recipe) -> Iterator[Changes]:
-    """Settings from the fastest on: large batches, nothing computed twice."""
-    settings = recipe.finetune
-    step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    for kept, size in product((False, True), _divisors(step)):
-        yield _setting(size, step, kept)
-
-
-def _setting(size: int, step: int, checkpointing: bool) -> dict[str, Any]:
-    return {
-        "finetune.per_device_train_batch_size": size,
-        "finetune.gradient_accumulation_steps": step // size,
-        "finetune.gradient_checkpointing": checkpointing,
-    }
-
-
-def _first_fit(
-    settings: Iterator[Changes],
-    recipe: Recipe,
-    shape: ModelShape,
-    device: Device,
-    margin: float = 1.0,
-) -> Changes | None:
-    for changes in settings:
-        phase = _higher(_training_phases(changed(recipe, changes), shape, device))
-        if _whole(phase, device) * margin <= device.available:
-            return changes
-    return None
-
-
-def _changed(recipe: Recipe, changes: Changes) -> Changes:
-    """Those that differ from the recipe."""
-    now = recipe.model_dump()
-    pairs = ((key, value, *key.partition(".")[::2]) for key, value in changes.items())
-    return {key: value for key, value, section, name in pairs if now[section][name] != value}
-
-
-def _cure(cure: Changes | None, recipe: Recipe, shape: ModelShape, device: Device) -> str:
-    if cure is not None:
-        phase = _higher(_training_phases(changed(recipe, cure), shape, device))
-        words = _words(_changed(recipe, cure))
-        return f". It fits ({gib(_whole(phase, device))}) with {words}"
-    *_, most = _sparing(recipe, device)
-    phase = _higher(_training_phases(changed(recipe, most), shape, device))
+def _cure(found: Any, recipe: Recipe, shape: ModelShape, device: Device) -> str:
+    if found is not None:
+        need = training_need(changed(recipe, found), shape, device)
+        return f"It fits ({gib(need.total)}) with {words(difference(recipe, found))}"
+    most, need = most_sparing(recipe, shape, device)
     return (
-        f". Even the most sparing setting ({_words(_changed(recipe, most)) or 'this one'}) needs "
-        f"{gib(_whole(phase, device))}: take a larger device or a smaller model"
+        f"Even the most sparing setting ({words(most) or 'this one'}) needs "
+        f"{gib(need.total)}: take a larger device or a smaller model"
     )
 
 
-def _training_phases(recipe: Recipe, shape: ModelShape, device: Device) -> tuple[Phase, ...]:
-    work = work_of(recipe, shape, device)
-    if work.method == "qlora":  # merged in RAM, see _loading
-        return (step_phase(shape, work),)
-    return step_phase(shape, work), save_phase(shape, work)
+def _loading(recipe: Recipe, shape: ModelShape, gpu: Device) -> PlanLine:
+    need = loading_need(recipe, shape, gpu, this_ram())
+    if need.fits:
+        return PlanLine("finetune", f"fits: {need} of RAM", details=_details(need, shape))
+    text = f"does not fit: {need} of RAM. {need.too_much}"
+    return PlanLine("finetune", text, True, _details(need, shape))
 
 
-def _evaluate_phase(recipe: Recipe, shape: ModelShape, device: Device) -> Phase:
-    return evaluate_phase(
-        shape,
-        work_of(recipe, shape, device),
-        at_once=recipe.evaluate.per_device_eval_batch_size,
-        new_tokens=recipe.evaluate.max_new_tokens,
+def _evaluation(recipe: Recipe, shape: ModelShape, device: Device) -> PlanLine:
+    need = evaluation_need(recipe, shape, device)
+    details = _details(need, shape)
+    text = f"{need}, one model after the other"
+    if need.fits:
+        return PlanLine("evaluate", f"fits; {text}", details=details)
+    text = f"does not fit: {text}. {need.too_much}"
+    for fewer in halves(recipe.evaluate.per_device_eval_batch_size, 1):
+        smaller = evaluation_need(changed(recipe, {_EVAL_BATCH: fewer}), shape, device)
+        if smaller.fits:
+            text += (
+                f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}, or with a lower "
+                "data.max_length, if your chats are shorter than that"
+            )
+            return PlanLine("evaluate", text, True, {**details, "change": {_EVAL_BATCH: fewer}})
+    least = evaluation_need(changed(recipe, {_EVAL_BATCH: 1}), shape, device)
+    text += (
+        f". Even one row at a time needs {gib(least.total)}: take a larger device, or a lower "
+        "data.max_length, if your chats are shorter than that"
     )
+    return PlanLine("evaluate", text, True, details)
 
 
-def _higher(phases: tuple[Phase, ...]) -> Phase:
-    return max(phases, key=lambda phase: phase.total)
+def _serving(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine]:
+    """The endpoint starts when training has ended, so what is in use now does not count."""
+    engine, precision = _engine(recipe, device), recipe.serve.precision
+    compute = compute_bytes(recipe, device)
+    tokens = min(shape.context, length(recipe, shape) + recipe.serve.max_new_tokens)
+    need = Need(serve_phase(shape, precision, engine, compute, tokens), device)
+    details = _details(need, shape)
+    text = f"{need} with one conversation of {tokens:,} tokens"
+    lines = []
+    if engine == "ort-genai":
+        lines += _conversion(recipe, shape, device)
+    if need.total > device.total:
+        short = gib(need.total - device.total)
+        lever = "take a larger device"
+        if precision == "fp32" and engine == "ort-genai":
+            lever = "serve.precision=int4"
+        text = f"does not fit: {text}, {short} more than {device.name} has: {lever}"
+        return [*lines, PlanLine("deploy", text, True, details)]
+    row = row_bytes(shape, engine, compute, tokens)
+    room = 1 + max(0, device.available - need.total) // row
+    wanted = recipe.serve.max_concurrent_requests_per_instance
+    text = f"fits; {text}; room for {min(room, wanted)} of {wanted} such at once"
+    return [*lines, PlanLine("deploy", text, details=details | {"conversations": int(room)})]
 
 
-def _overhead(device: Device) -> int:
-    return CUDA_CONTEXT if device.kind == "cuda" else LIBRARIES
-
-
-def _whole(phase: Phase, device: Device) -> int:
-    return phase.total + _overhead(device)
-
-
-def _fits(phase: Phase, device: Device) -> bool:
-    return _whole(phase, device) <= device.available
-
-
-def _needs(phase: Phase, device: Device) -> str:
-    """`memory 3.21 GiB (weights 1.90, activations 0.71, libraries 0.59)`, the largest first."""
-    name = "CUDA" if device.kind == "cuda" else "libraries"
-    parts = {**phase.parts, name: _overhead(device)}
-    shown = sorted(parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{what} {size / GIB:.2f}" for what, size in shown if size >= 0.005 * GIB)
-    return f"memory {gib(_whole(phase, device))} ({listed})"
-
-
-def _too_much(phase: Phase, device: Device) -> str:
-    short = _whole(phase, device) - device.available
-    text = f". Too much by {gib(short)}: {device.where}"
-    if _whole(phase, device) <= device.total:
-        text += ", so ending other programs would do"
-    return text
-
-
-def _words(changes: Changes) -> str:
-    shown = {True: "true", False: "false"}
-    return " ".join(
-        f"{key}={shown[value] if isinstance(value, bool) else value}"
-        for key, value in changes.items()
+def _conversion(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine]:
+    """A line only where the way to ONNX needs more than there is."""
+    need = Need(convert_phase(shape, recipe.serve.precision), device)
+    if need.total <= device.total:
+        return []
+    text = (
+        f"does not fit: converting the model to ONNX ({recipe.serve.precision}), {need}, "
+        f"{gib(need.total - device.total)} more than {device.name} has: serve.engine=transformers"
     )
+    return [PlanLine("deploy", text, True, _details(need, shape))]
 
 
-def _details(phase: Phase, shape: ModelShape, device: Device) -> dict[str, Any]:
+def _engine(recipe: Recipe, device: Device) -> str:
+    """The engine that serves on that device."""
+    if recipe.serve.engine != "auto":
+        return recipe.serve.engine
+    if device.kind == "cuda" or recipe.serve.adapters:
+        return "transformers"
+    return choose_engine("auto")[0] if device.is_here else "ort-genai"
+
+
+def _details(need: Need, shape: ModelShape) -> dict[str, Any]:
+    device = need.device
     return {
-        "phase": phase.name,
-        "bytes": _whole(phase, device),
-        "parts": {**phase.parts, "overhead": _overhead(device)},
+        "phase": need.phase.name,
+        "bytes": need.total,
+        "processes": need.processes,
+        "parts": {**need.phase.parts, "overhead": need.overhead},
         "model": {"parameters": shape.parameters, "source": shape.source},
         "device": {"kind": device.kind, "total": device.total, "available": device.available},
     }
-
-
-def _length(recipe: Recipe, shape: ModelShape) -> int:
-    return min(recipe.data.max_length, shape.context)
-
-
-def _divisors(number: int) -> list[int]:
-    """From the largest down."""
-    return [n for n in range(number, 0, -1) if number % n == 0]
-
-
-def _halves(number: int, least: int) -> Iterator[int]:
-    while number // 2 >= least:
-        number //= 2
-        yield number

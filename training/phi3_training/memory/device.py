@@ -30,6 +30,7 @@ class Device:
     total: int
     available: int
     bfloat16: bool = True
+    is_here: bool = False  # not a planned one
 
     @property
     def where(self) -> str:
@@ -60,8 +61,8 @@ def this_ram() -> Device:
     """This machine's RAM; a Mac's is its GPU's as well."""
     total, available = _ram()
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return Device("mps", "the memory of this Mac", total, available)
-    return Device("cpu", "the RAM of this machine", total, available)
+        return Device("mps", "the memory of this Mac", total, available, is_here=True)
+    return Device("cpu", "the RAM of this machine", total, available, is_here=True)
 
 
 def _gpu() -> Device:
@@ -69,7 +70,7 @@ def _gpu() -> Device:
 
     free, total = torch.cuda.mem_get_info()
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Device("cuda", torch.cuda.get_device_name(), total, free, bfloat16)
+    return Device("cuda", torch.cuda.get_device_name(), total, free, bfloat16, is_here=True)
 
 
 def _ram(cgroup: Path = _CGROUP) -> tuple[int, int]:

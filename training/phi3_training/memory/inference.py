@@ -15,6 +15,10 @@ TOKENS_PER_PASS = 4096
 # ONNX Runtime's 4 bits: half a byte, a float32 scale and a 4-bit zero point for 32 weights each.
 _ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
 
+# Bytes that the ONNX builder holds for each weight, beside files that the system can drop:
+# measured on random models of 33 and 116 M weights.
+_CONVERTING = {"fp32": 1.5, "int4": 6.5}
+
 
 def save_phase(shape: ModelShape, work: Work) -> Phase:
     """Merging and writing the model, with the optimiser still there.
@@ -70,6 +74,11 @@ def serve_phase(shape: ModelShape, precision: str, engine: str, compute: int, to
     weights = served_weights(shape, precision, engine, compute)
     row = row_bytes(shape, engine, compute, tokens)
     return Phase("serve", {"weights": weights, "key/value cache": row})
+
+
+def convert_phase(shape: ModelShape, precision: str) -> Phase:
+    """Converting the tuned model for the engine `ort-genai`."""
+    return Phase("convert", {"weights": int(_CONVERTING[precision] * shape.parameters)})
 
 
 def served_weights(shape: ModelShape, precision: str, engine: str, compute: int) -> int:

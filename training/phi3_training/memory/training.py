@@ -60,6 +60,7 @@ class Work:
     packing: bool = False
     own_loss: bool = False
     processes: int = 1
+    float16: bool = False  # computed in float16, whose small gradients must be scaled
     learnt: float = 1.0  # share of the tokens that are learnt; 1 is the most
 
     @property
@@ -98,14 +99,23 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
         packing=settings.packing,
         own_loss=settings.loss is not None,
         processes=settings.num_processes,
+        float16=_is_float16(recipe, device),
     )
 
 
 def compute_bytes(recipe: Recipe, device: Device) -> int:
     """Bytes of a number as finetune/runtime.py chooses it: two on a GPU, four elsewhere."""
-    if recipe.model.dtype == "auto":
+    wanted = recipe.model.dtype
+    if wanted == "auto":
         return HALF if device.kind == "cuda" else FLOAT32
-    return FLOAT32 if recipe.model.dtype == "float32" else HALF
+    no_float16 = wanted == "float16" and device.kind == "cpu"
+    return FLOAT32 if wanted == "float32" or no_float16 else HALF
+
+
+def _is_float16(recipe: Recipe, device: Device) -> bool:
+    """Whether a GPU computes in float16: told to, or without bfloat16."""
+    told = recipe.model.dtype == "float16"
+    return told or (recipe.model.dtype == "auto" and device.kind == "cuda" and not device.bfloat16)
 
 
 def step_phase(shape: ModelShape, work: Work) -> Phase:
@@ -125,6 +135,8 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
         "working copies": working_copies(shape, work),
     }
     gradients = gradient_bytes(shape, work)
+    if work.processes > 1:  # what the processes exchange is kept beside the gradients
+        kept["exchange"] = gradients
     before = gradients if work.accumulation > 1 else 0
     held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
     backward = backward_bytes(shape, work)
@@ -317,8 +329,8 @@ def _adapter_weights(shape: ModelShape, work: Work) -> int:
 
 
 def _adapter_bytes(work: Work) -> int:
-    """Weights that learn are float32 (autocast computes in less); QLoRA's adapters are not."""
-    return HALF if work.method == "qlora" else FLOAT32
+    """Weights that learn are float32 (autocast computes in less); QLoRA's are where they can."""
+    return HALF if work.method == "qlora" and not work.float16 else FLOAT32
 
 
 def _stream_bytes(work: Work) -> int:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..console import ProgressCallback
-from ..memory import Device
+from ..planning import PlanLine as PlanLine
 from ..recipe import Recipe
 from ..run import Run
 
 Manifest = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PlanLine:
-    """One thing that `up` would do, or that would stop it; `details` are for `-o json`."""
-
-    stage: str
-    text: str
-    stops: bool = False
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(Protocol):
@@ -29,11 +17,8 @@ class Target(Protocol):
 
     name: str
 
-    def plan(self, recipe: Recipe, run: Run, device: Device | None = None) -> list[PlanLine]:
-        """What this target would use and cost, and what would stop it; changes nothing.
-
-        `device` stands for another one than the target's own.
-        """
+    def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
+        """What this target would use and cost, and what would stop it; changes nothing."""
         ...
 
     def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
