@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import console
-from ..errors import UsageError
+from ..errors import StageError, UsageError
 from ..finetune.adapters import list_adapters
 from ..journey import Journey, finished, go, refuse_unfit
 from ..memory import memory_plan, of_size
@@ -148,6 +148,8 @@ def run_status(args: argparse.Namespace) -> int:
         endpoint = state["endpoint"]
         console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
         where = f" {endpoint['url']} (process {endpoint['pid']})" if endpoint.get("url") else ""
+        for fault in state["broken"]:
+            console.out.print(f"  broken: {fault}", markup=False)
         console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
         if state["adapters"]:
             console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
@@ -155,15 +157,26 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def _state(run: Run) -> dict[str, Any]:
-    done = [stage.title for stage in STAGES if run.manifest(stage.manifest) is not None]
-    status = get_target("local").status(run)
-    answer = run.manifest("answer") or {}
+    """What is done and up; a manifest that cannot be read is named and hides nothing else."""
+    found: dict[str, dict[str, Any]] = {}
+    broken: dict[str, str] = {}
+    for stage in STAGES:
+        try:
+            manifest = run.manifest(stage.manifest)
+        except StageError as error:
+            broken[stage.manifest] = str(error)
+            continue
+        if manifest is not None:
+            found[stage.manifest] = manifest
+    unknown = {"endpoint": {"state": "unknown"}}
+    answer = found.get("answer", {})
     return {
         "run": run.name,
         "path": str(run.path),
-        "done": done,
-        **status,
-        "adapters": [adapter.name for adapter in list_adapters(run)],
+        "done": [stage.title for stage in STAGES if stage.manifest in found],
+        "broken": list(broken.values()),
+        **(unknown if "endpoint" in broken else get_target("local").status(run)),
+        "adapters": [] if "base" in broken else [adapter.name for adapter in list_adapters(run)],
         "question": answer.get("question"),
         "answer": answer.get("answer"),
     }
@@ -177,14 +190,22 @@ def run_down(args: argparse.Namespace) -> int:
         if not runs:
             raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
     target = get_target("local")
-    lines = [line for run in runs for line in target.teardown(run)]
+    lines: list[str] = []
+    broken: list[str] = []
+    for run in runs:
+        try:
+            lines += target.teardown(run)
+        except StageError as error:  # the other endpoints are stopped all the same
+            broken.append(str(error))
     if args.output == "json":
-        console.print_json({"stopped": lines})
+        console.print_json({"stopped": lines, "broken": broken})
     elif lines:
         for line in lines:
             console.out.print(line, markup=False)
-    else:
+    elif not broken:
         console.out.print("Nothing of ours is running.")
+    for fault in broken:
+        console.print_error(fault)
     if os.environ.get("PHI3_ENDPOINT") and args.output == "text":
         console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")
-    return 0
+    return 1 if broken else 0
