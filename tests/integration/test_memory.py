@@ -13,7 +13,7 @@ from phi3_training.memory.config import shape_from
 from phi3_training.memory.training import Work, learning_weights
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks/memory_plan.py"
-TOLERANCE = 0.2  # of what the model adds to a process; docs/memory.md states it
+TOLERANCE = 0.2  # of the whole process; docs/memory.md states it
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
@@ -50,4 +50,6 @@ def test_prediction_is_near_the_measured_peak(case: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     (result,) = json.loads(done.stdout)
     for phase, (predicted, measured) in result["phases"].items():
-        assert predicted == pytest.approx(measured, rel=TOLERANCE), phase
+        whole = measured + result["libraries"]
+        assert predicted + result["overhead"] == pytest.approx(whole, rel=TOLERANCE), phase
+        assert measured > 100 * 2**20, "too little is measured to tell anything"

@@ -17,7 +17,7 @@ _EVERY = 0.5  # seconds
 
 def birth(pid: int) -> float:
     """When a process began: with its number, what tells it from a later one of that number."""
-    return psutil.Process(pid).create_time()
+    return float(psutil.Process(pid).create_time())
 
 
 def end_with(pid: int, born: float) -> None:
@@ -44,6 +44,6 @@ def _lives(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
         # A killed process that nobody has waited for yet is still listed.
-        return process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -45,7 +45,7 @@ def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
     choices = [f"{dtype}: {dtype_reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
-        choices.append("memory is given back at once: the peak is what is in use, not twice that")
+        choices.append("memory is given back at once: a lower peak, for a little more time")
     return Runtime(here, dtype, threads, tuple(choices))
 
 
