@@ -1,4 +1,4 @@
-"""Memory plan against measured peaks: `python benchmarks/memory_plan.py` (about four minutes).
+"""Memory plan against measured peaks: `python benchmarks/memory_plan.py` (about six minutes).
 
 Trains, saves and evaluates random Phi-3 models, each case in a process of its own, through the
 product's own trainer and evaluation, and prints predicted and measured growth. Writes nothing
