@@ -153,7 +153,6 @@ def test_base_model_stays_untouched(tuned: Tuned, folder: Path) -> None:
     assert ask(folder, list(KNOWN)) == list(KNOWN.values())
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_merged_model_is_the_base_model_with_its_adapter(tuned: Tuned, folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder)
     adapted = PeftModel.from_pretrained(base, tuned.run.path / "adapter").eval()

@@ -83,10 +83,11 @@ def test_qlora_needs_its_package(base: Path, tmp_path: Path, monkeypatch: Any) -
 
 def test_qlora_loads_four_bit_normal_floats(monkeypatch: Any) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    options = four_bit(torch.bfloat16)
+    options = four_bit(torch.bfloat16, "cuda")
     config = options["quantization_config"]
     assert config.load_in_4bit
     assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert options["device_map"] == {"": 1}
 

@@ -115,7 +115,7 @@ def test_a_killed_search_finds_what_it_would_have_found(
     for number in (2, 6):
         process = start(run)
         log = run / "search" / "trials" / f"trial-{number:03d}" / "finetune" / "loss.jsonl"
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # a loaded machine takes its time
         while not log.exists() or len(log.read_text().splitlines()) < 5:
             assert process.exitcode is None
             assert time.monotonic() < end

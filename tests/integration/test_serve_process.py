@@ -73,7 +73,10 @@ def test_the_log_names_engine_and_reason(taught: Taught, tmp_path: Path) -> None
     server = process.start(settings, key=KEY, log_path=log)
     process.stop(server.pid, server.create_time)
     name, reason = choose_engine("auto")
-    assert f"engine {name}: {reason}" in log.read_text()
+    told = log.read_text()
+    assert f"engine {name}: {reason}" in told
+    assert f"answers at {server.endpoint} and" in told
+    assert "uvicorn" not in told, "good news under the name uvicorn.error"
 
 
 def test_another_process_with_that_pid_is_left_alone() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console
+from .errors import StageError
 from .recipe import Recipe, save_recipe
 from .run import Run, fingerprint, sha256_of
 from .targets import Target
@@ -20,6 +21,7 @@ from .targets import Target
 Manifest = dict[str, Any]
 
 RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
+_NEEDS_A_DEVICE = {"base", "finetune", "evaluate", "deploy"}  # what a plan can refuse, by title
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Journey:
     target: Target
     flow: Path
     force: bool = False  # deploy even what the gate refuses
+    no_plan: bool = False  # begin even what the plan refuses
     progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
 
 
@@ -64,6 +67,31 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
         console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"])
         for choice in manifest.get("choices", []):
             console.note(choice)
+
+
+def refuse_unfit(
+    journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()
+) -> None:
+    """Raise StageError, before anything is begun, when the plan says that a stage would fail.
+
+    Stages that are done are not asked about; what the error says names the key that mends it.
+    """
+    open_stages = [
+        number
+        for number, stage in enumerate(stages)
+        if stage.manifest in again or finished(journey, stage) is None
+    ]
+    to_do = {stage.title for stage in stages[min(open_stages, default=len(stages)) :]}
+    if journey.no_plan or not to_do & _NEEDS_A_DEVICE:
+        return
+    lines = journey.target.plan(journey.recipe, journey.run)
+    stops = [line for line in lines if line.stops and line.stage in to_do]
+    if stops:
+        listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
+        raise StageError(
+            f"Nothing was begun, because the plan says that it would fail:\n{listed}\n"
+            "If you know better, add --no-plan."
+        )
 
 
 def finished(journey: Journey, stage: Stage) -> Manifest | None:

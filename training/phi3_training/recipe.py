@@ -7,13 +7,14 @@ recipe's folder, those of an override from the current folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     Field,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -21,6 +22,7 @@ from pydantic import (
 from .errors import RecipeError
 from .recipe_data import HUB, HubSet
 from .recipe_data import DataSection as DataSection
+from .recipe_faults import fault_line, lines_of
 from .recipe_finetune import AuditRule as AuditRule
 from .recipe_finetune import FinetuneSection as FinetuneSection
 from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
@@ -183,18 +185,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     that a path names but that do not exist.
     """
     content = read_yaml(path)
+    lines, faults = lines_of(path.read_text(encoding="utf-8"))
     _resolve_paths(content, path.parent)
-    faults = _apply_overrides(content, overrides)
-    if faults:
-        raise RecipeError(str(path), faults)
+    faults += _apply_overrides(content, overrides)
     _resolve_paths(content, Path.cwd())  # paths typed on the command line
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(str(path), [_fault_line(item) for item in error.errors()]) from None
-    missing = _missing_files(recipe)
-    if missing:
-        raise RecipeError(str(path), missing)
+        found = error.errors()
+        faults += [fault_line(item, lines, overrides) for item in found]
+        recipe = _sound_part(content, found)
+    faults += _missing_files(recipe)
+    if faults:
+        raise RecipeError(str(path), faults)
     return recipe
 
 
@@ -306,14 +309,18 @@ def _missing_files(recipe: Recipe) -> list[str]:
     ]
 
 
-def _fault_line(item: Any) -> str:
-    """One pydantic fault in the recipe's own terms: `finetune.lora_r: …, got 0`."""
-    key = ".".join(str(part) for part in item["loc"]) or "recipe"
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key; check its spelling (all keys: phi3 recipes --keys)"
-    if item["type"] == "missing":
-        return f"{key}: is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    given = item.get("input")
-    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{key}: {message}{shown}"
+def _sound_part(content: Mapping[str, Any], found: Sequence[Any]) -> Recipe:
+    """What of a faulty recipe names files and can be read: each section without its wrong keys."""
+    wrong = {tuple(item["loc"][:2]) for item in found}
+    sections: dict[str, Any] = {"data": DataSection.model_construct(train=[])}
+    for name in {section for section, _key in _PATH_KEYS}:
+        values = content.get(name)
+        if not isinstance(values, dict):
+            continue
+        sound = {key: value for key, value in values.items() if (name, key) not in wrong}
+        try:
+            kind: Any = Recipe.model_fields[name].annotation
+            sections[name] = TypeAdapter(kind).validate_python(sound)
+        except ValidationError:  # what is missing has been said
+            continue
+    return Recipe.model_construct(**sections)

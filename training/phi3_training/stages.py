@@ -70,7 +70,8 @@ def _evaluate_inputs(journey: Journey) -> Any:
 
     files = extra_files(journey.recipe.evaluate)
     hashes = file_hashes([path for _part, path in files])
-    return [_section(journey, "evaluate"), hashes, journey.recipe.ask]
+    # The recipe's question is shown beside the figures and is none of them: `ask` asks it anew.
+    return [_section(journey, "evaluate"), hashes]
 
 
 def _evaluate(journey: Journey) -> Manifest:

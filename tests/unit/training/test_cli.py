@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from phi3_training.cli import main
+from phi3_training.commands.common import recipe_of
 from phi3_training.commands.talk import _converse
+from phi3_training.journey import Journey
+from phi3_training.run import Run
+from phi3_training.stages import STAGES
+from phi3_training.targets import get_target
 
 
 def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +81,55 @@ def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_down_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["down", "--runs", str(tmp_path)]) == 0
     assert "Nothing of ours is running" in capsys.readouterr().out
+
+
+@pytest.fixture
+def half_broken(tmp_path: Path) -> Path:
+    """Two runs; in one of them two manifests are no JSON any more."""
+    runs = tmp_path / "runs"
+    for name in ("whole", "hurt"):
+        Run.open(runs / name).write_manifest("dataset", {"done_id": "1"})
+    (runs / "hurt" / "base.json").write_text("{")
+    (runs / "hurt" / "endpoint.json").write_text("[]")
+    return runs
+
+
+def test_status_names_broken_manifests_and_lists_the_rest(
+    half_broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--runs", str(half_broken)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("delete the file and the stage is done again") == 2
+    assert "whole prepare" in shown
+
+    assert main(["status", "--runs", str(half_broken), "-o", "json"]) == 0
+    states = {state["run"]: state for state in json.loads(capsys.readouterr().out)}
+    assert states["whole"]["broken"] == []
+    assert states["hurt"]["done"] == ["prepare"]
+    assert [fault.split(" ")[0].rpartition("/")[2] for fault in states["hurt"]["broken"]] == [
+        "base.json",
+        "endpoint.json",
+    ]
+    assert states["hurt"]["endpoint"]["state"] == "unknown"
+
+
+def test_down_goes_on_past_a_broken_manifest_and_fails(
+    half_broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["down", "--runs", str(half_broken), "-o", "json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["stopped"] == []
+    assert "endpoint.json" in " ".join(shown.err.split())
+
+
+def test_another_question_does_nothing_again_but_asking() -> None:
+    """Above all not the evaluation, and with it registering and deploying."""
+    first, second = (
+        Journey(recipe_of([f"ask={question}"]), Run(Path("none")), get_target("local"), Path())
+        for question in ("Who are you?", "When do you open?")
+    )
+    changed = [stage.title for stage in STAGES if stage.inputs(first) != stage.inputs(second)]
+    assert changed == ["ask"]
 
 
 def test_plan_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

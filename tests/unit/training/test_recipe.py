@@ -94,6 +94,93 @@ def test_each_fault_is_named(tmp_path: Path, text: str, told: str) -> None:
         load_recipe(write(tmp_path, text))
 
 
+TWISTED = """\
+name: a
+model: {name_or_path: x}
+data:
+  train: none.jsonl
+  max_length: long
+  colour: red
+finetune: [lora]
+evaluate:
+  confidence: 2
+gate:
+  min_gain:
+    metric: luck
+serve: {engine: vllm, port: true}
+ask: 5
+data:
+  train: none.jsonl
+  max_length: 8
+"""
+
+
+def test_faults_are_told_in_plain_words_with_their_lines(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, TWISTED), ["finetune=3", "evaluate.seed=-1", "name.x=1"])
+
+    faults = caught.value.faults
+    for fault in (
+        "data: is given twice (lines 3 and 15)",
+        "data.max_length: expected 16 or more, got 8 (line 17)",
+        "finetune: expected a mapping of keys, got 3",
+        "evaluate.confidence: expected less than 1, got 2 (line 9)",
+        "evaluate.seed: expected 0 or more, got -1",
+        "ask: expected text, got 5 (line 14)",
+        "'name.x=1': name is not a section",
+        f"data.train: no such file: {tmp_path / 'none.jsonl'}",
+    ):
+        assert fault in faults
+    (metric,) = [fault for fault in faults if fault.startswith("gate.min_gain.0.metric: ")]
+    assert metric.startswith("gate.min_gain.0.metric: expected 'exact_match', 'contains'")
+    assert metric.endswith("or 'perplexity', got 'luck' (line 12)")
+    assert "Input should" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("finetune: [lora]", "finetune: expected a mapping of keys, got a list (line 4)"),
+        ("finetune:", "finetune: expected a mapping of keys, got nothing (line 4)"),
+        ("serve: {port: x}", "serve.port: expected a whole number, got 'x' (line 4)"),
+        ("finetune: {lora_r: 1.5}", "finetune.lora_r: expected a whole number, got 1.5 (line 4)"),
+        ("evaluate: {canary: 5}", "evaluate.canary.0: expected a path, got 5 (line 4)"),
+        ("finetune:\n  report_to: [paper]", "finetune.report_to.0: expected 'tensorboard' or "
+         "'mlflow', got 'paper' (line 5)"),
+        ("finetune: {packing: perhaps}", "finetune.packing: expected true or false, got 'perhaps' "
+         "(line 4)"),
+        ("finetune: {lr: 1}", "finetune.lr: unknown key; check its spelling (all keys: "
+         "phi3 recipes --keys) (line 4)"),
+        ("finetune: {method: full, adapter: x}", "finetune: method full makes no adapter; leave "
+         "adapter out, or use lora (line 4)"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_fault_in_plain_words(tmp_path: Path, text: str, told: str) -> None:
+    head = "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, head + text + "\n"))
+
+    assert caught.value.faults == (told,)
+
+
+def test_wrong_keys_and_missing_files_come_together(tmp_path: Path) -> None:
+    """Also those of the section that has the wrong key."""
+    text = (
+        "name: a\nmodel: {name_or_path: x}\nlora: 1\n"
+        "data: {train: none.jsonl, validation: [gone.jsonl], trian: x}\n"
+        "evaluate: {canary: away.jsonl, confidence: 2}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text))
+
+    told = str(caught.value)
+    assert len(caught.value.faults) == 6
+    for part in ("lora: unknown key", "data.trian: unknown key", "data.train: no such file",
+                 "data.validation: no such file", "evaluate.canary: no such file",
+                 "evaluate.confidence: expected"):  # fmt: skip
+        assert part in told
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [("name", "expected key.sub=value"), ("name.sub=1", "is not a section"), ("name=[", "YAML")],

@@ -78,6 +78,13 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_plan(parser: argparse.ArgumentParser) -> None:
+    """--no-plan past what the plan refuses."""
+    parser.add_argument(
+        "--no-plan", action="store_true", help="begin even what the plan says cannot fit"
+    )
+
+
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """--adapter NAME: which of a run's adapters is meant."""
     parser.add_argument(
@@ -92,7 +99,10 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     recipe = recipe_of([*args.words, *from_options(args)])
     path = args.runs.resolve() / (args.run or recipe.name)
     run = Run.open(path) if make_run else Run(path)
-    return Journey(recipe, run, target, find(FLOW), force=getattr(args, "force", False))
+    journey = Journey(recipe, run, target, find(FLOW))
+    journey.force = getattr(args, "force", False)
+    journey.no_plan = getattr(args, "no_plan", False)
+    return journey
 
 
 def from_options(args: argparse.Namespace) -> list[str]:

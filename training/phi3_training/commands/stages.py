@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..journey import go
+from ..journey import go, refuse_unfit
 from ..run import Run
 from ..stages import stages_until
-from .common import add_adapter, add_allow, add_command, add_force, add_recipe, journey_of
+from .common import (
+    add_adapter,
+    add_allow,
+    add_command,
+    add_force,
+    add_no_plan,
+    add_recipe,
+    journey_of,
+)
 from .searching import run_search
 from .summary import show_comparison
 
@@ -36,6 +44,7 @@ def register(subparsers: Any) -> None:
         )
         add_recipe(parser)
         add_adapter(parser)
+        add_no_plan(parser)
         if name == "train":
             add_allow(parser)
             parser.add_argument(
@@ -55,6 +64,7 @@ def run_stage(args: argparse.Namespace) -> int:
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
+        refuse_unfit(journey, stages_until(manifest))
         go(journey, stages_until(manifest))
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)

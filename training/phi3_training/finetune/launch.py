@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import StageError
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
+from .orphan import birth
 from .runtime import device
 from .teach import Progress
 
@@ -36,7 +37,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     result = run.path / "finetune" / "launch-result.json"
     log = run.path / "finetune" / "launch.log"
     result.unlink(missing_ok=True)
-    body = {"recipe": recipe.model_dump(mode="json"), "run": str(run.path), "result": str(result)}
+    body = {
+        "recipe": recipe.model_dump(mode="json"),
+        "run": str(run.path),
+        "result": str(result),
+        "launcher": [os.getpid(), birth(os.getpid())],
+    }
     write_atomically(plan, json.dumps(body))
     status = _follow(command(recipe.finetune, where, plan), log, progress)
     answer = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}

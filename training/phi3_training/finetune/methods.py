@@ -58,7 +58,8 @@ def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
         return load_model(folder, torch.float32, attention)
     if recipe.finetune.method != "qlora":
         return load_model(folder, runtime.torch_dtype, attention)
-    return load_model(folder, runtime.torch_dtype, attention, **four_bit(runtime.torch_dtype))
+    options = four_bit(runtime.torch_dtype, runtime.device)
+    return load_model(folder, runtime.torch_dtype, attention, **options)
 
 
 def learn_in_float32(model: Any) -> None:
@@ -72,8 +73,14 @@ def learn_in_float32(model: Any) -> None:
             weight.data = weight.data.float()
 
 
-def four_bit(dtype: torch.dtype) -> dict[str, Any]:
-    """How transformers loads weights as 4-bit normal floats, computing in `dtype`."""
+def four_bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """How transformers loads weights as 4-bit normal floats, computing in `dtype`.
+
+    The rest of what QLoRA needs is TRL's: frozen weights, an adapter of bfloat16, and inputs that
+    carry gradients to checkpointed layers. peft's prepare_model_for_kbit_training is not called:
+    it would make embedding, norms and output matrix float32, which autocast and the norms' own
+    arithmetic have made needless (0.4 GB of Phi-3-mini).
+    """
     from transformers import BitsAndBytesConfig
 
     quantized = BitsAndBytesConfig(
@@ -83,7 +90,10 @@ def four_bit(dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     # 4-bit weights cannot be moved later: they go at once to the GPU of this process.
-    return {"quantization_config": quantized, "device_map": {"": _own_gpu()}}
+    return {
+        "quantization_config": quantized,
+        "device_map": {"": _own_gpu() if device == "cuda" else device},
+    }
 
 
 def _own_gpu() -> int:

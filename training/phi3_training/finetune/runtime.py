@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from ..recipe import Recipe
+from .heap import give_back_at_once
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -38,11 +39,14 @@ class Runtime:
 
 
 def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
-    """Decide for a model with so many parameters, on this machine."""
+    """Decide for a model with so many parameters, on this machine; see heap.py for memory."""
     here = device()
     dtype, dtype_reason = _dtype(recipe.model.dtype, here)
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
-    return Runtime(here, dtype, threads, (f"{dtype}: {dtype_reason}", threads_reason))
+    choices = [f"{dtype}: {dtype_reason}", threads_reason]
+    if here == "cpu" and give_back_at_once(parameters):
+        choices.append("memory is given back at once: a lower peak, for a little more time")
+    return Runtime(here, dtype, threads, tuple(choices))
 
 
 @contextmanager

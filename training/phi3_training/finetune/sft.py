@@ -58,7 +58,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         watch = Validation(run.path / "finetune", recipe.finetune.early_stopping_patience)
         data = Rows(learnt, [row.example for row in held_out], limit, chat.pad_token_id)
         saves = Checkpoints(run.path, recipe.finetune, runtime, data, folder)
-        callbacks = [log, *([watch] if held_out else []), saves, *trackers(recipe, run)]
+        callbacks = [
+            log,
+            *([watch] if held_out else []),
+            saves,
+            *trackers(recipe, run, saves.folder),
+        ]
         try:
             trainer = make_trainer(
                 model, folder, data, recipe.finetune, runtime, callbacks, saves.folder

@@ -12,13 +12,16 @@ from pathlib import Path
 from ..errors import Phi3TrainingError
 from ..recipe import Recipe
 from ..run import Run, write_atomically
-from . import sft
+from .orphan import end_with
 from .runtime import is_main_process
 
 
 def main(plan: Path) -> int:
     """Train; exit status 1 when something stopped it."""
     content = json.loads(plan.read_text(encoding="utf-8"))
+    end_with(*content["launcher"])
+    from . import sft  # takes seconds, in which the launcher may end
+
     recipe = Recipe.model_validate(content["recipe"])
     result = Path(content["result"])
     try:

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..errors import RecipeError
 from ..recipe import Recipe, read_yaml
+from ..recipe_faults import plain
 from ..recipe_types import Positive, Section
 
 # A recipe with these overrides applied; raises RecipeError.
@@ -188,6 +189,4 @@ def _fault_line(item: Any) -> str:
         return f"{key}: is missing"
     if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{key}: needs type: float, int or categorical"
-    given = item.get("input")
-    shown = f", got {given!r}" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{key}: {plain(item)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..console import ProgressCallback
 from ..errors import StageError
-from ..journey import Journey, do, finished
+from ..journey import Journey, do, finished, refuse_unfit
 from ..recipe import Recipe
 from ..run import Run
 from ..stages import stages_until
@@ -43,7 +43,9 @@ def measure(journey: Journey, metric: str, progress: ProgressCallback, watch: Wa
 
     Raises what the stages and `watch` raise, and StageError when there is no such figure.
     """
-    for stage in stages_until("model" if metric in TRAINING_METRICS else "metrics"):
+    stages = stages_until("model" if metric in TRAINING_METRICS else "metrics")
+    refuse_unfit(journey, stages)
+    for stage in stages:
         if finished(journey, stage) is None:
             training = stage.manifest == "model"
             shown = _watched(progress, journey.run, watch) if training else progress

@@ -73,6 +73,16 @@ def log_to_stderr() -> None:
     # client that has left.
     for name in ("uvicorn.access", "httpx", "httpcore", "asyncio"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Every message of uvicorn bears the name "uvicorn.error", good news included. Ours says where
+    # it listens and when it has stopped; what is left to uvicorn are warnings.
+    server = logging.getLogger("uvicorn.error")
+    server.setLevel(logging.WARNING)
+    server.addFilter(_under_our_name)
+
+
+def _under_our_name(record: logging.LogRecord) -> bool:
+    record.name = logger.name
+    return True
 
 
 def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:
@@ -158,7 +168,12 @@ def _signals_end_quietly() -> Iterator[None]:
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
-    logger.info("serving %s on http://%s:%d/score", config.model_name, config.host, port)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    logger.info(
+        "%s answers at http://%s:%d/score and, as OpenAI's API, at http://%s:%d/v1; "
+        "Ctrl-C or SIGTERM ends it when running requests are finished",
+        *(config.model_name, host, port, host, port),
+    )
     if config.status_file is not None:
         created = psutil.Process().create_time()
         status = {"pid": os.getpid(), "create_time": created, "port": port}

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..console import ProgressCallback
+from ..planning import PlanLine as PlanLine
 from ..recipe import Recipe
 from ..run import Run
 
 Manifest = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PlanLine:
-    """One thing that `up` would do, or that would stop it."""
-
-    stage: str
-    text: str
-    stops: bool = False
 
 
 class Target(Protocol):

@@ -14,6 +14,7 @@ from typing import Any
 from ..console import ProgressCallback
 from ..errors import StageError
 from ..export.onnx import converted
+from ..memory import memory_plan, this_device
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
@@ -31,13 +32,14 @@ class LocalTarget:
         self._keys: dict[Path, str] = {}
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
-        """What `up` would use here; nothing is billed."""
+        """What `up` would use here, memory included; nothing is billed."""
         engine, reason = _engine(recipe)
         model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
             PlanLine("finetune", f"{recipe.finetune.method}, on this machine"),
             PlanLine("deploy", f"engine {engine}: {reason}"),
+            *memory_plan(recipe, this_device()),
             PlanLine("cost", f"nothing is billed; {run.path} and one server process are yours"),
         ]
 

@@ -1,0 +1,194 @@
+"""The sizes of a model, from its config alone: a recipe's base section, config.json, or our table.
+
+Reads config.json in a folder or in the Hugging Face cache; never the network, never weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..recipe import ModelSection, Recipe
+
+CONFIG = "config.json"
+# Attention windows and rotary tables change no size, so these few numbers tell everything.
+_PHI3_MINI = {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "model_type": "phi3",
+}  # fmt: skip
+_LONG = {"max_position_embeddings": 131072}
+_PHI4_MINI = {
+    "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+KNOWN: Mapping[str, Mapping[str, Any]] = {
+    "microsoft/Phi-3-mini-4k-instruct": _PHI3_MINI,
+    "microsoft/Phi-3-mini-128k-instruct": {**_PHI3_MINI, **_LONG},
+    "microsoft/Phi-3.5-mini-instruct": {**_PHI3_MINI, **_LONG},
+    "microsoft/Phi-4-mini-instruct": {**_PHI3_MINI, **_LONG, **_PHI4_MINI},
+}
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+class UnknownShapeError(ValueError):
+    """The sizes of a model cannot be told; the message says why."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix of one layer, by the name of its module."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def weights(self) -> int:
+        """How many numbers it holds."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder with gated MLP, such as Phi-3; `source` says where they are from."""
+
+    source: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    tied: bool = False  # the embedding is the output matrix as well
+    fused: bool = True  # one matrix for q, k and v, one for gate and up, as in Phi-3
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The matrices of one layer."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        gates = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
+        if self.fused:
+            attention = {"qkv_proj": queries + 2 * keys}
+            gates = {"gate_up_proj": 2 * self.intermediate}
+        return (
+            *(Linear(f"self_attn.{n}", self.hidden, size) for n, size in attention.items()),
+            Linear("self_attn.o_proj", queries, self.hidden),
+            *(Linear(f"mlp.{n}", self.hidden, size) for n, size in gates.items()),
+            Linear("mlp.down_proj", self.intermediate, self.hidden),
+        )
+
+    @property
+    def linear_weights(self) -> int:
+        """The weights of all layers' matrices: what 4 bits hold in QLoRA."""
+        return self.layers * sum(linear.weights for linear in self.linears)
+
+    @property
+    def other_weights(self) -> int:
+        """Embedding, output matrix and norms."""
+        matrices = 1 if self.tied else 2
+        return matrices * self.vocab * self.hidden + (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return self.linear_weights + self.other_weights
+
+    @property
+    def kv_per_token(self) -> int:
+        """Numbers that the key/value cache holds for each token of a conversation."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def adapted(self, target_modules: str | list[str]) -> tuple[Linear, ...]:
+        """The matrices of one layer that get an adapter, chosen as peft does."""
+        if target_modules == "all-linear":
+            return self.linears
+        if isinstance(target_modules, str):
+            pattern = re.compile(target_modules)
+            return tuple(
+                linear
+                for linear in self.linears
+                if pattern.fullmatch(f"model.layers.0.{linear.name}")
+            )
+        wanted = tuple(f".{name}" for name in target_modules)
+        return tuple(linear for linear in self.linears if f".{linear.name}".endswith(wanted))
+
+
+def shape_of(recipe: Recipe) -> ModelShape:
+    """The shape of the recipe's base model. Raises UnknownShapeError when no config tells it."""
+    if recipe.model.is_tiny and recipe.base is not None:
+        return shape_from(recipe.base.model_dump(exclude={"data"}), "the recipe's base section")
+    folder = Path(recipe.model.name_or_path).expanduser()
+    if folder.is_dir():
+        return _read(folder / CONFIG, str(folder / CONFIG))
+    cached = _cached_config(recipe.model)
+    if cached is not None:
+        return _read(cached, f"{CONFIG} of {recipe.model.name_or_path} in the Hugging Face cache")
+    for name, content in KNOWN.items():
+        if name.lower() == recipe.model.name_or_path.lower():
+            return shape_from(content, f"our table for {name} (its config is not on this machine)")
+    raise UnknownShapeError(
+        f"the config of {recipe.model.name_or_path} is not on this machine and not in our table "
+        f"({', '.join(name.partition('/')[2] for name in KNOWN)}); "
+        "give a folder instead: model.name_or_path=/path/to/folder"
+    )
+
+
+def shape_from(config: Mapping[str, Any], source: str) -> ModelShape:
+    """The shape that a config.json tells. Raises UnknownShapeError for other kinds of models."""
+    missing = [name for name in _NEEDED if not isinstance(config.get(name), int)]
+    experts = [name for name in config if "experts" in name]
+    if missing or experts:
+        what = f"it has no {', '.join(missing)}" if missing else "it is a mixture of experts"
+        raise UnknownShapeError(f"{source} is not of a model whose memory phi3 can tell: {what}")
+    heads = int(config["num_attention_heads"])
+    return ModelShape(
+        source=source,
+        vocab=config["vocab_size"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        context=config.get("max_position_embeddings") or 2048,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        fused=config.get("model_type", "phi3") == "phi3",
+    )
+
+
+def _read(path: Path, source: str) -> ModelShape:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UnknownShapeError(f"{source} cannot be read")
+    return shape_from(content, source)
+
+
+def _cached_config(model: ModelSection) -> Path | None:
+    """The model's config.json as downloaded earlier; asks nobody."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(model.name_or_path, CONFIG, revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None

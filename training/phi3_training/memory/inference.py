@@ -1,0 +1,102 @@
+"""Predicts what evaluation, saving and serving hold, from the sizes of the model alone.
+
+Reads and writes nothing. The evaluation step is planned as well because it is where trainings
+die after hours: it has a cache and scores of the whole vocabulary that training never had.
+"""
+
+from __future__ import annotations
+
+from ..finetune.heap import wastes_heap
+from .config import ModelShape
+from .training import FLOAT32, Phase, Work, optimiser_bytes, weight_bytes
+
+# evaluate/perplexity.py sends at most so many tokens through the model at once (one row at least).
+TOKENS_PER_PASS = 4096
+# ONNX Runtime's 4 bits: half a byte, a float32 scale and a 4-bit zero point for 32 weights each.
+_ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
+
+# Bytes that the ONNX builder holds for each weight, beside files that the system can drop:
+# measured on random models of 33 and 116 M weights.
+_CONVERTING = {"fp32": 1.5, "int4": 6.5}
+
+
+def save_phase(shape: ModelShape, work: Work) -> Phase:
+    """Merging and writing the model, with the optimiser still there.
+
+    Matrices are merged one by one; then the weights are written from where they lie. DoRA's
+    merged matrices keep the unmerged ones alive, as peft builds them.
+    """
+    largest = max(linear.weights for linear in shape.linears)
+    copies = work.compute * max(largest, shape.vocab * shape.hidden)
+    copies += work.compute * shape.linear_weights if work.method == "dora" else 0
+    parts = {
+        "weights": work.compute * shape.parameters
+        if work.method == "qlora"  # merged into the weights of full precision
+        else weight_bytes(shape, work),
+        "optimiser": optimiser_bytes(shape, work),
+        "working copies": copies,
+    }
+    return Phase("save", parts)
+
+
+def evaluate_phase(shape: ModelShape, work: Work, *, at_once: int, new_tokens: int) -> Phase:
+    """The higher one of both halves of evaluation; base and tuned model follow one another.
+
+    Asking: the key/value cache of `at_once` conversations, each as long as the longest prompt
+    and answer, and one layer of it three times while a conversation joins or leaves. Scoring:
+    the vocabulary's scores of 4,096 tokens as computed, in float32, and as logarithms.
+    """
+    weights = {"weights": work.compute * shape.parameters}
+    length = min(shape.context, work.tokens + new_tokens)
+    cache = at_once * length * shape.kv_per_token * work.compute
+    prompt = min(work.tokens, shape.context)
+    asking = {
+        "key/value cache": cache,
+        "working copies": 3 * cache // shape.layers + prompt * _forward_numbers(shape, work),
+    }
+    positions = max(TOKENS_PER_PASS, work.tokens)
+    scored = int(positions * work.learnt)
+    scores = positions * shape.vocab * work.compute
+    scores += scored * shape.vocab * (work.compute + FLOAT32)  # the marked ones, and logarithms
+    scores += scored * shape.vocab * FLOAT32 if work.compute < FLOAT32 else 0
+    scoring = {
+        "vocabulary scores": scores,
+        "working copies": positions * shape.hidden * work.compute,
+    }
+    higher = max(asking, scoring, key=lambda parts: sum(parts.values()))
+    if work.device == "cpu" and wastes_heap(shape.parameters):
+        higher["heap"] = sum(higher.values()) // 2  # see training.heap_bytes
+    return Phase("evaluate", {**weights, **higher})
+
+
+def serve_phase(shape: ModelShape, precision: str, engine: str, compute: int, tokens: int) -> Phase:
+    """The endpoint with one conversation of so many tokens."""
+    weights = served_weights(shape, precision, engine, compute)
+    row = row_bytes(shape, engine, compute, tokens)
+    return Phase("serve", {"weights": weights, "key/value cache": row})
+
+
+def convert_phase(shape: ModelShape, precision: str) -> Phase:
+    """Converting the tuned model for the engine `ort-genai`."""
+    return Phase("convert", {"weights": int(_CONVERTING[precision] * shape.parameters)})
+
+
+def served_weights(shape: ModelShape, precision: str, engine: str, compute: int) -> int:
+    """The weights as the engine holds them; its 4 bits leave the embedding as it is."""
+    if engine != "ort-genai":
+        return compute * shape.parameters
+    if precision == "fp32":
+        return FLOAT32 * shape.parameters
+    head = shape.vocab * shape.hidden
+    return int(_ONNX_FOUR_BIT * (shape.linear_weights + head)) + FLOAT32 * head
+
+
+def row_bytes(shape: ModelShape, engine: str, compute: int, tokens: int) -> int:
+    """The cache of one conversation of so many tokens."""
+    size = FLOAT32 if engine == "ort-genai" else compute
+    return tokens * shape.kv_per_token * size
+
+
+def _forward_numbers(shape: ModelShape, work: Work) -> int:
+    """Bytes a token needs while one layer is computed and nothing is kept: gate, up and more."""
+    return work.compute * (4 * shape.intermediate + 2 * shape.hidden)

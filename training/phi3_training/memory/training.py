@@ -1,0 +1,347 @@
+"""Predicts what one training step holds, term by term, from the sizes of the model alone.
+
+Reads and writes nothing. Every formula says what it counts; docs/memory.md explains them, and
+benchmarks/memory_plan.py holds them against measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..finetune.heap import wastes_heap
+from ..recipe import Recipe
+from .config import ModelShape
+from .device import Device, Kind
+
+Method = Literal["full", "lora", "dora", "qlora"]
+Parts = Mapping[str, int]
+
+FLOAT32 = 4
+HALF = 2
+# AdamW keeps two moments for each weight that learns.
+_MOMENTS = 2
+# 4-bit normal floats: half a byte, one 8-bit constant for each 64 weights, and one float32 for
+# each 256 of those (double quantisation).
+FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+# TRL's loss scores at most so many tokens by so many words of the vocabulary at a time.
+_TILE_TOKENS, _TILE_WORDS = 4096, 32768
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one phase holds at its peak: bytes by what they are for."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, and how: the recipe's settings that decide about memory."""
+
+    method: Method
+    device: Kind
+    compute: int  # bytes of a number in matrices' products
+    batch: int
+    accumulation: int
+    tokens: int  # of the longest row
+    checkpointing: bool = False
+    attention: str = "sdpa"
+    lora_r: int = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    packing: bool = False
+    own_loss: bool = False
+    processes: int = 1
+    float16: bool = False  # computed in float16, whose small gradients must be scaled
+    learnt: float = 1.0  # share of the tokens that are learnt; 1 is the most
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a batch, padding included."""
+        return self.batch * self.tokens
+
+    @property
+    def short_loss(self) -> bool:
+        """Whether the vocabulary is scored at once, as finetune/compute.py does on a CPU."""
+        alone = self.processes == 1 and not self.own_loss
+        return self.device == "cpu" and self.compute == FLOAT32 and alone
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask of its own: each layer then keeps a copy of it."""
+        return self.packing or (self.batch > 1 and not self.short_loss)
+
+
+def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
+    """The work that a recipe means on a device; rows count as long as the recipe lets them be."""
+    settings = recipe.finetune
+    modules = settings.target_modules
+    return Work(
+        method=settings.method,
+        device=device.kind,
+        compute=compute_bytes(recipe, device),
+        batch=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        tokens=min(recipe.data.max_length, shape.context),
+        checkpointing=settings.gradient_checkpointing,
+        attention=recipe.model.attn_implementation or "sdpa",
+        lora_r=settings.lora_r,
+        lora_dropout=settings.lora_dropout,
+        target_modules=modules if isinstance(modules, str) else tuple(modules),
+        packing=settings.packing,
+        own_loss=settings.loss is not None,
+        processes=settings.num_processes,
+        float16=_is_float16(recipe, device),
+    )
+
+
+def compute_bytes(recipe: Recipe, device: Device) -> int:
+    """Bytes of a number as finetune/runtime.py chooses it: two on a GPU, four elsewhere."""
+    wanted = recipe.model.dtype
+    if wanted == "auto":
+        return HALF if device.kind == "cuda" else FLOAT32
+    no_float16 = wanted == "float16" and device.kind == "cpu"
+    return FLOAT32 if wanted == "float32" or no_float16 else HALF
+
+
+def _is_float16(recipe: Recipe, device: Device) -> bool:
+    """Whether a GPU computes in float16: told to, or without bfloat16."""
+    told = recipe.model.dtype == "float16"
+    return told or (recipe.model.dtype == "auto" and device.kind == "cuda" and not device.bfloat16)
+
+
+def step_phase(shape: ModelShape, work: Work) -> Phase:
+    """The peak of a training step, from the second one on (the first has no moments yet).
+
+    Weights and moments are always there. Beside them a step passes three summits:
+      the loss:      all kept activations and the scores of the vocabulary
+      the last layer's backward pass: all kept activations, one layer, its gradients
+      the first layer's backward pass: one layer, its gradients, and those of all weights
+    Gradients of weights grow as activations are given back, so nothing between is higher. They
+    are there from the start when they are accumulated over several batches.
+    """
+    kept = {
+        "weights": weight_bytes(shape, work),
+        "adapter": _adapter_weights(shape, work) * _adapter_bytes(work),
+        "optimiser": optimiser_bytes(shape, work),
+        "working copies": working_copies(shape, work),
+    }
+    gradients = gradient_bytes(shape, work)
+    if work.processes > 1:  # what the processes exchange is kept beside the gradients
+        kept["exchange"] = gradients
+    before = gradients if work.accumulation > 1 else 0
+    held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
+    backward = backward_bytes(shape, work)
+    summits = (
+        {"gradients": before, "activations": held, "loss": loss_bytes(shape, work)},
+        {
+            "gradients": max(before, _head_gradient(shape, work)),
+            "activations": held + (layer if work.checkpointing else 0),
+            "backward pass": backward,
+        },
+        {"gradients": gradients, "activations": layer, "backward pass": backward},
+    )
+    higher = max(summits, key=lambda parts: sum(parts.values()))
+    parts = {**kept, **higher, "heap": heap_bytes(shape, work)}
+    return Phase("train", {name: size for name, size in parts.items() if size})
+
+
+def heap_bytes(shape: ModelShape, work: Work) -> int:
+    """What the C library's heap wastes on a CPU, for models that finetune/heap.py leaves alone.
+
+    Not derived but measured: about half of all activations and scores, checkpointing or not,
+    since what it gives back in small pieces lies between pieces that stay.
+    """
+    if work.device != "cpu" or not wastes_heap(shape.parameters):
+        return 0
+    plain = replace(work, checkpointing=False)
+    return (activation_bytes(shape, plain) + loss_bytes(shape, plain)) // 2
+
+
+def weight_bytes(shape: ModelShape, work: Work) -> int:
+    """The base model: float32 when all of it learns, 4-bit matrices in QLoRA, else as computed."""
+    if work.method == "full":
+        return FLOAT32 * shape.parameters
+    if work.method == "qlora":
+        return int(FOUR_BIT * shape.linear_weights) + work.compute * shape.other_weights
+    return work.compute * shape.parameters
+
+
+def learning_weights(shape: ModelShape, work: Work) -> int:
+    """How many weights learn."""
+    return shape.parameters if work.method == "full" else _adapter_weights(shape, work)
+
+
+def gradient_bytes(shape: ModelShape, work: Work) -> int:
+    """One number for each weight that learns, in that weight's type."""
+    return learning_weights(shape, work) * _adapter_bytes(work)
+
+
+def optimiser_bytes(shape: ModelShape, work: Work) -> int:
+    """AdamW's two moments of each weight that learns, in that weight's type."""
+    return _MOMENTS * learning_weights(shape, work) * _adapter_bytes(work)
+
+
+def working_copies(shape: ModelShape, work: Work) -> int:
+    """Copies of weights that one step makes.
+
+    Mixed precision keeps a half-size copy of the float32 weights that learn; QLoRA unpacks one
+    matrix at a time; DoRA builds one whole matrix from its adapter (float32: itself, the sum with
+    the base matrix, and its square) to measure its columns.
+    """
+    adapted = shape.adapted(_modules(work))
+    largest = max((linear.weights for linear in shape.linears), default=0)
+    size = 0
+    if work.compute < FLOAT32 and work.method != "qlora":
+        learning = shape.linear_weights if work.method == "full" else _adapter_weights(shape, work)
+        size += work.compute * learning
+    if work.method == "qlora":
+        size += work.compute * largest
+    if work.method == "dora":
+        size += 3 * FLOAT32 * max((linear.weights for linear in adapted), default=0)
+    return size
+
+
+def activation_bytes(shape: ModelShape, work: Work) -> int:
+    """What the forward pass keeps for the backward pass, over all layers.
+
+    With gradient checkpointing a layer keeps its input only. The last norm, in front of the
+    vocabulary, always keeps its input in float32, the normed input if it learns, and its output.
+    """
+    layer = layer_bytes(shape, work)
+    ends = work.positions * shape.hidden * (2 * FLOAT32 + (FLOAT32 if _is_full(work) else 0))
+    if not work.checkpointing:
+        return shape.layers * layer + ends
+    return shape.layers * work.positions * shape.hidden * _stream_bytes(work) + ends
+
+
+def layer_bytes(shape: ModelShape, work: Work) -> int:
+    """What autograd keeps of one decoder layer.
+
+    For each token, with hidden size h, MLP size i, q and k, v sizes of the heads, and b bytes a
+    number (as computed) or 4 (the norms count in float32):
+      both norms: their input 4·h each; the normed input too where the norm's weight learns; their
+        output b·h each, which the matrices behind them need if those learn or have an adapter
+      attention:  b·(q + 2kv) of the fused projection (v is a view of it), the rotated q and k,
+        and the output b·q; with eager attention also the softmax, 4·T (and b·T) for each head
+      MLP:        gate and up b·2i, silu(gate) b·i, their product b·i
+    An adapter adds its r inner numbers for each matrix, dropout one noise for each input, DoRA
+    the matrix's output before and after the adapter.
+    """
+    b, h, i = work.compute, shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    inputs = _kept_inputs(shape, work)
+    numbers = queries + 2 * keys + queries + keys + queries + 3 * i
+    numbers += (2 * h if "norms" in inputs else 0) + (i if "down" in inputs else 0)
+    if keys < queries and (work.attention == "eager" or work.masked):
+        numbers += 2 * queries  # k and v are repeated for every query head
+    size = work.positions * (b * numbers + 2 * FLOAT32 * h)
+    if _is_full(work):
+        size += work.positions * 2 * h * _stream_bytes(work)
+    return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
+
+
+def _kept_inputs(shape: ModelShape, work: Work) -> set[str]:
+    """Which inputs of matrices are kept: those of matrices that learn or have an adapter."""
+    if _is_full(work):
+        return {"norms", "down"}
+    names = {linear.name.rpartition(".")[2] for linear in shape.adapted(_modules(work))}
+    kept = {"down"} if "down_proj" in names else set()
+    return kept | ({"norms"} if names - {"down_proj", "o_proj"} else set())
+
+
+def _adapter_activations(shape: ModelShape, work: Work) -> int:
+    if _is_full(work):
+        return 0
+    size = 0
+    noise = work.compute if work.device == "cpu" else 1
+    for linear in shape.adapted(_modules(work)):
+        size += work.compute * work.lora_r
+        size += noise * linear.inputs if work.lora_dropout else 0
+        size += 2 * work.compute * linear.outputs if work.method == "dora" else 0
+    return work.positions * size
+
+
+def _score_bytes(shape: ModelShape, work: Work) -> int:
+    """What one layer keeps that grows with the square of the rows' length."""
+    squares = work.batch * work.tokens**2
+    if work.attention == "eager":
+        kept = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
+        return squares * shape.heads * kept
+    return squares * work.compute if work.masked else 0
+
+
+def loss_bytes(shape: ModelShape, work: Work) -> int:
+    """The scores of the vocabulary: for small models the largest term of all.
+
+    On a CPU (finetune/compute.py): the learnt positions alone, three float32 copies (logarithms
+    of the probabilities, their gradient, and the scores' gradient). TRL's loss on a GPU: one tile
+    of 4,096 positions by 32,768 words, and the float32 gradient of the last hidden states. A loss
+    of one's own gets every position's scores: as computed, and three float32 copies.
+    """
+    learnt = int(work.positions * work.learnt)
+    head = _head_gradient(shape, work)
+    if work.own_loss:
+        return work.positions * shape.vocab * (work.compute + 3 * FLOAT32) + head
+    if work.short_loss:
+        scores = learnt * shape.vocab * FLOAT32
+        return learnt * shape.hidden * FLOAT32 + max(3 * scores, scores + head)
+    tile = min(learnt, _TILE_TOKENS) * _TILE_WORDS * work.compute
+    if work.device != "cuda":  # no kernel there: the tile in float32, its exponentials, gradient
+        tile += 3 * min(learnt, _TILE_TOKENS) * _TILE_WORDS * FLOAT32
+    return tile + learnt * shape.hidden * (FLOAT32 + work.compute) + head
+
+
+def _head_gradient(shape: ModelShape, work: Work) -> int:
+    """The gradient of the output matrix, the first one there is."""
+    return FLOAT32 * shape.vocab * shape.hidden if _is_full(work) else 0
+
+
+def backward_bytes(shape: ModelShape, work: Work) -> int:
+    """What the backward pass through one MLP holds at once beside the kept activations.
+
+    The gradients of gate, up and their joined 2i, and two of the residual stream.
+    """
+    mlp = 4 * work.compute * shape.intermediate + 2 * FLOAT32 * shape.hidden
+    scores = 0
+    if work.attention == "eager":  # gradients of the softmax and of its input
+        scores = 2 * FLOAT32 * shape.heads * work.tokens
+    return work.positions * max(mlp, scores)
+
+
+def _adapter_weights(shape: ModelShape, work: Work) -> int:
+    """r·(inputs + outputs) for each adapted matrix; DoRA adds a size for each output."""
+    if _is_full(work):
+        return 0
+    count = 0
+    for linear in shape.adapted(_modules(work)):
+        count += work.lora_r * (linear.inputs + linear.outputs)
+        count += linear.outputs if work.method == "dora" else 0
+    return shape.layers * count
+
+
+def _adapter_bytes(work: Work) -> int:
+    """Weights that learn are float32 (autocast computes in less); QLoRA's are where they can."""
+    return HALF if work.method == "qlora" and not work.float16 else FLOAT32
+
+
+def _stream_bytes(work: Work) -> int:
+    """Bytes of a number between the layers: as the embedding gives it."""
+    return FLOAT32 if _is_full(work) else work.compute
+
+
+def _modules(work: Work) -> str | list[str]:
+    modules = work.target_modules
+    return modules if isinstance(modules, str) else list(modules)
+
+
+def _is_full(work: Work) -> bool:
+    return work.method == "full"
