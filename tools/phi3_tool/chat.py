@@ -100,7 +100,10 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
     try:
         if isinstance(connection, str) and connection.strip():
             connection = ConnectionProvider.get_instance().get(name=connection.strip())
-        found = choices(_settings(connection))
+        if connection or environment_names_endpoint():
+            found = choices(_settings(connection))
+        else:
+            found = [no_list("choose a connection first")]
     except Phi3Error as error:
         found = [no_list(error.message)]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:

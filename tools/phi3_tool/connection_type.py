@@ -7,20 +7,13 @@ from promptflow.connections import CustomStrongTypeConnection
 from promptflow.contracts.types import Secret
 
 
+# No docstring, on purpose: Prompt flow 1.18 writes it as comments into a template that it then
+# cannot read, and gives the whole package up with a warning.
 class Phi3Connection(CustomStrongTypeConnection):  # type: ignore[misc]  # promptflow ships no types
-    """An online endpoint with a Phi-3 behind it.
-
-    :param key: the endpoint's key
-    :type key: Secret
-    :param endpoint: the scoring URI, ending with /score or with /v1/chat/completions
-    :type endpoint: String
-    :param deployment: one deployment of several behind the endpoint; empty lets the endpoint choose
-    :type deployment: String
-    :param api: score or openai, where the endpoint's path does not tell
-    :type api: String
-    """
-
     key: Secret
+    #: The scoring URI, ending with /score or with /v1/chat/completions.
     endpoint: str
+    #: One deployment of several behind the endpoint; empty lets the endpoint choose.
     deployment: str = ""
+    #: "score" or "openai", where the endpoint's path does not tell.
     api: str = ""

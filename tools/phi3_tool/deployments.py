@@ -63,7 +63,7 @@ def _names(settings: ConnectionSettings) -> tuple[list[str], str]:
     if status in (401, 403):
         return [], f"the endpoint does not accept the key (status {status})"
     if status != 200:
-        return [], _not_told(address, url, status)
+        return [], not_told(url, status)
     names = _ids(body)
     return names, "" if names else f"{url} names no model"
 
@@ -100,9 +100,9 @@ def _get(url: str, address: Address, credential: Credential) -> tuple[int, bytes
     return response.status_code, bytes(body)
 
 
-def _not_told(address: Address, url: str, status: int) -> str:
-    host = urlsplit(address.url).hostname or ""
-    if host.endswith(_AZURE):
+def not_told(url: str, status: int) -> str:
+    """Why an endpoint that answers with this status tells no names."""
+    if (urlsplit(url).hostname or "").endswith(_AZURE):
         return (
             "Azure shows the deployments of an endpoint to an identity, not to its key;"
             " `az ml online-deployment list --endpoint-name NAME` names them"

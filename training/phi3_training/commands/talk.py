@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ConnectionSettings, Phi3Client
+from phi3_tool.address import same_endpoint
 from phi3_tool.connection import environment_names_endpoint
 from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
@@ -68,7 +69,7 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
     if get_target("local").status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
     settings = ConnectionSettings.from_connection(stored_connection(name))
-    if settings.endpoint != run.require("endpoint", again)["endpoint"]:
+    if not same_endpoint(settings.endpoint, run.require("endpoint", again)["endpoint"]):
         raise StageError(
             f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
             f"the run {run.name!r}; bring this run back with {again}, or keep both by giving one a "
