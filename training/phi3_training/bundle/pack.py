@@ -71,11 +71,11 @@ def pack(
         staged = Path(scratch) / source.name
         copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
         (staged / IGNORE).write_text(AMLIGNORE, encoding="utf-8")
-        _refuse_secrets(staged)
+        refuse_secrets(staged)
         _describe_tools(source, staged)
         archive = Path(scratch) / "bundle.zip"
         files = _write_zip(staged, archive)
-        _replace(staged, folder)
+        replace(staged, folder)
         archive.replace(zip_path)
     return Bundle(folder, zip_path, files, sha256_of(zip_path))
 
@@ -140,12 +140,12 @@ def _describe_tools(source: FlowSource, staged: Path) -> None:
         )
 
 
-def _refuse_secrets(staged: Path) -> None:
+def refuse_secrets(staged: Path) -> None:
     """The endpoint's key of this environment must not be in what is about to leave."""
     key = os.environ.get("PHI3_KEY", "").strip().encode()
     if not key:
         return
-    found = [p.relative_to(staged).as_posix() for p in _files(staged) if key in p.read_bytes()]
+    found = [p.relative_to(staged).as_posix() for p in files_in(staged) if key in p.read_bytes()]
     if found:
         raise UsageError(
             f"The key in PHI3_KEY stands in {', '.join(found)}; take it out there: a connection is "
@@ -157,7 +157,7 @@ def _write_zip(staged: Path, target: Path) -> tuple[str, ...]:
     """The same bytes for the same files: sorted, no times or rights, no compressor's choices."""
     names = []
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for path in _files(staged):
+        for path in files_in(staged):
             name = path.relative_to(staged).as_posix()
             entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
             entry.create_system = 3  # whatever this machine is
@@ -167,11 +167,13 @@ def _write_zip(staged: Path, target: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a folder, in an order that does not change."""
     return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.as_posix())
 
 
-def _replace(staged: Path, folder: Path) -> None:
+def replace(staged: Path, folder: Path) -> None:
+    """Put a finished folder in its place, whatever stood there before."""
     if folder.exists():
         old = staged.with_name("old")
         folder.replace(old)

@@ -1,12 +1,14 @@
-"""`phi3 flow pack`: a flow made ready for other places than this clone."""
+"""`phi3 flow pack | image`: a flow made ready for other places than this clone."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..bundle.image import BASE, write_image
 from .common import FLOW, add_command, find
 
 OUT = Path("dist")
@@ -14,17 +16,17 @@ OUT = Path("dist")
 
 def register(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("flow", help="pack a flow for Foundry or Studio")
+    parser = subparsers.add_parser(
+        "flow", help="pack a flow for Foundry or Studio, or as a container"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_pack,):
+    for add in (_add_pack, _add_image):
         add(actions)
 
 
 def add_flow(parser: argparse.ArgumentParser) -> None:
     """FLOW, feed, image and further files: what `pack` and whatever builds on it take."""
-    parser.add_argument(
-        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
-    )
+    _add_flow_argument(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--feed", metavar="URL", help="install the tool from this package index, do not carry it"
@@ -32,12 +34,28 @@ def add_flow(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--image", metavar="NAME", help="image of the compute session, with the tool installed"
     )
+    _add_extra(parser)
+
+
+def _add_flow_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
+    )
+
+
+def _add_extra(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--add",
         action="append",
         default=[],
         metavar="FILE",
         help="another file of the flow's folder that its code reads (repeatable)",
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"where to (default: {OUT})"
     )
 
 
@@ -55,9 +73,7 @@ def _add_pack(actions: Any) -> None:
         run_pack,
     )
     add_flow(pack)
-    pack.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"where to (default: {OUT})"
-    )
+    _add_out(pack)
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -78,4 +94,40 @@ def run_pack(args: argparse.Namespace) -> int:
     console.out.print(f"Folder: {bundle.folder} ({len(bundle.files)} files)", markup=False)
     console.out.print(f"Zip:    {bundle.zip_path}", markup=False)
     console.out.print(f"SHA256: {bundle.sha256}", markup=False)
+    return 0
+
+
+def _add_image(actions: Any) -> None:
+    image = add_command(
+        actions,
+        "image",
+        "write a container context that serves the flow: small, without a store, not as root",
+        "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
+        run_image,
+    )
+    _add_flow_argument(image)
+    image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
+    image.add_argument(
+        "--base", default=BASE, metavar="IMAGE", help=f"image to build on (default: {BASE})"
+    )
+    _add_extra(image)
+    _add_out(image)
+
+
+def run_image(args: argparse.Namespace) -> int:
+    """Write the context; print how it is built and run."""
+    context = write_image(flow_of(args), args.out, base=args.base, feed=args.feed, extra=args.add)
+    if args.output == "json":
+        console.print_json(
+            {"folder": context.folder, "start": context.start, "files": context.files}
+        )
+        return 0
+    shown = shlex.quote(str(context.folder))
+    for line in (
+        f"Image:  {context.folder} ({len(context.files)} files)",
+        f"Build:  docker build -t phi3-flow {shown}",
+        "Run:    docker run -p 8080:8080 -e PHI3_ENDPOINT -e PHI3_KEY --read-only --tmpfs /tmp "
+        "phi3-flow",
+    ):
+        console.out.print(line, markup=False)
     return 0
