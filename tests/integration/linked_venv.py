@@ -1,6 +1,6 @@
 """Virtual environments made of links to what is installed here: clean, at once, without network.
 
-`linked_venv` holds the named distributions and nothing else; `venv_without` everything but some.
+A file by file copy in links, for packages that share a folder; nothing but what is named gets in.
 """
 
 from __future__ import annotations
@@ -9,23 +9,38 @@ import re
 import sys
 import venv
 from collections.abc import Iterable
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 
 def linked_venv(folder: Path, names: Iterable[str]) -> Path:
     """A virtual environment of these distributions; its Python."""
-    return _make(folder, [distribution(name) for name in names])
+    venv.create(folder, symlinks=True, with_pip=False)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / version / "site-packages"
+    for name in names:
+        _link(distribution(name), site)
+    return folder / "bin" / "python"
 
 
-def venv_without(folder: Path, *left_out: str) -> Path:
-    """A virtual environment of everything installed here but what these names begin; its Python."""
-    kept = {}
-    for dist in distributions():
-        name = _plain(dist.metadata["Name"])
-        if not name.startswith(left_out):
-            kept.setdefault(name, dist)
-    return _make(folder, list(kept.values()))
+def closure(*names: str) -> list[str]:
+    """These distributions and all that they require here."""
+    found: dict[str, None] = {}
+    waiting = list(names)
+    while waiting:
+        name = _plain(waiting.pop())
+        if name in found:
+            continue
+        if missing([name]):
+            continue
+        found[name] = None
+        for text in distribution(name).requires or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    return list(found)
 
 
 def pinned(requirements: Path) -> dict[str, str]:
@@ -46,22 +61,12 @@ def missing(names: Iterable[str]) -> list[str]:
     return absent
 
 
-def _make(folder: Path, dists: Iterable[Distribution]) -> Path:
-    venv.create(folder, symlinks=True, with_pip=False)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = folder / "lib" / version / "site-packages"
-    made: set[Path] = set()
-    for dist in dists:
-        for file in dist.files or ():
-            target = site / file
-            if ".." in file.parts or target.suffix == ".pth":
-                continue
-            if target.parent not in made:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                made.add(target.parent)
-            if not target.is_symlink():
-                target.symlink_to(str(dist.locate_file(file)))
-    return folder / "bin" / "python"
+def _link(dist: Distribution, site: Path) -> None:
+    for file in dist.files or ():
+        target = site / file
+        if ".." not in file.parts and target.suffix != ".pth" and not target.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(str(dist.locate_file(file)))
 
 
 def _plain(name: str) -> str:
