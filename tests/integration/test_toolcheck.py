@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.integration.pf_home import ROOT
 
+from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
 from phi3_training.errors import StageError
 from phi3_training.toolcheck import check_tool, check_wheel
@@ -70,18 +72,22 @@ def faults(found: list[Finding]) -> list[Finding]:
     return [finding for finding in found if finding.state is State.FAULT]
 
 
-def test_the_tool_is_found_in_the_wheel_that_is_shipped(wheel: Path, tmp_path: Path) -> None:
-    found = list(check_wheel(wheel, tmp_path))
-    assert faults(found) == []
-    assert [finding.check for finding in found] == [
-        "files",
-        "entry point",
-        "install",
-        "listing",
-        "tool",
-        "prompt flow",
+def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it, from the command line."""
+    assert main(["doctor", "--tool", "-o", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is True
+    assert [(each["check"], each["state"]) for each in told["findings"]] == [
+        ("build", "ok"),
+        ("files", "ok"),
+        ("entry point", "ok"),
+        ("install", "ok"),
+        ("listing", "ok"),
+        ("tool", "ok"),
+        ("prompt flow", "ok"),
     ]
-    assert found[-1].said == 'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow 0.1.0'
+    last = told["findings"][-1]["said"]
+    assert last == 'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow 0.1.0'
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,23 +44,43 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="tokens of a model folder instead of a run"
     )
+    parser.add_argument(
+        "--tool",
+        nargs="?",
+        const="here",
+        choices=("here", "fresh"),
+        help="only: build the wheel and find the package tool in it, beside this Prompt flow (here)"
+        " or in a new environment, over the network (fresh)",
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """All checks, or the one that is named; exit 1 on a fault."""
     if args.tokens or args.model is not None:
         return _run_tokens(args)
+    if args.tool:
+        from ..toolcheck import check_tool
+
+        project = find(Path("tools/phi3_tool")).parents[1]
+        return _report(args, check_tool(project, new_environment=args.tool == "fresh"))
     return _run_checks(args)
 
 
 def _run_checks(args: argparse.Namespace) -> int:
-    from ..doctor import Setup, State, examine
+    from ..doctor import Setup, examine
 
     if args.timeout <= 0:
         raise UsageError("--timeout must be a number of seconds above 0")
     setup = Setup(flow=args.flow or find(FLOW), connection=_connection(args), seconds=args.timeout)
-    findings = []
-    for finding in examine(setup):
+    return _report(args, examine(setup))
+
+
+def _report(args: argparse.Namespace, found: Iterable[Finding]) -> int:
+    """Show the findings as they come, then their sum; exit 1 on a fault."""
+    from ..doctor import State
+
+    findings: list[Finding] = []
+    for finding in found:
         findings.append(finding)
         if args.output == "text":
             _show(finding, first=len(findings) == 1 or findings[-2].group != finding.group)
