@@ -24,6 +24,7 @@ from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error
 from .history import (
+    BROKE_OFF,
     DEFAULT_CONTEXT_LENGTH,
     TOKENS_AROUND_MESSAGE,
     rough_tokens,
@@ -122,10 +123,10 @@ def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str
             yield first
         yield from pieces
     except Phi3Error as error:
-        # The status is long sent, so the text is the only place left where a person can read it.
+        # The status is long sent. Raised here, the chat page would put "network error" in place of
+        # all that came, and one serving engine would end the answer as if it were whole.
         log.warning("the answer broke off: %s", error)
-        yield f"\n\n[The answer broke off. {error}]"
-        raise error.with_traceback(None) from None
+        yield f"{BROKE_OFF}{error}]"
     finally:
         pieces.close()
 
