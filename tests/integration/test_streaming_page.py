@@ -1,4 +1,4 @@
-"""Prompt flow's chat page, in a real browser: the first words are there before the last are made."""
+"""Prompt flow's chat page in a real browser: first words are there before the last are made."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def address(home: PfHome) -> Iterator[str]:
             interrupt(process)
 
 
-def ask(page: Any, question: str) -> None:  # noqa: F811 - the fixture's value
+def ask(page: Any, question: str) -> None:
     page.get_by_role("textbox").first.click()
     page.keyboard.type(question)
     page.get_by_title("Send", exact=True).click()
 
 
 def test_words_appear_while_the_answer_is_made(
-    page: Any,  # noqa: F811 - the fixture's value
+    page: Any,
     address: str,
     answering: Answering,
     tmp_path: Path,
