@@ -1,4 +1,4 @@
-"""`phi3 flow pack | image`: a flow made ready for other places than this clone."""
+"""`phi3 flow pack | image | serve`: a flow made ready for other places, or served here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def register(subparsers: Any) -> None:
         "flow", help="pack a flow for Foundry or Studio, or as a container"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_pack, _add_image):
+    for add in (_add_pack, _add_image, _add_serve):
         add(actions)
 
 
@@ -130,4 +130,32 @@ def run_image(args: argparse.Namespace) -> int:
         "phi3-flow",
     ):
         console.out.print(line, markup=False)
+    return 0
+
+
+def _add_serve(actions: Any) -> None:
+    serve = add_command(
+        actions,
+        "serve",
+        "serve the flow as `pf flow serve` does, endpoint and key from the environment alone",
+        'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
+        run_serve,
+    )
+    _add_flow_argument(serve)
+    serve.add_argument("--engine", choices=("flask", "fastapi"), default="fastapi")
+    serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
+    serve.add_argument("--port", type=int, default=8080, help="default 8080")
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve in this process until Ctrl-C."""
+    from ..flow_server import serve_flow
+
+    flow = flow_of(args)
+    url = f"http://{args.host}:{args.port}/score"
+    if args.output == "json":
+        console.print_json({"flow": flow, "url": url, "engine": args.engine})
+    else:
+        console.err.print(f"Serving {flow} at {url} until Ctrl-C", markup=False)
+    serve_flow(flow, host=args.host, port=args.port, engine=args.engine)
     return 0
