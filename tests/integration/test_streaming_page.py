@@ -12,14 +12,13 @@ import pytest
 from tests.integration.pf_home import PF, PfHome, free_port, interrupt, pf_home
 from tests.integration.streaming_endpoint import PIECES, Answering
 from tests.integration.stub_endpoint import OPENAI, StubEndpoint
-from tests.integration.test_chat_page import page, wait_for_address
+from tests.integration.test_chat_page import wait_for_address
 
+pytest_plugins = ("tests.integration.browser_plugin",)
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 pytestmark = pytest.mark.browser
 
 KEY = "stream-page-key-4b"
-
-__all__ = ["page"]  # a fixture
 
 
 @pytest.fixture(scope="module")
