@@ -126,11 +126,12 @@ def test_transcripts_made_in_the_bundle_are_not_uploaded_from_it(bundle: Bundle)
 
 
 def test_feed_or_image_replaces_the_source(clone: Path, tmp_path: Path) -> None:
-    fed = pack(clone, tmp_path, feed=FEED)
-    lines = (fed.folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    fed = tmp_path / "fed"
+    copy_flow(FlowSource.read(clone), fed, feed=FEED, carry_tool=False)
+    lines = (fed / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"--index-url {FEED}"
     assert lines[1].startswith("phi3-promptflow==")
-    assert not any(name.startswith("phi3_tool/") for name in fed.files)
+    assert not (fed / "phi3_tool").exists()
     held = tmp_path / "held"
     image = "registry.example/phi3:1.0"
     copy_flow(FlowSource.read(clone), held, image=image, carry_tool=False)

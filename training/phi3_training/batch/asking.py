@@ -70,21 +70,26 @@ class Pace:
         self._most = most
         self._limit = float(most)
         self._busy = 0
+        self._age = 0
         self._changed = threading.Condition()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> int:
         with self._changed:
             self._changed.wait_for(lambda: self._busy < int(self._limit))
             self._busy += 1
+            return self._age
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._busy -= 1
             self._changed.notify()
 
-    def throttled(self) -> None:
-        """Fewer at once from here on."""
+    def throttled(self, age: int) -> None:
+        """Half as many at once from here on, unless that was done since this line was begun."""
         with self._changed:
+            if age != self._age:
+                return
+            self._age += 1
             self._limit = max(1.0, self._limit / 2)
             log.info("the endpoint throttles: %d lines at once", int(self._limit))
 
@@ -106,12 +111,12 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
 
     def work() -> None:
         while (line := waiting.get()) is not None and not stop.is_set():
-            with pace:
+            with pace as age:
                 outcome = _outcome(ask, line)
             if outcome.reply is not None:
                 pace.answered()
             elif isinstance(outcome.error, ThrottledError):
-                pace.throttled()
+                pace.throttled(age)
                 if line.turns < _THROTTLED_TURNS:
                     waiting.put(Line(line.number, line.columns, line.turns + 1))
                     continue

@@ -72,7 +72,8 @@ def run_lines(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
     }
     out = args.out or args.data.with_suffix(".answers.jsonl")
-    with Phi3Client.from_connection(settings) as client:
+    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
+    with Phi3Client.from_connection(settings, max_retries=2) as client:
         endpoint = portless(client.endpoint)
         asked = asked_of(args.data, renamed, defaults, endpoint, args.details)
         answers = Answers(out, asked, resume=args.resume)
