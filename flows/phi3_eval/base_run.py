@@ -28,9 +28,11 @@ def record_of(name: str) -> Optional[list]:
     files = sorted((_runs() / name / "flow_artifacts").glob("*.jsonl"))
     found = {}
     for path in files:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            line = _line_in(json.loads(text))
-            found[line.number] = line
+        # By line feeds alone: a text may hold other signs that Python takes for an end of line.
+        for text in path.read_text(encoding="utf-8").split("\n"):
+            if text.strip():
+                line = _line_in(json.loads(text))
+                found[line.number] = line
     return [found[number] for number in sorted(found)] or None
 
 

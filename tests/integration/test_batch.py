@@ -17,7 +17,7 @@ import pytest
 from tests.integration.stub_endpoint import KEY, Reply, Seen, StubEndpoint
 
 from phi3_tool import Phi3Client, ThrottledError
-from phi3_training.batch import Pace, ask_all, asker, read_lines
+from phi3_training.batch import Line, Pace, ask_all, asker, read_lines
 from phi3_training.cli import main
 from phi3_training.errors import UsageError
 
@@ -156,6 +156,28 @@ def test_changed_data_or_settings_do_not_go_together(
         )
 
 
+def test_signs_that_look_like_ends_of_lines_stay_in_theirs(tmp_path: Path, at: Any) -> None:
+    text = "one\u2028two\x85three"
+    data, out = tmp_path / "d.jsonl", tmp_path / "out.jsonl"
+    data.write_text(json.dumps({"input_data": text}, ensure_ascii=False), encoding="utf-8")
+    with StubEndpoint(script=echo) as stub:
+        at(stub)
+        assert main(["batch", str(data), "--out", str(out)]) == 0
+        assert main(["batch", str(data), "--out", str(out), "--resume"]) == 0
+        assert len(stub.seen) == 1
+    (row,) = [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n") if line]
+    assert row == {"line_number": 0, "answer": f"Re: {text}"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_broken_thread_ends_the_batch_instead_of_hanging(data: Path) -> None:
+    def ask(line: Line) -> Any:
+        raise KeyError("a fault of our own")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        list(ask_all(ask, read_lines(data, {}), concurrency=2))
+
+
 def test_killed_batch_loses_nothing_finished(data: Path) -> None:
     """SIGKILL in the middle; what was written is kept, and only the rest is asked."""
     out = data.with_name("out.jsonl")
@@ -242,6 +264,8 @@ def test_pace_falls_by_half_and_rises_again() -> None:
         ('{"question": "Hi"}', "--map input_data=COLUMN"),
         ('{"input_data": "  "}', "no text"),
         ("\n\n", "has no lines"),
+        ('{"input_data": "Hi", "max_new_tokens": "9"}', "max_new_tokens must be a whole number"),
+        ('{"input_data": "Hi", "chat_history": "none", "top_p": true}', "top_p must be a number"),
     ],
 )
 def test_faults_of_the_data_are_named_before_anything_is_sent(

@@ -71,7 +71,7 @@ class Answers:
                 f"{self.path} was begun with other {', '.join(changed)}: its answers would not "
                 "go together; write elsewhere with --out FILE"
             )
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             row = _row_in(text)
             if row is not None and not row.get("error"):
                 self._rows[row["line_number"]] = row

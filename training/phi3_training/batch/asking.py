@@ -103,35 +103,46 @@ class Pace:
 def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outcome, None, None]:
     """Outcomes in the order in which they come. Closing the iterator asks no further line."""
     waiting: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
     for line in lines:
         waiting.put(line)
     stop, pace = threading.Event(), Pace(concurrency)
     threads = min(concurrency, len(lines))
 
     def work() -> None:
-        while (line := waiting.get()) is not None and not stop.is_set():
-            with pace as age:
-                outcome = _outcome(ask, line)
-            if outcome.reply is not None:
-                pace.answered()
-            elif isinstance(outcome.error, ThrottledError):
-                pace.throttled(age)
-                if line.turns < _THROTTLED_TURNS:
+        try:
+            while (line := waiting.get()) is not None and not stop.is_set():
+                outcome = _paced(ask, line, pace)
+                if isinstance(outcome.error, ThrottledError) and line.turns < _THROTTLED_TURNS:
                     waiting.put(Line(line.number, line.columns, line.turns + 1))
-                    continue
-            done.put(outcome)
+                else:
+                    done.put(outcome)
+        finally:
+            done.put(None)
 
     for _ in range(threads):
         # Daemons: an interrupted batch does not wait for answers nobody will keep.
         threading.Thread(target=work, name="phi3-batch", daemon=True).start()
     try:
         for _ in lines:
-            yield done.get()
+            finished = done.get()
+            if finished is None:  # nobody asked it to end: it broke, and its line is lost
+                raise RuntimeError("a thread of the batch broke; its traceback is above")
+            yield finished
     finally:
         stop.set()
         for _ in range(threads):
             waiting.put(None)
+
+
+def _paced(ask: Ask, line: Line, pace: Pace) -> Outcome:
+    with pace as age:
+        outcome = _outcome(ask, line)
+    if outcome.reply is not None:
+        pace.answered()
+    elif isinstance(outcome.error, ThrottledError):
+        pace.throttled(age)
+    return outcome
 
 
 def _outcome(ask: Ask, line: Line) -> Outcome:

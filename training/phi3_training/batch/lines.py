@@ -10,6 +10,15 @@ from typing import Any
 
 from ..errors import SHOWN_FAULTS, UsageError
 
+# What the flow takes besides the question; a null counts as not given.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "chat_history": ((list,), "a list of turns"),
+    "system_prompt": ((str,), "text"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "max_new_tokens": ((int,), "a whole number"),
+}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -25,7 +34,7 @@ def read_lines(path: Path, renamed: Mapping[str, str]) -> list[Line]:
     faults: list[str] = []
     lines: list[Line] = []
     try:
-        texts = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     for place, text in enumerate(texts, 1):
@@ -60,4 +69,10 @@ def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
     question = columns.get("input_data")
     if not isinstance(question, str) or not question.strip():
         return "no text in the column input_data (name another with --map input_data=COLUMN)"
-    return columns
+    wrong = [
+        f"{name} must be {what}, not {columns[name]!r:.40}"
+        for name, (kinds, what) in _TYPES.items()
+        if columns.get(name) is not None
+        and (not isinstance(columns[name], kinds) or isinstance(columns[name], bool))
+    ]
+    return "; ".join(wrong) or columns
