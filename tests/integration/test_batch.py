@@ -175,7 +175,7 @@ def test_broken_thread_ends_the_batch_instead_of_hanging(data: Path) -> None:
         raise KeyError("a fault of our own")
 
     with pytest.raises(RuntimeError, match="broke"):
-        list(ask_all(ask, read_lines(data, {}), concurrency=2))
+        list(ask_all(ask, read_lines(data, {}), concurrency=1))
 
 
 def test_killed_batch_loses_nothing_finished(data: Path) -> None:
