@@ -49,12 +49,13 @@ def check_wheel(
     try:
         place = fresh(wheel, scratch, constraints) if new_environment else beside(wheel, scratch)
         yield TOOL.ok("install", place.said)
-        yield from _probe(place)
+        yield from search(place)
     except StageError as error:
         yield TOOL.fault("install", str(error), "mend that, then: phi3 doctor --tool")
 
 
-def _probe(place: Place) -> Iterator[Finding]:
+def search(place: Place) -> Iterator[Finding]:
+    """Look for the tool where the wheel is installed; StageError if the search itself fails."""
     done = subprocess.run(  # noqa: S603 - our own program
         [str(place.python), "-I", str(PROBE), str(place.folder)],
         capture_output=True,
