@@ -253,7 +253,7 @@ def test_the_whole_report_of_a_sound_flow(home: PfHome) -> None:
     assert len(checks) == len(set(checks))
     assert {"python", "keyring", "telemetry", "service", "present", "shape", "https", "key",
             "dialect", "deployment", "health", "latency", "one token", "folder", "validate",
-            "tools", "package tool", "tokens"} <= set(checks)  # fmt: skip
+            "tools", "package tool", "wheel", "tokens"} <= set(checks)  # fmt: skip
     assert sorted(folder.rglob("*")) == before
     assert KEY not in done.text
 

@@ -110,7 +110,8 @@ def _show(finding: Finding, *, first: bool) -> None:
     if finding.state.value == "skipped":
         said = f"{finding.check:<13} skipped: {finding.said}"
     console.out.print(said, markup=False, end="")
-    console.out.print(f". Mend: {finding.mend}" if finding.mend else "", markup=False)
+    word = "Look with" if finding.state.value == "skipped" else "Mend"
+    console.out.print(f". {word}: {finding.mend}" if finding.mend else "", markup=False)
 
 
 def _run_tokens(args: argparse.Namespace) -> int:

@@ -45,8 +45,13 @@ def examine(setup: Setup) -> Iterator[Finding]:
     there = setup.version_of("promptflow") is not None
     for finding in flow(setup.flow, promptflow_there=there):
         yield finding.changed(_scrubber(connection.settings))
-    model = Group("model")
-    yield model.skipped(
+    yield from _left_out()
+
+
+def _left_out() -> Iterator[Finding]:
+    """What takes longer and is asked for by name."""
+    yield Group("flow").skipped("wheel", "builds the package, takes longer", "phi3 doctor --tool")
+    yield Group("model").skipped(
         "tokens", "compares training with serving, takes longer", "phi3 doctor --tokens"
     )
 
