@@ -192,7 +192,9 @@ def test_what_only_this_machine_has_is_refused(clone: Path, tmp_path: Path) -> N
         assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("feed", ["http://feed.example/simple", "https://me:tok3n@feed.example/"])
+@pytest.mark.parametrize(
+    "feed", ["http://f.example/simple", "https://me:tok3n@f.example/", "https://f.example/?k=tok3n"]
+)
 def test_feed_carries_no_secret(clone: Path, tmp_path: Path, feed: str) -> None:
     with pytest.raises(UsageError) as caught:
         pack(clone, tmp_path / "out", feed=feed)

@@ -64,7 +64,7 @@ def requirements(text: str, feed: str | None) -> str:
     if feed is None:
         return text
     parts = urlsplit(feed)
-    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc:
+    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or parts.query:
         raise UsageError(
             "--feed must be the https URL of a package index, without a user name or token in it "
             "(the bundle is no place for a secret; the workspace's connection to the feed holds it)"
@@ -75,12 +75,9 @@ def requirements(text: str, feed: str | None) -> str:
 
 
 def checked_image(image: str) -> str:
-    """An image's name that can stand in YAML as it is."""
+    """An image's name that can stand in YAML and in a Dockerfile as it is."""
     if not _IMAGE.fullmatch(image):
-        raise UsageError(
-            f"{image!r} is no image name: expected REGISTRY/NAME:TAG, as in "
-            "mcr.microsoft.com/azureml/promptflow/promptflow-runtime:latest"
-        )
+        raise UsageError(f"{image!r} is no image name: expected [REGISTRY/]NAME[:TAG]")
     return image
 
 

@@ -5,21 +5,19 @@ Reads a flow folder and image_files/; writes one folder, whole or not at all. No
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from .definition import REQUIREMENTS
+from .definition import REQUIREMENTS, checked_image
 from .pack import copy_flow, files_in, refuse_secrets, replace
 from .source import FlowSource
 
 BASE = "python:3.13-slim"
 START = ("gunicorn", "app:app")
 _FILES = Path(__file__).with_name("image_files")
-_BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ def write_image(
     Raises UsageError for a flow whose tool would be missing in it; nothing is written then.
     """
     source = FlowSource.read(flow)
-    if not _BASE.fullmatch(base):
-        raise UsageError(f"{base!r} is no image name: expected something like {BASE}")
+    checked_image(base)
     if feed is None and source.package_tools:
         raise UsageError(
             f"{flow} uses {', '.join(source.package_tools)} from an installed package; name where "
