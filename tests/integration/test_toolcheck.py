@@ -247,6 +247,15 @@ def test_a_package_without_the_tool_does_not_find_another_copy(wheel: Path, tmp_
     assert "cannot import phi3_tool.registry" in found[-1].said
 
 
+def test_a_wheel_that_does_not_install_is_named(wheel: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / wheel.name.replace("py3-none", "cp27-none")
+    shutil.copy(wheel, foreign)
+    (found,) = faults(list(check_wheel(foreign, tmp_path)))
+    assert found.check == "install"
+    assert "The wheel cannot be installed: " in found.said
+    assert "not a supported wheel" in found.said
+
+
 def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
     project = tmp_path / "clone"
     for name in SOURCES:

@@ -6,7 +6,6 @@ Writes into a temporary folder that is gone afterwards; starts pip and one Pytho
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +43,7 @@ def check_wheel(
     constraints: Path | None = None,
 ) -> Iterator[Finding]:
     """Look into a wheel, install it below `scratch`, and look for the tool there."""
-    inside = list(wheels.contents(wheel))
-    yield from inside
+    yield from wheels.contents(wheel)
     try:
         place = fresh(wheel, scratch, constraints) if new_environment else beside(wheel, scratch)
         yield TOOL.ok("install", place.said)
@@ -56,13 +54,8 @@ def check_wheel(
 
 def search(place: Place) -> Iterator[Finding]:
     """Look for the tool where the wheel is installed; StageError if the search itself fails."""
-    done = subprocess.run(  # noqa: S603 - our own program
-        [str(place.python), "-I", str(PROBE), str(place.folder)],
-        capture_output=True,
-        text=True,
-        timeout=PROBE_SECONDS,
-        check=False,
-    )
+    command = [str(place.python), "-I", str(PROBE), str(place.folder)]
+    done = wheels.run(command, PROBE_SECONDS, "The search for the tool")
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StageError
-from .wheel import last_line
+from .wheel import last_line, run
 
 SECONDS = 120
 FRESH_SECONDS = 1800
@@ -31,7 +31,7 @@ def beside(wheel: Path, folder: Path) -> Place:
     """The wheel alone in a folder; everything else is this environment's, this project excepted."""
     target = folder / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
-    _run([*pip, "--target", str(target), str(wheel)], SECONDS)
+    _pip([*pip, "--target", str(target), str(wheel)], SECONDS)
     said = "installed alone, beside this environment's Prompt flow"
     return Place(Path(sys.executable), target, said)
 
@@ -39,23 +39,21 @@ def beside(wheel: Path, folder: Path) -> Place:
 def fresh(wheel: Path, folder: Path, constraints: Path | None) -> Place:
     """The wheel with its extra `flow` in a new virtual environment."""
     home = folder / "fresh"
-    venv.create(home, with_pip=True)
+    try:
+        venv.create(home, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StageError(f"No new environment can be made here: {error}") from None
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [str(python), "-m", "pip", "install"]
     if constraints is not None and constraints.is_file():
         pip += ["--constraint", str(constraints)]
-    _run([*pip, f"{wheel}[flow]"], FRESH_SECONDS)
+    _pip([*pip, f"{wheel}[flow]"], FRESH_SECONDS)
     return Place(python, home, "installed with its extra `flow` into a new environment")
 
 
-def _run(command: list[str], seconds: int) -> None:
+def _pip(command: list[str], seconds: int) -> None:
     quiet = ["--quiet", "--disable-pip-version-check"]
-    try:
-        done = subprocess.run(  # noqa: S603 - our own command line
-            [*command, *quiet], capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise StageError(f"pip did not finish within {seconds} s; try again") from None
+    done = run([*command, *quiet], seconds, "The installation of the wheel")
     if done.returncode:
         reason = last_line(done.stderr, done.stdout)
         raise StageError(f"The wheel cannot be installed: {reason}")

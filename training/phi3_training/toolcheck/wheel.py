@@ -33,6 +33,7 @@ NEEDED = (
 )
 BUILD_SECONDS = 300
 _SETUPTOOLS = 77  # what pyproject.toml asks for
+_NEEDS = f"setuptools>={_SETUPTOOLS}"
 
 
 def build(project: Path, folder: Path) -> Path:
@@ -44,16 +45,12 @@ def build(project: Path, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--wheel-dir", str(folder / "wheel")]
     if _has_setuptools():
         command.append("--no-build-isolation")  # needs no network
-    done = subprocess.run(  # noqa: S603 - our own command line
-        [*command, str(source)],
-        capture_output=True,
-        text=True,
-        timeout=BUILD_SECONDS,
-        check=False,
-    )
+    done = run([*command, str(source)], BUILD_SECONDS, "The build of the wheel")
     wheels = list((folder / "wheel").glob("*.whl"))
     if done.returncode or not wheels:
-        raise StageError(f"The wheel cannot be built: {last_line(done.stderr, done.stdout)}")
+        reason = last_line(done.stderr, done.stdout)
+        mend = "" if _has_setuptools() else f' (no network is needed with: pip install "{_NEEDS}")'
+        raise StageError(f"The wheel cannot be built: {reason}{mend}")
     return wheels[0]
 
 
@@ -79,6 +76,16 @@ def contents(wheel: Path) -> Iterator[Finding]:
             '"package_tools": ["phi3_tool = phi3_tool.registry:list_package_tools"] under'
             " `entry_points` in setup.py",
         )
+
+
+def run(command: list[str], seconds: int, what: str) -> subprocess.CompletedProcess[str]:
+    """Run one of our own command lines; StageError where it does not end in time."""
+    try:
+        return subprocess.run(  # noqa: S603 - our own command line
+            command, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise StageError(f"{what} did not end within {seconds} s; try again") from None
 
 
 def last_line(*texts: str) -> str:
