@@ -44,7 +44,7 @@ def started(home: PfHome, *command: str | Path, env: Mapping[str, str], log: str
     merged = {name: value for name, value in {**home.env, **env}.items() if value}
     with path.open("wb") as stream:
         process = subprocess.Popen(
-            [str(part) for part in command], env={**home.env, **env}, cwd=ROOT,
+            [str(part) for part in command], env=merged, cwd=ROOT,
             stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
         )  # fmt: skip
         try:
