@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -169,13 +170,18 @@ def test_signs_that_look_like_ends_of_lines_stay_in_theirs(tmp_path: Path, at: A
     assert row == {"line_number": 0, "answer": f"Re: {text}"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_broken_thread_ends_the_batch_instead_of_hanging(data: Path) -> None:
+def test_broken_thread_ends_the_batch_instead_of_hanging(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    monkeypatch.setattr(threading, "excepthook", seen.put)
+
     def ask(line: Line) -> Any:
         raise KeyError("a fault of our own")
 
     with pytest.raises(RuntimeError, match="broke"):
         list(ask_all(ask, read_lines(data, {}), concurrency=1))
+    assert seen.get(timeout=30).exc_type is KeyError
 
 
 def test_killed_batch_loses_nothing_finished(data: Path) -> None:
