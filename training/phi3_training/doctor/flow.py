@@ -22,7 +22,7 @@ from .finding import Finding, Group
 
 HERE = Group("flow")
 SECONDS = 120
-# Of this one command: no usage report, no service.
+# Of this one command, in a Prompt flow home of its own: no usage report, no service.
 _SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 _PF = "from promptflow._cli.pf import main; main()"
 
@@ -48,7 +48,9 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         return
     copy = scratch / source.name
     copy_flow(source, copy)
-    (scratch / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
+    home = scratch / ".promptflow"
+    home.mkdir()
+    (home / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
     try:
         verdict = _validate(copy)
     except subprocess.TimeoutExpired:
@@ -66,7 +68,7 @@ def _validate(copy: Path) -> dict[str, Any]:
     done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
         [sys.executable, "-c", _PF, "flow", "validate", "--source", str(copy)],
         cwd=copy.parent,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
