@@ -95,9 +95,12 @@ def test_no_keyring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("keyring")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyring.backends.fail.Keyring")
+    monkeypatch.delenv("PHI3_ENDPOINT", raising=False)
     found = check_keyring()
     assert found.state is State.FAULT
     assert "keyrings.alt" in found.mend
+    monkeypatch.setenv("PHI3_ENDPOINT", "http://127.0.0.1:1/score")
+    assert check_keyring().state is State.WARNING
 
 
 @pytest.mark.parametrize(
