@@ -27,7 +27,7 @@ from .exchange import Call, Limits, check_limits, checked_request_id, refuse, tr
 from .failures import LOCAL_REASON, Failure, failure_of
 from .retry import RetryBudget
 from .sse import read_events, read_lines, read_pieces
-from .transport import Deadline, body_pieces, deadline_applies, new_session
+from .transport import Deadline, Poster, body_pieces, deadline_applies
 from .wire import OPENAI_PARAMETERS, Answer, Message, build_request, read_answer
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Phi3Client:
         self._deployment = deployment
         self._closed = threading.Event()
         self._pid = os.getpid()
-        self._pooled = new_session(self._address)
+        self._pooled = Poster(self._address)
 
     @classmethod
     def from_connection(cls, connection: object, **overrides: Any) -> Phi3Client:
@@ -264,14 +264,11 @@ class Phi3Client:
         reading = Deadline(call.deadline.remaining, self._limits.read)
         try:
             with deadline_applies(reading):
-                response = self._session().post(
-                    self._address.url,
-                    data=call.body,
-                    headers=call.headers,
-                    auth=auth,
-                    timeout=(reading.limit(self._limits.connect), reading.limit()),
-                    allow_redirects=False,
-                    stream=True,
+                response = self._poster().post(
+                    call.body,
+                    call.headers,
+                    auth,
+                    (reading.limit(self._limits.connect), reading.limit()),
                 )
             if response.status_code != 200:
                 return self._failure_in(response, reading)
@@ -348,10 +345,10 @@ class Phi3Client:
             failure.status = 200
             raise call.dress(failure, self._credential)
 
-    def _session(self) -> requests.Session:
+    def _poster(self) -> Poster:
         # A forked child must not write into its parent's open connections.
         if self._pid != os.getpid():
-            self._pooled, self._pid = new_session(self._address), os.getpid()
+            self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
 
 
