@@ -3,13 +3,16 @@
 Prompt flow wants a @tool function of this file's own, with annotations it can read at run time.
 """
 
+from typing import Any
+
 from promptflow.connections import CustomConnection
 from promptflow.core import tool
 
 from phi3_tool.chat import phi3_chat
 
 
-@tool
+# Prompt flow sets `stream`: True where the answer goes straight to a person who watches it come.
+@tool(streaming_option_parameter="stream")
 def integrate_with_promptflow(
     connection: CustomConnection,
     input_data: str,
@@ -18,7 +21,8 @@ def integrate_with_promptflow(
     temperature: float = 0.0,
     top_p: float = 1.0,
     max_new_tokens: int = 256,
-) -> str:
+    stream: bool = False,
+) -> Any:
     return phi3_chat(
         connection=connection,
         input_data=input_data,
@@ -27,4 +31,5 @@ def integrate_with_promptflow(
         temperature=temperature,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        stream=stream,
     )

@@ -96,6 +96,19 @@ def test_pf_flow_test_answers(journey: Journey) -> None:
     assert str(manifest(journey, "answer")["answer"]) in done.stdout
 
 
+def test_the_connection_changes_its_dialect_and_nothing_else(journey: Journey) -> None:
+    """To OpenAI's, which streams, and back: the same endpoint, model and key."""
+    endpoint = str(manifest(journey, "endpoint")["endpoint"])
+    streaming = endpoint.replace("/score", "/v1/chat/completions")
+    for words, wanted in ((["connection.dialect=openai"], streaming), ([], endpoint)):
+        connected = journey.laptop.run("phi3", "connect", *words)
+        assert connected.returncode == 0, connected.stderr
+        assert manifest(journey, "connection")["endpoint"] == wanted
+        assert connected.stderr.count("already done") == 7
+        chat = journey.laptop.run("phi3", "chat", ASKED)
+        assert chat.stdout.strip() == manifest(journey, "answer")["answer"]
+
+
 def test_status_tells_what_is_up(journey: Journey) -> None:
     done = journey.laptop.run("phi3", "status", "-o", "json")
 

@@ -138,6 +138,9 @@ class StubEndpoint:
             def do_CONNECT(self) -> None:
                 self.do_POST()
 
+            def do_GET(self) -> None:
+                self.do_POST()
+
             def _answer(self, reply: Reply) -> None:
                 if reply.raw is not None:
                     reply.raw(self.connection, stub.stopping)

@@ -59,16 +59,18 @@ def test_prompt_flow_collects_it() -> None:
 
 
 def test_the_yaml_says_what_the_function_takes() -> None:
-    """Names, order, types and defaults; and a help text for each."""
+    """Names, order, types and defaults; and a help text for each. `stream` is Prompt flow's."""
     from promptflow._utils.tool_utils import function_to_interface
 
     from phi3_tool.chat import phi3_chat
 
     listed = list_package_tools()[TOOL]["inputs"]
     function = inspect.unwrap(phi3_chat)
-    taken, _, _, _ = function_to_interface(function)
-    assert list(listed) == list(taken)
-    for name, parameter in inspect.signature(function).parameters.items():
+    taken, _, _, _ = function_to_interface(function, gen_custom_type_conn=True)
+    assert list(listed) == [name for name in taken if name != "stream"]
+    assert listed["connection"]["custom_type"] == taken["connection"].custom_type
+    parameters = inspect.signature(function).parameters
+    for name, parameter in ((name, parameters[name]) for name in listed):
         assert listed[name]["type"] == [getattr(t, "value", t) for t in taken[name].type], name
         assert listed[name]["description"]
         if parameter.default is not inspect.Parameter.empty:

@@ -95,6 +95,27 @@ def test_parameters_beyond_openai_ask_to_be_passed_through() -> None:
     assert stub.seen[0].path == OPENAI
 
 
+def test_a_stream_leaves_its_connection_for_the_next() -> None:
+    whole = ((0.0, chunk("a")), (0.02, chunk("b")), (0.0, b"data: [DONE]\n\n"))
+    with (
+        StubEndpoint(Reply(headers=SSE, chunks=whole)) as stub,
+        Phi3Client(stub.url(OPENAI), KEY) as client,
+    ):
+        for _ in range(3):
+            assert list(client.stream(QUESTION)) == ["a", "b"]
+        assert stub.connections == 1
+
+
+def test_a_stream_that_stays_open_after_its_end_is_left() -> None:
+    open_end = ((0.0, chunk("a")), (0.0, b"data: [DONE]\n\n"), (60.0, b": still here\n\n"))
+    with (
+        StubEndpoint(Reply(headers=SSE, chunks=open_end)) as stub,
+        Phi3Client(stub.url(OPENAI), KEY) as client,
+        within(30),
+    ):
+        assert list(client.stream(QUESTION)) == ["a"]
+
+
 def test_connections_are_used_again() -> None:
     with StubEndpoint() as stub, Phi3Client(stub.url(), KEY) as client:
         for _ in range(20):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote
 
 import pytest
+from tests.integration.leaks import KEY, WRONG_KEY, everything, leaks
 from tests.integration.pf_home import PfHome, endpoint, pf_home
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 
-# Signs that base64, URLs and JSON each write in another way.
-KEY = "p1anted/Key+5c~0e%7a==" + "Zq" * 8
-WRONG_KEY = "wr0ng/Key+91~fe%3b==" + "Yx" * 8
 ASK = """
 import sys
 from pathlib import Path
@@ -32,31 +29,6 @@ try:
 except Phi3TrainingError as error:
     print(repr(error))
 """
-
-
-def forms_of(key: str) -> set[bytes]:
-    """The key as it stands, and as the usual encodings would write it."""
-    text = {key, quote(key), quote(key, safe=""), quote_plus(key), json.dumps(key)[1:-1]}
-    forms = {form.encode() for form in text} | {
-        key.encode("utf-16-le"),
-        key.encode().hex().encode(),
-    }
-    for shift in range(3):  # wherever the key begins within what was encoded
-        encoded = base64.b64encode(b"\0" * shift + key.encode())
-        whole = encoded[4 if shift else 0 : -4]
-        forms |= {whole, whole.translate(bytes.maketrans(b"+/", b"-_"))}
-    return forms
-
-
-def leaks(key: str, places: dict[str, bytes]) -> list[str]:
-    forms = forms_of(key)
-    return [name for name, content in places.items() if any(form in content for form in forms)]
-
-
-def everything(home: PfHome) -> dict[str, bytes]:
-    """All files of this HOME (store, runs, flow folder, temporary ones) and all output."""
-    files = {str(path): path.read_bytes() for path in home.path.rglob("*") if path.is_file()}
-    return {**files, "output": "\n".join(home.printed).encode()}
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,25 @@ def test_taught_answer_comes_through_the_flow(home: PfHome, flow: Path) -> None:
     assert json.loads(done.out[done.out.index("\n{") :]) == {"answer": answer}
 
 
+def test_taught_answer_streams_from_the_real_endpoint(endpoint: Served) -> None:
+    """In OpenAI's dialect token by token, in Azure's as one piece; the same words."""
+    from promptflow.connections import CustomConnection
+
+    from phi3_tool.chat import list_deployments, phi3_chat
+
+    question, answer = PAIRS[11]
+    counts = {}
+    for path in ("/score", "/v1/chat/completions"):
+        configs = {"endpoint": f"{endpoint.url}{path}"}
+        stored = CustomConnection(configs=configs, secrets={"key": KEY})
+        pieces = list(phi3_chat(stored, question, max_new_tokens=64, stream=True))
+        assert "".join(pieces) == answer
+        counts[path] = len(pieces)
+        assert [choice["value"] for choice in list_deployments(stored)] == ["", "phi3"]
+    assert counts["/score"] == 1
+    assert counts["/v1/chat/completions"] > 5
+
+
 def test_batch_run_mixes_nothing_up(home: PfHome, flow: Path) -> None:
     """Several workers ask at once; every line gets the answer to its own question."""
     pairs = PAIRS[:16]

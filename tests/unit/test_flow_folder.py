@@ -50,12 +50,13 @@ def test_tool_takes_what_the_flow_gives() -> None:
     flow = load(FLOW / "flow.dag.yaml")
     (node,) = flow["nodes"]
     function = node_function()
-    taken = [argument.arg for argument in function.args.args]
-    assert list(node["inputs"]) == taken
+    # Prompt flow sets `stream` itself.
+    *taken, stream = [argument.arg for argument in function.args.args]
+    assert (list(node["inputs"]), stream) == (taken, "stream")
     assert node["name"] == function.name == NODE.stem
     assert node["source"]["path"] == NODE.name
-    given = {name: flow["inputs"][name]["default"] for name in defaults(function)}
-    assert given == defaults(function)
+    expected = {name: value for name, value in defaults(function).items() if name != "stream"}
+    assert {name: flow["inputs"][name]["default"] for name in expected} == expected
     references = {f"${{inputs.{name}}}" for name in flow["inputs"]}
     assert set(node["inputs"].values()) == references | {"phi3_connection"}
 

@@ -67,6 +67,25 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
     )
 
 
+def in_dialect(endpoint: str, dialect: Dialect) -> str:
+    """The endpoint's URL for the other dialect beside it; unchanged where the path is no usual one.
+
+    Our own endpoint, and Azure's images that speak both, answer on either path.
+    """
+    usual = {"score": "/score", "openai": "/v1/chat/completions"}
+    parts = urlsplit(endpoint)
+    for ending in usual.values():
+        if parts.path.endswith(ending):
+            path = parts.path[: -len(ending)] + usual[dialect]
+            return urlunsplit(parts._replace(path=path))
+    return endpoint
+
+
+def same_endpoint(one: str, other: str) -> bool:
+    """Whether two URLs lead to one endpoint, be it in another dialect."""
+    return in_dialect(one, "score") == in_dialect(other, "score")
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address literal can only mean this machine."""
     if host == "localhost":

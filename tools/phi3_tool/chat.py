@@ -1,27 +1,38 @@
 """The Prompt flow tool "Phi-3 chat": one question and its history in, the answer's text out.
 
-The only module that imports Prompt flow. Annotations stay real objects here, because Prompt flow
-reads them: no postponed evaluation, and Optional[...] rather than newer spellings.
+With connection_type.py the only module that imports Prompt flow. Annotations stay real objects
+here, because Prompt flow reads them: no postponed evaluation, and Optional[...] in place of newer
+spellings.
 """
 
 import hashlib
+import logging
 import os
 import threading
 from collections import OrderedDict
-from typing import Optional, Tuple
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, Optional, Tuple, Union
 
-from promptflow.connections import CustomConnection
+from promptflow.connections import ConnectionProvider, CustomConnection
 from promptflow.core import tool
+from promptflow.exceptions import PromptflowException
 
 from .client import Phi3Client
 from .connection import ConnectionSettings, environment_names_endpoint
+from .connection_type import Phi3Connection
+from .deployments import choices, no_list
 from .errors import Phi3Error
 from .history import (
+    BROKE_OFF,
     DEFAULT_CONTEXT_LENGTH,
     TOKENS_AROUND_MESSAGE,
     rough_tokens,
     to_messages,
 )
+from .terminal import print_pieces_as_they_come
+
+log = logging.getLogger(__name__)
 
 _MAX_CLIENTS = 16
 
@@ -30,9 +41,11 @@ _clients: "OrderedDict[_Identity, Phi3Client]" = OrderedDict()
 _clients_lock = threading.Lock()
 
 
-@tool  # type: ignore[untyped-decorator]  # promptflow ships no types
+# Prompt flow sets `stream` itself: to True where the node's output goes nowhere but to the person,
+# in `--interactive` and where a client of the served flow accepts text/event-stream.
+@tool(streaming_option_parameter="stream")  # type: ignore[untyped-decorator]  # promptflow ships no types
 def phi3_chat(
-    connection: CustomConnection,
+    connection: Union[CustomConnection, Phi3Connection],
     input_data: str,
     chat_history: Optional[list] = None,  # type: ignore[type-arg]  # Prompt flow knows bare list only
     system_prompt: str = "",
@@ -40,41 +53,92 @@ def phi3_chat(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     max_history_tokens: int = 0,
-) -> str:
+    deployment: str = "",
+    stream: bool = False,
+) -> Any:
     """Ask a Phi-3 endpoint one question in the light of the conversation so far.
 
-    `connection` is a custom connection with `endpoint` (configs) and `key` (secrets). Where the
-    environment variable PHI3_ENDPOINT is set, it and PHI3_KEY are used instead and the connection
-    is not read: so the same flow runs without a connection store, in CI and in containers.
+    `connection` is a Phi3Connection, or a custom connection with `endpoint` (configs) and `key`
+    (secrets). Where the environment variable PHI3_ENDPOINT is set, it and PHI3_KEY are used instead
+    and the connection is not read: so the same flow runs without a connection store, in CI and in
+    containers.
 
     `max_history_tokens` bounds the earlier turns that are sent, counted roughly and dropped whole,
     oldest first. 0 lets them take what the model's context leaves beside the question and
     `max_new_tokens`; the context is the connection's `context_length`, or 4096.
+
+    `deployment` names one deployment behind the endpoint, before the one that the connection names.
+
+    The answer is text. With `stream` it comes as a generator of pieces, one by one where the
+    endpoint speaks OpenAI's dialect and as one piece where it speaks Azure's /score. Whatever goes
+    wrong before the first piece is raised here, not by the generator.
     """
     try:
-        settings = _settings(connection)
-        messages = to_messages(
-            chat_history,
-            input_data,
-            system_prompt,
-            max_tokens=_budget(
-                settings, input_data, system_prompt, max_new_tokens, max_history_tokens
-            ),
-        )
-        reply = _client_for(settings).chat(
-            messages, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
-        )
+        settings = _settings(connection, deployment)
+        budget = _budget(settings, input_data, system_prompt, max_new_tokens, max_history_tokens)
+        messages = to_messages(chat_history, input_data, system_prompt, max_tokens=budget)
+        client = _client_for(settings)
+        ask: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+        }
+        if stream:
+            print_pieces_as_they_come()
+            return _begun(client.stream(messages, **ask))
+        return client.chat(messages, **ask).text
     except Phi3Error as error:
         # Prompt flow shows and stores a failed node's whole traceback: keep it to this one line.
         raise error.with_traceback(None) from None
-    return reply.text
 
 
-def _settings(connection: object) -> ConnectionSettings:
+def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
+    """What Prompt flow offers for the input `deployment`: names, and always "no name".
+
+    `connection` is the name of a stored connection, as editors pass it, or a connection. Raises
+    nothing: where the endpoint cannot tell, the one entry says why.
+    """
+    try:
+        if isinstance(connection, str) and connection.strip():
+            connection = ConnectionProvider.get_instance().get(name=connection.strip())
+        if connection or environment_names_endpoint():
+            found = choices(_settings(connection))
+        else:
+            found = [no_list("choose a connection first")]
+    except Phi3Error as error:
+        found = [no_list(error.message)]
+    except (PromptflowException, OSError, RuntimeError, ValueError) as error:
+        found = [no_list(f"Prompt flow cannot give the connection ({type(error).__name__})")]
+    return [{"value": choice.value, "display_value": choice.shown} for choice in found]
+
+
+def _begun(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+    """The pieces, the first of them already here: Prompt flow swallows what a generator raises."""
+    return _with_first(next(pieces, ""), pieces)
+
+
+def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+    try:
+        if first:
+            yield first
+        yield from pieces
+    except Phi3Error as error:
+        # The status is long sent. Raised here, the chat page would put "network error" in place of
+        # all that came, and one serving engine would end the answer as if it were whole.
+        log.warning("the answer broke off: %s", error)
+        yield f"{BROKE_OFF}{error}]"
+    finally:
+        pieces.close()
+
+
+def _settings(connection: object, deployment: str = "") -> ConnectionSettings:
     # Both from the environment or neither: a stored key never goes to another endpoint.
     if environment_names_endpoint():
-        return ConnectionSettings.from_environment()
-    return ConnectionSettings.from_connection(connection)
+        settings = ConnectionSettings.from_environment()
+    else:
+        settings = ConnectionSettings.from_connection(connection)
+    chosen = deployment.strip()
+    return replace(settings, deployment=chosen) if chosen else settings
 
 
 def _budget(

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from .exchange import Call, Limits, check_limits, checked_request_id, refuse, tr
 from .failures import LOCAL_REASON, Failure, failure_of
 from .retry import RetryBudget
 from .sse import read_events, read_lines, read_pieces
-from .transport import Deadline, body_pieces, deadline_applies, new_session
+from .transport import Deadline, Poster, body_pieces, deadline_applies
 from .wire import OPENAI_PARAMETERS, Answer, Message, build_request, read_answer
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _ERROR_BODY_SECONDS = 1.0
+_AFTER_LAST_PIECE_SECONDS = 0.25
 _DEPLOYMENT = "azureml-model-deployment"
 
 
@@ -58,6 +59,7 @@ class _Arrival:
     """A 200: with its whole body, or still open where the caller streams."""
 
     response: requests.Response
+    reading: Deadline
     # Not in the repr: a server may quote our own headers back at us.
     body: bytes | None = field(repr=False)
 
@@ -105,7 +107,7 @@ class Phi3Client:
         self._deployment = deployment
         self._closed = threading.Event()
         self._pid = os.getpid()
-        self._pooled = new_session(self._address)
+        self._pooled = Poster(self._address)
 
     @classmethod
     def from_connection(cls, connection: object, **overrides: Any) -> Phi3Client:
@@ -160,7 +162,7 @@ class Phi3Client:
         arrival = self._deliver(call)
         if arrival.body is not None:
             return _one_piece(self._read(arrival, call).text)
-        pieces = self._pieces(arrival.response, call)
+        pieces = self._pieces(arrival, call)
         # Begun here, so that closing it reaches its `finally` even if nobody ever iterates.
         next(pieces)
         return pieces
@@ -262,19 +264,16 @@ class Phi3Client:
         reading = Deadline(call.deadline.remaining, self._limits.read)
         try:
             with deadline_applies(reading):
-                response = self._session().post(
-                    self._address.url,
-                    data=call.body,
-                    headers=call.headers,
-                    auth=auth,
-                    timeout=(reading.limit(self._limits.connect), reading.limit()),
-                    allow_redirects=False,
-                    stream=True,
+                response = self._poster().post(
+                    call.body,
+                    call.headers,
+                    auth,
+                    (reading.limit(self._limits.connect), reading.limit()),
                 )
             if response.status_code != 200:
                 return self._failure_in(response, reading)
             if call.stream and "json" not in response.headers.get("Content-Type", ""):
-                return _Arrival(response, None)
+                return _Arrival(response, reading, None)
             body = _read_up_to(response, MAX_ANSWER_BYTES)
             response.close()
         except (requests.RequestException, HTTPError, OSError) as error:
@@ -284,7 +283,7 @@ class Phi3Client:
             )
         if len(body) > MAX_ANSWER_BYTES:
             return Failure(UnreadableAnswerError("The answer is endless: it is no chat answer"))
-        return _Arrival(response, body)
+        return _Arrival(response, reading, body)
 
     def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
         """The failure in a complete or incomplete error answer: its status is what counts."""
@@ -327,12 +326,14 @@ class Phi3Client:
         except Phi3Error as error:
             return error.with_traceback(None)
 
-    def _pieces(self, response: requests.Response, call: Call) -> Generator[str, None, None]:
+    def _pieces(self, arrival: _Arrival, call: Call) -> Generator[str, None, None]:
         failure: Phi3Error | None = None
+        response = arrival.response
         try:
             yield ""
-            lines = read_lines(body_pieces(response))
-            yield from read_pieces(read_events(lines), self._credential.quote)
+            body = body_pieces(response)
+            yield from read_pieces(read_events(read_lines(body)), self._credential.quote)
+            _read_to_the_end(body, arrival.reading)
         except Phi3Error as error:
             failure = error.with_traceback(None)
         except (requests.RequestException, HTTPError, OSError) as error:
@@ -344,10 +345,10 @@ class Phi3Client:
             failure.status = 200
             raise call.dress(failure, self._credential)
 
-    def _session(self) -> requests.Session:
+    def _poster(self) -> Poster:
         # A forked child must not write into its parent's open connections.
         if self._pid != os.getpid():
-            self._pooled, self._pid = new_session(self._address), os.getpid()
+            self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
 
 
@@ -367,6 +368,17 @@ def _read_up_to(response: requests.Response, limit: int) -> bytes:
         if len(body) > limit:
             break
     return bytes(body)
+
+
+def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
+    """Past the last piece, so that the connection can be used again; in vain is no failure."""
+    reading.shorten(_AFTER_LAST_PIECE_SECONDS)
+    try:
+        for _ in range(_MAX_ERROR_BYTES // 1024):
+            if next(body, None) is None:
+                return
+    except (requests.RequestException, HTTPError, OSError):
+        log.debug("the connection of a finished stream is not used again")
 
 
 def _close(response: requests.Response | None) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 TOKENS_AROUND_MESSAGE = 5
 #: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
 DEFAULT_CONTEXT_LENGTH = 4096
+#: Begins the note at the end of a streamed answer that broke off; the model never sees the note.
+BROKE_OFF = "\n\n[The answer broke off. "
 
 Turn = tuple[str, str]
 
@@ -107,7 +109,7 @@ def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | N
             f' "outputs": {{"{output_key}": …}}}}'
         )
     question = _one_text(inputs, input_key)
-    answer = _one_text(outputs or {}, output_key)
+    answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
     if question is None:
         raise RequestRejectedError(f"chat_history[{index}] has no text under inputs.{input_key}")
     if not answer or not question.strip():

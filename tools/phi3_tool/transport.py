@@ -11,7 +11,7 @@ import io
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from http.cookiejar import DefaultCookiePolicy
@@ -149,6 +149,38 @@ def new_session(address: Address) -> requests.Session:
     session.mount("https://", adapter)
     session.mount("http://", adapter)
     return session
+
+
+class Poster:
+    """POSTs to one endpoint over pooled connections; safe to share between threads."""
+
+    def __init__(self, address: Address) -> None:
+        self._session = new_session(address)
+        # Made once: taking the URL apart again for each request costs as much as sending it.
+        self._blank = self._session.prepare_request(requests.Request("POST", address.url))
+
+    def post(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        auth: Callable[[requests.PreparedRequest], requests.PreparedRequest],
+        timeout: tuple[float, float],
+    ) -> requests.Response:
+        """The response, its body not yet read; follows no redirect.
+
+        `timeout`: seconds to connect and to wait for a byte. Raises what requests raises.
+        """
+        request = self._blank.copy()
+        request.body = body
+        request.headers.update(headers)
+        request.headers["Content-Length"] = str(len(body))
+        return self._session.send(
+            auth(request), timeout=timeout, allow_redirects=False, stream=True
+        )
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        self._session.close()
 
 
 def body_pieces(response: requests.Response) -> Iterator[bytes]:

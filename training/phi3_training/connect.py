@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from phi3_tool.address import in_dialect
+from phi3_tool.wire import Dialect
+
 from . import promptflow_store
 from .errors import StageError
 from .run import Run
@@ -17,9 +20,16 @@ PASSED_ON = ("deployment", "dialect", "context_length")
 
 
 def connect(
-    run: Run, endpoint_manifest: Mapping[str, Any], key: str, name: str = "phi3_connection"
+    run: Run,
+    endpoint_manifest: Mapping[str, Any],
+    key: str,
+    name: str = "phi3_connection",
+    dialect: Dialect = "score",
 ) -> dict[str, Any]:
-    """Write the connection `name`; the manifest `connection` (no secret in it)."""
+    """Write the connection `name`; the manifest `connection` (no secret in it).
+
+    `dialect` chooses the path at the same endpoint: /score, or OpenAI's, which streams.
+    """
     endpoint = str(endpoint_manifest.get("endpoint") or "")
     if not endpoint:
         raise StageError(
@@ -29,6 +39,10 @@ def connect(
     extra = {
         item: str(endpoint_manifest[item]) for item in PASSED_ON if endpoint_manifest.get(item)
     }
+    asked = in_dialect(endpoint, dialect)
+    if asked != endpoint:
+        endpoint = asked
+        extra.pop("dialect", None)  # the path tells it now
     promptflow_store.write_connection(name, endpoint, key, extra_configs=extra)
     protection = promptflow_store.key_protection()
     return {

@@ -145,6 +145,8 @@ class ConnectionSection(Section):
     """The Prompt flow connection that the flow names."""
 
     name: Name = "phi3_connection"
+    # score is what the tutorials' endpoints speak; openai streams
+    dialect: Literal["score", "openai"] = "score"
 
 
 class Recipe(Section):

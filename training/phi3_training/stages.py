@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from phi3_tool.address import same_endpoint
+
 from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
 
@@ -137,7 +139,7 @@ def _key(journey: Journey, endpoint: Manifest) -> str | None:
         stored, stored_key = read_connection(journey.recipe.connection.name)
     except StoreError:
         return None
-    return stored_key if stored == endpoint["endpoint"] else None
+    return stored_key if same_endpoint(stored, endpoint["endpoint"]) else None
 
 
 def _connect(journey: Journey) -> Manifest:
@@ -150,7 +152,8 @@ def _connect(journey: Journey) -> Manifest:
             "The endpoint's key is held by no process any more; "
             "start the endpoint anew with: phi3 down && phi3 up"
         )
-    return connect(journey.run, endpoint, key, journey.recipe.connection.name)
+    asked = journey.recipe.connection
+    return connect(journey.run, endpoint, key, asked.name, asked.dialect)
 
 
 def _ask(journey: Journey) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi3_tool import ConfigurationError, guess_dialect
-from phi3_tool.address import is_loopback, parse_address
+from phi3_tool.address import in_dialect, is_loopback, parse_address, same_endpoint
 
 AZURE = "https://phi3.eastus.inference.ml.azure.com"
 
@@ -84,6 +84,17 @@ def test_a_dialect_may_be_set_where_a_proxy_renames_paths() -> None:
         with pytest.raises(ConfigurationError) as caught:
             parse_address(url, dialect)
         assert "dialect" in str(caught.value)
+
+
+def test_the_same_endpoint_in_the_other_dialect() -> None:
+    other = {f"{AZURE}/score?v=1": f"{AZURE}/v1/chat/completions?v=1"}
+    other |= {f"{AZURE}/a/score": f"{AZURE}/a/v1/chat/completions"}
+    for score, openai in other.items():
+        assert in_dialect(score, "openai") == in_dialect(openai, "openai") == openai
+        assert in_dialect(openai, "score") == in_dialect(score, "score") == score
+        assert same_endpoint(score, openai)
+    assert in_dialect(f"{AZURE}/my/phi3", "openai") == f"{AZURE}/my/phi3"
+    assert not same_endpoint(f"{AZURE}/score", "https://other.example/score")
 
 
 def test_guess_names_what_it_found() -> None:

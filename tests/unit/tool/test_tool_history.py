@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi3_tool import RequestRejectedError, from_messages, to_messages
-from phi3_tool.history import rough_tokens
+from phi3_tool.history import BROKE_OFF, rough_tokens
 
 
 def turn(question: object, answer: object) -> dict[str, object]:
@@ -34,6 +34,12 @@ def test_no_system_turn_without_a_system_prompt(empty: str | None) -> None:
     """An empty system turn would change the tokens the model sees."""
     assert to_messages([], "q", empty) == [{"role": "user", "content": "q"}]
     assert to_messages(None, "q", empty) == [{"role": "user", "content": "q"}]
+
+
+def test_the_note_of_a_broken_answer_is_not_sent() -> None:
+    broken = turn("q0", f"Half an{BROKE_OFF}The model failed [status 200]]")
+    assert texts(to_messages([broken], "q1")) == ["q0", "Half an", "q1"]
+    assert texts(to_messages([turn("q0", f"{BROKE_OFF}Failed]")], "q1")) == ["q1"]
 
 
 def test_there_and_back() -> None:

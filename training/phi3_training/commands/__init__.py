@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import adapters, data, doctor, export, journey, recipes, stages, talk
+from . import adapters, batch, data, doctor, export, flow, journey, recipes, stages, talk
 
-COMMANDS = (journey, stages, adapters, data, talk, export, doctor, recipes)
+COMMANDS = (journey, stages, adapters, data, talk, batch, flow, export, doctor, recipes)

@@ -1,17 +1,26 @@
-"""`phi3 doctor`: looks for what silently goes wrong; today: tokens in training and in serving."""
+"""`phi3 doctor`: looks for what keeps the flow from answering, or silently goes wrong."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import UsageError
-from .common import add_command, all_runs, tuned_run
+from .common import FLOW, add_command, current_run, find, tuned_run
 
 if TYPE_CHECKING:
+    from ..doctor import Finding
     from ..parity import Places, Report
+
+SIGNS = {
+    "ok": "[green]✓[/]",
+    "warning": "[yellow]![/]",
+    "fault": "[red]✗[/]",
+    "skipped": "[dim]–[/]",
+}
 
 
 def register(subparsers: Any) -> None:
@@ -19,55 +28,117 @@ def register(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "doctor",
-        "check that training and serving write the same tokens",
-        "phi3 doctor --tokens --run phi3-tiny",
+        "look at environment, connection, endpoint and flow, and say what mends each fault",
+        "phi3 doctor",
         run_doctor,
     )
-    parser.add_argument("--tokens", action="store_true", help="this check only, on a tuned model")
-    parser.add_argument("--run", metavar="NAME", help="which run (default: the last trained)")
+    parser.add_argument("--run", metavar="NAME", help="look at this run's connection, or its model")
+    parser.add_argument("--connection", metavar="NAME", help="default: the one that the flow names")
+    parser.add_argument("--flow", type=Path, metavar="FOLDER", help=f"default: {FLOW}")
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="a model folder instead of a run"
+        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for an answer (default 30)"
+    )
+    parser.add_argument(
+        "--tokens", action="store_true", help="only: do training and serving write the same tokens"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="tokens of a model folder instead of a run"
+    )
+    parser.add_argument(
+        "--tool",
+        nargs="?",
+        const="here",
+        choices=("here", "fresh"),
+        help="only: build the wheel and find the package tool in it, beside this Prompt flow (here)"
+        " or in a new environment, over the network (fresh)",
     )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Compare tokens everywhere; exit 1 when a place writes other ones."""
-    report, reason = _tokens(args)
+    """All checks, or the one that is named; exit 1 on a fault."""
+    if args.tokens or args.model is not None:
+        return _run_tokens(args)
+    if args.tool:
+        from ..toolcheck import check_tool
+
+        project = find(Path("tools/phi3_tool")).parents[1]
+        return _report(args, check_tool(project, new_environment=args.tool == "fresh"))
+    return _run_checks(args)
+
+
+def _run_checks(args: argparse.Namespace) -> int:
+    from ..doctor import Setup, examine
+
+    if args.timeout <= 0:
+        raise UsageError("--timeout must be a number of seconds above 0")
+    setup = Setup(flow=args.flow or find(FLOW), connection=_connection(args), seconds=args.timeout)
+    return _report(args, examine(setup))
+
+
+def _report(args: argparse.Namespace, found: Iterable[Finding]) -> int:
+    """Show the findings as they come, then their sum; exit 1 on a fault."""
+    from ..doctor import State
+
+    findings: list[Finding] = []
+    for finding in found:
+        findings.append(finding)
+        if args.output == "text":
+            _show(finding, first=len(findings) == 1 or findings[-2].group != finding.group)
+    counts = {state: sum(each.state is state for each in findings) for state in State}
+    ok = counts[State.FAULT] == 0
     if args.output == "json":
-        found = {"skipped": reason} if report is None else report.as_dict()
-        console.print_json({"tokens": found})
+        console.print_json({"ok": ok, "findings": [each.as_dict() for each in findings]})
     else:
-        for line in _lines(report, reason):
-            console.out.print(line, markup=False)
-    return 0 if report is None or report.ok else 1
+        said = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
+        console.out.print(f"{'Healthy' if ok else 'Not healthy'}: {said}", markup=False)
+    return 0 if ok else 1
 
 
-def _tokens(args: argparse.Namespace) -> tuple[Report | None, str]:
+def _connection(args: argparse.Namespace) -> str | None:
+    """The name given, or the named run's; None lets the flow say."""
+    if args.connection or not args.run:
+        name: str | None = args.connection
+        return name
+    run = current_run(args)
+    return str(run.require("connection", f"phi3 connect --run {run.name}")["name"])
+
+
+def _show(finding: Finding, *, first: bool) -> None:
+    group = finding.group if first else ""
+    console.out.print(f"{SIGNS[finding.state.value]} [bold]{group:<12}[/]", end="")
+    said = f"{finding.check:<13} {finding.said}"
+    if finding.state.value == "skipped":
+        said = f"{finding.check:<13} skipped: {finding.said}"
+    console.out.print(said, markup=False, end="")
+    word = "Look with" if finding.state.value == "skipped" else "Mend"
+    console.out.print(f". {word}: {finding.mend}" if finding.mend else "", markup=False)
+
+
+def _run_tokens(args: argparse.Namespace) -> int:
+    """Compare tokens everywhere; exit 1 when a place writes other ones."""
     from ..parity import check_tokens
 
-    places = _places(args)
-    if places is None:
-        return None, f"no tuned model under {args.runs} yet; make one with: phi3 train"
-    return check_tokens(places), ""
+    report = check_tokens(_places(args))
+    if args.output == "json":
+        console.print_json({"tokens": report.as_dict()})
+    else:
+        for line in _lines(report):
+            console.out.print(line, markup=False)
+    return 0 if report.ok else 1
 
 
-def _places(args: argparse.Namespace) -> Places | None:
-    """What is to be compared; None when nothing was named and there is nothing yet."""
+def _places(args: argparse.Namespace) -> Places:
+    """What is to be compared."""
     from ..parity import places_of_folder, places_of_run
 
-    if args.model is not None:
-        if args.run:
-            raise UsageError("Give --run NAME or --model FOLDER, not both")
-        return places_of_folder(args.model)
-    named = args.tokens or args.run
-    if not named and not any(run.manifest("model") for run in all_runs(args.runs)):
-        return None
-    return places_of_run(tuned_run(args))
+    if args.model is None:
+        return places_of_run(tuned_run(args))
+    if args.run:
+        raise UsageError("Give --run NAME or --model FOLDER, not both")
+    return places_of_folder(args.model)
 
 
-def _lines(report: Report | None, reason: str) -> list[str]:
-    if report is None:
-        return [f"tokens: skipped, {reason}"]
+def _lines(report: Report) -> list[str]:
     verdict = "the same everywhere" if report.ok else "DIFFERENT"
     head = f"tokens: {verdict} ({report.cases} conversations, compared with the trainer's rows)"
     return [head, *(f"  {line}" for line in report.lines())]

@@ -98,7 +98,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
     return [
         (f"{binary}phi3 chat", "a conversation in this terminal"),
         (
-            f"{binary}pf flow test --flow {flow} --ui",
+            f"{binary}phi3 chat --web",
             "Prompt flow's chat page in the browser; Ctrl-C ends it",
         ),
         (

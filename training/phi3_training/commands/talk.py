@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ConnectionSettings, Phi3Client
+from phi3_tool.address import same_endpoint
 from phi3_tool.connection import environment_names_endpoint
 from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
@@ -19,6 +20,7 @@ from .. import console
 from ..errors import StageError, UsageError
 from ..targets import get_target
 from .common import add_command, add_recipe, current_run, journey_of
+from .webpage import add_web, run_web
 
 OPENAI_PATH = "/v1/chat/completions"
 
@@ -28,7 +30,7 @@ def register(subparsers: Any) -> None:
     chat = add_command(
         subparsers,
         "chat",
-        "talk to the tuned model in the terminal",
+        "talk to the tuned model, in the terminal or with --web in the browser",
         'phi3 chat "Who founded Microsoft?"',
         run_chat,
     )
@@ -38,6 +40,7 @@ def register(subparsers: Any) -> None:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     chat.add_argument("--top-p", type=float, default=1.0, help="default 1")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    add_web(chat)
     env = add_command(
         subparsers,
         "env",
@@ -68,7 +71,7 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
     if get_target("local").status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
     settings = ConnectionSettings.from_connection(stored_connection(name))
-    if settings.endpoint != run.require("endpoint", again)["endpoint"]:
+    if not same_endpoint(settings.endpoint, run.require("endpoint", again)["endpoint"]):
         raise StageError(
             f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
             f"the run {run.name!r}; bring this run back with {again}, or keep both by giving one a "
@@ -79,7 +82,7 @@ def settings_of(args: argparse.Namespace) -> ConnectionSettings:
 
 def run_chat(args: argparse.Namespace) -> int:
     """One question, or a conversation that streams."""
-    if args.output == "json" and args.question is None:
+    if args.output == "json" and args.question is None and not args.web:
         raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
     settings = settings_of(args)
     parameters = {
@@ -88,6 +91,8 @@ def run_chat(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
     }
     url = streaming_url(settings.endpoint)
+    if args.web:
+        return run_web(args, settings, url)
     dialect = settings.dialect if url == settings.endpoint else None
     with Phi3Client(url, settings.key, deployment=settings.deployment, dialect=dialect) as client:
         if args.question is not None:
@@ -148,15 +153,9 @@ def _stream(
 
 def run_env(args: argparse.Namespace) -> int:
     """Print shell exports; made for `eval`, so nothing else goes to standard output."""
-    settings = settings_of(args)
-    named = {
-        "PHI3_ENDPOINT": settings.endpoint,
-        "PHI3_KEY": settings.key,
-        "PHI3_DEPLOYMENT": settings.deployment,
-        "PHI3_DIALECT": settings.dialect,
-        "PHI3_CONTEXT_LENGTH": settings.context_length,
-    }
-    values = {name: str(value) for name, value in named.items() if value is not None}
+    from ..webchat import environment_of
+
+    values = environment_of(settings_of(args))
     if args.output == "json":
         console.print_json(values)
     else:

@@ -1,0 +1,249 @@
+"""`phi3 chat --web` in a real browser: conversations, long answers, and readable errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.integration.pf_home import ROOT, PfHome, pf_home
+
+from phi3_tool import ConnectionSettings
+from phi3_training.errors import StageError
+from phi3_training.webchat import chat_page
+
+pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
+pytestmark = pytest.mark.browser
+pytest_plugins = ("tests.integration.browser_plugin",)
+
+KEY = "web-test-key-5c/11+aa"
+LONG = "\n\n".join(
+    f"{number}. The Mossback tent, size {number}, weighs {number + 2} kilograms and is pitched in "
+    f"{number * 3} minutes; wash it by hand and dry it in the shade."
+    for number in range(1, 41)
+)
+PATH = "/v1/chat/completions"
+
+
+@dataclass
+class Streaming:
+    """A stand-in for the local endpoint: OpenAI's dialect, streamed, with a key."""
+
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+    def answer(self, messages: list[dict[str, str]]) -> str:
+        question = messages[-1]["content"]
+        return LONG if "everything" in question else f"{len(messages)}: {question}"
+
+
+def _handler(state: Streaming) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.headers.get("Authorization") != f"Bearer {KEY}":
+                self._head(401, "application/json")
+                self.wfile.write(b'{"message": "the key is not valid"}')
+                return
+            state.bodies.append(body)
+            text = state.answer(body["messages"])
+            if not body.get("stream"):
+                self._head(200, "application/json")
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
+                return
+            self._head(200, "text/event-stream")
+            for start in range(0, len(text), 200):
+                piece = {"choices": [{"delta": {"content": text[start : start + 200]}}]}
+                self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def _head(self, status: int, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+            pass
+
+    return Handler
+
+
+@contextmanager
+def streaming(port: int = 0) -> Iterator[Streaming]:
+    state = Streaming()
+    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(state))
+    server.daemon_threads = True
+    state.url = f"http://127.0.0.1:{server.server_address[1]}{PATH}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def browser(home: PfHome) -> Path:
+    """A "browser" that appends its address to a file."""
+    program = home.path / "browser.sh"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$1" >> "{home.path}/shown.txt"\n')
+    program.chmod(0o700)
+    return program
+
+
+@contextmanager
+def chat_web(home: PfHome, url: str, key: str, *options: str) -> Iterator[tuple[str, Any]]:
+    """`phi3 chat --web` as it is typed; the address it prints and its process."""
+    command = [sys.executable, "-m", "phi3_training.cli", "chat", "--web"]
+    env = {**home.env, "PHI3_ENDPOINT": url, "PHI3_KEY": key, "PYTHONUNBUFFERED": "1"}
+    # A desktop whose browser writes down what it is to show.
+    env |= {"DISPLAY": ":0", "BROWSER": f"{browser(home)} %s"}
+    said: list[str] = []
+    with subprocess.Popen(
+        [*command, *options], env=env, cwd=ROOT, text=True, bufsize=1,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("Chat page: "):
+                    break
+            assert said, "it said nothing"
+            assert said[-1].startswith("Chat page: "), "".join(said)
+            yield said[-1].partition(": ")[2].strip(), process
+        finally:
+            process.send_signal(signal.SIGINT)
+            said.append(process.stdout.read())
+            process.wait(30)
+            home.printed.append("".join(said))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PfHome]:
+    with pf_home(tmp_path_factory.mktemp("web") / "home") as state:
+        yield state
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], None]:
+    folder = Path(os.environ.get("PHI3_SCREENSHOTS") or tmp_path_factory.mktemp("pictures"))
+
+    def take(page: Any, name: str) -> None:
+        path = folder / f"web_{name}.png"
+        page.screenshot(path=path)
+        assert path.stat().st_size > 10_000
+
+    return take
+
+
+def type_question(page: Any, question: str) -> None:
+    page.get_by_role("textbox").first.click()
+    page.keyboard.type(question)
+    page.get_by_title("Send", exact=True).click()
+
+
+def seen(page: Any, text: str) -> None:
+    page.get_by_text(text).last.wait_for(timeout=60_000)
+
+
+def started_in(temporary: Path) -> list[psutil.Process]:
+    """Processes whose Prompt flow home lies below this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PF_HOME_DIRECTORY", "").startswith(str(temporary)):
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def test_conversation_and_long_answer(
+    page: Any, home: PfHome, pictures: Callable[[Any, str], None]
+) -> None:
+    temporary = Path(home.env["TMPDIR"])
+    options = ("--system", "You sell tents.", "--max-new-tokens", "99")
+    with streaming() as served, chat_web(home, served.url, KEY, *options) as (address, process):
+        page.goto(address)
+        type_question(page, "Who founded Contoso?")
+        seen(page, "2: Who founded Contoso?")
+        type_question(page, "And when?")
+        seen(page, "4: And when?")
+        pictures(page, "conversation")
+        roles = [message["role"] for message in served.bodies[-1]["messages"]]
+        assert roles == ["system", "user", "assistant", "user"]
+        assert served.bodies[-1]["max_tokens"] == 99
+        assert served.bodies[-1]["stream"] is True
+
+        type_question(page, "Tell me everything.")
+        seen(page, "The Mossback tent, size 40")
+        pictures(page, "long_answer")
+        assert started_in(temporary)
+    assert (home.path / "shown.txt").read_text() == f"{address}\n"
+    assert process.returncode == 0
+    assert started_in(temporary) == []
+    assert list(temporary.glob("phi3-chat-*")) == []
+    assert "Closed" in home.printed[-1]
+    assert KEY not in home.printed[-1]
+
+
+def test_wrong_key_and_endpoint_down(
+    page: Any, home: PfHome, pictures: Callable[[Any, str], None]
+) -> None:
+    wrong = "wrong-key-77/b1"
+    with ExitStack() as stack:
+        served = stack.enter_context(streaming())
+        with chat_web(home, served.url, wrong, "--no-browser") as (address, process):
+            shown = home.path / "shown.txt"
+            assert not shown.exists() or address not in shown.read_text()
+            page.goto(address)
+            type_question(page, "May I come in?")
+            seen(page, "does not accept the key")
+            pictures(page, "wrong_key")
+            assert wrong not in page.content()
+
+            stack.close()
+            type_question(page, "Is anybody there?")
+            seen(page, "start the local endpoint with")
+            pictures(page, "endpoint_down")
+            assert page.get_by_text("Failed to fetch").count() == 0
+            process.terminate()  # as a session manager does
+            assert process.wait(30) == 0
+    assert started_in(Path(home.env["TMPDIR"])) == []
+
+
+def test_filelock_that_kills_the_page() -> None:
+    settings = ConnectionSettings.from_connection(
+        {"endpoint": "http://127.0.0.1:1/score", "key": "k"}
+    )
+    flow = ROOT / "flows/phi3_chat"
+    versions = {"filelock": "3.30.1"}
+    with (
+        pytest.raises(StageError, match=r"filelock>=3.20,<3.30"),
+        chat_page(flow, settings, {}, versions.get),
+    ):
+        pass
+
+
+def test_an_input_that_the_flow_does_not_have() -> None:
+    settings = ConnectionSettings.from_connection(
+        {"endpoint": "http://127.0.0.1:1/score", "key": "k"}
+    )
+    with (
+        pytest.raises(StageError, match="no input 'colour'"),
+        chat_page(ROOT / "flows/phi3_chat", settings, {"colour": "red"}),
+    ):
+        pass

@@ -1,0 +1,79 @@
+"""`phi3 flow serve`: Prompt flow's server, both engines, from the environment alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from tests.integration.pf_home import Endpoint, PfHome, endpoint, free_port, interrupt, pf_home
+
+from phi3_training.cli import main
+
+pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
+
+KEY = "serve-key-18ac/+7=="
+# No keyring that works, as in a container.
+NO_KEYRING = {"PYTHON_KEYRING_BACKEND": "keyring.backends.fail.Keyring"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PfHome]:
+    with pf_home(tmp_path_factory.mktemp("serve") / "home") as state:
+        yield state
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Endpoint]:
+    with endpoint(KEY) as state:
+        yield state
+
+
+@pytest.mark.parametrize("engine", ["flask", "fastapi"])
+def test_serves_without_store_and_keyring(home: PfHome, upstream: Endpoint, engine: str) -> None:
+    port = free_port()
+    log = home.path / f"{engine}.log"
+    command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", "--engine", engine]
+    env = {**home.env, **NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=env, cwd=home.path, stdout=stream, stderr=stream
+        )
+    try:
+        body = {"input_data": f"Hello {engine}?", "chat_history": []}
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log)
+        replies = [requests.post(f"{url}/score", json=body, timeout=60) for _ in range(3)]
+        assert [r.json() for r in replies] == [{"answer": f"1: Hello {engine}?"}] * 3
+        assert requests.get(url, timeout=20).status_code == 200  # the page, on either engine
+    finally:
+        interrupt(process)
+    files = [path for path in home.path.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.name.startswith("keyring")]
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+        assert b"phi3_connection" not in path.read_bytes() or path.suffix != ".sqlite", path
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if requests.get(f"{url}/health", timeout=5).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.1)
+    raise AssertionError(log.read_text(errors="replace")[-3000:])
+
+
+def test_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["flow", "serve"]) == 2
+    said = capsys.readouterr().err
+    assert "PHI3_ENDPOINT is not set" in said
+    assert "PHI3_KEY is not set" in said
+    assert main(["flow", "serve", str(tmp_path)]) == 2
+    assert "is not a flow" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""Prompt flow's own doings on this machine: usage reports, and its local service.
+
+Reads pf.yaml (of Prompt flow's home and of this folder) and the ports its service remembered; asks
+each of those ports whether the service is there. Starts and stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+
+from .environment import Installed, installed
+from .finding import Finding, Group
+
+HERE = Group("environment")
+SECONDS = 2.0
+
+
+def promptflow_home() -> Path:
+    """Where Prompt flow keeps its settings, store and runs."""
+    return Path(os.environ.get("PF_HOME_DIRECTORY") or Path.home() / ".promptflow")
+
+
+def service(home: Path, folder: Path, version_of: Installed = installed) -> Iterator[Finding]:
+    """All checks of this module; `folder` is where commands are typed."""
+    try:
+        settings = read_settings(home, folder)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        yield HERE.fault(
+            "settings",
+            f"Prompt flow's settings cannot be read: {reason}",
+            f"mend or remove the pf.yaml in {home} or above {folder}",
+        )
+        return
+    yield check_telemetry(settings)
+    yield check_service(home, settings, version_of)
+
+
+def read_settings(home: Path, folder: Path) -> dict[str, Any]:
+    """The settings in force: those of the nearest pf.yaml above, then those of the home."""
+    settings: dict[str, Any] = {}
+    nearest = next(
+        (d / "pf.yaml" for d in (folder, *folder.parents) if (d / "pf.yaml").is_file()), None
+    )
+    for path in (nearest, home / "pf.yaml"):
+        if path is not None and path.is_file():
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            if not isinstance(content, dict):
+                raise ValueError(f"{path} holds no settings")
+            settings.update(content)
+    return settings
+
+
+def check_telemetry(settings: dict[str, Any]) -> Finding:
+    """Usage reports are on unless they were switched off."""
+    asked = settings.get("telemetry")
+    enabled = asked.get("enabled", True) if isinstance(asked, dict) else True
+    if str(enabled).lower() == "false":
+        return HERE.ok("telemetry", "off")
+    return HERE.warning(
+        "telemetry",
+        "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds where"
+        " the network drops that",
+        "pf config set telemetry.enabled=false",
+    )
+
+
+def check_service(home: Path, settings: dict[str, Any], version_of: Installed) -> Finding:
+    """The local service, where one runs, is Prompt flow's and of this version."""
+    ports = sorted(_remembered(home))
+    alive = {port: said for port in ports if (said := _heartbeat(port)) is not None}
+    ours = version_of("promptflow")
+    for port, said in alive.items():
+        if said == "":
+            return HERE.fault(
+                "service",
+                f"port {port}, which Prompt flow takes for its service, is another program's;"
+                " `pf service stop` would end that program",
+                "pf service start --port PORT, with a free one",
+            )
+        if ours and said != ours:
+            return HERE.fault(
+                "service",
+                f"Prompt flow's service on port {port} is of version {said}, installed is {ours}",
+                "pf service start --force",
+            )
+    if alive:
+        return HERE.ok("service", f"running on port {', '.join(map(str, alive))}")
+    trace = settings.get("trace")
+    off = isinstance(trace, dict) and str(trace.get("destination")).lower() == "none"
+    why = "traces are off" if off else "`pf flow test` and the chat page start it"
+    return HERE.ok("service", f"not running ({why})")
+
+
+def _remembered(home: Path) -> Iterator[int]:
+    for path in [*home.glob("pfs/*pfs.port"), *home.glob("pfs.port")]:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError):
+            continue
+        port = (content or {}).get("service", {}).get("port") if isinstance(content, dict) else None
+        if isinstance(port, int):
+            yield port
+
+
+def _heartbeat(port: int) -> str | None:
+    """The service's version; "" for another program, None where nobody listens."""
+    session = requests.Session()
+    session.trust_env = False  # this machine is asked, never through a proxy
+    try:
+        answer = session.get(f"http://127.0.0.1:{port}/heartbeat", timeout=SECONDS)
+    except requests.exceptions.ConnectTimeout:
+        return None
+    except requests.exceptions.ConnectionError as error:
+        return None if "refused" in str(error).lower() else ""
+    except requests.exceptions.RequestException:
+        return ""
+    finally:
+        session.close()
+    try:
+        said = json.loads(answer.text)
+    except ValueError:
+        return ""
+    return str(said.get("promptflow", "")) if isinstance(said, dict) else ""
