@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .recipe_azure import AzureSection as AzureSection
 from .recipe_finetune import AuditRule as AuditRule
 from .recipe_finetune import FinetuneSection as FinetuneSection
 from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
@@ -167,6 +168,7 @@ class Recipe(Section):
     gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
+    azure: AzureSection = AzureSection()
     ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
 
     @model_validator(mode="after")

@@ -1,0 +1,131 @@
+"""The clients of Azure's SDKs, made once each, with the recipe's retries and polls.
+
+Importing azure.ai.ml takes seconds and reads its poll times at import: both wait for first use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...recipe_azure import PollSection
+from .failures import explained
+from .sign_in import quiet, sign_in
+from .workplace import Workplace
+
+if TYPE_CHECKING:
+    from azure.ai.ml import MLClient
+    from azure.core.credentials import TokenCredential
+    from azure.mgmt.authorization import AuthorizationManagementClient
+    from azure.mgmt.msi import ManagedServiceIdentityClient
+    from azure.mgmt.quota import QuotaMgmtClient
+    from azure.mgmt.resource.resources import ResourceManagementClient
+
+
+class Clients:
+    """One sign-in and the clients that share it; nothing is sent before the first use."""
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        poll: PollSection,
+        credential: TokenCredential | Callable[[], TokenCredential] | None = None,
+    ) -> None:
+        self.workplace = workplace
+        self.poll = poll
+        self._credential = credential
+        self._registries: dict[str, MLClient] = {}
+
+    @cached_property
+    def credential(self) -> TokenCredential:
+        """The signed-in credential; the first use signs in."""
+        if self._credential is None:
+            return sign_in(self.workplace.tenant_id)
+        return self._credential() if callable(self._credential) else self._credential
+
+    @cached_property
+    def ml(self) -> MLClient:
+        """Azure ML in the workspace."""
+        return self.ml_of(self.workplace.workspace_name)
+
+    @cached_property
+    def subscription(self) -> MLClient:
+        """Azure ML without a workspace: sizes, quota, making the workspace itself."""
+        return self._ml()
+
+    def ml_of(self, workspace: str) -> MLClient:
+        """Azure ML in a named workspace, hub or project of the group."""
+        return self._ml(workspace_name=workspace)
+
+    def registry(self, name: str) -> MLClient:
+        """Azure ML's registry; finding it is a call of its own."""
+        if name not in self._registries:
+            with explained(f"Opening the registry {name}"):
+                self._registries[name] = self._ml(registry_name=name)
+        return self._registries[name]
+
+    @cached_property
+    def resources(self) -> ResourceManagementClient:
+        """ARM: resource groups, and any resource by its id."""
+        from azure.mgmt.resource.resources import ResourceManagementClient
+
+        return ResourceManagementClient(
+            self.credential, self.workplace.subscription_id, **self._options()
+        )
+
+    @cached_property
+    def authorization(self) -> AuthorizationManagementClient:
+        """Role assignments."""
+        from azure.mgmt.authorization import AuthorizationManagementClient
+
+        return AuthorizationManagementClient(
+            self.credential, self.workplace.subscription_id, **self._options()
+        )
+
+    @cached_property
+    def identities(self) -> ManagedServiceIdentityClient:
+        """User-assigned identities."""
+        from azure.mgmt.msi import ManagedServiceIdentityClient
+
+        return ManagedServiceIdentityClient(
+            self.credential, self.workplace.subscription_id, **self._options()
+        )
+
+    @cached_property
+    def quota(self) -> QuotaMgmtClient:
+        """Quota requests."""
+        from azure.mgmt.quota import QuotaMgmtClient
+
+        return QuotaMgmtClient(self.credential, self.workplace.subscription_id, **self._options())
+
+    def _ml(self, **where: Any) -> MLClient:
+        _set_job_polls(self.poll)
+        from azure.ai.ml import MLClient
+
+        quiet()
+        return MLClient(
+            self.credential,
+            subscription_id=self.workplace.subscription_id,
+            resource_group_name=self.workplace.resource_group,
+            show_progress=False,
+            enable_telemetry=False,
+            **where,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "retry_total": self.poll.retry_total,
+            "retry_backoff_factor": self.poll.retry_backoff_factor,
+            "polling_interval": self.poll.interval,
+            "logging_enable": False,
+        }
+
+
+def _set_job_polls(poll: PollSection) -> None:
+    """Only what nobody set; the SDK reads these when it is imported."""
+    seconds = str(max(1, round(poll.job_interval)))
+    os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
+    os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)

@@ -1,0 +1,29 @@
+"""Azure Machine Learning as target: thin methods; each stage's work is in a module of its own.
+
+Reads and writes the run folder's manifests; signs in at the first call that needs Azure.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ...recipe import Recipe
+from .clients import Clients
+from .workplace import find_workplace
+
+
+class AzureTarget:
+    """The journey on Azure ML. One sign-in serves all stages; keys stay in memory."""
+
+    name = "azure"
+
+    def __init__(self, clients: Clients | None = None) -> None:
+        self._clients = clients
+
+    def clients(self, recipe: Recipe) -> Clients:
+        """The clients for the place that the recipe, the environment or config.json name."""
+        if self._clients is None:
+            place = find_workplace(recipe.azure, os.environ, Path.cwd())
+            self._clients = Clients(place, recipe.azure.poll)
+        return self._clients
