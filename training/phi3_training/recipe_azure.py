@@ -7,7 +7,7 @@ environment, from the SDK's config.json or from a default (targets/azure/workpla
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -248,17 +248,11 @@ class AzureSection(Section):
     endpoint: EndpointSection = EndpointSection()
     poll: PollSection = PollSection()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_secrets(cls, value: Any) -> Any:
-        """A key in a recipe would lie on disk in clear; the sign-in needs none."""
-        found = sorted(set(value) & _SECRET_KEYS) if isinstance(value, dict) else []
-        if found:
+    @model_validator(mode="after")
+    def _cluster_has_nodes(self) -> AzureSection:
+        if self.train.instance_count > self.compute.max_instances:
             raise ValueError(
-                f"{', '.join(found)} must not stand in a recipe: sign in with `az login`, or set "
-                "AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET in the environment"
+                f"train.instance_count {self.train.instance_count} needs as many machines: "
+                f"compute.max_instances is {self.compute.max_instances}"
             )
-        return value
-
-
-_SECRET_KEYS = {"client_secret", "password", "key", "api_key", "access_key", "token", "secret"}
+        return self

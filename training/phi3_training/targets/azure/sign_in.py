@@ -56,15 +56,16 @@ def sign_in(
 
 
 def quiet() -> None:
-    """The SDK's own logs: off, except where somebody asked for them.
+    """The SDKs' own logs: off, unless the program itself logs at INFO or below.
 
     azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
     azure.core's HTTP log would show what is sent.
     """
-    for name in ("azure", "azure.identity", "azure.core", "azure.ai.ml", "msal", "urllib3"):
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.CRITICAL)
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        return
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("azure.")]
+    for name in ("azure", "msal", *names):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _tenant(tenant_id: str | None) -> dict[str, str]:

@@ -6,10 +6,13 @@ Reads and writes the run folder's manifests; signs in at the first call that nee
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from ...console import ProgressCallback
 from ...recipe import Recipe
 from .clients import Clients
+from .provision import PARTS, Provisioned, Report, provision
 from .workplace import find_workplace
 
 
@@ -27,3 +30,14 @@ class AzureTarget:
             place = find_workplace(recipe.azure, os.environ, Path.cwd())
             self._clients = Clients(place, recipe.azure.poll)
         return self._clients
+
+    def provision(
+        self,
+        recipe: Recipe,
+        progress: ProgressCallback,
+        report: Report = lambda _step: None,
+        *,
+        parts: Iterable[str] = PARTS,
+    ) -> Provisioned:
+        """Make what is missing of `parts`; safe to repeat."""
+        return provision(self.clients(recipe), recipe, progress, report, parts=parts)

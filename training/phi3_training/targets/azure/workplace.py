@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ...errors import RecipeError, UsageError
+from ...errors import RecipeError
 from ...recipe_azure import AzureSection
 
 # key: environment variables, the first that is set counts. The AZUREML_ARM_* are those that
@@ -40,6 +40,10 @@ DEFAULTS = {
     "workspace_name": "phi3-workspace",
     "location": "eastus",
 }
+_NO_SUBSCRIPTION = (
+    "subscription_id: is missing; give azure.subscription_id=GUID, or AZURE_SUBSCRIPTION_ID in the "
+    "environment, or the workspace's config.json (yours: az account list --output table)"
+)
 _CONFIG_KEYS = {
     "subscription_id": ("subscription_id", "id"),
     "resource_group": ("resource_group",),
@@ -99,7 +103,7 @@ class Workplace:
 def find_workplace(
     section: AzureSection, environment: Mapping[str, str], folder: Path
 ) -> Workplace:
-    """Fill in what the recipe leaves out; UsageError with every fault at once."""
+    """Fill in what the recipe leaves out; RecipeError with every fault at once."""
     config, config_path = _read_config(folder)
     values: dict[str, str | None] = {}
     sources: dict[str, str] = {}
@@ -108,12 +112,6 @@ def find_workplace(
         if values[key] is not None:
             sources[key] = source
     _check({key: value for key, value in values.items() if value is not None}, sources)
-    if values["subscription_id"] is None:
-        raise UsageError(
-            "No Azure subscription is named. Give one of: azure.subscription_id=GUID, "
-            "AZURE_SUBSCRIPTION_ID in the environment, or the workspace's config.json here "
-            "(your subscriptions: az account list --output table)"
-        )
     known = _normalised(values)
     return Workplace(**known, **_names(section, known), sources=sources)
 
@@ -143,15 +141,16 @@ def _normalised(values: Mapping[str, str | None]) -> dict[str, Any]:
 
 
 def _check(values: Mapping[str, str], sources: Mapping[str, str]) -> None:
+    faults = [] if "subscription_id" in values else [_NO_SUBSCRIPTION]
     try:
         AzureSection.model_validate(values)
     except ValidationError as error:
-        faults = []
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else "azure"
             message = item["msg"].removeprefix("Value error, ")
             faults.append(f"{key} {values.get(key)!r} (from {sources.get(key, '?')}): {message}")
-        raise RecipeError("The place on Azure", faults) from None
+    if faults:
+        raise RecipeError("The place on Azure", faults)
 
 
 def _names(section: AzureSection, known: Mapping[str, Any]) -> dict[str, str]:
