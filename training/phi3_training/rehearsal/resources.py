@@ -1,0 +1,79 @@
+"""What a workspace stands on: storage account, key vault, logs, insights, container registry."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .cloud import Cloud, public
+from .wire import ARM, GROUP, Json, Reply, Request, bad, route
+
+# What a workspace stands on. The pattern is Azure's rule for the name.
+PLAIN = {
+    "Microsoft.Storage/storageAccounts": r"[a-z0-9]{3,24}",
+    "Microsoft.KeyVault/vaults": r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,22}[A-Za-z0-9]",
+    "Microsoft.Insights/components": r"[^%&\\?/]{1,260}",
+    "Microsoft.OperationalInsights/workspaces": r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
+    "Microsoft.ContainerRegistry/registries": r"[A-Za-z0-9]{5,50}",
+}
+_ANY = "|".join(PLAIN)
+_PLAIN_ID = GROUP + f"/providers/{{kind:{_ANY}}}/{{name}}"
+
+
+def _plain_kind(request: Request) -> str:
+    wanted = request.args["kind"].lower()
+    return next(kind for kind in PLAIN if kind.lower() == wanted)
+
+
+def put_plain(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
+    """Store a storage account, key vault, registry … after a look at its name."""
+    name = arm_id.rsplit("/", 1)[-1]
+    if not re.fullmatch(PLAIN[kind], name):
+        raise bad(f"'{name}' is not a valid name for {kind}.", "AccountNameInvalid")
+    document: Json = {k: body[k] for k in ("location", "sku", "kind", "tags") if k in body}
+    given: dict[str, Any] = body.get("properties") or {}
+    document["properties"] = {**given, "provisioningState": "Succeeded"}
+    if kind.startswith("Microsoft.Storage"):
+        document["properties"]["primaryEndpoints"] = {
+            "blob": f"https://{name}.blob.core.windows.net/"
+        }
+    if kind.startswith("Microsoft.ContainerRegistry"):
+        document["properties"]["loginServer"] = f"{name}.azurecr.io"
+    if kind.startswith("Microsoft.KeyVault"):
+        document["properties"]["vaultUri"] = f"https://{name}.vault.azure.net/"
+    return cloud.put(arm_id, kind, document)
+
+
+@route("PUT", ARM, _PLAIN_ID)
+def put_resource(cloud: Cloud, request: Request) -> Reply:
+    """Make one of the things that a workspace stands on."""
+    kind = _plain_kind(request)
+    from .groups import check_location, need_group
+
+    need_group(cloud, request)
+    body = request.json()
+    check_location(body.get("location"))
+    before = cloud.get(request.id(_PLAIN_ID))
+    made = put_plain(cloud, request.id(_PLAIN_ID), kind, body)
+    return Reply(200 if before else 201, public(made))
+
+
+@route("GET", ARM, _PLAIN_ID)
+def get_resource(cloud: Cloud, request: Request) -> Reply:
+    """One of them."""
+    return Reply(200, public(cloud.need(request.id(_PLAIN_ID), request.args["kind"])))
+
+
+@route("HEAD", ARM, _PLAIN_ID)
+def check_resource(cloud: Cloud, request: Request) -> Reply:
+    """Whether it exists."""
+    return Reply(204 if cloud.get(request.id(_PLAIN_ID)) else 404)
+
+
+@route("DELETE", ARM, _PLAIN_ID)
+def delete_resource(cloud: Cloud, request: Request) -> Reply:
+    """Delete one of them."""
+    if not cloud.get(request.id(_PLAIN_ID)):
+        return Reply(204)
+    cloud.delete(request.id(_PLAIN_ID))
+    return Reply(200)
