@@ -6,10 +6,11 @@ Reads blobs where a model's files must exist; versions cannot be changed once ma
 from __future__ import annotations
 
 import re
+import uuid
 from pathlib import Path
 
 from .cloud import Cloud, listed, public, stamps
-from .storage import BlobFiles
+from .storage import BlobFiles, account_sas
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad, route
 from .workspaces import container_of, need_workspace, storage_account
 
@@ -71,7 +72,8 @@ def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | No
     mlflow = str(given.get("modelType", "")).lower().replace("_", "") in ("mlflow", "mlflowmodel")
     if mlflow and not (place / "MLmodel").is_file():
         raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
-    return {**given, "modelUri": datastore_uri(cloud, workspace, uri)}
+    found = datastore_uri(cloud, workspace, uri)
+    return {"flavors": {}, "stage": "Development", **given, "modelUri": found}
 
 
 def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
@@ -98,11 +100,28 @@ def locate(cloud: Cloud, workspace: Json, uri: str) -> Path:
     if match:
         return files.path(container_of(workspace, match.group(1)), match.group(2))
     blob = re.match(
-        r"(?:https|wasbs)://([^.@]+)\.blob\.core\.windows\.net(?::443)?/([^/]+)/(.+)", uri
+        r"(?:https|wasbs)://([^.@]+)\.blob\.core\.windows\.net(?::443)?/([^/]+)/?(.*)", uri
     )
     if blob:
-        return BlobFiles(cloud.folder, blob.group(1)).path(blob.group(2), blob.group(3))
+        account, container, name = blob.groups()
+        store = BlobFiles(cloud.folder, account)
+        return store.path(container, name) if name else store.data / container
     raise bad(f"The path '{uri}' is not supported.", "UserError")
+
+
+@route("POST", ARM, _ONE + "/startPendingUpload")
+def start_upload(cloud: Cloud, request: Request) -> Reply:
+    """A container of its own for the files of an asset, with a signature to write there."""
+    account = storage_account(need_workspace(cloud, request))
+    own = uuid.uuid5(uuid.NAMESPACE_URL, request.id(_ONE).lower())
+    address = f"https://{account}.blob.core.windows.net/{own}"
+    credential = {
+        "credentialType": "SAS",
+        "sasUri": f"{address}?{account_sas(cloud, account)}",
+    }
+    reference = {"blobUri": address, "storageAccountArmId": account, "credential": credential}
+    upload = {"pendingUploadId": str(own), "pendingUploadType": "TemporaryBlobReference"}
+    return Reply(200, {"blobReferenceForConsumption": reference, **upload})
 
 
 @route("GET", ARM, _ONE)
@@ -143,6 +162,10 @@ def get_container(cloud: Cloud, request: Request) -> Reply:
 def list_versions(cloud: Cloud, request: Request) -> Reply:
     """The versions, newest first where that is asked for; archived ones are left out."""
     found = _versions(cloud, request)
+    digest = request.query.get("hash")
+    if digest:  # asked before an upload: under whatever name, the same files
+        everything = cloud.children(request.id(WORKSPACE) + "/" + request.args["family"])
+        return listed([doc for doc in everything if digest in doc["properties"]["properties"].values()])
     if "desc" in request.query.get("$orderby", request.query.get("orderby", "")).lower():
         found = found[::-1]
     view = request.query.get("listviewtype", "ActiveOnly").lower()
