@@ -214,6 +214,7 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
         "systemData": before["systemData"] if before else stamps(),
         "properties": {
             **given,
+            "scaleSettings": given.get("scaleSettings") or {"scaleType": "Default"},
             "endpointComputeType": "Managed",
             "instanceType": real,
             "provisioningState": "Updating" if before else "Creating",
