@@ -15,6 +15,7 @@ from . import (  # noqa: F401 - importing a service module declares its routes
     compute,
     connections,
     control,
+    deployments,
     endpoints,
     groups,
     history,
@@ -37,7 +38,7 @@ def main(folder: Path) -> int:
     cloud = Cloud(folder)
     proxy = Proxy(cloud, Authority(folder))
     with cloud.lock:
-        endpoints.resume(cloud)
+        deployments.resume(cloud)
         cloud.save()
     control.write_process(folder, proxy.port)
     ended = threading.Event()

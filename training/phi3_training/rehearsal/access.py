@@ -174,9 +174,9 @@ def list_assignments(cloud: Cloud, request: Request) -> Reply:
     for doc in cloud.children("/subscriptions", _ROLE_KIND):
         own = doc["properties"]["scope"].lower()
         below = own.startswith(scope) and "atScope()" not in query
-        if (scope + "/").startswith(own.rstrip("/") + "/") or below:
-            if not wanted or doc["properties"]["principalId"] == wanted.group(1):
-                found.append(doc)
+        near = (scope + "/").startswith(own.rstrip("/") + "/") or below
+        if near and (not wanted or doc["properties"]["principalId"] == wanted.group(1)):
+            found.append(doc)
     return listed(found)
 
 

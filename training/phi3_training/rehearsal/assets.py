@@ -165,7 +165,9 @@ def list_versions(cloud: Cloud, request: Request) -> Reply:
     digest = request.query.get("hash")
     if digest:  # asked before an upload: under whatever name, the same files
         everything = cloud.children(request.id(WORKSPACE) + "/" + request.args["family"])
-        return listed([doc for doc in everything if digest in doc["properties"]["properties"].values()])
+        return listed(
+            [doc for doc in everything if digest in doc["properties"]["properties"].values()]
+        )
     if "desc" in request.query.get("$orderby", request.query.get("orderby", "")).lower():
         found = found[::-1]
     view = request.query.get("listviewtype", "ActiveOnly").lower()

@@ -6,7 +6,7 @@ temporary folder only while they are loaded.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import ssl
 import tempfile
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_VALID = datetime.timedelta(days=30)
+_VALID = dt.timedelta(days=30)
 _PEM = serialization.Encoding.PEM
 _PLAIN = serialization.NoEncryption()
 
@@ -86,31 +86,22 @@ def _make_authority(ca_file: Path, key_file: Path) -> None:
 def _builder(
     subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = dt.datetime.now(dt.timezone.utc)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_before(now - dt.timedelta(days=1))
         .not_valid_after(now + _VALID)
     )
 
 
 def _signs_certificates() -> x509.KeyUsage:
-    names = [
-        "digital_signature",
-        "content_commitment",
-        "key_encipherment",
-        "data_encipherment",
-        "key_agreement",
-        "key_cert_sign",
-        "crl_sign",
-        "encipher_only",
-        "decipher_only",
-    ]
-    return x509.KeyUsage(**{name: name in ("key_cert_sign", "crl_sign") for name in names})
+    others = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment"]
+    others += ["key_agreement", "encipher_only", "decipher_only"]
+    return x509.KeyUsage(key_cert_sign=True, crl_sign=True, **dict.fromkeys(others, False))
 
 
 def _name(text: str) -> x509.Name:
@@ -131,5 +122,5 @@ def _write_private(path: Path, content: bytes) -> None:
 
 def _still_valid(ca_file: Path) -> bool:
     certificate = x509.load_pem_x509_certificate(ca_file.read_bytes())
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=2)
+    soon = dt.datetime.now(dt.timezone.utc) + dt.timedelta(days=2)
     return certificate.not_valid_after_utc > soon

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import datetime as dt
 import hashlib
 import hmac
 import json
@@ -190,11 +191,7 @@ def listed(docs: list[Json], change: Callable[[Json], Json] = public) -> Reply:
 
 def now() -> str:
     """The time, as Azure writes it."""
-    return (
-        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
-        + f".{time.time_ns() % 10**9:09d}"[:8]
-        + "Z"
-    )
+    return dt.datetime.now(dt.timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 def stamps() -> Json:

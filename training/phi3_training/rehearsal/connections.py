@@ -1,4 +1,4 @@
-"""Connections of workspaces and projects. Their secrets are sealed and handed out on request only."""
+"""Connections of workspaces and projects; their secrets are sealed, and told on request only."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ from .wire import Json
 SUBSCRIPTION = "5ab5c817-0000-4000-8000-5ab5c8170000"
 _MODULE = "phi3_training.rehearsal"
 _WAIT_SECONDS, _POLL_SECONDS, _SAME_SECONDS = 60.0, 0.05, 1.0
-_FOLDER = "rehearsal"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,15 @@ class Rehearsal:
 
 def folder_of(runs: Path) -> Path:
     """Where the rehearsal of a runs folder lies."""
-    return runs.resolve() / ".rehearsal"
+    return runs.resolve() / "rehearsal" / "azure"
+
+
+def resources(folder: Path) -> dict[str, int]:
+    """What the rehearsal of `folder` holds: how many of each type."""
+    if not (folder / "state.json").is_file():
+        return {}
+    kinds = [str(doc["type"]).partition("/")[2] for doc in Cloud(folder).resources.values()]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
 
 def start(folder: Path, *, faults: Sequence[str] = ()) -> Rehearsal:
@@ -135,7 +142,7 @@ def environment_of(folder: Path, url: str) -> dict[str, str]:
 
 
 def run_inside(argv: Sequence[str], folder: Path) -> int:
-    """Run a command inside the rehearsal of `folder` (started if need be); its exit status.
+    """Run `phi3 ARGV…` inside the rehearsal of `folder` (started if need be); its exit status.
 
     The calls that are answered meanwhile are shown on standard error.
     """
@@ -148,7 +155,8 @@ def run_inside(argv: Sequence[str], folder: Path) -> int:
         target=_follow, args=(rehearsal.folder / "calls.jsonl", ended, sys.stderr), daemon=True
     )
     follower.start()
-    process = subprocess.Popen(list(argv), env=environment)  # noqa: S603 - our own command
+    command = [sys.executable, "-m", "phi3_training.cli", *argv]
+    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own command
     try:
         return _wait(process)
     finally:

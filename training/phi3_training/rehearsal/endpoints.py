@@ -1,19 +1,10 @@
-"""Managed online endpoints and deployments. A deployment is our own server on the model's files.
-
-Writes deployments/<endpoint>/<deployment>.log in the rehearsal's folder.
-"""
+"""Managed online endpoints: names, keys, tokens, identity and traffic."""
 
 from __future__ import annotations
 
 import re
-import threading
 import uuid
-from pathlib import Path
 
-from ..errors import StageError
-from ..serve import process
-from ..serve.config import ServerConfig
-from . import access, assets, catalogue, compute, foundation, registries
 from .cloud import TENANT, Cloud, listed, public, stamps
 from .signin import sign
 from .teardown import stop_server
@@ -22,28 +13,27 @@ from .workspaces import need_workspace
 
 KIND = f"{ML}/workspaces/onlineEndpoints"
 DEPLOYMENT_KIND = f"{KIND}/deployments"
-_ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
-_DEPLOYMENT = _ENDPOINT + "/deployments/{deployment}"
-_NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
+ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
+NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
 _KEY_LIFE = 3600 * 12
 
 
-@route("PUT", ARM, _ENDPOINT)
+@route("PUT", ARM, ENDPOINT)
 def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Make an endpoint, or change its traffic and tags."""
     workspace, body = need_workspace(cloud, request), request.json()
     name, given = request.args["name"], body.get("properties") or {}
-    before = cloud.get(request.id(_ENDPOINT))
+    before = cloud.get(request.id(ENDPOINT))
     _check_endpoint(cloud, workspace, name, given, before)
     document = {
         "location": workspace["location"],
         "tags": body.get("tags") or {},
         "kind": "Managed",
-        "identity": _identity(cloud, request.id(_ENDPOINT), body.get("identity")),
+        "identity": _identity(cloud, request.id(ENDPOINT), body.get("identity")),
         "systemData": before["systemData"] if before else stamps(),
         "properties": {
             **given,
-            "traffic": _traffic(cloud, request.id(_ENDPOINT), given.get("traffic") or {}),
+            "traffic": _traffic(cloud, request.id(ENDPOINT), given.get("traffic") or {}),
             "publicNetworkAccess": given.get("publicNetworkAccess") or "Enabled",
             "scoringUri": f"https://{name}.{workspace['location']}.inference.ml.azure.com/score",
             "swaggerUri": f"https://{name}.{workspace['location']}.inference.ml.azure.com/"
@@ -52,14 +42,14 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
         },
         "_keys": before["_keys"] if before else {"primary": 0, "secondary": 0},
     }
-    endpoint = cloud.put(request.id(_ENDPOINT), KIND, document)
+    endpoint = cloud.put(request.id(ENDPOINT), KIND, document)
     return cloud.accepted(endpoint, cloud.operate(endpoint), 200 if before else 201)
 
 
 def _check_endpoint(
     cloud: Cloud, workspace: Json, name: str, given: Json, before: Json | None
 ) -> None:
-    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
+    if not 3 <= len(name) <= 32 or not NAME.fullmatch(name):
         raise bad(
             f"The endpoint name '{name}' is invalid: 3 to 32 letters, digits and single dashes, "
             "starting with a letter.",
@@ -105,7 +95,7 @@ def _traffic(cloud: Cloud, arm_id: str, traffic: Json) -> Json:
     return traffic
 
 
-@route("PATCH", ARM, _ENDPOINT)
+@route("PATCH", ARM, ENDPOINT)
 def patch_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Change the tags."""
     found = need_endpoint(cloud, request)
@@ -113,7 +103,7 @@ def patch_endpoint(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, public(found))
 
 
-@route("GET", ARM, _ENDPOINT)
+@route("GET", ARM, ENDPOINT)
 def get_endpoint(cloud: Cloud, request: Request) -> Reply:
     """One endpoint."""
     return Reply(200, public(need_endpoint(cloud, request)))
@@ -125,11 +115,11 @@ def list_endpoints(cloud: Cloud, request: Request) -> Reply:
     return listed(cloud.children(need_workspace(cloud, request)["id"], KIND))
 
 
-@route("DELETE", ARM, _ENDPOINT)
+@route("DELETE", ARM, ENDPOINT)
 def delete_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Delete an endpoint with its deployments."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_ENDPOINT))
+    found = cloud.get(request.id(ENDPOINT))
     if found is None:
         return Reply(204)
     for deployment in cloud.children(found["id"], DEPLOYMENT_KIND):
@@ -138,7 +128,7 @@ def delete_endpoint(cloud: Cloud, request: Request) -> Reply:
     return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
 
 
-@route("POST", ARM, _ENDPOINT + "/listKeys")
+@route("POST", ARM, ENDPOINT + "/listKeys")
 def list_keys(cloud: Cloud, request: Request) -> Reply:
     """The two keys."""
     found = need_endpoint(cloud, request)
@@ -147,7 +137,7 @@ def list_keys(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {f"{which}Key": key_of(cloud, found, which) for which in found["_keys"]})
 
 
-@route("POST", ARM, _ENDPOINT + "/regenerateKeys")
+@route("POST", ARM, ENDPOINT + "/regenerateKeys")
 def regenerate_keys(cloud: Cloud, request: Request) -> Reply:
     """Replace one key."""
     found = need_endpoint(cloud, request)
@@ -159,7 +149,7 @@ def regenerate_keys(cloud: Cloud, request: Request) -> Reply:
     return cloud.accepted(found, operation, 202, body=False)
 
 
-@route("POST", ARM, _ENDPOINT + "/token")
+@route("POST", ARM, ENDPOINT + "/token")
 def get_token(cloud: Cloud, request: Request) -> Reply:
     """A token for this endpoint."""
     found = need_endpoint(cloud, request)
@@ -177,258 +167,8 @@ def key_of(cloud: Cloud, endpoint: Json, which: str) -> str:
 def need_endpoint(cloud: Cloud, request: Request) -> Json:
     """The endpoint of the request. Raises AzureError (404)."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_ENDPOINT))
+    found = cloud.get(request.id(ENDPOINT))
     if found is None:
         name = request.args["name"]
         raise AzureError(404, "ResourceNotFound", f"The endpoint '{name}' was not found.")
-    return found
-
-
-# --- deployments ---
-
-
-@route("PUT", ARM, _DEPLOYMENT)
-def put_deployment(cloud: Cloud, request: Request) -> Reply:
-    """Make or change a deployment: starts our server on the model."""
-    endpoint, body = need_endpoint(cloud, request), request.json()
-    workspace = need_workspace(cloud, request)
-    name, given = request.args["deployment"], body.get("properties") or {}
-    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
-        raise bad(f"The deployment name '{name}' is invalid.", "InvalidDeploymentName")
-    if endpoint["properties"]["provisioningState"] != "Succeeded":
-        raise AzureError(409, "Conflict", f"The endpoint '{endpoint['name']}' is not ready.")
-    arm_id = request.id(_DEPLOYMENT)
-    before = cloud.get(arm_id)
-    if before and before["properties"]["provisioningState"] in ("Creating", "Updating"):
-        raise AzureError(409, "Conflict", f"The deployment '{name}' is being changed already.")
-    real = _check_size(cloud, workspace, given, body, before)
-    folder = _model_folder(cloud, workspace, given)
-    error = _role_fault(cloud, workspace, endpoint)
-    if before:
-        stop_server(before)
-    document = {
-        "location": workspace["location"],
-        "tags": body.get("tags") or {},
-        "kind": "Managed",
-        "sku": {"name": "Default", "capacity": int((body.get("sku") or {}).get("capacity") or 1)},
-        "systemData": before["systemData"] if before else stamps(),
-        "properties": {
-            **given,
-            "scaleSettings": given.get("scaleSettings") or {"scaleType": "Default"},
-            "endpointComputeType": "Managed",
-            "instanceType": real,
-            "provisioningState": "Updating" if before else "Creating",
-        },
-        "_model": str(folder),
-    }
-    deployment = cloud.put(arm_id, DEPLOYMENT_KIND, document)
-    operation = cloud.operate(deployment, seconds=-1)
-    starter = threading.Thread(
-        target=_bring_up, args=(cloud, deployment, operation["name"], error), daemon=True
-    )
-    starter.start()
-    return cloud.accepted(deployment, operation, 200 if before else 201)
-
-
-def _check_size(cloud: Cloud, workspace: Json, given: Json, body: Json, before: Json | None) -> str:
-    """The size in Azure's spelling, if it can be deployed and there is quota."""
-    wanted = str(given.get("instanceType") or "Standard_F4s_v2")
-    found = catalogue.find_size(wanted)
-    if found is None or not found[1].deployable:
-        raise bad(
-            f"The instance type '{wanted}' is not supported for managed online deployments.",
-            "BadArgument",
-        )
-    settings = given.get("requestSettings") or {}
-    timeout = str(settings.get("requestTimeout") or "PT5S")
-    seconds = re.fullmatch(r"PT(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", timeout)
-    if not seconds or 60 * int(seconds[1] or 0) + float(seconds[2] or 0) > 180:
-        raise bad("The request timeout must be at most 180 seconds.", "BadArgument")
-    real, size = found
-    need = compute.deployment_cores(size, int((body.get("sku") or {}).get("capacity") or 1))
-    location = workspace["location"]
-    taken = compute.used(cloud, location, size.family)
-    if before:
-        old = catalogue.find_size(before["properties"]["instanceType"])
-        if old and old[1].family == size.family:
-            taken -= compute.deployment_cores(old[1], before["sku"]["capacity"])
-    limit = compute.limit_of(cloud, location, size.family)
-    if taken + need > limit:
-        message = (
-            f"Not enough quota available for {real} in {location}. Current usage/limit: "
-            f"{taken}/{limit}. Additional needed: {need}"
-        )
-        details = [{"code": "OutOfQuota", "message": message}]
-        raise bad(message, "OutOfQuota", details=details)
-    return real
-
-
-def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
-    """Where the weights of the deployed model lie. Raises AzureError."""
-    asked = str(given.get("model") or "").removeprefix("azureml:")
-    if not asked:
-        raise bad("The deployment names no model.", "BadArgument")
-    registered = registries.find_model(asked)
-    if asked.startswith("azureml://registries/"):
-        if registered is None or registered[1]:
-            raise bad(f"The model '{asked}' is archived or does not exist.", "BadArgument")
-        return cloud.folder / "catalogue" / "mlflow"
-    doc = cloud.get(asked)
-    if doc is None:
-        raise bad(f"The model '{asked}' was not found.", "BadArgument")
-    if doc["properties"].get("isArchived"):
-        raise bad(f"The model '{asked}' is archived and cannot be deployed.", "BadArgument")
-    mlflow = "mlflow" in str(doc["properties"].get("modelType", "")).lower()
-    if not mlflow and not (given.get("environmentId") and given.get("codeConfiguration")):
-        raise bad("A custom model needs an environment and a scoring script.", "BadArgument")
-    return assets.locate(cloud, workspace, doc["properties"]["modelUri"])
-
-
-def _role_fault(cloud: Cloud, workspace: Json, endpoint: Json) -> Json | None:
-    """What a user-assigned identity may not do; a system-assigned one gets its roles by itself."""
-    users = (endpoint.get("identity") or {}).get("userAssignedIdentities") or {}
-    properties = workspace["properties"]
-    for user, item in users.items():
-        for need, scope, what in (
-            (access.PULLS_IMAGES, properties.get("containerRegistry"), "AcrPull"),
-            (access.READS_BLOBS, properties["storageAccount"], "Storage Blob Data Reader"),
-        ):
-            if scope and not need & access.roles_of(cloud, item["principalId"], scope):
-                message = (
-                    f"The identity '{user.rsplit('/', 1)[-1]}' lacks the role {what} on '{scope}'."
-                )
-                return {"code": "UserIdentityLacksPermission", "message": message}
-    return None
-
-
-def log_file(cloud: Cloud, deployment: Json) -> Path:
-    """Where the server of a deployment writes its log."""
-    endpoint = deployment["id"].split("/")[-3]
-    return cloud.folder / "deployments" / endpoint / f"{deployment['name']}.log"
-
-
-def server_key(cloud: Cloud, deployment: Json) -> str:
-    """The key between the front and the server; nobody else knows it."""
-    return cloud.derive("server", deployment["id"])
-
-
-def _bring_up(cloud: Cloud, deployment: Json, operation: str, error: Json | None) -> None:
-    """Start the server and end the operation; runs in a thread of its own."""
-    log = log_file(cloud, deployment)
-    error = error or cloud.faults.failure(deployment["id"], "deployment")
-    started = None
-    if error is None:
-        try:
-            started = _start_server(cloud, deployment, log)
-        except StageError as problem:
-            error = {"code": "ResourceNotReady", "message": str(problem).splitlines()[0]}
-    else:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{error['code']}: {error['message']}\n", encoding="utf-8")
-    with cloud.lock:
-        present = cloud.get(deployment["id"])
-        if started and (present is None or present is not deployment):
-            process.stop(started.pid, started.create_time)  # deleted meanwhile
-        elif started and present is not None:
-            present["_server"] = {
-                "pid": started.pid,
-                "create_time": started.create_time,
-                "port": started.port,
-            }
-        cloud.finish(operation, error)
-        cloud.save()
-
-
-def _start_server(cloud: Cloud, deployment: Json, log: Path) -> process.Started:
-    folder = Path(deployment["_model"])
-    if folder == cloud.folder / "catalogue" / "mlflow":
-        foundation.make(cloud.folder / "catalogue")
-    weights = foundation.weights_in(folder)
-    if weights is None:
-        raise StageError(f"No weights were found in the model of '{deployment['name']}'.")
-    settings = deployment["properties"].get("requestSettings") or {}
-    config = ServerConfig(
-        engine="transformers",
-        model_dir=weights,
-        num_threads=1,
-        deployment=deployment["name"],
-        max_concurrent_requests_per_instance=int(
-            settings.get("maxConcurrentRequestsPerInstance") or 1
-        ),
-        request_timeout_ms=_milliseconds(str(settings.get("requestTimeout") or "PT5S")),
-    )
-    return process.start(config, key=server_key(cloud, deployment), log_path=log)
-
-
-def _milliseconds(duration: str) -> int:
-    match = re.fullmatch(r"PT(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", duration)
-    minutes, seconds = (match[1], match[2]) if match else (None, None)
-    return max(100, int(1000 * (60 * int(minutes or 0) + float(seconds or 0))))
-
-
-def resume(cloud: Cloud) -> None:
-    """After a restart: deployments that were being made are made again, dead servers started."""
-    for deployment in cloud.children("/subscriptions", DEPLOYMENT_KIND):
-        running = [
-            name
-            for name, op in cloud.operations.items()
-            if op["resource"] == deployment["id"] and op["status"] == "InProgress"
-        ]
-        server = deployment.get("_server")
-        alive = server and process.alive(server["pid"], server["create_time"])
-        ready = deployment["properties"]["provisioningState"] == "Succeeded"
-        if running or (ready and not alive):
-            name = running[0] if running else cloud.operate(deployment, seconds=-1)["name"]
-            arguments = (cloud, deployment, name, None)
-            threading.Thread(target=_bring_up, args=arguments, daemon=True).start()
-
-
-@route("GET", ARM, _DEPLOYMENT)
-def get_deployment(cloud: Cloud, request: Request) -> Reply:
-    """One deployment."""
-    return Reply(200, public(_need_deployment(cloud, request)))
-
-
-@route("GET", ARM, _ENDPOINT + "/deployments")
-def list_deployments(cloud: Cloud, request: Request) -> Reply:
-    """All deployments of an endpoint."""
-    return listed(cloud.children(need_endpoint(cloud, request)["id"], DEPLOYMENT_KIND))
-
-
-@route("DELETE", ARM, _DEPLOYMENT)
-def delete_deployment(cloud: Cloud, request: Request) -> Reply:
-    """Delete a deployment that gets no traffic."""
-    endpoint = need_endpoint(cloud, request)
-    found = cloud.get(request.id(_DEPLOYMENT))
-    if found is None:
-        return Reply(204)
-    traffic = endpoint["properties"].get("traffic") or {}
-    if traffic.get(found["name"], 0) > 0:
-        raise bad(
-            f"The deployment '{found['name']}' has {traffic[found['name']]} % of the traffic; "
-            "set it to 0 before deleting it.",
-            "DeploymentHasTraffic",
-        )
-    stop_server(found)
-    traffic.pop(found["name"], None)
-    found["properties"]["provisioningState"] = "Deleting"
-    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
-
-
-@route("POST", ARM, _DEPLOYMENT + "/getLogs")
-def get_logs(cloud: Cloud, request: Request) -> Reply:
-    """The last lines of the server's log."""
-    deployment = _need_deployment(cloud, request)
-    log = log_file(cloud, deployment)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = text.splitlines()[-int(request.json().get("tail") or 50) :]
-    return Reply(200, {"content": "\n".join(lines)})
-
-
-def _need_deployment(cloud: Cloud, request: Request) -> Json:
-    need_endpoint(cloud, request)
-    found = cloud.get(request.id(_DEPLOYMENT))
-    if found is None:
-        name = request.args["deployment"]
-        raise AzureError(404, "ResourceNotFound", f"The deployment '{name}' was not found.")
     return found

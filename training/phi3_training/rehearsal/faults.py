@@ -70,24 +70,21 @@ class Fault:
 
     def _set(self, word: str) -> None:
         name, _, value = word.partition("=")
+        fields = {"times": int, "seconds": float, "retry-after": str, "code": str, "message": str}
         try:
-            match name:
-                case "times":
-                    self.left = int(value)
-                case "seconds":
-                    self.seconds = float(value)
-                case "retry-after":
-                    self.retry_after = value
-                case "code":
-                    self.code = value
-                case "message":
-                    self.message = value
-                case _:
-                    raise ValueError
-        except ValueError:
+            converted = fields[name](value)
+        except (KeyError, ValueError):
             raise UsageError(
                 f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
             ) from None
+        setattr(self, {"times": "left", "retry-after": "retry_after"}.get(name, name), converted)
+
+    def shown(self) -> str:
+        """The fault as it is typed."""
+        more = {"times": self.left, "seconds": self.seconds, "retry-after": self.retry_after}
+        more |= {"code": self.code, "message": self.message}
+        words = [f"{name}={value}" for name, value in more.items() if value]
+        return shlex.join([self.method, self.path, self.kind, *words])
 
     def fits(self, method: str, path: str) -> bool:
         """Whether it is still to happen to this call."""

@@ -12,33 +12,13 @@ from . import resources, workspaces
 from .cloud import TENANT, Cloud, listed, public, stamps
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found, route
 
-REGIONS = [
-    "eastus",
-    "eastus2",
-    "westus",
-    "westus2",
-    "westus3",
-    "centralus",
-    "northcentralus",
-    "southcentralus",
-    "northeurope",
-    "westeurope",
-    "uksouth",
-    "francecentral",
-    "germanywestcentral",
-    "swedencentral",
-    "switzerlandnorth",
-    "italynorth",
-    "polandcentral",
-    "japaneast",
-    "australiaeast",
-    "canadacentral",
-    "brazilsouth",
-    "southeastasia",
-    "eastasia",
-    "koreacentral",
-    "centralindia",
-]
+REGIONS = (
+    *("eastus", "eastus2", "westus", "westus2", "westus3", "centralus", "northcentralus"),
+    *("southcentralus", "northeurope", "westeurope", "uksouth", "francecentral", "polandcentral"),
+    *("germanywestcentral", "swedencentral", "switzerlandnorth", "italynorth", "japaneast"),
+    *("australiaeast", "canadacentral", "brazilsouth", "southeastasia", "eastasia"),
+    *("koreacentral", "centralindia"),
+)
 _GROUP_NAME = re.compile(r"[-\w.()]{0,89}[-\w()]")
 
 
@@ -241,9 +221,8 @@ def _from_template(cloud: Cloud, request: Request, values: Json) -> list[str]:
         ("applicationInsights", "applicationInsightsName", "Microsoft.Insights/components"),
         ("containerRegistry", "containerRegistryName", "Microsoft.ContainerRegistry/registries"),
     ):
-        state = values.get(f"{option}Option") or (
-            "none" if option == "containerRegistry" else "new"
-        )
+        default = "none" if option == "containerRegistry" else "new"
+        state = values.get(f"{option}Option") or default
         if state == "none" or values.get("kind", "").lower() == "project":
             continue
         group = values.get(f"{option}ResourceGroupName") or request.args["rg"]

@@ -8,7 +8,8 @@ import random
 from collections.abc import Iterator
 
 from .cloud import Cloud
-from .endpoints import DEPLOYMENT_KIND, KIND, key_of, server_key
+from .deployments import server_key
+from .endpoints import DEPLOYMENT_KIND, KIND, key_of
 from .signin import claims_of
 from .wire import Json, Reply, Request, route
 

@@ -111,7 +111,7 @@ def _command(
     logs: list[IO[bytes]] = []
     for rank in range(count):
         name = "std_log.txt" if count == 1 else f"std_log_process_{rank:02d}.txt"
-        log = _log_file(job, name).open("wb")
+        log: IO[bytes] = _log_file(job, name).open("wb")
         logs.append(log)
         environment = _environment(job, rank, port) if count > 1 else _environment(job)
         processes.append(

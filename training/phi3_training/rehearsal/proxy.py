@@ -5,6 +5,8 @@ Listens on loopback only. A CONNECT to any host is answered here: nothing leaves
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import socket
@@ -50,7 +52,7 @@ class _Server(ThreadingHTTPServer):
     authority: Authority
 
 
-class _Cut(Exception):
+class _CutError(Exception):
     """An injected fault: the connection breaks off."""
 
 
@@ -83,7 +85,7 @@ class _Connection(BaseHTTPRequestHandler):
         request = self._request()
         try:
             reply = self._answer(request)
-        except _Cut:
+        except _CutError:
             self._cut()
             return
         try:
@@ -91,7 +93,8 @@ class _Connection(BaseHTTPRequestHandler):
         except (ssl.SSLError, OSError):
             self.close_connection = True  # the client went away
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _serve
+    # The names that http.server calls.
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _serve  # noqa: N815
 
     def _request(self) -> Request:
         host = self._host or (urlsplit(self.path).hostname or "")
@@ -115,7 +118,7 @@ class _Connection(BaseHTTPRequestHandler):
         fault = cloud.faults.of_call(request)
         if fault and fault.kind == "reset":
             cloud.journal(request.method, request.host, request.path, "reset")
-            raise _Cut
+            raise _CutError
         if fault and fault.kind != "reset-after":
             reply = fault.error().reply()
         else:
@@ -124,7 +127,7 @@ class _Connection(BaseHTTPRequestHandler):
         noted = f"{reply.status}{lost}" if lost else reply.status
         cloud.journal(request.method, request.host, request.path, noted)
         if lost:
-            raise _Cut
+            raise _CutError
         return reply
 
     def _send(self, reply: Reply) -> None:
@@ -158,31 +161,28 @@ class _Connection(BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close; a connection that was cut has nothing left to flush."""
-        try:
+        with contextlib.suppress(ValueError, OSError):
             super().finish()
-        except (ValueError, OSError):
-            pass
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Nothing: the journal has every call, without its query."""
 
 
-class _Writer:
+class _Writer(io.BufferedIOBase):
     """What http.server writes to: the TLS socket, unbuffered."""
 
     def __init__(self, connection: ssl.SSLSocket) -> None:
+        super().__init__()
         self._connection = connection
-        self.closed = False
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Send it all."""
         self._connection.sendall(data)
         return len(data)
-
-    def flush(self) -> None:
-        """Everything is sent already."""
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def _dispatch(cloud: Cloud, request: Request) -> Reply:

@@ -47,7 +47,7 @@ def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
 
 
 @route("GET", LOGIN, "/common/discovery/instance", audience="")
-def instance_discovery(_cloud: Cloud, request: Request) -> Reply:
+def instance_discovery(_cloud: Cloud, _request: Request) -> Reply:
     """The hosts of the public cloud."""
     aliases = [LOGIN, "login.windows.net", "login.microsoft.com", "sts.windows.net"]
     entry = {"preferred_network": LOGIN, "preferred_cache": "login.windows.net", "aliases": aliases}

@@ -317,19 +317,9 @@ def _service_text(account: str, request: Request, query: dict[str, str]) -> str:
 
 
 def _shared_key_text(request: Request) -> str:
-    names = [
-        "content-encoding",
-        "content-language",
-        "content-length",
-        "content-md5",
-        "content-type",
-        "date",
-        "if-modified-since",
-        "if-match",
-        "if-none-match",
-        "if-unmodified-since",
-        "range",
-    ]
+    names = ["content-encoding", "content-language", "content-length", "content-md5"]
+    names += ["content-type", "date", "if-modified-since", "if-match", "if-none-match"]
+    names += ["if-unmodified-since", "range"]
     values = [request.headers.get(name, "") for name in names]
     values[2] = "" if values[2] == "0" else values[2]
     ours = sorted(name for name in request.headers if name.startswith("x-ms-"))
@@ -344,7 +334,7 @@ def _sign(cloud: Cloud, account: str, text: str) -> str:
     return base64.b64encode(hmac.new(key, text.encode(), hashlib.sha256).digest()).decode()
 
 
-class _Refused(AzureError):
+class _RefusedError(AzureError):
     """A refusal in the form of the storage service: XML and a header."""
 
     def reply(self) -> Reply:
@@ -357,4 +347,4 @@ class _Refused(AzureError):
 
 
 def _refused(status: int, code: str, message: str) -> AzureError:
-    return _Refused(status, code, message)
+    return _RefusedError(status, code, message)
