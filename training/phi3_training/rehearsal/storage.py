@@ -38,7 +38,7 @@ class BlobFiles:
         """Where a blob lies. Raises AzureError when its name leaves the container."""
         parts = [part for part in blob.split("/") if part]
         if not parts or ".." in parts or "." in parts:
-            raise _refused(400, "InvalidUri", "The requested URI does not represent a resource.")
+            raise refused(400, "InvalidUri", "The requested URI does not represent a resource.")
         return self.data / container / Path(*parts)
 
     def details(self, container: str, blob: str) -> Json:
@@ -85,7 +85,7 @@ def account_key(cloud: Cloud, account: str) -> str:
 def account_sas(cloud: Cloud, account: str) -> str:
     """A signature for the account's blobs, good for an hour."""
     expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + _SAS_SECONDS))
-    fields = {"sv": "2021-08-06", "ss": "b", "srt": "sco", "sp": "rwdlac", "se": expires}
+    fields = {"sv": "2021-08-06", "ss": "bf", "srt": "sco", "sp": "rwdlac", "se": expires}
     signature = _sign(cloud, account, _account_text(account, fields))
     pairs = {**fields, "spr": "https", "sig": signature}
     return "&".join(f"{name}={quote(value, safe='')}" for name, value in pairs.items())
@@ -111,7 +111,7 @@ def get_blob(cloud: Cloud, request: Request) -> Reply:
     first = int(wanted.group(1))
     last = min(int(wanted.group(2) or len(content) - 1), len(content) - 1)
     if first >= len(content):
-        raise _refused(416, "InvalidRange", "The range specified is invalid.")
+        raise refused(416, "InvalidRange", "The range specified is invalid.")
     headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
     return Reply(206, content[first : last + 1], headers)
 
@@ -119,7 +119,7 @@ def get_blob(cloud: Cloud, request: Request) -> Reply:
 @route("PUT", BLOB_HOST, _BLOB, audience="", locked=False)
 def put_blob(cloud: Cloud, request: Request) -> Reply:
     """A whole blob, a block, a list of blocks, or new metadata."""
-    account = _checked(cloud, request)
+    account = checked(cloud, request)
     files = BlobFiles(cloud.folder, account)
     container, blob = request.args["container"], request.args["blob"]
     comp = request.query.get("comp", "")
@@ -134,9 +134,9 @@ def put_blob(cloud: Cloud, request: Request) -> Reply:
         part.write_bytes(request.body)
         return Reply(201, None, {"x-ms-request-server-encrypted": "true"})
     if comp not in ("", "blocklist"):
-        raise _refused(501, "NotRehearsed", f"PUT blob with comp={comp} is not rehearsed.")
+        raise refused(501, "NotRehearsed", f"PUT blob with comp={comp} is not rehearsed.")
     if request.headers.get("if-none-match") == "*" and files.path(container, blob).is_file():
-        raise _refused(409, "BlobAlreadyExists", "The specified blob already exists.")
+        raise refused(409, "BlobAlreadyExists", "The specified blob already exists.")
     content = request.body
     if comp == "blocklist":
         content = _joined(files, container, blob, request.body)
@@ -157,10 +157,10 @@ def delete_blob(cloud: Cloud, request: Request) -> Reply:
 @route("PUT", BLOB_HOST, _CONTAINER, audience="", locked=False)
 def put_container(cloud: Cloud, request: Request) -> Reply:
     """Make a container."""
-    account = _checked(cloud, request)
+    account = checked(cloud, request)
     root = BlobFiles(cloud.folder, account).data / request.args["container"]
     if root.is_dir():
-        raise _refused(409, "ContainerAlreadyExists", "The specified container already exists.")
+        raise refused(409, "ContainerAlreadyExists", "The specified container already exists.")
     root.mkdir(parents=True)
     return Reply(201, None, {"ETag": '"0x1"', "Last-Modified": formatdate(usegmt=True)})
 
@@ -168,7 +168,7 @@ def put_container(cloud: Cloud, request: Request) -> Reply:
 @route("GET", BLOB_HOST, _CONTAINER, audience="", locked=False)
 def get_container(cloud: Cloud, request: Request) -> Reply:
     """Properties, or the list of blobs below a prefix."""
-    account = _checked(cloud, request)
+    account = checked(cloud, request)
     files, container = BlobFiles(cloud.folder, account), request.args["container"]
     if request.query.get("comp") != "list":
         return Reply(200, None, {"ETag": '"0x1"', "Last-Modified": formatdate(usegmt=True)})
@@ -212,7 +212,7 @@ def _listed(files: BlobFiles, container: str, name: str) -> str:
 
 
 def _opened(cloud: Cloud, request: Request) -> tuple[BlobFiles, str, str]:
-    account = _checked(cloud, request)
+    account = checked(cloud, request)
     files = BlobFiles(cloud.folder, account)
     container, blob = request.args["container"], request.args["blob"]
     _must_exist(files, container, blob)
@@ -221,7 +221,7 @@ def _opened(cloud: Cloud, request: Request) -> tuple[BlobFiles, str, str]:
 
 def _must_exist(files: BlobFiles, container: str, blob: str) -> None:
     if not files.path(container, blob).is_file():
-        raise _refused(404, "BlobNotFound", "The specified blob does not exist.")
+        raise refused(404, "BlobNotFound", "The specified blob does not exist.")
 
 
 def _blob_headers(files: BlobFiles, container: str, blob: str, *, whole: bool) -> dict[str, str]:
@@ -253,20 +253,20 @@ def _joined(files: BlobFiles, container: str, blob: str, body: bytes) -> bytes:
     parts = re.findall(r"<(?:Latest|Uncommitted|Committed)>([^<]+)<", body.decode())
     blocks = [_block(files, container, blob, part) for part in parts]
     if not all(block.is_file() for block in blocks):
-        raise _refused(400, "InvalidBlockList", "The specified block list is invalid.")
+        raise refused(400, "InvalidBlockList", "The specified block list is invalid.")
     content = b"".join(block.read_bytes() for block in blocks)
     if blocks:
         shutil.rmtree(blocks[0].parent)
     return content
 
 
-def _checked(cloud: Cloud, request: Request) -> str:
+def checked(cloud: Cloud, request: Request) -> str:
     """The account of a request that may do what it asks. Raises AzureError."""
     account = request.args["account"]
     suffix = f"/providers/microsoft.storage/storageaccounts/{account}".lower()
     with cloud.lock:
         if not any(key.endswith(suffix) for key in cloud.resources):
-            raise _refused(404, "ResourceNotFound", "The specified account does not exist.")
+            raise refused(404, "ResourceNotFound", "The specified account does not exist.")
     header = request.headers.get("authorization", "")
     query = dict(parse_qsl(urlsplit(request.target).query, keep_blank_values=True))
     if header.startswith("SharedKey "):
@@ -276,12 +276,12 @@ def _checked(cloud: Cloud, request: Request) -> str:
         try:
             check_token(cloud, request, "storage")
         except AzureError as error:
-            raise _refused(401, "InvalidAuthenticationInfo", error.message) from None
+            raise refused(401, "InvalidAuthenticationInfo", error.message) from None
         good = True
     else:
         good = _good_signature(cloud, account, request, query)
     if not good:
-        raise _refused(
+        raise refused(
             403,
             "AuthenticationFailed",
             "Server failed to authenticate the request. Make sure the value of Authorization "
@@ -346,5 +346,5 @@ class _RefusedError(AzureError):
         return Reply(self.status, text.encode(), headers)
 
 
-def _refused(status: int, code: str, message: str) -> AzureError:
+def refused(status: int, code: str, message: str) -> AzureError:
     return _RefusedError(status, code, message)

@@ -14,7 +14,10 @@ from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, 
 
 KIND = f"{ML}/workspaces"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,32}")
-# The stores every workspace has, and the container behind each.
+# Where Prompt flow and the studio keep people's files; Azure's own name for the share.
+FILE_SHARE = "code-391ff5ac-6576-460f-ba4d-7e03433c68b6"
+WORKING_DIRECTORY = "workspaceworkingdirectory"
+# The blob stores every workspace has, and the container behind each.
 DATASTORES = {"workspaceblobstore": "azureml-blobstore", "workspaceartifactstore": "azureml"}
 
 
@@ -176,7 +179,9 @@ def get_datastore(cloud: Cloud, request: Request) -> Reply:
 @route("GET", ARM, WORKSPACE + "/datastores")
 def list_datastores(cloud: Cloud, request: Request) -> Reply:
     """The stores; `isDefault=true` names one."""
-    names = list(DATASTORES)[:1] if request.query.get("isdefault") == "true" else list(DATASTORES)
+    names = [*DATASTORES, WORKING_DIRECTORY]
+    if request.query.get("isdefault") == "true":
+        names = names[:1]
     return Reply(200, {"value": [_datastore(cloud, request, name) for name in names]})
 
 
@@ -189,7 +194,7 @@ def list_datastore_secrets(cloud: Cloud, request: Request) -> Reply:
     _datastore(cloud, request, request.args["store"])
     asked = request.json() if request.body else {}
     # The SDK signs log addresses itself with what it gets for the artifact store.
-    if asked.get("expirableSecret") and request.args["store"] == "workspaceblobstore":
+    if asked.get("expirableSecret") and request.args["store"] != "workspaceartifactstore":
         return Reply(200, {"secretsType": "Sas", "sasToken": account_sas(cloud, account)})
     key = account_key(cloud, account)
     if asked.get("expirableSecret"):
@@ -199,19 +204,19 @@ def list_datastore_secrets(cloud: Cloud, request: Request) -> Reply:
 
 def _datastore(cloud: Cloud, request: Request, name: str) -> Json:
     workspace = need_workspace(cloud, request)
-    if name not in DATASTORES:
+    if name in DATASTORES:
+        place = {"datastoreType": "AzureBlob", "containerName": container_of(workspace, name)}
+    elif name == WORKING_DIRECTORY:
+        place = {"datastoreType": "AzureFile", "fileShareName": FILE_SHARE}
+    else:
         raise AzureError(404, "UserError", f"No datastore named '{name}' was found.")
-    container = DATASTORES[name] + (
-        f"-{workspace['properties']['workspaceId']}" if name == "workspaceblobstore" else ""
-    )
     return {
         "id": f"{workspace['id']}/datastores/{name}",
         "name": name,
         "type": f"{KIND}/datastores",
         "properties": {
-            "datastoreType": "AzureBlob",
+            **place,
             "accountName": storage_account(workspace),
-            "containerName": container,
             "endpoint": "core.windows.net",
             "protocol": "https",
             "isDefault": name == "workspaceblobstore",
