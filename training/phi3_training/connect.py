@@ -17,9 +17,12 @@ PASSED_ON = ("deployment", "dialect", "context_length")
 
 
 def connect(
-    run: Run, endpoint_manifest: Mapping[str, Any], key: str, name: str = "phi3_connection"
+    run: Run, endpoint_manifest: Mapping[str, Any], key: str | None, name: str = "phi3_connection"
 ) -> dict[str, Any]:
-    """Write the connection `name`; the manifest `connection` (no secret in it)."""
+    """Write the connection `name`; the manifest `connection` (no secret in it).
+
+    `key` None: the endpoint takes Microsoft Entra tokens.
+    """
     endpoint = str(endpoint_manifest.get("endpoint") or "")
     if not endpoint:
         raise StageError(

@@ -14,12 +14,11 @@ from typing import Any
 
 from . import console
 from .recipe import Recipe, save_recipe
+from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
 from .targets import Target
 
 Manifest = dict[str, Any]
-
-RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
 
 
 @dataclass

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
-from . import adapters, data, doctor, export, journey, recipes, stages, talk
+from . import (
+    adapters,
+    data,
+    doctor,
+    export,
+    invoke,
+    journey,
+    recipes,
+    rehearsing,
+    stages,
+    standing,
+    talk,
+)
 
-COMMANDS = (journey, stages, adapters, data, talk, export, doctor, recipes)
+COMMANDS = (
+    *(journey, standing, stages, adapters, data),
+    *(talk, invoke, export, doctor, recipes, rehearsing),
+)

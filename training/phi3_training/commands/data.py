@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import console
 from ..journey import go
-from ..stages import stages_until
+from ..stages_azure import stages_until
 from .common import add_command, add_recipe, journey_of
 
 
@@ -49,7 +49,8 @@ def run_prepare(args: argparse.Namespace) -> int:
     """Do the first stage alone."""
     journey = journey_of(args)
     with journey.run.lock():
-        go(journey, stages_until("dataset"))
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages_until("dataset", journey.target.name))
     if args.output == "json":
         console.print_json(journey.run.manifest("dataset"))
     return 0

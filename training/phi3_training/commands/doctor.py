@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import UsageError
-from .common import add_command, all_runs, tuned_run
+from .common import add_command, all_runs, has_model_here, tuned_run
 
 if TYPE_CHECKING:
     from ..parity import Places, Report
@@ -60,7 +60,7 @@ def _places(args: argparse.Namespace) -> Places | None:
             raise UsageError("Give --run NAME or --model FOLDER, not both")
         return places_of_folder(args.model)
     named = args.tokens or args.run
-    if not named and not any(run.manifest("model") for run in all_runs(args.runs)):
+    if not named and not any(has_model_here(run) for run in all_runs(args.runs)):
         return None
     return places_of_run(tuned_run(args))
 

@@ -1,19 +1,28 @@
-"""`phi3 up | plan | status | down`: the whole journey, what it would do, what is up, the end."""
+"""`phi3 up | plan`: the whole journey, and what it would do."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from .. import console
 from ..errors import UsageError
 from ..finetune.adapters import list_adapters
-from ..journey import Journey, finished, go
+from ..journey import Journey, Stage, finished, go
 from ..run import Run
-from ..stages import STAGES
-from ..targets import get_target
-from .common import add_adapter, add_allow, add_command, add_force, add_recipe, all_runs, journey_of
+from ..stages_azure import stages_of
+from ..targets import Target, get_target, target_of
+from .common import (
+    add_adapter,
+    add_allow,
+    add_command,
+    add_force,
+    add_recipe,
+    add_rehearse,
+    journey_of,
+)
 from .summary import show_summary
 
 
@@ -31,6 +40,7 @@ def register(subparsers: Any) -> None:
     add_adapter(up)
     add_allow(up)
     add_force(up)
+    add_rehearse(up)
     plan = add_command(
         subparsers,
         "plan",
@@ -39,13 +49,7 @@ def register(subparsers: Any) -> None:
         run_plan,
     )
     add_recipe(plan)
-    add_command(
-        subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
-    )
-    down = add_command(
-        subparsers, "down", "stop the endpoints that `up` started", "phi3 down", run_down
-    )
-    down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
+    add_rehearse(plan)
 
 
 def run_up(args: argparse.Namespace) -> int:
@@ -53,17 +57,19 @@ def run_up(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
     os.environ.pop("PHI3_ENDPOINT", None)
+    stages = stages_of(journey.target.name)
     with journey.run.lock():
-        go(journey, STAGES, again=_stages_named(args.again))
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages, again=_stages_named(args.again, stages))
     if args.output == "json":
-        console.print_json(_state(journey.run))
+        console.print_json(state_of(journey.run, journey.target))
     else:
         show_summary(journey)
     return 0
 
 
-def _stages_named(titles: list[str]) -> frozenset[str]:
-    known = {stage.title: stage.manifest for stage in STAGES}
+def _stages_named(titles: list[str], stages: Sequence[Stage]) -> frozenset[str]:
+    known = {stage.title: stage.manifest for stage in stages}
     wrong = [title for title in titles if title not in known]
     if wrong:
         raise UsageError(f"No stage {', '.join(wrong)}; stages: {', '.join(known)}")
@@ -73,7 +79,8 @@ def _stages_named(titles: list[str]) -> frozenset[str]:
 def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
-    todo = [stage.title for stage in STAGES if not _is_done(journey, stage.manifest)]
+    stages = stages_of(journey.target.name)
+    todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
     lines = journey.target.plan(journey.recipe, journey.run)
     if args.output == "json":
         plan = [{"stage": line.stage, "text": line.text, "stops": line.stops} for line in lines]
@@ -87,36 +94,25 @@ def run_plan(args: argparse.Namespace) -> int:
     return 1 if any(line.stops for line in lines) else 0
 
 
-def _is_done(journey: Journey, manifest: str) -> bool:
+def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
     """Done with unchanged inputs, and everything before it as well."""
-    stages = STAGES[: [stage.manifest for stage in STAGES].index(manifest) + 1]
-    return all(finished(journey, stage) is not None for stage in stages)
+    before = stages[: stages.index(stage) + 1]
+    return all(finished(journey, earlier) is not None for earlier in before)
 
 
-def run_status(args: argparse.Namespace) -> int:
-    """List the runs under --runs."""
-    states = [_state(run) for run in all_runs(args.runs)]
-    if args.output == "json":
-        console.print_json(states)
-    elif not states:
-        console.out.print(f"No runs under {args.runs} yet; make one with: phi3 up", markup=False)
-    for state in states if args.output == "text" else []:
-        endpoint = state["endpoint"]
-        console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
-        where = f" {endpoint['url']} (process {endpoint['pid']})" if endpoint.get("url") else ""
-        console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
-        if state["adapters"]:
-            console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
-    return 0
-
-
-def _state(run: Run) -> dict[str, Any]:
-    done = [stage.title for stage in STAGES if run.manifest(stage.manifest) is not None]
-    status = get_target("local").status(run)
+def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
+    """What of a run is done and up; on Azure as Azure itself says, where `target` is given."""
+    name = target_of(run)
+    done = [stage.title for stage in stages_of(name) if run.manifest(stage.manifest) is not None]
+    if target is None and name != "local":
+        status = {"endpoint": {"state": "not asked", **_named(run)}}
+    else:
+        status = (target or get_target(name)).status(run)
     answer = run.manifest("answer") or {}
     return {
         "run": run.name,
         "path": str(run.path),
+        "on": name,
         "done": done,
         **status,
         "adapters": [adapter.name for adapter in list_adapters(run)],
@@ -125,22 +121,7 @@ def _state(run: Run) -> dict[str, Any]:
     }
 
 
-def run_down(args: argparse.Namespace) -> int:
-    """Stop the endpoints of one run, or of all."""
-    runs = all_runs(args.runs)
-    if args.run is not None:
-        runs = [run for run in runs if run.name == args.run]
-        if not runs:
-            raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
-    target = get_target("local")
-    lines = [line for run in runs for line in target.teardown(run)]
-    if args.output == "json":
-        console.print_json({"stopped": lines})
-    elif lines:
-        for line in lines:
-            console.out.print(line, markup=False)
-    else:
-        console.out.print("Nothing of ours is running.")
-    if os.environ.get("PHI3_ENDPOINT") and args.output == "text":
-        console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")
-    return 0
+def _named(run: Run) -> dict[str, Any]:
+    """The endpoint that the run folder names."""
+    endpoint = run.manifest("endpoint")
+    return {} if endpoint is None else {"url": endpoint["endpoint"]}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..errors import UsageError
 from ..journey import go
 from ..run import Run
-from ..stages import stages_until
+from ..stages_azure import stages_until
 from .common import add_adapter, add_allow, add_command, add_force, add_recipe, journey_of
 from .searching import run_search
 from .summary import show_comparison
@@ -52,10 +53,13 @@ def run_stage(args: argparse.Namespace) -> int:
     """Do what is missing up to the stage."""
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
+        if journey.target.name != "local":
+            raise UsageError("A search runs on this machine: leave out --on azure")
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
-        go(journey, stages_until(manifest))
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages_until(manifest, journey.target.name))
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":
