@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from . import (
     adapters,
+    azure,
     data,
     doctor,
     export,
+    flow_push,
     invoke,
     journey,
     recipes,
@@ -18,5 +20,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data),
-    *(talk, invoke, export, doctor, recipes, rehearsing),
+    *(talk, invoke, flow_push, export, doctor, recipes, azure, rehearsing),
 )

@@ -6,6 +6,7 @@ What the registry says counts; the dated table here stands in where it says noth
 from __future__ import annotations
 
 import ast
+import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,12 @@ ARCHIVED = {
     "phi-3.5-mini-instruct": _RETIRED,
     "phi-3.5-moe-instruct": _RETIRED,
 }
+# Their last versions: `latest` finds none of them.
+LAST = {
+    "phi-3-mini-4k-instruct": "15",
+    "phi-3-mini-128k-instruct": "13",
+    "phi-3.5-mini-instruct": "6",
+}
 ALLOW_TAG, DEFAULTS_TAG = "finetune_compute_allow_list", "model_specific_defaults"
 
 
@@ -55,59 +62,49 @@ class Foundation:
     allowed: tuple[str, ...] | None
     allowed_from: str
     defaults: Mapping[str, Any]
-
-    @property
-    def archived(self) -> str | None:
-        """Why it is not to be used any more; None while it is."""
-        return ARCHIVED.get(self.name.lower())
+    archived: str | None  # why it is not to be used any more
 
 
 def find_foundation(
     clients: Clients, section: FoundationModelSection, name: str
 ) -> Foundation | None:
     """The model by name and version (or `latest`); None where the registry has none."""
-    from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import HttpResponseError
 
     models = clients.registry(section.registry_name).models
-    doing = f"Looking for the model {name} in the registry {section.registry_name}"
-    with explained(doing):
+    with explained(f"Looking for the model {name} in the registry {section.registry_name}"):
+        version = _latest(models, name) if section.version == "latest" else section.version
+        if version is None:
+            return None
         try:
-            if section.version == "latest":
-                found = models.get(name=name, label="latest")
-            else:
-                found = models.get(name=name, version=section.version)
+            found = models.get(name=name, version=version)
         except HttpResponseError as error:
             if not absent(error):
                 raise
             return None
-        except MlException:  # so the SDK tells that there is no version to be the latest
-            found = _archived(models, name) if section.version == "latest" else None
-    return None if found is None else _foundation(found)
+    answers = clients.model_answers(section.registry_name)
+    return _foundation(found, answers.properties(str(found.name), str(found.version)))
 
 
-def _archived(models: Any, name: str) -> Any | None:
-    """The newest version among the archived ones, which the plain list leaves out."""
-    from azure.ai.ml.constants import ListViewType
+def _latest(models: Any, name: str) -> str | None:
+    """The version that was made last. The registry leaves archived ones out: those we know."""
+    from azure.ai.ml.exceptions import ValidationException
     from azure.core.exceptions import HttpResponseError
 
     try:
-        found = list(models.list(name=name, list_view_type=ListViewType.ARCHIVED_ONLY))
+        return str(models.get(name=name, label="latest").version)
+    except ValidationException:  # so the SDK says that the list is empty
+        return LAST.get(name.lower())
     except HttpResponseError as error:
         if not absent(error):
             raise
         return None
-    newest = max(found, key=lambda item: _number(item.version), default=None)
-    return None if newest is None else models.get(name=name, version=newest.version)
 
 
-def _number(version: Any) -> int:
-    return int(version) if str(version).isdecimal() else -1
-
-
-def _foundation(model: Any) -> Foundation:
+def _foundation(model: Any, properties: Mapping[str, Any]) -> Foundation:
     tags = dict(model.tags or {})
-    allowed, source = _allowed(model, tags)
+    metadata = _mapping(properties.get("systemMetadata") or getattr(model, "_system_metadata", 0))
+    allowed, source = _allowed(str(model.name), tags, metadata)
     return Foundation(
         name=str(model.name),
         version=str(model.version),
@@ -115,20 +112,38 @@ def _foundation(model: Any) -> Foundation:
         allowed=allowed,
         allowed_from=source,
         defaults=parse_defaults(tags.get(DEFAULTS_TAG), str(model.name)),
+        archived=_archived_why(str(model.name), properties, metadata),
     )
 
 
-def _allowed(model: Any, tags: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:
+def _archived_why(
+    name: str, properties: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> str | None:
+    """Why a model is not for use any more, from the registry, else from our table."""
+    if name.lower() in ARCHIVED:
+        return ARCHIVED[name.lower()]
+    if properties.get("isArchived") is True:
+        return "archived in the catalogue"
+    date = str(_mapping(metadata.get("deprecation")).get("finetuneRetirementDate") or "")[:10]
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    return f"retired {date}" if date[:1] >= "2" and date <= today else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _allowed(
+    name: str, tags: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> tuple[tuple[str, ...] | None, str]:
     """The sizes for fine-tuning, and where the list is from."""
     sizes = _sizes(tags.get(ALLOW_TAG))
     if sizes:
         return sizes, f"the model's tag {ALLOW_TAG}"
-    metadata = getattr(model, "_system_metadata", None)  # the SDK has no public name for it
-    computes = metadata.get("supportedComputes") if isinstance(metadata, Mapping) else None
-    sizes = _sizes(computes.get("finetuneComputes") if isinstance(computes, Mapping) else None)
+    sizes = _sizes(_mapping(metadata.get("supportedComputes")).get("finetuneComputes"))
     if sizes:
         return sizes, "the model's system_metadata"
-    known = SIZES.get(str(model.name).lower())
+    known = SIZES.get(name.lower())
     if known is not None:
         return known, f"our table of {TABLE_DATE}"
     return None, "no list is published"

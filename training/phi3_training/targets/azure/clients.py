@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from azure.mgmt.quota import QuotaMgmtClient
     from azure.mgmt.resource.resources import ResourceManagementClient
 
+    from .answers import ModelAnswers
+
 
 class Clients:
     """One sign-in and the clients that share it; nothing is sent before the first use."""
@@ -36,7 +38,7 @@ class Clients:
         self.workplace = workplace
         self.poll = poll
         self._credential = credential
-        self._registries: dict[str, MLClient] = {}
+        self._registries: dict[str, tuple[MLClient, ModelAnswers]] = {}
 
     @cached_property
     def credential(self) -> TokenCredential:
@@ -61,9 +63,20 @@ class Clients:
 
     def registry(self, name: str) -> MLClient:
         """Azure ML's registry; finding it is a call of its own."""
+        return self._registry(name)[0]
+
+    def model_answers(self, registry: str) -> ModelAnswers:
+        """What the registry answered about its models, beside what the SDK keeps of it."""
+        return self._registry(registry)[1]
+
+    def _registry(self, name: str) -> tuple[MLClient, ModelAnswers]:
+        from .answers import ModelAnswers
+
         if name not in self._registries:
+            answers = ModelAnswers()
             with explained(f"Opening the registry {name}"):
-                self._registries[name] = self._ml(registry_name=name)
+                client = self._ml(registry_name=name, per_call_policies=[answers])
+            self._registries[name] = (client, answers)
         return self._registries[name]
 
     @cached_property

@@ -125,7 +125,11 @@ def _distribution(machines: Machines) -> dict[str, Any]:
 
 
 def _variables() -> dict[str, str]:
-    return {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
 
 
 def environment(clients: Clients, recipe: Recipe, run: Run) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ...errors import StageError
 from ...recipe import Recipe
-from .catalogue import Foundation, find_foundation
+from .catalogue import ARCHIVED, Foundation, find_foundation
 from .clients import Clients
 from .sizes import refuse_outside, refuse_retired
 
@@ -69,6 +69,8 @@ def choose(clients: Clients, recipe: Recipe) -> Choice:
     name = foundation_name(recipe) or ""
     registry = train.foundation_model.registry_name
     asked = train.route == "pipeline"
+    if not asked and name.lower() in ARCHIVED:
+        return Choice("job", f"{name} is {ARCHIVED[name.lower()]}")
     found = find_foundation(clients, train.foundation_model, name)
     if found is None:
         reason = f"the registry {registry} has no model {name}"

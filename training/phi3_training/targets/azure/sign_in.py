@@ -64,7 +64,7 @@ def quiet() -> None:
     if logging.getLogger().isEnabledFor(logging.INFO):
         return
     names = [name for name in logging.root.manager.loggerDict if name.startswith("azure.")]
-    for name in ("azure", "msal", *names):
+    for name in ("azure", "msal", "msrest", *names):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -120,7 +120,7 @@ def _pipeline(
         "settings": {**prepared.parameters.values, "route": "pipeline"},
         "choices": [
             f"route pipeline: {choice.reason}",
-            f"sizes allowed by {foundation.allowed_from}",
+            f"sizes for fine-tuning: {foundation.allowed_from}",
             f"{prepared.gpus} GPUs in each {recipe.azure.compute.size}",
             *prepared.parameters.lines(),
         ],
