@@ -70,7 +70,7 @@ def run_status(args: argparse.Namespace) -> int:
     module, folder = _module(), _folder(args)
     found = module.find(folder)
     about = _about(found) if found else {"state": "stopped", "folder": str(folder)}
-    return _shown(args, {**about, "resources": module.resources(folder)})
+    return _shown(args, {**about, "resources": module.held(folder)})
 
 
 def run_env(args: argparse.Namespace) -> int:

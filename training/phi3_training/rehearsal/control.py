@@ -60,7 +60,7 @@ def folder_of(runs: Path) -> Path:
     return runs.resolve() / "rehearsal" / "azure"
 
 
-def resources(folder: Path) -> dict[str, int]:
+def held(folder: Path) -> dict[str, int]:
     """What the rehearsal of `folder` holds: how many of each type."""
     if not (folder / "state.json").is_file():
         return {}

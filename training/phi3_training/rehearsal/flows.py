@@ -8,7 +8,7 @@ import yaml
 
 from .cloud import TENANT, Cloud, public, stamps
 from .shares import share_file
-from .signin import CALLER
+from .cloud import CALLER
 from .wire import ML, REGIONAL, AzureError, Json, Reply, Request, bad, route
 from .workspaces import FILE_SHARE, need_workspace, storage_account
 

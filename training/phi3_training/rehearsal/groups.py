@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from . import resources, workspaces
-from .cloud import TENANT, Cloud, listed, public, stamps
+from . import resources, teardown, workspaces
+from .cloud import POLL, TENANT, Cloud, listed, public, stamps
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found, route
 
 REGIONS = (
@@ -108,9 +108,9 @@ def check_group(cloud: Cloud, request: Request) -> Reply:
 def delete_group(cloud: Cloud, request: Request) -> Reply:
     """Delete the group with everything in it, unless a deployment or job still runs there."""
     group = need_group(cloud, request)
-    from . import teardown
-
     teardown.release(cloud, group["id"])
+    for doc in cloud.children(group["id"]):
+        resources.keep_deleted(cloud, doc)
     operation = cloud.operate(group, kind="delete")
     return cloud.accepted(group, operation, 202, body=False)
 
@@ -137,8 +137,6 @@ def operation_status(cloud: Cloud, request: Request) -> Reply:
     }
     if operation.get("error"):
         body["error"] = operation["error"]
-    from .cloud import POLL
-
     return Reply(200, body, POLL if operation["status"] == "InProgress" else {})
 
 
@@ -149,8 +147,6 @@ def operation_result(cloud: Cloud, request: Request) -> Reply:
     if operation is None:
         raise not_found("operation", request.args["op"])
     if operation["status"] == "InProgress":
-        from .cloud import POLL
-
         return Reply(202, None, {"Location": f"https://{ARM}{request.target}", **POLL})
     if operation.get("error"):
         return Reply(400, {"error": operation["error"]})

@@ -46,6 +46,8 @@ def put_job(cloud: Cloud, request: Request) -> Reply:
     kind = str(given.get("jobType"))
     if kind not in ("Command", "Pipeline"):
         raise AzureError(501, "NotRehearsed", f"Jobs of type {kind} are not rehearsed")
+    if kind == "Pipeline":
+        submission.check_user_token(cloud, request.headers.get("x-azureml-token"))
     plan = (
         submission.command(cloud, workspace, given)
         if kind == "Command"

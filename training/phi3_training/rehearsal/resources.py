@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .cloud import Cloud, public
-from .wire import ARM, GROUP, Json, Reply, Request, bad, route
+from .cloud import Cloud, listed, public
+from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, route
 
 # What a workspace stands on. The pattern is Azure's rule for the name.
 PLAIN = {
@@ -30,6 +30,7 @@ def put_plain(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
     name = arm_id.rsplit("/", 1)[-1]
     if not re.fullmatch(PLAIN[kind], name):
         raise bad(f"'{name}' is not a valid name for {kind}.", "AccountNameInvalid")
+    _check_deleted(cloud, arm_id, kind, body)
     document: Json = {k: body[k] for k in ("location", "sku", "kind", "tags") if k in body}
     given: dict[str, Any] = body.get("properties") or {}
     document["properties"] = {**given, "provisioningState": "Succeeded"}
@@ -73,7 +74,66 @@ def check_resource(cloud: Cloud, request: Request) -> Reply:
 @route("DELETE", ARM, _PLAIN_ID)
 def delete_resource(cloud: Cloud, request: Request) -> Reply:
     """Delete one of them."""
-    if not cloud.get(request.id(_PLAIN_ID)):
+    found = cloud.get(request.id(_PLAIN_ID))
+    if found is None:
         return Reply(204)
-    cloud.delete(request.id(_PLAIN_ID))
+    keep_deleted(cloud, found)
+    cloud.delete(found["id"])
     return Reply(200)
+
+
+# --- key vaults stay reserved for 90 days after they are deleted ---
+
+_VAULT = "Microsoft.KeyVault/vaults"
+_DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
+_SUBSCRIPTION = "/subscriptions/{sub}/providers/Microsoft.KeyVault"
+_DELETED = _SUBSCRIPTION + "/locations/{loc}/deletedVaults/{name}"
+
+
+def keep_deleted(cloud: Cloud, doc: Json) -> None:
+    """Remember a vault that is being deleted: its name is not free yet."""
+    if doc["type"] != _VAULT:
+        return
+    arm_id = _deleted_id(doc)
+    properties = {"vaultId": doc["id"], "location": doc["location"], "tags": doc.get("tags") or {}}
+    cloud.put(arm_id, _DELETED_KIND, {"properties": properties})
+
+
+def _deleted_id(doc: Json) -> str:
+    parts = doc["id"].split("/")
+    return _DELETED.format(sub=parts[2], loc=doc["location"], name=parts[-1])
+
+
+def _check_deleted(cloud: Cloud, arm_id: str, kind: str, body: Json) -> None:
+    if kind != _VAULT:
+        return
+    deleted = _deleted_id({"id": arm_id, "location": body["location"]})
+    if cloud.get(deleted) is None:
+        return
+    if (body.get("properties") or {}).get("createMode") != "recover":
+        raise AzureError(
+            409,
+            "ConflictError",
+            "A vault with the same name already exists in deleted state. You need to either "
+            "recover or purge existing key vault.",
+        )
+    cloud.delete(deleted)
+
+
+@route("GET", ARM, _SUBSCRIPTION + "/deletedVaults")
+def list_deleted_vaults(cloud: Cloud, request: Request) -> Reply:
+    """The vaults that can be recovered or purged."""
+    return listed(cloud.children(request.id(_SUBSCRIPTION), _DELETED_KIND))
+
+
+@route("GET", ARM, _DELETED)
+def get_deleted_vault(cloud: Cloud, request: Request) -> Reply:
+    """One of them."""
+    return Reply(200, public(cloud.need(request.id(_DELETED), "deleted vault")))
+
+
+@route("POST", ARM, _DELETED + "/purge")
+def purge_vault(cloud: Cloud, request: Request) -> Reply:
+    """Free its name."""
+    found = cloud.need(request.id(_DELETED), "deleted vault")
+    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)

@@ -7,6 +7,7 @@ import uuid
 
 from . import assets, catalogue, component, foundation, registries
 from .cloud import Cloud, stamps
+from .signin import AUDIENCES, claims_of
 from .wire import AzureError, Json, bad
 
 _LITERAL, _PARENT = "literal", re.compile(r"\$\{\{parent\.(inputs|outputs)\.([\w-]+)\}\}")
@@ -123,6 +124,13 @@ def _asset_uri(cloud: Cloud, uri: str) -> str:
         return uri
     properties = doc["properties"]
     return str(properties.get("modelUri") or properties.get("dataUri") or uri)
+
+
+def check_user_token(cloud: Cloud, token: str | None) -> None:
+    """A pipeline acts for the user: his token for the data plane comes along. AzureError (401)."""
+    claims = claims_of(cloud, token) if token else None
+    if claims is None or claims["aud"].rstrip("/") not in AUDIENCES["ml"]:
+        raise AzureError(401, "UserError", "The token in x-azureml-token is missing or invalid.")
 
 
 def pipeline(cloud: Cloud, workspace: Json, given: Json) -> Json:

@@ -13,6 +13,7 @@ from .cloud import TENANT, Cloud, listed, public, stamps
 from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad, route
 
 KIND = f"{ML}/workspaces"
+_DELETED_KIND = f"{ML}/deletedWorkspaces"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,32}")
 # Where Prompt flow and the studio keep people's files; Azure's own name for the share.
 FILE_SHARE = "code-391ff5ac-6576-460f-ba4d-7e03433c68b6"
@@ -32,6 +33,13 @@ def make(cloud: Cloud, arm_id: str, body: Json) -> Json:
         )
     given = {k: v for k, v in (body.get("properties") or {}).items() if v is not None}
     before = cloud.get(arm_id)
+    if before is None and cloud.get(_deleted_id(arm_id)):
+        raise AzureError(
+            409,
+            "Conflict",
+            f"Soft-deleted workspace exists: '{name}'. Please purge or recover it, or use another "
+            "name.",
+        )
     if kind == "project":
         _check_hub(cloud, given.get("hubResourceId"), body)
         hub = cloud.need(given["hubResourceId"], "hub")["properties"]
@@ -66,6 +74,10 @@ def make(cloud: Cloud, arm_id: str, body: Json) -> Json:
         "properties": properties,
     }
     return cloud.put(arm_id, KIND, document)
+
+
+def _deleted_id(arm_id: str) -> str:
+    return f"/deleted{arm_id}"
 
 
 def _check_hub(cloud: Cloud, hub_id: str | None, body: Json) -> None:
@@ -143,6 +155,8 @@ def delete_workspace(cloud: Cloud, request: Request) -> Reply:
                 "belongs to it.",
             )
     teardown.release(cloud, found["id"])
+    if request.query.get("forcetopurge", "").lower() != "true":
+        cloud.put(_deleted_id(found["id"]), _DELETED_KIND, {"properties": {"id": found["id"]}})
     operation = cloud.operate(found, kind="delete")
     return cloud.accepted(found, operation, 202, body=False)
 
