@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,16 +27,14 @@ def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     home = args.runs.resolve() / "rehearsal"
     # Outside of the folder that the rehearsed Azure keeps its own state in.
     os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
-    words = inner_words(args, argv, home / "runs")
-    command = [sys.executable, "-m", "phi3_training.cli", *words]
-    status = run_inside(command, home / "azure")
+    status = run_inside(inner_words(args, argv, home / "runs"), home / "azure")
     if args.output == "text":
         console.err.print(
             "Rehearsed on this machine: add --rehearse to the next command too. "
             "End it with: phi3 rehearse stop",
             markup=False,
         )
-    return status
+    return int(status)
 
 
 def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
@@ -48,7 +45,8 @@ def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> li
         words += ["--on", "azure"]
     named = any("=" not in word for word in getattr(args, "words", ()))
     if hasattr(args, "words") and not named and not args.run:
-        words.insert(1, str(find(RECIPE).resolve()))
+        place = 2 if words[0] == "azure" else 1  # behind the command, and its own
+        words.insert(place, str(find(RECIPE).resolve()))
     return words
 
 

@@ -6,10 +6,8 @@ deployment has answered.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from ..base import Manifest
 from .clients import Clients
 from .failures import explained, scrub
 from .place import Made, note
-from .removing import remove
+from .removing import no_dots, remove
 from .serving_code import SCRIPT, code_folder, environment
 from .waiting import look, make, state_of
 
@@ -47,14 +45,15 @@ def ensure_endpoint(
     if found is None:
         note(run, Made("endpoint", name))
     entity = _endpoint(clients, section, run, name)
-    made = make(
-        f"Making the endpoint {name}",
-        lambda: clients.ml.online_endpoints.begin_create_or_update(entity),
-        lambda: clients.ml.online_endpoints.get(name),
-        progress,
-        limit=section.poll.deploy_timeout,
-        pause=section.poll.interval,
-    )
+    with no_dots():
+        made = make(
+            f"Making the endpoint {name}",
+            lambda: clients.ml.online_endpoints.begin_create_or_update(entity),
+            lambda: clients.ml.online_endpoints.get(name),
+            progress,
+            limit=section.poll.deploy_timeout,
+            pause=section.poll.interval,
+        )
     return made, "made"
 
 
@@ -105,7 +104,7 @@ def ensure_deployment(
     note(run, Made("deployment", name, endpoint))
     entity = _deployment(section, run, names, model)
     try:
-        with redirect_stdout(io.StringIO()):  # the SDK prints a dot at each poll
+        with no_dots():
             make(
                 f"Making the deployment {name} (minutes; a GPU bills from now on)",
                 lambda: clients.ml.online_deployments.begin_create_or_update(entity),
@@ -224,14 +223,15 @@ def move_traffic(
         if shares(found.traffic) == shares(wanted):
             return False
         found.traffic = {name: wanted.get(name, 0) for name in there}
-        moved = make(
-            f"Giving the traffic of {endpoint} to {', '.join(shares(wanted))}",
-            partial(clients.ml.online_endpoints.begin_create_or_update, found),
-            lambda: clients.ml.online_endpoints.get(endpoint),
-            progress,
-            limit=section.poll.deploy_timeout,
-            pause=section.poll.interval,
-        )
+        with no_dots():
+            moved = make(
+                f"Giving the traffic of {endpoint} to {', '.join(shares(wanted))}",
+                partial(clients.ml.online_endpoints.begin_create_or_update, found),
+                lambda: clients.ml.online_endpoints.get(endpoint),
+                progress,
+                limit=section.poll.deploy_timeout,
+                pause=section.poll.interval,
+            )
         # After a lost answer `make` only sees an endpoint that is well.
         if shares(moved.traffic) == shares(wanted):
             return True

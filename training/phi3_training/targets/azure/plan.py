@@ -13,6 +13,7 @@ from . import quota
 from .clients import Clients
 from .names import endpoint_name
 from .prices import price_of
+from .routes import choose
 from .sizes import refuse_retired
 from .waiting import look
 
@@ -21,7 +22,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     """The lines; each thing that would stop `up` is one of its own."""
     place = clients.workplace
     lines = [PlanLine("place", line) for line in place.lines()]
-    lines += _sizes(recipe)
+    lines += [*_sizes(recipe), *_route(clients, recipe)]
     if not any(line.stops for line in lines):
         lines += _standing(clients, recipe, run)
         lines += _quota(clients, recipe)
@@ -39,6 +40,15 @@ def _sizes(recipe: Recipe) -> list[PlanLine]:
         except StageError as error:
             found.append(PlanLine(stage, str(error), stops=True))
     return found
+
+
+def _route(clients: Clients, recipe: Recipe) -> list[PlanLine]:
+    """How it would be tuned and why; what the catalogue does not offer any more stops it."""
+    try:
+        choice = choose(clients, recipe)
+    except StageError as error:
+        return [PlanLine("finetune", str(error), stops=True)]
+    return [PlanLine("finetune", f"route {choice.route}: {choice.reason}")]
 
 
 def _standing(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:

@@ -5,8 +5,10 @@ A fault on the way is followed by another look; what is gone already is what was
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ...console import ProgressCallback
@@ -40,9 +42,10 @@ def remove(
     tries, conflicts = TRIES, _CONFLICTS
     while tries:
         try:
-            poller = start()
-            if poller is not None and hasattr(poller, "done"):
-                follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
+            with no_dots():
+                poller = start()
+                if poller is not None and hasattr(poller, "done"):
+                    follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
         except (AzureError, MlException) as error:
             if getattr(error, "status_code", None) == 409 and conflicts:
                 conflicts -= 1
@@ -58,6 +61,13 @@ def remove(
         f"{doing}: it is still there after {TRIES} tries and may still bill. Type the same command "
         "again in some minutes, or delete it in the studio"
     )
+
+
+@contextmanager
+def no_dots() -> Iterator[None]:
+    """The SDK prints a dot on standard output at each poll, and an empty line at the end."""
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def _is_gone(

@@ -190,6 +190,16 @@ class AzureTarget:
         clients, section = self._of(run)
         return remove_run(clients, section, run, only, progress)
 
+    def push(self, run: Run, flow: Path, to: str, progress: ProgressCallback) -> list[Manifest]:
+        """Make a flow of the folder in the workspace, the project, or both."""
+        from .pushing import push
+
+        clients, _section = self._of(run)
+        place = clients.workplace
+        named = {"workspace": [place.workspace_name], "project": [place.project]}
+        workspaces = named.get(to, [place.workspace_name, place.project])
+        return push(clients, run, flow, workspaces, progress)
+
 
 def refuse_without_extra() -> None:
     """Raise MissingExtraError where a package of the extra `azure` is not installed."""

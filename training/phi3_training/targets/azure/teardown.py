@@ -5,11 +5,14 @@ Reads <run>/azure/made.json and Azure; strikes what is gone and drops the manife
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from ... import promptflow_store
 from ...console import ProgressCallback
-from ...errors import StageError
+from ...errors import MissingExtraError, StageError
 from ...recipe_azure import AzureSection
 from ...run import Run
 from .clients import Clients
@@ -17,16 +20,20 @@ from .endpoints import OWNER_TAG, delete_deployment, shares
 from .everything import remove_everything
 from .failures import explained
 from .inventory import take
+from .jobs import cancel_all
 from .names import endpoint_name
 from .place import Made, noted, strike
 from .removing import remove
 from .waiting import look, state_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Receipt:
     """What became of each thing."""
 
+    ended: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     soft: list[str] = field(default_factory=list)
@@ -34,7 +41,8 @@ class Receipt:
 
     def lines(self, billing: list[str]) -> list[str]:
         """For people, in the order of what matters."""
-        told = [f"deleted: {item}" for item in self.gone] or ["deleted: nothing was there"]
+        told = [*self.ended, *(f"deleted: {item}" for item in self.gone)]
+        told = told or ["deleted: nothing was there"]
         told += [f"left alone: {item}" for item in self.kept]
         told += [f"soft-deleted: {item}" for item in self.soft]
         told += [f"FAILED: {item}" for item in self.failed]
@@ -59,6 +67,7 @@ def remove_run(
         work.failed()
         work.idle()
     else:
+        work.jobs()
         work.endpoint()
         work.cluster()
         work.connections()
@@ -98,6 +107,10 @@ class _Teardown:
         self.progress = progress
         self.receipt = receipt
 
+    def jobs(self) -> None:
+        """The run's jobs that still work: they would hold the cluster, and bill on it."""
+        self.receipt.ended += cancel_all(self.clients, self.run)
+
     def endpoint(self) -> None:
         """The run's endpoint with all its deployments; of somebody else's only our deployments."""
         named = {made.name for made in noted(self.run, "endpoint")}
@@ -111,6 +124,20 @@ class _Teardown:
                 self._delete_endpoint(name)
             elif name in deployed_to:
                 self._leave(name, found)
+        if not self.receipt.failed:
+            self._forget_local()
+
+    def _forget_local(self) -> None:
+        """The connection on this machine, if it still leads there, and the stages' manifests."""
+        connection = self.run.manifest("connection")
+        if connection is not None:
+            try:
+                leads_to, _key = promptflow_store.read_connection(connection["name"])
+                if leads_to == connection["endpoint"]:
+                    promptflow_store.delete_connection(connection["name"])
+                    self.receipt.gone.append(f"connection {connection['name']} on this machine")
+            except (promptflow_store.StoreError, MissingExtraError) as error:
+                log.info("the connection on this machine stays: %s", error)
         for stage in ("answer", "connection", "endpoint"):
             (self.run.path / f"{stage}.json").unlink(missing_ok=True)
 
@@ -201,10 +228,8 @@ class _Teardown:
         from .connections import delete_connection
 
         for made in noted(self.run, "connection"):
-            if self._try(
-                f"connection {made.name} in {made.parent}",
-                lambda made=made: delete_connection(self.clients, made.parent, made.name),
-            ):
+            work = partial(delete_connection, self.clients, made.parent, made.name)
+            if self._try(f"connection {made.name} in {made.parent}", work):
                 strike(self.run, made)
 
     def _try(self, what: str, work: Any) -> bool:
