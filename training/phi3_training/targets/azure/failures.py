@@ -140,7 +140,7 @@ def stage_error(error: BaseException, doing: str) -> StageError:
         ServiceResponseError,
     )
 
-    if isinstance(error, ClientAuthenticationError) and getattr(error, "status_code", 401) == 401:
+    if isinstance(error, ClientAuthenticationError) and error.status_code in (None, 401):
         return StageError(
             f"{doing} failed: the sign-in was refused: {message_of(error)}.\n"
             "Mend: sign in again: az login"
