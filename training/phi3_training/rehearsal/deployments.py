@@ -16,7 +16,7 @@ from . import access, assets, catalogue, compute, foundation, registries
 from .cloud import Cloud, listed, public, stamps
 from .endpoints import DEPLOYMENT_KIND, ENDPOINT, NAME, need_endpoint
 from .teardown import stop_server
-from .wire import ARM, AzureError, Json, Reply, Request, bad, route
+from .wire import ARM, AzureError, Json, Reply, Request, asset_id, bad, route
 from .workspaces import need_workspace
 
 _DEPLOYMENT = ENDPOINT + "/deployments/{deployment}"
@@ -100,7 +100,7 @@ def _check_size(cloud: Cloud, workspace: Json, given: Json, body: Json, before: 
 
 def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
     """Where the weights of the deployed model lie. Raises AzureError."""
-    asked = str(given.get("model") or "").removeprefix("azureml:")
+    asked = asset_id(given.get("model"))
     if not asked:
         raise bad("The deployment names no model.", "BadArgument")
     registered = registries.find_model(asked)

@@ -8,7 +8,7 @@ import uuid
 from . import assets, catalogue, component, foundation, registries
 from .cloud import Cloud, stamps
 from .signin import AUDIENCES, claims_of
-from .wire import AzureError, Json, bad
+from .wire import AzureError, Json, asset_id, bad
 
 _LITERAL, _PARENT = "literal", re.compile(r"\$\{\{parent\.(inputs|outputs)\.([\w-]+)\}\}")
 
@@ -61,7 +61,7 @@ def command(cloud: Cloud, workspace: Json, given: Json) -> Json:
     code = given.get("codeId")
     place = None
     if code:
-        doc = cloud.get(str(code).removeprefix("azureml:"))
+        doc = cloud.get(asset_id(code))
         if doc is None:
             raise bad(f"The code '{code}' was not found.")
         place = str(assets.locate(cloud, workspace, doc["properties"]["codeUri"]))
@@ -119,7 +119,7 @@ def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> Json:
 
 def _asset_uri(cloud: Cloud, uri: str) -> str:
     """The address of a registered asset's files."""
-    doc = cloud.get(uri.removeprefix("azureml:"))
+    doc = cloud.get(asset_id(uri))
     if doc is None:
         return uri
     properties = doc["properties"]

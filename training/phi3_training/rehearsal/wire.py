@@ -101,6 +101,12 @@ class AzureError(Exception):
         return Reply(self.status, {"error": self.error()}, self.headers)
 
 
+def asset_id(text: object) -> str:
+    """An asset's id as ARM writes it: `azureml:/subscriptions/…` loses its scheme."""
+    found = str(text or "")
+    return found if found.startswith("azureml://") else found.removeprefix("azureml:")
+
+
 def not_found(what: str, name: str) -> AzureError:
     """404 as the resource manager says it."""
     return AzureError(404, "ResourceNotFound", f"The {what} '{name}' was not found.")
