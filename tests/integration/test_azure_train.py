@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure import jobs, train
 from phi3_training.targets.azure.clients import Clients
+from phi3_training.targets.azure.dependents import ensure_dependents
 from phi3_training.targets.azure.provision import Step, provision, standing
 from phi3_training.targets.azure.workplace import find_workplace
 
@@ -148,7 +149,7 @@ def test_what_lasts_is_told_once_with_every_failed_step(
     azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=refused"])
-    azure.fault("PUT */resourceGroups/refused/*/vaults/* 403 times=9")
+    azure.fault("PUT */resourceGroups/refused/*/vaults/* 403")
     steps: list[Step] = []
     with pytest.raises(StageError, match="AuthorizationFailed"):
         provision(_clients(recipe, tmp_path), recipe, _quiet, steps.append)
@@ -156,6 +157,29 @@ def test_what_lasts_is_told_once_with_every_failed_step(
     assert states["key vault"] == "failed"
     assert states["storage account"] == "created"
     assert "workspace" not in states
+
+
+def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
+    azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=deleted"])
+    clients = _clients(recipe, tmp_path)
+    place = clients.workplace
+    states: list[dict[str, str]] = []
+    clients.resources.resource_groups.create_or_update("deleted", {"location": "eastus"})
+    for _ in range(2):
+        states.append({})
+
+        def step(what: str, _name: str, work: Callable[[], str]) -> bool:
+            states[-1][what] = work()
+            return True
+
+        assert ensure_dependents(clients, {}, _quiet, step) is not None
+        vault = place.resource_id("Microsoft.KeyVault/vaults", place.key_vault)
+        resources = clients.resources.resources
+        resources.begin_delete_by_id(vault, api_version="2023-07-01").wait()
+    assert states[0]["key vault"] == "created"
+    assert states[1] == {**dict.fromkeys(states[0], "exists"), "key vault": "created"}
 
 
 def test_killed_while_it_trains_the_same_job_is_gone_on_with(

@@ -173,19 +173,24 @@ def _ensure(
     def read() -> Any:
         return resources.get_by_id(resource_id, api_version=kind.api_version)
 
-    def start() -> Any:
-        body: Any = {"location": clients.workplace.location, "tags": tags, **kind.body()}
-        try:
-            return resources.begin_create_or_update_by_id(
-                resource_id, body, api_version=kind.api_version
-            )
-        except HttpResponseError as error:
-            if (code_of(error) or "").lower() != "missingsubscriptionregistration":
-                raise
-        _register(clients, kind.provider_type.split("/")[0], progress)
+    def put(body: Any) -> Any:
         return resources.begin_create_or_update_by_id(
             resource_id, body, api_version=kind.api_version
         )
+
+    def start() -> Any:
+        body: Any = {"location": clients.workplace.location, "tags": tags, **kind.body()}
+        try:
+            return put(body)
+        except HttpResponseError as error:
+            if (code_of(error) or "").lower() == "missingsubscriptionregistration":
+                _register(clients, kind.provider_type.split("/")[0], progress)
+            elif error.status_code == 409 and "deleted state" in str(error).lower():
+                # A deleted key vault keeps its name for days; ours is taken back.
+                body["properties"] = {**body["properties"], "createMode": "recover"}
+            else:
+                raise
+        return put(body)
 
     if look(read, doing) is not None:
         return "exists"
