@@ -40,6 +40,8 @@ def register(subparsers: Any) -> None:
         run_cancel,
     )
     cancel.add_argument("--run", metavar="NAME", required=True, help="which run")
+    add_rehearse(cancel)
+    cancel.set_defaults(on="azure")
 
 
 def _add_provision(inner: Any) -> None:

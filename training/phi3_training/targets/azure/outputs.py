@@ -26,16 +26,23 @@ def output_path(job: str, output: str) -> str:
     return f"azureml://datastores/{STORE}/paths/phi3/{job}/{output}"
 
 
+def place_of_output(job: Any, output: str) -> str:
+    """Where an output lies, as Azure says; where it does not say, as it was told."""
+    named = str(getattr((job.outputs or {}).get(output), "path", None) or "")
+    settled = _PLACE.search(named) is not None and "${{" not in named
+    return named if settled else output_path(str(job.name), output)
+
+
 def fetch(clients: Clients, job: Any, output: str, into: Path, progress: ProgressCallback) -> None:
     """Copy the files of a job's output over `into`. StageError when there are none."""
     doing = f"Fetching the output {output} of the job {job.name}"
     with TemporaryDirectory(dir=into, prefix=".fetching-") as folder:
         temporary = Path(folder)
         with explained(doing):
-            named = getattr((job.outputs or {}).get(output), "path", None)
             count = 0
-            for place in dict.fromkeys((named, output_path(str(job.name), output))):
-                match = _PLACE.search(str(place or ""))
+            told = output_path(str(job.name), output)
+            for place in dict.fromkeys((place_of_output(job, output), told)):
+                match = _PLACE.search(place)
                 if match and not count:
                     count = _copy(clients, match["store"], match["path"], temporary, progress)
         if not count:

@@ -98,7 +98,7 @@ def pipeline_job(
 
     given = arguments(recipe, run, foundation, prepared)
 
-    @pipeline(name=prepared.display_name)  # type: ignore[call-overload,untyped-decorator,unused-ignore]
+    @pipeline(display_name=prepared.display_name)  # type: ignore[call-overload,untyped-decorator,unused-ignore]
     def tuned() -> Any:
         step = prepared.component(**given)
         return {OUTPUT: step.outputs[_MADE]}

@@ -20,7 +20,7 @@ from .clients import Clients
 from .follow import status_of
 from .in_job import MANIFESTS, SMALL
 from .jobs import EVALUATE, TRAIN, carry_out
-from .outputs import fetch
+from .outputs import fetch, place_of_output
 from .routes import Choice, choose
 from .staging import asked_in, learnt_hash, stage_data
 
@@ -132,13 +132,15 @@ _STAMPS = frozenset(("version", "stage", "seconds", "fingerprint", "done_id", "p
 
 def _common(job: Any, choice: Choice, output: str) -> Manifest:
     foundation = choice.foundation
+    name = str(job.name)
     return {
         "target": "azure",
         "route": choice.route,
-        "job": str(job.name),
+        "job": name,
         "path": "azure/train",
         "output": output,
-        "model_output": f"azureml://jobs/{job.name}/outputs/{output}",
+        "model_output": f"azureml://jobs/{name}/outputs/{output}",
+        "output_path": place_of_output(job, output),
         "model_type": "mlflow_model",
         "studio_url": getattr(job, "studio_url", None),
         "foundation_model": None
@@ -195,7 +197,8 @@ def _measured(run: Run, model: Manifest, asked: str) -> Manifest | None:
 def _tuned(model: Manifest) -> Any:
     from azure.ai.ml import Input
 
-    return Input(type="mlflow_model", path=model["model_output"])
+    # By its place in the store: a job's output is a source for models, not for inputs.
+    return Input(type="mlflow_model", path=model["output_path"])
 
 
 def _base_model(recipe: Recipe, model: Manifest) -> Any | None:
