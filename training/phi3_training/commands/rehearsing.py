@@ -88,7 +88,7 @@ def run_env(args: argparse.Namespace) -> int:
 
 def run_calls(args: argparse.Namespace) -> int:
     """The journal's last calls."""
-    from ..rehearsal.control import describe
+    from ..rehearsal.inside import describe
 
     found = _module().calls(_folder(args))[-args.n :]
     if args.output == "json":

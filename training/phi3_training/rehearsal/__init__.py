@@ -5,6 +5,7 @@ subprocess.run([...], env={**os.environ, **rehearsal.env})
 rehearsal.close()                  # what it knows stays in the folder
 """
 
-from .control import Rehearsal, calls, find, folder_of, held, run_inside, start, stop
+from .control import Rehearsal, calls, find, folder_of, held, start, stop
+from .inside import run_inside
 
 __all__ = ["Rehearsal", "calls", "find", "folder_of", "held", "run_inside", "start", "stop"]

@@ -77,7 +77,44 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
 @route("GET", ARM, _COMPUTE)
 def get_compute(cloud: Cloud, request: Request) -> Reply:
     """One cluster."""
-    return Reply(200, public(_need(cloud, request)))
+    return Reply(200, _shown(cloud, _need(cloud, request)))
+
+
+@route("POST", ARM, _COMPUTE + "/listNodes")
+def list_nodes(cloud: Cloud, request: Request) -> Reply:
+    """The nodes that jobs run on now; idle ones are gone at once here."""
+    found = _need(cloud, request)
+    nodes = [
+        {"nodeId": f"tvm-{index}", "privateIpAddress": f"10.0.0.{4 + index}", "port": 50000 + index}
+        | {"nodeState": "running", "runId": name}
+        for index, name in enumerate(_busy_nodes(cloud, found))
+    ]
+    return Reply(200, {"nodes": nodes})
+
+
+def _busy_nodes(cloud: Cloud, cluster: Json) -> list[str]:
+    """For each node in use, the job that runs on it."""
+    from .jobs import nodes_on
+
+    return nodes_on(cloud, cluster["id"])
+
+
+def _shown(cloud: Cloud, cluster: Json) -> Json:
+    """The cluster with as many nodes as its jobs need now."""
+    shown = public(cluster)
+    inner = shown["properties"]["properties"]
+    least = int((inner.get("scaleSettings") or {}).get("minNodeCount", 0))
+    busy = len(_busy_nodes(cloud, cluster))
+    inner["currentNodeCount"] = inner["targetNodeCount"] = max(busy, least)
+    inner["nodeStateCounts"] = {
+        "runningNodeCount": busy,
+        "idleNodeCount": max(least - busy, 0),
+        "preparingNodeCount": 0,
+        "unusableNodeCount": 0,
+        "leavingNodeCount": 0,
+        "preemptedNodeCount": 0,
+    }
+    return shown
 
 
 @route("PATCH", ARM, _COMPUTE)
@@ -92,7 +129,8 @@ def patch_compute(cloud: Cloud, request: Request) -> Reply:
 @route("GET", ARM, WORKSPACE + "/computes")
 def list_computes(cloud: Cloud, request: Request) -> Reply:
     """All clusters of a workspace."""
-    return listed(cloud.children(need_workspace(cloud, request)["id"], KIND))
+    found = cloud.children(need_workspace(cloud, request)["id"], KIND)
+    return listed(found, lambda cluster: _shown(cloud, cluster))
 
 
 @route("DELETE", ARM, _COMPUTE)
@@ -102,14 +140,12 @@ def delete_compute(cloud: Cloud, request: Request) -> Reply:
     found = cloud.get(request.id(_COMPUTE))
     if found is None:
         return Reply(204)
-    from .jobs import running_on
-
-    busy = running_on(cloud, found["id"])
+    busy = _busy_nodes(cloud, found)
     if busy:
         raise AzureError(
             409,
             "Conflict",
-            f"The compute '{found['name']}' cannot be deleted: the job '{busy}' runs on it.",
+            f"The compute '{found['name']}' cannot be deleted: the job '{busy[0]}' runs on it.",
         )
     found["properties"]["provisioningState"] = "Deleting"
     return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)

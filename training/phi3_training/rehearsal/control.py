@@ -6,15 +6,12 @@ Reads and writes process.json (pid and port) and control.log in the rehearsal's 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import psutil
 from filelock import FileLock
@@ -139,65 +136,6 @@ def environment_of(folder: Path, url: str) -> dict[str, str]:
         "AZUREML_RUN_POLLING_INTERVAL_MIN": "1",
         "AZUREML_RUN_POLLING_INTERVAL_MAX": "1",
     }
-
-
-def run_inside(argv: Sequence[str], folder: Path) -> int:
-    """Run `phi3 ARGV…` inside the rehearsal of `folder` (started if need be); its exit status.
-
-    The calls that are answered meanwhile are shown on standard error.
-    """
-    rehearsal = start(folder)
-    environment = {**os.environ, **rehearsal.env}
-    if os.environ.get("AZURE_SUBSCRIPTION_ID"):
-        environment["AZURE_SUBSCRIPTION_ID"] = os.environ["AZURE_SUBSCRIPTION_ID"]
-    ended = threading.Event()
-    follower = threading.Thread(
-        target=_follow, args=(rehearsal.folder / "calls.jsonl", ended, sys.stderr), daemon=True
-    )
-    follower.start()
-    command = [sys.executable, "-m", "phi3_training.cli", *argv]
-    process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own command
-    try:
-        return _wait(process)
-    finally:
-        ended.set()
-        follower.join(5)
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit status; Ctrl-C reaches the child by itself, which may take it as "detach"."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
-
-
-def _follow(path: Path, ended: threading.Event, out: TextIO) -> None:
-    """Show the calls that are added to the journal; a poll that repeats only once."""
-    position = path.stat().st_size if path.is_file() else 0
-    last = ""
-    while True:
-        done = ended.wait(0.2)
-        if path.is_file():
-            with path.open(encoding="utf-8") as stream:
-                stream.seek(position)
-                text = stream.read()
-            whole = text[: text.rfind("\n") + 1]
-            position += len(whole.encode())
-            for line in whole.splitlines():
-                shown = describe(json.loads(line))
-                if shown != last:
-                    out.write(f"rehearsal: {shown}\n")
-                last = shown
-            out.flush()
-        if done:
-            return
-
-
-def describe(call: Json) -> str:
-    """One call as people read it."""
-    return f"{call['status']} {call['method']} {call['host']}{call['path']}"
 
 
 def calls(folder: Path) -> list[Json]:

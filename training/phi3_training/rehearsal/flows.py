@@ -6,9 +6,8 @@ import uuid
 
 import yaml
 
-from .cloud import TENANT, Cloud, public, stamps
+from .cloud import CALLER, TENANT, Cloud, public, stamps
 from .shares import share_file
-from .cloud import CALLER
 from .wire import ML, REGIONAL, AzureError, Json, Reply, Request, bad, route
 from .workspaces import FILE_SHARE, need_workspace, storage_account
 

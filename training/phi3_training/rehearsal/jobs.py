@@ -207,16 +207,18 @@ def need_job(cloud: Cloud, request: Request) -> Json:
     return refreshed(cloud, found)
 
 
-def running_on(cloud: Cloud, compute_id: str) -> str | None:
-    """The name of a job that runs on a cluster."""
+def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
+    """For each node of a cluster that is in use, the name of the job that runs on it."""
+    busy = []
+    name = compute_id.rsplit("/", 1)[-1].lower()
     for job in cloud.children(compute_id.rsplit("/computes/", 1)[0], KIND):
         if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
             continue
         text = json.dumps(job["properties"]).lower()
-        name = compute_id.rsplit("/", 1)[-1].lower()
         if compute_id.lower() in text or f'"value": "{name}"' in text:
-            return str(job["name"])
-    return None
+            resources = job["properties"].get("resources") or {}
+            busy += [str(job["name"])] * int(resources.get("instanceCount") or 1)
+    return busy
 
 
 def nodes_of(cloud: Cloud, job: Json, location: str) -> list[tuple[str, int]]:
