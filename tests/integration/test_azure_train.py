@@ -260,10 +260,18 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
     ]
     recipe = load_recipe(recipe_file, [*POLLS, *words])
     run = _prepared(recipe, tmp_path / "piped")
+    for fault in (
+        "GET */components/* 500",
+        "PUT */jobs/phi3-train-piped* reset-after",
+        "GET */jobs/phi3-train-piped* 503",
+    ):
+        azure.fault(fault)
     azure.fault("* */jobs/phi3-train-piped* failed code=UserError message='out of memory'")
     with pytest.raises(StageError, match="out of memory"):
         train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
     name = jobs.tickets(run)["train"].name
+    made = [path.name for path in (azure.folder / "jobs").iterdir() if "piped" in path.name]
+    assert made == [name]  # the answer that was lost started no second one
     sent = json.loads((azure.folder / "jobs" / name / "job.json").read_text())["inputs"]
     assert sent.keys() <= INPUTS.keys()
     assert not sent.keys() & {"learning_rate_min", "learning_rate_max"}

@@ -6,9 +6,11 @@ Importing azure.ai.ml takes seconds and reads its poll times at import: both wai
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ...recipe_azure import PollSection
 from .failures import explained
@@ -135,6 +137,35 @@ class Clients:
             "polling_interval": self.poll.interval,
             "logging_enable": False,
         }
+
+
+class _WithoutBlankLines:
+    """A stream that leaves out what the SDK prints after each upload: a colour and a new line."""
+
+    def __init__(self, through: TextIO) -> None:
+        self._through = through
+        self._blank = False
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        if text.strip("\n") == "\x1b[39m":
+            self._blank = True
+            return len(text)
+        if self._blank and text == "\n":
+            self._blank = False
+            return len(text)
+        self._blank = False
+        return self._through.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._through, name)
+
+
+@contextmanager
+def quiet_uploads() -> Iterator[None]:
+    """Around calls of azure.ai.ml that upload files."""
+    with redirect_stderr(cast(TextIO, _WithoutBlankLines(sys.stderr))):
+        yield
 
 
 def _set_job_polls(poll: PollSection) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...run import Run, write_atomically
-from .clients import Clients
+from .clients import Clients, quiet_uploads
 from .failures import explained, stage_error
 from .follow import follow_job, status_of
 from .waiting import TRIES, look, passing
@@ -137,7 +137,8 @@ def _submit(clients: Clients, ticket: Ticket, job: Any) -> Any:
     doing = f"Submitting the job {ticket.name}"
     for left in reversed(range(TRIES)):
         try:
-            return clients.ml.jobs.create_or_update(job)
+            with quiet_uploads():
+                return clients.ml.jobs.create_or_update(job)
         except (AzureError, MlException) as error:
             there = _there(clients, ticket.name) if passing(error) else None
             if there is not None:
