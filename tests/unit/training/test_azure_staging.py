@@ -45,34 +45,47 @@ def run(tmp_path: Path) -> Run:
 def test_the_job_reads_the_same_recipe_from_its_own_folder(
     recipe: Recipe, run: Run, tmp_path: Path
 ) -> None:
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(staging.stage_data(recipe, run, processes=4), moved)
-    found = in_job.read_recipe(moved)
+    staged = staging.stage(recipe, run, processes=4)
+    moved, there = tmp_path / "elsewhere", tmp_path / "apart" / "recipe.json"
+    shutil.copytree(staged.data, moved)
+    there.parent.mkdir()
+    shutil.copyfile(staged.recipe, there)
+    found = in_job.read_recipe(there, moved)
     assert found.finetune.num_processes == 4
     assert found.finetune.learning_rate == recipe.finetune.learning_rate
     assert found.base is not None
     assert [path.read_text() for path in found.base.data] == ['{"messages": [], "id": "base"}\n']
     assert found.evaluate.canary is not None
     assert all(path.is_file() and moved in path.parents for path in found.evaluate.canary)
-    text = "".join(p.read_text() for p in moved.rglob("*") if p.is_file())
+    text = there.read_text()
     assert "00000000-1111" not in text
     assert str(tmp_path) not in text
 
 
 def test_the_same_content_is_the_same_upload(recipe: Recipe, run: Run) -> None:
-    first = staging.content_hash(staging.stage_data(recipe, run), "**/*.json*")
-    assert staging.content_hash(staging.stage_data(recipe, run), "**/*.json*") == first
+    def uploaded() -> str:
+        return staging.content_hash(staging.stage(recipe, run).data, "*/*")
+
+    first = uploaded()
+    assert uploaded() == first
     run.file("data", "train.jsonl").write_text('{"messages": [], "id": "other"}\n')
-    assert staging.content_hash(staging.stage_data(recipe, run), "**/*.json*") != first
+    assert uploaded() != first
+
+
+def test_another_learning_rate_sends_no_chats_again(recipe: Recipe, run: Run) -> None:
+    first = staging.content_hash(staging.stage(recipe, run).data, "*/*")
+    section = recipe.finetune.model_copy(update={"learning_rate": 0.5})
+    again = staging.stage(recipe.model_copy(update={"finetune": section}), run)
+    assert staging.content_hash(again.data, "*/*") == first
+    assert '"learning_rate": 0.5' in again.recipe.read_text()
 
 
 def test_other_questions_are_no_other_training(recipe: Recipe, run: Run) -> None:
-    folder = staging.stage_data(recipe, run)
-    learnt, asked = staging.learnt_hash(folder), staging.asked_in(folder)
+    before = staging.stage(recipe, run)
     section = recipe.evaluate.model_copy(update={"max_rows": 7})
-    folder = staging.stage_data(recipe.model_copy(update={"evaluate": section}), run)
-    assert staging.learnt_hash(folder) == learnt
-    assert staging.asked_in(folder) != asked
+    after = staging.stage(recipe.model_copy(update={"evaluate": section}), run)
+    assert after.learnt == before.learnt
+    assert after.asked != before.asked
 
 
 def test_the_code_is_both_packages_and_nothing_compiled(run: Run) -> None:
@@ -135,9 +148,10 @@ def test_a_model_without_weights_or_tokenizer_is_told(tmp_path: Path) -> None:
 def test_a_fault_inside_the_job_is_one_line_for_the_one_who_waits(
     recipe: Recipe, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = staging.stage_data(recipe, run)
+    staged = staging.stage(recipe, run)
     bare = _files(tmp_path / "tuned", "config.json")
-    words = ["evaluate", "--data", str(data), "--tuned", str(bare), "--base", str(bare)]
+    words = ["evaluate", "--data", str(staged.data), "--recipe", str(staged.recipe)]
+    words += ["--tuned", str(bare), "--base", str(bare)]
     assert in_job.main([*words, "--run-output", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert "no weights" in json.loads(last.removeprefix(in_job.ERROR))

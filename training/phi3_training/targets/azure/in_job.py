@@ -44,12 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     inner = parser.add_subparsers(required=True)
     train = inner.add_parser("train", help="fine-tune, measure, and save an MLflow model")
     train.add_argument("--data", type=Path, required=True)
+    train.add_argument("--recipe", type=Path, required=True)
     train.add_argument("--base", type=Path)
     train.add_argument("--run-output", type=Path, required=True)
     train.add_argument("--model-output", type=Path, required=True)
     train.set_defaults(work=run_train)
     measure = inner.add_parser("evaluate", help="measure a tuned model against its base")
     measure.add_argument("--data", type=Path, required=True)
+    measure.add_argument("--recipe", type=Path, required=True)
     measure.add_argument("--tuned", type=Path, required=True)
     measure.add_argument("--base", type=Path)
     measure.add_argument("--run-output", type=Path, required=True)
@@ -61,7 +63,7 @@ def run_train(args: argparse.Namespace) -> int:
     """Fine-tune in every process; the main one measures and saves."""
     from ...finetune import sft
 
-    recipe = read_recipe(args.data)
+    recipe = read_recipe(args.recipe, args.data)
     run = _run_folder(args.data)
     progress = Told()
     _base(recipe, run, args.base, progress)
@@ -69,8 +71,8 @@ def run_train(args: argparse.Namespace) -> int:
     if made is None:  # another process of the job saves what all have learnt
         return 0
     run.write_manifest("model", made)
-    _evaluate(recipe, run, progress)
-    _hand_over(run, args.data, args.run_output)
+    _evaluate(recipe, run, args.recipe, progress)
+    _hand_over(run, args.run_output)
     progress(0, 0, "saving the MLflow model", always=True)
     _save_model(run, args.model_output)
     progress(0, 0, "done", always=True)
@@ -79,14 +81,14 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure a model that another job has tuned."""
-    recipe = read_recipe(args.data)
+    recipe = read_recipe(args.recipe, args.data)
     run = _run_folder(args.data)
     progress = Told()
     _base(recipe, run, args.base, progress)
     tuned = weights_in(args.tuned, run.path / "tuned")
     run.write_manifest("model", {"path": str(tuned)})
-    _evaluate(recipe, run, progress)
-    _hand_over(run, args.data, args.run_output)
+    _evaluate(recipe, run, args.recipe, progress)
+    _hand_over(run, args.run_output)
     return 0
 
 
@@ -105,9 +107,9 @@ class Told:
         sys.stdout.flush()
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe that was sent along; its paths count from the folder."""
-    content = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+def read_recipe(path: Path, folder: Path) -> Recipe:
+    """The recipe that was sent along; its paths count from the folder of the chats."""
+    content = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     for section, key in (("base", "data"), ("evaluate", "canary"), ("evaluate", "probes")):
         values = content.get(section)
         if values and values.get(key):
@@ -167,13 +169,15 @@ def _await_base(run: Run, failed: Path) -> None:
         time.sleep(0.5)
 
 
-def _evaluate(recipe: Recipe, run: Run, progress: Told) -> None:
+def _evaluate(recipe: Recipe, run: Run, path: Path, progress: Told) -> None:
+    """Measure; `asked` in the manifest says which questions the figures belong to."""
     from ...evaluate import evaluate
 
-    run.write_manifest("metrics", evaluate(recipe, run, progress))
+    asked = json.loads(path.read_text(encoding="utf-8"))["asked"]
+    run.write_manifest("metrics", {**evaluate(recipe, run, progress), "asked": asked})
 
 
-def _hand_over(run: Run, data: Path, output: Path) -> None:
+def _hand_over(run: Run, output: Path) -> None:
     """Copy the small files; the manifests last, so that they are whole when they are there."""
     for name in SMALL:
         source = run.path / name
@@ -182,8 +186,7 @@ def _hand_over(run: Run, data: Path, output: Path) -> None:
         elif source.is_file():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, output / name)
-    # asked.json says which questions the figures belong to.
-    for path in [*data.glob("asked.json"), *sorted(run.path.glob("*.json"))]:
+    for path in sorted(run.path.glob("*.json")):
         (output / MANIFESTS).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, output / MANIFESTS / path.name)
 

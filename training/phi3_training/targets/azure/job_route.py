@@ -15,7 +15,7 @@ from ...run import Run
 from .clients import Clients
 from .outputs import output_path
 from .sizes import gpus_in
-from .staging import conda_file, stage_code, stage_data
+from .staging import Staged, conda_file, stage, stage_code
 from .waiting import look
 
 ENVIRONMENT = "phi3-promptflow"
@@ -49,10 +49,9 @@ def train_job(clients: Clients, recipe: Recipe, run: Run, name: str, machines: M
     """The command job that fine-tunes, measures and saves an MLflow model."""
     from azure.ai.ml import Input, Output
 
-    data = stage_data(recipe, run, machines.all_processes)
-    inputs: dict[str, Any] = {"data": Input(type="uri_folder", path=str(data))}
+    inputs, words = _chats(stage(recipe, run, machines.all_processes))
     base = Path(recipe.model.name_or_path).expanduser()
-    words = ["train", "--data ${{inputs.data}}"]
+    words.insert(0, "train")
     if not recipe.model.is_tiny and base.is_dir():
         inputs["base"] = Input(type="uri_folder", path=str(base.resolve()))
         words.append("--base ${{inputs.base}}")
@@ -68,11 +67,11 @@ def evaluate_job(
     clients: Clients, recipe: Recipe, run: Run, name: str, tuned: Any, base: Any | None
 ) -> Any:
     """The command job that measures a tuned model (an MLflow model in Azure) against its base."""
-    from azure.ai.ml import Input, Output
+    from azure.ai.ml import Output
 
-    data = stage_data(recipe, run)
-    inputs: dict[str, Any] = {"data": Input(type="uri_folder", path=str(data)), "tuned": tuned}
-    words = ["evaluate", "--data ${{inputs.data}}", "--tuned ${{inputs.tuned}}"]
+    inputs, words = _chats(stage(recipe, run))
+    inputs["tuned"] = tuned
+    words = ["evaluate", *words, "--tuned ${{inputs.tuned}}"]
     if base is not None:
         inputs["base"] = base
         words.append("--base ${{inputs.base}}")
@@ -80,6 +79,17 @@ def evaluate_job(
     outputs = {RUN: Output(type="uri_folder", path=output_path(name, RUN), mode="upload")}
     one = Machines(1, 1)
     return _command(clients, recipe, run, name, words, inputs, outputs, one, "evaluation")
+
+
+def _chats(staged: Staged) -> tuple[dict[str, Any], list[str]]:
+    """The inputs that every job has, and the words that hand them to the command."""
+    from azure.ai.ml import Input
+
+    inputs = {
+        "data": Input(type="uri_folder", path=str(staged.data)),
+        "recipe": Input(type="uri_file", path=str(staged.recipe)),
+    }
+    return inputs, [f"--{name} ${{{{inputs.{name}}}}}" for name in inputs]
 
 
 def _command(

@@ -1,4 +1,4 @@
-"""What goes up with a job: chats and recipe in one folder, our packages in another, and the pins.
+"""What goes up with a job: the chats, the recipe, our packages, and the versions of others.
 
 Writes below <run>/azure/; the same content makes the same files, so that nothing goes up twice.
 """
@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
 
 PYTHON = "3.11"
-ASKED = "asked.json"
 PARTS = ("train", "validation", "replay")
 _CODE = (".py", ".css", ".txt", ".yaml", ".typed")
 
@@ -34,8 +34,21 @@ def data_files(run: Run) -> dict[str, Path]:
     return {part: path for part, path in found.items() if path.is_file()}
 
 
-def stage_data(recipe: Recipe, run: Run, processes: int = 1) -> Path:
-    """The folder that a job gets as its input `data`."""
+@dataclass(frozen=True)
+class Staged:
+    """What a job gets: a folder of chats, and beside it a recipe whose paths count from there.
+
+    Apart, so that another learning rate does not send the chats up again.
+    """
+
+    data: Path
+    recipe: Path
+    learnt: str  # what of the chats the tuned model depends on
+    asked: str  # what an evaluation depends on, beside the model
+
+
+def stage(recipe: Recipe, run: Run, processes: int = 1) -> Staged:
+    """Put together what goes up."""
     from ...evaluate.questions import extra_files
 
     folder = _fresh(run.path / "azure" / "data")
@@ -54,23 +67,14 @@ def stage_data(recipe: Recipe, run: Run, processes: int = 1) -> Path:
     if not recipe.model.is_tiny and Path(recipe.model.name_or_path).expanduser().is_dir():
         content["model"]["name_or_path"] = "base-model"  # goes up as an input of its own
     extra = extra_files(recipe.evaluate)
-    for part, key in (("canary", "canary"), ("probes", "probes")):
+    for part in ("canary", "probes"):
         paths = [path for name, path in extra if name == part]
-        content["evaluate"][key] = _files(folder, part, paths)
-    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-    write_atomically(folder / "recipe.json", text + "\n")
-    write_atomically(folder / ASKED, json.dumps({"asked": _asked(recipe, folder)}) + "\n")
-    return folder
-
-
-def learnt_hash(folder: Path) -> str:
-    """What of a staged folder the tuned model depends on."""
-    return content_hash(folder, "data/*", "files/base-*")
-
-
-def asked_in(folder: Path) -> str:
-    """What an evaluation with a staged folder depends on, beside the model."""
-    return str(json.loads((folder / ASKED).read_text(encoding="utf-8"))["asked"])
+        content["evaluate"][part] = _files(folder, part, paths)
+    asked = _asked(recipe, folder)
+    path = run.file("azure", "recipe.json")
+    text = json.dumps({"asked": asked, "recipe": content}, indent=1, sort_keys=True)
+    write_atomically(path, text + "\n")
+    return Staged(folder, path, content_hash(folder, "data/*", "files/base-*"), asked)
 
 
 def _asked(recipe: Recipe, folder: Path) -> str:

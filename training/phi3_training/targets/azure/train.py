@@ -22,7 +22,7 @@ from .in_job import MANIFESTS, SMALL
 from .jobs import EVALUATE, TRAIN, carry_out
 from .outputs import fetch, place_of_output
 from .routes import Choice, choose
-from .staging import asked_in, learnt_hash, stage_data
+from .staging import stage
 
 Manifest = dict[str, Any]
 
@@ -62,7 +62,7 @@ def _job(
     clients: Clients, recipe: Recipe, run: Run, choice: Choice, progress: ProgressCallback
 ) -> Manifest:
     machines = job_route.machines_of(clients, recipe)
-    data = learnt_hash(stage_data(recipe, run, machines.all_processes))
+    data = stage(recipe, run, machines.all_processes).learnt
     job = carry_out(
         clients,
         run,
@@ -98,7 +98,7 @@ def _pipeline(
     foundation = choice.foundation
     assert foundation is not None  # noqa: S101 - `choose` gives one with every pipeline
     prepared = pipeline_route.prepare(clients, recipe, foundation)
-    data = learnt_hash(stage_data(recipe, run))
+    data = stage(recipe, run).learnt
     digest: list[Any] = [foundation.id, prepared.parameters.values, recipe.azure.compute.size]
     digest += [str(prepared.component.version), recipe.azure.train.instance_count]
     job = carry_out(
@@ -152,7 +152,7 @@ def _common(job: Any, choice: Choice, output: str) -> Manifest:
 def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
     """The figures of both models: those that the training job measured, else from a job for it."""
     model = run.require("model", "phi3 train --on azure")
-    asked = asked_in(stage_data(recipe, run))
+    asked = stage(recipe, run).asked
     measured = _measured(run, model, asked)
     if measured is not None:
         return measured
@@ -174,9 +174,9 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallb
     return made["metrics"]
 
 
-def _metrics(content: Manifest, job: str, asked: str) -> Manifest:
+def _metrics(content: Manifest, job: str) -> Manifest:
     kept = {key: value for key, value in content.items() if key not in _STAMPS}
-    return {**kept, "target": "azure", "job": job, "asked": asked}
+    return {**kept, "target": "azure", "job": job}
 
 
 def _measured(run: Run, model: Manifest, asked: str) -> Manifest | None:
@@ -226,8 +226,7 @@ def _bring_back(
         for path in sorted((fetched / MANIFESTS).glob("*.json"))
     }
     if "metrics" in made:
-        asked = made.get("asked", {}).get("asked", "")
-        made["metrics"] = _metrics(made["metrics"], str(job.name), asked)
+        made["metrics"] = _metrics(made["metrics"], str(job.name))
     for name, content in made.items():
         write_atomically(kept / f"{name}.json", json.dumps(content, indent=2) + "\n")
     _settle(fetched, run)
