@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +55,12 @@ def put_group(rehearsal: Rehearsal) -> int:
     return answer.status_code
 
 
+def kill(rehearsal: Rehearsal) -> None:
+    process = psutil.Process(rehearsal.pid)
+    process.kill()
+    process.wait(10)
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_what_it_knows_survives_it(runs: Path, end: str) -> None:
     folder = folder_of(runs)
@@ -64,13 +70,50 @@ def test_what_it_knows_survives_it(runs: Path, end: str) -> None:
     if end == "stop":
         assert stop(folder)
     else:
-        process = psutil.Process(first.pid)
-        os.kill(first.pid, signal.SIGKILL)
-        process.wait(10)
+        kill(first)
     assert find(folder) is None
     second = start(folder)
     assert second.pid != first.pid
     assert put_group(second) == 200  # it existed
+
+
+def call(rehearsal: Rehearsal, method: str, path: str, body: object = None) -> requests.Response:
+    url = f"https://management.azure.com{path}"
+    return session(rehearsal).request(method, url, json=body, timeout=30)
+
+
+def test_a_job_outlives_it(runs: Path) -> None:
+    first = start(folder_of(runs))
+    parts = f"{GROUP}/providers"
+    storage = f"{parts}/Microsoft.Storage/storageAccounts/stkept"
+    vault = f"{parts}/Microsoft.KeyVault/vaults/kv-kept"
+    workspace = f"{parts}/Microsoft.MachineLearningServices/workspaces/ws-kept"
+    for path in (GROUP, storage, vault):
+        body: dict[str, object] = {"location": "eastus", "properties": {}}
+        assert call(first, "PUT", path, body).status_code == 201
+    body["properties"] = {"storageAccount": storage, "keyVault": vault}
+    assert call(first, "PUT", workspace, body).status_code == 201
+    job = {
+        "jobType": "Command",
+        "command": "until [ -e ../../../../go-on ]; do sleep 0.05; done; echo done",
+        "environmentId": "azureml:any:1",
+        "resources": {"instanceType": "Standard_NC24ads_A100_v4"},
+    }
+    path = f"{workspace}/jobs/patient"
+    assert call(first, "PUT", path, {"properties": job}).status_code == 201
+    kill(first)
+    second = start(folder_of(runs))
+    deadline = time.monotonic() + 60
+    wanted = ["Running", "Completed"]
+    while wanted and time.monotonic() < deadline:
+        status = call(second, "GET", path).json()["properties"]["status"]
+        if status == wanted[0]:
+            wanted.pop(0)
+            (second.folder / "go-on").touch()
+        time.sleep(0.05)
+    assert not wanted
+    logs = list((second.folder / "blobs").rglob("std_log.txt"))
+    assert [log.read_text() for log in logs] == ["done\n"]
 
 
 def test_only_those_who_trust_its_authority_believe_it(runs: Path) -> None:

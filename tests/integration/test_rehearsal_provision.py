@@ -13,12 +13,13 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from azure.ai.ml import MLClient
 from azure.ai.ml.entities import AmlCompute, Hub, Project, Workspace
-from azure.core.exceptions import HttpResponseError, ResourceExistsError
+from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceNotFoundError
 from azure.mgmt.authorization import AuthorizationManagementClient
 from azure.mgmt.authorization.models import RoleAssignmentCreateParameters
 from azure.mgmt.msi import ManagedServiceIdentityClient
 from azure.mgmt.quota import QuotaMgmtClient
 from azure.mgmt.resource.resources import ResourceManagementClient
+from azure.storage.blob import BlobServiceClient
 
 pytest_plugins = (
     "tests.integration.server_plugin",
@@ -81,6 +82,30 @@ def test_a_project_belongs_to_a_hub_of_its_region(azure: Azure) -> None:
     refused = azure.call("DELETE", f"{base}/hub-a")
     assert refused.status_code == 409
     assert "project-a" in refused.text
+
+
+def test_a_storage_account_takes_its_files_along(azure: Azure) -> None:
+    account = f"{azure.group}/providers/Microsoft.Storage/storageAccounts/stgone"
+    body = {"location": REGION, "properties": {}}
+    assert azure.call("PUT", account, body).status_code == 201
+    client = BlobServiceClient("https://stgone.blob.core.windows.net", azure.credential)
+    box = client.get_container_client("box")
+    box.create_container()
+    parts = b"0123456789" * 1000
+    box.upload_blob("deep/a.bin", parts, max_concurrency=2, metadata={"made": "here"})
+    assert box.download_blob("deep/a.bin", offset=5, length=10).readall() == b"5678901234"
+    assert box.get_blob_client("deep/a.bin").get_blob_properties().metadata == {"made": "here"}
+    assert [blob.name for blob in box.list_blobs(name_starts_with="deep/")] == ["deep/a.bin"]
+    with pytest.raises(ResourceExistsError):
+        box.upload_blob("deep/a.bin", b"other")
+    listed = ResourceManagementClient(azure.credential, azure.subscription).resources
+    names = [item.name for item in listed.list_by_resource_group(GROUP)]
+    assert "stgone" in names
+    assert azure.call("DELETE", account).status_code == 200
+    with pytest.raises(ResourceNotFoundError):
+        list(box.list_blobs())
+    assert azure.call("PUT", account, body).status_code == 201
+    assert list(box.list_blobs()) == []
 
 
 def test_what_is_deleted_softly_keeps_its_name(azure: Azure) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 
 from .cloud import TENANT, Cloud, listed, public, stamps
@@ -156,7 +157,9 @@ def get_token(cloud: Cloud, request: Request) -> Reply:
     if found["properties"]["authMode"] == "Key":
         raise bad("The endpoint uses keys.", "UserError")
     value = sign(cloud, {"aud": found["id"].lower()}, _KEY_LIFE)
-    return Reply(200, {"accessToken": value, "tokenType": "Bearer", "expiryTimeUtc": 0})
+    expires = int(time.time()) + _KEY_LIFE
+    times = {"expiryTimeUtc": expires, "refreshAfterTimeUtc": expires - 3600}
+    return Reply(200, {"accessToken": value, "tokenType": "Bearer", **times})
 
 
 def key_of(cloud: Cloud, endpoint: Json, which: str) -> str:

@@ -110,17 +110,19 @@ def delete_group(cloud: Cloud, request: Request) -> Reply:
     group = need_group(cloud, request)
     teardown.release(cloud, group["id"])
     for doc in cloud.children(group["id"]):
-        resources.keep_deleted(cloud, doc)
+        resources.before_delete(cloud, doc)
     operation = cloud.operate(group, kind="delete")
     return cloud.accepted(group, operation, 202, body=False)
 
 
 @route("GET", ARM, GROUP + "/resources")
 def list_resources(cloud: Cloud, request: Request) -> Reply:
-    """The top-level resources of a group."""
-    prefix = request.id(GROUP) + "/providers"
+    """The top-level resources of a group; deployments and role assignments are not among them."""
+    prefix = need_group(cloud, request)["id"] + "/providers"
     depth = len(prefix.split("/")) + 3
-    return listed([d for d in cloud.children(prefix) if len(d["id"].split("/")) == depth])
+    found = [d for d in cloud.children(prefix) if len(d["id"].split("/")) == depth]
+    hidden = ("Microsoft.Resources/", "Microsoft.Authorization/")
+    return listed([doc for doc in found if not doc["type"].startswith(hidden)])
 
 
 @route("GET", ARM, "/subscriptions/{sub}/providers/{ns}/locations/{loc}/operationsStatus/{op}")

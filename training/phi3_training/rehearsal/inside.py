@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,16 @@ from .control import start
 from .wire import Json
 
 _STORAGE = (".blob.core.windows.net", ".file.core.windows.net")
+_PREFIX = re.compile(r"/subscriptions/[^/]+/resourceGroups/[^/]+/providers/", re.IGNORECASE)
+# They would lead the sign-in elsewhere.
+_OTHER_SIGN_INS = {
+    "AZURE_AUTHORITY_HOST",
+    "AZURE_CLIENT_CERTIFICATE_PATH",
+    "AZURE_FEDERATED_TOKEN_FILE",
+    "AZURE_TOKEN_CREDENTIALS",
+    "IDENTITY_ENDPOINT",
+    "MSI_ENDPOINT",
+}
 _SECONDS = 0.2
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -30,7 +41,8 @@ def run_inside(argv: Sequence[str], folder: Path) -> int:
     The calls that are answered meanwhile are shown on standard error.
     """
     rehearsal = start(folder)
-    environment = {**os.environ, **rehearsal.env}
+    kept = {name: value for name, value in os.environ.items() if name not in _OTHER_SIGN_INS}
+    environment = {**kept, **rehearsal.env}
     if os.environ.get("AZURE_SUBSCRIPTION_ID"):
         environment["AZURE_SUBSCRIPTION_ID"] = os.environ["AZURE_SUBSCRIPTION_ID"]
     ended = threading.Event()
@@ -89,7 +101,7 @@ def follow(path: Path, ended: threading.Event, out: TextIO) -> None:
                 seen.clear()  # something changed: what is asked now is news
             seen.add(text)
         if done:
-            out.write(f"rehearsal: {count} calls answered; it runs on (phi3 rehearse --help)\n")
+            out.write(f"rehearsal: {count} calls answered\n")
         out.flush()
         if done:
             return
@@ -112,7 +124,7 @@ def describe(call: Json) -> str:
 
 
 def in_short(call: Json) -> str:
-    """The call; of files that go up and down only where to."""
+    """The call without what all have in common; of files that go up and down only where to."""
     if str(call["host"]).endswith(_STORAGE):
         return f"{call['method']} {call['host']}/…"
-    return describe(call)
+    return _PREFIX.sub("/…/", describe(call))

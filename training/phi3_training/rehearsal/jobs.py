@@ -5,10 +5,10 @@ Writes jobs/<name>/ in the rehearsal's folder: job.json for the process, status.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,14 +150,22 @@ def _process_of(job: Json) -> psutil.Process | None:
         return None
 
 
+def _kill(process: psutil.Process) -> None:
+    """The process that carries the job out, and all that it started."""
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    with contextlib.suppress(psutil.TimeoutExpired):
+        process.wait(10)
+
+
 def cancel(cloud: Cloud, job: Json) -> None:
     """End the job's processes and say so."""
     if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
         return
     process = _process_of(job)
     if process is not None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        _kill(process)
     job["properties"]["status"] = "Canceled"
     job.setdefault("_times", {})["end"] = now()
     file = cloud.folder / "jobs" / job["name"] / "status.json"

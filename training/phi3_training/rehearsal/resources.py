@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from typing import Any
 
 from .cloud import Cloud, listed, public
@@ -16,6 +17,7 @@ PLAIN = {
     "Microsoft.OperationalInsights/workspaces": r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
     "Microsoft.ContainerRegistry/registries": r"[A-Za-z0-9]{5,50}",
 }
+_STORAGE, _VAULT = "Microsoft.Storage/storageAccounts", "Microsoft.KeyVault/vaults"
 _ANY = "|".join(PLAIN)
 _PLAIN_ID = GROUP + f"/providers/{{kind:{_ANY}}}/{{name}}"
 
@@ -77,23 +79,29 @@ def delete_resource(cloud: Cloud, request: Request) -> Reply:
     found = cloud.get(request.id(_PLAIN_ID))
     if found is None:
         return Reply(204)
-    keep_deleted(cloud, found)
+    before_delete(cloud, found)
     cloud.delete(found["id"])
     return Reply(200)
 
 
+def before_delete(cloud: Cloud, doc: Json) -> None:
+    """A storage account takes its files along; a key vault leaves its name behind."""
+    if doc["type"] == _STORAGE:
+        for kind in ("blobs", "blobmeta", "shares"):
+            shutil.rmtree(cloud.folder / kind / doc["name"], ignore_errors=True)
+    if doc["type"] == _VAULT:
+        _keep_deleted(cloud, doc)
+
+
 # --- key vaults stay reserved for 90 days after they are deleted ---
 
-_VAULT = "Microsoft.KeyVault/vaults"
 _DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
 _SUBSCRIPTION = "/subscriptions/{sub}/providers/Microsoft.KeyVault"
 _DELETED = _SUBSCRIPTION + "/locations/{loc}/deletedVaults/{name}"
 
 
-def keep_deleted(cloud: Cloud, doc: Json) -> None:
+def _keep_deleted(cloud: Cloud, doc: Json) -> None:
     """Remember a vault that is being deleted: its name is not free yet."""
-    if doc["type"] != _VAULT:
-        return
     arm_id = _deleted_id(doc)
     properties = {"vaultId": doc["id"], "location": doc["location"], "tags": doc.get("tags") or {}}
     cloud.put(arm_id, _DELETED_KIND, {"properties": properties})
