@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ...recipe_azure import PollSection
 from .failures import explained
-from .sign_in import quiet, sign_in
+from .sign_in import ARM_SCOPE, quiet, sign_in
 from .workplace import Workplace
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
+    from azure.core import PipelineClient
     from azure.core.credentials import TokenCredential
     from azure.mgmt.authorization import AuthorizationManagementClient
     from azure.mgmt.msi import ManagedServiceIdentityClient
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from azure.mgmt.resource.resources import ResourceManagementClient
 
     from .answers import ModelAnswers
+
+ARM = "https://management.azure.com"
 
 
 class Clients:
@@ -114,6 +117,24 @@ class Clients:
         from azure.mgmt.quota import QuotaMgmtClient
 
         return QuotaMgmtClient(self.credential, self.workplace.subscription_id, **self._options())
+
+    def arm(self) -> PipelineClient[Any, Any]:
+        """ARM without an SDK, for what none of them has; sign-in and retries as everywhere."""
+        from azure.core import PipelineClient
+        from azure.core.pipeline import policies
+
+        options = self._options()
+        return PipelineClient(
+            ARM,
+            policies=[
+                policies.RequestIdPolicy(),
+                policies.HeadersPolicy({"Accept": "application/json"}),
+                policies.UserAgentPolicy("phi3-promptflow"),
+                policies.RetryPolicy(**options),
+                policies.BearerTokenCredentialPolicy(self.credential, ARM_SCOPE),
+            ],
+            **({"transport": options["transport"]} if "transport" in options else {}),
+        )
 
     def _ml(self, **where: Any) -> MLClient:
         _set_job_polls(self.poll)

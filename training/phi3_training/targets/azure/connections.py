@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import hmac
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from phi3_tool.connection import ENTRA
 
 from ...errors import StageError
 from ..base import Access
-from .clients import Clients
-from .failures import stage_error
-from .sign_in import ARM_SCOPE
+from .clients import ARM, Clients
+from .failures import HIDDEN, stage_error
 from .waiting import TRIES, absent, passing
 
-if TYPE_CHECKING:
-    from azure.core import PipelineClient
-
 API = "2024-04-01"
-ARM = "https://management.azure.com"
 WRITER = "written_by"  # the key of metadata by which we know our own
 _OURS = "phi3-promptflow"
 _FLOW_METADATA = {
@@ -67,7 +62,11 @@ def write_connection(clients: Clients, workspace: str, name: str, access: Access
             "is. Choose another name with connection.name=NAME"
         )
     doing = f"Writing the connection {name} into {workspace}"
-    _send(clients, doing, "PUT", _path(clients, workspace, name), body)
+    try:
+        _send(clients, doing, "PUT", _path(clients, workspace, name), body)
+    except StageError as error:  # a refusal may quote what it refuses
+        hidden = str(error).replace(access.key, HIDDEN) if access.key else str(error)
+        raise StageError(hidden) from None
     written = read_connection(clients, workspace, name)
     if written is None or not _same(written, body):
         raise StageError(
@@ -125,7 +124,7 @@ def _send(
     from azure.core.rest import HttpRequest
 
     request = HttpRequest(method, f"{ARM}{path}", params={"api-version": API}, json=body)
-    with _pipeline(clients) as pipeline:
+    with clients.arm() as pipeline:
         for left in reversed(range(TRIES)):
             try:
                 response = pipeline.send_request(request)
@@ -140,29 +139,3 @@ def _send(
                 return found
             time.sleep(clients.poll.interval)
     raise AssertionError("unreachable")
-
-
-def _pipeline(clients: Clients) -> PipelineClient[Any, Any]:
-    """The SDK's own pipeline: sign-in, retries and proxy as for every other call."""
-    from azure.core import PipelineClient
-    from azure.core.pipeline.policies import (
-        BearerTokenCredentialPolicy,
-        HeadersPolicy,
-        RequestIdPolicy,
-        RetryPolicy,
-        UserAgentPolicy,
-    )
-
-    poll = clients.poll
-    return PipelineClient(
-        ARM,
-        policies=[
-            RequestIdPolicy(),
-            HeadersPolicy({"Accept": "application/json"}),
-            UserAgentPolicy("phi3-promptflow"),
-            RetryPolicy(
-                retry_total=poll.retry_total, retry_backoff_factor=poll.retry_backoff_factor
-            ),
-            BearerTokenCredentialPolicy(clients.credential, ARM_SCOPE),
-        ],
-    )

@@ -70,10 +70,12 @@ def _filled(section: AzureSection, kept: Mapping[str, Any]) -> AzureSection:
 def _refuse_move(section: AzureSection, kept: Mapping[str, Any], run: Run) -> None:
     try:
         named = find_workplace(section, os.environ, Path.cwd())
-    except UsageError:  # no subscription is named here: the run knows its own
+    except UsageError:
         if section.subscription_id is not None:
             raise
-        return
+        # No subscription is named here: the run knows its own.
+        known = section.model_copy(update={"subscription_id": kept["subscription_id"]})
+        named = find_workplace(known, os.environ, Path.cwd())
     moved = [
         f"{key} {getattr(named, key)} ({named.sources[key]}) instead of {kept[key]}"
         for key in _IDENTITY
