@@ -18,6 +18,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 
 from phi3_training import rehearsal
+from phi3_training.cli import main
 from phi3_training.data import prepare
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe, load_recipe
@@ -298,3 +299,37 @@ def test_a_cancelled_job_is_a_failure(
     with pytest.raises(StageError, match="was cancelled"):
         train.finetune(clients, recipe, run, progress)
     assert len(seen) == 1
+    sent = [
+        call["path"]
+        for call in azure.calls()
+        if call["path"].endswith("/data/train.jsonl")
+        and (call["method"], call["status"]) == ("PUT", 201)
+    ]
+    assert len(sent) == 1  # once for one content, whoever trains on it
+
+
+def test_the_commands_say_what_they_did(
+    provisioned: object,
+    azure: rehearsal.Rehearsal,
+    recipe_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(recipe_file), *POLLS]
+    assert main(["azure", "provision", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 12
+    assert all(line.startswith("exists ") for line in lines)
+    assert main(["azure", "provision", *words, "-o", "json", "--least-privilege"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert not [step for step in steps if "Contributor" in step["name"]]
+    assert main(["azure", "quota", *words]) == 0
+    assert "needs 24 cores of standardNCADSA100v4Family" in capsys.readouterr().out
+    assert main(["azure", "quota", *words, "azure.endpoint.instance_count=9"]) == 1
+    shown = capsys.readouterr().out
+    assert "too little" in shown
+    assert "phi3 azure quota --request 216" in shown
+    assert main(["azure", "quota", *words, "--request", "216", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"].startswith("granted")
+    assert main(["azure", "quota", *words, "azure.endpoint.instance_count=9"]) == 0
+    assert main(["azure", "quota", "azure.location=east-us"]) == 2
+    assert main(["azure"]) == 2
