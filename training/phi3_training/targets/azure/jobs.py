@@ -29,7 +29,6 @@ WORKING = frozenset(
     ("notstarted", "queued", "preparing", "provisioning", "starting", "running", "finalizing")
 )
 _STAGES = {TRAIN: "model", EVALUATE: "metrics"}  # whose manifest names the job that was used
-_TITLES = {TRAIN: "finetune", EVALUATE: "evaluate"}
 
 
 @dataclass(frozen=True)
@@ -169,8 +168,3 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
             clients.ml.jobs.begin_cancel(ticket.name).wait(60)
         lines.append(f"cancelled the job {ticket.name}")
     return lines
-
-
-def title_of(purpose: str) -> str:
-    """The stage that a purpose belongs to, as `--again` takes it."""
-    return _TITLES[purpose]

@@ -18,7 +18,6 @@ from . import quota
 from .clients import Clients
 from .cluster import ensure_cluster
 from .dependents import Dependents, dependents_of, ensure_dependents
-from .failures import explained
 from .roles import grant, grants
 from .waiting import look, make, state_of
 
@@ -351,13 +350,3 @@ def standing(clients: Clients, section: AzureSection, *, parts: Iterable[str] = 
         cluster = look(lambda: clients.ml.compute.get(name), f"Looking for the cluster {name}")
         return cluster is not None and state_of(cluster) not in ("failed", "deleting")
     return True
-
-
-def identity_of(clients: Clients) -> tuple[str, str]:
-    """(ARM id, principal id) of the identity; StageError when it is not there."""
-    place = clients.workplace
-    with explained(f"Looking for the identity {place.identity}"):
-        found = clients.identities.user_assigned_identities.get(
-            place.resource_group, place.identity
-        )
-    return str(found.id), str(found.principal_id)

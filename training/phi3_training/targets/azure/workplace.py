@@ -90,11 +90,6 @@ class Workplace:
         kind = "Microsoft.MachineLearningServices/workspaces"
         return self.resource_id(kind, name or self.workspace_name)
 
-    @property
-    def short_hash(self) -> str:
-        """Twelve characters that stand for this workspace in names unique in the world."""
-        return _digest(self.subscription_id, self.resource_group, self.workspace_name)
-
     def lines(self) -> list[str]:
         """What was chosen and from where."""
         return [f"azure.{key} {getattr(self, key)}: {why}" for key, why in self.sources.items()]
