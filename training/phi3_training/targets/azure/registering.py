@@ -117,6 +117,9 @@ def _make(
         except (HttpResponseError, MlException) as error:
             # 4xx: this place is not taken (the output is unknown, or the path); others may be.
             status = getattr(error, "status_code", 400) or 400
+            known = _registered(clients, name, model["job"]) if status == 409 else None
+            if known is not None:  # it was made, and the answer was lost
+                return known, source
             if status in (401, 403, 408, 409, 429) or status >= 500:
                 with explained(f"Registering the model {name}"):
                     raise
