@@ -147,7 +147,9 @@ def run_cancel(args: argparse.Namespace) -> int:
     from ..targets.azure.clients import Clients
     from ..targets.azure.jobs import cancel_all
     from ..targets.azure.place import place_of, section_of
+    from ..targets.azure.target import refuse_without_extra
 
+    refuse_without_extra()
     lines = cancel_all(Clients(place_of(run), section_of(run).poll), run)
     if args.output == "json":
         console.print_json({"cancelled": lines})
@@ -159,7 +161,9 @@ def run_cancel(args: argparse.Namespace) -> int:
 
 def _clients(recipe: Recipe) -> Clients:
     from ..targets.azure.clients import Clients
+    from ..targets.azure.target import refuse_without_extra
     from ..targets.azure.workplace import find_workplace
 
+    refuse_without_extra()
     place = find_workplace(recipe.azure, os.environ, Path.cwd())
     return Clients(place, recipe.azure.poll)
