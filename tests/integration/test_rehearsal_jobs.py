@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,22 @@ def run(ml: MLClient, name: str, text: str, **more: Any) -> Any:
     return ml.jobs.create_or_update(command(name=name, command=text, environment=IMAGE, **more))
 
 
-def test_a_command_job_reads_writes_and_tells(
-    ml: MLClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def log_of(ml: MLClient, name: str, folder: Path, log: str = "std_log.txt") -> str:
+    """The log of a job that has ended: `stream` shows only what comes while it looks."""
+    while ml.jobs.get(name).status not in ("Completed", "Failed", "Canceled"):
+        time.sleep(0.1)
+    ml.jobs.download(name, download_path=folder / name)
+    return (folder / name / "artifacts" / "user_logs" / log).read_text()
+
+
+def test_a_job_is_watched(azure: Azure, ml: MLClient, capsys: pytest.CaptureFixture[str]) -> None:
+    azure.rehearsal.fault("PUT */jobs/job-watched slow seconds=5")
+    run(ml, "job-watched", "echo words for those who watch")
+    ml.jobs.stream("job-watched")
+    assert "words for those who watch" in capsys.readouterr().out
+
+
+def test_a_command_job_reads_writes_and_tells(ml: MLClient, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "words.txt").write_text("hello cloud")
     (tmp_path / "code").mkdir()
@@ -70,8 +84,7 @@ def test_a_command_job_reads_writes_and_tells(
     text = "python go.py ${{inputs.data}} ${{outputs.model}}"
     run(ml, "job-a", text, **parts)
     assert run(ml, "job-a", text, **parts).name == "job-a"  # an answer was lost: no second job
-    ml.jobs.stream("job-a")
-    shown = capsys.readouterr().out
+    shown = log_of(ml, "job-a", tmp_path)
     assert "read hello cloud job-a" in shown
     assert "cloud variables: []" in shown
     assert ml.jobs.get("job-a").status == "Completed"
@@ -87,11 +100,11 @@ def test_a_command_job_reads_writes_and_tells(
         ml.models.create_or_update(Model(name="none", path=place.replace("mine", "nobodys")))
 
 
-def test_a_job_that_fails_says_why(ml: MLClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_fails_says_why(ml: MLClient, tmp_path: Path) -> None:
     run(ml, "job-fails", "echo before; exit 3")
+    assert "before" in log_of(ml, "job-fails", tmp_path)
     with pytest.raises(JobException, match="status code 3"):
         ml.jobs.stream("job-fails")
-    assert "before" in capsys.readouterr().out
     assert ml.jobs.get("job-fails").status == "Failed"
 
 
@@ -107,9 +120,7 @@ def test_a_running_job_holds_its_cluster_until_it_is_cancelled(ml: MLClient) -> 
     assert ml.jobs.get("job-long").status == "Canceled"
 
 
-def test_every_process_of_a_job_has_its_rank(
-    ml: MLClient, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_process_of_a_job_has_its_rank(ml: MLClient, tmp_path: Path) -> None:
     resources = JobResourceConfiguration(instance_count=2, instance_type="Standard_NC48ads_A100_v4")
     run(
         ml,
@@ -119,8 +130,8 @@ def test_every_process_of_a_job_has_its_rank(
         resources=resources,
         distribution={"type": "pytorch", "process_count_per_instance": 2},
     )
-    ml.jobs.stream("job-wide")
-    assert "rank 0 of 4 on node 0 at 127.0.0.1" in capsys.readouterr().out
+    text = log_of(ml, "job-wide", tmp_path, "std_log_process_03.txt")
+    assert text == "rank 3 of 4 on node 1 at 127.0.0.1\n"
 
 
 def test_a_command_may_not_name_what_is_not_there(azure: Azure, ml: MLClient) -> None:
@@ -191,7 +202,7 @@ def test_the_pipeline_refuses_what_the_component_does_not_take(
 
 
 def test_a_pipeline_trains_and_its_model_is_served(
-    azure: Azure, ml: MLClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    azure: Azure, ml: MLClient, tmp_path: Path
 ) -> None:
     """Fine-tune, register, deploy, smoke test, traffic, score: all of it real."""
     job = pipeline_of(
@@ -204,7 +215,7 @@ def test_a_pipeline_trains_and_its_model_is_served(
     )
     name = ml.jobs.create_or_update(job).name
     ml.jobs.stream(name)
-    assert "finetune: lora" in capsys.readouterr().out
+    assert ml.jobs.get(name).status == "Completed"
     tuned = ml.models.create_or_update(
         Model(
             name="tuned", path=f"azureml://jobs/{name}/outputs/trained_model", type="mlflow_model"

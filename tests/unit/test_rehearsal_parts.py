@@ -69,6 +69,9 @@ def test_faults_happen_as_often_as_they_say(tmp_path: Path) -> None:
     assert faults.of_call(other) is None
     kinds = [fault.kind if fault else None for fault in map(faults.of_call, [call] * 3)]
     assert kinds == ["429", "429", None]
+    faults.add("DELETE */computes/* slow seconds=4")
+    assert faults.slowness("/a/computes/b", "job") == 0.0
+    assert faults.slowness("/a/computes/b", "delete") == 4.0
     assert faults.failure("/a/computes/b", "delete") is None
     assert faults.failure("/a/computes/b", "operations") is not None
     assert faults.failure("/a/computes/b", "operations") is None

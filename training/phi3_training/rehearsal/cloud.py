@@ -97,9 +97,11 @@ class Cloud:
     # --- long-running operations ---
 
     def operate(self, doc: Json, *, seconds: float = 0.0, kind: str = "operations") -> Json:
-        """Begin an operation on `doc` that ends by itself after `seconds` (or by `finish`)."""
+        """Begin an operation on `doc` that ends after `seconds`; below 0: by `finish` alone."""
         name = str(uuid.uuid4())
-        ends = time.time() + seconds + self.faults.slowness(doc["id"]) if seconds >= 0 else None
+        by_itself = seconds >= 0
+        slow = self.faults.slowness(doc["id"], kind) if by_itself else 0.0
+        ends = time.time() + seconds + slow if by_itself else None
         self.operations[name] = {
             "status": "InProgress",
             "resource": doc["id"],

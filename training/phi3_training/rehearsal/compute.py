@@ -301,19 +301,18 @@ def limit_of(cloud: Cloud, location: str, family: str) -> int:
 
 def used(cloud: Cloud, location: str, family: str) -> int:
     """The cores of a family in use: nodes that jobs run on, and deployments."""
-    from .jobs import KIND as JOB
-    from .jobs import nodes_of
-
     total = 0
     for doc in cloud.children("/subscriptions"):
+        if doc.get("location") != location:
+            continue
         if doc["type"].endswith("/onlineEndpoints/deployments"):
             size = catalogue.find_size(doc["properties"].get("instanceType") or "")
-            if size and size[1].family == family and doc["location"] == location:
+            if size and size[1].family == family:
                 total += deployment_cores(size[1], doc["sku"]["capacity"])
-        if doc["type"] == JOB:
-            for name, count in nodes_of(cloud, doc, location):
-                size = catalogue.find_size(name)
-                total += size[1].cores * count if size and size[1].family == family else 0
+        if doc["type"] == KIND:
+            size = catalogue.find_size(doc["properties"]["properties"]["vmSize"])
+            if size and size[1].family == family:
+                total += size[1].cores * len(_busy_nodes(cloud, doc))
     return total
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from pathlib import Path
 
 from ..errors import StageError
@@ -150,6 +151,7 @@ def server_key(cloud: Cloud, deployment: Json) -> str:
 def _bring_up(cloud: Cloud, deployment: Json, operation: str, error: Json | None) -> None:
     """Start the server and end the operation; runs in a thread of its own."""
     log = log_file(cloud, deployment)
+    time.sleep(cloud.faults.slowness(deployment["id"], "deployment"))
     error = error or cloud.faults.failure(deployment["id"], "deployment")
     started = None
     if error is None:

@@ -128,14 +128,15 @@ class Faults:
         where = request.host + request.path
         return self._take(lambda f: f.kind not in wanted and f.fits(request.method, where))
 
-    def slowness(self, arm_id: str) -> float:
-        """Seconds by which an operation on the resource is slowed down."""
-        fault = self._take(lambda f: f.kind == "slow" and f.fits("*", arm_id))
+    def slowness(self, arm_id: str, kind: str) -> float:
+        """Seconds by which an operation on the resource (or the job) is slowed down."""
+        method = _method_of(kind)
+        fault = self._take(lambda f: f.kind == "slow" and f.fits(method, arm_id))
         return fault.seconds if fault else 0.0
 
     def failure(self, arm_id: str, kind: str) -> Json | None:
         """The error with which the operation (or the job) ends, if it is to fail."""
-        method = "DELETE" if kind == "delete" else "PUT"
+        method = _method_of(kind)
         fault = self._take(lambda f: f.kind in ("failed", "quota") and f.fits(method, arm_id))
         if fault is None:
             return None
@@ -162,6 +163,11 @@ class Faults:
 
     def _write(self, faults: list[Fault]) -> None:
         write_atomically(self._path, json.dumps([asdict(f) for f in faults], indent=1))
+
+
+def _method_of(kind: str) -> str:
+    """The call that begins an operation of that kind."""
+    return "DELETE" if kind == "delete" else "PUT"
 
 
 def from_environment() -> list[str]:

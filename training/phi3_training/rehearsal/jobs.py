@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -77,7 +76,7 @@ def _start(cloud: Cloud, workspace: Json, job: Json, plan: Json) -> None:
         "outputs": outputs,
         "artifacts": str(artifacts / "ExperimentRun" / f"dcid.{job['name']}"),
         "catalogue": str(cloud.folder / "catalogue"),
-        "slow": cloud.faults.slowness(job["id"]),
+        "slow": cloud.faults.slowness(job["id"], "job"),
         "fail": cloud.faults.failure(job["id"], "job"),
     }
     write_atomically(folder / "job.json", json.dumps(plan, indent=1))
@@ -227,14 +226,3 @@ def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
             resources = job["properties"].get("resources") or {}
             busy += [str(job["name"])] * int(resources.get("instanceCount") or 1)
     return busy
-
-
-def nodes_of(cloud: Cloud, job: Json, location: str) -> list[tuple[str, int]]:
-    """Size and number of the nodes that a running job holds in a region."""
-    if job["properties"]["status"] not in ACTIVE:
-        return []
-    cluster: Any = cloud.get(str(job["properties"].get("computeId") or ""))
-    if cluster is None or cluster["location"] != location:
-        return []
-    count = int((job["properties"].get("resources") or {}).get("instanceCount") or 1)
-    return [(cluster["properties"]["properties"]["vmSize"], count)]
