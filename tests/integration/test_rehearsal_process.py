@@ -181,6 +181,27 @@ def test_a_command_runs_inside(runs: Path, capfd: pytest.CaptureFixture[str]) ->
     assert run_inside(["no-such-command"], folder_of(runs)) == 2
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's own")
+def test_a_killed_command_takes_its_other_half_along() -> None:
+    script = (
+        "import subprocess, sys\n"
+        "from phi3_training.rehearsal.inside import _ends_with_parent\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],\n"
+        "                         preexec_fn=_ends_with_parent())\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    command = [sys.executable, "-c", script]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait(30)
+    parent.stdout.close()
+    gone, _alive = psutil.wait_procs([child], 30)
+    assert gone == [child]
+
+
 def test_the_variables_lead_a_program_there(runs: Path) -> None:
     rehearsal = start(folder_of(runs))
     script = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 pytest.importorskip("cryptography", reason="the extra `azure` is not installed")
 
 from phi3_training.errors import UsageError
-from phi3_training.rehearsal import component, control
+from phi3_training.rehearsal import component, control, inside
 from phi3_training.rehearsal.cloud import Cloud
 from phi3_training.rehearsal.faults import Fault, Faults
 from phi3_training.rehearsal.wire import Reply, Request, asset_id, find_route, route
@@ -97,6 +100,36 @@ def test_secrets_are_sealed_by_the_folder_alone(tmp_path: Path) -> None:
     assert Cloud(tmp_path / "a").unseal(sealed) == {"key": "planted"}
     assert first.derive("x") != second.derive("x")
     assert first.derive("endpoint", "A") == Cloud(tmp_path / "a").derive("Endpoint", "a")
+
+
+def test_what_is_shown_of_the_calls(tmp_path: Path) -> None:
+    """A poll that repeats once, storage in one line, everything anew after a change."""
+    account, group = "a.blob.core.windows.net", "/subscriptions/s/resourceGroups/g/providers/X/y"
+    arm = "management.azure.com"
+    calls = [
+        ("GET", arm, group, 200),
+        ("GET", arm, group, 200),
+        ("PUT", account, "/box/one", 201),
+        ("PUT", account, "/box/two", 201),
+        ("PUT", arm, f"{group}/z", 201),
+        ("GET", arm, group, 200),
+    ]
+    names = ("method", "host", "path", "status")
+    lines = [json.dumps(dict(zip(names, call, strict=True))) + "\n" for call in calls]
+    journal = tmp_path / "calls.jsonl"
+    ended, out = threading.Event(), io.StringIO()
+    follower = threading.Thread(target=inside.follow, args=(journal, ended, out))
+    follower.start()
+    journal.write_text("".join(lines) + '{"half a li')
+    ended.set()
+    follower.join(30)
+    assert out.getvalue().splitlines() == [
+        "rehearsal: 200 GET management.azure.com/…/X/y",
+        "rehearsal: PUT a.blob.core.windows.net/…",
+        "rehearsal: 201 PUT management.azure.com/…/X/y/z",
+        "rehearsal: 200 GET management.azure.com/…/X/y",
+        "rehearsal: 6 calls answered",
+    ]
 
 
 def test_state_that_is_saved_comes_back(tmp_path: Path) -> None:

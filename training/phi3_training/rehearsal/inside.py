@@ -47,7 +47,9 @@ def run_inside(argv: Sequence[str], folder: Path) -> int:
         environment["AZURE_SUBSCRIPTION_ID"] = os.environ["AZURE_SUBSCRIPTION_ID"]
     ended = threading.Event()
     journal = rehearsal.folder / "calls.jsonl"
-    follower = threading.Thread(target=follow, args=(journal, ended, sys.stderr), daemon=True)
+    shown_from = journal.stat().st_size if journal.is_file() else 0
+    arguments = (journal, ended, sys.stderr, shown_from)
+    follower = threading.Thread(target=follow, args=arguments, daemon=True)
     # Before the thread: the child takes a step between fork and exec.
     command = [sys.executable, "-m", "phi3_training.cli", *argv]
     process = subprocess.Popen(  # noqa: S603 - our own command
@@ -83,9 +85,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
                 process.send_signal(signal.SIGINT)
 
 
-def follow(path: Path, ended: threading.Event, out: TextIO) -> None:
-    """Show the calls that are added to the journal until `ended`; a poll that repeats once."""
-    position = path.stat().st_size if path.is_file() else 0
+def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -> None:
+    """Show the journal's calls from `position` on until `ended`; a poll that repeats once."""
     seen: set[str] = set()
     count = 0
     while True:
