@@ -205,7 +205,6 @@ class EndpointSection(Section):
     # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
     request_timeout_ms: Annotated[int, Field(ge=1000, le=180_000)] = 90_000
     max_concurrent_requests_per_instance: Annotated[int, Field(ge=1, le=1000)] = 8
-    max_queue_wait_ms: Annotated[int, Field(ge=0, le=300_000)] = 60_000
     # Loading weights takes minutes; a probe that gives up earlier restarts the container for ever.
     liveness_probe: ProbeSection = ProbeSection(initial_delay=600)
     readiness_probe: ProbeSection = ProbeSection(initial_delay=30, failure_threshold=90)

@@ -159,7 +159,6 @@ def _deployment(
         request_settings=OnlineRequestSettings(
             request_timeout_ms=settings.request_timeout_ms,
             max_concurrent_requests_per_instance=settings.max_concurrent_requests_per_instance,
-            max_queue_wait_ms=settings.max_queue_wait_ms,
         ),
         liveness_probe=_probe(settings.liveness_probe),
         readiness_probe=_probe(settings.readiness_probe),
