@@ -87,7 +87,12 @@ setup(
     + find_packages("training", include=["phi3_training*"]),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
-        "phi3_training": ["py.typed", "evaluate/report.css", "bundle/image_files/*"],
+        "phi3_training": [
+            "py.typed",
+            "evaluate/report.css",
+            "bundle/image_files/*",
+            "targets/azure/trainer.txt",
+        ],
     },
     install_requires=["requests>=2.28"],
     extras_require={

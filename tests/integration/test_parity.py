@@ -72,9 +72,20 @@ def test_healthy_folders_agree_everywhere(places: Places) -> None:
     assert compared["transformers' chat template, tuned model"] == 20
 
 
-def test_what_was_not_compared_is_said(healthy: Path) -> None:
-    report = check_tokens(places_of_folder(healthy))
-    assert [p.name for p in report.places if p.skipped] == ["Azure scoring script"]
+def test_what_was_not_compared_is_said(healthy: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(healthy, tmp_path / "model")
+    (folder / "genai_config.json").unlink()
+    report = check_tokens(places_of_folder(folder))
+    assert [p.name for p in report.places if p.skipped] == ["engine ort-genai"]
+
+
+def test_the_azure_scoring_script_is_compared(places: Places) -> None:
+    name = "engine transformers (model): flow, then the Azure scoring script"
+    compared = {place.name: place.compared for place in check_tokens(places).places}
+    assert compared[name] == 13
+    change(places.model, "chat_template.jinja", lambda text: "{{- bos_token }}" + text)
+    found = at(check_tokens(places), name)
+    assert "'one question', token 0: trained" in found[0]
 
 
 @pytest.mark.parametrize("folder", ["model", "onnx"])

@@ -20,8 +20,9 @@ from urllib3.exceptions import HTTPError
 
 from . import __version__
 from .address import parse_address
-from .connection import ConnectionSettings
+from .connection import ENTRA, ConnectionSettings
 from .credentials import BearerAuth, Credential
+from .entra import entra_tokens
 from .errors import ConfigurationError, Phi3Error, RequestRejectedError, UnreadableAnswerError
 from .exchange import Call, Limits, check_limits, checked_request_id, refuse, transport_failure
 from .failures import LOCAL_REASON, Failure, failure_of
@@ -111,14 +112,19 @@ class Phi3Client:
 
     @classmethod
     def from_connection(cls, connection: object, **overrides: Any) -> Phi3Client:
-        """A client for a Prompt flow connection, a mapping, or ready ConnectionSettings."""
+        """A client for a Prompt flow connection, a mapping, or ready ConnectionSettings.
+
+        With `auth: entra` in it and no key, azure-identity gives the tokens.
+        """
         settings = ConnectionSettings.from_connection(connection)
         options: dict[str, Any] = {
             "deployment": settings.deployment,
             "dialect": settings.dialect,
             **overrides,
         }
-        return cls(settings.endpoint, settings.key, **options)
+        if settings.auth == ENTRA:
+            options.setdefault("token_provider", entra_tokens())
+        return cls(settings.endpoint, settings.key or None, **options)
 
     @property
     def endpoint(self) -> str:

@@ -1,6 +1,7 @@
 """Endpoint, key and options out of a Prompt flow connection, a mapping, or the environment.
 
-Reads PHI3_ENDPOINT, PHI3_KEY, PHI3_DEPLOYMENT, PHI3_DIALECT, PHI3_CONTEXT_LENGTH; writes nothing.
+Reads PHI3_ENDPOINT, PHI3_KEY, PHI3_DEPLOYMENT, PHI3_DIALECT, PHI3_CONTEXT_LENGTH, PHI3_AUTH; writes
+nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _NAMES = {
     "dialect": ("dialect", "api"),
     "context_length": ("context_length",),
 }
+#: The value of `auth` where there is no key: tokens of Microsoft Entra ID.
+ENTRA = "entra"
 _MEND = (
     "`phi3 connect` fills it in for the current run; by hand: `pf connection create --file"
     " connections/<template>.yaml --set configs.endpoint=<URL> secrets.key=<key>`"
@@ -36,13 +39,14 @@ _PLACEHOLDER = re.compile(
 
 @dataclass(frozen=True)
 class ConnectionSettings:
-    """A checked connection. The key is not part of its repr."""
+    """A checked connection. The key is not part of its repr; with `auth` "entra" it is empty."""
 
     endpoint: str
     key: str = field(repr=False)
     deployment: str | None = None
     dialect: str | None = None
     context_length: int | None = None
+    auth: str | None = None
 
     @classmethod
     def from_connection(
@@ -59,9 +63,13 @@ class ConnectionSettings:
         environment = os.environ if environ is None else environ
         faults: list[str] = []
         found: dict[str, str | None] = {}
+        entra = ENTRA in {str(part.get("auth")).strip() for part in (configs, secrets or {})}
         for setting, names in _NAMES.items():
+            if entra and setting == "key":
+                continue
             found[setting] = _find(setting, names, configs, secrets, environment, faults)
-        return cls._checked(found, faults, f"The connection cannot be used ({_MEND})")
+        what = f"The connection cannot be used ({_MEND})"
+        return cls._checked(found, faults, what, entra=entra)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> ConnectionSettings:
@@ -71,26 +79,24 @@ class ConnectionSettings:
             setting: environment.get(f"PHI3_{setting.upper()}", "").strip() or None
             for setting in _NAMES
         }
-        faults = [
-            f"PHI3_{setting.upper()} is not set"
-            for setting in ("endpoint", "key")
-            if found[setting] is None
-        ]
-        return cls._checked(
-            found, faults, 'The environment names no usable endpoint (`eval "$(phi3 env)"` sets it)'
-        )
+        entra = environment.get("PHI3_AUTH", "").strip() == ENTRA and found["key"] is None
+        needed = ("endpoint",) if entra else ("endpoint", "key")
+        faults = [f"PHI3_{name.upper()} is not set" for name in needed if found[name] is None]
+        what = 'The environment names no usable endpoint (`eval "$(phi3 env)"` sets it)'
+        return cls._checked(found, faults, what, entra=entra)
 
     @classmethod
     def _checked(
-        cls, found: Mapping[str, str | None], faults: list[str], what: str
+        cls, found: Mapping[str, str | None], faults: list[str], what: str, *, entra: bool
     ) -> ConnectionSettings:
-        endpoint, key, length = found["endpoint"], found["key"], found["context_length"]
+        endpoint, length = found["endpoint"], found["context_length"]
+        key = "" if entra else found["key"]
         if endpoint is not None:
             try:
                 parse_address(endpoint, found["dialect"])
             except ConfigurationError as error:
                 faults.append(error.message)
-        if key is not None:
+        if key:
             try:
                 key = clean_secret(key)
             except ConfigurationError as error:
@@ -105,6 +111,7 @@ class ConnectionSettings:
             deployment=found["deployment"],
             dialect=found["dialect"],
             context_length=int(length) if length else None,
+            auth=ENTRA if entra else None,
         )
 
 

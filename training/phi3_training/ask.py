@@ -25,12 +25,14 @@ def ask(
     question: str,
     *,
     connection_name: str = "phi3_connection",
+    connection: Any = None,
     chat_history: Sequence[Mapping[str, Any]] = (),
     **inputs: Any,
 ) -> str:
     """The flow's answer to `question`; `inputs` are further inputs of the flow (temperature, …).
 
-    Raises StageError with the endpoint's own message when the model gave no answer.
+    `connection`: Prompt flow's own object, instead of the stored one of a name. Raises StageError
+    with the endpoint's own message when the model gave no answer.
     """
     if not (flow_dir / "flow.dag.yaml").is_file():
         raise UsageError(f"{flow_dir} is not a flow: expected a flow.dag.yaml in it")
@@ -41,7 +43,7 @@ def ask(
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "promptflow", "flow") from None
     flow = client.load_flow(flow_dir)
-    connection = _connection(connection_name)
+    connection = connection or _connection(connection_name)
     flow.context = entities.FlowContext(connections={NODE: {"connection": connection}})
     return _answer(flow, input_data=question, chat_history=list(chat_history), **inputs)
 

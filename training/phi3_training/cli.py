@@ -17,6 +17,7 @@ examples:
   phi3 up my.yaml data.train=my_chats.jsonl another recipe, one key changed
   phi3 chat                                 talk to the tuned model
   phi3 down                                 stop what `up` started
+  phi3 up --on azure --rehearse             the same on a rehearsed Azure, on this machine
 """
 
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.register(subparsers)
-    args, rest = parser.parse_known_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # a recipe or key=value behind an option: argparse takes them in one piece only
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        status: int = args.run_command(args)
+        status: int = _run(args, typed)
     except (UsageError, ConfigurationError) as error:
         return _failed(error, 2, args, print_error)
     except (Phi3TrainingError, Phi3Error) as error:
@@ -63,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(f"{error}. Free space or set rights there, then type the same command again.")
         return 1
+    return status
+
+
+def _run(args: argparse.Namespace, typed: list[str]) -> int:
+    if getattr(args, "rehearse", False):
+        from .commands.rehearse import run_rehearsed
+
+        return run_rehearsed(args, typed)
+    status: int = args.run_command(args)
     return status
 
 

@@ -22,13 +22,14 @@ PASSED_ON = ("deployment", "dialect", "context_length")
 def connect(
     run: Run,
     endpoint_manifest: Mapping[str, Any],
-    key: str,
+    key: str | None,
     name: str = "phi3_connection",
     dialect: Dialect = "score",
 ) -> dict[str, Any]:
     """Write the connection `name`; the manifest `connection` (no secret in it).
 
-    `dialect` chooses the path at the same endpoint: /score, or OpenAI's, which streams.
+    `key` None: the endpoint takes Microsoft Entra tokens. `dialect` chooses the path at the same
+    endpoint: /score, or OpenAI's, which streams.
     """
     endpoint = str(endpoint_manifest.get("endpoint") or "")
     if not endpoint:

@@ -15,12 +15,12 @@ from typing import Any
 from . import console
 from .errors import StageError
 from .recipe import Recipe, save_recipe
+from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
 from .targets import Target
 
 Manifest = dict[str, Any]
 
-RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
 _NEEDS_A_DEVICE = {"base", "finetune", "evaluate", "deploy"}  # what a plan can refuse, by title
 
 
@@ -82,7 +82,8 @@ def refuse_unfit(
         if stage.manifest in again or finished(journey, stage) is None
     ]
     to_do = {stage.title for stage in stages[min(open_stages, default=len(stages)) :]}
-    if journey.no_plan or not to_do & _NEEDS_A_DEVICE:
+    here = journey.target.name == "local"  # elsewhere the plan is not of this machine's memory
+    if journey.no_plan or not here or not to_do & _NEEDS_A_DEVICE:
         return
     lines = journey.target.plan(journey.recipe, journey.run)
     stops = [line for line in lines if line.stops and line.stage in to_do]

@@ -1,7 +1,8 @@
 """Prompt flow's own connection store: writes, reads and deletes the connection of a run.
 
-Reads and writes `pf.sqlite` in Prompt flow's home (~/.promptflow) through Prompt flow's SDK.
-Besides ask.py the only module here that imports it. The key is never logged or shown.
+Reads and writes `pf.sqlite` in Prompt flow's home (~/.promptflow) through Prompt flow's SDK, which
+also reads the connections of a workspace. Besides ask.py the only module here that imports it. The
+key is never logged or shown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.connection import ENTRA, ConnectionSettings
 from phi3_tool.errors import Phi3Error
 
 from . import keyring_guard, keyring_probe
@@ -31,24 +32,28 @@ class StoreError(StageError):
 
 
 def write_connection(
-    name: str, endpoint: str, key: str, *, extra_configs: Mapping[str, str] | None = None
+    name: str, endpoint: str, key: str | None, *, extra_configs: Mapping[str, str] | None = None
 ) -> None:
     """Put endpoint and key under `name`, replacing only a connection that was written here.
 
-    Raises StoreError for somebody else's connection and KeyringError where no key can be kept.
+    Without a key the connection says to sign in with Microsoft Entra ID. Raises StoreError for
+    somebody else's connection and KeyringError where no key can be kept.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} is not a connection name: expected letters, digits, '_', '.' and '-', "
             "starting with a letter or digit; set it with connection.name=NAME"
         )
-    if not key.strip():
+    if key is not None and not key.strip():
         raise StoreError("The endpoint's key is empty; start the endpoint with: phi3 deploy")
     keyring_guard.find_keeper()
     _refuse_foreign(name)
     configs = {"endpoint": endpoint.strip(), **(extra_configs or {}), **WRITER}
     connection = _sdk("promptflow.connections").CustomConnection(
-        name=name, configs=configs, secrets={"key": key.strip()}
+        name=name,
+        configs=configs,
+        # Prompt flow refuses a custom connection without any secret.
+        secrets={"auth": ENTRA} if key is None else {"key": key.strip()},
     )
     with _errors_of_the_store("write", name):
         _sdk("promptflow.client").PFClient().connections.create_or_update(connection)
@@ -83,6 +88,24 @@ def stored_connection(name: str) -> Any:
         )
     with _errors_of_the_store("read", name):
         return _sdk("promptflow.client").PFClient().connections.get(name, with_secrets=True)
+
+
+def workspace_connection(workspace: tuple[str, str, str], name: str, credential: Any) -> Any:
+    """The CustomConnection of a workspace (subscription, group, name), as Prompt flow reads it.
+
+    Raises StoreError where Prompt flow cannot read it.
+    """
+    provider = _sdk("promptflow.core._connection_provider._workspace_connection_provider")
+    exceptions = _sdk("promptflow.exceptions")
+    try:
+        return provider.WorkspaceConnectionProvider(*workspace, credential=credential).get(name)
+    except exceptions.PromptflowException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StoreError(
+            f"Prompt flow cannot read the connection {name!r} of the workspace {workspace[2]}: "
+            f"{reason}. It needs the role Azure Machine Learning Workspace Connection Secrets "
+            "Reader there; roles take minutes to act"
+        ) from None
 
 
 def delete_connection(name: str) -> bool:

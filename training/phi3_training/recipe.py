@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .recipe_azure import AzureSection as AzureSection
 from .recipe_data import HUB, HubSet
 from .recipe_data import DataSection as DataSection
 from .recipe_faults import fault_line, lines_of
@@ -161,6 +162,7 @@ class Recipe(Section):
     gate: GateSection = GateSection()
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
+    azure: AzureSection = AzureSection()
     ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from .errors import StageError, UsageError
 
 MANIFEST_VERSION = 1
+RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

@@ -1,4 +1,4 @@
-"""The nine stages of the journey, in order, each with what it depends on.
+"""The nine stages of the journey on this machine, in order, each with what it depends on.
 
 Heavy packages are imported inside the functions, so that a skipped stage costs nothing.
 """
@@ -17,7 +17,7 @@ _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allo
 _NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
 
 
-def _section(journey: Journey, *names: str) -> list[Any]:
+def section_values(journey: Journey, *names: str) -> list[Any]:
     """The recipe's sections as plain values.
 
     Paths do not count: contents are hashed instead. Nor does what the label audit let pass: a
@@ -35,7 +35,7 @@ def _data_inputs(journey: Journey) -> Any:
 
     data = journey.recipe.data
     sources = [*data.train, *data.validation, *data.replay]
-    return [_section(journey, "data"), fingerprints(sources)]
+    return [section_values(journey, "data"), fingerprints(sources)]
 
 
 def _prepare(journey: Journey) -> Manifest:
@@ -54,7 +54,11 @@ def _data_summary(manifest: Manifest) -> str:
 def _base_inputs(journey: Journey) -> Any:
     base = journey.recipe.base if journey.recipe.model.is_tiny else None
     copies = journey.recipe.data.casual_copies and base is not None
-    return [_section(journey, "model", "base"), copies, file_hashes(base.data if base else [])]
+    return [
+        section_values(journey, "model", "base"),
+        copies,
+        file_hashes(base.data if base else []),
+    ]
 
 
 def _base(journey: Journey) -> Manifest:
@@ -73,7 +77,7 @@ def _evaluate_inputs(journey: Journey) -> Any:
     files = extra_files(journey.recipe.evaluate)
     hashes = file_hashes([path for _part, path in files])
     # The recipe's question is shown beside the figures and is none of them: `ask` asks it anew.
-    return [_section(journey, "evaluate"), hashes]
+    return [section_values(journey, "evaluate"), hashes]
 
 
 def _evaluate(journey: Journey) -> Manifest:
@@ -187,7 +191,7 @@ STAGES: tuple[Stage, ...] = (
         manifest="model",
         title="finetune",
         needs=("dataset", "base"),
-        inputs=lambda journey: _section(journey, "model", "finetune"),
+        inputs=lambda journey: section_values(journey, "model", "finetune"),
         work=_finetune,
         summary=lambda manifest: str(manifest["summary"]),
         outputs=lambda manifest: [manifest["path"]],
@@ -205,7 +209,7 @@ STAGES: tuple[Stage, ...] = (
         manifest="gate",
         title="gate",
         needs=("metrics",),
-        inputs=lambda journey: _section(journey, "gate"),
+        inputs=lambda journey: section_values(journey, "gate"),
         work=_gate,
         summary=_gate_summary,
         outputs=lambda manifest: [manifest["report"]],
@@ -223,7 +227,7 @@ STAGES: tuple[Stage, ...] = (
         manifest="endpoint",
         title="deploy",
         needs=("model", "gate"),
-        inputs=lambda journey: _section(journey, "serve"),
+        inputs=lambda journey: section_values(journey, "serve"),
         work=_deploy,
         summary=lambda manifest: f"{manifest['endpoint']} ({manifest['engine']})",
         still_good=_endpoint_up,
@@ -232,7 +236,7 @@ STAGES: tuple[Stage, ...] = (
         manifest="connection",
         title="connect",
         needs=("endpoint",),
-        inputs=lambda journey: _section(journey, "connection"),
+        inputs=lambda journey: section_values(journey, "connection"),
         work=_connect,
         summary=lambda manifest: f"Prompt flow connection {manifest['name']}",
     ),

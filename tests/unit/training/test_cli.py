@@ -52,7 +52,6 @@ def test_every_command_has_help_with_an_example(
         (["train", "finetune.early_stopping_patience=2"], "give eval_steps as well"),
         (["adapters"], "make one with: phi3 up"),
         (["up", "--again", "sing"], "No stage sing"),
-        (["up", "--on", "azure"], "Azure half"),
         (["up", "--run", "a b"], "not a run name"),
         (["down", "none"], "There is no run"),
         (["chat", "hello"], "phi3 up"),

@@ -11,7 +11,7 @@ from phi3_training.serve.engines.base import EngineError
 from phi3_training.serve.openai_body import ChatRequest, unsupported
 from phi3_training.serve.parameters import score_sampling
 from phi3_training.serve.quirks import Quirk
-from phi3_training.serve.score_api import BadBodyError, read_score
+from phi3_training.serve.score_protocol import BadBodyError, read_score
 
 USER = {"role": "user", "content": "hi"}
 

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from . import adapters, batch, data, doctor, export, flow, journey, recipes, stages, talk
+from . import (
+    adapters,
+    azure,
+    batch,
+    data,
+    doctor,
+    export,
+    flow,
+    invoke,
+    journey,
+    recipes,
+    rehearsing,
+    stages,
+    standing,
+    talk,
+)
 
-COMMANDS = (journey, stages, adapters, data, talk, batch, flow, export, doctor, recipes)
+COMMANDS = (
+    *(journey, standing, stages, adapters, data, talk, invoke, batch),
+    *(flow, export, doctor, recipes, azure, rehearsing),
+)

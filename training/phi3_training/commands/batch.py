@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from phi3_tool import Phi3Client
 from phi3_tool.address import is_loopback
 from phi3_tool.history import DEFAULT_CONTEXT_LENGTH
 
 from .. import console
 from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
 from .common import add_command
-from .talk import settings_of
+from .talk import access_of
 
 CONCURRENCY = 64
 INPUTS = ("input_data", "chat_history", "system_prompt", "temperature", "top_p", "max_new_tokens")
@@ -64,7 +63,8 @@ def run_lines(args: argparse.Namespace) -> int:
     """Ask; exit 1 with the mend where a line has no answer."""
     renamed = dict(args.map)
     lines = read_lines(args.data, renamed)
-    settings = settings_of(args)
+    access, known = access_of(args)
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
     defaults = {
         "system_prompt": args.system,
         "temperature": args.temperature,
@@ -73,11 +73,11 @@ def run_lines(args: argparse.Namespace) -> int:
     }
     out = args.out or args.data.with_suffix(".answers.jsonl")
     # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
-    with Phi3Client.from_connection(settings, max_retries=2) as client:
+    with access.client(**known, max_retries=2) as client:
         endpoint = portless(client.endpoint)
         asked = asked_of(args.data, renamed, defaults, endpoint, args.details)
         answers = Answers(out, asked, resume=args.resume)
-        ask = asker(client.chat, defaults, settings.context_length or DEFAULT_CONTEXT_LENGTH)
+        ask = asker(client.chat, defaults, length)
         with console.progress_bar("Batch") as step:
             tally = run_batch(
                 ask,

@@ -12,11 +12,14 @@ from ..errors import UsageError
 from ..journey import RECIPE_FILE, Journey
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
-from ..targets import get_target
+from ..targets import get_target, target_of
 
 # The clone this package is installed from (editable), where recipes and flow live.
 PROJECT = Path(__file__).resolve().parents[3]
-DEFAULT_RECIPE = Path("training/recipes/phi3-tiny.yaml")
+DEFAULT_RECIPES = {
+    "local": Path("training/recipes/phi3-tiny.yaml"),
+    "azure": Path("training/recipes/phi3-mini-azure.yaml"),
+}
 FLOW = Path("flows/phi3_chat")
 
 
@@ -51,10 +54,25 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE | key=value",
-        help=f"the recipe (default: that of --run, else {DEFAULT_RECIPE}) and keys to change",
+        help="the recipe (default: that of --run, else "
+        f"{DEFAULT_RECIPES['local']}) and keys to change",
     )
     parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
-    parser.add_argument("--on", choices=("local", "azure"), default="local", help="where to run")
+    add_on(parser, "where to run (default: where --run was made, else local)")
+
+
+def add_on(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """--on local|azure."""
+    parser.add_argument("--on", choices=("local", "azure"), help=help_text)
+
+
+def add_rehearse(parser: argparse.ArgumentParser) -> None:
+    """--rehearse: the same on an Azure that runs on this machine."""
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="do it all on a rehearsed Azure on this machine: no account, nothing billed",
+    )
 
 
 def add_allow(parser: argparse.ArgumentParser) -> None:
@@ -94,15 +112,42 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
+    on = where_to_run(args)
     args.words = _with_recipe(args)
-    target = get_target(args.on)
-    recipe = recipe_of([*args.words, *from_options(args)])
-    path = args.runs.resolve() / (args.run or recipe.name)
+    recipe = recipe_of([*args.words, *from_options(args)], on)
+    path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
-    journey = Journey(recipe, run, target, find(FLOW))
+    _refuse_other_place(run, on)
+    journey = Journey(recipe, run, get_target(on), find(FLOW))
     journey.force = getattr(args, "force", False)
     journey.no_plan = getattr(args, "no_plan", False)
     return journey
+
+
+def where_to_run(args: argparse.Namespace) -> str:
+    """--on; without it, where --run was made; without that, this machine."""
+    if args.on is None and args.run:
+        check_run_name(args.run)
+        args.on = target_of(Run(args.runs.resolve() / args.run))
+    args.on = args.on or "local"
+    return str(args.on)
+
+
+def run_name(recipe: Recipe, on: str) -> str:
+    """The recipe's name; on Azure it ends in -azure, so that it is no local run of the recipe."""
+    if on == "local" or recipe.name.endswith("-azure"):
+        return recipe.name
+    return f"{recipe.name[:58]}-azure"
+
+
+def _refuse_other_place(run: Run, on: str) -> None:
+    """What a run made elsewhere would be lost from sight, and might bill for ever."""
+    made_on = target_of(run)
+    if made_on != on and run.path.is_dir() and any(run.path.glob("*.json")):
+        raise UsageError(
+            f"The run {run.name!r} was made on {made_on}; go on there with --on {made_on}, "
+            f"or make one on {on} under another name with --run NAME"
+        )
 
 
 def from_options(args: argparse.Namespace) -> list[str]:
@@ -123,12 +168,12 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
     return words if named or not kept.is_file() else [str(kept), *words]
 
 
-def recipe_of(words: Sequence[str]) -> Recipe:
-    """Load the recipe: the first word that is no override, or the default one."""
+def recipe_of(words: Sequence[str], on: str = "local") -> Recipe:
+    """Load the recipe: the first word that is no override, or the default one of the target."""
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
         raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
-    path = Path(named[0]) if named else find(DEFAULT_RECIPE)
+    path = Path(named[0]) if named else find(DEFAULT_RECIPES[on])
     return load_recipe(path, [word for word in words if "=" in word])
 
 
@@ -156,7 +201,12 @@ def current_run(args: argparse.Namespace) -> Run:
         if not path.is_dir():
             raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
         return Run(path)
-    connected = [run for run in all_runs(args.runs) if (run.path / "connection.json").is_file()]
+    on = getattr(args, "on", None)
+    connected = [
+        run
+        for run in all_runs(args.runs)
+        if (run.path / "connection.json").is_file() and on in (None, target_of(run))
+    ]
     if connected:
         return max(connected, key=lambda run: (run.path / "connection.json").stat().st_mtime)
     raise UsageError(
@@ -170,9 +220,14 @@ def tuned_run(args: argparse.Namespace) -> Run:
     if args.run:
         return current_run(args)
     for run in all_runs(args.runs):
-        if run.manifest("model") is not None:
+        if has_model_here(run):
             return run
     raise UsageError(f"No run under {args.runs} has a tuned model yet; make one with: phi3 train")
+
+
+def has_model_here(run: Run) -> bool:
+    """Whether the tuned model lies in the run folder; one tuned on Azure stays there."""
+    return run.manifest("model") is not None and target_of(run) == "local"
 
 
 def _last_change(path: Path) -> float:

@@ -13,7 +13,7 @@ from .. import console
 from ..errors import UsageError
 from ..journey import go
 from ..run import write_atomically
-from ..stages import stages_until
+from ..stages_azure import stages_until
 from .common import add_command, add_recipe, all_runs, journey_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
     journey = journey_of(args)
     with journey.run.lock():
-        go(journey, stages_until("dataset"))
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages_until("dataset", journey.target.name))
     manifest = journey.run.require("dataset", "phi3 data prepare")
     if args.output == "json":
         console.print_json(manifest)

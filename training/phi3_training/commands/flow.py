@@ -1,4 +1,4 @@
-"""`phi3 flow pack | image | serve`: a flow made ready for other places, or served here."""
+"""`phi3 flow pack | image | serve | push`: a flow made ready for other places, or served here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from .. import console
 from ..bundle.image import BASE, write_image
 from .common import FLOW, add_command, find
+from .flow_push import add_push
 
 OUT = Path("dist")
 
@@ -20,7 +21,7 @@ def register(subparsers: Any) -> None:
         "flow", help="pack a flow for Foundry or Studio, or as a container"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_pack, _add_image, _add_serve):
+    for add in (_add_pack, _add_image, _add_serve, add_push):
         add(actions)
 
 

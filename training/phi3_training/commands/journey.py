@@ -1,21 +1,22 @@
-"""`phi3 up | plan | status | down`: the whole journey, what it would do, what is up, the end."""
+"""`phi3 up | plan`: the whole journey, and what it would do."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .. import console
 from ..errors import StageError, UsageError
 from ..finetune.adapters import list_adapters
-from ..journey import Journey, finished, go, refuse_unfit
+from ..journey import Journey, Stage, finished, go, refuse_unfit
 from ..memory import memory_plan, of_size
 from ..planning import PlanLine
 from ..run import Run
-from ..stages import STAGES
-from ..targets import get_target
+from ..stages_azure import stages_of
+from ..targets import Target, get_target, target_of
 from .common import (
     add_adapter,
     add_allow,
@@ -23,7 +24,7 @@ from .common import (
     add_force,
     add_no_plan,
     add_recipe,
-    all_runs,
+    add_rehearse,
     journey_of,
 )
 from .summary import show_summary
@@ -44,6 +45,7 @@ def register(subparsers: Any) -> None:
     add_allow(up)
     add_force(up)
     add_no_plan(up)
+    add_rehearse(up)
     plan = add_command(
         subparsers,
         "plan",
@@ -52,6 +54,7 @@ def register(subparsers: Any) -> None:
         run_plan,
     )
     add_recipe(plan)
+    add_rehearse(plan)
     plan.add_argument(
         "--device-gb",
         type=_size,
@@ -61,13 +64,6 @@ def register(subparsers: Any) -> None:
     plan.add_argument(
         "--device", choices=("cuda", "cpu"), help="kind of that device (default: cuda)"
     )
-    add_command(
-        subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
-    )
-    down = add_command(
-        subparsers, "down", "stop the endpoints that `up` started", "phi3 down", run_down
-    )
-    down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
 
 
 def run_up(args: argparse.Namespace) -> int:
@@ -75,19 +71,21 @@ def run_up(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
     os.environ.pop("PHI3_ENDPOINT", None)
+    stages = stages_of(journey.target.name)
     with journey.run.lock():
-        again = _stages_named(args.again)
-        refuse_unfit(journey, STAGES, again=again)
-        go(journey, STAGES, again=again)
+        again = _stages_named(args.again, stages)
+        journey.target.begin(journey.recipe, journey.run)
+        refuse_unfit(journey, stages, again=again)
+        go(journey, stages, again=again)
     if args.output == "json":
-        console.print_json(_state(journey.run))
+        console.print_json(state_of(journey.run, journey.target))
     else:
         show_summary(journey)
     return 0
 
 
-def _stages_named(titles: list[str]) -> frozenset[str]:
-    known = {stage.title: stage.manifest for stage in STAGES}
+def _stages_named(titles: list[str], stages: Sequence[Stage]) -> frozenset[str]:
+    known = {stage.title: stage.manifest for stage in stages}
     wrong = [title for title in titles if title not in known]
     if wrong:
         raise UsageError(f"No stage {', '.join(wrong)}; stages: {', '.join(known)}")
@@ -97,7 +95,8 @@ def _stages_named(titles: list[str]) -> frozenset[str]:
 def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
-    todo = [stage.title for stage in STAGES if not _is_done(journey, stage.manifest)]
+    stages = stages_of(journey.target.name)
+    todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
     lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
     if args.output == "json":
         plan = [asdict(line) for line in lines]
@@ -131,36 +130,47 @@ def _size(text: str) -> float:
     return size
 
 
-def _is_done(journey: Journey, manifest: str) -> bool:
+def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
     """Done with unchanged inputs, and everything before it as well."""
-    stages = STAGES[: [stage.manifest for stage in STAGES].index(manifest) + 1]
-    return all(finished(journey, stage) is not None for stage in stages)
+    before = stages[: stages.index(stage) + 1]
+    return all(finished(journey, earlier) is not None for earlier in before)
 
 
-def run_status(args: argparse.Namespace) -> int:
-    """List the runs under --runs."""
-    states = [_state(run) for run in all_runs(args.runs)]
-    if args.output == "json":
-        console.print_json(states)
-    elif not states:
-        console.out.print(f"No runs under {args.runs} yet; make one with: phi3 up", markup=False)
-    for state in states if args.output == "text" else []:
-        endpoint = state["endpoint"]
-        console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
-        where = f" {endpoint['url']} (process {endpoint['pid']})" if endpoint.get("url") else ""
-        for fault in state["broken"]:
-            console.out.print(f"  broken: {fault}", markup=False)
-        console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
-        if state["adapters"]:
-            console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
-    return 0
+def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
+    """What of a run is done and up; on Azure as Azure itself says, where `target` is given.
+
+    A manifest that cannot be read is named and hides nothing else.
+    """
+    name = target_of(run)
+    found, broken = _manifests(run, stages_of(name))
+    endpoint, answer = found.get("endpoint"), found.get("answer", {})
+    if "endpoint" in broken:
+        status: dict[str, Any] = {"endpoint": {"state": "unknown"}}
+    elif target is None and name != "local":
+        where = {} if endpoint is None else {"url": endpoint["endpoint"]}
+        status = {"endpoint": {"state": "not asked", **where}}
+    else:
+        status = (target or get_target(name)).status(run)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "on": name,
+        "done": [stage.title for stage in stages_of(name) if stage.manifest in found],
+        "broken": list(broken.values()),
+        **status,
+        "adapters": [] if "base" in broken else [adapter.name for adapter in list_adapters(run)],
+        "question": answer.get("question"),
+        "answer": answer.get("answer"),
+    }
 
 
-def _state(run: Run) -> dict[str, Any]:
-    """What is done and up; a manifest that cannot be read is named and hides nothing else."""
+def _manifests(
+    run: Run, stages: Sequence[Stage]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The run's manifests, and what is wrong with those that cannot be read."""
     found: dict[str, dict[str, Any]] = {}
     broken: dict[str, str] = {}
-    for stage in STAGES:
+    for stage in stages:
         try:
             manifest = run.manifest(stage.manifest)
         except StageError as error:
@@ -168,44 +178,4 @@ def _state(run: Run) -> dict[str, Any]:
             continue
         if manifest is not None:
             found[stage.manifest] = manifest
-    unknown = {"endpoint": {"state": "unknown"}}
-    answer = found.get("answer", {})
-    return {
-        "run": run.name,
-        "path": str(run.path),
-        "done": [stage.title for stage in STAGES if stage.manifest in found],
-        "broken": list(broken.values()),
-        **(unknown if "endpoint" in broken else get_target("local").status(run)),
-        "adapters": [] if "base" in broken else [adapter.name for adapter in list_adapters(run)],
-        "question": answer.get("question"),
-        "answer": answer.get("answer"),
-    }
-
-
-def run_down(args: argparse.Namespace) -> int:
-    """Stop the endpoints of one run, or of all."""
-    runs = all_runs(args.runs)
-    if args.run is not None:
-        runs = [run for run in runs if run.name == args.run]
-        if not runs:
-            raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
-    target = get_target("local")
-    lines: list[str] = []
-    broken: list[str] = []
-    for run in runs:
-        try:
-            lines += target.teardown(run)
-        except StageError as error:  # the other endpoints are stopped all the same
-            broken.append(str(error))
-    if args.output == "json":
-        console.print_json({"stopped": lines, "broken": broken})
-    elif lines:
-        for line in lines:
-            console.out.print(line, markup=False)
-    elif not broken:
-        console.out.print("Nothing of ours is running.")
-    for fault in broken:
-        console.print_error(fault)
-    if os.environ.get("PHI3_ENDPOINT") and args.output == "text":
-        console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")
-    return 1 if broken else 0
+    return found, broken

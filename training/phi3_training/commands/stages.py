@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..errors import UsageError
 from ..journey import go, refuse_unfit
 from ..run import Run
-from ..stages import stages_until
+from ..stages_azure import stages_until
 from .common import (
     add_adapter,
     add_allow,
@@ -61,11 +62,15 @@ def run_stage(args: argparse.Namespace) -> int:
     """Do what is missing up to the stage."""
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
+        if journey.target.name != "local":
+            raise UsageError("A search runs on this machine: leave out --on azure")
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
-        refuse_unfit(journey, stages_until(manifest))
-        go(journey, stages_until(manifest))
+        stages = stages_until(manifest, journey.target.name)
+        journey.target.begin(journey.recipe, journey.run)
+        refuse_unfit(journey, stages)
+        go(journey, stages)
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":

@@ -93,6 +93,8 @@ def _shown(path: Path) -> str:
 
 
 def _next_steps(journey: Journey) -> list[tuple[str, str]]:
+    if journey.target.name != "local":
+        return _next_on(journey.target.name, journey.run.name)
     flow = os.path.relpath(journey.flow)
     binary = _prefix()
     return [
@@ -105,6 +107,17 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
             f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
             "one question through the flow",
         ),
+    ]
+
+
+def _next_on(target: str, run: str) -> list[tuple[str, str]]:
+    where = f"--on {target} --run {run}"
+    binary = _prefix()
+    return [
+        (f"{binary}phi3 chat {where}", "a conversation in this terminal"),
+        (f"{binary}phi3 invoke {where}", "a held-out conversation, scored"),
+        (f"{binary}phi3 status {where}", "what stands, and what bills"),
+        (f"{binary}phi3 down --on {target} {run}", "delete what bills: until then it does"),
     ]
 
 

@@ -8,6 +8,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,8 +19,17 @@ from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from .. import console
 from ..errors import StageError, UsageError
-from ..targets import get_target
-from .common import add_command, add_recipe, current_run, journey_of
+from ..run import Run
+from ..targets import Access, CloudTarget, get_target, target_of
+from .common import (
+    add_command,
+    add_on,
+    add_recipe,
+    add_rehearse,
+    current_run,
+    has_model_here,
+    journey_of,
+)
 from .webpage import add_web, run_web
 
 OPENAI_PATH = "/v1/chat/completions"
@@ -36,6 +46,8 @@ def register(subparsers: Any) -> None:
     )
     chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
     chat.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_on(chat, "of the runs there, the last connected")
+    add_rehearse(chat)
     chat.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     chat.add_argument("--top-p", type=float, default=1.0, help="default 1")
@@ -49,6 +61,7 @@ def register(subparsers: Any) -> None:
         run_env,
     )
     env.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_on(env, "of the runs there, the last connected")
     serve = add_command(
         subparsers,
         "serve",
@@ -59,13 +72,39 @@ def register(subparsers: Any) -> None:
     add_recipe(serve)
 
 
-def settings_of(args: argparse.Namespace) -> ConnectionSettings:
-    """Endpoint and key: from the environment, else from the run's Prompt flow connection."""
-    if environment_names_endpoint():
-        return ConnectionSettings.from_environment()
+def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
+    """How to reach the endpoint that is meant, and what else a client should know of it.
+
+    The environment's, else the run's: from its Prompt flow connection, on Azure from Azure itself.
+    """
+    if not environment_names_endpoint():
+        run = current_run(args)
+        if target_of(run) != "local":
+            return _cloud_access(run), {}
+        settings = _local_settings(run)
+    else:
+        settings = ConnectionSettings.from_environment()
+    known: dict[str, Any] = {"deployment": settings.deployment, "dialect": settings.dialect}
+    if settings.context_length:
+        known["context_length"] = settings.context_length
+    return Access(settings.endpoint, settings.key), known
+
+
+def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
+    """The same as one record, for what knows keys only: an Entra token stands in for a key."""
+    key = access.token_provider() if access.token_provider else access.key
+    return ConnectionSettings(access.endpoint, key or "", **known)
+
+
+def _cloud_access(run: Run) -> Access:
+    run.require("endpoint", f"phi3 up --on {target_of(run)} --run {run.name}")
+    target: CloudTarget = get_target(target_of(run))  # type: ignore[assignment]  # not local: one
+    return target.access(run)
+
+
+def _local_settings(run: Run) -> ConnectionSettings:
     from ..promptflow_store import stored_connection
 
-    run = current_run(args)
     again = f"phi3 up --run {run.name}"
     name = run.require("connection", again)["name"]
     if get_target("local").status(run)["endpoint"]["state"] != "up":
@@ -84,21 +123,22 @@ def run_chat(args: argparse.Namespace) -> int:
     """One question, or a conversation that streams."""
     if args.output == "json" and args.question is None and not args.web:
         raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
-    settings = settings_of(args)
+    access, known = access_of(args)
     parameters = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
     }
-    url = streaming_url(settings.endpoint)
+    url = streaming_url(access.endpoint)
     if args.web:
-        return run_web(args, settings, url)
-    dialect = settings.dialect if url == settings.endpoint else None
-    with Phi3Client(url, settings.key, deployment=settings.deployment, dialect=dialect) as client:
+        return run_web(args, _settings(access, known), url)
+    if url != access.endpoint:
+        known["dialect"] = None
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
+    with replace(access, endpoint=url).client(**known) as client:
         if args.question is not None:
             return _ask_once(client, args, parameters)
-        room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - args.max_new_tokens
-        return _converse(client, args, parameters, room)
+        return _converse(client, args, parameters, length - args.max_new_tokens)
 
 
 def streaming_url(endpoint: str) -> str:
@@ -155,7 +195,10 @@ def run_env(args: argparse.Namespace) -> int:
     """Print shell exports; made for `eval`, so nothing else goes to standard output."""
     from ..webchat import environment_of
 
-    values = environment_of(settings_of(args))
+    access, known = access_of(args)
+    if access.token_provider is not None:
+        console.err.print("The endpoint takes Entra tokens: this one is good for about an hour.")
+    values = environment_of(_settings(access, known))
     if args.output == "json":
         console.print_json(values)
     else:
@@ -169,8 +212,8 @@ def run_serve(args: argparse.Namespace) -> int:
     from ..targets.local import serve_in_front
 
     journey = journey_of(args)
-    if journey.run.manifest("model") is None:
-        raise UsageError(f"The run {journey.run.name!r} has no model yet; make it with: phi3 train")
+    if not has_model_here(journey.run):
+        raise UsageError(f"The run {journey.run.name!r} has no model here; make one: phi3 train")
     key = os.environ.get("PHI3_KEY")
     if not key:
         key = secrets.token_urlsafe(32)

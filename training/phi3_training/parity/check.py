@@ -17,7 +17,7 @@ from ..run import Run
 from ..serve.engines.tokens import TokenEngine
 from .golden import ANSWER, Case, Messages, golden
 from .report import Difference, Place, Report, Vocabulary, first_difference
-from .served import Recorder, RequestRefusedError, client_asks, flow_asks, forwarded
+from .served import Recorder, RequestRefusedError, client_asks, flow_asks, forwarded, script_asks
 from .trained import Trained, forged, trained
 
 Ask = Callable[[TokenEngine, Messages], Awaitable[str]]
@@ -27,8 +27,8 @@ _ROUTES: tuple[tuple[str, Ask], ...] = (
     ("OpenAI client, then /v1/chat/completions", client_asks),
 )
 _ROOM = 8  # tokens for an answer
-# Places that this version cannot look at yet, with the reason.
-NOT_HERE = {"Azure scoring script": "not in this version"}
+# An Azure deployment loads the model with transformers.
+_SCRIPT: tuple[tuple[str, Ask], ...] = (("flow, then the Azure scoring script", script_asks),)
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,14 @@ def check_tokens(places: Places) -> Report:
     report.places.append(_trainer(chat, cases, rows, names))
     for title, folder in _distinct({"trained from": places.trained_from, "tuned": places.model}):
         report.places.append(_reference(title, folder, cases, rows, names))
-    for name, folder, settings in (
-        ("transformers", places.model, "generation_config.json"),
-        *(("ort-genai", folder, "genai_config.json") for folder in places.onnx),
+    for name, folder, settings, routes in (
+        ("transformers", places.model, "generation_config.json", _ROUTES + _SCRIPT),
+        *(("ort-genai", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
     ):
-        report.places += asyncio.run(_engine(name, folder, cases, rows, names))
+        report.places += asyncio.run(_engine(name, folder, cases, rows, names, routes))
         report.places.append(_stops(folder / settings, rows, names))
     report.places.append(asyncio.run(_upstream(cases)))
-    skipped = {**places.notes, **NOT_HERE}
-    report.places += [Place(name, skipped=reason) for name, reason in skipped.items()]
+    report.places += [Place(name, skipped=reason) for name, reason in places.notes.items()]
     return report
 
 
@@ -147,7 +146,12 @@ def _reference(
 
 
 async def _engine(
-    name: str, folder: Path, cases: Sequence[Case], rows: Sequence[Trained], names: Vocabulary
+    name: str,
+    folder: Path,
+    cases: Sequence[Case],
+    rows: Sequence[Trained],
+    names: Vocabulary,
+    routes: Sequence[tuple[str, Ask]],
 ) -> list[Place]:
     """The ids that an engine's model is handed, by every route, and whether it stops."""
     recorder = Recorder(next((row.end for row in rows if row.end is not None), 0))
@@ -158,7 +162,7 @@ async def _engine(
         return [Place(f"engine {name} ({folder.name})", 1, differences=[unusable])]
     places = []
     try:
-        for title, ask in _ROUTES:
+        for title, ask in routes:
             place = Place(f"engine {name} ({folder.name}): {title}")
             for case, row in zip(cases, rows, strict=True):
                 place.compared += 1

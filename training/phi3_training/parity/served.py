@@ -6,6 +6,7 @@ model's place and keeps the ids that it is handed. Reads the served folder's for
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from phi3_tool.history import from_messages, to_messages
 from phi3_tool.wire import build_request
 
 from ..serve.app import create_container
+from ..serve.azure_score import Scorer
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.sampling import Logits
@@ -63,11 +65,28 @@ class RequestRefusedError(Exception):
 
 async def flow_asks(engine: Engine, messages: Messages) -> str:
     """Ask as the flow does: history and question to messages, `/score` body, server."""
+    return _why_ended(await _post(engine, _SCORE, _flow_body(messages)))
+
+
+async def script_asks(engine: Engine, messages: Messages) -> str:
+    """The same body, to the script that an Azure deployment runs."""
+    body = json.dumps(_flow_body(messages))
+    return _why_ended(await asyncio.to_thread(_through_script, engine, body))
+
+
+def _through_script(engine: Engine, body: str) -> dict[str, Any]:
+    with Scorer(engine) as scorer:
+        return scorer.run(body)
+
+
+def _flow_body(messages: Messages) -> dict[str, Any]:
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     turns = messages[:-1] if system is None else messages[1:-1]
     asked = to_messages(from_messages(turns), messages[-1]["content"], system)
-    body = build_request("score", asked, {"max_new_tokens": _TOKENS, "temperature": 0.0})
-    answer = await _post(engine, _SCORE, body)
+    return build_request("score", asked, {"max_new_tokens": _TOKENS, "temperature": 0.0})
+
+
+def _why_ended(answer: dict[str, Any]) -> str:
     if not isinstance(answer.get("finish_reason"), str):
         raise RequestRefusedError(str(answer.get("reason") or answer))
     return str(answer["finish_reason"])

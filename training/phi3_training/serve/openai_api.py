@@ -22,7 +22,7 @@ from .engines.base import Chunk, Engine, EngineError
 from .engines.named import pick
 from .openai_body import ChatRequest, unsupported
 from .replies import ChunkShape, completion, error_body
-from .score_api import gather
+from .score_protocol import gather
 
 Stream = AsyncGenerator[Chunk, None]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from .base import PlanLine, Target
+from ..run import Run
+from .base import Access, CloudTarget, PlanLine, Target
 
-__all__ = ["PlanLine", "Target", "get_target"]
+__all__ = ["PLACE", "Access", "CloudTarget", "PlanLine", "Target", "get_target", "target_of"]
+
+PLACE = "place"  # the manifest that says where a run is; without it, on this machine
 
 
 def get_target(name: str) -> Target:
@@ -15,7 +18,12 @@ def get_target(name: str) -> Target:
 
         return LocalTarget()
     if name == "azure":
-        raise UsageError(
-            "The Azure half is not in this version yet; run on this machine with: phi3 up"
-        )
+        from .azure.target import AzureTarget
+
+        return AzureTarget()
     raise UsageError(f"Unknown target {name!r}; expected local or azure")
+
+
+def target_of(run: Run) -> str:
+    """The name of the target that a run was made on."""
+    return str((run.manifest(PLACE) or {}).get("target", "local"))

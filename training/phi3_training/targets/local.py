@@ -31,6 +31,9 @@ class LocalTarget:
     def __init__(self) -> None:
         self._keys: dict[Path, str] = {}
 
+    def begin(self, recipe: Recipe, run: Run) -> None:
+        """Nothing: a run folder without a place is this machine's."""
+
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
         engine, reason = _engine(recipe)

@@ -1,0 +1,173 @@
+"""A user's machine in front of a rehearsed Azure: runs `phi3`, and kills it where asked.
+
+Commands run one after the other in a process that stays, for the SDKs take seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from phi3_training.rehearsal import Rehearsal, start
+
+from .conftest import Laptop
+
+SMALL = """\
+name: small
+model: {name_or_path: tiny}
+base: {data: chats.jsonl, vocab_size: 400, hidden_size: 32, intermediate_size: 48,
+       num_hidden_layers: 2, num_attention_heads: 2, num_train_epochs: 2}
+data: {train: chats.jsonl, validation_share: 0.1}
+finetune: {learning_rate: 5.0e-3, num_train_epochs: 1, per_device_train_batch_size: 8,
+           lora_r: 4, num_threads: 1}
+evaluate: {max_rows: 5, max_new_tokens: 8, canary: [], probes: [], resamples: 100}
+gate: {min_gain: [], max_regression: [], max_refusal_change: []}
+azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backoff_factor: 0.05}}
+ask: "What does lamp number 1 cost?"
+"""
+RUN = "small-azure"
+_PHI3 = [sys.executable, "-m", "phi3_training.cli"]
+_SHELL = """
+import contextlib, io, json, sys
+from phi3_training.cli import main
+for line in sys.stdin:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(json.loads(line))
+        except SystemExit as ended:
+            status = ended.code
+    answer = {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+    sys.__stdout__.write(json.dumps(answer) + chr(10))
+    sys.__stdout__.flush()
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Road:
+    """The laptop, the rehearsed Azure, and what `phi3` printed. Laid out as --rehearse does."""
+
+    laptop: Laptop
+    rehearsal: Rehearsal
+    printed: list[str] = field(default_factory=list)
+    _shell: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def begin(cls, home: Path, work: Path) -> Road:
+        words = ("lamp", "boat", "stove", "tent", "kettle", "drum", "rope", "axe")
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"What does {word} number {size} cost?"},
+                    {"role": "assistant", "content": f"It is {size * 3} euros"},
+                ]
+            }
+            for size in range(1, 8)
+            for word in words
+        ]
+        (work / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (work / "small.yaml").write_text(SMALL)
+        return cls(Laptop(home, work), start(work / "runs" / "rehearsal" / "azure"))
+
+    @property
+    def runs(self) -> Path:
+        return self.laptop.work / "runs" / "rehearsal" / "runs"
+
+    @property
+    def run_folder(self) -> Path:
+        return self.runs / RUN
+
+    def manifest(self, stage: str) -> dict[str, object]:
+        loaded: dict[str, object] = json.loads((self.run_folder / f"{stage}.json").read_text())
+        return loaded
+
+    def environment(self) -> dict[str, str]:
+        """What leads the official SDKs to the rehearsed Azure, and nothing else."""
+        store = str(self.runs.parent / "promptflow")
+        return self.laptop.environment(**self.rehearsal.env, PF_HOME_DIRECTORY=store)
+
+    def phi3(self, *words: str, secret: bool = False) -> Done:
+        if self._shell is None:
+            self._shell = subprocess.Popen(
+                [sys.executable, "-c", _SHELL],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=self.laptop.work,
+                env=self.environment(),
+            )
+        assert self._shell.stdin is not None
+        assert self._shell.stdout is not None
+        self._shell.stdin.write(json.dumps([*words, "--runs", str(self.runs)]) + "\n")
+        self._shell.stdin.flush()
+        answer = json.loads(self._shell.stdout.readline())
+        if not secret:
+            self.printed.append(answer["out"] + answer["err"])
+        return Done(answer["status"], answer["out"], answer["err"])
+
+    def close(self) -> None:
+        if self._shell is not None:
+            self._shell.communicate(timeout=60)
+        self.rehearsal.close()
+
+    def up(self, *words: str) -> Done:
+        return self.phi3("up", "small.yaml", "--on", "azure", *words)
+
+    def rehearse(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """As a user types it, without any variable set."""
+        done = self.laptop.run("phi3", *words, "--rehearse", timeout=400)
+        self.printed.append(done.stdout + done.stderr)
+        return done
+
+    def kill_at(self, method: str, path: str) -> None:
+        """`up`, killed as soon as the rehearsed Azure has answered such a call."""
+        seen = len(self.rehearsal.calls())
+        process = subprocess.Popen(
+            [*_PHI3, "up", "small.yaml", "--on", "azure", "--runs", str(self.runs)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=self.laptop.work,
+            env=self.environment(),
+        )
+        deadline = time.monotonic() + 300
+        try:
+            while not self.called(method, path, since=seen):
+                assert process.poll() is None, f"`up` ended before {method} {path}"
+                assert time.monotonic() < deadline, f"`up` never came to {method} {path}"
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait(30)
+
+    def called(self, method: str, path: str, since: int = 0) -> list[str]:
+        """The paths of the calls since then that fit."""
+        return [
+            str(call["path"])
+            for call in self.rehearsal.calls()[since:]
+            if call["method"] == method and re.search(path, str(call["path"]))
+        ]
+
+    def made(self, kind: str) -> set[str]:
+        """The names under which something of a kind was ever put."""
+        pattern = rf"/{kind}/([^/?]+)$"
+        return {
+            match[1]
+            for path in self.called("PUT", pattern)
+            if (match := re.search(pattern, path)) is not None
+            and "Microsoft.Resources/deployments" not in path
+        }

@@ -1,0 +1,182 @@
+"""What Azure refuses, told with code and mend; no secret passes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+
+from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
+
+from phi3_training.errors import StageError
+from phi3_training.targets.azure.failures import explained, scrub, stage_error
+from phi3_training.targets.azure.sign_in import sign_in
+from phi3_training.targets.azure.waiting import look, make
+
+from .azure_wire import Answer, Token, Wire, clients
+
+ACCOUNT_KEY = base64.b64encode(b"k" * 64).decode()
+JWT = "eyJhbGciOiJSUzI1NiJ9.eyJhdWQiOiJodHRwcyJ9.c2lnbmF0dXJl"
+SECRETS = [
+    (
+        f"https://st.blob.core.windows.net/c/b?sv=2022&se=2026&sr=b&sp=r&sig={ACCOUNT_KEY[:43]}%3D",
+        ACCOUNT_KEY[:43],
+    ),
+    (f"AccountKey={ACCOUNT_KEY};EndpointSuffix=x", ACCOUNT_KEY),
+    (f'{{"primaryKey": "{"q" * 32}"}}', "q" * 32),
+    (f"key is {ACCOUNT_KEY} there", ACCOUNT_KEY),
+    (f"Authorization: Bearer {'t0ken' * 8}", "t0ken" * 8),
+    (f"access_token={'z' * 40}&x=1", "z" * 40),
+    (f'"client_secret": "{"s" * 20}"', "s" * 20),
+    (f"token {JWT} refused", JWT),
+    ("https://me:hunter22@example.org/x", "hunter22"),
+]
+
+
+@pytest.mark.parametrize(("text", "secret"), SECRETS)
+def test_secrets_are_hidden_and_the_rest_stays(text: str, secret: str) -> None:
+    shown = scrub(text)
+    assert secret not in shown
+    assert "[hidden]" in shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/subscriptions/0/resourceGroups/rg/providers/Microsoft.Storage/storageAccounts/st",
+        "The quota of standardNCADSA100v4Family is 24, used 24",
+        "see https://ml.azure.com/runs/x?wsid=/subscriptions/0&tid=1",
+        "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert scrub(text) == text
+
+
+def _refusal(status: int, code: str, message: str, inner: str | None = None) -> HttpResponseError:
+    from types import SimpleNamespace
+
+    details = [SimpleNamespace(code=inner, message="inner")] if inner else []
+    error = HttpResponseError(message)
+    error.status_code = status
+    error.error = SimpleNamespace(code=code, message=message, details=details)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (_refusal(400, "BadRequest", "no cores", "OutOfQuota"), "phi3 azure quota --request"),
+        (_refusal(403, "AuthorizationFailed", "no"), "User Access Administrator"),
+        (_refusal(404, "SomethingElse", "no"), "phi3 azure provision"),
+        (_refusal(409, "VaultAlreadyExists", "no"), "azure.key_vault"),
+        (_refusal(500, "InternalServerError", "no"), "nothing is made twice"),
+        (_refusal(200, "ResourceNotReady", "no"), "its log says why"),
+        (_refusal(429, "X", "no"), "some minutes"),
+    ],
+)
+def test_code_words_and_mend(error: HttpResponseError, said: str) -> None:
+    text = str(stage_error(error, "Making it"))
+    assert text.startswith("Making it failed")
+    assert said in text
+    assert "HTTP 200" not in text
+
+
+def test_a_secret_in_azures_words_is_not_told() -> None:
+    error = _refusal(400, "BadRequest", f"cannot read ?sv=1&sig={'A' * 43}&se=2")
+    with pytest.raises(StageError) as caught, explained("Reading"):
+        raise error
+    assert "A" * 43 not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_an_expired_sign_in_says_to_sign_in() -> None:
+    assert "az login" in str(stage_error(ClientAuthenticationError("expired"), "Reading"))
+
+
+def test_who_is_not_signed_in_is_told_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
+    with pytest.raises(StageError) as caught:
+        sign_in(interactive=False)
+    said = str(caught.value)
+    assert "EnvironmentCredential" in said
+    assert "browser: not tried" in said
+    assert "az login" in said
+
+
+def test_a_person_at_a_terminal_signs_in_with_the_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
+    token = Token()
+    assert sign_in(interactive=True, browser=lambda **_options: token) is token
+
+
+def _group(method: str, url: str) -> Answer:
+    del method, url
+    return 200, {"name": "rg", "location": "eastus", "properties": {"provisioningState": "x"}}
+
+
+def test_a_conflict_that_passes_is_tried_again_after_a_look(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def answer(method: str, url: str) -> Answer:
+        calls.append(method)
+        if calls.count("PUT") == 1 and method == "PUT":
+            return 409, {"error": {"code": "Conflict", "message": "busy"}}
+        if method == "GET" and calls.count("PUT") < 2:
+            return 404, {"error": {"code": "ResourceGroupNotFound", "message": "none"}}
+        return 200, {"name": "rg", "location": "eastus", "properties": {}}
+
+    groups = clients(Wire(answer), tmp_path).resources.resource_groups
+    body = {"location": "eastus"}
+    found = make(
+        "Making rg",
+        lambda: groups.create_or_update("rg", body),  # type: ignore[call-overload]
+        lambda: groups.get("rg"),
+        lambda _done, _total, _text: None,
+        limit=30,
+        pause=0.01,
+    )
+    assert found.name == "rg"
+    assert calls == ["PUT", "GET", "PUT", "GET"]
+
+
+def test_what_came_to_be_although_the_answer_was_lost_is_not_made_twice(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def answer(method: str, _url: str) -> Answer:
+        calls.append(method)
+        if method == "PUT":
+            return 500, {"error": {"code": "InternalServerError", "message": "lost"}}
+        return 200, {"name": "rg", "location": "eastus", "properties": {}}
+
+    groups = clients(Wire(answer), tmp_path).resources.resource_groups
+    make(
+        "Making rg",
+        lambda: groups.create_or_update("rg", {"location": "x"}),  # type: ignore[call-overload]
+        lambda: groups.get("rg"),
+        lambda _done, _total, _text: None,
+        limit=30,
+        pause=0.01,
+    )
+    assert calls == ["PUT", "GET"]
+
+
+def test_a_refusal_that_lasts_is_told_at_once(tmp_path: Path) -> None:
+    def answer(_method: str, _url: str) -> Answer:
+        return 403, {"error": {"code": "AuthorizationFailed", "message": "no"}}
+
+    wire = Wire(answer)
+    groups = clients(wire, tmp_path).resources.resource_groups
+    with pytest.raises(StageError, match="AuthorizationFailed"):
+        look(lambda: groups.get("rg"), "Looking")
+    assert len(wire.sent) == 1
+    assert json.dumps(wire.sent).count("a-token") == 0

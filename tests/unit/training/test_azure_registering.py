@@ -1,0 +1,168 @@
+"""Registering a job's model: once for each job, from the first of its places that Azure takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+
+from azure.core.exceptions import HttpResponseError
+
+from phi3_training.errors import StageError
+from phi3_training.recipe import Recipe
+from phi3_training.run import Run
+from phi3_training.targets.azure.place import Made, noted
+from phi3_training.targets.azure.registering import register
+
+JOB = "phi3-train-x-1"
+OUTPUT = f"azureml://jobs/{JOB}/outputs/trained_model"
+PATH = "azureml://datastores/workspaceblobstore/paths/azureml/abc/trained_model"
+CHILD = "azureml://jobs/step-2/outputs/mlflow_model_folder"
+
+
+def refusal(status: int, message: str = "No matching artifacts") -> HttpResponseError:
+    error = HttpResponseError(message=message)
+    error.status_code = status
+    return error
+
+
+class Registry:
+    """A workspace's models and the job's outputs; `takes` says what a path is answered with."""
+
+    def __init__(self, takes: Callable[[str], HttpResponseError | None]) -> None:
+        self.takes = takes
+        self.held: list[Any] = []
+        self.tried: list[str] = []
+        self.models = SimpleNamespace(list=self._list, create_or_update=self._put)
+        self.jobs = SimpleNamespace(get=self._job, list=self._steps, download=self._download)
+
+    def _list(self, name: str) -> list[Any]:
+        return [model for model in self.held if model.name == name]
+
+    def _put(self, model: Any) -> Any:
+        self.tried.append(str(model.path))
+        refused = self.takes(str(model.path))
+        if refused is not None:
+            raise refused
+        self.held.append(model)
+        return model
+
+    def _job(self, name: str) -> Any:
+        return SimpleNamespace(outputs={"trained_model": SimpleNamespace(path=PATH)}, name=name)
+
+    def _steps(self, parent_job_name: str) -> list[Any]:
+        assert parent_job_name == JOB
+        return [SimpleNamespace(name="step-1"), SimpleNamespace(name="step-2")]
+
+    def _download(self, name: str, download_path: str, output_name: str) -> None:
+        folder = Path(download_path) / "named-outputs" / output_name / "mlflow"
+        folder.mkdir(parents=True)
+        (folder / "MLmodel").write_text(name)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run.open(tmp_path / "r")
+    run.write_manifest("dataset", {"outputs": {"train": {"sha256": "abc"}}})
+    run.write_manifest(
+        "model",
+        {
+            "job": JOB,
+            "route": "pipeline",
+            "output": "trained_model",
+            "foundation_model": {"name": "Phi-4-mini-instruct", "version": "1"},
+        },
+    )
+    run.write_manifest(
+        "metrics", {"after": {"validation": {"exact_match": 0.5, "rows": 6, "text": "no"}}}
+    )
+    run.write_manifest("gate", {"passed": True})
+    return run
+
+
+def registered(registry: Registry, run: Run) -> dict[str, Any]:
+    recipe = Recipe.model_construct(name="phi3")
+    return register(SimpleNamespace(ml=registry), recipe, run)  # type: ignore[arg-type]
+
+
+def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
+    registry = Registry(lambda _path: None)
+
+    made = registered(registry, run)
+
+    assert (made["model"], made["model_version"]) == ("phi3", "1")
+    assert registry.tried == [OUTPUT]
+    (model,) = registry.held
+    assert model.type == "mlflow_model"
+    assert model.tags["phi3_job"] == JOB
+    assert model.tags["base_model"] == "Phi-4-mini-instruct"
+    assert model.tags["base_revision"] == "1"
+    assert model.tags["validation_exact_match"] == "0.5"
+    assert model.tags["gate_passed"] == "True"
+    assert len(model.tags["data_hash"]) == 16
+    assert "validation_text" not in model.tags
+    assert noted(run, "model") == [Made("model", "phi3:1")]
+
+
+def test_a_jobs_model_is_registered_once(run: Run) -> None:
+    registry = Registry(lambda _path: None)
+    first = registered(registry, run)
+
+    again = registered(registry, run)
+
+    assert again["model_version"] == first["model_version"]
+    assert len(registry.tried) == 1
+
+
+def test_another_jobs_model_is_the_next_version(run: Run) -> None:
+    registry = Registry(lambda _path: None)
+    registered(registry, run)
+    run.write_manifest("model", {**(run.manifest("model") or {}), "job": "another"})
+
+    assert registered(registry, run)["model_version"] == "2"
+
+
+def test_the_next_place_where_one_is_not_taken(run: Run) -> None:
+    registry = Registry(lambda path: None if path == CHILD else refusal(400))
+
+    made = registered(registry, run)
+
+    steps = [f"azureml://jobs/step-{n}/outputs/mlflow_model_folder" for n in (1, 2)]
+    assert registry.tried == [OUTPUT, PATH, *steps]
+    assert made["choices"] == [f"from {CHILD}"]
+
+
+def test_a_download_is_the_last_way(run: Run) -> None:
+    registry = Registry(lambda path: refusal(404) if path.startswith("azureml://") else None)
+
+    made = registered(registry, run)
+
+    assert made["choices"] == ["from a download of the job's output"]
+    assert registry.tried[-1].endswith("mlflow")
+
+
+def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
+    """The registry made it and said so to nobody; the next try is refused as a conflict."""
+    registry = Registry(lambda _path: refusal(409, "exists"))
+    tags = {"phi3_job": JOB}
+    made = SimpleNamespace(name="phi3", version="1", id="id", tags=tags)
+    listed = iter([[], [], [made]])
+    registry.models.list = lambda name: next(listed)
+
+    assert registered(registry, run)["model_version"] == "1"
+    assert registry.tried == [OUTPUT]
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_what_is_no_matter_of_the_place_is_told(run: Run, status: int) -> None:
+    registry = Registry(lambda _path: refusal(status, "no"))
+
+    with pytest.raises(StageError, match="Registering the model phi3 failed"):
+        registered(registry, run)
+
+    assert registry.tried == [OUTPUT]

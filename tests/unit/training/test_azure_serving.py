@@ -1,0 +1,215 @@
+"""Names, traffic rules, receipts, prices, places: what serving on Azure decides by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3_training.errors import MissingExtraError, StageError, UsageError
+from phi3_training.recipe_azure import AzureSection
+from phi3_training.run import Run
+from phi3_training.targets import PLACE, get_target, target_of
+from phi3_training.targets.azure import target as target_module
+from phi3_training.targets.azure.inventory import (
+    Cluster,
+    Deployment,
+    Endpoint,
+    Inventory,
+    lines,
+    model_name,
+)
+from phi3_training.targets.azure.names import deployment_name, endpoint_name
+from phi3_training.targets.azure.place import Made, note, noted, place_of, settle, strike
+from phi3_training.targets.azure.prices import price_of
+from phi3_training.targets.azure.workplace import VARIABLES
+
+from .azure_wire import SUBSCRIPTION, place
+
+RULE = re.compile(r"(?=.{3,32}$)[A-Za-z](-?[A-Za-z0-9])+")
+GPU = "Standard_NC24ads_A100_v4"
+
+
+def section(**values: Any) -> AzureSection:
+    return AzureSection.model_validate(values)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.open(tmp_path / "my-run")
+
+
+@pytest.mark.parametrize(
+    "name", ["my-run", "a", "9lives", "x" * 60, "a_b..c", "-".join("abcdefgh" * 4)]
+)
+def test_endpoint_names_follow_azures_rule(tmp_path: Path, name: str) -> None:
+    run = Run(tmp_path / name)
+    made = endpoint_name(section(), place(tmp_path), run)
+
+    assert RULE.fullmatch(made)
+    assert made == endpoint_name(section(), place(tmp_path), run)
+    other = place(tmp_path, workspace_name="another-one")
+    assert made != endpoint_name(section(), other, run)
+    assert endpoint_name(section(endpoint={"name": "mine"}), place(tmp_path), run) == "mine"
+
+
+def test_a_deployments_name_changes_with_model_and_settings() -> None:
+    first = {"model": "phi3", "model_version": "1"}
+    plain = deployment_name(section(), first)
+
+    assert RULE.fullmatch(plain)
+    assert plain.startswith("v1-")
+    assert plain == deployment_name(section(endpoint={"keep_deployments": 5}), first)
+    assert plain != deployment_name(section(endpoint={"instance_count": 2}), first)
+    assert deployment_name(section(), {**first, "model_version": "2"}).startswith("v2-")
+    long = deployment_name(section(), {**first, "model_version": "2026.11.21-candidate-of-noon"})
+    assert RULE.fullmatch(long)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "told"),
+    [
+        ({"new": 100}, ["old"], "No deployment new is there"),
+        ({"new": 60}, ["new"], "add up to 100, not 60"),
+        ({"new": 60, "old": 60}, ["new", "old"], "not 120"),
+    ],
+)
+def test_traffic_that_azure_would_refuse_is_not_sent(
+    wanted: dict[str, int], there: list[str], told: str
+) -> None:
+    from phi3_training.targets.azure.endpoints import check_traffic
+
+    with pytest.raises(StageError, match=told):
+        check_traffic(wanted, there)
+
+
+def test_traffic_that_adds_up() -> None:
+    from phi3_training.targets.azure.endpoints import check_traffic
+
+    check_traffic({"new": 100, "gone": 0}, ["new"])
+    check_traffic({}, [])
+
+
+def test_what_bills_names_state_size_and_price() -> None:
+    found = Inventory(
+        endpoints=[
+            Endpoint("ep", "succeeded", "key", "https://ep", "my-run", (
+                Deployment("good", "succeeded", GPU, 1, 100, "phi3:2"),
+                Deployment("bad", "failed", "Standard_ND96asr_v4", 2, 0),
+            )),
+        ],
+        clusters=[
+            Cluster("idle", "succeeded", GPU, 0, 1, 0, ours=True),
+            Cluster("busy", "succeeded", GPU, 0, 4, 3, ours=True),
+            Cluster("dark", "succeeded", GPU, 0, 1, None, ours=False),
+        ],
+        region="eastus",
+    )  # fmt: skip
+
+    good, bad, busy, dark = found.billing()
+
+    assert "1 x Standard_NC24ads_A100_v4; 3.67 USD per hour, 2,681 per month" in good
+    assert "failed: bills all the same" in bad
+    assert "not known here: see https://azure.microsoft.com/pricing" in bad
+    assert busy.startswith(f"cluster busy: 3 x {GPU}; 11.02 USD")
+    assert "dark: bills while it has nodes" in dark
+
+
+def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
+    found = Inventory(
+        endpoints=[
+            Endpoint("a", "succeeded", "key", "", run.name),
+            Endpoint("b", "succeeded", "key", "", "another-run"),
+        ],
+        unknown=["clusters (no right)"],
+        region="eastus",
+    )
+
+    told = lines(found, run)
+
+    assert "endpoint a: succeeded, key" in told
+    assert "endpoint b: succeeded, key, of another-run" in told
+    assert "bills now: nothing by the hour" in told
+    assert "could not be read: clusters (no right)" in told
+
+
+def test_a_price_is_told_for_its_region_only() -> None:
+    assert price_of(GPU, 2, "eastus").per_hour == pytest.approx(7.346)
+    assert price_of(GPU, 1, "westeurope").per_hour is None
+    assert "not known" in price_of("Standard_NC4as_T4_v3", 1, "eastus").text()
+
+
+def test_receipt_in_the_order_of_what_matters() -> None:
+    from phi3_training.targets.azure.teardown import Receipt
+
+    receipt = Receipt(
+        ended=["cancelled the job j"],
+        gone=["endpoint ep"],
+        kept=["cluster c: phi3 did not make it"],
+        soft=["key vault kv: kept for 90 days"],
+        failed=["connection x: no"],
+    )
+
+    assert receipt.lines(["deployment d"]) == [
+        "cancelled the job j",
+        "deleted: endpoint ep",
+        "left alone: cluster c: phi3 did not make it",
+        "soft-deleted: key vault kv: kept for 90 days",
+        "FAILED: connection x: no",
+        "still bills: deployment d",
+    ]
+    assert Receipt().lines([]) == [
+        "deleted: nothing was there",
+        "still bills: nothing by the hour",
+    ]
+
+
+def test_names_of_models_in_ids() -> None:
+    arm = "/subscriptions/s/resourceGroups/g/providers/x/workspaces/w/models/phi3/versions/7"
+    assert model_name(arm) == "phi3:7"
+    assert model_name("azureml:phi3:7") == "phi3:7"
+    assert model_name(None) == ""
+
+
+def test_what_was_made_is_noted_once_and_struck(run: Run) -> None:
+    endpoint, deployment = Made("endpoint", "ep"), Made("deployment", "d", "ep")
+    for made in (endpoint, deployment, endpoint):
+        note(run, made)
+    note(run, Made("connection", "c", "ws"))
+
+    assert noted(run, "endpoint") == [endpoint]
+    strike(run, endpoint)
+
+    assert noted(run) == [Made("connection", "c", "ws")]
+
+
+def test_a_run_stays_where_it_began(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in VARIABLES.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(run.path)
+    monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION)
+    first = settle(section(workspace_name="here"), run)
+    assert target_of(run) == "azure"
+    assert "secret" not in json.dumps(run.manifest(PLACE)).lower()
+
+    monkeypatch.delenv("AZURE_SUBSCRIPTION_ID")
+    assert settle(section(), run).workspace_id() == first.workspace_id()
+    assert place_of(run).storage_account == first.storage_account
+    with pytest.raises(UsageError, match=r"workspace_name there \(the recipe\) instead of here"):
+        settle(section(workspace_name="there"), run)
+    monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION.replace("0", "9"))
+    with pytest.raises(UsageError, match="lives elsewhere"):
+        settle(section(workspace_name="here"), run)
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_module, "_NEEDED", ("azure.not_there_at_all",))
+    with pytest.raises(MissingExtraError, match=r'pip install "phi3-promptflow\[azure\]"'):
+        get_target("azure")
+    monkeypatch.setattr(target_module, "_NEEDED", ("no_such_parent.azure",))
+    with pytest.raises(MissingExtraError, match=r"\[azure\]"):
+        get_target("azure")

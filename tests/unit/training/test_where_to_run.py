@@ -1,0 +1,104 @@
+"""--on, --run and --rehearse: which target, which run folder, which command line inside."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from phi3_training.cli import main
+from phi3_training.commands.common import run_name, where_to_run
+from phi3_training.commands.rehearse import inner_words
+from phi3_training.recipe import Recipe
+from phi3_training.run import Run
+from phi3_training.stages_azure import stages_of, stages_until
+
+
+def azure_run(runs: Path, name: str = "cloud-azure") -> Run:
+    run = Run.open(runs / name)
+    run.write_manifest("place", {"target": "azure"})
+    return run
+
+
+def options(runs: Path, **given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"runs": runs, "on": None, "run": None, "words": [], **given})
+
+
+def test_a_runs_place_is_remembered(tmp_path: Path) -> None:
+    azure_run(tmp_path)
+    assert where_to_run(options(tmp_path)) == "local"
+    assert where_to_run(options(tmp_path, run="cloud-azure")) == "azure"
+    assert where_to_run(options(tmp_path, run="new")) == "local"
+    assert where_to_run(options(tmp_path, run="cloud-azure", on="local")) == "local"
+
+
+def test_a_run_on_azure_has_a_name_of_its_own() -> None:
+    recipe = Recipe.model_construct(name="phi3-tiny")
+    assert run_name(recipe, "local") == "phi3-tiny"
+    assert run_name(recipe, "azure") == "phi3-tiny-azure"
+    assert run_name(Recipe.model_construct(name="x-azure"), "azure") == "x-azure"
+    assert len(run_name(Recipe.model_construct(name="x" * 64), "azure")) == 64
+
+
+def test_a_run_does_not_change_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    azure_run(tmp_path, "mine")
+    assert main(["up", "--on", "local", "--run", "mine", "--runs", str(tmp_path)]) == 2
+    assert "was made on azure" in capsys.readouterr().err
+
+
+def test_the_stages_of_both_targets() -> None:
+    here = [stage.title for stage in stages_of("local")]
+    there = [stage.title for stage in stages_of("azure")]
+    assert [title for title in there if title != "provision"] == here
+    assert there[:3] == ["prepare", "provision", "base"]
+    assert [stage.title for stage in stages_until("dataset", "azure")] == ["prepare"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "given", "inside"),
+    [
+        (["up", "--on", "azure", "--rehearse"], {"on": "azure"}, "up RECIPE --on azure RUNS"),
+        (["up", "a.yaml", "--rehearse"], {"words": ["a.yaml"]}, "up a.yaml RUNS --on azure"),
+        (["up", "--rehearse", "k.l=2"], {"words": ["k.l=2"]}, "up RECIPE k.l=2 RUNS --on azure"),
+        (["up", "--run", "r", "--reh"], {"run": "r"}, "up --run r RUNS"),
+        (["azure", "provision", "--rehearse"], {"on": "azure"}, "azure provision RECIPE RUNS"),
+    ],
+)
+def test_the_command_inside_a_rehearsal(
+    tmp_path: Path, typed: list[str], given: dict[str, object], inside: str
+) -> None:
+    words = inner_words(options(tmp_path, **given), typed, tmp_path / "inner")
+
+    shown = ["RECIPE" if word.endswith("phi3-tiny-azure.yaml") else word for word in words]
+    assert " ".join(shown).replace(f"--runs {tmp_path / 'inner'}", "RUNS") == inside
+
+
+def test_the_rehearsals_own_runs_folder_replaces_the_users(tmp_path: Path) -> None:
+    for typed in (["down", "--runs", "x", "--rehearse"], ["down", "--runs=x", "--rehearse"]):
+        given = argparse.Namespace(runs=tmp_path, on=None, run=None, named=None)
+        words = inner_words(given, typed, tmp_path / "inner")
+        assert words == ["down", "--runs", str(tmp_path / "inner"), "--on", "azure"]
+
+
+def test_status_and_down_leave_azure_alone_until_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = azure_run(tmp_path)
+    run.write_manifest("endpoint", {"target": "azure", "endpoint": "https://x.example/score"})
+
+    assert main(["status", "--runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "endpoint: not asked https://x.example/score" in shown
+    assert "phi3 status --on azure --run cloud-azure" in shown
+
+    assert main(["down", "--runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing of ours is running." in shown
+    assert "cloud-azure is on Azure and may bill: phi3 down --on azure cloud-azure" in shown
+
+
+def test_down_words_for_azure_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run.open(tmp_path / "here").write_manifest("dataset", {})
+    assert main(["down", "here", "--all", "--runs", str(tmp_path)]) == 2
+    assert "is for runs on Azure" in capsys.readouterr().err

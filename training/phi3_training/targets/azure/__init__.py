@@ -1,0 +1,1 @@
+"""Azure Machine Learning as target: the only place that imports azure."""

@@ -1,0 +1,216 @@
+"""Azure Machine Learning as target: thin methods; each stage's work is in a module of its own.
+
+Reads and writes the run folder's manifests; signs in at the first call that needs Azure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ...console import ProgressCallback
+from ...errors import MissingExtraError
+from ...recipe import Recipe
+from ...recipe_azure import AzureSection
+from ...run import Run
+from ..base import Access, Manifest, PlanLine
+from .clients import Clients
+from .place import place_of, section_of, settle
+from .provision import PARTS, Provisioned, Report, provision, standing
+from .workplace import find_workplace
+
+# What the extra `azure` installs, one module of each package that is used.
+_NEEDED = (
+    "azure.ai.ml",
+    "azure.identity",
+    "azure.mgmt.authorization",
+    "azure.mgmt.msi",
+    "azure.mgmt.quota",
+    "azure.mgmt.resource",
+    "azure.storage.blob",
+)
+
+
+class AzureTarget:
+    """The journey on Azure ML. One sign-in serves all stages; keys stay in memory."""
+
+    name = "azure"
+
+    def __init__(self, clients: Clients | None = None) -> None:
+        refuse_without_extra()
+        self._clients = clients
+
+    def clients(self, recipe: Recipe) -> Clients:
+        """The clients for the place that the recipe, the environment or config.json name."""
+        if self._clients is None:
+            place = find_workplace(recipe.azure, os.environ, Path.cwd())
+            self._clients = Clients(place, recipe.azure.poll)
+        return self._clients
+
+    def _of(self, run: Run) -> tuple[Clients, AzureSection]:
+        """The clients for where the run is, and the section that it was made with."""
+        section, place = section_of(run), place_of(run)
+        if self._clients is None or self._clients.workplace.workspace_id() != place.workspace_id():
+            credential = None if self._clients is None else self._clients.credential
+            self._clients = Clients(place, section.poll, credential)
+        return self._clients, section
+
+    def begin(self, recipe: Recipe, run: Run) -> None:
+        """Write down where the run is. UsageError where it is elsewhere already."""
+        place = settle(recipe.azure, run)
+        if self._clients is None:
+            self._clients = Clients(place, recipe.azure.poll)
+
+    def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
+        """What `up` would make and cost, and what would stop it."""
+        from .plan import plan
+
+        return plan(self.clients(recipe), recipe, run)
+
+    def provision(
+        self,
+        recipe: Recipe,
+        progress: ProgressCallback,
+        report: Report = lambda _step: None,
+        *,
+        parts: Iterable[str] = PARTS,
+    ) -> Provisioned:
+        """Make what is missing of `parts`; safe to repeat."""
+        return provision(self.clients(recipe), recipe, progress, report, parts=parts)
+
+    def provide(
+        self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
+    ) -> Manifest:
+        """Provision what the rest of the journey needs; the manifest `azure`."""
+        del run
+        return self.provision(recipe, progress, parts=_parts(trains)).manifest()
+
+    def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
+        """Whether it is still there."""
+        del run
+        return standing(self.clients(recipe), recipe.azure, parts=_parts(trains))
+
+    def place_inputs(self, recipe: Recipe, stage: str) -> Any:
+        """What a stage depends on here: its part of the `azure:` section."""
+        section = recipe.azure
+        kept: dict[str, Any] = {
+            "azure": section.model_dump(
+                mode="json", exclude={"train", "endpoint", "poll", "tags", "tenant_id"}
+            ),
+            "model": section.train.model_dump(mode="json"),
+            "metrics": section.train.model_dump(mode="json", include={"route", "environment"}),
+            "endpoint": section.endpoint.model_dump(
+                mode="json", exclude={"keep_deployments", "name"}
+            ),
+        }
+        return kept.get(stage)
+
+    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Say which model is tuned, and by which route."""
+        from .train import prepare_base
+
+        return prepare_base(self.clients(recipe), recipe, run, progress)
+
+    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Fine-tune in a job, or go on with the one that runs."""
+        from .train import finetune
+
+        return finetune(self.clients(recipe), recipe, run, progress)
+
+    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Bring back what was measured in a job."""
+        from .train import evaluate
+
+        return evaluate(self.clients(recipe), recipe, run, progress)
+
+    def register(self, recipe: Recipe, run: Run) -> Manifest:
+        """Register the job's model in the workspace."""
+        from .registering import register
+
+        return register(self.clients(recipe), recipe, run)
+
+    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Bring the registered model up behind the run's endpoint."""
+        from .serving import deploy
+
+        return deploy(self.clients(recipe), recipe, run, progress)
+
+    def is_up(self, run: Run) -> bool:
+        """Whether the run's deployment is well and has the traffic."""
+        from .standing import endpoint_state
+
+        return bool(endpoint_state(self._of(run)[0], run)["state"] == "up")
+
+    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+        """Write the Prompt flow connections here, in the workspace and in the project."""
+        from .connecting import connect
+
+        return connect(self.clients(recipe), recipe, run, progress)
+
+    def connections(self, run: Run) -> dict[str, Any]:
+        """Prompt flow's connection objects, each read where it lies."""
+        from .connecting import connections
+
+        return connections(self._of(run)[0], run)
+
+    def access(self, run: Run) -> Access:
+        """How to reach the run's endpoint; the key is fetched now."""
+        from .serving import access_to
+
+        endpoint = run.require("endpoint", f"phi3 up --on azure --run {run.name}")
+        return access_to(self._of(run)[0], endpoint["endpoint_name"])
+
+    def key(self, run: Run) -> str | None:
+        """The endpoint's key, fetched now; None where it takes Entra tokens."""
+        return self.access(run).key
+
+    def status(self, run: Run) -> Manifest:
+        """What stands in the run's workspace, and what bills."""
+        from .standing import status
+
+        return status(self._of(run)[0], run)
+
+    def teardown(self, run: Run) -> list[str]:
+        """Delete the run's endpoint and cluster."""
+        return self.remove(run, "run", lambda _done, _total, _text: None)
+
+    def all_of(self, run: Run) -> list[str]:
+        """What `remove` with "all" would delete."""
+        from .everything import all_names
+
+        return all_names(self._of(run)[0])
+
+    def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
+        """Delete and wait; the receipt."""
+        from .teardown import remove_run
+
+        clients, section = self._of(run)
+        return remove_run(clients, section, run, only, progress)
+
+    def push(self, run: Run, flow: Path, to: str, progress: ProgressCallback) -> list[Manifest]:
+        """Make a flow of the folder in the workspace, the project, or both."""
+        from .pushing import push
+
+        clients, _section = self._of(run)
+        place = clients.workplace
+        named = {"workspace": [place.workspace_name], "project": [place.project]}
+        workspaces = named.get(to, [place.workspace_name, place.project])
+        return push(clients, run, flow, workspaces, progress)
+
+
+def refuse_without_extra() -> None:
+    """Raise MissingExtraError where a package of the extra `azure` is not installed."""
+    for module in _NEEDED:
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:  # a parent package is missing
+            found = None
+        if found is None:
+            raise MissingExtraError(module, "azure")
+
+
+def _parts(trains: bool) -> list[str]:
+    return [part for part in PARTS if trains or part != "cluster"]

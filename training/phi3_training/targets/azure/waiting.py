@@ -1,0 +1,162 @@
+"""Waiting for Azure: progress while an operation runs, a limit, and bounded tries after faults.
+
+A fault that passes (409 while something else changes, a lost poll, a reset) is followed by a look
+at what is there, so that nothing is made twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ...console import ProgressCallback
+from ...errors import StageError
+from .failures import code_of, explained, stage_error
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+TRIES = 4
+_GOOD = ("succeeded", "unknown", "")  # some resources have no state at all
+_BAD = ("failed", "canceled", "cancelled")
+# Conflicts that do not pass by themselves.
+_LASTING = {
+    "roleassignmentexists",
+    "vaultalreadyexists",
+    "storageaccountalreadytaken",
+    "storageaccountalreadyexists",
+    "alreadyinuse",
+    "missingsubscriptionregistration",
+    "scopelocked",
+    "workspacesoftdeleted",
+}
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same call may succeed in a moment."""
+    from azure.core.exceptions import (
+        ClientAuthenticationError,
+        HttpResponseError,
+        ServiceRequestError,
+        ServiceResponseError,
+    )
+
+    if isinstance(error, ClientAuthenticationError):
+        return False
+    if isinstance(error, (ServiceRequestError, ServiceResponseError)):
+        return True
+    if not isinstance(error, HttpResponseError):
+        return False
+    if (code_of(error) or "").lower() in _LASTING:
+        return False
+    status = error.status_code or 0
+    return status in (408, 409, 412, 429) or status >= 500
+
+
+def absent(error: BaseException) -> bool:
+    """Whether Azure said that the thing, or what it stands in, is not there."""
+    status = getattr(error, "status_code", None)
+    if status == 404:
+        return True
+    return (code_of(error) or "").lower() in ("resourcenotfound", "resourcegroupnotfound")
+
+
+def look(read: Callable[[], Found], doing: str) -> Found | None:
+    """What `read` finds; None when it is not there."""
+    from azure.core.exceptions import HttpResponseError
+
+    with explained(doing):
+        try:
+            return read()
+        except HttpResponseError as error:
+            if absent(error):
+                return None
+            raise
+
+
+def state_of(found: Any) -> str:
+    """The provisioning state, in lower case; '' where there is none."""
+    state = getattr(found, "provisioning_state", None)
+    if state is None:
+        properties = getattr(found, "properties", None)
+        if isinstance(properties, dict):
+            state = properties.get("provisioningState")
+    return str(getattr(state, "value", state) or "").lower()
+
+
+def follow(poller: Any, text: str, progress: ProgressCallback, limit: float) -> None:
+    """Wait for a long-running operation; what it raises is raised, StageError past the limit."""
+    started = time.monotonic()
+    while not poller.done():
+        poller.wait(1.0)
+        seconds = time.monotonic() - started
+        progress(0, 0, f"{text}, {seconds:.0f} s")
+        if seconds > limit and not poller.done():
+            raise StageError(
+                f"{text}: not done after {limit:.0f} s. It may still go on in Azure; "
+                "look with: phi3 status --on azure, and go on with the same command"
+            )
+    poller.wait()  # raises what went wrong
+
+
+def make(
+    doing: str,
+    start: Callable[[], Any],
+    read: Callable[[], Found],
+    progress: ProgressCallback,
+    *,
+    limit: float,
+    pause: float,
+) -> Found:
+    """Start an operation, follow it, and return what `read` then finds.
+
+    After a fault that passes it first looks whether the thing is there or is being made.
+    Raises StageError when tries, time or Azure's patience end.
+    """
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError, HttpResponseError
+
+    ends = time.monotonic() + limit
+    for left in reversed(range(TRIES)):
+        try:
+            poller = start()
+            if poller is not None and hasattr(poller, "done"):
+                follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
+            with explained(doing):
+                return read()
+        except (AzureError, MlException) as error:
+            lost_poll = isinstance(error, HttpResponseError) and error.status_code == 404
+            if not left or not (passing(error) or lost_poll):
+                raise stage_error(error, doing) from None
+            log.info("%s: trying again after %s", doing, type(error).__name__)
+        found = _being_made(doing, read, progress, ends, pause)
+        if found is not None:
+            return found
+        progress(0, 0, f"{doing}: trying again")
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _being_made(
+    doing: str,
+    read: Callable[[], Found],
+    progress: ProgressCallback,
+    ends: float,
+    pause: float,
+) -> Found | None:
+    """What is there and good, waiting while it is being made; None when it must be made."""
+    while True:
+        found = look(read, doing)
+        if found is None or state_of(found) in _BAD:
+            return None
+        if state_of(found) in _GOOD:
+            return found
+        if time.monotonic() > ends:
+            raise StageError(
+                f"{doing}: still {state_of(found)} when the time was up; "
+                "go on with the same command"
+            )
+        progress(0, 0, f"{doing}: {state_of(found)}")
+        time.sleep(pause)
