@@ -198,6 +198,8 @@ def test_half_a_device_is_wrong_usage(
 class Crowded:
     """A target without room for one stage."""
 
+    name = "local"
+
     def __init__(self, stage: str) -> None:
         self.stage = stage
 
