@@ -5,6 +5,7 @@ Writes into one temporary folder, removed at the end; nothing of the user's own 
 
 from __future__ import annotations
 
+import compileall
 import datetime as dt
 import ipaddress
 import os
@@ -76,6 +77,8 @@ class Place:
             shutil.copytree(
                 ROOT / part, self.folder / "clone" / part, ignore=ignore, dirs_exist_ok=True
             )
+        # As in a clone that was used once: the flow carries its tool's source along, compiled.
+        compileall.compile_dir(str(self.folder / "clone/tools"), quiet=1)
         return (
             self.folder / "clone/benchmarks/tutorial_flow",
             self.folder / "clone/flows/phi3_chat",
