@@ -1,4 +1,4 @@
-"""Starts, finds and stops the process of a rehearsal, and runs a command inside it.
+"""Starts, finds and stops the process of a rehearsal; what leads the SDKs to it.
 
 Reads and writes process.json (pid and port) and control.log in the rehearsal's folder.
 """

@@ -1,4 +1,4 @@
-"""Subscriptions, resource groups, operations in progress, template deployments and plain resources.
+"""Subscriptions, resource groups, operations in progress and template deployments.
 
 The workspace template of azure-ai-ml is carried out; other templates are refused.
 """
