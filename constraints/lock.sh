@@ -16,3 +16,5 @@ lock() { # NAME EXTRAS WORDS
 }
 lock local flow,local,dev laptop
 lock azure flow,local,azure,dev whole
+# What of it an Azure ML job gets.
+"$work/azure/bin/python" constraints/trainer.py

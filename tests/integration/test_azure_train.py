@@ -271,12 +271,13 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
     run = _prepared(recipe, tmp_path / "piped")
     for fault in (
         "GET */components/* 500",
+        "POST */listSecrets reset",
         "PUT */jobs/phi3-train-piped* reset-after",
         "GET */jobs/phi3-train-piped* 503",
     ):
         azure.fault(fault)
     azure.fault("* */jobs/phi3-train-piped* failed code=UserError message='out of memory'")
-    with pytest.raises(StageError, match="out of memory"):
+    with pytest.raises(StageError, match="UserError: out of memory"):
         train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
     name = jobs.tickets(run)["train"].name
     made = [path.name for path in (azure.folder / "jobs").iterdir() if "piped" in path.name]

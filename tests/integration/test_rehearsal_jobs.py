@@ -70,7 +70,7 @@ def test_a_job_is_watched(azure: Azure, ml: MLClient, capsys: pytest.CaptureFixt
     assert "words for those who watch" in capsys.readouterr().out
 
 
-def test_a_command_job_reads_writes_and_tells(ml: MLClient, tmp_path: Path) -> None:
+def test_a_command_job_reads_writes_and_tells(azure: Azure, ml: MLClient, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "words.txt").write_text("hello cloud")
     (tmp_path / "code").mkdir()
@@ -94,6 +94,9 @@ def test_a_command_job_reads_writes_and_tells(ml: MLClient, tmp_path: Path) -> N
     second = ml.models.create_or_update(Model(name="from-job", **wanted))
     assert (first.version, second.version, first.tags) == ("1", "2", {"a": "b"})
     assert ml.models.get("from-job", label="latest").version == "2"
+    other = {"modelUri": place.replace("mine", "yours"), "modelType": "mlflow_model"}
+    version = f"{azure.workspace}/models/from-job/versions/1"
+    assert azure.call("PUT", version, {"properties": other}).status_code == 409
     ml.models.archive("from-job", "1")
     assert [model.version for model in ml.models.list("from-job")] == ["2"]
     with pytest.raises(HttpResponseError, match="NoMatchingArtifacts"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -13,8 +14,10 @@ pytest.importorskip("cryptography", reason="the extra `azure` is not installed")
 
 from phi3_training.errors import UsageError
 from phi3_training.rehearsal import component, control, inside
+from phi3_training.rehearsal.authority import Authority
 from phi3_training.rehearsal.cloud import Cloud
 from phi3_training.rehearsal.faults import Fault, Faults
+from phi3_training.rehearsal.proxy import Proxy
 from phi3_training.rehearsal.wire import Reply, Request, asset_id, find_route, route
 
 
@@ -130,6 +133,21 @@ def test_what_is_shown_of_the_calls(tmp_path: Path) -> None:
         "rehearsal: 200 GET management.azure.com/…/X/y",
         "rehearsal: 6 calls answered",
     ]
+
+
+def test_it_listens_where_it_did_unless_that_is_taken(tmp_path: Path) -> None:
+    told = tmp_path / "process.json"
+    assert control._last_port(told) == 0
+    authority, cloud = Authority(tmp_path), Cloud(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        told.write_text(json.dumps({"pid": 1, "create_time": 1.0, "port": taken}))
+        assert control._last_port(told) == taken
+        proxy = Proxy(cloud, authority, taken)
+        assert proxy.port not in (0, taken)
+        proxy.close()
 
 
 def test_state_that_is_saved_comes_back(tmp_path: Path) -> None:

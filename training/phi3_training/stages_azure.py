@@ -100,7 +100,12 @@ AZURE_STAGES: tuple[Stage, ...] = (
         summary=lambda manifest: f"{manifest['endpoint']} ({manifest['deployment']})",
         still_good=_endpoint_up,
     ),
-    replace(_HERE["connection"], inputs=_depends("connection"), work=_connect),
+    replace(
+        _HERE["connection"],
+        inputs=_depends("connection"),
+        work=_connect,
+        still_good=lambda journey, _manifest: _cloud(journey).is_connected(journey.run),
+    ),
     replace(_HERE["answer"], work=_ask, summary=_asked),
 )
 

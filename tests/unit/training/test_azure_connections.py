@@ -12,6 +12,7 @@ from phi3_training.targets import Access
 from phi3_training.targets.azure.connections import (
     body_of,
     delete_connection,
+    leads_to,
     read_connection,
     write_connection,
 )
@@ -111,7 +112,7 @@ def test_somebody_elses_connection_stays(tmp_path: Path) -> None:
         write_connection(clients(place.wire, tmp_path), "ws", "c_1", Access(URL, key="ours"))
 
     assert "theirs" not in str(refused.value)
-    assert delete_connection(clients(place.wire, tmp_path), "ws", "c_1") is False
+    assert delete_connection(clients(place.wire, tmp_path), "ws", "c_1", {"ep"}) is False
     assert {method for method, _, _ in place.wire.sent} == {"POST"}
 
 
@@ -128,8 +129,11 @@ def test_deleting_ours(tmp_path: Path) -> None:
     place = Workspace(body_of(Access(URL, key="k")))
     made = clients(place.wire, tmp_path)
 
-    assert delete_connection(made, "ws", "c_1") is True
-    assert delete_connection(made, "ws", "c_1") is False
+    assert delete_connection(made, "ws", "c_1", {"another"}) is False
+    assert leads_to(made, "ws", "c_1") == URL
+    assert delete_connection(made, "ws", "c_1", {"another", "ep"}) is True
+    assert delete_connection(made, "ws", "c_1", {"ep"}) is False
+    assert leads_to(made, "ws", "c_1") == ""
     assert read_connection(made, "ws", "c_1") is None
 
 

@@ -1,4 +1,4 @@
-"""The process of a rehearsal: `python -m phi3_training.rehearsal FOLDER`. Ends on SIGTERM."""
+"""The process of a rehearsal: `python -m phi3_training.rehearsal FOLDER PORT`. Ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .cloud import Cloud
 from .proxy import Proxy
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, port: int) -> int:
     """Answer until a signal comes; then end the jobs and servers that run here."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     cloud = Cloud(folder)
-    proxy = Proxy(cloud, Authority(folder))
+    proxy = Proxy(cloud, Authority(folder), port)
     with cloud.lock:
         deployments.resume(cloud)
         cloud.save()
@@ -62,4 +62,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -9,6 +9,7 @@ import re
 import uuid
 
 from .cloud import TENANT, Cloud, listed, public
+from .regions import check_location, need_group
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, route
 
 _UAI = GROUP + "/providers/Microsoft.ManagedIdentity/userAssignedIdentities/{name}"
@@ -37,8 +38,6 @@ _GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 @route("PUT", ARM, _UAI)
 def put_identity(cloud: Cloud, request: Request) -> Reply:
     """Make a user-assigned identity."""
-    from .groups import check_location, need_group
-
     need_group(cloud, request)
     name, body = request.args["name"], request.json()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{2,127}", name):

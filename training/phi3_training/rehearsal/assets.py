@@ -58,7 +58,8 @@ def put_version(cloud: Cloud, request: Request) -> Reply:
 
 def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | None) -> Json:
     uri = str(given.get("modelUri") or "")
-    if before and before["properties"].get("_asked") not in (None, uri):
+    found = datastore_uri(cloud, workspace, uri)
+    if before and before["properties"]["modelUri"].rstrip("/") != found.rstrip("/"):
         raise AzureError(
             409,
             "UserError",
@@ -72,7 +73,6 @@ def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | No
     mlflow = str(given.get("modelType", "")).lower().replace("_", "") in ("mlflow", "mlflowmodel")
     if mlflow and not (place / "MLmodel").is_file():
         raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
-    found = datastore_uri(cloud, workspace, uri)
     return {"flavors": {}, "stage": "Development", **given, "modelUri": found}
 
 

@@ -1,6 +1,6 @@
 """What Azure offers: sizes of machines, their quota families, and what may be deployed on them.
 
-Dated 2026-11; cores and GPUs as Azure lists them.
+Dated 2026-11; cores and GPUs as Azure lists them. The V100 sizes are retired and so not here.
 """
 
 from __future__ import annotations
@@ -42,15 +42,6 @@ SIZES = {
     "Standard_D4s_v3": Size("standardDSv3Family", 4, 16),
     "Standard_E4s_v3": Size("standardESv3Family", 4, 32),
     "Standard_F4s_v2": Size("standardFSv2Family", 4, 8),
-}
-RETIRED = {
-    "Standard_NC6s_v3",
-    "Standard_NC12s_v3",
-    "Standard_NC24s_v3",
-    "Standard_NC24rs_v3",
-    "Standard_NC6",
-    "Standard_NC12",
-    "Standard_NC24",
 }
 # Cores of each family that a new rehearsal may use, where it is not this many.
 DEFAULT_QUOTA = 100

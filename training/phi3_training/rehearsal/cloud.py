@@ -113,7 +113,7 @@ class Cloud:
     def finish(self, name: str, error: Json | None = None) -> None:
         """End an operation; the resource's provisioning state follows it."""
         operation = self.operations[name]
-        if operation["status"] not in ("InProgress",):
+        if operation["status"] != "InProgress":
             return
         operation["status"] = "Failed" if error else "Succeeded"
         operation["error"] = error

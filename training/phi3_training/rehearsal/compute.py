@@ -7,6 +7,7 @@ import re
 
 from . import catalogue
 from .cloud import Cloud, listed, public, stamps
+from .jobs import nodes_on
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad, route
 from .workspaces import need_workspace
 
@@ -87,16 +88,9 @@ def list_nodes(cloud: Cloud, request: Request) -> Reply:
     nodes = [
         {"nodeId": f"tvm-{index}", "privateIpAddress": f"10.0.0.{4 + index}", "port": 50000 + index}
         | {"nodeState": "running", "runId": name}
-        for index, name in enumerate(_busy_nodes(cloud, found))
+        for index, name in enumerate(nodes_on(cloud, found["id"]))
     ]
     return Reply(200, {"nodes": nodes})
-
-
-def _busy_nodes(cloud: Cloud, cluster: Json) -> list[str]:
-    """For each node in use, the job that runs on it."""
-    from .jobs import nodes_on
-
-    return nodes_on(cloud, cluster["id"])
 
 
 def _shown(cloud: Cloud, cluster: Json) -> Json:
@@ -104,7 +98,7 @@ def _shown(cloud: Cloud, cluster: Json) -> Json:
     shown = public(cluster)
     inner = shown["properties"]["properties"]
     least = int((inner.get("scaleSettings") or {}).get("minNodeCount", 0))
-    busy = len(_busy_nodes(cloud, cluster))
+    busy = len(nodes_on(cloud, cluster["id"]))
     inner["currentNodeCount"] = inner["targetNodeCount"] = max(busy, least)
     inner["nodeStateCounts"] = {
         "runningNodeCount": busy,
@@ -140,7 +134,7 @@ def delete_compute(cloud: Cloud, request: Request) -> Reply:
     found = cloud.get(request.id(_COMPUTE))
     if found is None:
         return Reply(204)
-    busy = _busy_nodes(cloud, found)
+    busy = nodes_on(cloud, found["id"])
     if busy:
         raise AzureError(
             409,
@@ -312,7 +306,7 @@ def used(cloud: Cloud, location: str, family: str) -> int:
         if doc["type"] == KIND:
             size = catalogue.find_size(doc["properties"]["properties"]["vmSize"])
             if size and size[1].family == family:
-                total += size[1].cores * len(_busy_nodes(cloud, doc))
+                total += size[1].cores * len(nodes_on(cloud, doc["id"]))
     return total
 
 

@@ -1,4 +1,4 @@
-"""Starts, finds and stops the process of a rehearsal, and runs a command inside it.
+"""Starts, finds and stops the process of a rehearsal; what leads the SDKs to it.
 
 Reads and writes process.json (pid and port) and control.log in the rehearsal's folder.
 """
@@ -151,10 +151,11 @@ def _spawn(folder: Path) -> None:
     from .jobs import child_environment
 
     file = folder / "process.json"
+    port = _last_port(file)
     file.unlink(missing_ok=True)
     with (folder / "control.log").open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", _MODULE, str(folder)],
+            [sys.executable, "-m", _MODULE, str(folder), str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -167,6 +168,14 @@ def _spawn(folder: Path) -> None:
             lines = (folder / "control.log").read_text(encoding="utf-8").splitlines()
             raise StageError("The rehearsal did not start: " + (lines[-1] if lines else "no log"))
         time.sleep(_POLL_SECONDS)
+
+
+def _last_port(file: Path) -> int:
+    """Where it listened before, so that those who were told find it again; 0 for the first time."""
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["port"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def write_process(folder: Path, port: int) -> None:

@@ -114,6 +114,10 @@ def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
         raise bad(f"The model '{asked}' was not found.", "BadArgument")
     if doc["properties"].get("isArchived"):
         raise bad(f"The model '{asked}' is archived and cannot be deployed.", "BadArgument")
+    script = given.get("codeConfiguration") or {}
+    for part in (given.get("environmentId"), script.get("codeId")):
+        if asset_id(part).startswith("/subscriptions/") and cloud.get(asset_id(part)) is None:
+            raise bad(f"The asset '{part}' was not found.", "BadArgument")
     mlflow = "mlflow" in str(doc["properties"].get("modelType", "")).lower()
     if not mlflow and not (given.get("environmentId") and given.get("codeConfiguration")):
         raise bad("A custom model needs an environment and a scoring script.", "BadArgument")

@@ -1,4 +1,4 @@
-"""Subscriptions, resource groups, operations in progress, template deployments and plain resources.
+"""Subscriptions, resource groups, operations in progress and template deployments.
 
 The workspace template of azure-ai-ml is carried out; other templates are refused.
 """
@@ -6,19 +6,12 @@ The workspace template of azure-ai-ml is carried out; other templates are refuse
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from . import resources, teardown, workspaces
 from .cloud import POLL, TENANT, Cloud, listed, public, stamps
+from .regions import REGIONS, check_location, need_group
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found, route
 
-REGIONS = (
-    *("eastus", "eastus2", "westus", "westus2", "westus3", "centralus", "northcentralus"),
-    *("southcentralus", "northeurope", "westeurope", "uksouth", "francecentral", "polandcentral"),
-    *("germanywestcentral", "swedencentral", "switzerlandnorth", "italynorth", "japaneast"),
-    *("australiaeast", "canadacentral", "brazilsouth", "southeastasia", "eastasia"),
-    *("koreacentral", "centralindia"),
-)
 _GROUP_NAME = re.compile(r"[-\w.()]{0,89}[-\w()]")
 
 
@@ -247,29 +240,6 @@ def _from_template(cloud: Cloud, request: Request, values: Json) -> list[str]:
     arm_id = request.id(GROUP) + f"/providers/{workspaces.KIND}/{values['workspaceName']}"
     workspaces.make(cloud, arm_id, body)
     return [*made, arm_id]
-
-
-def need_group(cloud: Cloud, request: Request) -> Json:
-    """The resource group of the request. Raises AzureError (404)."""
-    found = cloud.get(request.id(GROUP))
-    if found is None:
-        name = request.args["rg"]
-        raise AzureError(
-            404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found."
-        )
-    return found
-
-
-def check_location(value: Any) -> str:
-    """The region, in Azure's own spelling. Raises AzureError (400)."""
-    location = str(value or "").replace(" ", "").lower()
-    if location not in REGIONS:
-        raise bad(
-            f"The provided location '{value}' is not available for resource type "
-            "'Microsoft.MachineLearningServices/workspaces'.",
-            "LocationNotAvailableForResourceType",
-        )
-    return location
 
 
 def _subscription(name: str) -> Json:

@@ -62,9 +62,6 @@ def run_data(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"runMetadata": meta, "runDefinition": None, "jobSpecification": None})
 
 
-_BATCH = _WORKSPACE + "/{kind}/batchGetResolvedUris"
-
-
 @route(
     "POST",
     REGIONAL,

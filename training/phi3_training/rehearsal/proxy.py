@@ -32,7 +32,10 @@ class Proxy:
     """Serves until `close`. `url` is what HTTPS_PROXY wants."""
 
     def __init__(self, cloud: Cloud, authority: Authority, port: int = 0) -> None:
-        self._server = _Server(("127.0.0.1", port), _Connection)
+        try:
+            self._server = _Server(("127.0.0.1", port), _Connection)
+        except OSError:  # another program has it by now
+            self._server = _Server(("127.0.0.1", 0), _Connection)
         self._server.cloud, self._server.authority = cloud, authority
         self.port = int(self._server.server_address[1])
         self.url = f"http://127.0.0.1:{self.port}"

@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from .cloud import Cloud, listed, public
+from .regions import check_location, need_group
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, route
 
 # What a workspace stands on. The pattern is Azure's rule for the name.
@@ -51,8 +52,6 @@ def put_plain(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
 def put_resource(cloud: Cloud, request: Request) -> Reply:
     """Make one of the things that a workspace stands on."""
     kind = _plain_kind(request)
-    from .groups import check_location, need_group
-
     need_group(cloud, request)
     body = request.json()
     check_location(body.get("location"))

@@ -10,6 +10,8 @@ import uuid
 
 from . import teardown
 from .cloud import TENANT, Cloud, listed, public, stamps
+from .regions import check_location, need_group
+from .storage import account_key, account_sas
 from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad, route
 
 KIND = f"{ML}/workspaces"
@@ -117,8 +119,6 @@ def get_workspace(cloud: Cloud, request: Request) -> Reply:
 @route("PUT", ARM, WORKSPACE)
 def put_workspace(cloud: Cloud, request: Request) -> Reply:
     """Make one without a template."""
-    from .groups import check_location, need_group
-
     need_group(cloud, request)
     body = request.json()
     body["location"] = check_location(body.get("location"))
@@ -202,8 +202,6 @@ def list_datastores(cloud: Cloud, request: Request) -> Reply:
 @route("POST", ARM, _STORE + "/listSecrets")
 def list_datastore_secrets(cloud: Cloud, request: Request) -> Reply:
     """A signature for the account, or its key where no expiring secret is asked for."""
-    from .storage import account_key, account_sas
-
     account = storage_account(need_workspace(cloud, request))
     _datastore(cloud, request, request.args["store"])
     asked = request.json() if request.body else {}

@@ -99,6 +99,10 @@ class CloudTarget(Target, Protocol):
         """Whether the run's deployment is well and has the endpoint's traffic."""
         ...
 
+    def is_connected(self, run: Run) -> bool:
+        """Whether the run's connections still lead to its endpoint; another run may have them."""
+        ...
+
     def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
         """Write the Prompt flow connections, here and there; the manifest `connection`."""
         ...

@@ -14,7 +14,7 @@ from ...recipe import Recipe
 from ...run import Run
 from ..base import Manifest
 from .clients import Clients
-from .connections import write_connection
+from .connections import leads_to, write_connection
 from .place import Made, note
 from .serving import access_to
 
@@ -44,6 +44,18 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallba
             *([] if access.key else ["no key anywhere: the endpoint takes Entra tokens"]),
         ],
     }
+
+
+def is_connected(clients: Clients, run: Run) -> bool:
+    """Whether each of them still leads to the run's endpoint; another run may have taken them."""
+    manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
+    name, url = manifest["name"], manifest["endpoint"]
+    try:
+        here, _key = promptflow_store.read_connection(name)
+    except promptflow_store.StoreError:
+        return False
+    there = (leads_to(clients, workspace, name) for workspace in manifest["workspaces"])
+    return here == url and all(found == url for found in there)
 
 
 def workspaces_of(clients: Clients) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Collection
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from phi3_tool.connection import ENTRA
 
@@ -82,10 +83,22 @@ def read_connection(clients: Clients, workspace: str, name: str) -> Body | None:
     return _send(clients, doing, "POST", _path(clients, workspace, name) + "/listsecrets")
 
 
-def delete_connection(clients: Clients, workspace: str, name: str) -> bool:
-    """Delete a connection that was written here; False where there is none."""
+def leads_to(clients: Clients, workspace: str, name: str) -> str:
+    """The URL that the connection leads to, read without its secrets; '' where there is none."""
+    doing = f"Looking at the connection {name} of {workspace}"
+    found = _send(clients, doing, "GET", _path(clients, workspace, name))
+    return "" if found is None else str(_metadata(found).get("endpoint") or "")
+
+
+def delete_connection(
+    clients: Clients, workspace: str, name: str, endpoints: Collection[str]
+) -> bool:
+    """Delete a connection that was written here and leads to one of the endpoints; else False."""
     found = read_connection(clients, workspace, name)
     if found is None or _metadata(found).get(WRITER) != _OURS:
+        return False
+    host = urlsplit(str(_metadata(found).get("endpoint") or "")).hostname or ""
+    if host.partition(".")[0] not in endpoints:  # another run has it now
         return False
     doing = f"Deleting the connection {name} of {workspace}"
     _send(clients, doing, "DELETE", _path(clients, workspace, name))

@@ -16,7 +16,7 @@ from ...errors import StageError
 from ...recipe_azure import AzureSection, EndpointSection, ProbeSection
 from ...run import Run
 from ..base import Manifest
-from .clients import Clients
+from .clients import Clients, quiet_uploads
 from .failures import explained, scrub
 from .place import Made, note
 from .removing import no_dots, remove
@@ -104,7 +104,7 @@ def ensure_deployment(
     note(run, Made("deployment", name, endpoint))
     entity = _deployment(section, run, names, model)
     try:
-        with no_dots():
+        with no_dots(), quiet_uploads():
             make(
                 f"Making the deployment {name} (minutes; a GPU bills from now on)",
                 lambda: clients.ml.online_deployments.begin_create_or_update(entity),

@@ -41,8 +41,12 @@ def scrub(text: str) -> str:
     return _SECRETS[5].sub(rf"\g<1>{HIDDEN}@", text)
 
 
-# Azure's code, lower case: what mends it. Longer texts are in docs/azure.md.
+_SERVER = "Azure's own fault: type the same command again in some minutes; nothing is made twice"
+# Azure's code, lower case: what mends it.
 MENDS = {
+    "internalservererror": _SERVER,
+    "internalerror": _SERVER,
+    "serviceunavailable": _SERVER,
     "outofquota": "ask for quota (phi3 azure quota --request), or take a size or region that has "
     "some: azure.compute.size, azure.endpoint.instance_type, azure.location",
     "quotaexceeded": "ask for quota (phi3 azure quota --request) or free what uses it (phi3 status "
@@ -93,7 +97,6 @@ _BY_STATUS = {
     "again in some minutes",
     429: MENDS["toomanyrequests"],
 }
-_SERVER = "Azure's own fault: type the same command again in some minutes; nothing is made twice"
 
 
 def code_of(error: BaseException) -> str | None:

@@ -157,7 +157,7 @@ def _stream(clients: Clients, name: str, tap: Tap) -> None:
         except _LostInterestError:
             return
         except MlException as error:  # how the SDK tells that the job failed
-            tap.shown["error"] = message_of(error)
+            tap.shown["error"] = _said_of(error)
             return
         except (AzureError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             # The SDK trips over answers that it does not expect; the status does not hang on it.
@@ -224,6 +224,17 @@ def _ending(run: Run, purpose: str, name: str, status: str, tap: Tap) -> str:
         f"Mend what it names; then the same command starts a new job: {_again(run)}"
     )
     return "\n".join(parts)
+
+
+def _said_of(error: BaseException) -> str:
+    """Code and words of the job's error; the SDK hands them over as JSON in a text."""
+    match = re.search(r"\{.*\}", str(error), re.DOTALL)
+    try:
+        found = json.loads(match[0])["error"] if match else {}
+        code, words = found["code"], found["message"]
+    except (ValueError, KeyError, TypeError):
+        return message_of(error)
+    return scrub(f"{code}: {words}")
 
 
 def _text_of(content: str) -> str:

@@ -76,7 +76,7 @@ def carry_out(
         ticket = _new_ticket(run, purpose, fingerprint, route)
     if job is None:
         progress(0, 0, f"submitting the job {ticket.name}")
-        job = _submit(clients, ticket, build(ticket.name))
+        job = _submit(clients, ticket, build)
     else:
         progress(0, 0, f"going on with the job {ticket.name}")
     if status_of(job) != "completed":
@@ -128,13 +128,14 @@ def _new_ticket(run: Run, purpose: str, fingerprint: str, route: str) -> Ticket:
     return ticket
 
 
-def _submit(clients: Clients, ticket: Ticket, job: Any) -> Any:
+def _submit(clients: Clients, ticket: Ticket, build: Callable[[str], Any]) -> Any:
     """Submit under the name; a job that has it already is ours, from an answer that was lost."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
     doing = f"Submitting the job {ticket.name}"
     for left in reversed(range(TRIES)):
+        job = build(ticket.name)  # anew: a try that failed leaves one half resolved
         try:
             with quiet_uploads():
                 return clients.ml.jobs.create_or_update(job)

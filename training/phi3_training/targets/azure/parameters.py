@@ -37,6 +37,7 @@ OURS = frozenset(
         "compute_model_evaluation",
         "number_of_gpu_to_use_finetuning",
         "num_nodes_finetune",
+        "shm_size_finetune",
     )
 )
 

@@ -43,8 +43,7 @@ def prepare(clients: Clients, recipe: Recipe, foundation: Foundation) -> Prepare
     _check(component)
     gpus = gpus_in(clients, recipe.azure.compute.size, "azure.compute.size")
     inputs = dict(component.inputs)
-    extra = {"shm_size_finetune": train.shm_size} if "shm_size_finetune" in inputs else {}
-    parameters = merge(foundation.defaults, {**extra, **train.parameters}, inputs)
+    parameters = merge(foundation.defaults, train.parameters, inputs)
     shown = display_name(
         foundation.name, recipe.name, parameters.values, gpus, train.instance_count
     )
@@ -77,6 +76,7 @@ def arguments(
         "mlflow_model_path": Input(type="mlflow_model", path=foundation.id),
         "number_of_gpu_to_use_finetuning": prepared.gpus,
         "num_nodes_finetune": recipe.azure.train.instance_count,
+        "shm_size_finetune": recipe.azure.train.shm_size,
         "train_file_path": Input(type="uri_file", path=str(files["train"])),
     }
     for stage in ("model_import", "preprocess", "finetune", "model_evaluation"):

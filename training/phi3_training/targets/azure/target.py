@@ -144,6 +144,12 @@ class AzureTarget:
 
         return bool(endpoint_state(self._of(run)[0], run)["state"] == "up")
 
+    def is_connected(self, run: Run) -> bool:
+        """Whether the run's connections still lead to its endpoint."""
+        from .connecting import is_connected
+
+        return is_connected(self._of(run)[0], run)
+
     def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
         """Write the Prompt flow connections here, in the workspace and in the project."""
         from .connecting import connect

@@ -16,6 +16,7 @@ from ...errors import MissingExtraError, StageError
 from ...recipe_azure import AzureSection
 from ...run import Run
 from .clients import Clients
+from .connections import delete_connection
 from .endpoints import OWNER_TAG, delete_deployment, shares
 from .everything import remove_everything
 from .failures import explained
@@ -68,9 +69,9 @@ def remove_run(
         work.idle()
     else:
         work.jobs()
+        work.connections()
         work.endpoint()
         work.cluster()
-        work.connections()
     if only == "all" and not receipt.failed:
         remove_everything(clients, section, progress, receipt.gone, receipt.kept, receipt.soft)
         left = []
@@ -115,8 +116,7 @@ class _Teardown:
         """The run's endpoint with all its deployments; of somebody else's only our deployments."""
         named = {made.name for made in noted(self.run, "endpoint")}
         deployed_to = {made.parent for made in noted(self.run, "deployment")}
-        derived = endpoint_name(self.section, self.clients.workplace, self.run)
-        for name in sorted(named | deployed_to | {derived}):
+        for name in sorted(self._endpoints()):
             found = self._look(name)
             if found is None:
                 strike(self.run, Made("endpoint", name))
@@ -140,6 +140,12 @@ class _Teardown:
                 log.info("the connection on this machine stays: %s", error)
         for stage in ("answer", "connection", "endpoint"):
             (self.run.path / f"{stage}.json").unlink(missing_ok=True)
+
+    def _endpoints(self) -> set[str]:
+        """Every endpoint that the run may have made or deployed to."""
+        found = {made.name for made in noted(self.run, "endpoint")}
+        found |= {made.parent for made in noted(self.run, "deployment")}
+        return found | {endpoint_name(self.section, self.clients.workplace, self.run)}
 
     def _look(self, name: str) -> Any | None:
         return look(
@@ -225,10 +231,10 @@ class _Teardown:
 
     def connections(self) -> None:
         """The run's connections in workspace and project: their key opens nothing any more."""
-        from .connections import delete_connection
-
         for made in noted(self.run, "connection"):
-            work = partial(delete_connection, self.clients, made.parent, made.name)
+            work = partial(
+                delete_connection, self.clients, made.parent, made.name, self._endpoints()
+            )
             if self._try(f"connection {made.name} in {made.parent}", work):
                 strike(self.run, made)
 

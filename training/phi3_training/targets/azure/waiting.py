@@ -36,6 +36,7 @@ _LASTING = {
 
 def passing(error: BaseException) -> bool:
     """Whether the same call may succeed in a moment."""
+    from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import (
         ClientAuthenticationError,
         HttpResponseError,
@@ -45,6 +46,9 @@ def passing(error: BaseException) -> bool:
 
     if isinstance(error, ClientAuthenticationError):
         return False
+    if isinstance(error, MlException):
+        # A reset during an upload comes out as "fields are invalid", with its class in the text.
+        return "azure.core.exceptions.Service" in str(error)
     if isinstance(error, (ServiceRequestError, ServiceResponseError)):
         return True
     if not isinstance(error, HttpResponseError):
