@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import console
 from ..bundle.image import BASE, write_image
-from .common import FLOW, add_command, find
+from .common import add_command
+from .flow_arguments import add_extra, add_flow, add_flow_argument, flow_of
 from .flow_push import add_push
 
 OUT = Path("dist")
@@ -25,44 +26,10 @@ def register(subparsers: Any) -> None:
         add(actions)
 
 
-def add_flow(parser: argparse.ArgumentParser) -> None:
-    """FLOW, feed, image and further files: what `pack` and whatever builds on it take."""
-    _add_flow_argument(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--feed", metavar="URL", help="install the tool from this package index, do not carry it"
-    )
-    source.add_argument(
-        "--image", metavar="NAME", help="image of the compute session, with the tool installed"
-    )
-    _add_extra(parser)
-
-
-def _add_flow_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
-    )
-
-
-def _add_extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--add",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="another file of the flow's folder that its code reads (repeatable)",
-    )
-
-
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="FOLDER", help=f"where to (default: {OUT})"
     )
-
-
-def flow_of(args: argparse.Namespace) -> Path:
-    """The flow folder that is meant."""
-    return args.flow or find(FLOW)
 
 
 def _add_pack(actions: Any) -> None:
@@ -106,12 +73,12 @@ def _add_image(actions: Any) -> None:
         "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
         run_image,
     )
-    _add_flow_argument(image)
+    add_flow_argument(image)
     image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
     image.add_argument(
         "--base", default=BASE, metavar="IMAGE", help=f"image to build on (default: {BASE})"
     )
-    _add_extra(image)
+    add_extra(image)
     _add_out(image)
 
 
@@ -142,7 +109,7 @@ def _add_serve(actions: Any) -> None:
         'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
         run_serve,
     )
-    _add_flow_argument(serve)
+    add_flow_argument(serve)
     serve.add_argument("--engine", choices=("flask", "fastapi"), default="fastapi")
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="default 8080")

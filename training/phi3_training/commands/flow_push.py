@@ -1,16 +1,19 @@
-"""`phi3 flow push`: the chat flow, made in the run's workspace and Foundry project."""
+"""`phi3 flow push`: a flow, packed and made in the run's workspace and Foundry project."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..bundle import pack
 from ..errors import UsageError
 from ..run import Run
 from ..targets import get_target, target_of
-from .common import FLOW, add_command, add_rehearse, all_runs, current_run, find
+from .common import add_command, add_rehearse, all_runs, current_run
+from .flow_arguments import add_flow, flow_of
 
 
 def add_push(actions: Any) -> None:
@@ -22,9 +25,7 @@ def add_push(actions: Any) -> None:
         "phi3 flow push flows/phi3_chat --run phi3-mini-azure",
         run_push,
     )
-    push.add_argument(
-        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
-    )
+    add_flow(push)
     push.add_argument("--run", metavar="NAME", help="which run (default: the last on Azure)")
     push.add_argument(
         "--to",
@@ -42,9 +43,17 @@ def run_push(args: argparse.Namespace) -> int:
 
     target = get_target("azure")
     assert isinstance(target, AzureTarget)  # noqa: S101 - for mypy: that name is this class
-    run, flow = _run(args), (args.flow or find(FLOW)).resolve()
-    with console.progress_bar("push") as progress:
-        pushed = target.push(run, flow, args.to, progress)
+    run = _run(args)
+    with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
+        progress(0, 0, "packing")
+        bundle = pack(
+            flow_of(args),
+            Path(scratch),
+            feed=args.feed,
+            image=args.image,
+            extra=args.add,
+        )
+        pushed = target.push(run, bundle, args.to, progress)
     if args.output == "json":
         console.print_json(pushed)
         return 0

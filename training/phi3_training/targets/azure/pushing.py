@@ -1,7 +1,7 @@
-"""Uploads a flow folder and makes a flow of it in the workspace and the Foundry project.
+"""Uploads a packed flow and makes a flow of it in the workspace and the Foundry project.
 
-Reads the flow folder; promptflow-azure uploads it with what `additional_includes` names. A flow of
-the same content is found by its tag and not made twice.
+Reads the bundle's folder, which promptflow-azure uploads. A flow of the same content is found by
+its tag and not made twice.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ import io
 import logging
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...bundle import Bundle
 from ...console import ProgressCallback
-from ...errors import MissingExtraError, StageError, UsageError
+from ...errors import MissingExtraError, StageError
 from ...promptflow_store import quiet
-from ...run import Run, fingerprint, sha256_of
+from ...run import Run
 from ..base import Manifest
 from .clients import Clients
 from .failures import explained, message_of, scrub
@@ -27,50 +25,36 @@ from .place import Made, note
 log = logging.getLogger(__name__)
 
 CONTENT_TAG = "phi3_content"
-_SKIPPED = {"__pycache__", ".promptflow", ".git", ".runs"}
 
 
 def push(
-    clients: Clients, run: Run, flow: Path, workspaces: Sequence[str], progress: ProgressCallback
+    clients: Clients,
+    run: Run,
+    bundle: Bundle,
+    workspaces: Sequence[str],
+    progress: ProgressCallback,
 ) -> list[Manifest]:
     """Make the flow in each workspace or project; name, page and whether it was there already."""
-    if not (flow / "flow.dag.yaml").is_file():
-        raise UsageError(f"{flow} is not a flow: expected a flow.dag.yaml in it")
-    content = content_of(flow)
     pushed = []
     for workspace in workspaces:
-        progress(0, 0, f"flow {flow.name} into {workspace}")
-        pushed.append(_push(clients, run, flow, workspace, content))
+        progress(0, 0, f"flow {bundle.folder.name} into {workspace}")
+        pushed.append(_push(clients, run, bundle, workspace))
     return pushed
 
 
-def content_of(flow: Path) -> str:
-    """A hash of the folder's files and of those it includes."""
-    roots = [flow]
-    graph = yaml.safe_load((flow / "flow.dag.yaml").read_text(encoding="utf-8")) or {}
-    roots += [(flow / item).resolve() for item in graph.get("additional_includes") or []]
-    found = []
-    for root in roots:
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-        for path in files:
-            inside = path.relative_to(root.parent)
-            if not _SKIPPED.intersection(inside.parts) and path.suffix != ".pyc":
-                found.append([inside.as_posix(), sha256_of(path)])
-    return fingerprint(found)
-
-
-def _push(clients: Clients, run: Run, flow: Path, workspace: str, content: str) -> Manifest:
+def _push(clients: Clients, run: Run, bundle: Bundle, workspace: str) -> Manifest:
+    name, content = bundle.folder.name, bundle.sha256
     client = _client(clients, workspace)
-    doing = f"Pushing the flow {flow.name} into {workspace}"
+    doing = f"Pushing the flow {name} into {workspace}"
     known = _same(client, content, doing)
     if known is not None:
         return _told(known, workspace, "exists")
-    note(run, Made("flow", flow.name, workspace))
+    note(run, Made("flow", name, workspace))
     made = _asked(
         doing,
         lambda: client.flows.create_or_update(
-            flow=str(flow),
-            display_name=flow.name,
+            flow=str(bundle.folder),
+            display_name=name,
             type="chat",
             tags={CONTENT_TAG: content, "phi3_run": run.name},
         ),

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...bundle import Bundle
 from ...console import ProgressCallback
 from ...errors import MissingExtraError
 from ...recipe import Recipe
@@ -196,15 +197,15 @@ class AzureTarget:
         clients, section = self._of(run)
         return remove_run(clients, section, run, only, progress)
 
-    def push(self, run: Run, flow: Path, to: str, progress: ProgressCallback) -> list[Manifest]:
-        """Make a flow of the folder in the workspace, the project, or both."""
+    def push(self, run: Run, bundle: Bundle, to: str, progress: ProgressCallback) -> list[Manifest]:
+        """Make a flow of the bundle in the workspace, the project, or both."""
         from .pushing import push
 
         clients, _section = self._of(run)
         place = clients.workplace
         named = {"workspace": [place.workspace_name], "project": [place.project]}
         workspaces = named.get(to, [place.workspace_name, place.project])
-        return push(clients, run, flow, workspaces, progress)
+        return push(clients, run, bundle, workspaces, progress)
 
 
 def refuse_without_extra() -> None:
