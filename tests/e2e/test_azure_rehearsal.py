@@ -287,3 +287,5 @@ def test_down_all_asks_first_and_leaves_what_is_not_ours(road: Road) -> None:
     assert "still bills: nothing by the hour" in done.stdout
     left = {kind for kind, number in counts(road).items() if number}
     assert not {kind for kind in left if "storage" in kind or "workspaces" in kind}
+    plan = road.phi3("plan", "small.yaml", "--on", "azure")
+    assert "To do: provision, finetune, evaluate" in plan.stdout.replace("base, ", "")

@@ -5,7 +5,6 @@ Reads Azure only; a part that may not be read is said to be unknown, never taken
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ from ...run import Run
 from .clients import Clients
 from .endpoints import OWNER_TAG, shares
 from .failures import message_of
+from .jobs import tickets
 from .prices import price_of
 from .waiting import absent, state_of
 
@@ -103,7 +103,7 @@ def take(clients: Clients, run: Run) -> Inventory:
         for item in _read(found, "clusters", lambda: list(ml.compute.list()))
         if str(getattr(item, "type", "")).lower() == "amlcompute"
     ]
-    for name in job_names(run)[-_SHOWN_JOBS:]:
+    for name in [ticket.name for ticket in tickets(run).values()][-_SHOWN_JOBS:]:
         for job in _read(found, f"job {name}", partial(_one, ml.jobs.get, name)):
             status = getattr(job.status, "value", job.status)
             found.jobs.append((name, str(status)))
@@ -137,15 +137,6 @@ def lines(found: Inventory, run: Run) -> list[str]:
     told.append("bills little: storage account, container registry, logs (until --all)")
     told += [f"could not be read: {what}" for what in found.unknown]
     return told
-
-
-def job_names(run: Run) -> list[str]:
-    """The jobs that the run folder names."""
-    path = run.path / "azure" / "jobs.json"
-    if not path.is_file():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return [str(item["name"]) for item in content.values() if isinstance(item, dict)]
 
 
 def _endpoint(clients: Clients, item: Any, found: Inventory) -> Endpoint:

@@ -75,6 +75,9 @@ def remove_run(
     if only == "all" and not receipt.failed:
         remove_everything(clients, section, progress, receipt.gone, receipt.kept, receipt.soft)
         left = []
+        # Job, model and workspace are gone: the next `up` begins with the prepared chats.
+        for name in ("azure.json", "model.json", "registration.json", "azure/jobs.json"):
+            (run.path / name).unlink(missing_ok=True)
     else:
         left = _left(clients, run)
     told = receipt.lines(left)
