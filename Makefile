@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-tiny.yaml
 
-.PHONY: up down test check bench lock clean
+.PHONY: up down rehearse test check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -15,6 +15,12 @@ $(VENV)/.up: setup.py constraints/local.txt
 	@echo "Installing phi3-promptflow into $(VENV) (once; a few minutes) …"
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt torch
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local]'
+	@touch $@
+
+# What `--on azure` needs on top.
+$(VENV)/.azure: $(VENV)/.up constraints/azure.txt
+	@echo "Installing the Azure SDKs …"
+	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure]'
 	@touch $@
 
 # What the tests and checks need on top, the Azure half included.
@@ -28,6 +34,9 @@ up: $(VENV)/.up
 
 down: $(VENV)/.up
 	@$(BIN)/phi3 down
+
+rehearse: $(VENV)/.azure
+	@$(BIN)/phi3 up --on azure --rehearse
 
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q
