@@ -45,7 +45,8 @@ LOCAL = [
     "optuna>=5,<6",  # a search goes on from its database, whose form changes by major
     "mlflow>=3.10,<4",  # 4 is not tested
 ]
-QLORA = [*LOCAL, "bitsandbytes>=0.46"]  # CUDA only
+BITSANDBYTES = "bitsandbytes>=0.46"
+QLORA = [*LOCAL, BITSANDBYTES]  # made for CUDA; on a CPU the tests alone use it
 TENSORBOARD = ["tensorboard>=2.16"]
 AZURE = [
     *CLI,
@@ -68,6 +69,7 @@ DEV = [
     "openai>=1.60",  # a client we did not write, for the endpoint's tests
     "playwright>=1.50",  # drives an installed Chromium; it downloads nothing
     "build>=1.2",
+    BITSANDBYTES,
     *TENSORBOARD,
 ]
 
