@@ -62,7 +62,13 @@ def run_stop(args: argparse.Namespace) -> int:
     stopped = module.stop(folder)
     if args.forget:
         shutil.rmtree(folder, ignore_errors=True)
-    return _shown(args, {"stopped": stopped, "forgotten": bool(args.forget), "folder": str(folder)})
+    if args.output == "json":
+        told = {"stopped": stopped, "forgotten": bool(args.forget), "folder": str(folder)}
+        return _shown(args, told)
+    said = "The rehearsed Azure is stopped" if stopped else "No rehearsed Azure runs"
+    kept = "and all that it knew is deleted" if args.forget else f"; what it knows is in {folder}"
+    console.out.print(f"{said}{' ' if args.forget else ''}{kept}", markup=False, soft_wrap=True)
+    return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
