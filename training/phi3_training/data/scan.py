@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..errors import StageError
 from ..run import sha256_of
+from .arrays import keep_freed_memory
 from .blocks import BLOCK, digest_range, digest_rows
 from .digest import Digest, Lines
 from .faults import Fault, Problem
@@ -181,6 +182,7 @@ def _workers(size: int) -> int:
 
 
 def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
+    keep_freed_memory()
     if workers == 1:
         for one, ranges in tasks:
             one.sha256 = sha256_of(one.path)
@@ -189,7 +191,7 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
     # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
             for (one, _), of_one in zip(tasks, futures, strict=True):
                 one.sha256 = sha256_of(one.path)
@@ -199,6 +201,11 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
             "A process that read the chats was ended from outside, most likely for want of "
             "memory; close other programs and try again"
         ) from None
+
+
+def _start_worker() -> None:
+    gc.disable()
+    keep_freed_memory()
 
 
 def _results(futures: list[Future[Digest]]) -> Iterator[Digest]:
