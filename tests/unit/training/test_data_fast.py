@@ -180,3 +180,17 @@ def test_a_range_of_a_file_is_read_by_both_readers_together(tmp_path: Path) -> N
     sound = [number for number, line in enumerate(lines, start=1) if strictly(line) is not None]
     assert digest.line.tolist() == sound
     assert len(sound) > 10
+
+
+def test_a_key_twice_among_plain_lines_is_found_in_its_line() -> None:
+    """Colons are counted for all lines at once: a hidden one must not make up for one too many.
+
+    The line with the hidden one is left to the strict reader.
+    """
+    from io import BytesIO
+
+    lines = [LINE, TRAPS["key twice"], LINE.replace(b"Hi:", b"Hi\\u003a"), LINE]
+    text = b"\n".join(lines)
+    (chunk,) = chunks(BytesIO(text), Range(0, len(text)))
+
+    assert [sound is not None for sound in accept(chunk)] == [True, False, False, True]

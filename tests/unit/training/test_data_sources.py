@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +185,18 @@ def test_folder_is_its_chat_files_in_order(tmp_path: Path) -> None:
         False,
         True,
     ]
+
+
+def test_a_file_that_is_written_anew_has_another_fingerprint(tmp_path: Path) -> None:
+    """Its hash is kept only while size and time of the file stay as they are."""
+    path = tmp_path / "a.jsonl"
+    found = []
+    for number, text in enumerate((b"one", b"two", b"three")):
+        path.write_bytes(text)
+        os.utime(path, ns=(number, number))
+        found += fingerprints([path])
+
+    assert found == [hashlib.sha256(text).hexdigest() for text in (b"one", b"two", b"three")]
 
 
 def test_sources_of_all_kinds_are_prepared_together(tmp_path: Path) -> None:

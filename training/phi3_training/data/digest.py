@@ -20,7 +20,7 @@ from .keys import keys_of
 from .personal import flags_of
 from .sketch import BANDS, Batch, sketch
 
-_BATCH = 1 << 19  # bytes of text whose words are found at once
+_BATCH = 1 << 20  # bytes of text whose words are found at once
 _BATCH_ROWS = 1000
 
 

@@ -59,10 +59,11 @@ def accept(chunk: Chunk) -> list[Sound | None]:
     """
     doubtful = doubtful_lines(chunk)
     found = [_read(line) for line in chunk.lines]
-    # Each key of a line has a colon, and so has nothing else but texts. A key that is there
-    # twice was dropped by orjson, with its colon: then there is one more in the line.
-    surplus = _colons(chunk.text, chunk.ends)
+    plain = [row for row in found if isinstance(row, _Plain)]
+    if len(plain) == len(found) and not doubtful and not _drops_a_key(chunk, plain):
+        return [row.sound for row in plain]
     joined = [row.sound.joined if isinstance(row, _Plain) else b"" for row in found]
+    surplus = _colons(chunk.text, chunk.ends)
     surplus -= _colons(b"\n".join([*joined, b""]), np.cumsum([len(text) + 1 for text in joined]))
     rows: list[Sound | None] = []
     for index, (row, colons) in enumerate(zip(found, surplus.tolist(), strict=True)):
@@ -74,6 +75,21 @@ def accept(chunk: Chunk) -> list[Sound | None]:
             row = None if hidden else orjson.loads(chunk.lines[index])
         rows.append(_accept_other(row, chunk.lines[index]) if row is not None else None)
     return rows
+
+
+def _drops_a_key(chunk: Chunk, plain: Sequence[_Plain]) -> bool:
+    """Whether orjson dropped a key of some line.
+
+    Each key of a line has a colon, and so has nothing else but texts. A key that is there twice
+    was dropped by orjson, with its colon: then there is one more in the line.
+    """
+    texts = b"".join([row.sound.joined for row in plain])
+    surplus = _count(chunk.text[: int(chunk.ends[-1])]) - _count(texts)
+    return surplus != sum([row.colons for row in plain])
+
+
+def _count(text: bytes) -> int:
+    return int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord(":")))
 
 
 def _colons(text: bytes, ends: Ints) -> Ints:

@@ -19,7 +19,7 @@ LINE_LIMIT = 1 << 20
 BOM = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 16
-_STEP = 1 << 19
+_STEP = 1 << 18
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 

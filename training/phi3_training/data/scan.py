@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import StageError
-from ..run import sha256_of
+from .arrays import keep_freed_memory
 from .blocks import BLOCK, digest_range, digest_rows
 from .digest import Digest, Lines
 from .faults import Fault, Problem
 from .lines import Range, blank, crlf
-from .sources import Source, is_lines, place_of, rows_of, stamp
+from .sources import Source, hash_of, is_lines, place_of, rows_of, stamp
 
 POOL_FROM = 48 << 20  # bytes; below, one process is done before others have started
 MOST_WORKERS = 8  # each holds some 30 MB of its own
@@ -181,24 +181,30 @@ def _workers(size: int) -> int:
 
 
 def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
+    keep_freed_memory()
     if workers == 1:
         for one, ranges in tasks:
-            one.sha256 = sha256_of(one.path)
+            one.sha256 = hash_of(one.path)
             one.add(digest_range(*task) for task in ranges)
         return
     # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
-        with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
             for (one, _), of_one in zip(tasks, futures, strict=True):
-                one.sha256 = sha256_of(one.path)
+                one.sha256 = hash_of(one.path)
                 one.add(_results(of_one))
     except BrokenProcessPool:
         raise StageError(
             "A process that read the chats was ended from outside, most likely for want of "
             "memory; close other programs and try again"
         ) from None
+
+
+def _start_worker() -> None:
+    gc.disable()
+    keep_freed_memory()
 
 
 def _results(futures: list[Future[Digest]]) -> Iterator[Digest]:

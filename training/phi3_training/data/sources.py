@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from ..recipe_data import HUB, HubSet
@@ -62,7 +63,21 @@ def stamp(source: Source) -> tuple[int, str]:
     with source.open("rb"):
         pass
     size = source.stat().st_size
-    return size, "" if is_lines(source) else sha256_of(source)
+    return size, "" if is_lines(source) else hash_of(source)
+
+
+def hash_of(path: Path) -> str:
+    """The SHA-256 of a file, taken once while the file stays as it is.
+
+    A command asks first whether the stage is done already, then for the manifest of the stage.
+    """
+    found = path.stat()
+    return _hash_at(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(64)
+def _hash_at(path: Path, _inode: int, _size: int, _moment: int) -> str:
+    return sha256_of(path)
 
 
 def fingerprints(sources: Sequence[Source]) -> list[str]:
@@ -70,5 +85,5 @@ def fingerprints(sources: Sequence[Source]) -> list[str]:
     found = []
     for source in sources:
         for one in expand(source):
-            found.append(sha256_of(one) if isinstance(one, Path) else fingerprint(str(one)))
+            found.append(hash_of(one) if isinstance(one, Path) else fingerprint(str(one)))
     return found

@@ -26,6 +26,7 @@ class RowWriter:
         self.rows = 0
         self._stream = path.open("wb")
         self._hash = hashlib.sha256()
+        self._hashed: Future[None] | None = None
 
     def __enter__(self) -> RowWriter:
         return self
@@ -43,15 +44,24 @@ class RowWriter:
     @property
     def sha256(self) -> str:
         """Of what was written so far."""
+        self._await_hash()
         return self._hash.hexdigest()
 
     def write(self, data: bytes, rows: int, hashing: Executor) -> None:
-        """Add whole lines; their hash is taken beside, as it takes as long as the writing."""
+        """Add whole lines; their hash is taken beside, as it takes as long as the writing.
+
+        It stays one call behind at most, so that memory stays flat.
+        """
         if rows:
             hashed = hashing.submit(self._hash.update, data)
             self._stream.write(data)
             self.rows += rows
-            hashed.result()
+            self._await_hash()
+            self._hashed = hashed
+
+    def _await_hash(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
 
 
 Lines = list[tuple[int, bytes, int]]  # number of the writer, lines, how many
