@@ -5,7 +5,9 @@ started without a container (its requirements in a clean environment, its own st
 ask the same stub endpoint over TLS, all are asked by the same load generator, one after the other;
 each figure is the best of some rounds, the one that the machine disturbed least.
 Run: python benchmarks/flow_serve.py [--seconds 2] [--rounds 2] [--clients 1,8,32,128]
-     [--latency 0,50] [--servers …] [--image-python FOLDER/bin/python] [-o json]
+     [--latency 0,50] [--servers …] [--image-python new] [-o json]
+The image is measured where --image-python names a Python that has its requirements, or says `new`:
+then they are installed into a temporary environment, over the network.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from support.load import Load, drive
 from support.place import KEY, Place, machine, place
 
 READY_SECONDS = 90
+IMAGE = "ours image"
 # "pf": `pf flow serve`; "phi3": `phi3 flow serve`, which runs the same engines.
 SERVERS = (
     "tutorial pf flask",
@@ -38,7 +41,7 @@ SERVERS = (
     "ours pf fastapi",
     "ours phi3 flask",
     "ours phi3 fastapi",
-    "ours image",
+    IMAGE,
 )
 BASELINES = ("tutorial pf flask", "tutorial pf fastapi")
 
@@ -160,7 +163,7 @@ def _start_of(
 ) -> tuple[list[str], dict[str, str], Path]:
     """Command, environment and folder that start a server of this name."""
     tutorial, ours = where.copy_flows()
-    if server == "ours image":
+    if server == IMAGE:
         return image_command(where, ours, url, port, python)
     side, program, engine = server.split()
     if program == "phi3":
@@ -214,6 +217,17 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _wanted(named: list[str] | None, image_python: str | None) -> list[str]:
+    """The servers to measure: the image's only with a Python for it."""
+    if image_python:
+        return named or list(SERVERS)
+    if named and IMAGE in named:
+        raise SystemExit(f'"{IMAGE}" needs --image-python (see --help)')
+    if not named:
+        print(f'Without "{IMAGE}": it needs --image-python, or --image-python new (network)')
+    return named or [server for server in SERVERS if server != IMAGE]
+
+
 def main() -> None:
     """Compare, print a table per latency; with `-o json` also one line of JSON at the end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -221,15 +235,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="the best counts (default 2)")
     parser.add_argument("--clients", type=_numbers, default=[1, 8, 32, 128])
     parser.add_argument("--latency", type=_numbers, default=[0, 50], help="ms of the endpoint")
-    parser.add_argument("--servers", type=_names, default=list(SERVERS), help=", ".join(SERVERS))
-    parser.add_argument("--image-python", help="a Python that has the image's requirements")
+    parser.add_argument("--servers", type=_names, help=f"default: all of {', '.join(SERVERS)}")
+    parser.add_argument(
+        "--image-python", help="a Python that has the image's requirements, or: new (network)"
+    )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     args = parser.parse_args()
+    args.servers = _wanted(args.servers, args.image_python)
     print(machine())
     found: list[Served] = []
     with place() as where:
         python = ""
-        if "ours image" in args.servers:
+        if IMAGE in args.servers:
             python = image_python(where, where.copy_flows()[1], args.image_python)
         for latency in args.latency:
             print(f"\nTLS endpoint of {latency} ms")

@@ -2,14 +2,19 @@
 
 Reads runs/NAME/evaluate/rows.jsonl; each resample draws as many rows of each part with replacement
 and is judged by the recipe's gate. Also judges the same rows with planted faults: what must be
-blocked. Run: python benchmarks/gate_false_blocks.py RUN_FOLDER [RECIPE] [key=value …]
+blocked. Run: python benchmarks/gate_false_blocks.py [RUN_FOLDER] [RECIPE] [key=value …]
+Without a folder it is runs/phi3-tiny (made by `make up`); where that is missing, the recipe is
+trained and evaluated in a temporary folder first, about a minute more.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,13 @@ import numpy as np
 from phi3_training.evaluate.gate import decide, summary
 from phi3_training.evaluate.questions import PARTS, Question
 from phi3_training.evaluate.rows import Answered, AnswerLoss, Row, Said, make_rows, read_rows
-from phi3_training.recipe import load_recipe
+from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 
 RESAMPLES = 200
-DEFAULT_RECIPE = Path(__file__).parents[1] / "training/recipes/phi3-tiny.yaml"
+ROOT = Path(__file__).parents[1]
+DEFAULT_RECIPE = ROOT / "training/recipes/phi3-tiny.yaml"
+DEFAULT_RUN = ROOT / "runs/phi3-tiny"
 Fault = Callable[[Sequence[Row], np.random.Generator], list[str]]
 
 
@@ -85,13 +92,34 @@ def with_answers(rows: Sequence[Row], after: Sequence[str], *, base_refuses: boo
     )
 
 
+@contextmanager
+def evaluated(given: Path | None, recipe: Path, changes: Sequence[str]) -> Iterator[Path]:
+    """The run folder that is named or that `make up` left; else one that is made for now."""
+    if given or (DEFAULT_RUN / "evaluate/rows.jsonl").is_file():
+        yield given or DEFAULT_RUN
+        return
+    with tempfile.TemporaryDirectory(prefix="phi3-bench-") as folder:
+        print(f"No {DEFAULT_RUN} yet: training and evaluating one (about a minute) …", flush=True)
+        for step in ("train", "evaluate"):
+            command = [sys.executable, "-m", "phi3_training.cli", step, str(recipe), *changes]
+            command += ["--runs", folder, "--run", "gate", "--yes"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            # 1 is the gate's own verdict: those rows are judged here.
+            if not (Path(folder) / "gate/evaluate/rows.jsonl").is_file() and step == "evaluate":
+                raise SystemExit(f"phi3 {step} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        yield Path(folder) / "gate"
+
+
 def main(arguments: Sequence[str]) -> int:
-    folder = Path(arguments[0])
-    words = arguments[1:]
-    named = [word for word in words if "=" not in word]
-    recipe = load_recipe(
-        Path(named[0]) if named else DEFAULT_RECIPE, [word for word in words if "=" in word]
-    )
+    named = [Path(word) for word in arguments if "=" not in word]
+    changes = [word for word in arguments if "=" in word]
+    path = named[1] if len(named) > 1 else DEFAULT_RECIPE
+    with evaluated(named[0] if named else None, path, changes) as folder:
+        return judge(folder, load_recipe(path, changes))
+
+
+def judge(folder: Path, recipe: Recipe) -> int:
+    """Print how often the recipe's gate blocks resamples of a run's rows."""
     rows = read_rows(Run(folder.resolve()))
     draw = np.random.default_rng(7)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from .place import KEY, ROOT, Place
 
+#: In place of a Python's path: make an environment, which needs the network.
+NEW = "new"
+
 
 def write_context(where: Place, flow: Path) -> Path:
     """`phi3 flow image`, as its users type it; the folder it wrote."""
@@ -30,8 +33,8 @@ def write_context(where: Place, flow: Path) -> Path:
 
 
 def image_python(where: Place, flow: Path, given: str | None) -> str:
-    """A Python with the context's requirements and nothing else: the one given, or a new one."""
-    if given:
+    """A Python with the context's requirements and nothing else: the one given, or a NEW one."""
+    if given and given != NEW:
         return given
     context, folder = write_context(where, flow), where.folder / "image-venv"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)

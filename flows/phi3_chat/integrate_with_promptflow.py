@@ -9,6 +9,10 @@ from promptflow.connections import CustomConnection
 from promptflow.core import tool
 
 from phi3_tool.chat import phi3_chat
+from phi3_tool.served import quiet_when_served
+
+# Served, Prompt flow logs errors only; PF_LOGGING_LEVEL=INFO brings its other lines back.
+quiet_when_served()
 
 
 # Prompt flow sets `stream`: True where the answer goes straight to a person who watches it come.

@@ -20,7 +20,7 @@ from tests.integration.stub_endpoint import (
     within,
 )
 
-from phi3_tool import EndpointTimeoutError, Phi3Client, ServiceError
+from phi3_tool import ConnectionSettings, EndpointTimeoutError, Phi3Client, ServiceError
 
 pytest.importorskip("cryptography", reason="needed to make a certificate")
 
@@ -80,6 +80,24 @@ def test_an_unknown_certificate_is_refused_at_once(tls: ssl.SSLContext) -> None:
         assert error.attempts == 1
         assert "REQUESTS_CA_BUNDLE" in str(error)
         assert stub.seen == []
+
+
+def test_the_doctor_names_a_certificate_that_is_not_trusted(tls: ssl.SSLContext) -> None:
+    from phi3_training.doctor import State
+    from phi3_training.doctor.endpoint import endpoint
+    from phi3_training.doctor.probe import ask, token_finding
+
+    with StubEndpoint(tls=tls) as stub:
+        settings = ConnectionSettings.from_connection({"endpoint": stub.url(), "key": KEY})
+        health = next(endpoint(settings, 10.0, 500.0))
+        token = token_finding(ask(settings, 10.0))
+        assert stub.seen == []
+    assert health.check == "health"
+    for found in (health, token):
+        assert found.state is State.FAULT
+        assert "certificate" in found.said.lower()
+        assert "REQUESTS_CA_BUNDLE" in found.mend
+        assert KEY not in found.said + found.mend
 
 
 @pytest.mark.usefixtures("trusted")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -283,3 +286,34 @@ def test_a_timeout_must_be_a_time(home: PfHome) -> None:
     done = doctor(home, "--timeout", "0")
     assert done.code == 2
     assert "--timeout" in done.err
+
+
+def test_an_outdated_package_from_the_command_line(home: PfHome, tmp_path: Path) -> None:
+    """Another filelock's metadata, found first, is all that the check looks at."""
+    metadata = tmp_path / "filelock-3.30.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: filelock\nVersion: 3.30.1\n")
+    path = os.pathsep.join([str(tmp_path), home.env.get("PYTHONPATH", "")])
+    command = ["python", "-m", "phi3_training.cli", "doctor"]
+    env = {"PYTHONPATH": path, "PHI3_ENDPOINT": "http://127.0.0.1:1/score", "PHI3_KEY": KEY}
+    done = home.run(command, env=env)
+    assert done.code == 1, done.text
+    line = next(line for line in done.out.splitlines() if "filelock" in line)
+    assert line.startswith("✗")
+    assert 'Mend: pip install "filelock>=3.20,<3.30"' in line
+    assert done.out.splitlines()[-1].startswith("Not healthy: ")
+
+
+def test_a_connection_without_a_key_signs_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auth: entra`: every question carries azure-identity's token, the health page too."""
+    identity: Any = ModuleType("azure.identity")
+    identity.DefaultAzureCredential = lambda: None
+    identity.get_bearer_token_provider = lambda _credential, _scope: lambda: "token-7"
+    monkeypatch.setitem(sys.modules, "azure.identity", identity)
+    with StubEndpoint(ANSWER) as stub:
+        given = {"endpoint": stub.url(), "auth": "entra"}
+        entra = ConnectionSettings.from_connection(given)
+        assert token_finding(ask(entra, SECONDS)).state is State.OK
+        found = by_check(endpoint_findings(entra, SECONDS, 10_000))
+        assert states(found)["health"] == "ok"
+        assert {seen.headers.get("authorization") for seen in stub.seen} == {"Bearer token-7"}

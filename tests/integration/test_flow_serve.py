@@ -16,6 +16,7 @@ from phi3_training.cli import main
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
 
+PF = str(Path(sys.executable).with_name("pf"))
 KEY = "serve-key-18ac/+7=="
 # No keyring that works, as in a container.
 NO_KEYRING = {"PYTHON_KEYRING_BACKEND": "keyring.backends.fail.Keyring"}
@@ -25,6 +26,11 @@ NO_KEYRING = {"PYTHON_KEYRING_BACKEND": "keyring.backends.fail.Keyring"}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PfHome]:
     with pf_home(tmp_path_factory.mktemp("serve") / "home") as state:
         yield state
+
+
+@pytest.fixture(scope="module")
+def flow(home: PfHome) -> Path:
+    return home.copy_flow()
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +63,37 @@ def test_serves_without_store_and_keyring(home: PfHome, upstream: Endpoint, engi
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
         assert b"phi3_connection" not in path.read_bytes() or path.suffix != ".sqlite", path
+
+
+@pytest.mark.parametrize("level", ["", "INFO"])
+def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
+    home: PfHome, flow: Path, upstream: Endpoint, level: str
+) -> None:
+    home.connect(upstream.url, KEY)
+    port = free_port()
+    log = home.path / f"pf-{level}.log"
+    command = [PF, "flow", "serve", "--source", str(flow), "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, "--skip-open-browser"],
+            env={**home.env, "PF_LOGGING_LEVEL": level},
+            cwd=home.path,
+            stdout=stream,
+            stderr=stream,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log)
+        body = {"input_data": "Hello planted question?", "chat_history": []}
+        assert requests.post(f"{url}/score", json=body, timeout=60).status_code == 200
+        broken = requests.post(f"{url}/score", json={"input_data": ""}, timeout=60)
+        assert broken.status_code == 400
+    finally:
+        interrupt(process)
+    said = log.read_text(errors="replace")
+    assert "planted question" not in said
+    assert ("Executing node" in said) == bool(level), said
+    assert "The question is empty" in said  # faults are told either way
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

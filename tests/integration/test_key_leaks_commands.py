@@ -225,7 +225,7 @@ def test_search_covered_what_matters(used: PfHome, during: dict[str, bytes]) -> 
 
 
 def test_our_server_logs_neither_questions_nor_answers(used: PfHome) -> None:
-    """`pf flow serve` does, at INFO: the same search finds the question there."""
+    """`pf flow serve` does, at DEBUG: the same search finds the question there."""
     log = (used.path / "serve-own.log").read_text(errors="replace")
     assert "Serving" in log
     assert QUESTION not in log

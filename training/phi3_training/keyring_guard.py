@@ -69,27 +69,39 @@ def find_keeper(limit: float | None = None) -> Keeper:
     return _settled[situation]
 
 
+def is_private(path: Path) -> bool:
+    """True when nobody but the owner can get in."""
+    # A Windows profile is its user's own.
+    return os.name != "posix" or path.stat().st_mode & 0o077 == 0
+
+
 def keep_private(path: Path) -> bool:
     """Take group's and others' rights away; True when nobody but the owner can get in."""
-    if os.name != "posix":
-        return True  # a Windows profile is its user's own
-    status = path.stat()
-    if status.st_mode & 0o077:
+    if not is_private(path):
         try:
-            path.chmod(status.st_mode & 0o700)
+            path.chmod(path.stat().st_mode & 0o700)
         except PermissionError:
             return False
-    return path.stat().st_mode & 0o077 == 0
+    return is_private(path)
 
 
-def describe(keeper: Keeper) -> str:
-    """One honest line about what protects the endpoint's key."""
+def describe(keeper: Keeper, *, tighten: bool = True) -> str:
+    """One honest line about what protects the endpoint's key; `tighten` keeps others out first."""
     start = "Key: encrypted in Prompt flow's store; its encryption key "
     if keeper.file is None:
         return f"{start}is kept by this machine's keyring ({keeper.keyring.rpartition('.')[0]})"
-    private = keep_private(keeper.file.parent) and keep_private(keeper.file)
-    who = "only you can read it" if private else "others on this machine may read it"
+    if tighten:
+        keep_private(keeper.file.parent)
+        keep_private(keeper.file)
+    who = "others on this machine may read it" if exposed(keeper) else "only you can read it"
     return f"{start}lies in {_short(keeper.file)} ({who}) because {keeper.why}"
+
+
+def exposed(keeper: Keeper) -> bool:
+    """Whether others may read the file keyring: either of file and folder keeps them out."""
+    return keeper.file is not None and not (
+        is_private(keeper.file.parent) or is_private(keeper.file)
+    )
 
 
 def _situation() -> tuple[str | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -101,6 +102,29 @@ def test_no_keyring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "keyrings.alt" in found.mend
     monkeypatch.setenv("PHI3_ENDPOINT", "http://127.0.0.1:1/score")
     assert check_keyring().state is State.WARNING
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_a_file_keyring_that_others_may_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Told and not touched; a folder that keeps others out is enough."""
+    pytest.importorskip("keyrings.alt")
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "DBUS_SESSION_BUS_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "keyrings.alt.file.PlaintextKeyring")
+    assert check_keyring().state is State.OK
+    file = tmp_path / ".local/share/python_keyring/keyring_pass.cfg"
+    file.chmod(0o644)
+    file.parent.chmod(0o755)
+    found = check_keyring()
+    assert found.state is State.WARNING
+    assert "others on this machine may read it" in found.said
+    assert found.mend == f"chmod 600 {file}"
+    assert file.stat().st_mode & 0o777 == 0o644
+    file.parent.chmod(0o700)
+    assert check_keyring().state is State.OK
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 
 from phi3_tool.address import parse_address
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.connection import ENTRA, ConnectionSettings
 from phi3_tool.credentials import Credential
-from phi3_tool.errors import one_line
+from phi3_tool.entra import entra_tokens
+from phi3_tool.errors import ConfigurationError, one_line
 from phi3_tool.transport import new_session
 
 from .finding import Finding, Group
@@ -28,7 +29,13 @@ TIMES = 3
 def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> Iterator[Finding]:
     """Health, and the time of a round trip."""
     address = parse_address(settings.endpoint, settings.dialect)
-    credential = Credential(settings.key, None)
+    try:
+        tokens = entra_tokens() if settings.auth == ENTRA else None
+        credential = Credential(settings.key or None, tokens)
+    except ConfigurationError as error:
+        yield HERE.skipped("health", error.message)
+        yield HERE.skipped("latency", "it was not asked")
+        return
     with new_session(address) as session:
 
         def get(path: str) -> tuple[int, float]:

@@ -140,8 +140,8 @@ def check_keyring() -> Finding:
             why = "none works; not needed while PHI3_ENDPOINT and PHI3_KEY are set"
             return HERE.warning("keyring", why, mend)
         return HERE.fault("keyring", str(error), mend)
-    said = keyring_guard.describe(keeper)
-    if "others on this machine may read it" in said:
+    said = keyring_guard.describe(keeper, tighten=False)
+    if keyring_guard.exposed(keeper):
         return HERE.warning("keyring", said, f"chmod 600 {keeper.file}")
     return HERE.ok("keyring", said)
 

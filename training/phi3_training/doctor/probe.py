@@ -6,7 +6,7 @@ Sends the connection's key, as a flow would, to the connection's endpoint and no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ChatReply, Phi3Client
@@ -63,11 +63,8 @@ def _one_token(
     url: str, settings: ConnectionSettings, dialect: str | None, seconds: float
 ) -> ChatReply | Phi3Error:
     try:
-        with Phi3Client(
-            url,
-            settings.key,
-            deployment=settings.deployment,
-            dialect=dialect,
+        with Phi3Client.from_connection(
+            replace(settings, endpoint=url, dialect=dialect),
             connect_timeout=min(5.0, seconds),
             read_timeout=seconds,
             deadline=seconds,
@@ -131,7 +128,7 @@ def _traffic(asked: Asked) -> Finding:
                 f"look for {wanted} among the endpoint's deployments, or take it out of the"
                 " connection",
             )
-        return CONNECTION.ok("deployment", f"{named or 'one'} answered")
+        return CONNECTION.ok("deployment", f"{named} answered" if named else "there is one")
     if isinstance(asked.error, EndpointNotFoundError) and not asked.other:
         which = f"no deployment {wanted}" if wanted else "no deployment with traffic"
         said, mend = _parts(asked.error)
