@@ -14,8 +14,8 @@ import requests
 
 from phi3_tool.address import parse_address
 from phi3_tool.connection import ConnectionSettings
-from phi3_tool.credentials import Credential
-from phi3_tool.errors import one_line
+from phi3_tool.entra import credential_of
+from phi3_tool.errors import ConfigurationError, one_line
 from phi3_tool.transport import new_session
 
 from .finding import Finding, Group
@@ -28,7 +28,13 @@ TIMES = 3
 def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> Iterator[Finding]:
     """Health, and the time of a round trip."""
     address = parse_address(settings.endpoint, settings.dialect)
-    credential = Credential(settings.key, None)
+    try:
+        credential = credential_of(settings)
+        credential.auth()
+    except ConfigurationError as error:
+        yield HERE.fault("health", error.message, "az login, or pip install azure-identity")
+        yield HERE.skipped("latency", "it cannot be asked")
+        return
     with new_session(address) as session:
 
         def get(path: str) -> tuple[int, float]:
@@ -63,9 +69,7 @@ def _health(tried: dict[str, int]) -> Finding:
     if set(tried.values()) <= {404, 405, 501}:
         return HERE.skipped("health", f"it has no health page (tried {' and '.join(tried)})")
     if status in (401, 403):
-        return HERE.skipped(
-            "health", f"GET {path} wants another right than the key gives ({status})"
-        )
+        return HERE.skipped("health", f"GET {path} wants another right than yours ({status})")
     return HERE.fault(
         "health",
         f"GET {path} says {status}, a healthy endpoint says 200",
