@@ -15,6 +15,7 @@ from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from phi3_training.errors import StageError
 from phi3_training.recipe_azure import AzureSection, PollSection
 from phi3_training.run import Run
+from phi3_training.targets.azure.cluster import ensure_cluster
 from phi3_training.targets.azure.endpoints import ensure_deployment
 from phi3_training.targets.azure.place import Made, note, noted
 from phi3_training.targets.azure.teardown import remove_run
@@ -98,6 +99,7 @@ class Cloud:
         self.online_deployments = Kind()
         self.compute = Kind()
         self.resource_groups = Kind(**{self.workplace.resource_group: thing("group")})
+        self.subscription: Any = None
         self.ml = self.resources = self
 
 
@@ -221,3 +223,20 @@ def test_an_endpoint_that_is_busy_for_minutes_is_waited_for(cloud: Cloud, run: R
     cloud.online_deployments.faults["put", "new"] = busy
     assert deploy(cloud, run) == "made"
     assert cloud.online_deployments.puts == 10
+
+
+def test_a_cluster_that_is_being_deleted_is_made_anew(cloud: Cloud) -> None:
+    going = thing("gpu-cluster", "Deleting")
+    cloud.compute.things["gpu-cluster"] = going
+    size = thing("Standard_NC24ads_A100_v4", gpus=1, family="standardNCADSA100v4Family")
+    cloud.subscription = SimpleNamespace(
+        compute=SimpleNamespace(list_sizes=lambda **_where: [size])
+    )
+    cloud.compute.faults["put", "gpu-cluster"] = [refused(409, "being deleted")]
+
+    def progress(_done: int, _total: int, text: str) -> None:
+        if "deleting" in text:
+            cloud.compute.things.pop("gpu-cluster", None)
+
+    made = ensure_cluster(cloud, SECTION.compute, {}, progress)  # type: ignore[arg-type]
+    assert (made, cloud.compute.puts) == ("created", 2)
