@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from tests.integration.rehearsal_fixture import A100, Azure
+from tests.integration.rehearsal_fixture import A100, GROUP, REGION, WORKSPACE, Azure
 from tests.integration.server_fixture import PAIRS, score_body
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
@@ -26,6 +26,12 @@ from azure.ai.ml.entities import (
 )
 from azure.ai.ml.exceptions import JobException
 from azure.core.exceptions import HttpResponseError, ResourceExistsError
+
+from phi3_training.recipe_azure import AzureSection, PollSection
+from phi3_training.run import Run
+from phi3_training.targets.azure.clients import Clients
+from phi3_training.targets.azure.follow import follow_job
+from phi3_training.targets.azure.workplace import find_workplace
 
 pytest_plugins = (
     "tests.integration.server_plugin",
@@ -101,6 +107,25 @@ def test_a_command_job_reads_writes_and_tells(azure: Azure, ml: MLClient, tmp_pa
     assert [model.version for model in ml.models.list("from-job")] == ["2"]
     with pytest.raises(HttpResponseError, match="NoMatchingArtifacts"):
         ml.models.create_or_update(Model(name="none", path=place.replace("mine", "nobodys")))
+
+
+def test_a_log_is_followed_without_the_key_of_its_store(
+    azure: Azure, ml: MLClient, tmp_path: Path
+) -> None:
+    azure.rehearsal.fault("POST */workspaceartifactstore/listSecrets 403 times=2")
+    name = "job-keyless"
+    azure.rehearsal.fault(f"PUT */jobs/{name} slow seconds=2")
+    run(ml, name, "echo the words of a job")
+    section = AzureSection(
+        subscription_id=azure.subscription, resource_group=GROUP, workspace_name=WORKSPACE,
+        location=REGION,
+    )  # fmt: skip
+    poll = PollSection(interval=0.2, job_interval=0.3, retry_total=0)
+    clients = Clients(find_workplace(section, {}, tmp_path), poll, azure.credential)
+    mine = Run.open(tmp_path / "run")
+    job = follow_job(clients, mine, "train", name, lambda _d, _t, _w: None, limit=120)
+    assert job.status == "Completed"
+    assert "the words of a job" in (mine.path / "azure" / "train.log").read_text()
 
 
 def test_a_job_that_fails_says_why(ml: MLClient, tmp_path: Path) -> None:

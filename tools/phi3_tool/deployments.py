@@ -14,8 +14,9 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from .address import Address, parse_address
-from .connection import ConnectionSettings
+from .connection import ENTRA, ConnectionSettings
 from .credentials import Credential
+from .entra import credential_of
 from .errors import one_line
 from .transport import Deadline, body_pieces, deadline_applies, new_session
 
@@ -25,6 +26,7 @@ SECONDS = 5.0
 _MAX_BYTES = 1024 * 1024
 _MAX_NAMES = 200
 _AZURE = ".inference.ml.azure.com"
+_WITH = {None: "key", ENTRA: "token of your sign-in"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ def no_list(reason: str) -> Choice:
 
 def _names(settings: ConnectionSettings) -> tuple[list[str], str]:
     address = parse_address(settings.endpoint, settings.dialect)
-    credential = Credential(settings.key, None)
+    credential = credential_of(settings)
     url = _models_url(address)
     try:
         status, body = _get(url, address, credential)
     except (requests.RequestException, HTTPError, OSError) as error:
         return [], f"no answer from {url} ({type(error).__name__})"
     if status in (401, 403):
-        return [], f"the endpoint does not accept the key (status {status})"
+        return [], f"the endpoint does not accept the {_WITH[settings.auth]} (status {status})"
     if status != 200:
         return [], not_told(url, status)
     names = _ids(body)

@@ -8,15 +8,25 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from .errors import ConfigurationError
+from .connection import ENTRA, ConnectionSettings
+from .credentials import Credential
+from .errors import ConfigurationError, one_line
 
 SCOPE = "https://ml.azure.com/.default"
+
+
+def credential_of(settings: ConnectionSettings) -> Credential:
+    """What signs a request to the connection's endpoint: its key, or tokens where it has none."""
+    if settings.auth == ENTRA:
+        return Credential(None, entra_tokens())
+    return Credential(settings.key, None)
 
 
 def entra_tokens() -> Callable[[], str]:
     """A provider of fresh tokens, from whatever sign-in DefaultAzureCredential finds."""
     try:
         identity = importlib.import_module("azure.identity")
+        azure_error = importlib.import_module("azure.core.exceptions").AzureError
     except ModuleNotFoundError:
         raise ConfigurationError(
             "The connection signs in with Microsoft Entra ID (auth: entra), which needs the package"
@@ -25,4 +35,15 @@ def entra_tokens() -> Callable[[], str]:
     provider: Callable[[], str] = identity.get_bearer_token_provider(
         identity.DefaultAzureCredential(), SCOPE
     )
-    return provider
+
+    def token() -> str:
+        try:
+            return provider()
+        except azure_error as error:
+            first = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise ConfigurationError(
+                "The connection signs in with Microsoft Entra ID (auth: entra), and no sign-in"
+                f" gives a token: {first} Sign in with: az login"
+            ) from None
+
+    return token

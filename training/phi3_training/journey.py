@@ -34,6 +34,7 @@ class Journey:
     flow: Path
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
+    again: frozenset[str] = frozenset()  # manifests of the stages that are done in any case
     progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
 
 
@@ -57,6 +58,7 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
     Raises what a stage raises (Phi3TrainingError and its kin); finished stages stay finished.
     """
     save_recipe(journey.recipe, journey.run.file(RECIPE_FILE))
+    journey.again = again
     for stage in stages:
         done = None if stage.manifest in again else finished(journey, stage)
         if done is not None:

@@ -28,7 +28,10 @@ def _depends(stage: str) -> Callable[[Journey], Any]:
 
 def _trains(journey: Journey) -> bool:
     """Whether something is left to train or to measure, so that the cluster is needed."""
-    return any(finished(journey, _stage(name)) is None for name in ("model", "metrics"))
+    return any(
+        name in journey.again or finished(journey, _stage(name)) is None
+        for name in ("base", "model", "metrics")
+    )
 
 
 def _provision(journey: Journey) -> Manifest:

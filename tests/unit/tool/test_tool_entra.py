@@ -6,9 +6,11 @@ import sys
 import types
 
 import pytest
+from tests.integration.stub_endpoint import Reply, StubEndpoint
 
 from phi3_tool import ConfigurationError, ConnectionSettings, Phi3Client
-from phi3_tool.entra import SCOPE, entra_tokens
+from phi3_tool.deployments import choices
+from phi3_tool.entra import SCOPE, credential_of, entra_tokens
 
 URL = "https://phi3.eastus.inference.ml.azure.com/score"
 
@@ -19,6 +21,10 @@ class Connection:
     def __init__(self, configs: dict[str, str], secrets: dict[str, str]) -> None:
         self.configs = configs
         self.secrets = secrets
+
+
+class RefusedError(Exception):
+    """As azure-core's AzureError."""
 
 
 @pytest.fixture
@@ -37,6 +43,9 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module.DefaultAzureCredential = object  # type: ignore[attr-defined]
     module.get_bearer_token_provider = provider  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "azure.identity", module)
+    core = types.ModuleType("azure.core.exceptions")
+    core.AzureError = RefusedError  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "azure.core.exceptions", core)
     return asked
 
 
@@ -75,6 +84,31 @@ def test_a_client_of_such_a_connection_signs_in_late(identity: list[str]) -> Non
     with Phi3Client.from_connection({"endpoint": URL, "auth": "entra"}) as client:
         assert client.endpoint == URL
     assert identity == []
+
+
+def test_a_sign_in_that_gives_no_token_is_told_in_one_line(
+    identity: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_credential: object, _scope: str) -> object:
+        def token() -> str:
+            raise RefusedError("DefaultAzureCredential failed.\nAttempted: 12 lines")
+
+        return token
+
+    monkeypatch.setattr(sys.modules["azure.identity"], "get_bearer_token_provider", refuses)
+    with pytest.raises(ConfigurationError, match=r"DefaultAzureCredential failed\. .*az login"):
+        credential_of(ConnectionSettings.from_connection({"endpoint": URL, "auth": "entra"})).auth()
+
+
+def test_the_list_of_deployments_signs_in_too(identity: list[str]) -> None:
+    with StubEndpoint(Reply(body=b'{"data": [{"id": "blue"}]}'), Reply(401)) as stub:
+        settings = ConnectionSettings.from_connection({"endpoint": stub.url(), "auth": "entra"})
+        assert [choice.value for choice in choices(settings)] == ["", "blue"]
+        (entry,) = choices(settings)
+        sent = [request.headers["authorization"] for request in stub.seen]
+    assert sent == ["Bearer token-1", "Bearer token-2"]
+    assert "token of your sign-in (status 401)" in entry.shown
+    assert identity == [SCOPE, SCOPE]
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

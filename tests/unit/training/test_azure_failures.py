@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
+from azure.core.credentials import AccessToken
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.targets.azure.failures import explained, scrub, stage_error
-from phi3_training.targets.azure.sign_in import sign_in
+from phi3_training.targets.azure.sign_in import InTenant, quiet, sign_in
 from phi3_training.targets.azure.waiting import look, make
 
 from .azure_wire import Answer, Token, Wire, clients
@@ -117,6 +120,41 @@ def test_a_person_at_a_terminal_signs_in_with_the_browser(monkeypatch: pytest.Mo
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
     token = Token()
     assert sign_in(interactive=True, browser=lambda **_options: token) is token
+
+
+def test_every_token_is_of_the_recipes_tenant() -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Credential:
+        def get_token(self, *_scopes: str, **options: Any) -> AccessToken:
+            asked.append(options)
+            return AccessToken("x", 1)
+
+    credential = InTenant(Credential(), "the-tenant")
+    credential.get_token("scope", enable_cae=True)
+    credential.get_token("scope", tenant_id="another")  # the service's challenge names it
+    assert asked == [
+        {"tenant_id": "the-tenant", "enable_cae": True},
+        {"tenant_id": "another"},
+    ]
+
+
+@pytest.mark.parametrize("name", ["urllib3.connectionpool", "azure.test_scrubbed"])
+@pytest.mark.parametrize(("text", "secret"), SECRETS)
+def test_the_sdks_logs_at_debug_hold_no_secret(
+    text: str, secret: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger(name)
+    quiet()
+    with caplog.at_level(logging.DEBUG, logger=name):
+        logger.debug('"%s %s" %s', "PUT", text, 201)
+        try:
+            int(text)
+        except ValueError:
+            logger.exception("failed")
+    assert len(caplog.records) == 2
+    assert secret not in caplog.text
+    assert "ValueError" in caplog.text
 
 
 def _group(method: str, url: str) -> Answer:

@@ -40,6 +40,7 @@ class Cloud:
         self.jobs = self
         self.ml = self
         self.poll = PollSection(interval=0.05, job_interval=0.05)
+        self.lost_looks = 0
 
     def create_or_update(self, job: Any) -> Any:
         self.before_put()
@@ -50,7 +51,8 @@ class Cloud:
         return self.known[job.name]
 
     def get(self, name: str) -> Any:
-        if name not in self.known:
+        self.lost_looks -= name in self.known
+        if name not in self.known or self.lost_looks >= 0:
             error = ResourceNotFoundError("no such job")
             error.status_code = 404
             raise error
@@ -204,8 +206,33 @@ def test_progress_of_the_job_is_shown_and_is_no_log_line(run: Run) -> None:
 
 def test_a_storage_refusal_is_not_taken_for_the_jobs_words(run: Run) -> None:
     refusal = '<?xml version="1.0"?><Error><Code>AuthenticationFailed</Code></Error>'
-    carry_out(Cloud(lines=(refusal, "real")), run)
-    assert (run.path / "azure" / "train.log").read_text() == "real\n"
+    cloud = Cloud(lines=(refusal, "after it the SDK is not listened to"))
+
+    def goes_on_without_the_log() -> None:
+        (job,) = cloud.known.values()
+        threading.Timer(0.3, lambda: setattr(job, "status", "Completed")).start()
+
+    cloud.after_put = goes_on_without_the_log
+    carry_out(cloud, run)
+    assert (run.path / "azure" / "train.log").read_text() == ""
+
+
+def test_what_the_sdk_says_around_the_log_is_not_shown_twice(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    around = ("RunId: j", "Web View: https://ml", "Streaming user_logs/std_log.txt", "====")
+    carry_out(Cloud(lines=(*around, "real", "Execution Summary", "====", *around[:2])), run)
+    shown = capsys.readouterr().err
+    assert shown.count("Web View") == 1
+    assert "real" in shown
+    assert "Execution Summary" not in shown
+    assert "RunId" not in shown
+
+
+def test_a_job_that_is_not_found_for_a_moment_is_asked_for_again(run: Run) -> None:
+    cloud = Cloud()
+    cloud.lost_looks = 2
+    assert carry_out(cloud, run).status == "Completed"
 
 
 def test_what_this_program_prints_is_not_taken_for_the_job(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from phi3_training.cli import main
 from phi3_training.commands.common import run_name, where_to_run
 from phi3_training.commands.rehearse import inner_words
-from phi3_training.recipe import Recipe
+from phi3_training.journey import Journey, Manifest, do, go
+from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
-from phi3_training.stages_azure import stages_of, stages_until
+from phi3_training.stages_azure import AZURE_STAGES, stages_of, stages_until
+from phi3_training.targets import Target
 
 
 def azure_run(runs: Path, name: str = "cloud-azure") -> Run:
@@ -102,3 +106,47 @@ def test_down_words_for_azure_only(tmp_path: Path, capsys: pytest.CaptureFixture
     Run.open(tmp_path / "here").write_manifest("dataset", {})
     assert main(["down", "here", "--all", "--runs", str(tmp_path)]) == 2
     assert "is for runs on Azure" in capsys.readouterr().err
+
+
+class _Cloud:
+    """An Azure whose cluster is gone, after `down`; what it was asked to provide."""
+
+    name = "azure"
+
+    def __init__(self) -> None:
+        self.provided: list[bool] = []
+
+    def place_inputs(self, _recipe: Recipe, _stage: str) -> None:
+        """Nothing of a place counts here."""
+
+    def is_provided(self, _recipe: Recipe, _run: Run, *, trains: bool) -> bool:
+        return not trains
+
+    def provide(self, _recipe: Recipe, _run: Run, _progress: object, *, trains: bool) -> Manifest:
+        self.provided.append(trains)
+        return {"summary": "made"}
+
+
+@pytest.mark.parametrize("stage", ["base", "model", "metrics"])
+def test_a_stage_that_is_done_again_gets_its_cluster_back(tmp_path: Path, stage: str) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        "name: mine\nmodel: {name_or_path: tiny}\nbase: {data: chats.jsonl}\n"
+        "data: {train: chats.jsonl}\nevaluate: {canary: [], probes: []}\n"
+    )
+    run = Run.open(tmp_path / "run")
+    run.file("rows").touch()
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    cloud = _Cloud()
+    journey = Journey(recipe, run, cast(Target, cloud), tmp_path)
+    provision = next(found for found in AZURE_STAGES if found.title == "provision")
+    for found in AZURE_STAGES[: AZURE_STAGES.index(provision) + 4]:
+        if found is not provision:
+            do(journey, replace(found, work=lambda _journey: {"rows": "rows"}), lambda *_told: None)
+
+    go(journey, [provision])
+    assert cloud.provided == [False]
+    go(journey, [provision])
+    assert cloud.provided == [False]
+    go(journey, [provision], again=frozenset([stage]))
+    assert cloud.provided == [False, True]

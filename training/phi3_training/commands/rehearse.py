@@ -30,8 +30,8 @@ def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     status = run_inside(inner_words(args, argv, home / "runs"), home / "azure")
     if args.output == "text":
         console.err.print(
-            "Rehearsed on this machine: add --rehearse to the next command too. "
-            "End it with: phi3 rehearse stop",
+            "Rehearsed on this machine; it has not yet run against live Azure. Add --rehearse to "
+            "the next command too; end it with: phi3 rehearse stop",
             markup=False,
         )
     return int(status)

@@ -13,9 +13,8 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 
 from phi3_tool.address import parse_address
-from phi3_tool.connection import ENTRA, ConnectionSettings
-from phi3_tool.credentials import Credential
-from phi3_tool.entra import entra_tokens
+from phi3_tool.connection import ConnectionSettings
+from phi3_tool.entra import credential_of
 from phi3_tool.errors import ConfigurationError, one_line
 from phi3_tool.transport import new_session
 
@@ -30,11 +29,11 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
     """Health, and the time of a round trip."""
     address = parse_address(settings.endpoint, settings.dialect)
     try:
-        tokens = entra_tokens() if settings.auth == ENTRA else None
-        credential = Credential(settings.key or None, tokens)
+        credential = credential_of(settings)
+        credential.auth()
     except ConfigurationError as error:
-        yield HERE.skipped("health", error.message)
-        yield HERE.skipped("latency", "it was not asked")
+        yield HERE.fault("health", error.message, "az login, or pip install azure-identity")
+        yield HERE.skipped("latency", "it cannot be asked")
         return
     with new_session(address) as session:
 
@@ -70,9 +69,7 @@ def _health(tried: dict[str, int]) -> Finding:
     if set(tried.values()) <= {404, 405, 501}:
         return HERE.skipped("health", f"it has no health page (tried {' and '.join(tried)})")
     if status in (401, 403):
-        return HERE.skipped(
-            "health", f"GET {path} wants another right than the key gives ({status})"
-        )
+        return HERE.skipped("health", f"GET {path} wants another right than yours ({status})")
     return HERE.fault(
         "health",
         f"GET {path} says {status}, a healthy endpoint says 200",

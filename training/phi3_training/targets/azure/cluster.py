@@ -18,8 +18,8 @@ def ensure_cluster(
     """`exists` or `created`; StageError, with what still bills, when it cannot be used."""
     operations = clients.ml.compute
     found = look(lambda: operations.get(section.name), f"Looking for the cluster {section.name}")
-    failed = found is not None and state_of(found) == "failed"
-    if found is not None and not failed:
+    # One that is being deleted refuses the call below until it is gone.
+    if found is not None and state_of(found) not in ("failed", "deleting"):
         _fits(found, section)
         return "exists"
     size = find_size(clients, section.size, "azure.compute.size")

@@ -176,6 +176,8 @@ def _probe(settings: ProbeSection) -> ProbeSettings:
 
 def _with_log(clients: Clients, run: Run, names: tuple[str, str], message: str) -> str:
     """The failure, the end of the container's log, and what bills now."""
+    if not _stands(clients, names):
+        return f"{message}\nNo deployment {names[1]} was made: nothing new bills."
     text = read_log(clients, *names)
     if text:
         run.file("azure", "deployment.log").write_text(text + "\n", encoding="utf-8")
@@ -187,6 +189,15 @@ def _with_log(clients: Clients, run: Run, names: tuple[str, str], message: str) 
         f"{message}\nThe deployment {names[1]} stays in {names[0]} as it is and bills until it is "
         f"deleted: phi3 down --on azure --failed --run {run.name}. `phi3 up` makes it anew."
     )
+
+
+def _stands(clients: Clients, names: tuple[str, str]) -> bool:
+    """Whether Azure has the deployment; where it does not tell, it may."""
+    read = lambda: clients.ml.online_deployments.get(names[1], names[0])  # noqa: E731 - short
+    try:
+        return look(read, f"Looking for the deployment {names[1]}") is not None
+    except StageError:
+        return True
 
 
 def read_log(clients: Clients, endpoint: str, name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ...console import ProgressCallback
 from ...recipe_azure import AzureSection
 from .clients import Clients
+from .dependents import dependents_of
 from .failures import explained
 from .removing import remove
 from .roles import grants
@@ -126,21 +127,28 @@ def _remove_roles(clients: Clients, section: AzureSection, gone: list[str]) -> N
     identity = look(read, f"Looking for the identity {place.identity}")
     if identity is None:
         return
+    workspaces = clients.subscription.workspaces
+    name = place.workspace_name
+    workspace = look(lambda: workspaces.get(name), f"Looking for the workspace {name}")
+    on_what = dependents_of(workspace, place) if workspace is not None else None
     operations = clients.authorization.role_assignments
     for wanted in grants(
         str(identity.principal_id),
         group=place.group_scope,
-        storage=place.resource_id("Microsoft.Storage/storageAccounts", place.storage_account),
-        registry=place.resource_id(
-            "Microsoft.ContainerRegistry/registries", place.container_registry
-        ),
+        storage=on_what.storage_account
+        if on_what
+        else place.resource_id("Microsoft.Storage/storageAccounts", place.storage_account),
+        registry=on_what.container_registry
+        if on_what
+        else place.resource_id("Microsoft.ContainerRegistry/registries", place.container_registry),
         connections=[place.workspace_id(), place.workspace_id(place.project)],
         least_privilege=section.least_privilege,
     ):
         on = wanted.scope.rstrip("/").rsplit("/", 1)[-1]
-        with explained(f"Taking the role {wanted.role} on {on} from the identity"):
-            if operations.delete(wanted.scope, wanted.name) is not None:
-                gone.append(f"role {wanted.role} on {on}")
+        take = partial(operations.delete, wanted.scope, wanted.name)
+        # None also where the scope itself is gone.
+        if look(take, f"Taking the role {wanted.role} on {on} from the identity") is not None:
+            gone.append(f"role {wanted.role} on {on}")
 
 
 def _remove_group(

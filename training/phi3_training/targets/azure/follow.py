@@ -23,7 +23,8 @@ from ...run import Run
 from .clients import Clients
 from .failures import message_of, scrub
 from .in_job import ERROR, PROGRESS
-from .waiting import passing
+from .job_log import read_lines
+from .waiting import absent, passing
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ _BAD = {
 _SHOWN = 8  # last log lines in an error
 _PATIENCE = 6  # times in a row that the status may not be told
 _XML = re.compile(r"^\ufeff?<\?xml|^<Error>")
+# What the SDK says around the log.
+_AROUND = re.compile(r"(RunId: |Streaming \S+$|Execution Summary$|=+$)")
 
 
 def status_of(job: Any) -> str:
@@ -55,6 +58,10 @@ class Tap:
         self._thread: int | None = None
         self._rest = ""
         self._closed = False
+        self._told_of: set[str] = set()
+        self.ended = threading.Event()
+        self.taken = 0
+        self.refused = False
         self.shown: dict[str, Any] = {}
         self.last: deque[str] = deque(maxlen=_SHOWN)
         self.error: str | None = None
@@ -67,6 +74,7 @@ class Tap:
     def close(self) -> None:
         """The next write of the job's thread ends it."""
         self._closed = True
+        self.ended.set()
 
     def write(self, text: str) -> int:
         """As a stream's."""
@@ -90,10 +98,21 @@ class Tap:
         return getattr(self._through, name)
 
     def _line(self, line: str) -> None:
+        if _XML.match(line):  # the storage's refusal, not the job's words
+            raise _RefusedError
+        if not line:
+            return
+        if _AROUND.match(line):
+            self._file.write(line + "\n")
+            return
+        if line.startswith("Web View: "):  # at the beginning and at the end
+            if line not in self._told_of:
+                console.note(line)
+            self._told_of.add(line)
+            return
+        self.taken += 1
         if line.startswith(PROGRESS):
             self._told(line.removeprefix(PROGRESS))
-            return
-        if not line or _XML.match(line):  # the storage's refusal, not the job's words
             return
         line = scrub(line)
         if line.startswith(ERROR):
@@ -117,6 +136,10 @@ class _LostInterestError(Exception):
     """Nobody reads the job's log any more."""
 
 
+class _RefusedError(Exception):
+    """The SDK may not read the log, and takes the refusal for the log."""
+
+
 def follow_job(
     clients: Clients,
     run: Run,
@@ -134,6 +157,7 @@ def follow_job(
             stream.start()
             try:
                 job = _until_done(clients, run, name, tap, progress, limit)
+                tap.ended.set()
                 stream.join(2 * clients.poll.job_interval + 10)  # the last lines
             except KeyboardInterrupt:
                 _detached(run, name)
@@ -158,13 +182,43 @@ def _stream(clients: Clients, name: str, tap: Tap) -> None:
             return
         except MlException as error:  # how the SDK tells that the job failed
             tap.shown["error"] = _said_of(error)
-            return
-        except (AzureError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            # The SDK trips over answers that it does not expect; the status does not hang on it.
+            break
+        except _RefusedError:
+            tap.refused = True
+            break
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            # It trips over answers that it does not expect: a signature where it wants a key.
+            log.info("the SDK cannot read the log of %s: %s", name, type(error).__name__)
+            tap.refused = True
+            break
+        except (AzureError, OSError) as error:
             log.info("the log of %s is not to be had: %s", name, scrub(str(error)))
             time.sleep(clients.poll.job_interval)
         else:
+            break
+    if tap.refused or not tap.taken:  # the SDK shows nothing of a job that has ended
+        _stream_from_storage(clients, name, tap)
+
+
+def _stream_from_storage(clients: Clients, name: str, tap: Tap) -> None:
+    """The same without the SDK's help, until the job's end has been seen."""
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
+    seen = tap.taken
+    while True:
+        last = tap.ended.is_set()
+        try:
+            lines = [line for line in read_lines(clients, name) if line.strip()]
+            tap.write("".join(f"{line}\n" for line in lines[seen:]))
+            seen = max(seen, len(lines))
+        except _LostInterestError:
             return
+        except (AzureError, MlException, OSError, ValueError, AttributeError, TypeError) as error:
+            log.info("the log of %s is not to be had: %s", name, scrub(str(error)))
+        if last:
+            return
+        tap.ended.wait(clients.poll.job_interval)
 
 
 def _until_done(
@@ -180,7 +234,8 @@ def _until_done(
             faults = 0
         except AzureError as error:
             faults += 1
-            if faults > _PATIENCE or not passing(error):
+            # Also one that is not there: it was a moment ago, and comes again.
+            if faults > _PATIENCE or not (passing(error) or absent(error)):
                 raise StageError(
                     f"The job {name} works on, but Azure does not tell how far it is: "
                     f"{message_of(error)}. Go on with it: {_again(run)}"

@@ -68,6 +68,7 @@ class Inventory:
     jobs: list[tuple[str, str]] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    stands: bool = True  # the resource group, and so what bills little
     region: str = ""
 
     def billing(self) -> list[str]:
@@ -107,6 +108,11 @@ def take(clients: Clients, run: Run) -> Inventory:
         for job in _read(found, f"job {name}", partial(_one, ml.jobs.get, name)):
             status = getattr(job.status, "value", job.status)
             found.jobs.append((name, str(status)))
+    group = clients.workplace.resource_group
+    there = _read(
+        found, "resource group", partial(_one, clients.resources.resource_groups.get, group)
+    )
+    found.stands = bool(there or found.unknown)
     registered = (run.manifest("registration") or {}).get("model")
     if registered:
         versions = _read(found, "models", lambda: list(ml.models.list(name=registered)))
@@ -134,7 +140,8 @@ def lines(found: Inventory, run: Run) -> list[str]:
         )
     billing = found.billing()
     told += [f"bills now: {line}" for line in billing] or ["bills now: nothing by the hour"]
-    told.append("bills little: storage account, container registry, logs (until --all)")
+    if found.stands:
+        told.append("bills little: storage account, container registry, logs (until --all)")
     told += [f"could not be read: {what}" for what in found.unknown]
     return told
 

@@ -62,17 +62,8 @@ def fetch(clients: Clients, job: Any, output: str, into: Path, progress: Progres
 
 def _copy(clients: Clients, store: str, prefix: str, into: Path, progress: ProgressCallback) -> int:
     """Download every blob below `prefix`; how many there were."""
-    from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
-
-    container = _container(clients, store, with_key=True)
     start = prefix.strip("/") + "/"
-    try:
-        blobs = list(container.list_blobs(name_starts_with=start))
-    except (ClientAuthenticationError, HttpResponseError) as error:
-        if error.status_code not in (401, 403):
-            raise
-        container = _container(clients, store, with_key=False)
-        blobs = list(container.list_blobs(name_starts_with=start))
+    container, blobs = container_of(clients, store, prefix)
     count = 0
     for blob in blobs:
         relative = Path(str(blob.name).removeprefix(start))
@@ -88,6 +79,21 @@ def _copy(clients: Clients, store: str, prefix: str, into: Path, progress: Progr
         with target.open("wb") as file:
             container.download_blob(blob.name).readinto(file)
     return count
+
+
+def container_of(clients: Clients, store: str, prefix: str) -> tuple[Any, list[Any]]:
+    """The store's container and the blobs below `prefix`: by key or signature, else by sign-in."""
+    from azure.core.exceptions import HttpResponseError
+
+    start = prefix.strip("/") + "/"
+    try:
+        container = _container(clients, store, with_key=True)
+        return container, list(container.list_blobs(name_starts_with=start))
+    except HttpResponseError as error:
+        if error.status_code not in (401, 403):
+            raise
+        container = _container(clients, store, with_key=False)
+        return container, list(container.list_blobs(name_starts_with=start))
 
 
 def _container(clients: Clients, store: str, *, with_key: bool) -> Any:

@@ -14,10 +14,7 @@ from typing import Any
 from ...console import ProgressCallback
 from ...errors import StageError
 from .failures import stage_error
-from .waiting import TRIES, absent, follow, look, passing, state_of
-
-# Azure refuses to delete what it is still making; that passes within minutes.
-_CONFLICTS = 30
+from .waiting import CONFLICTS, TRIES, absent, follow, look, passing, state_of
 
 
 def remove(
@@ -39,7 +36,7 @@ def remove(
     if look(read, doing) is None:
         return False
     ends = time.monotonic() + limit
-    tries, conflicts = TRIES, _CONFLICTS
+    tries, conflicts = TRIES, CONFLICTS
     while tries:
         try:
             with no_dots():

@@ -14,11 +14,12 @@ from ...errors import StageError
 from .failures import scrub
 
 if TYPE_CHECKING:
-    from azure.core.credentials import TokenCredential
+    from azure.core.credentials import AccessToken, TokenCredential
 
 log = logging.getLogger(__name__)
 
 ARM_SCOPE = "https://management.azure.com/.default"
+_TALKERS = ("azure", "msal", "msrest", "urllib3", "requests", "promptflow")
 _WAYS = (
     "Sign in with: az login\n"
     "or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET (a service principal), "
@@ -40,9 +41,12 @@ def sign_in(
     from azure.identity import DefaultAzureCredential
 
     quiet()
-    credential = DefaultAzureCredential()
+    found: TokenCredential = DefaultAzureCredential(
+        additionally_allowed_tenants=[tenant_id] if tenant_id else []
+    )
+    credential = InTenant(found, tenant_id) if tenant_id else found
     try:
-        credential.get_token(ARM_SCOPE, **_tenant(tenant_id))
+        credential.get_token(ARM_SCOPE)
     except ClientAuthenticationError as error:
         tried = _attempts(error)
     else:
@@ -55,17 +59,47 @@ def sign_in(
     return _in_browser(tenant_id, browser, tried)
 
 
+class InTenant:
+    """A credential whose every token is of one tenant: the SDKs do not ask for any."""
+
+    def __init__(self, credential: TokenCredential, tenant_id: str) -> None:
+        self._credential = credential
+        self._tenant = tenant_id
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        """A token of the tenant."""
+        return self._credential.get_token(*scopes, **{"tenant_id": self._tenant, **options})
+
+
 def quiet() -> None:
     """The SDKs' own logs: off, unless the program itself logs at INFO or below.
 
     azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
-    azure.core's HTTP log would show what is sent.
+    azure.core's HTTP log would show what is sent. Where they do log, no signature, key or token
+    stands in it: urllib3 tells every URL with its query.
     """
+    known = [name for name in logging.root.manager.loggerDict if name.startswith(_TALKERS)]
+    for name in {*known, "urllib3.connectionpool"}:
+        logger = logging.getLogger(name)
+        if not any(isinstance(kept, _Scrubbed) for kept in logger.filters):
+            logger.addFilter(_Scrubbed())
     if logging.getLogger().isEnabledFor(logging.INFO):
         return
     names = [name for name in logging.root.manager.loggerDict if name.startswith("azure.")]
     for name in ("azure", "msal", "msrest", *names):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class _Scrubbed(logging.Filter):
+    """Takes secrets out of what a logger says, before any handler sees it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always True: the record stays, without its secrets."""
+        record.msg, record.args = scrub(record.getMessage()), None
+        if record.exc_info and record.exc_info[1] is not None:
+            shown = logging.Formatter().formatException(record.exc_info)
+            record.exc_info, record.exc_text = None, scrub(shown)
+        return True
 
 
 def _tenant(tenant_id: str | None) -> dict[str, str]:

@@ -6,6 +6,7 @@ Reads <run>/azure/made.json and Azure; strikes what is gone and drops the manife
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,17 +64,14 @@ def remove_run(
     receipt = Receipt()
     work = _Teardown(clients, section, run, progress, receipt)
     if only == "failed":
-        work.failed()
+        work.each(work.failed, work.cluster_that_failed)
     elif only == "idle":
-        work.failed()
-        work.idle()
+        work.each(work.failed, work.idle, work.cluster_that_failed)
     else:
-        work.jobs()
-        work.connections()
-        work.endpoint()
-        work.cluster()
+        work.each(work.jobs, work.connections, work.endpoint, work.cluster)
     if only == "all" and not receipt.failed:
-        remove_everything(clients, section, progress, receipt.gone, receipt.kept, receipt.soft)
+        work.each(work.everything)
+    if only == "all" and not receipt.failed:
         left = []
         # Job, model and workspace are gone: the next `up` begins with the prepared chats.
         for name in ("azure.json", "model.json", "registration.json", "azure/jobs.json"):
@@ -91,7 +89,7 @@ def _left(clients: Clients, run: Run) -> list[str]:
     found = take(clients, run)
     unknown = [f"perhaps: {what} could not be read" for what in found.unknown]
     little = "storage account, container registry and logs of the workspace, little (--all)"
-    return [*found.billing(), *unknown, little]
+    return [*found.billing(), *unknown, *([little] if found.stands else [])]
 
 
 class _Teardown:
@@ -110,6 +108,21 @@ class _Teardown:
         self.run = run
         self.progress = progress
         self.receipt = receipt
+
+    def each(self, *steps: Callable[[], None]) -> None:
+        """Every step, also after one that could not: what bills must not wait for the rest."""
+        for step in steps:
+            try:
+                step()
+            except StageError as error:
+                self.receipt.failed.append(" ".join(str(error).split()))
+
+    def everything(self) -> None:
+        """The workspace and all that was made for it."""
+        receipt = self.receipt
+        remove_everything(
+            self.clients, self.section, self.progress, receipt.gone, receipt.kept, receipt.soft
+        )
 
     def jobs(self) -> None:
         """The run's jobs that still work: they would hold the cluster, and bill on it."""
@@ -204,11 +217,14 @@ class _Teardown:
                 self._delete_idle(name, shares(found.traffic))
 
     def failed(self) -> None:
-        """The run's deployments that failed, and a cluster that failed."""
+        """The run's deployments that failed."""
         for name in sorted({made.parent for made in noted(self.run, "deployment")}):
             found = self._look(name)
             if found is not None:
                 self._delete_idle(name, shares(found.traffic), failed=True)
+
+    def cluster_that_failed(self) -> None:
+        """The cluster, if it failed: it stays so until it is deleted."""
         self.cluster(failed=True)
 
     def cluster(self, *, failed: bool = False) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 TRIES = 4
+CONFLICTS = 30  # more: what is being changed or made refuses other changes for minutes
 _GOOD = ("succeeded", "unknown", "")  # some resources have no state at all
 _BAD = ("failed", "canceled", "cancelled")
 # Conflicts that do not pass by themselves.
@@ -123,16 +124,20 @@ def make(
     from azure.core.exceptions import AzureError, HttpResponseError
 
     ends = time.monotonic() + limit
-    for left in reversed(range(TRIES)):
+    tries, conflicts = TRIES, CONFLICTS
+    while True:
         try:
             poller = start()
             if poller is not None and hasattr(poller, "done"):
                 follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
-            with explained(doing):
-                return read()
+            return read()
         except (AzureError, MlException) as error:
             lost_poll = isinstance(error, HttpResponseError) and error.status_code == 404
-            if not left or not (passing(error) or lost_poll):
+            if getattr(error, "status_code", None) == 409 and conflicts:
+                conflicts -= 1
+            else:
+                tries -= 1
+            if not tries or time.monotonic() > ends or not (passing(error) or lost_poll):
                 raise stage_error(error, doing) from None
             log.info("%s: trying again after %s", doing, type(error).__name__)
         found = _being_made(doing, read, progress, ends, pause)
@@ -140,7 +145,6 @@ def make(
             return found
         progress(0, 0, f"{doing}: trying again")
         time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 def _being_made(

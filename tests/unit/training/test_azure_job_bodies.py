@@ -1,0 +1,114 @@
+"""The bodies of both routes' jobs, as they would be sent: processes, machines, rerun and stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+
+from azure.ai.ml import load_component
+from azure.ai.ml.entities._job.pipeline.pipeline_job import PipelineJob
+
+from phi3_training.recipe import Recipe
+from phi3_training.run import Run
+from phi3_training.targets.azure import job_route, pipeline_route
+from phi3_training.targets.azure.catalogue import Foundation
+from phi3_training.targets.azure.parameters import merge
+
+from .azure_wire import Answer, Wire, clients
+from .component_inputs import INPUTS
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run.open(tmp_path / "run")
+    run.write_manifest("dataset", {"outputs": {}})
+    for part in ("train", "validation"):
+        run.file("data", f"{part}.jsonl").write_text('{"messages": []}\n')
+    return run
+
+
+def recipe(**train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "mine",
+            "model": {"name_or_path": "org/Phi"},
+            "data": {"train": ["x"]},
+            "evaluate": {"canary": [], "probes": []},
+            "azure": {"train": train, "compute": {"max_instances": 2}},
+        }
+    )
+
+
+def _nothing_there(method: str, url: str) -> Answer:
+    del method, url
+    return 404, {"error": {"code": "NotFound", "message": "not there"}}
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(2, 4), (2, 1), (1, 4)])
+def test_machines_times_processes_travel_as_pytorch_distribution(
+    run: Run, tmp_path: Path, nodes: int, gpus: int
+) -> None:
+    wanted = recipe(instance_count=nodes, process_count_per_instance=gpus)
+    cloud = clients(Wire(_nothing_there), tmp_path)
+    machines = job_route.machines_of(cloud, wanted)
+
+    job = job_route.train_job(cloud, wanted, run, "job-1", machines)
+    sent = job._to_job()._to_rest_object().properties.serialize()
+
+    assert sent["distribution"] == {
+        "distributionType": "PyTorch",
+        "processCountPerInstance": gpus,
+    }
+    assert sent["resources"]["instanceCount"] == nodes
+    staged = (run.path / "azure" / "recipe.json").read_text()
+    assert f'"num_processes": {nodes * gpus}' in staged
+    assert "HF_TOKEN" not in str(sent)
+
+
+def test_one_process_wants_no_distribution(run: Run, tmp_path: Path) -> None:
+    wanted = recipe(process_count_per_instance=1)
+    cloud = clients(Wire(_nothing_there), tmp_path)
+    machines = job_route.machines_of(cloud, wanted)
+    job = job_route.train_job(cloud, wanted, run, "job-1", machines)
+    assert job.distribution is None
+    assert job.resources.instance_count == 1
+
+
+def _component(folder: Path) -> Any:
+    """The catalogue's pipeline, as a component of the SDK with the inputs that it has."""
+    names = {"string", "integer", "number", "boolean", "uri_file", "mlflow_model", "mltable",
+             "custom_model"}  # fmt: skip
+    lines = ["$schema: https://azuremlschemas.azureedge.net/latest/commandComponent.schema.json",
+             "type: command", "name: chat_completion_pipeline", "version: 0.0.82",
+             "command: echo", "environment: azureml:any:1", "inputs:"]  # fmt: skip
+    for name, spec in INPUTS.items():
+        assert spec["type"] in names
+        lines.append(f"  {name}: {{type: {spec['type']}, optional: true}}")
+    lines += ["outputs:", "  mlflow_model_folder: {type: mlflow_model}"]
+    path = folder / "component.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return load_component(path)
+
+
+def test_the_pipeline_reruns_every_step_and_stops_at_the_first_that_fails(
+    run: Run, tmp_path: Path
+) -> None:
+    foundation = Foundation("Phi-4", "8", "azureml://registries/azureml/models/Phi-4/versions/8",
+                            None, "", {}, None)  # fmt: skip
+    prepared = pipeline_route.Prepared(_component(tmp_path), merge({}, {}, INPUTS), 2, "shown")
+    job = pipeline_route.pipeline_job(recipe(), run, "job-1", foundation, prepared)
+
+    assert isinstance(job, PipelineJob)
+    settings = job._to_rest_object().properties.settings
+    assert settings["force_rerun"] is True
+    assert settings["continue_on_step_failure"] is False
+    assert (job.name, job.display_name) == ("job-1", "shown")
+    (step,) = job.jobs.values()
+    sent = step._to_rest_object()["inputs"]
+    assert sent["number_of_gpu_to_use_finetuning"]["value"] == "2"
+    assert set(sent) <= set(INPUTS)
+    assert job.outputs["trained_model"].path.endswith("/phi3/job-1/trained_model")
