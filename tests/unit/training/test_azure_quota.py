@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+
+from azure.core.exceptions import ServiceRequestError
 
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe
 from phi3_training.targets.azure import quota, sizes
 from phi3_training.targets.azure.sizes import TABLE, gpus_in, refuse_outside
 
-from .azure_wire import Answer, Wire, clients
+from .azure_wire import Answer, Wire, clients, place
 
 A100, T4 = "Standard_NC24ads_A100_v4", "Standard_NC4as_T4_v3"
 
@@ -96,3 +101,15 @@ def test_a_size_outside_the_models_list_is_refused_with_the_list() -> None:
         refuse_outside(["Standard_NC6s_v3", A100], T4, "azure.compute.size", "Phi-4")
     assert A100 in str(caught.value)
     assert "NC6s_v3" not in str(caught.value)  # retired: no way out
+
+
+def test_an_azure_that_cannot_be_reached_is_told_so(tmp_path: Path) -> None:
+    def unreachable(**_where: Any) -> list[Any]:
+        raise ServiceRequestError("name resolution failed")
+
+    away = SimpleNamespace(
+        workplace=place(tmp_path),
+        subscription=SimpleNamespace(compute=SimpleNamespace(list_usage=unreachable)),
+    )
+    with pytest.raises(StageError, match="could not be reached"):
+        quota.usage(away)  # type: ignore[arg-type]

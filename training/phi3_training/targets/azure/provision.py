@@ -279,7 +279,8 @@ class _Work:
     def _ensure(self, what: str, name: str, body: Any) -> str:
         doing = f"Looking for the {what} {name}"
         workspaces = self.clients.subscription.workspaces
-        if look(lambda: workspaces.get(name), doing) is not None:
+        found = look(lambda: workspaces.get(name), doing)
+        if found is not None and not _being_deleted(found):
             return "exists"
         self._make(what, name, body)
         return "created"

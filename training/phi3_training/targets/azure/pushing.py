@@ -20,7 +20,7 @@ from ...run import Run
 from ..base import Manifest
 from .clients import Clients
 from .failures import explained, message_of, scrub
-from .place import Made, note
+from .place import Made, note, noted
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,11 @@ def _push(clients: Clients, run: Run, bundle: Bundle, workspace: str) -> Manifes
     name, content = bundle.folder.name, bundle.sha256
     client = _client(clients, workspace)
     doing = f"Pushing the flow {name} into {workspace}"
-    known = _same(client, content, doing)
+    begun = Made("flow", name, workspace)
+    known = _same(client, content, doing, must_know=begun in noted(run, "flow"))
     if known is not None:
         return _told(known, workspace, "exists")
-    note(run, Made("flow", name, workspace))
+    note(run, begun)
     made = _asked(
         doing,
         lambda: client.flows.create_or_update(
@@ -74,11 +75,13 @@ def _client(clients: Clients, workspace: str) -> Any:
     )
 
 
-def _same(client: Any, content: str, doing: str) -> Any | None:
-    """A flow of the same content; None also where the list cannot be had, which is a help only."""
+def _same(client: Any, content: str, doing: str, *, must_know: bool) -> Any | None:
+    """A flow of the same content. StageError where one may be there and no list can be had."""
     try:
         listed = _asked(doing, lambda: client.flows.list(max_results=100))
     except StageError as error:
+        if must_know:
+            raise
         log.info("flows cannot be listed: %s", error)
         return None
     return next((flow for flow in listed if (flow.tags or {}).get(CONTENT_TAG) == content), None)

@@ -108,7 +108,7 @@ def need_of(
 
 def usage(clients: Clients) -> dict[str, tuple[int, int]]:
     """(used, limit) of each family in the region; empty where one may not read it."""
-    from azure.core.exceptions import HttpResponseError
+    from azure.core.exceptions import AzureError
 
     location = clients.workplace.location
     found: dict[str, tuple[int, int]] = {}
@@ -117,8 +117,8 @@ def usage(clients: Clients) -> dict[str, tuple[int, int]]:
             used = _used(item)
             if item.limit is not None:
                 found[_key(_name(item))] = (used, int(item.limit))
-    except HttpResponseError as error:
-        if error.status_code == 403:
+    except AzureError as error:
+        if getattr(error, "status_code", None) == 403:
             return {}
         raise stage_error(error, f"Reading the quota of {location}") from None
     return found
