@@ -105,9 +105,10 @@ def browser(home: PfHome) -> Path:
 
 @contextmanager
 def chat_web(home: PfHome, url: str, key: str, *options: str) -> Iterator[tuple[str, Any]]:
-    """`phi3 chat --web` as it is typed; the address it prints and its process."""
+    """`phi3 chat --web` as it is typed; the address it prints, its process. No URL: a run's."""
     command = [sys.executable, "-m", "phi3_training.cli", "chat", "--web"]
-    env = {**home.env, "PHI3_ENDPOINT": url, "PHI3_KEY": key, "PYTHONUNBUFFERED": "1"}
+    env = {**home.env, "PYTHONUNBUFFERED": "1"}
+    env |= {"PHI3_ENDPOINT": url, "PHI3_KEY": key} if url else {}
     # A desktop whose browser writes down what it is to show.
     env |= {"DISPLAY": ":0", "BROWSER": f"{browser(home)} %s"}
     said: list[str] = []
@@ -223,6 +224,42 @@ def test_wrong_key_and_endpoint_down(
             process.terminate()  # as a session manager does
             assert process.wait(30) == 0
     assert started_in(Path(home.env["TMPDIR"])) == []
+
+
+STORED_RUN = """
+import sys
+from pathlib import Path
+from phi3_training.connect import connect
+from phi3_training.run import Run
+folder, endpoint, pid, create_time = sys.argv[1:]
+run = Run.open(Path(folder))
+deployed = {"endpoint": endpoint, "engine": "stub", "pid": int(pid),
+            "create_time": float(create_time)}
+run.write_manifest("endpoint", deployed)
+run.write_manifest("connection", connect(run, deployed, sys.stdin.read()))
+"""
+
+
+def test_the_connection_of_a_stored_run(page: Any, home: PfHome) -> None:
+    """Endpoint and key out of the run's connection, as after `phi3 up`; the store is left alone."""
+    runs = home.path / "runs"
+    runs.mkdir()
+    # A run's server is known by its process, command line included: here one that only waits.
+    waiting = [sys.executable, "-c", "input()", "phi3_training.serve"]
+    with streaming() as served, psutil.Popen(waiting, stdin=subprocess.PIPE) as server:
+        endpoint = served.url.replace(PATH, "/score")
+        stored = [str(runs / "mine"), endpoint, str(server.pid), repr(server.create_time())]
+        done = home.python(STORED_RUN, *stored, feed=KEY)
+        assert done.code == 0, done.text
+        before = (home.pf_dir / "pf.sqlite").read_bytes()
+        with chat_web(home, "", "", "--runs", str(runs)) as (address, _process):
+            page.goto(address)
+            type_question(page, "Who asks?")
+            seen(page, "1: Who asks?")
+        server.communicate(b"\n")
+        assert served.bodies[-1]["stream"] is True
+    assert (home.pf_dir / "pf.sqlite").read_bytes() == before
+    assert KEY not in home.printed[-1]
 
 
 def test_filelock_that_kills_the_page() -> None:
