@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 LOOPBACK = ("127.", "::1", "localhost")
+# Read when huggingface_hub is imported, which may be while tests are collected.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +23,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("HOME", "USERPROFILE"):
             patch.setenv(name, str(home))
         patch.setenv("PF_HOME_DIRECTORY", str(home / ".promptflow"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        # The Azure SDKs' telemetry leaves folders there.
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
         for name in ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "HF_HOME", "XDG_DATA_HOME"):
             patch.delenv(name, raising=False)
         yield home

@@ -44,6 +44,16 @@ def test_large_gpu_takes_everything() -> None:
     assert "our table" in line(plan, "finetune").text
 
 
+def test_cuda_libraries_count_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain pip installs them on Linux, with or without a GPU."""
+    needs = {}
+    for has_cuda in (False, True):
+        monkeypatch.setattr("phi3_training.memory.needs.torch_has_cuda", lambda h=has_cuda: h)
+        needs[has_cuda] = line(memory_plan(recipe(), of_size(64, "cpu")), "finetune").details
+    more = needs[True]["parts"]["overhead"] - needs[False]["parts"]["overhead"]
+    assert more == 350 * 2**20
+
+
 @pytest.mark.parametrize("size", [40, 24, 16, 11])
 @pytest.mark.parametrize("method", ["full", "dora", "lora"])
 def test_named_lever_makes_it_fit(size: int, method: str) -> None:

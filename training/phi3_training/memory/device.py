@@ -8,6 +8,8 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +65,16 @@ def this_ram() -> Device:
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Device("mps", "the memory of this Mac", total, available, is_here=True)
     return Device("cpu", "the RAM of this machine", total, available, is_here=True)
+
+
+@cache
+def torch_has_cuda() -> bool:
+    """Whether the torch installed here is a build with CUDA's libraries; does not import it."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    # Named libtorch_cuda.so on Linux, torch_cuda.dll on Windows.
+    return any((Path(torch.origin).parent / "lib").glob("*torch_cuda*"))
 
 
 def _gpu() -> Device:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from ..recipe import Recipe
 from .config import ModelShape
-from .device import GIB, Device, gib
+from .device import GIB, Device, gib, torch_has_cuda
 from .inference import evaluate_phase, save_phase
 from .training import FLOAT32, Phase, compute_bytes, step_phase, work_of
 
 # Python, torch, transformers, TRL and peft, loaded: measured on Linux (benchmarks/memory_plan.py).
+# Plain pip installs torch's CUDA build there, whose libraries are loaded without a GPU as well.
 LIBRARIES = 600 * 2**20
+LIBRARIES_WITH_CUDA = 950 * 2**20
 # CUDA's own context and its libraries' workspace: a round figure, not measured on a GPU yet.
 CUDA_CONTEXT = GIB
 
@@ -31,7 +33,9 @@ class Need:
     @property
     def overhead(self) -> int:
         """What each process holds beside the model."""
-        return CUDA_CONTEXT if self.device.kind == "cuda" else LIBRARIES
+        if self.device.kind == "cuda":
+            return CUDA_CONTEXT
+        return LIBRARIES_WITH_CUDA if torch_has_cuda() else LIBRARIES
 
     @property
     def total(self) -> int:
