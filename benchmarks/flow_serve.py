@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -33,7 +34,8 @@ from support.place import KEY, Place, machine, place
 
 READY_SECONDS = 90
 IMAGE = "ours image"
-# "pf": `pf flow serve`; "phi3": `phi3 flow serve`, which runs the same engines.
+# "pf": `pf flow serve`; "phi3": `phi3 flow serve`, which runs the same engines; "workers": the
+# same with a worker for each core.
 SERVERS = (
     "tutorial pf flask",
     "tutorial pf fastapi",
@@ -41,6 +43,7 @@ SERVERS = (
     "ours pf fastapi",
     "ours phi3 flask",
     "ours phi3 fastapi",
+    "ours workers fastapi",
     IMAGE,
 )
 BASELINES = ("tutorial pf flask", "tutorial pf fastapi")
@@ -76,10 +79,10 @@ def serve_command(flow: Path, engine: str, port: int) -> list[str]:
     return [*command, "--skip-open-browser"]
 
 
-def own_command(flow: Path, engine: str, port: int) -> list[str]:
+def own_command(flow: Path, engine: str, port: int, workers: int) -> list[str]:
     """`phi3 flow serve` as its users type it."""
     command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", str(flow)]
-    return [*command, "--port", str(port), "--engine", engine]
+    return [*command, "--port", str(port), "--engine", engine, "--workers", str(workers)]
 
 
 @contextmanager
@@ -166,9 +169,10 @@ def _start_of(
     if server == IMAGE:
         return image_command(where, ours, url, port, python)
     side, program, engine = server.split()
-    if program == "phi3":
+    if program in ("phi3", "workers"):
         env = {**where.env, "PHI3_ENDPOINT": url, "PHI3_KEY": KEY}
-        return own_command(ours, engine, port), env, where.folder
+        workers = os.cpu_count() or 1 if program == "workers" else 1
+        return own_command(ours, engine, port, workers), env, where.folder
     flow = tutorial if side == "tutorial" else ours
     return serve_command(flow, engine, port), where.env, where.folder
 

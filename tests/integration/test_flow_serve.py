@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 from tests.integration.pf_home import Endpoint, PfHome, endpoint, free_port, interrupt, pf_home
 
 from phi3_training.cli import main
+from phi3_training.flow_server import leave_traces_out
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
 
@@ -65,6 +67,40 @@ def test_serves_without_store_and_keyring(home: PfHome, upstream: Endpoint, engi
         assert b"phi3_connection" not in path.read_bytes() or path.suffix != ".sqlite", path
 
 
+def test_workers_share_one_port_and_end_together(home: PfHome, upstream: Endpoint) -> None:
+    port = free_port()
+    log = home.path / "workers.log"
+    command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", "--workers", "2"]
+    env = {**home.env, **NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], env=env, cwd=home.path, stdout=stream, stderr=stream
+        )
+    started: list[psutil.Process] = []
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log)
+        started = psutil.Process(process.pid).children(recursive=True)
+        workers = [one for one in started if "spawn_main" in " ".join(one.cmdline())]
+        assert len(workers) == 2
+        asked = [{"input_data": f"Hello {n}?", "chat_history": []} for n in range(8)]
+        replies = [requests.post(f"{url}/score", json=body, timeout=60).json() for body in asked]
+        assert replies == [{"answer": f"1: Hello {n}?"} for n in range(8)]
+    finally:
+        interrupt(process)
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert alive == []
+    said = log.read_text(errors="replace")
+    assert "Traceback" not in said
+    assert KEY not in said
+
+
+def test_flask_has_one_process(capsys: pytest.CaptureFixture[str], flow: Path) -> None:
+    command = ["flow", "serve", str(flow), "--engine", "flask", "--workers", "2"]
+    assert main(command) == 2
+    assert "--engine fastapi" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("level", ["", "INFO"])
 def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
     home: PfHome, flow: Path, upstream: Endpoint, level: str
@@ -105,6 +141,20 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except requests.ConnectionError:
             time.sleep(0.1)
     raise AssertionError(log.read_text(errors="replace")[-3000:])
+
+
+@pytest.mark.parametrize("collector", ["", "http://127.0.0.1:4318"])
+def test_requests_are_traced_for_who_collects_traces(
+    monkeypatch: pytest.MonkeyPatch, collector: str
+) -> None:
+    """Prompt flow traces where it can import the instrumentation."""
+    names = [f"opentelemetry.instrumentation.{engine}" for engine in ("flask", "fastapi")]
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    for name in names:
+        sys.modules.pop(name, None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector)
+    leave_traces_out()
+    assert [name in sys.modules for name in names] == [not collector] * 2
 
 
 def test_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

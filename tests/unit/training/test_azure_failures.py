@@ -218,3 +218,27 @@ def test_a_refusal_that_lasts_is_told_at_once(tmp_path: Path) -> None:
         look(lambda: groups.get("rg"), "Looking")
     assert len(wire.sent) == 1
     assert json.dumps(wire.sent).count("a-token") == 0
+
+
+def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Endless:
+        def done(self) -> bool:
+            return False
+
+        def wait(self, _seconds: float) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(
+            "Making the deployment blue",
+            Endless,
+            lambda: None,
+            lambda _done, _total, _text: None,
+            limit=30,
+            pause=0.01,
+        )
+    shown = capsys.readouterr().err
+    assert "Making the deployment blue: Azure goes on with it" in shown
+    assert "phi3 down --on azure" in shown

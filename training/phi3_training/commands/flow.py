@@ -113,6 +113,9 @@ def _add_serve(actions: Any) -> None:
     serve.add_argument("--engine", choices=("flask", "fastapi"), default="fastapi")
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="default 8080")
+    serve.add_argument(
+        "--workers", type=int, default=1, help="processes that answer (fastapi); default 1"
+    )
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -125,5 +128,5 @@ def run_serve(args: argparse.Namespace) -> int:
         console.print_json({"flow": flow, "url": url, "engine": args.engine})
     else:
         console.err.print(f"Serving {flow} at {url} until Ctrl-C", markup=False)
-    serve_flow(flow, host=args.host, port=args.port, engine=args.engine)
+    serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
     return 0

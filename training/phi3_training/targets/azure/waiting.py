@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from ... import console
 from ...console import ProgressCallback
 from ...errors import StageError
 from .failures import code_of, explained, stage_error
@@ -129,7 +131,8 @@ def make(
         try:
             poller = start()
             if poller is not None and hasattr(poller, "done"):
-                follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
+                with _told_when_left(doing):
+                    follow(poller, doing, progress, max(1.0, ends - time.monotonic()))
             return read()
         except (AzureError, MlException) as error:
             lost_poll = isinstance(error, HttpResponseError) and error.status_code == 404
@@ -140,11 +143,24 @@ def make(
             if not tries or time.monotonic() > ends or not (passing(error) or lost_poll):
                 raise stage_error(error, doing) from None
             log.info("%s: trying again after %s", doing, type(error).__name__)
-        found = _being_made(doing, read, progress, ends, pause)
+        with _told_when_left(doing):
+            found = _being_made(doing, read, progress, ends, pause)
         if found is not None:
             return found
         progress(0, 0, f"{doing}: trying again")
         time.sleep(pause)
+
+
+@contextmanager
+def _told_when_left(doing: str) -> Iterator[None]:
+    """Ctrl-C ends the waiting, not the making: say so, because what is made may bill."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.note(f"{doing}: Azure goes on with it, and what it makes may bill.")
+        console.note("See what is there: phi3 status --on azure")
+        console.note("Take it down:      phi3 down --on azure")
+        raise
 
 
 def _being_made(
