@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -141,6 +142,29 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except requests.ConnectionError:
             time.sleep(0.1)
     raise AssertionError(log.read_text(errors="replace")[-3000:])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_flow_that_cannot_be_loaded_is_told_once(
+    home: PfHome, flow: Path, upstream: Endpoint, workers: str
+) -> None:
+    broken = flow.with_name("broken")
+    shutil.copytree(flow, broken, dirs_exist_ok=True)
+    (broken / "integrate_with_promptflow.py").write_text("def broken(:\n")
+    command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", str(broken)]
+    done = subprocess.run(
+        [*command, "--port", str(free_port()), "--workers", workers],
+        env={**home.env, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY},
+        cwd=home.path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "cannot be served" in done.stderr
+    assert "integrate_with_promptflow.py" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("collector", ["", "http://127.0.0.1:4318"])

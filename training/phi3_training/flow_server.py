@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from phi3_tool import ConnectionSettings
 
 from . import promptflow_store
-from .errors import MissingExtraError, UsageError
+from .errors import MissingExtraError, StageError, UsageError
 
 Engine = Literal["flask", "fastapi"]
 # Prompt flow asks what is set in the process where its own provider has no name.
@@ -33,7 +35,8 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
     """Serve the flow until interrupted: in this process, or in as many workers as are asked for.
 
     Raises UsageError for a folder without a flow and for workers that flask cannot have;
-    ConfigurationError for an environment without a usable endpoint and key.
+    ConfigurationError for an environment without a usable endpoint and key; StageError for a flow
+    that Prompt flow cannot load.
     """
     if not (flow / "flow.dag.yaml").is_file():
         raise UsageError(f"{flow} is not a flow: expected a flow.dag.yaml in it")
@@ -45,9 +48,24 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
             "`phi3 flow image`, whose flask has a worker for each core"
         )
     _prepare()
-    if workers > 1:
-        _serve_with_workers(flow, host, port, workers)
-        return
+    with _told_plainly(flow):
+        if workers > 1:
+            _serve_with_workers(flow, host, port, workers)
+        else:
+            _serve_here(flow, host, port, engine)
+
+
+@contextmanager
+def _told_plainly(flow: Path) -> Iterator[None]:
+    """A fault of the flow in Prompt flow's words, without its traceback."""
+    refused = _module("promptflow.exceptions").PromptflowException
+    try:
+        yield
+    except refused as error:
+        raise StageError(f"The flow {flow} cannot be served: {error}") from None
+
+
+def _serve_here(flow: Path, host: str, port: int, engine: Engine) -> None:
     # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
     _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
     _module("promptflow._sdk._utilities.serve_utils").start_flow_service(
