@@ -96,6 +96,22 @@ def test_workers_share_one_port_and_end_together(home: PfHome, upstream: Endpoin
     assert KEY not in said
 
 
+@pytest.mark.parametrize("engine", ["flask", "fastapi"])
+def test_a_port_that_is_taken_is_told_before_the_flow_is_loaded(
+    upstream: Endpoint,
+    flow: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    monkeypatch.setenv("PHI3_ENDPOINT", upstream.url)
+    monkeypatch.setenv("PHI3_KEY", KEY)
+    taken = upstream.url.partition("://")[2].partition("/")[0].rpartition(":")[2]
+    assert main(["flow", "serve", str(flow), "--engine", engine, "--port", taken]) == 1
+    assert f"127.0.0.1:{taken}" in (said := capsys.readouterr().err)
+    assert "another --port" in said
+
+
 def test_flask_has_one_process(capsys: pytest.CaptureFixture[str], flow: Path) -> None:
     command = ["flow", "serve", str(flow), "--engine", "flask", "--workers", "2"]
     assert main(command) == 2

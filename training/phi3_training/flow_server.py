@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
 
     Raises UsageError for a folder without a flow and for workers that flask cannot have;
     ConfigurationError for an environment without a usable endpoint and key; StageError for a flow
-    that Prompt flow cannot load.
+    that Prompt flow cannot load, or a port that is taken.
     """
     if not (flow / "flow.dag.yaml").is_file():
         raise UsageError(f"{flow} is not a flow: expected a flow.dag.yaml in it")
@@ -47,12 +48,28 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
             "With flask, Prompt flow's server is one process: take --engine fastapi, or "
             "`phi3 flow image`, whose flask has a worker for each core"
         )
+    _refuse_taken(host, port)
     _prepare()
     with _told_plainly(flow):
         if workers > 1:
             _serve_with_workers(flow, host, port, workers)
         else:
             _serve_here(flow, host, port, engine)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Loading a flow takes seconds: look first whether it can be served there at all."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if os.name != "nt":  # there it would take a port that somebody listens on
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StageError(
+                f"The flow cannot be served at {host}:{port} ({error.strerror}): end the program "
+                "that listens there, or take another --port"
+            ) from None
 
 
 @contextmanager
