@@ -16,7 +16,7 @@ import psutil
 from .conftest import PLANTED_KEY, PROJECT, Journey
 
 ASKED = "What is the price of the Mossback tent?"
-WARNING = re.compile(r"warning|traceback|deprecat", re.IGNORECASE)
+WARNING = re.compile(r"warning|traceback|deprecat|fail(ed|s) to|no module", re.IGNORECASE)
 
 
 def manifest(journey: Journey, stage: str) -> dict[str, object]:
