@@ -193,7 +193,7 @@ def test_interrupted_up_goes_on(journey: Journey) -> None:
     while not base.exists() and cut.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     cut.send_signal(signal.SIGINT)
-    printed, _ = cut.communicate(timeout=60)
+    printed, _ = cut.communicate(timeout=120)
     assert cut.returncode == 130, printed
     assert "Interrupted" in printed
     assert "Traceback" not in printed

@@ -48,7 +48,7 @@ def address(home: PfHome) -> Iterator[str]:
     command: list[str | Path] = [PF, "service", "start", "--port", str(free_port())]
     with log.open("wb") as stream:
         # To a file: the service detaches and would keep a pipe open for ever.
-        subprocess.run(command, env=home.env, stdout=stream, stderr=stream, timeout=60, check=True)
+        subprocess.run(command, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
         command = [PF, "flow", "test", "--flow", home.copy_flow(), "--ui", "--skip-open-browser"]
         command += ["--port", str(free_port())]
         process = subprocess.Popen(
@@ -61,7 +61,7 @@ def address(home: PfHome) -> Iterator[str]:
 
 
 def wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         text = log.read_text(encoding="utf-8", errors="replace")
         found = re.search(r"http://127\.0\.0\.1:\d+/v1\.0/ui/chat\S+", text)
@@ -69,7 +69,7 @@ def wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
             return found[0]
         assert process.poll() is None, text
         time.sleep(0.2)
-    raise AssertionError(f"no chat page within 60 seconds:\n{text}")
+    raise AssertionError(f"no chat page within 120 seconds:\n{text}")
 
 
 def test_question_typed_answer_seen(
@@ -84,7 +84,7 @@ def test_question_typed_answer_seen(
         box.click()
         page.keyboard.type(question)
         page.get_by_title("Send", exact=True).click()
-        page.get_by_text(seen).first.wait_for(timeout=20_000)
+        page.get_by_text(seen).first.wait_for(timeout=60_000)
     assert [message["role"] for message in served.conversations[-1]] == [
         "user",
         "assistant",

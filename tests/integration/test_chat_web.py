@@ -157,7 +157,7 @@ def type_question(page: Any, question: str) -> None:
 
 
 def seen(page: Any, text: str) -> None:
-    page.get_by_text(text).filter(visible=True).last.wait_for(timeout=60_000)
+    page.get_by_text(text).filter(visible=True).last.wait_for(timeout=120_000)
 
 
 def started_in(temporary: Path) -> list[psutil.Process]:

@@ -44,7 +44,7 @@ def address(home: PfHome) -> Iterator[str]:
     show += ["--skip-open-browser", "--port", str(free_port())]
     with log.open("wb") as stream:
         # To a file: the service detaches and would keep a pipe open for ever.
-        subprocess.run(start, env=home.env, stdout=stream, stderr=stream, timeout=60, check=True)
+        subprocess.run(start, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
         process = subprocess.Popen(
             show, env=home.env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
         )
@@ -68,14 +68,14 @@ def test_words_appear_while_the_answer_is_made(
 ) -> None:
     page.goto(address)
     ask(page, "Who began this company?")
-    page.get_by_text(PIECES[0].strip()).first.wait_for(timeout=30_000)
+    page.get_by_text(PIECES[0].strip()).first.wait_for(timeout=60_000)
     assert page.get_by_text(PIECES[-1]).count() == 0
     answering.seen_first.set()
-    page.get_by_text("".join(PIECES)).first.wait_for(timeout=30_000)
+    page.get_by_text("".join(PIECES)).first.wait_for(timeout=60_000)
     ask(page, "Do you fail in the middle?")
-    page.get_by_text("the GPU is out of memory").first.wait_for(timeout=30_000)
+    page.get_by_text("the GPU is out of memory").first.wait_for(timeout=60_000)
     ask(page, "Is my key right?")
-    page.get_by_text("status 401").first.wait_for(timeout=30_000)
+    page.get_by_text("status 401").first.wait_for(timeout=60_000)
     # What came before the break stays, with the reason below it.
     assert page.get_by_text("network error").count() == 0
     assert page.get_by_text("The answer broke off.").first.is_visible()
