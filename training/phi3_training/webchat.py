@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,12 @@ from phi3_tool.connection import ConnectionSettings
 from .bundle import FlowSource, copy_flow
 from .doctor.connection import connection_of
 from .doctor.environment import RULES, Installed, installed
+from .doctor.flow import PF_MAIN, quiet_home
 from .errors import MissingExtraError, StageError
+from .ports import free_port
 
 READY_SECONDS = 120.0
 _POLL = 0.2
-_PF = "from promptflow._cli.pf import main; main()"
-_SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 _ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/v1\.0/ui/chat\S+")
 _SHOWN_LINES = 8
 
@@ -110,7 +109,7 @@ def _open(
 
     def start(*arguments: str) -> psutil.Popen:
         process = psutil.Popen(
-            [sys.executable, "-c", _PF, *arguments],
+            [sys.executable, "-c", PF_MAIN, *arguments],
             cwd=copy.parent,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -121,7 +120,7 @@ def _open(
         started.append(process)
         return process
 
-    service_port = _free_port()
+    service_port = free_port()
     # In the foreground: else it detaches itself, and nothing would stop it.
     service = start("service", "start", "--debug", "--port", str(service_port))
     if connection is not None:
@@ -132,7 +131,7 @@ def _open(
             raise StageError(f"Prompt flow took no connection.\n{_tail(log, key)}")
         started.remove(written)
     _wait_for(f"http://127.0.0.1:{service_port}/heartbeat", service, log, key)
-    flow_port = str(_free_port())
+    flow_port = str(free_port())
     arguments = ["flow", "test", "--flow", str(copy), "--ui", "--skip-open-browser"]
     page = start(*arguments, "--port", flow_port)
     _wait_for(f"http://127.0.0.1:{flow_port}/health", page, log, key)
@@ -166,9 +165,7 @@ def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
 
 
 def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
-    home = folder / ".promptflow"
-    home.mkdir()
-    (home / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
+    home = quiet_home(folder)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PHI3_")}
     return {
         **kept,
@@ -207,7 +204,8 @@ def _wait_for(url: str, process: psutil.Popen, log: Path, key: str) -> None:
 
 
 def _tail(log: Path, key: str) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace").replace(key, "***")
+    text = log.read_text(encoding="utf-8", errors="replace")
+    text = text.replace(key, "***") if key else text
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
     said = "\n".join(lines[-_SHOWN_LINES:]) or "  It said nothing."
     return f"{said}\nLook at what it needs with: phi3 doctor"
@@ -229,9 +227,3 @@ def _stop(started: list[psutil.Popen]) -> None:
     for process in psutil.wait_procs(family, timeout=5)[1]:
         process.kill()
     psutil.wait_procs(family, timeout=5)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ConnectionSettings, Phi3Client
 from phi3_tool.address import same_endpoint
-from phi3_tool.connection import environment_names_endpoint
+from phi3_tool.connection import ENTRA, environment_names_endpoint
+from phi3_tool.entra import entra_tokens
 from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from .. import console
@@ -87,7 +88,8 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
     known: dict[str, Any] = {"deployment": settings.deployment, "dialect": settings.dialect}
     if settings.context_length:
         known["context_length"] = settings.context_length
-    return Access(settings.endpoint, settings.key), known
+    tokens = entra_tokens() if settings.auth == ENTRA else None
+    return Access(settings.endpoint, settings.key or None, tokens), known
 
 
 def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:

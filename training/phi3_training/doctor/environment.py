@@ -21,7 +21,13 @@ Installed = Callable[[str], "str | None"]
 HERE = Group("environment")
 TESTED_PYTHON = (3, 11)
 NEWEST_PYTHON = (3, 13)
-OF_ONE_VERSION = ("promptflow", "promptflow-core", "promptflow-devkit", "promptflow-tracing")
+OF_ONE_VERSION = (
+    "promptflow",
+    "promptflow-core",
+    "promptflow-devkit",
+    "promptflow-tracing",
+    "promptflow-azure",
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,6 @@ def check_python(python: tuple[int, ...]) -> Finding:
 def check_versions(version_of: Installed) -> Finding:
     """Prompt flow's own packages are all of one version."""
     found = {name: version for name in OF_ONE_VERSION if (version := version_of(name))}
-    azure = version_of("promptflow-azure")
-    if azure:
-        found["promptflow-azure"] = azure
     if not found:
         return HERE.skipped("versions", "Prompt flow is not installed")
     shown = ", ".join(f"{name} {version}" for name, version in found.items())

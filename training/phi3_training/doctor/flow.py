@@ -22,9 +22,8 @@ from .finding import Finding, Group
 
 HERE = Group("flow")
 SECONDS = 120
-# Of this one command, in a Prompt flow home of its own: no usage report, no service.
+PF_MAIN = "from promptflow._cli.pf import main; main()"
 _SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
-_PF = "from promptflow._cli.pf import main; main()"
 
 
 def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
@@ -48,9 +47,7 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         return
     copy = scratch / source.name
     copy_flow(source, copy)
-    home = scratch / ".promptflow"
-    home.mkdir()
-    (home / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
+    quiet_home(scratch)
     try:
         verdict = _validate(copy)
     except subprocess.TimeoutExpired:
@@ -64,9 +61,17 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
     yield _tools(source, copy)
 
 
+def quiet_home(folder: Path) -> Path:
+    """A Prompt flow home in a folder of one's own: no usage report, no service for traces."""
+    home = folder / ".promptflow"
+    home.mkdir()
+    (home / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
+    return home
+
+
 def _validate(copy: Path) -> dict[str, Any]:
     done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
-        [sys.executable, "-c", _PF, "flow", "validate", "--source", str(copy)],
+        [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
         cwd=copy.parent,
         env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
         stdin=subprocess.DEVNULL,

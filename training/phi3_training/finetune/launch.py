@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StageError
+from ..ports import free_port
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
 from .orphan import birth
@@ -70,7 +70,7 @@ def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:
     GPUs itself, is called directly there; the processes meet through accelerate either way.
     """
     address = settings.main_process_ip or "127.0.0.1"
-    port = str(settings.main_process_port or _free_port())
+    port = str(settings.main_process_port or free_port())
     machines, rank = str(settings.num_machines), str(settings.machine_rank)
     if where == "cuda":
         tool = ["accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no"]
@@ -126,9 +126,3 @@ def _show(line: str, progress: Progress) -> None:
     except ValueError:  # something that a library printed
         return
     progress(int(done), int(total), str(text))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import Phi3TrainingError
+from ..ports import free_port
 from ..run import write_atomically
 from . import foundation, pipeline
 from .cloud import now
@@ -106,7 +106,7 @@ def _command(
     code.mkdir(exist_ok=True)
     text = _filled(job["command"], {**inputs}, {k: str(v) for k, v in outputs.items()})
     count = job["nodes"] * job["processes"]
-    port = _free_port()
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
     for rank in range(count):
@@ -171,12 +171,6 @@ def _environment(job: Json, rank: int | None = None, port: int = 0) -> dict[str,
             "MASTER_PORT": str(port),
         }
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":
