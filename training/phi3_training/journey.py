@@ -78,14 +78,15 @@ def refuse_unfit(
 
     Stages that are done are not asked about; what the error says names the key that mends it.
     """
+    if journey.no_plan or journey.target.name != "local":
+        return  # elsewhere the plan is not of this machine's memory
     open_stages = [
         number
         for number, stage in enumerate(stages)
         if stage.manifest in again or finished(journey, stage) is None
     ]
     to_do = {stage.title for stage in stages[min(open_stages, default=len(stages)) :]}
-    here = journey.target.name == "local"  # elsewhere the plan is not of this machine's memory
-    if journey.no_plan or not here or not to_do & _NEEDS_A_DEVICE:
+    if not to_do & _NEEDS_A_DEVICE:
         return
     lines = journey.target.plan(journey.recipe, journey.run)
     stops = [line for line in lines if line.stops and line.stage in to_do]

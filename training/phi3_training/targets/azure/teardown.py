@@ -131,7 +131,7 @@ class _Teardown:
     def endpoint(self) -> None:
         """The run's endpoint with all its deployments; of somebody else's only our deployments."""
         named = {made.name for made in noted(self.run, "endpoint")}
-        deployed_to = {made.parent for made in noted(self.run, "deployment")}
+        deployed_to = self._deployed_to()
         for name in sorted(self._endpoints()):
             found = self._look(name)
             if found is None:
@@ -160,8 +160,14 @@ class _Teardown:
     def _endpoints(self) -> set[str]:
         """Every endpoint that the run may have made or deployed to."""
         found = {made.name for made in noted(self.run, "endpoint")}
-        found |= {made.parent for made in noted(self.run, "deployment")}
-        return found | {endpoint_name(self.section, self.clients.workplace, self.run)}
+        return (
+            found
+            | self._deployed_to()
+            | {endpoint_name(self.section, self.clients.workplace, self.run)}
+        )
+
+    def _deployed_to(self) -> set[str]:
+        return {made.parent for made in noted(self.run, "deployment")}
 
     def _look(self, name: str) -> Any | None:
         return look(
@@ -211,14 +217,14 @@ class _Teardown:
 
     def idle(self) -> None:
         """The run's deployments without traffic."""
-        for name in sorted({made.parent for made in noted(self.run, "deployment")}):
+        for name in sorted(self._deployed_to()):
             found = self._look(name)
             if found is not None:
                 self._delete_idle(name, shares(found.traffic))
 
     def failed(self) -> None:
         """The run's deployments that failed."""
-        for name in sorted({made.parent for made in noted(self.run, "deployment")}):
+        for name in sorted(self._deployed_to()):
             found = self._look(name)
             if found is not None:
                 self._delete_idle(name, shares(found.traffic), failed=True)
