@@ -190,12 +190,20 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
 def endpoint(key: str) -> Iterator[Endpoint]:
     """Serve an `Endpoint` on a free port of this machine."""
     state = Endpoint(key)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(state))
-    state.url = f"http://127.0.0.1:{server.server_port}/score"
+    with listening(_handler(state)) as port:
+        state.url = f"http://127.0.0.1:{port}/score"
+        yield state
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler], port: int = 0) -> Iterator[int]:
+    """Answer with a handler while the block runs; the port, a free one for 0."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield state
+        yield server.server_port
     finally:
         server.shutdown()
         server.server_close()

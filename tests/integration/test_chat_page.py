@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.chat_page import chat_page
 from tests.integration.pf_home import (
-    PF,
     Endpoint,
     PfHome,
     endpoint,
-    free_port,
-    interrupt,
     pf_home,
 )
 
@@ -43,33 +38,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, served: Endpoint) -> Iterator
 
 @pytest.fixture(scope="module")
 def address(home: PfHome) -> Iterator[str]:
-    """Start the page the way a user does; the address that `pf` prints, once it answers."""
-    log = home.path / "page.log"
-    command: list[str | Path] = [PF, "service", "start", "--port", str(free_port())]
-    with log.open("wb") as stream:
-        # To a file: the service detaches and would keep a pipe open for ever.
-        subprocess.run(command, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
-        command = [PF, "flow", "test", "--flow", home.copy_flow(), "--ui", "--skip-open-browser"]
-        command += ["--port", str(free_port())]
-        process = subprocess.Popen(
-            command, env=home.env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
-        )
-        try:
-            yield wait_for_address(process, log)
-        finally:
-            interrupt(process)
-
-
-def wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"http://127\.0\.0\.1:\d+/v1\.0/ui/chat\S+", text)
-        if found and "Running on" in text:
-            return found[0]
-        assert process.poll() is None, text
-        time.sleep(0.2)
-    raise AssertionError(f"no chat page within 120 seconds:\n{text}")
+    with chat_page(home) as address:
+        yield address
 
 
 def test_question_typed_answer_seen(

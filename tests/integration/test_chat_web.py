@@ -7,17 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from tests.integration.pf_home import ROOT, PfHome, pf_home
+from tests.integration.pf_home import ROOT, PfHome, listening, pf_home
 
 from phi3_tool import ConnectionSettings
 from phi3_training.errors import StageError
@@ -82,17 +81,9 @@ def _handler(state: Streaming) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def streaming(port: int = 0) -> Iterator[Streaming]:
     state = Streaming()
-    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(state))
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}{PATH}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with listening(_handler(state), port) as taken:
+        state.url = f"http://127.0.0.1:{taken}{PATH}"
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
 
 
 def browser(home: PfHome) -> Path:

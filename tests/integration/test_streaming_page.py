@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.pf_home import PF, PfHome, free_port, interrupt, pf_home
+from tests.integration.chat_page import chat_page
+from tests.integration.pf_home import PfHome, pf_home
 from tests.integration.streaming_endpoint import PIECES, Answering
 from tests.integration.stub_endpoint import OPENAI, StubEndpoint
-from tests.integration.test_chat_page import wait_for_address
 
 pytest_plugins = ("tests.integration.browser_plugin",)
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
@@ -38,20 +37,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, answering: Answering) -> Iter
 
 @pytest.fixture(scope="module")
 def address(home: PfHome) -> Iterator[str]:
-    log = home.path / "page.log"
-    start: list[str | Path] = [PF, "service", "start", "--port", str(free_port())]
-    show: list[str | Path] = [PF, "flow", "test", "--flow", home.copy_flow(), "--ui"]
-    show += ["--skip-open-browser", "--port", str(free_port())]
-    with log.open("wb") as stream:
-        # To a file: the service detaches and would keep a pipe open for ever.
-        subprocess.run(start, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
-        process = subprocess.Popen(
-            show, env=home.env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
-        )
-        try:
-            yield wait_for_address(process, log)
-        finally:
-            interrupt(process)
+    with chat_page(home) as address:
+        yield address
 
 
 def ask(page: Any, question: str) -> None:

@@ -19,6 +19,7 @@ from azure.core.credentials import AccessToken
 from azure.core.pipeline.transport import RequestsTransport
 
 from phi3_training.recipe_azure import AzureSection, PollSection
+from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.workplace import Workplace, find_workplace
 
@@ -53,6 +54,15 @@ class Wire(requests.adapters.BaseAdapter):
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def run_with_chats(folder: Path) -> Run:
+    """A run whose data is prepared: a row to train on, and one held out."""
+    run = Run.open(folder / "run")
+    run.write_manifest("dataset", {"outputs": {}})
+    for part in ("train", "validation"):
+        run.file("data", f"{part}.jsonl").write_text('{"messages": []}\n')
+    return run
 
 
 def place(folder: Path, **section: Any) -> Workplace:

@@ -18,17 +18,13 @@ from phi3_training.targets.azure import job_route, pipeline_route
 from phi3_training.targets.azure.catalogue import Foundation
 from phi3_training.targets.azure.parameters import merge
 
-from .azure_wire import Answer, Wire, clients
+from .azure_wire import Answer, Wire, clients, run_with_chats
 from .component_inputs import INPUTS
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run.open(tmp_path / "run")
-    run.write_manifest("dataset", {"outputs": {}})
-    for part in ("train", "validation"):
-        run.file("data", f"{part}.jsonl").write_text('{"messages": []}\n')
-    return run
+    return run_with_chats(tmp_path)
 
 
 def recipe(**train: Any) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from phi3_training.targets.azure import catalogue, pipeline_route
 from phi3_training.targets.azure.catalogue import Foundation, parse_defaults
 from phi3_training.targets.azure.parameters import SEED, display_name, fitted, merge
 
+from .azure_wire import run_with_chats
 from .component_inputs import INPUTS
 
 # As the tag model_specific_defaults of Phi-3-mini-4k-instruct has been since February 2025.
@@ -103,7 +105,7 @@ def test_the_name_that_the_tutorial_shows() -> None:
     assert plain == "m-d-bs1-linear-nods-nolora-save_limit-1-seqlen-1"
 
 
-def test_every_input_that_is_sent_exists_with_that_type(run_with_chats: Run) -> None:
+def test_every_input_that_is_sent_exists_with_that_type(run: Run) -> None:
     foundation = Foundation("Phi-4", "8", "azureml://registries/azureml/x", None, "", {}, None)
     component = SimpleNamespace(inputs=INPUTS)
     parameters = merge(parse_defaults(DEFAULTS, "Phi-4"), {"lora_r": 4}, INPUTS)
@@ -111,7 +113,7 @@ def test_every_input_that_is_sent_exists_with_that_type(run_with_chats: Run) -> 
     recipe = Recipe.model_validate(
         {"name": "mine", "model": {"name_or_path": "org/Phi"}, "data": {"train": ["x"]}}
     )
-    sent = pipeline_route.arguments(recipe, run_with_chats, foundation, prepared)
+    sent = pipeline_route.arguments(recipe, run, foundation, prepared)
     for name, value in sent.items():
         spec = INPUTS[name]
         if spec["type"] in ("uri_file", "mlflow_model"):
@@ -126,12 +128,8 @@ def test_every_input_that_is_sent_exists_with_that_type(run_with_chats: Run) -> 
 
 
 @pytest.fixture
-def run_with_chats(tmp_path: Any) -> Run:
-    run = Run.open(tmp_path / "run")
-    run.write_manifest("dataset", {"outputs": {}})
-    for part in ("train", "validation"):
-        run.file("data", f"{part}.jsonl").write_text('{"messages": []}\n')
-    return run
+def run(tmp_path: Path) -> Run:
+    return run_with_chats(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""Prompt flow's own chat page on the chat flow, started as a user starts it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.integration.pf_home import PF, PfHome, free_port, interrupt
+
+
+@contextmanager
+def chat_page(home: PfHome) -> Iterator[str]:
+    """The address that `pf` prints, once the page answers; it ends with the block."""
+    log = home.path / "page.log"
+    start: list[str | Path] = [PF, "service", "start", "--port", str(free_port())]
+    show: list[str | Path] = [PF, "flow", "test", "--flow", home.copy_flow(), "--ui"]
+    show += ["--skip-open-browser", "--port", str(free_port())]
+    with log.open("wb") as stream:
+        # To a file: the service detaches and would keep a pipe open for ever.
+        subprocess.run(start, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
+        process = subprocess.Popen(
+            show, env=home.env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
+        try:
+            yield _wait_for_address(process, log)
+        finally:
+            interrupt(process)
+
+
+def _wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"http://127\.0\.0\.1:\d+/v1\.0/ui/chat\S+", text)
+        if found and "Running on" in text:
+            return found[0]
+        assert process.poll() is None, text
+        time.sleep(0.2)
+    raise AssertionError(f"no chat page within 120 seconds:\n{text}")
