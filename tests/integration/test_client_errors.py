@@ -111,7 +111,11 @@ def test_deadline_bounds_the_retries() -> None:
 
 
 def test_endpoint_timeout_is_tried_once_more() -> None:
-    with StubEndpoint(Reply(408)) as stub, Phi3Client(stub.url(), KEY, backoff=0) as client:
+    with (
+        StubEndpoint(Reply(408)) as stub,
+        Phi3Client(stub.url(), KEY, backoff=0) as client,
+        within(1),
+    ):
         assert type(failure(client)) is EndpointTimeoutError
         assert len(stub.seen) == 2
 
@@ -228,6 +232,7 @@ def test_model_error_with_the_inner_status() -> None:
     with (
         StubEndpoint(Reply(424, b'{"message": "boom"}', headers)) as stub,
         Phi3Client(stub.url(), KEY, max_retries=1, backoff=0, deployment="blue") as client,
+        within(1),
     ):
         error = failure(client)
     assert type(error) is ModelError
@@ -237,7 +242,11 @@ def test_model_error_with_the_inner_status() -> None:
 
 
 def test_model_error_dressed_as_success() -> None:
-    with StubEndpoint(Reply(body=b"{}")) as stub, Phi3Client(stub.url(), KEY) as client:
+    with (
+        StubEndpoint(Reply(body=b"{}")) as stub,
+        Phi3Client(stub.url(), KEY) as client,
+        within(1),
+    ):
         error = failure(client)
         assert type(error) is ModelError
         assert (error.status, len(stub.seen)) == (200, 1)

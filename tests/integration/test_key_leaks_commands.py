@@ -190,6 +190,9 @@ def use_phi3(
     own = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", flow]
     quiet = {**right, "PF_LOGGING_LEVEL": ""}
     serve(home, *own, engine="fastapi", env=quiet, status=200, log="serve-own.log")
+    told = {**right, "PF_LOGGING_LEVEL": "INFO"}
+    serve(home, *own, engine="fastapi", env=told, status=200, log="serve-own-info.log")
+    serve(home, *own, engine="fastapi", env=wrong, status=400, log="serve-own-debug.log")
     data = lines_of(home)
     phi3(home, "batch", data, "--out", home.path / "answers.jsonl", "--details", env=right)
     phi3(home, "batch", data, "--out", home.path / "none.jsonl", "--details", env=wrong, code=1)
@@ -218,15 +221,18 @@ def test_search_covered_what_matters(used: PfHome, during: dict[str, bytes]) -> 
         r"dist/.*-image/Dockerfile$",
         r"answers\.jsonl$",
         r"serve-fastapi\.log$",
+        r"serve-own-debug\.log$",
     ):
         assert any(re.match(wanted, name) for name in below), (wanted, sorted(below))
     assert any(name.endswith("page.log") for name in during)
     assert any(name.endswith("pf.sqlite") for name in during)
 
 
-def test_our_server_logs_neither_questions_nor_answers(used: PfHome) -> None:
-    """`pf flow serve` does, at DEBUG: the same search finds the question there."""
-    log = (used.path / "serve-own.log").read_text(errors="replace")
-    assert "Serving" in log
-    assert QUESTION not in log
+def test_questions_and_answers_are_logged_at_debug_alone(used: PfHome) -> None:
+    """An answer repeats its question here. At DEBUG the same search finds it."""
+    for name in ("serve-own.log", "serve-own-info.log"):
+        log = (used.path / name).read_text(errors="replace")
+        assert "Serving" in log
+        assert QUESTION not in log, name
+    assert "Executing node" in (used.path / "serve-own-info.log").read_text(errors="replace")
     assert QUESTION in (used.path / "serve-flask.log").read_text(errors="replace")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import shutil
 import zipfile
 from pathlib import Path
@@ -246,3 +248,22 @@ def test_command_prints_what_it_wrote(
     assert said["files"] == list(bundle.files)
     assert main(["flow", "pack", str(tmp_path / "nowhere")]) == 2
     assert "is not a flow" in capsys.readouterr().err
+
+
+def test_the_image_has_a_worker_for_each_core(
+    monkeypatch: pytest.MonkeyPatch, clone: Path, tmp_path: Path
+) -> None:
+    assert main(["flow", "image", str(clone), "--out", str(tmp_path)]) == 0
+    monkeypatch.syspath_prepend(str(tmp_path))  # the file puts its flow in front; undone with this
+    monkeypatch.setenv("PHI3_ENDPOINT", "https://x.eastus.inference.ml.azure.com/score")
+    monkeypatch.setenv("PHI3_KEY", KEY)
+    monkeypatch.delenv("PROMPTFLOW_WORKER_NUM", raising=False)
+    started = runpy.run_path(str(tmp_path / "phi3_chat-image/gunicorn.conf.py"))
+    assert started["workers"] == started["cores"]()
+
+    quota = {"/sys/fs/cgroup/cpu.max": "150000 100000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: quota[str(path)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(8)), raising=False)
+    assert started["cores"]() == 2  # a container of one core and a half
+    quota["/sys/fs/cgroup/cpu.max"] = "max 100000\n"
+    assert started["cores"]() == 8

@@ -237,3 +237,23 @@ def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatc
     assert last[-1]["content"] == questions[-1]
     assert questions[-2] in [message["content"] for message in last]
     assert questions[0] not in [message["content"] for message in last]
+
+
+@pytest.mark.parametrize("command", ["up", "train"])
+def test_bad_chats_are_refused_and_nothing_is_trained(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": []}\nnot json\n')
+    runs = tmp_path / "runs"
+
+    assert main([command, f"data.train={bad}", "--run", "bad", "--runs", str(runs)]) == 1
+
+    said = capsys.readouterr().err
+    assert "bad.jsonl:1" in said
+    assert "bad.jsonl:2" in said
+    assert {path.name for path in (runs / "bad").iterdir()} <= {
+        ".lock",
+        "recipe.yaml",
+        "data-faults.txt",
+    }
