@@ -9,7 +9,9 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +33,7 @@ azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backof
 ask: "What does lamp number 1 cost?"
 """
 RUN = "small-azure"
+UP = ("up", "small.yaml", "--on", "azure")
 _PHI3 = [sys.executable, "-m", "phi3_training.cli"]
 _SHELL = """
 import contextlib, io, json, sys
@@ -125,7 +128,7 @@ class Road:
         self.rehearsal.close()
 
     def up(self, *words: str) -> Done:
-        return self.phi3("up", "small.yaml", "--on", "azure", *words)
+        return self.phi3(*UP, *words)
 
     def rehearse(self, *words: str) -> subprocess.CompletedProcess[str]:
         """As a user types it, without any variable set."""
@@ -133,26 +136,29 @@ class Road:
         self.printed.append(done.stdout + done.stderr)
         return done
 
-    def kill_at(self, method: str, path: str) -> None:
-        """`up`, killed as soon as the rehearsed Azure has answered such a call."""
+    def kill_at(self, method: str, path: str, command: Sequence[str] = UP) -> None:
+        """`phi3` with that command, killed once the rehearsed Azure has answered such a call."""
         seen = len(self.rehearsal.calls())
-        process = subprocess.Popen(
-            [*_PHI3, "up", "small.yaml", "--on", "azure", "--runs", str(self.runs)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.laptop.work,
-            env=self.environment(),
-        )
-        deadline = time.monotonic() + 300
-        try:
-            while not self.called(method, path, since=seen):
-                assert process.poll() is None, f"`up` ended before {method} {path}"
-                assert time.monotonic() < deadline, f"`up` never came to {method} {path}"
-                time.sleep(0.02)
-        finally:
-            process.kill()
-            process.wait(30)
+        with tempfile.TemporaryFile("w+") as told:
+            process = subprocess.Popen(
+                [*_PHI3, *command, "--runs", str(self.runs)],
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=told,
+                cwd=self.laptop.work,
+                env=self.environment(),
+            )
+            deadline = time.monotonic() + 300
+            try:
+                while not self.called(method, path, since=seen):
+                    if process.poll() is not None:
+                        told.seek(0)
+                        raise AssertionError(f"it ended before {method} {path}: {told.read()}")
+                    assert time.monotonic() < deadline, f"it never came to {method} {path}"
+                    time.sleep(0.02)
+            finally:
+                process.kill()
+                process.wait(30)
 
     def called(self, method: str, path: str, since: int = 0) -> list[str]:
         """The paths of the calls since then that fit."""

@@ -1,4 +1,6 @@
-"""The whole Azure road against a rehearsed Azure: killed in every stage, disturbed, taken down.
+"""The whole Azure road against a rehearsed Azure: killed, disturbed, taken down.
+
+It is killed in each stage that makes something on Azure, and while it is taken down.
 
 The tests share one journey and go on where the one before ended, as a user does.
 """
@@ -21,7 +23,7 @@ from .azure_road import RUN, Road
 
 TOKEN = re.compile(rb"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")
 SIGNATURE = re.compile(rb"[?&]sig=(?!\[hidden\])[A-Za-z0-9%+/=]{10,}")
-# One kill in each stage that makes something, right after the call that makes it.
+# One kill in each stage that makes something on Azure, right after the call that makes it.
 KILLS = {
     "provision": r"Microsoft\.Resources/deployments/",
     "finetune": r"/jobs/[^/]+$",
@@ -34,7 +36,7 @@ ENDPOINTS = "microsoft.machinelearningservices/workspaces/onlineendpoints"
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    """`up`, killed once in each stage, then typed once more."""
+    """`up`, killed once in each stage of KILLS, then typed once more."""
     road = Road.begin(tmp_path_factory.mktemp("azure-home"), tmp_path_factory.mktemp("azure-work"))
     try:
         for path in KILLS.values():
@@ -104,6 +106,13 @@ def test_status_says_what_bills(road: Road) -> None:
         r"bills now: deployment v1-\w+ of small-azure-\w+: 1 x .*3\.67 USD", done.stdout
     )
     assert "100 % of the traffic" in done.stdout
+    assert re.search(rf"job phi3-train-{RUN}-1-\w+: Completed", done.stdout)
+    assert re.search(r"model small:1$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"cluster gpu-cluster: succeeded, (?i:Standard_NC24ads_A100_v4), "
+        r"0 to \d+ nodes, \d+ nodes now",
+        done.stdout,
+    )
 
 
 def test_plan_says_what_is_there(road: Road) -> None:
@@ -154,6 +163,12 @@ def test_the_flow_is_pushed_once(road: Road) -> None:
     assert len(road.called("POST", r"/Flows$")) == 1
     assert road.called("PUT", r"/phi3_tool/client\.py")  # the flow runs there without our wheel
 
+    both = road.phi3("flow", "push", "-o", "json")
+    assert both.returncode == 0, both.stderr
+    states = {flow["workspace"]: flow["state"] for flow in json.loads(both.stdout)}
+    assert states == {"phi3-workspace": "made", "phi3-workspace-project": "exists"}
+    assert len(road.called("POST", r"/Flows$")) == 2
+
 
 def test_a_failed_deployment_is_told_and_takes_no_traffic(road: Road) -> None:
     before = deployments(road)
@@ -203,6 +218,20 @@ def test_idle_deployments_go_on_demand(road: Road) -> None:
     assert list(deployments(road).values()) == [100]
 
 
+def test_failed_deployments_go_on_demand(road: Road) -> None:
+    before = deployments(road)
+    road.rehearsal.fault("* */deployments/* failed code=ResourceNotReady")
+    assert road.up("azure.endpoint.request_timeout_ms=70000").returncode == 1
+    (failed,) = set(deployments(road)) - set(before)
+
+    done = road.phi3("down", "--on", "azure", "--failed")
+
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"deleted: deployment (\S+) of", done.stdout) == [failed]
+    assert deployments(road) == before
+    assert list(before.values()) == [100]
+
+
 def test_with_entra_sign_in_there_is_no_key(road: Road) -> None:
     done = road.up("azure.endpoint.auth_mode=aad_token", "azure.endpoint.name=small-entra")
 
@@ -249,13 +278,20 @@ def _keys(road: Road) -> list[str]:
 
 
 def test_down_leaves_nothing_that_bills(road: Road) -> None:
+    down = ("down", "--on", "azure", RUN)
+    road.rehearsal.fault("DELETE */onlineEndpoints/* slow seconds=3")
+    road.kill_at("DELETE", r"/onlineEndpoints/[^/]+$", command=down)
+    made = road.run_folder / "azure" / "made.json"
+    kinds = [item["kind"] for item in json.loads(made.read_text())["made"]]
+    assert kinds.count("endpoint") == 2  # not struck before it is gone
     road.rehearsal.fault("DELETE */onlineEndpoints/* 409 times=1")
 
-    done = road.phi3("down", "--on", "azure", RUN)
+    done = road.phi3(*down)
 
     assert done.returncode == 0, done.stderr
     assert "deleted: endpoint small-entra and its deployments" in done.stdout
-    assert re.search(r"deleted: endpoint small-azure-\w+ and its deployments", done.stdout)
+    kinds = [item["kind"] for item in json.loads(made.read_text())["made"]]
+    assert not {"endpoint", "deployment"} & set(kinds)
     assert "deleted: cluster gpu-cluster" in done.stdout
     found = counts(road)
     assert not found.get(ENDPOINTS)

@@ -26,6 +26,7 @@ from phi3_training.run import Run
 from phi3_training.targets.azure import jobs, train
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.dependents import ensure_dependents
+from phi3_training.targets.azure.place import settle
 from phi3_training.targets.azure.provision import Step, provision, standing
 from phi3_training.targets.azure.workplace import find_workplace
 
@@ -158,6 +159,49 @@ def test_what_lasts_is_told_once_with_every_failed_step(
     assert states["key vault"] == "failed"
     assert states["storage account"] == "created"
     assert "workspace" not in states
+
+
+def test_a_poll_that_finds_nothing_makes_nothing_twice(
+    azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=lostpoll"])
+    azure.fault("GET */operationsStatus/* lost")
+    before, steps = len(azure.calls()), list[Step]()
+    provision(_clients(recipe, tmp_path), recipe, _quiet, steps.append)
+    assert {step.state for step in steps} <= {"created", "exists"}
+    calls = azure.calls()[before:]
+    lost = [c for c in calls if "/operationsStatus/" in c["path"] and c["status"] == 404]
+    assert len(lost) == 1
+    made = [c["path"] for c in calls if (c["method"], c["status"]) == ("PUT", 201)]
+    assert len(made) == len(set(made))
+    put = {c["path"] for c in calls if c["method"] == "PUT"}
+    for kind in ("storageAccounts", "vaults", "registries", "computes"):
+        assert len([path for path in put if path.split("/")[-2] == kind]) == 1, kind
+
+
+def test_a_cluster_without_quota_is_told_by_its_code(
+    azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=noquota"])
+    azure.fault("* */computes/* quota")
+    steps: list[Step] = []
+    with pytest.raises(StageError, match="OutOfQuota"):
+        provision(_clients(recipe, tmp_path), recipe, _quiet, steps.append)
+    assert [step.what for step in steps if step.state == "failed"] == ["cluster"]
+
+
+def test_with_least_privilege_nobody_becomes_a_contributor(
+    azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    words = ["azure.resource_group=least", "azure.least_privilege=true"]
+    recipe = load_recipe(recipe_file, [*POLLS, *words])
+    clients = _clients(recipe, tmp_path)
+    steps: list[Step] = []
+    provision(clients, recipe, _quiet, steps.append)
+    roles = [step.name for step in steps if step.what == "role"]
+    assert roles
+    assert not [name for name in roles if name.startswith("Contributor")]
+    assert standing(clients, recipe.azure)
 
 
 def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
@@ -293,21 +337,53 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
     assert literal["compute_finetune"] == recipe.azure.compute.name
 
 
+def test_a_pipeline_trains_and_a_second_job_measures(
+    provisioned: object, recipe_file: Path, tmp_path: Path
+) -> None:
+    words = [
+        "azure.train.route=pipeline",
+        "azure.train.foundation_model={name: Phi-4, version: 8}",
+    ]
+    recipe = load_recipe(recipe_file, [*POLLS, *words])
+    run, clients = _prepared(recipe, tmp_path / "piped-well"), _clients(recipe, tmp_path)
+    manifest = train.finetune(clients, recipe, run, _quiet)
+    assert manifest["route"] == "pipeline"
+    assert manifest["foundation_model"]["name"] == "Phi-4"
+    run.write_manifest("model", manifest)
+    metrics = train.evaluate(clients, recipe, run, _quiet)
+    names = {purpose: ticket.name for purpose, ticket in jobs.tickets(run).items()}
+    assert names == {"train": manifest["job"], "evaluate": metrics["job"]}
+    assert names["train"] != names["evaluate"]
+    assert [clients.ml.jobs.get(name).status for name in names.values()] == ["Completed"] * 2
+    assert metrics["after"]["validation"]["rows"] > 0
+    assert (run.path / metrics["rows"]).is_file()
+
+
 def test_a_cancelled_job_is_a_failure(
-    provisioned: object, azure: rehearsal.Rehearsal, recipe: Recipe, tmp_path: Path
+    provisioned: object,
+    azure: rehearsal.Rehearsal,
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = _prepared(recipe, tmp_path / "stopped")
+    settle(recipe.azure, run)
+    cancel = ["azure", "cancel", "--run", run.name, "--runs", str(run.path.parent)]
     clients = _clients(recipe, tmp_path)
     azure.fault("* */jobs/phi3-train-stopped* slow seconds=60")
-    seen: list[str] = []
+    ended: list[int] = []
 
     def progress(_done: int, _total: int, text: str) -> None:
-        if text.startswith("running") and not seen:
-            seen.extend(jobs.cancel_all(_clients(recipe, tmp_path), run))
+        if text.startswith("running") and not ended:
+            ended.append(main(cancel))
 
     with pytest.raises(StageError, match="was cancelled"):
         train.finetune(clients, recipe, run, progress)
-    assert len(seen) == 1
+    assert ended == [0]
+    told = f"cancelled the job {jobs.tickets(run)['train'].name}"
+    assert told in capsys.readouterr().out.splitlines()
+    assert main(cancel) == 0
+    assert "No job of this run is at work." in capsys.readouterr().out
     sent = [
         call["path"]
         for call in azure.calls()
