@@ -12,6 +12,8 @@ from typing import Any
 
 from tests.integration.pf_home import PF, PfHome, free_port, interrupt
 
+_TYPED = "box => box.value ?? box.innerText"
+
 
 @contextmanager
 def chat_page(home: PfHome) -> Iterator[str]:
@@ -42,3 +44,20 @@ def _wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
         assert process.poll() is None, text
         time.sleep(0.2)
     raise AssertionError(f"no chat page within 120 seconds:\n{text}")
+
+
+def ask(page: Any, question: str) -> None:
+    """Type a question and send it; again where the page was busy with the answer before."""
+    box = page.get_by_role("textbox").first
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends:
+        if question not in box.evaluate(_TYPED):
+            box.click()
+            page.keyboard.type(question)
+        page.get_by_title("Send", exact=True).click()
+        for _ in range(20):
+            page.wait_for_timeout(250)
+            asked = page.get_by_text(question).filter(visible=True).count()
+            if asked and question not in box.evaluate(_TYPED):
+                return
+    raise AssertionError(f"the page did not take {question!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.chat_page import chat_page
+from tests.integration.chat_page import ask, chat_page
 from tests.integration.pf_home import (
     Endpoint,
     PfHome,
@@ -46,15 +46,12 @@ def test_question_typed_answer_seen(
     page: Any, address: str, served: Endpoint, tmp_path: Path
 ) -> None:
     page.goto(address)
-    box = page.get_by_role("textbox").first
     for question, seen in (
         ("Who founded Contoso?", "1: Who founded"),
         ("And when?", "3: And when?"),
     ):
-        box.click()
-        page.keyboard.type(question)
-        page.get_by_title("Send", exact=True).click()
-        page.get_by_text(seen).first.wait_for(timeout=60_000)
+        ask(page, question)
+        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=120_000)
     assert [message["role"] for message in served.conversations[-1]] == [
         "user",
         "assistant",

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.integration.chat_page import ask
 from tests.integration.pf_home import ROOT, PfHome, listening, pf_home
 
 from phi3_tool import ConnectionSettings
@@ -141,12 +142,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], N
     return take
 
 
-def type_question(page: Any, question: str) -> None:
-    page.get_by_role("textbox").first.click()
-    page.keyboard.type(question)
-    page.get_by_title("Send", exact=True).click()
-
-
 def seen(page: Any, text: str) -> None:
     page.get_by_text(text).filter(visible=True).last.wait_for(timeout=120_000)
 
@@ -170,9 +165,9 @@ def test_conversation_and_long_answer(
     options = ("--system", "You sell tents.", "--max-new-tokens", "99")
     with streaming() as served, chat_web(home, served.url, KEY, *options) as (address, process):
         page.goto(address)
-        type_question(page, "Who founded Contoso?")
+        ask(page, "Who founded Contoso?")
         seen(page, "2: Who founded Contoso?")
-        type_question(page, "And when?")
+        ask(page, "And when?")
         seen(page, "4: And when?")
         pictures(page, "conversation")
         roles = [message["role"] for message in served.bodies[-1]["messages"]]
@@ -180,7 +175,7 @@ def test_conversation_and_long_answer(
         assert served.bodies[-1]["max_tokens"] == 99
         assert served.bodies[-1]["stream"] is True
 
-        type_question(page, "Tell me everything.")
+        ask(page, "Tell me everything.")
         seen(page, "The Mossback tent, size 40")
         pictures(page, "long_answer")
         assert started_in(temporary)
@@ -202,13 +197,13 @@ def test_wrong_key_and_endpoint_down(
             shown = home.path / "shown.txt"
             assert not shown.exists() or address not in shown.read_text()
             page.goto(address)
-            type_question(page, "May I come in?")
+            ask(page, "May I come in?")
             seen(page, "does not accept the key")
             pictures(page, "wrong_key")
             assert wrong not in page.content()
 
             stack.close()
-            type_question(page, "Is anybody there?")
+            ask(page, "Is anybody there?")
             seen(page, "start the local endpoint with")
             pictures(page, "endpoint_down")
             assert page.get_by_text("Failed to fetch").count() == 0
@@ -245,7 +240,7 @@ def test_the_connection_of_a_stored_run(page: Any, home: PfHome) -> None:
         before = (home.pf_dir / "pf.sqlite").read_bytes()
         with chat_web(home, "", "", "--runs", str(runs)) as (address, _process):
             page.goto(address)
-            type_question(page, "Who asks?")
+            ask(page, "Who asks?")
             seen(page, "1: Who asks?")
         server.communicate(b"\n")
         assert served.bodies[-1]["stream"] is True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.chat_page import chat_page
+from tests.integration.chat_page import ask, chat_page
 from tests.integration.pf_home import PfHome, pf_home
 from tests.integration.streaming_endpoint import PIECES, Answering
 from tests.integration.stub_endpoint import OPENAI, StubEndpoint
@@ -39,12 +39,6 @@ def home(tmp_path_factory: pytest.TempPathFactory, answering: Answering) -> Iter
 def address(home: PfHome) -> Iterator[str]:
     with chat_page(home) as address:
         yield address
-
-
-def ask(page: Any, question: str) -> None:
-    page.get_by_role("textbox").first.click()
-    page.keyboard.type(question)
-    page.get_by_title("Send", exact=True).click()
 
 
 def test_words_appear_while_the_answer_is_made(
