@@ -1,7 +1,6 @@
-"""Which number type a training computes in, and how its loss is scored: one decision for all.
+"""Which number type a training computes in: one decision for all.
 
-Asked by the training itself (runtime.py, trainer.py) and by the memory plan, which must not load
-torch. Reads /proc/cpuinfo on Linux; writes nothing.
+Asked by the training itself (runtime.py) and by the memory plan, which must not load torch. Reads /proc/cpuinfo on Linux; writes nothing.
 """
 
 from __future__ import annotations
@@ -34,14 +33,6 @@ def choose_dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
     return "float32", f"exact, and what a {device} computes fastest"
-
-
-def scores_learnt_only(device: str, dtype: Dtype, *, processes: int, own_loss: bool) -> bool:
-    """Whether the vocabulary is scored at the learnt positions alone, as compute.CpuTrainer does.
-
-    Several processes exchange gradients in the whole model's own call, which it avoids.
-    """
-    return device == "cpu" and dtype == "float32" and processes == 1 and not own_loss
 
 
 @cache

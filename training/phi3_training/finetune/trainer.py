@@ -28,7 +28,6 @@ from ..run import write_atomically
 from .audit import Report, Row, Seen, audit, expected_labels
 from .audit_packed import SeenPacked, audit_packed
 from .compute import CpuTrainer, OwnLossTrainer
-from .dtype import scores_learnt_only
 from .losses import find_loss
 from .methods import learn_in_float32, peft_config
 from .packing import PackedCollator, as_packed, packed_rows
@@ -148,9 +147,9 @@ def audit_trainer(trainer: SFTTrainer, rows: Sequence[Row], chat: ChatFormat) ->
 def _kind(settings: FinetuneSection, runtime: Runtime) -> type[SFTTrainer]:
     if settings.loss is not None:
         return OwnLossTrainer
-    short = scores_learnt_only(
-        runtime.device, runtime.dtype, processes=settings.num_processes, own_loss=False
-    )
+    # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
+    alone = settings.num_processes == 1
+    short = runtime.device == "cpu" and runtime.dtype == "float32" and alone
     return CpuTrainer if short else SFTTrainer
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..finetune.dtype import BYTES, Dtype, choose_dtype, scores_learnt_only
+from ..finetune.dtype import BYTES, Dtype, choose_dtype
 from ..finetune.heap import wastes_heap
 from ..recipe import Recipe
 from .config import ModelShape
@@ -73,12 +73,8 @@ class Work:
     @property
     def short_loss(self) -> bool:
         """Whether the vocabulary is scored at once, as finetune/compute.py does on a CPU."""
-        return scores_learnt_only(
-            self.device,
-            "float32" if self.compute == FLOAT32 else "bfloat16",
-            processes=self.processes,
-            own_loss=self.own_loss,
-        )
+        alone = self.processes == 1 and not self.own_loss
+        return self.device == "cpu" and self.compute == FLOAT32 and alone
 
     @property
     def masked(self) -> bool:
