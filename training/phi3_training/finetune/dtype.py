@@ -1,6 +1,7 @@
 """Which number type a training computes in: one decision for all.
 
-Asked by the training itself (runtime.py) and by the memory plan, which must not load torch. Reads /proc/cpuinfo on Linux; writes nothing.
+Asked by the training itself (runtime.py) and by the memory plan, which must not load torch. Reads
+/proc/cpuinfo on Linux; writes nothing.
 """
 
 from __future__ import annotations
