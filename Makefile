@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RECIPE ?= training/recipes/phi3-tiny.yaml
+RECIPE ?= training/recipes/phi3-small.yaml
 
 .PHONY: up down rehearse test check bench lock clean
 .DEFAULT_GOAL := up

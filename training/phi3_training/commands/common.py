@@ -18,11 +18,12 @@ from ..targets import get_target, target_of
 
 # The clone this package is installed from (editable), where recipes and flow live.
 PROJECT = Path(__file__).resolve().parents[3]
+RECIPES = Path("training/recipes")
 DEFAULT_RECIPES = {
-    "local": Path("training/recipes/phi3-tiny.yaml"),
-    "azure": Path("training/recipes/phi3-mini-azure.yaml"),
+    "local": RECIPES / "phi3-small.yaml",
+    "azure": RECIPES / "phi3-mini-azure.yaml",
 }
-TINY_RECIPE = Path("training/recipes/phi3-tiny.yaml")
+TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
 FLOW = Path("flows/phi3_chat")
 
 
@@ -203,8 +204,18 @@ def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = No
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
         raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
-    path = Path(named[0]) if named else find(DEFAULT_RECIPES[on])
+    path = _recipe_path(named[0]) if named else find(DEFAULT_RECIPES[on])
     return load_recipe(path, [word for word in words if "=" in word], model_from=instead)
+
+
+def _recipe_path(word: str) -> Path:
+    """A recipe's file: a path, or the name of a shipped one (`phi3-tiny`, or `tiny` for short)."""
+    path = Path(word)
+    if path.exists() or path.suffix:
+        return path
+    shipped = [RECIPES / f"{name}.yaml" for name in (word, f"phi3-{word}")]
+    there = [folder / name for folder in (Path.cwd(), PROJECT) for name in shipped]
+    return next((recipe for recipe in there if recipe.is_file()), path)
 
 
 def find(path: Path) -> Path:

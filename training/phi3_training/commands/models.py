@@ -9,10 +9,9 @@ from typing import Any
 from .. import console
 from ..errors import MissingExtraError, UsageError
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
-from .common import add_command, find
+from .common import RECIPES, add_command, find
 
-_RECIPES = Path("training/recipes")
-_ANY_FOLDER = (
+_ANY_RECIPES = (
     "Any folder with a causal language model as safetensors and a chat template can be named as "
     "well:\n  phi3 up RECIPE model.name_or_path=/path/to/folder"
 )
@@ -66,7 +65,7 @@ def run_models(args: argparse.Namespace) -> int:
         "more: phi3 models -o json",
         style="dim",
     )
-    console.out.print(_ANY_FOLDER, markup=False)
+    console.out.print(_ANY_RECIPES, markup=False)
     return 0
 
 
@@ -79,7 +78,7 @@ def _row(model: KnownModel) -> dict[str, Any]:
         "license": model.license,
         "template": model.template,
         "source": model.source,
-        "recipe": str(_RECIPES / model.recipe),
+        "recipe": str(RECIPES / model.recipe),
         "weights": _size(model),
         "memory_to_train": train,
         "memory_to_serve": serve,
@@ -104,7 +103,7 @@ def _memory(model: KnownModel) -> tuple[str, str]:
     from ..memory.device import gib
     from ..recipe import load_recipe
 
-    recipe = load_recipe(find(_RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
+    recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
     kind = "cpu" if model.name in (TINY, SMALL) else "cuda"
     sizes: dict[str, int] = {}
     for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda")):

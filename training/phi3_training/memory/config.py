@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.catalogue import CATALOGUE, known
+from ..models.catalogue import CATALOGUE
 from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
 
 CONFIG = "config.json"
+# Attention windows and rotary tables change no size, so a few numbers of each config suffice.
+KNOWN: Mapping[str, Mapping[str, Any]] = {
+    model.name: model.shape for model in CATALOGUE if model.shape
+}
 _NEEDED = (
     "vocab_size",
     "hidden_size",
@@ -123,13 +127,11 @@ def shape_of(recipe: Recipe) -> ModelShape:
     cached = _cached_config(recipe.model)
     if cached is not None:
         return _read(cached, f"{CONFIG} of {name} in the Hugging Face cache")
-    model = known(name)
-    if model is not None and model.shape:
-        # Attention windows and rotary tables change no size, so these few numbers suffice.
-        return shape_from(model.shape, f"our table for {name} (its config is not on this machine)")
-    listed = ", ".join(entry.name for entry in CATALOGUE if entry.shape)
+    for known, content in KNOWN.items():
+        if known.lower() == name.lower():
+            return shape_from(content, f"our table for {known} (its config is not on this machine)")
     raise UnknownShapeError(
-        f"the config of {name} is not on this machine and not in our table ({listed}); "
+        f"the config of {name} is not on this machine and not in our table ({', '.join(KNOWN)}); "
         "give a folder instead: model.name_or_path=/path/to/folder"
     )
 
