@@ -38,6 +38,7 @@ LOCAL = [
     "datasets>=5",
     "tokenizers>=0.22",
     "jinja2>=3.1",
+    "gguf>=0.17",  # reads the weights of `model.name_or_path: small`
     "onnxruntime>=1.24",
     "onnxruntime-genai>=0.18,<0.19",  # its builder converts; called in process, by its own names
     "onnx-ir>=1",  # used by onnxruntime-genai's builder, which does not ask for it

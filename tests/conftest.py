@@ -25,7 +25,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PF_HOME_DIRECTORY", str(home / ".promptflow"))
         # The Azure SDKs' telemetry leaves folders there.
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-        for name in ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "HF_HOME", "XDG_DATA_HOME"):
+        ours = ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "PHI3_CACHE")
+        for name in (*ours, "HF_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
             patch.delenv(name, raising=False)
         yield home
 

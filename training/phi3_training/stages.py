@@ -5,13 +5,13 @@ Heavy packages are imported inside the functions, so that a skipped stage costs 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from phi3_tool.address import same_endpoint
 
 from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
+from .models.catalogue import weights_folder
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
 _NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
@@ -41,8 +41,8 @@ def _data_inputs(journey: Journey) -> Any:
 def _prepare(journey: Journey) -> Manifest:
     from .data import prepare
 
-    model = Path(journey.recipe.model.name_or_path)
-    tokenizer = model if (model / "tokenizer.json").is_file() else None
+    model = weights_folder(journey.recipe.model.name_or_path)
+    tokenizer = model if model and (model / "tokenizer.json").is_file() else None
     return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
 
 

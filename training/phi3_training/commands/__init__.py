@@ -12,6 +12,7 @@ from . import (
     flow,
     invoke,
     journey,
+    models,
     recipes,
     rehearsing,
     stages,
@@ -21,5 +22,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, recipes, azure, rehearsing),
+    *(flow, export, doctor, recipes, models, azure, rehearsing),
 )

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import StageError
+from ..models import small
 from ..prompt import ChatFormat
 from ..recipe import ModelSection
 from ..run import Run
+from .teach import Progress
 
 # What a causal language model folder consists of; other formats in a repository stay there.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -38,11 +40,13 @@ def count_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
 
 
-def find_weights(model: ModelSection) -> Path:
+def find_weights(model: ModelSection, progress: Progress) -> Path:
     """The folder with the weights that the recipe names, downloaded if need be.
 
     Raises StageError, with what to do, when they are not there or are not a chat model's.
     """
+    if model.is_small:
+        return small.prepare(progress)
     folder = Path(model.name_or_path).expanduser()
     if not folder.is_dir():
         folder = _download(model)
