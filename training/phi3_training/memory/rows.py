@@ -22,6 +22,7 @@ from ..data.scan import scan_start
 from ..data.sources import Source, fingerprints, place_of
 from ..data.table import Table
 from ..evaluate.questions import extra_files
+from ..models.small import prepared_folder
 from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..recipe_data import HubSet
@@ -111,16 +112,19 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
 
 def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    folder = Path(recipe.model.name_or_path).expanduser()
     base = run.manifest("base")
-    if folder.is_dir():
-        found: Path | None = folder
-    elif base is not None and _is_base_of(base, recipe):
-        found = run.path / str(base["path"])
-    else:
-        cached = cached_file(recipe.model, "tokenizer.json")
-        found = None if cached is None else cached.parent
-    return found if found is not None and (found / "tokenizer.json").is_file() else None
+    if base is not None and _is_base_of(base, recipe):
+        return _with_tokenizer(run.path / str(base["path"]))
+    named = recipe.model.name_or_path
+    folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
+    if folder is not None and folder.is_dir():
+        return _with_tokenizer(folder)
+    cached = cached_file(recipe.model, "tokenizer.json")
+    return None if cached is None else cached.parent
+
+
+def _with_tokenizer(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _is_base_of(manifest: dict[str, Any], recipe: Recipe) -> bool:
