@@ -9,7 +9,8 @@ from typing import Any
 from .. import console
 from ..errors import MissingExtraError, UsageError
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
-from .common import RECIPES, add_command, find
+from ..project import RECIPES, find
+from .common import add_command
 
 _ANY_RECIPES = (
     "Any folder with a causal language model as safetensors and a chat template can be named as "
