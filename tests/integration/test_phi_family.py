@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,18 @@ from tests.integration.server_fixture import score_body, served
 from transformers import AutoModelForCausalLM
 
 from phi3_training.cli import main
+from phi3_training.errors import StageError
 from phi3_training.export.behaviour import greedy
 from phi3_training.memory.config import shape_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.serve.engines import adapters, ort_genai, transformers
+from phi3_training.serve.engines.base import Sampling
+from phi3_training.serve.engines.batch import Job
+from phi3_training.serve.engines.sampling import Sampler
+from phi3_training.serve.engines.tokens import TokenEngine
+from phi3_training.serve.export import export_onnx
 
 QUESTION = "What does the stove cost?"
 SHORT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
@@ -77,6 +83,17 @@ def own_greedy(folder: Path, ids: list[int], most: int, stops: tuple[int, ...]) 
         eos_token_id=list(stops),
     )
     return [int(token) for token in answer[0, len(ids) :]]
+
+
+async def said_by(engine: TokenEngine, ids: list[int], most: int) -> list[int]:
+    """An engine's greedy answer as ids, whatever would end it."""
+    job = Job(ids, most, Sampler(Sampling(temperature=0.0)), frozenset())
+    engine._batcher.submit(job)
+    found = []
+    while (token := await job.next()) is not None:
+        found.append(token)
+    await engine.close()
+    return found
 
 
 def test_the_chat_format_is_the_familys(tuned: Tuned) -> None:
@@ -155,6 +172,24 @@ def test_the_onnx_engine_says_what_transformers_says(
     assert abs(ours.logits - theirs.logits).max() < 1e-3
 
 
+@pytest.mark.parametrize("name", ["ort-genai", "transformers"])
+def test_an_answer_that_crosses_the_border_is_read_again(tuned: Tuned, name: str) -> None:
+    """Each token is what the model says to all before it at once: no key keeps the old factors."""
+    chat = ChatFormat.from_folder(tuned.model)
+    ids = chat.encode_prompt([{"role": "user", "content": "the kettle costs 14 euros, " * 3}])
+    most = BORDER - len(ids) + 12
+    assert 12 < most < 50
+    load = ort_genai.load if name == "ort-genai" else transformers.load
+    engine = load(tuned.onnx if name == "ort-genai" else tuned.model, slots=2)
+    said = asyncio.run(said_by(engine, ids, most))
+    model = AutoModelForCausalLM.from_pretrained(tuned.model, dtype=torch.float32)
+    with torch.inference_mode():
+        for _ in range(most):
+            scores = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids = [*ids, int(scores.argmax())]
+    assert said == ids[-most:]
+
+
 def test_positions_matter_in_these_models(tuned: Tuned, tmp_path: Path) -> None:
     """Without this the parity above would say nothing about the rotary embedding."""
     shutil.copytree(tuned.model, tmp_path / "model")
@@ -208,3 +243,12 @@ def test_adapters_are_served_by_name(tuned: Tuned) -> None:
 
 def ask(question: str) -> dict[str, Any]:
     return score_body(question, temperature=0)
+
+
+def test_a_layer_as_wide_as_the_vocabulary_is_not_converted(tmp_path: Path) -> None:
+    """The converter would take it for the output matrix and write garbage, without an error."""
+    twin = replace(PHI35, config={**PHI35.config, "vocab_size": 640, "intermediate_size": 320})
+    model = twin.write(tmp_path / "model")
+    with pytest.raises(StageError, match=r"gate_up_proj.weight has 640 outputs.*transformers"):
+        export_onnx(model, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
