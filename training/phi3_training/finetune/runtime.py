@@ -11,14 +11,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..recipe import Recipe
+from .dtype import Dtype, choose_dtype, cpu_has_bfloat16
 from .heap import give_back_at_once
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 _SMALL_MODEL = 50_000_000
 
@@ -42,7 +40,7 @@ class Runtime:
 def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
     """Decide for a model with so many parameters, on this machine; see heap.py for memory."""
     here = device()
-    dtype, dtype_reason = _dtype(recipe.model.dtype, here)
+    dtype, dtype_reason = choose_dtype(recipe.model.dtype, here, has_bfloat16=_has_bfloat16(here))
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
     choices = [f"{dtype}: {dtype_reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
@@ -91,20 +89,10 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
-    if wanted == "float32":
-        return "float32", "as the recipe says"
-    if wanted == "bfloat16":
-        return "bfloat16", "as the recipe says"
-    if wanted == "float16" and device == "cpu":
-        return "float32", "float16, which the recipe asks for, needs a GPU"
-    if wanted == "float16":
-        return "float16", "as the recipe says"
-    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16", "the GPU supports it"
+def _has_bfloat16(device: str) -> bool:
     if device == "cuda":
-        return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and what a {device} computes fastest"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "cpu" and cpu_has_bfloat16()
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:

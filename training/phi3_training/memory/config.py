@@ -124,7 +124,7 @@ def shape_of(recipe: Recipe) -> ModelShape:
     folder = small_folder() if recipe.model.is_small else Path(name).expanduser()
     if folder is not None and folder.is_dir():
         return _read(folder / CONFIG, str(folder / CONFIG))
-    cached = _cached_config(recipe.model)
+    cached = cached_file(recipe.model, CONFIG)
     if cached is not None:
         return _read(cached, f"{CONFIG} of {name} in the Hugging Face cache")
     for known, content in KNOWN.items():
@@ -169,15 +169,15 @@ def _read(path: Path, source: str) -> ModelShape:
     return shape_from(content, source)
 
 
-def _cached_config(model: ModelSection) -> Path | None:
-    """The model's config.json as downloaded earlier; asks nobody."""
+def cached_file(model: ModelSection, name: str) -> Path | None:
+    """A file of the model as downloaded earlier; asks nobody."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(model.name_or_path, CONFIG, revision=model.revision)
+        found = try_to_load_from_cache(model.name_or_path, name, revision=model.revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None

@@ -15,6 +15,7 @@ from typing import Literal
 
 import psutil
 
+from ..finetune.dtype import cpu_has_bfloat16
 from ..serve.choice import has_gpu
 
 Kind = Literal["cpu", "cuda", "mps"]
@@ -31,7 +32,7 @@ class Device:
     name: str
     total: int
     available: int
-    bfloat16: bool = True
+    bfloat16: bool = True  # multiplied in hardware
     is_here: bool = False  # not a planned one
 
     @property
@@ -49,7 +50,7 @@ def of_size(gigabytes: float, kind: Kind = "cuda") -> Device:
     """A device elsewhere of so many binary gigabytes, with nothing else on it."""
     size = int(gigabytes * GIB)
     name = "the planned GPU" if kind == "cuda" else "the planned machine"
-    return Device(kind, name, size, size)
+    return Device(kind, name, size, size, bfloat16=kind == "cuda")
 
 
 def this_device() -> Device:
@@ -64,7 +65,8 @@ def this_ram() -> Device:
     total, available = _ram()
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Device("mps", "the memory of this Mac", total, available, is_here=True)
-    return Device("cpu", "the RAM of this machine", total, available, is_here=True)
+    bfloat16 = cpu_has_bfloat16()
+    return Device("cpu", "the RAM of this machine", total, available, bfloat16, is_here=True)
 
 
 @cache

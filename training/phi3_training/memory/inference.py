@@ -39,17 +39,21 @@ def save_phase(shape: ModelShape, work: Work) -> Phase:
     return Phase("save", parts)
 
 
-def evaluate_phase(shape: ModelShape, work: Work, *, at_once: int, new_tokens: int) -> Phase:
+def evaluate_phase(
+    shape: ModelShape, work: Work, *, at_once: int, new_tokens: int, prompt: int | None = None
+) -> Phase:
     """The higher one of both halves of evaluation; base and tuned model follow one another.
 
-    Asking: the key/value cache of `at_once` conversations, each as long as the longest prompt
-    and answer, and one layer of it three times while a conversation joins or leaves. Scoring:
-    the vocabulary's scores of 4,096 tokens as computed, in float32, and as logarithms.
+    `work.tokens` is the longest conversation that is scored, `prompt` the longest one that is
+    asked (None: as long). Asking: the key/value cache of `at_once` conversations, each as long as
+    that prompt and its answer, and one layer of it three times while a conversation joins or
+    leaves. Scoring: the vocabulary's scores of 4,096 tokens as computed, in float32, and as
+    logarithms.
     """
     weights = {"weights": work.compute * shape.parameters}
-    length = min(shape.context, work.tokens + new_tokens)
+    prompt = min(work.tokens if prompt is None else prompt, shape.context)
+    length = min(shape.context, prompt + new_tokens)
     cache = at_once * length * shape.kv_per_token * work.compute
-    prompt = min(work.tokens, shape.context)
     asking = {
         "key/value cache": cache,
         "working copies": 3 * cache // shape.layers + prompt * _forward_numbers(shape, work),

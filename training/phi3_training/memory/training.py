@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..finetune.dtype import BYTES, Dtype, choose_dtype
 from ..finetune.heap import wastes_heap
 from ..recipe import Recipe
 from .config import ModelShape
 from .device import Device, Kind
+from .rows import RowSizes
 
 Method = Literal["full", "lora", "dora", "qlora"]
 Parts = Mapping[str, int]
@@ -61,7 +63,7 @@ class Work:
     own_loss: bool = False
     processes: int = 1
     float16: bool = False  # computed in float16, whose small gradients must be scaled
-    learnt: float = 1.0  # share of the tokens that are learnt; 1 is the most
+    learnt: float = 1.0  # share of the batch's tokens that are learnt; 1 is the most
 
     @property
     def positions(self) -> int:
@@ -80,17 +82,20 @@ class Work:
         return self.packing or (self.batch > 1 and not self.short_loss)
 
 
-def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
-    """The work that a recipe means on a device; rows count as long as the recipe lets them be."""
+def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Work:
+    """The work that a recipe means on a device, for rows of such sizes."""
     settings = recipe.finetune
     modules = settings.target_modules
+    limit = min(recipe.data.max_length, shape.context)
+    batch, tokens, learnt = _largest_batch(recipe, rows, limit)
+    dtype = dtype_of(recipe, device)
     return Work(
         method=settings.method,
         device=device.kind,
-        compute=compute_bytes(recipe, device),
-        batch=settings.per_device_train_batch_size,
+        compute=BYTES[dtype],
+        batch=batch,
         accumulation=settings.gradient_accumulation_steps,
-        tokens=min(recipe.data.max_length, shape.context),
+        tokens=tokens,
         checkpointing=settings.gradient_checkpointing,
         attention=recipe.model.attn_implementation or "sdpa",
         lora_r=settings.lora_r,
@@ -99,23 +104,33 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
         packing=settings.packing,
         own_loss=settings.loss is not None,
         processes=settings.num_processes,
-        float16=_is_float16(recipe, device),
+        float16=dtype == "float16",
+        learnt=learnt,
     )
 
 
+def _largest_batch(recipe: Recipe, rows: RowSizes, limit: int) -> tuple[int, int, float]:
+    """Rows of the largest batch, their length in tokens, and the share of them that is learnt.
+
+    Rows are batched by length, so the longest ones meet; packed ones are nearly as long as they
+    may be. A small set makes fewer rows than a batch has room for.
+    """
+    batch = recipe.finetune.per_device_train_batch_size
+    if recipe.finetune.packing:
+        total = limit * batch if rows.total is None else rows.total
+        return min(batch, max(1, -(-total // limit))), min(limit, max(total, 1)), rows.share
+    tokens = max(1, min(rows.longest, limit))
+    return min(batch, rows.rows or batch), tokens, min(1.0, rows.learnt / tokens)
+
+
+def dtype_of(recipe: Recipe, device: Device) -> Dtype:
+    """The number type that training on the device computes in."""
+    return choose_dtype(recipe.model.dtype, device.kind, has_bfloat16=device.bfloat16)[0]
+
+
 def compute_bytes(recipe: Recipe, device: Device) -> int:
-    """Bytes of a number as finetune/runtime.py chooses it: two on a GPU, four elsewhere."""
-    wanted = recipe.model.dtype
-    if wanted == "auto":
-        return HALF if device.kind == "cuda" else FLOAT32
-    no_float16 = wanted == "float16" and device.kind == "cpu"
-    return FLOAT32 if wanted == "float32" or no_float16 else HALF
-
-
-def _is_float16(recipe: Recipe, device: Device) -> bool:
-    """Whether a GPU computes in float16: told to, or without bfloat16."""
-    told = recipe.model.dtype == "float16"
-    return told or (recipe.model.dtype == "auto" and device.kind == "cuda" and not device.bfloat16)
+    """Bytes of a number of that type."""
+    return BYTES[dtype_of(recipe, device)]
 
 
 def step_phase(shape: ModelShape, work: Work) -> Phase:

@@ -1,0 +1,47 @@
+"""Which number type a training computes in: one decision for all.
+
+Asked by the training itself (runtime.py) and by the memory plan, which must not load torch. Reads
+/proc/cpuinfo on Linux; writes nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def choose_dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype, str]:
+    """The number type for `model.dtype` on a kind of device, and the reason.
+
+    `has_bfloat16`: whether the device multiplies bfloat16 in hardware.
+    """
+    if wanted == "float32":
+        return "float32", "as the recipe says"
+    if wanted == "bfloat16":
+        return "bfloat16", "as the recipe says"
+    if wanted == "float16" and device == "cpu":
+        return "float32", "float16, which the recipe asks for, needs a GPU"
+    if wanted == "float16":
+        return "float16", "as the recipe says"
+    if device == "cuda" and has_bfloat16:
+        return "bfloat16", "the GPU supports it"
+    if device == "cuda":
+        return "float16", "the GPU has no bfloat16"
+    return "float32", f"exact, and what a {device} computes fastest"
+
+
+@cache
+def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether this machine's CPU multiplies bfloat16 in hardware; False where it does not say."""
+    try:
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
