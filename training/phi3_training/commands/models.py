@@ -44,23 +44,17 @@ def run_models(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(rows)
         return 0
-    console.table(
-        "Base models (model.name_or_path)",
-        ["name", "what it is", "licence", "template", "weights", "to train", "to serve", "here"],
-        [
-            [
-                row["name"],
-                row["what"],
-                row["license"],
-                row["template"],
-                row["weights"],
-                row["memory_to_train"],
-                row["memory_to_serve"],
-                "made in the run" if row["name"] == TINY else "yes" if row["folder"] else "no",
-            ]
-            for row in rows
-        ],
-    )
+    for row in rows:
+        console.out.print(row["name"], style="bold", markup=False)
+        here = "made in each run" if row["name"] == TINY else row["folder"] or "not here yet"
+        console.out.print(
+            f"    {row['what']}\n"
+            f"    licence {row['license']}, chat template {row['template']}, "
+            f"{row['weights']} from: {row['source']}\n"
+            f"    memory to train {row['memory_to_train']}, to serve {row['memory_to_serve']}\n"
+            f"    recipe {row['recipe']}; {here}",
+            markup=False,
+        )
     console.out.print(
         "Memory as `phi3 plan` calculates it, with the recipe made for the model; "
         "more: phi3 models -o json",
