@@ -56,8 +56,7 @@ def run_models(args: argparse.Namespace) -> int:
             markup=False,
         )
     console.out.print(
-        "Memory as `phi3 plan` calculates it, with the recipe made for the model; "
-        "more: phi3 models -o json",
+        "Memory as `phi3 plan` calculates it for the recipe and the chats in it.",
         style="dim",
     )
     console.out.print(_ANY_RECIPES, markup=False)
@@ -94,14 +93,16 @@ def _size(model: KnownModel) -> str:
 
 def _memory(model: KnownModel) -> tuple[str, str]:
     """What training and serving hold, by the memory plan of the model's own recipe."""
-    from ..memory import memory_plan, of_size
+    from ..memory import memory_plan, of_size, row_sizes
     from ..memory.device import gib
     from ..recipe import load_recipe
+    from ..run import Run
 
     recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
     kind = "cpu" if model.name in (TINY, SMALL) else "cuda"
     sizes: dict[str, int] = {}
-    for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda")):
+    rows = row_sizes(recipe, Run(Path("runs") / recipe.name))
+    for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda"), rows):
         if "bytes" in line.details:
             sizes[line.stage] = max(sizes.get(line.stage, 0), line.details["bytes"])
     where = "CPU" if kind == "cpu" else "GPU"
