@@ -65,6 +65,7 @@ AZURE = [
 ]
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # two processes: the suite waits more than it computes
     "ruff>=0.14",
     "mypy>=1.15",
     "import-linter>=2.1",
