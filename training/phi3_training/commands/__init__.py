@@ -10,6 +10,7 @@ from . import (
     doctor,
     export,
     flow,
+    init,
     invoke,
     journey,
     models,
@@ -22,5 +23,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, recipes, models, azure, rehearsing),
+    *(flow, export, doctor, init, recipes, models, azure, rehearsing),
 )

@@ -12,19 +12,10 @@ from .. import console
 from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
 from ..models import small
+from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
 from ..targets import get_target, target_of
-
-# The clone this package is installed from (editable), where recipes and flow live.
-PROJECT = Path(__file__).resolve().parents[3]
-RECIPES = Path("training/recipes")
-DEFAULT_RECIPES = {
-    "local": RECIPES / "phi3-small.yaml",
-    "azure": RECIPES / "phi3-mini-azure.yaml",
-}
-TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
-FLOW = Path("flows/phi3_chat")
 
 
 def add_command(
@@ -204,26 +195,8 @@ def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = No
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
         raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
-    path = _recipe_path(named[0]) if named else find(DEFAULT_RECIPES[on])
+    path = find_recipe(named[0]) if named else find(DEFAULT_RECIPES[on])
     return load_recipe(path, [word for word in words if "=" in word], model_from=instead)
-
-
-def _recipe_path(word: str) -> Path:
-    """A recipe's file: a path, or the name of a shipped one (`phi3-tiny`, or `tiny` for short)."""
-    path = Path(word)
-    if path.exists() or path.suffix:
-        return path
-    shipped = [RECIPES / f"{name}.yaml" for name in (word, f"phi3-{word}")]
-    there = [folder / name for folder in (Path.cwd(), PROJECT) for name in shipped]
-    return next((recipe for recipe in there if recipe.is_file()), path)
-
-
-def find(path: Path) -> Path:
-    """`path` under the current folder, else under the clone. Raises UsageError if in neither."""
-    for folder in (Path.cwd(), PROJECT):
-        if (folder / path).exists():
-            return folder / path
-    raise UsageError(f"{path} was not found; run phi3 in a clone of phi3-promptflow")
 
 
 def all_runs(folder: Path) -> list[Run]:

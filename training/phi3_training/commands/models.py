@@ -9,7 +9,8 @@ from typing import Any
 from .. import console
 from ..errors import MissingExtraError, UsageError
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
-from .common import RECIPES, add_command, find
+from ..project import RECIPES, find
+from .common import add_command
 
 _ANY_RECIPES = (
     "Any folder with a causal language model as safetensors and a chat template can be named as "
@@ -43,26 +44,19 @@ def run_models(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(rows)
         return 0
-    console.table(
-        "Base models (model.name_or_path)",
-        ["name", "what it is", "licence", "template", "weights", "to train", "to serve", "here"],
-        [
-            [
-                row["name"],
-                row["what"],
-                row["license"],
-                row["template"],
-                row["weights"],
-                row["memory_to_train"],
-                row["memory_to_serve"],
-                "made in the run" if row["name"] == TINY else "yes" if row["folder"] else "no",
-            ]
-            for row in rows
-        ],
-    )
+    for row in rows:
+        console.out.print(row["name"], style="bold", markup=False)
+        here = "made in each run" if row["name"] == TINY else row["folder"] or "not here yet"
+        console.out.print(
+            f"    {row['what']}\n"
+            f"    licence {row['license']}, chat template {row['template']}, "
+            f"{row['weights']} from: {row['source']}\n"
+            f"    memory to train {row['memory_to_train']}, to serve {row['memory_to_serve']}\n"
+            f"    recipe {row['recipe']}; {here}",
+            markup=False,
+        )
     console.out.print(
-        "Memory as `phi3 plan` calculates it, with the recipe made for the model; "
-        "more: phi3 models -o json",
+        "Memory as `phi3 plan` calculates it for the recipe and the chats in it.",
         style="dim",
     )
     console.out.print(_ANY_RECIPES, markup=False)
@@ -99,14 +93,16 @@ def _size(model: KnownModel) -> str:
 
 def _memory(model: KnownModel) -> tuple[str, str]:
     """What training and serving hold, by the memory plan of the model's own recipe."""
-    from ..memory import memory_plan, of_size
+    from ..memory import memory_plan, of_size, row_sizes
     from ..memory.device import gib
     from ..recipe import load_recipe
+    from ..run import Run
 
     recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
     kind = "cpu" if model.name in (TINY, SMALL) else "cuda"
     sizes: dict[str, int] = {}
-    for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda")):
+    rows = row_sizes(recipe, Run(Path("runs") / recipe.name))
+    for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda"), rows):
         if "bytes" in line.details:
             sizes[line.stage] = max(sizes.get(line.stage, 0), line.details["bytes"])
     where = "CPU" if kind == "cpu" else "GPU"

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from .. import console
+from ..project import RECIPES, find
 from ..recipe import Recipe
-from .common import RECIPES, add_command, find
+from .common import add_command
 
 
 def register(subparsers: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import console
 from ..errors import MissingExtraError
-from .common import find
+from ..project import find
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 

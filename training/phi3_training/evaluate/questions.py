@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import StageError
 from ..finetune.rows import Conversation
+from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run
 
@@ -25,7 +26,6 @@ PARTS = {
     "canary": "general questions",
     "probes": "requests to refuse",
 }
-SHIPPED = Path(__file__).resolve().parents[2] / "data"
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,15 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
 
 def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:
     """The files of canaries and probes: the recipe's, else the shipped ones where they are."""
-    shipped = {"canary": SHIPPED / "canary.jsonl", "probes": SHIPPED / "refusal_probes.jsonl"}
+    shipped = {
+        "canary": shipped_data("canary.jsonl"),
+        "probes": shipped_data("refusal_probes.jsonl"),
+    }
     named = {"canary": settings.canary, "probes": settings.probes}
     found = []
     for part, paths in named.items():
-        default = [shipped[part]] if shipped[part].is_file() else []
+        path = shipped[part]
+        default = [] if path is None else [path]
         found += [(part, path) for path in (default if paths is None else paths)]
     return found
 

@@ -29,7 +29,7 @@ from .teach import Progress
 from .tracking import trackers
 from .trainer import LossLog, Rows, audit_trainer, make_trainer
 from .validation import Validation
-from .weights import base_folder, chat_format, count_weights
+from .weights import base_folder, chat_format, count_weights, model_type
 
 Manifest = dict[str, Any]
 
@@ -44,7 +44,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     progress(0, 0, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
-    runtime = choose_runtime(recipe, count_weights(folder))
+    runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
     check_method(recipe.finetune, runtime.device)
     _check_one_gpu(recipe)
     rows, counts = _rows(recipe, run, chat)
@@ -119,6 +119,7 @@ def _manifest(
             **settings.model_dump(mode="json"),
             "device": runtime.device,
             "dtype": runtime.dtype,
+            "frozen_dtype": runtime.frozen,
             "num_threads": runtime.threads,
         },
     }
@@ -206,7 +207,8 @@ def _save(
             "final_loss": figures["final_loss"],
         }
         write_adapter(model, target, notes)
-        if settings.method == "qlora":
+        # Merged into the weights of full precision, not into those that it learnt over.
+        if settings.method == "qlora" or runtime.frozen != runtime.dtype:
             model = with_adapter(base, target, runtime.torch_dtype)
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
 

@@ -149,8 +149,7 @@ def _kind(settings: FinetuneSection, runtime: Runtime) -> type[SFTTrainer]:
         return OwnLossTrainer
     # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
     alone = settings.num_processes == 1
-    short = runtime.device == "cpu" and runtime.dtype == "float32" and alone
-    return CpuTrainer if short else SFTTrainer
+    return CpuTrainer if runtime.device == "cpu" and alone else SFTTrainer
 
 
 def _dataset(examples: Sequence[Example], limit: int, *, packing: bool) -> Dataset:

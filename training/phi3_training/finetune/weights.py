@@ -5,6 +5,7 @@ Reads model folders; downloads into Hugging Face's own cache (HF_HOME).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def chat_format(folder: Path) -> ChatFormat:
 def count_weights(folder: Path) -> int:
     """About how many weights a folder holds, told by its files (four bytes each, or two)."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
+
+
+def model_type(folder: Path) -> str:
+    """The kind of model of a folder as its config.json names it, such as phi3."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(content.get("model_type", ""))
 
 
 def find_weights(model: ModelSection, progress: Progress) -> Path:

@@ -86,12 +86,19 @@ def convert_phase(shape: ModelShape, precision: str) -> Phase:
 
 
 def served_weights(shape: ModelShape, precision: str, engine: str, compute: int) -> int:
-    """The weights as the engine holds them; its 4 bits leave the embedding as it is."""
+    """The weights as the engine holds them.
+
+    Its 4 bits leave the embedding as it is, unless it is the output matrix as well: one matrix
+    in the file, and one in memory for each use. Measured: 2.0 times the matrix in float32, 2.3
+    times in 4 bits.
+    """
     if engine != "ort-genai":
         return compute * shape.parameters
-    if precision == "fp32":
-        return FLOAT32 * shape.parameters
     head = shape.vocab * shape.hidden
+    if precision == "fp32":
+        return FLOAT32 * (shape.parameters + (head if shape.tied else 0))
+    if shape.tied:
+        return int(_ONNX_FOUR_BIT * (shape.linear_weights + 2.3 * head))
     return int(_ONNX_FOUR_BIT * (shape.linear_weights + head)) + FLOAT32 * head
 
 

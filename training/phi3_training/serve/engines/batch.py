@@ -56,7 +56,7 @@ class Job:
         self.limit = limit
         self.sampler = sampler
         self.cancelled = False
-        self.count = 0
+        self.tokens: list[int] = []
         self.stop_ids = stop_ids
         self.loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[int | EngineError | None] = asyncio.Queue()
@@ -66,11 +66,16 @@ class Job:
         """Tokens of prompt and answer at most."""
         return len(self.ids) + self.limit
 
+    @property
+    def read(self) -> int:
+        """Tokens that the model has read: all but the last one of the answer."""
+        return len(self.ids) + len(self.tokens) - 1
+
     def accept(self, logits: Logits) -> tuple[int, bool]:
         """Pick the next token; True when it is the last one."""
         token = self.sampler.pick(logits)
-        self.count += 1
-        return token, token in self.stop_ids or self.count >= self.limit
+        self.tokens.append(token)
+        return token, token in self.stop_ids or len(self.tokens) >= self.limit
 
     def post(self, item: int | EngineError | None) -> None:
         """Give an item to the caller; on the caller's event loop only. None: no more."""
@@ -106,7 +111,7 @@ def _post_all(mail: Sequence[Mail]) -> None:
 class Batcher:
     """Runs jobs on a step model, at most `slots` at a time, first come first served.
 
-    A job that may grow beyond `share_limit` tokens runs alone.
+    A job that may grow beyond `share_limit` tokens runs alone, and is read again at that length.
     """
 
     def __init__(self, model: StepModel, *, slots: int, share_limit: int | None = None) -> None:
@@ -167,11 +172,22 @@ class Batcher:
                 self._leave(row)
         self._admit()
         if self._rows:
-            logits = self._model.step(self._next)
+            logits = self._step()
             # Backwards: `_leave` moves the last row into the place of the one that left.
             for row in range(len(self._rows) - 1, -1, -1):
                 self._accept(row, logits[row])
         self._send()
+
+    def _step(self) -> Logits:
+        """One token for every row; logits of shape (rows, vocabulary)."""
+        job = self._rows[0]
+        if job.read != self._share_limit or job.length <= self._share_limit:
+            return self._model.step(self._next)
+        # From here on the model rotates by its other factors, and keys rotated by the first ones
+        # would be misread (KL 0.54 at the next token of a random model). transformers' own
+        # `generate` reads the conversation again here, too. The job is alone: see `_fits_beside`.
+        self._model.drop(0)
+        return self._model.add([*job.ids, *job.tokens], job.length)[None]
 
     def _admit(self) -> None:
         budget = PREFILL_BUDGET

@@ -1,0 +1,173 @@
+"""A Phi-3 with a LoRA adapter, run over conversations without padding: the fast way on a CPU.
+
+Computes what the model's own forward pass does. The tokens of a batch stand behind each other in
+one matrix; only attention knows where a conversation begins. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from .audit import IGNORED
+from .gradients import Projection, gated_silu, norm, surprise
+from .layout import Block, Layout
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: Any
+    qkv: Projection
+    out: Projection
+    mlp_norm: Any
+    gate_up: Projection
+    down: Projection
+
+
+class DensePhi3:
+    """The forward pass of one model; `of` says whether there is one for it."""
+
+    def __init__(self, model: Any, *, checkpointing: bool) -> None:
+        self._plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._checkpointing = checkpointing
+
+    @classmethod
+    def of(cls, model: Any, *, checkpointing: bool = False) -> DensePhi3 | None:
+        """None for models and adapters that have to go their libraries' own way."""
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return cls(model, checkpointing=checkpointing) if _fits(plain) else None
+
+    def loss(self, batch: Layout, ids: Tensor) -> Tensor:
+        """Summed cross entropy (float32) of a batch with these ids (rows × width)."""
+        hidden = self._hidden(batch, ids.flatten()[batch.taken])
+        learnt = (batch.wanted != IGNORED).nonzero().squeeze(-1)
+        body, head = self._plain.model, self._plain.lm_head.weight
+        rows = norm(hidden[learnt], body.norm.weight, body.norm.variance_epsilon, head.dtype)
+        return surprise(rows, head, batch.wanted[learnt])
+
+    def _hidden(self, batch: Layout, ids: Tensor) -> Tensor:
+        """T × h, float32, in front of the last norm."""
+        body = self._plain.model
+        hidden = embedding(ids, body.embed_tokens.weight).float()
+        dtype = body.layers[0].mlp.down_proj.weight.dtype
+        with torch.no_grad():
+            cos, sin = body.rotary_emb(hidden, batch.positions.unsqueeze(0))
+            half = cos.shape[-1] // 2
+            turn = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+        for layer in body.layers:
+            parts = _parts(layer)
+            if self._checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    self._layer, hidden, parts, turn, batch, dtype, use_reentrant=False
+                )
+            else:
+                hidden = self._layer(hidden, parts, turn, batch, dtype)
+        return hidden
+
+    def _layer(
+        self,
+        hidden: Tensor,
+        parts: _Layer,
+        turn: tuple[Tensor, Tensor],
+        batch: Layout,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        first, second = parts.input_norm, parts.mlp_norm
+        seen = norm(hidden, first.weight, first.variance_epsilon, dtype)
+        mixed = self._attention(parts.qkv(seen), turn, batch).to(dtype)
+        hidden = hidden + parts.out(mixed)
+        seen = norm(hidden, second.weight, second.variance_epsilon, dtype)
+        return hidden + parts.down(gated_silu(parts.gate_up(seen)))
+
+    def _attention(self, qkv: Tensor, turn: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
+        """T × (queries, keys, values) to T × values of all heads, float32."""
+        config = self._plain.config
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        # float32: the backward pass of torch's attention is five times slower in bfloat16.
+        states = qkv.float().view(len(qkv), heads + 2 * shared, -1)
+        turned, values = torch.split(states, [heads + shared, shared], dim=1)
+        states = torch.cat([_turned(turned, *turn), values], dim=1)
+        mixed = [_attend(states[b.start : b.end], b, heads, shared) for b in batch.blocks]
+        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: T × heads × size, of which the first 2 · cos.shape[-1] numbers turn."""
+    half = cos.shape[-1]
+    sizes = [half, half, states.shape[-1] - 2 * half]
+    one, two, rest = torch.split(states, sizes, dim=-1)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
+
+
+def _attend(states: Tensor, block: Block, heads: int, shared: int) -> Tensor:
+    """Causal attention within each conversation of a block."""
+    if block.spread is not None:
+        states = states[block.spread]
+    split = states.view(-1, block.width, *states.shape[1:]).transpose(1, 2)
+    q, k, v = torch.split(split, [heads, shared, shared], dim=1)
+    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != shared)
+    rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
+    return rows if block.gathered is None else rows[block.gathered]
+
+
+def _parts(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        layer.input_layernorm,
+        _projection(attention.qkv_proj),
+        _projection(attention.o_proj),
+        layer.post_attention_layernorm,
+        _projection(mlp.gate_up_proj),
+        _projection(mlp.down_proj),
+    )
+
+
+def _projection(module: Any) -> Projection:
+    if isinstance(module, nn.Linear):
+        return Projection(module.weight)
+    (name,) = module.active_adapters
+    drop = module.lora_dropout[name]
+    return Projection(
+        module.base_layer.weight,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+        drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
+    )
+
+
+def _fits(model: Any) -> bool:
+    """A Phi-3 whose own weights are frozen, with plain LoRA on its layers' matrices at most."""
+    from transformers import Phi3ForCausalLM
+
+    if type(model) is not Phi3ForCausalLM:
+        return False
+    config = model.config
+    frozen = not any(w.requires_grad for n, w in model.named_parameters() if "lora_" not in n)
+    plain = (
+        config._attn_implementation == "sdpa"
+        and config.hidden_act == "silu"
+        and not (config.attention_dropout or config.resid_pdrop or config.embd_pdrop)
+        and type(model.lm_head) is nn.Linear
+        and type(model.model.embed_tokens) is nn.Embedding
+    )
+    return frozen and plain and all(_is_plain(layer) for layer in model.model.layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    from peft.tuners.lora import Linear
+
+    attention, mlp = layer.self_attn, layer.mlp
+    for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        if type(module) is nn.Linear:
+            continue
+        if type(module) is not Linear or module.merged or module.disable_adapters:
+            return False
+        if len(module.active_adapters) != 1 or module.lora_variant:
+            return False
+    return True
