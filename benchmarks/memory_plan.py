@@ -64,7 +64,7 @@ class Case:
         title = f"{self.model} {'evaluate' if self.phase == 'evaluate' else self.method}"
         title += " + checkpointing" if self.checkpointing else ""
         title += ", eager" if self.attention == "eager" else ""
-        return title + (", bfloat16" if self.dtype == "bfloat16" else "")
+        return title + (", rounded base" if self.dtype == "auto" else "")
 
 
 CASES = (
@@ -74,7 +74,7 @@ CASES = (
     Case("mid", "train", "dora"),
     Case("mid", "train", "lora", attention="eager"),
     Case("wide", "train", "lora"),
-    *(Case("small", "train", "lora", dtype=dtype) for dtype in ("float32", "bfloat16")),
+    *(Case("small", "train", "lora", dtype=dtype) for dtype in ("float32", "auto")),
     *(Case(model, "evaluate") for model in ("tiny", "mid", "small")),
 )  # fmt: skip
 
@@ -237,8 +237,8 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     """Three steps and the merge, as `phi3 train` does them; growth of both."""
     import random
 
-    from phi3_training.finetune.merge import merge
-    from phi3_training.finetune.methods import load_for_training
+    from phi3_training.finetune.merge import merge, write_adapter
+    from phi3_training.finetune.methods import load_for_training, with_adapter
     from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
     from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
     from phi3_training.finetune.weights import chat_format, count_weights
@@ -246,7 +246,7 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
 
     quiet_libraries()
     recipe = recipe_of(case, batch, tokens)
-    runtime = choose_runtime(recipe, count_weights(model_folder))
+    runtime = choose_runtime(recipe, count_weights(model_folder), "phi3")
     chat = chat_format(model_folder)
     draw = random.Random(0)  # noqa: S311 - tokens to train on, guards nothing
     cut = int(tokens * (1 - LEARNT))
@@ -265,7 +265,12 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     if len(log.losses) != STEPS:
         sys.exit(f"{len(log.losses)} steps were trained, {STEPS} expected")
     with Peak(start=training.start) as saving:
-        merge(trained, chat, out / "model", model_folder, runtime.torch_dtype)
+        if runtime.frozen != runtime.dtype:
+            write_adapter(trained, out / "adapter", {})
+            full = with_adapter(model_folder, out / "adapter", runtime.torch_dtype)
+        else:
+            full = trained
+        merge(full, chat, out / "model", model_folder, runtime.torch_dtype)
     return {"train": training.growth, "save": saving.growth}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.data import prepare
-from phi3_training.finetune.dtype import choose_dtype, cpu_has_bfloat16
+from phi3_training.finetune.dtype import choose_dtype
 from phi3_training.finetune.tokenizer import make_tokenizer
 from phi3_training.memory import RowSizes, memory_plan, of_size, row_sizes
 from phi3_training.memory.config import KNOWN, shape_from
@@ -206,7 +207,7 @@ def test_up_begins_where_only_the_worst_case_would_not_fit(
     assert "tokens, counted in chats.jsonl" in " ".join(capsys.readouterr().out.split())
 
 
-def test_number_type_is_decided_in_one_place(tmp_path: Path) -> None:
+def test_number_type_is_decided_in_one_place() -> None:
     cases = [
         ("auto", "cuda", True, "bfloat16"),
         ("auto", "cuda", False, "float16"),
@@ -217,8 +218,21 @@ def test_number_type_is_decided_in_one_place(tmp_path: Path) -> None:
     ]
     for wanted, device, has_bfloat16, found in cases:
         assert choose_dtype(wanted, device, has_bfloat16=has_bfloat16)[0] == found
-    for flags, has in (("fpu avx512_bf16", True), ("fpu amx_bf16 amx_tile", True), ("fpu", False)):
-        path = tmp_path / f"cpuinfo-{len(flags)}"
-        path.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-        assert cpu_has_bfloat16(path) is has
-    assert not cpu_has_bfloat16(tmp_path / "none")
+
+
+def test_rounded_weights_are_decided_where_training_decides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU that is not here rounds nothing; this one as finetune/precision.py says."""
+    recipe = recipe_of(Path("x"), "microsoft/Phi-3-mini-4k-instruct")
+    here = replace(of_size(64, "cpu"), is_here=True)
+    for flags, compute, merged in ((["amx_bf16"], 2, 4), ([], 4, 0)):
+        found = frozenset(flags)
+        monkeypatch.setattr("phi3_training.finetune.precision.cpu_flags", lambda f=found: f)
+        work = work_of(recipe, MINI, here, SIZES)
+        assert (work.compute, work.merged, work.dense) == (compute, merged, True)
+        away = work_of(recipe, MINI, of_size(64, "cpu"), SIZES)
+        assert (away.compute, away.merged) == (4, 0)
+    full = recipe_of(Path("x"), "m", finetune={"method": "full"})
+    assert not work_of(full, MINI, here, SIZES).dense
+    assert not work_of(recipe, MINI, of_size(24), SIZES).dense

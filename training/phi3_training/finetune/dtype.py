@@ -1,25 +1,22 @@
 """Which number type a training computes in: one decision for all.
 
-Asked by the training itself (runtime.py) and by the memory plan, which must not load torch. Reads
-/proc/cpuinfo on Linux; writes nothing.
+Asked by the training itself (runtime.py) and by the memory plan, which must not load torch; what a
+CPU rounds frozen weights to meanwhile is precision.py's decision. Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype, str]:
     """The number type for `model.dtype` on a kind of device, and the reason.
 
-    `has_bfloat16`: whether the device multiplies bfloat16 in hardware.
+    `has_bfloat16`: whether a GPU multiplies bfloat16 in hardware.
     """
     if wanted == "float32":
         return "float32", "as the recipe says"
@@ -34,14 +31,3 @@ def choose_dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
     return "float32", f"exact, and what a {device} computes fastest"
-
-
-@cache
-def cpu_has_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:
-    """Whether this machine's CPU multiplies bfloat16 in hardware; False where it does not say."""
-    try:
-        text = cpuinfo.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..recipe import Recipe
-from .dtype import Dtype, choose_dtype, cpu_has_bfloat16
+from .dtype import Dtype, choose_dtype
 from .heap import give_back_at_once
 from .precision import SMALL_MODEL, cpu_frozen_dtype
 
@@ -115,9 +115,7 @@ def _torch(dtype: Dtype) -> torch.dtype:
 
 
 def _has_bfloat16(device: str) -> bool:
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and cpu_has_bfloat16()
+    return device == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:

@@ -15,7 +15,6 @@ from typing import Literal
 
 import psutil
 
-from ..finetune.dtype import cpu_has_bfloat16
 from ..serve.choice import has_gpu
 
 Kind = Literal["cpu", "cuda", "mps"]
@@ -32,7 +31,7 @@ class Device:
     name: str
     total: int
     available: int
-    bfloat16: bool = True  # multiplied in hardware
+    bfloat16: bool = True  # a GPU multiplies it in hardware
     is_here: bool = False  # not a planned one
 
     @property
@@ -50,7 +49,7 @@ def of_size(gigabytes: float, kind: Kind = "cuda") -> Device:
     """A device elsewhere of so many binary gigabytes, with nothing else on it."""
     size = int(gigabytes * GIB)
     name = "the planned GPU" if kind == "cuda" else "the planned machine"
-    return Device(kind, name, size, size, bfloat16=kind == "cuda")
+    return Device(kind, name, size, size)
 
 
 def this_device() -> Device:
@@ -65,8 +64,7 @@ def this_ram() -> Device:
     total, available = _ram()
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Device("mps", "the memory of this Mac", total, available, is_here=True)
-    bfloat16 = cpu_has_bfloat16()
-    return Device("cpu", "the RAM of this machine", total, available, bfloat16, is_here=True)
+    return Device("cpu", "the RAM of this machine", total, available, is_here=True)
 
 
 @cache

@@ -27,12 +27,14 @@ def save_phase(shape: ModelShape, work: Work) -> Phase:
     merged matrices keep the unmerged ones alive, as peft builds them.
     """
     largest = max(linear.weights for linear in shape.linears)
-    copies = work.compute * max(largest, shape.vocab * shape.hidden)
+    copies = (work.merged or work.compute) * max(largest, shape.vocab * shape.hidden)
     copies += work.compute * shape.linear_weights if work.method == "dora" else 0
+    weights = weight_bytes(shape, work)
+    if work.merged:  # into weights of full precision; a CPU still holds those it learnt over
+        held = 0 if work.method == "qlora" else weights
+        weights = held + work.merged * shape.parameters
     parts = {
-        "weights": work.compute * shape.parameters
-        if work.method == "qlora"  # merged into the weights of full precision
-        else weight_bytes(shape, work),
+        "weights": weights,
         "optimiser": optimiser_bytes(shape, work),
         "working copies": copies,
     }

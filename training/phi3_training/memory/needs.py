@@ -83,7 +83,12 @@ def evaluation_need(recipe: Recipe, shape: ModelShape, device: Device, rows: Row
     work = work_of(recipe, shape, device, rows)
     phase = evaluate_phase(
         shape,
-        replace(work, tokens=min(rows.scored, shape.context), learnt=rows.share),
+        replace(
+            work,
+            compute=compute_bytes(recipe, device),  # not as rounded for training
+            tokens=min(rows.scored, shape.context),
+            learnt=rows.share,
+        ),
         at_once=recipe.evaluate.per_device_eval_batch_size,
         new_tokens=recipe.evaluate.max_new_tokens,
         prompt=rows.prompt,
