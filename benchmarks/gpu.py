@@ -649,7 +649,12 @@ def step_flop(sizes: dict[str, Any], lengths: Sequence[int], per_weight: int) ->
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name; None where the table has none."""
+    """Dense bfloat16 FLOP/s of a device by its name; None where the table has none.
+
+    A slice of a device (MIG) has a share of it that its name does not tell.
+    """
+    if "MIG" in device:
+        return None
     return next((peak for name, peak in PEAKS if name in device), None)
 
 

@@ -101,6 +101,7 @@ def test_peak_by_name() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 3g.40gb") is None
     assert peak_flops("Some other device") is None
 
 
