@@ -31,8 +31,9 @@ from .config import cached_file
 
 # So many of the largest rows of a part are counted, which takes a tenth of a second.
 _COUNTED = 300
-# Of files that are not prepared yet only so many rows are read: about a second for long chats.
-_READ = 10_000
+# Of files that are not prepared yet only so many rows are read, in blocks of 8 MB: a second or two
+# for long chats.
+_READ = 2000
 # Bytes of a JSON line to a token where there is no tokenizer: English has 4, other European
 # languages and code 3; the line's own braces and names stand for what a template adds.
 _BYTES_PER_TOKEN = 3.0
