@@ -471,7 +471,6 @@ def part_small(size: Size) -> Iterator[dict[str, Any]]:
     verdict = "" if gate is None else ", gate passed" if gate["passed"] else ", gate NOT passed"
     yield {
         "part": "small, end to end" if size is REAL else "tiny, tuned",
-        "device": device_name(),
         "seconds": seconds,
         "stages": stages,
         "tokens_per_second": rate,
