@@ -89,11 +89,11 @@ def _evaluate(journey: Journey) -> Manifest:
 def _metrics_summary(manifest: Manifest) -> str:
     before, after = manifest["before"], manifest["after"]
     parts = [
-        f"{name} {before[name]['exact_match']:.0%} → {after[name]['exact_match']:.0%}"
+        f"{name} {before[name]['contains']:.0%} → {after[name]['contains']:.0%}"
         for name in after
-        if "exact_match" in after[name]
+        if "contains" in after[name]
     ]
-    return "exact match: " + ", ".join(parts)
+    return "expected words: " + ", ".join(parts)
 
 
 def _gate(journey: Journey) -> Manifest:
@@ -213,6 +213,7 @@ STAGES: tuple[Stage, ...] = (
         work=_gate,
         summary=_gate_summary,
         outputs=lambda manifest: [manifest["report"]],
+        passed=lambda manifest: bool(manifest["passed"]),
     ),
     Stage(
         manifest="registration",
