@@ -84,11 +84,7 @@ class _Text:
     soft: frozenset[str]  # values that need not be there: the word "one" is a pronoun as well
     names: frozenset[str]
     raw: frozenset[str]
-
-    @property
-    def vocabulary(self) -> frozenset[str]:
-        """Words and values alike."""
-        return frozenset(self.words) | frozenset(self.values)
+    vocabulary: frozenset[str]  # words and values alike
 
 
 @dataclass(frozen=True)
@@ -180,7 +176,7 @@ def _common(texts: Sequence[frozenset[str]]) -> frozenset[str]:
     return frozenset(word for word, count in counts.items() if count > limit)
 
 
-@lru_cache(65_536)
+@lru_cache(20_000)  # a few kB each
 def _read(text: str) -> _Text:
     plain = _DOTTED.sub(r"\1m", _JOINED_UNIT.sub(r"\1 \2", text))
     for sign, word in _SIGNS.items():
@@ -213,7 +209,14 @@ def _read(text: str) -> _Text:
             names.add(stem)
     if soft and values.count("1") > sum(1 for _ in re.finditer(r"(?i)\bone\b", plain)):
         soft.clear()  # the figure 1 stands there as well
-    return _Text(tuple(words), tuple(values), frozenset(soft), frozenset(names), frozenset(raw))
+    return _Text(
+        tuple(words),
+        tuple(values),
+        frozenset(soft),
+        frozenset(names),
+        frozenset(raw),
+        frozenset([*words, *values]),
+    )
 
 
 def _number(text: str) -> str:

@@ -94,7 +94,7 @@ def test_rows_know_the_place_they_were_written_in(tmp_path: Path, run: Run) -> N
     lines = train.read_text().splitlines()
     for part in ("train", "validation"):
         prepared = (run.path / "data" / f"{part}.jsonl").read_text().splitlines()
-        places = origins(run.path / "data", part)
+        places = origins(run.path, part)
         assert len(places) == len(prepared)
         for row, place in zip(prepared, places, strict=True):
             file, _, number = place.rpartition(":")

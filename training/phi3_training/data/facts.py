@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..telling import Set, has_expected_words, names_in
 
+MOST_COMPARED = 5000  # chats of a set; that many of 50 words take some 5 seconds
 MOST_CANDIDATES = 50  # of one chat; a set where more share a rare word is compared with these
 
 

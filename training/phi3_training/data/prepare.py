@@ -1,7 +1,8 @@
 """The data stage: checks and splits all chats; writes run/data/{train,validation,replay}.jsonl.
 
 Nothing is written when there is a fault, but run/data-faults.txt, which lists every one.
-run/data-report.txt lists each row that was left out and each warning.
+run/data-report.txt lists each row that was left out and each warning; run/data-origins.json says
+where each row was written.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 from ..errors import DataError, StageError
 from ..run import Run
 from .arrays import U8, Bools, Ints
-from .facts import Chat, teachers
+from .facts import MOST_COMPARED, Chat, teachers
 from .faults import Fault, in_order, write_report
 from .findings import Findings, Rules, sentences, write_findings
 from .lengths import lengths
+from .origins import FILE as ORIGINS
 from .origins import MOST_ROWS, write_origins
 from .scan import Scan, scan
 from .sources import Source, expand, place_of
@@ -67,7 +69,7 @@ def prepare(
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
         _publish(writers, run)
-        write_origins(run.path / FOLDER, _places(findings, target))
+        write_origins(run.path / ORIGINS, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
     return {
         **_manifest(data, scans, writers),
@@ -136,7 +138,7 @@ def _targets(data: DataSection, findings: Findings) -> U8:
 def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
     """Reworded questions first, where the set is small enough to compare its chats."""
     keys = findings.groups[rows]
-    if len(rows) > MOST_ROWS:
+    if len(rows) > MOST_COMPARED:
         return held_out(keys, data.validation_share, data.seed)
     chats = _chats(findings, rows)
     found = teachers(chats, chats)
@@ -156,7 +158,7 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     """How many held-out questions ask for what a training chat answers; None of a large set."""
     held = np.flatnonzero(target == _number("validation"))
     trained = np.flatnonzero((target == _number("train")) | (target == _number("replay")))
-    if len(held) + len(trained) > MOST_ROWS:
+    if len(held) + len(trained) > MOST_COMPARED:
         return None
     found = teachers(_chats(findings, held), _chats(findings, trained))
     reworded = sum(bool(one) for one in found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..data.facts import Chat, teachers
+from ..data.facts import MOST_COMPARED, Chat, teachers
 from ..run import Run
 from .figures import Row
 from .questions import Question, read_chats
@@ -15,12 +15,11 @@ from .rows import asked_in
 
 _LEARNT = 0.9  # of the trained questions: with fewer right, more training comes first
 _SHOWN = 6
-_MOST_TRAINED = 20_000
 
 
 def remarks(rows: Sequence[Row], run: Run) -> list[str]:
     """What stands in the way of the held-out questions, and what to add or to change."""
-    trained = read_chats(run, "train")[:_MOST_TRAINED]
+    trained = read_chats(run, "train")[:MOST_COMPARED]
     return [*_not_taught(rows, trained), *_not_learnt(rows)]
 
 

@@ -57,7 +57,7 @@ def read_chats(run: Run, part: str) -> list[Question]:
     """All prepared chats of a part, each with the place that the user wrote it in, if known."""
     path = run.path / "data" / f"{part}.jsonl"
     rows = _read(path, part) if path.is_file() else []
-    places = origins(path.parent, part)
+    places = origins(run.path, part)
     if len(places) != len(rows):
         return rows
     return [replace(row, origin=place) for row, place in zip(rows, places, strict=True)]
