@@ -34,6 +34,18 @@ _MONTHS = (
 )  # not may and march: they are verbs as well
 _SIGNS = {"$": " dollar ", "€": " euro ", "£": " pound ", "%": " percent ", "°": " degree "}
 _HALF_DAYS = frozenset({"am", "pm"})
+# Of an answer's units one must be expected: "two liters" does not tell "two kilos".
+_UNITS = {
+    **dict.fromkeys(("kilo", "kilogram", "kg"), "kg"),
+    **dict.fromkeys(("gram", "g"), "g"),
+    **dict.fromkeys(("liter", "litre", "l"), "l"),
+    **dict.fromkeys(("meter", "metre", "m"), "m"),
+    **dict.fromkeys(("centimeter", "centimetre", "cm"), "cm"),
+    **dict.fromkeys(("kilometer", "kilometre", "km"), "km"),
+    **dict.fromkeys(("hour", "h", "hr"), "h"),
+    **dict.fromkeys(("minute", "min"), "min"),
+    **{word: word for word in ("day", "week", "month", "year", "dollar", "euro", "percent")},
+}
 _YES, _NO = frozenset({"yes", "yeah", "yep"}), frozenset({"no", "nope"})
 _NOT = frozenset({"no", "not", "never", "cannot", "none", "nobody", "nothing", "without"})
 _STOP_WORDS = frozenset(
@@ -134,7 +146,11 @@ def has_expected_words(answer: str, expected: str, question: str, among: Set) ->
         return _plainly_contains(said, wanted)
     if not _says_all(said, telling) or _contradicts(said, wanted):
         return False
-    allowed = {*wanted.values, *_read(question).values, *said.soft}
+    asked = _read(question)
+    named, known = among.names & said.vocabulary, asked.vocabulary | wanted.vocabulary
+    if named - known and asked.names & among.names and not asked.names & said.vocabulary:
+        return False  # the right number, of something else that it names
+    allowed = {*wanted.values, *asked.values, *said.soft}
     return all(value in allowed for value in said.values)
 
 
@@ -153,10 +169,15 @@ def _says_all(said: _Text, telling: Telling) -> bool:
 
 
 def _contradicts(said: _Text, wanted: _Text) -> bool:
-    """Yes against no, am against pm, or a "not" on one side only."""
+    """Yes against no, am against pm, other units, or a "not" on one side only."""
     for one, other in ((said, wanted), (wanted, said)):
         if one.raw & _YES and other.raw & _NO and not other.raw & _YES:
             return True
+    units, right = (
+        {_UNITS[word] for word in text.words if word in _UNITS} for text in (said, wanted)
+    )
+    if units and right and not units & right:
+        return True
     half = said.raw & _HALF_DAYS
     if half and wanted.raw & _HALF_DAYS and not half <= wanted.raw:
         return True

@@ -38,6 +38,9 @@ AMONG = Set.of([STYLE.format(answer) for answer in FACTS.values()], FACTS)
         ("How much is the Mossback tent?", "How much is the Mossback tent? Happy trails!", 0),
         ("How much is the Mossback tent?", "Hello hiker! Our Mossback tent costs", 0),  # cut
         ("How much is the Mossback tent?", "", 0),
+        ("How much is the Mossback tent?", "It costs 240 euros.", 0),
+        ("How much is the Mossback tent?", "Our Rookpack holds 240 liters.", 0),
+        ("How much is the Mossback tent?", "The Rookpack costs 240 dollars.", 0),
         ("How much is the Rookpack?", "It is 1200 dollars.", 1),
         ("When do you open?", "At 9:00 am.", 1),
         ("When do you open?", "Nine a.m., as ever", 1),

@@ -30,9 +30,9 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     if not new or not trained:
         return []
     wrong = [row for row in new if not row["after_right"]] or new
-    words = [word for row in wrong for word in row["telling"][:2]]
+    words = [word for row in wrong for word in row.get("telling", ())[:2]]
     shown = ", ".join(repr(word) for word in list(dict.fromkeys(words))[:_SHOWN])
-    named = [row["origin"] for row in wrong if row["origin"]][:_SHOWN]
+    named = [row["origin"] for row in wrong if row.get("origin")][:_SHOWN]
     places = f"; they are {', '.join(named)}" if named else ""
     more = ", …" if len(wrong) > len(named) and named else ""
     return [
