@@ -50,6 +50,7 @@ class Stage:
     summary: Callable[[Manifest], str]
     outputs: Callable[[Manifest], Sequence[str]] = lambda _manifest: ()
     still_good: Callable[[Journey, Manifest], bool] = lambda _journey, _manifest: True
+    passed: Callable[[Manifest], bool] = lambda _manifest: True
 
 
 def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()) -> None:
@@ -64,12 +65,13 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
     for number, stage in enumerate(stages):
         done = None if stage.manifest in again else finished(journey, stage)
         if done is not None:
-            console.stage_done(stage.title, stage.summary(done), None)
+            console.stage_done(stage.title, stage.summary(done), None, good=stage.passed(done))
             continue
         check.before(stages[number:])
         with console.progress_bar(stage.title) as progress:
             manifest = do(journey, stage, progress)
-        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"])
+        good = stage.passed(manifest)
+        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"], good=good)
         for choice in manifest.get("choices", []):
             console.note(choice)
 

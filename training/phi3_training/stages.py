@@ -77,7 +77,10 @@ def _evaluate_inputs(journey: Journey) -> Any:
     files = extra_files(journey.recipe.evaluate)
     hashes = file_hashes([path for _part, path in files])
     # The recipe's question is shown beside the figures and is none of them: `ask` asks it anew.
-    return [section_values(journey, "evaluate"), hashes]
+    serve = journey.recipe.serve
+    # Four bits change answers: another precision is another model to judge (evaluate/judge.py).
+    four_bits = serve.precision == "int4" and serve.engine != "transformers" and not serve.adapters
+    return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
 
 
 def _evaluate(journey: Journey) -> Manifest:
@@ -89,11 +92,11 @@ def _evaluate(journey: Journey) -> Manifest:
 def _metrics_summary(manifest: Manifest) -> str:
     before, after = manifest["before"], manifest["after"]
     parts = [
-        f"{name} {before[name]['exact_match']:.0%} → {after[name]['exact_match']:.0%}"
+        f"{name} {before[name]['contains']:.0%} → {after[name]['contains']:.0%}"
         for name in after
-        if "exact_match" in after[name]
+        if "contains" in after[name]
     ]
-    return "exact match: " + ", ".join(parts)
+    return "expected words: " + ", ".join(parts)
 
 
 def _gate(journey: Journey) -> Manifest:
@@ -213,6 +216,7 @@ STAGES: tuple[Stage, ...] = (
         work=_gate,
         summary=_gate_summary,
         outputs=lambda manifest: [manifest["report"]],
+        passed=lambda manifest: bool(manifest["passed"]),
     ),
     Stage(
         manifest="registration",

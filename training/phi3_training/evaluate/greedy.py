@@ -106,14 +106,14 @@ def _row(
     if room < 1:
         return None
     row = _Row(index, len(prompt), prompt, [0] * len(prompt), min(limit, room), alone=False)
-    row.alone = share_limit is not None and len(prompt) + row.limit > share_limit
-    if asked.expected and not row.alone:
-        example = chat.encode_example(asked.whole)
-        # An answer that the tokenizer joins to its prompt cannot be read in the same pass.
-        if len(example.input_ids) <= chat.context_length and example.input_ids[
-            : len(prompt)
-        ] == list(prompt):
-            row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
+    example = chat.encode_example(asked.whole) if asked.expected else None
+    longest = max(len(prompt) + row.limit, len(example.input_ids) if example else 0)
+    row.alone = share_limit is not None and longest > share_limit
+    if example is None or row.alone or len(example.input_ids) > chat.context_length:
+        return row
+    # An answer whose first token the tokenizer joins to its prompt cannot be read in the same pass.
+    if list(example.input_ids[: len(prompt)]) == list(prompt):
+        row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
     return row
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from ..export.onnx import converted
 from ..finetune import no_progress
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
 from ..recipe import Recipe
 from ..run import Run, fingerprint
 from ..serve.choice import choose_engine
+from ..serve.converted import converted
 from ..serve.engines.rope import share_limit
 from ..serve.export import export_onnx
 from .asking import ask_served

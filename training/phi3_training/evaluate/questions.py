@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.origins import origins
 from ..errors import StageError
 from ..finetune.rows import Conversation
 from ..project import shipped_data
@@ -37,20 +38,29 @@ class Question:
     prompt: Conversation
     expected: str
     accept: tuple[str, ...] = ()
+    origin: str = ""  # file and line that the user wrote, where they are known
 
 
 def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     """All questions. Raises StageError when there are none, or a question file has a fault."""
     questions: list[Question] = []
     for part in CHAT_PARTS:
-        path = run.path / "data" / f"{part}.jsonl"
-        rows = _read(path, part) if path.is_file() else []
-        questions += _spread(rows, settings.max_rows)
+        questions += _spread(read_chats(run, part), settings.max_rows)
     if not questions:
         raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
     for part, path in extra_files(settings):
         questions += _read(path, part)
     return questions
+
+
+def read_chats(run: Run, part: str) -> list[Question]:
+    """All prepared chats of a part, each with the place that the user wrote it in, if known."""
+    path = run.path / "data" / f"{part}.jsonl"
+    rows = _read(path, part) if path.is_file() else []
+    places = origins(run.path, part)
+    if len(places) != len(rows):
+        return rows
+    return [replace(row, origin=place) for row, place in zip(rows, places, strict=True)]
 
 
 def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:

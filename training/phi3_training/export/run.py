@@ -14,11 +14,11 @@ from ..evaluate.metrics import exact_match
 from ..parity.report import Vocabulary
 from ..prompt import ChatFormat
 from ..run import Run
+from ..serve.converted import converted
 from ..serve.engines.batch import StepModel
 from . import verdict
 from .behaviour import Prompt, Trace, deviation, forced, greedy
 from .limits import MERGED, ONNX, Format, Limits
-from .onnx import converted
 from .probes import MAX_NEW_TOKENS, HeldOut, fixed_prompts, held_out
 
 Manifest = dict[str, Any]

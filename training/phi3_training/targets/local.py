@@ -13,13 +13,13 @@ from typing import Any
 
 from ..console import ProgressCallback
 from ..errors import StageError
-from ..export.onnx import converted
 from ..memory import memory_plan, row_sizes, this_device
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
 from ..serve.choice import choose_engine
 from ..serve.config import EngineName, ServerConfig
+from ..serve.converted import converted
 from .base import Manifest, PlanLine
 
 

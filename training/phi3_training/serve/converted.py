@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import ProgressCallback
 from ..run import Run
-from ..serve.export import Precision, export_onnx
+from .export import Precision, export_onnx
 
 
 def converted(run: Run, precision: Precision, progress: ProgressCallback) -> Path:
