@@ -129,7 +129,7 @@ class ServeSection(Section):
     """The local endpoint; limits carry the names that Azure ML gives them."""
 
     engine: Literal["auto", "ort-genai", "transformers", "upstream"] = "auto"
-    precision: Literal["fp32", "int4"] = "fp32"
+    precision: Literal["fp32", "int8", "int4"] = "fp32"
     adapters: bool = False
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0

@@ -17,7 +17,8 @@ _ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
 
 # Bytes that the ONNX builder holds for each weight, beside files that the system can drop:
 # measured on random models of 33 and 116 M weights.
-_CONVERTING = {"fp32": 1.5, "int4": 6.5}
+# int8 goes through float32, then a matrix at a time.
+_CONVERTING = {"fp32": 1.5, "int8": 1.5, "int4": 6.5}
 
 
 def save_phase(shape: ModelShape, work: Work) -> Phase:
@@ -99,6 +100,8 @@ def served_weights(shape: ModelShape, precision: str, engine: str, compute: int)
     head = shape.vocab * shape.hidden
     if precision == "fp32":
         return FLOAT32 * (shape.parameters + (head if shape.tied else 0))
+    if precision == "int8":  # matrices and embedding alike, and the matrices packed
+        return shape.linear_weights + 2 * head
     if shape.tied:
         return int(_ONNX_FOUR_BIT * (shape.linear_weights + 2.3 * head))
     return int(_ONNX_FOUR_BIT * (shape.linear_weights + head)) + FLOAT32 * head

@@ -20,7 +20,7 @@ from ..quiet import captured_output
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "int4"]
+Precision = Literal["fp32", "int8", "int4"]
 
 # Builder options: only the last position's logits are ever read; no look into the user's
 # Hugging Face login; attention windows inside the graph, because our batch keeps whole rows.
@@ -52,7 +52,11 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as scratch:
         built = Path(scratch) / "built"
-        _build(model_dir, built, precision, cache=Path(scratch) / "cache")
+        # The builder's own int8 is MatMulNBits, as slow for many rows as its int4: see `int8`.
+        written: Precision = "fp32" if precision == "int8" else precision
+        _build(model_dir, built, written, cache=Path(scratch) / "cache")
+        if precision == "int8":
+            _to_int8(built)
         for name in _COPIED:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, built / name)
@@ -105,6 +109,12 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
             f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
             "Serve it without conversion with: serve.engine=transformers"
         ) from None
+
+
+def _to_int8(folder: Path) -> None:
+    from .int8 import to_int8
+
+    to_int8(folder)
 
 
 def _mark_windows(config: Any) -> None:
