@@ -92,7 +92,10 @@ class DensePhi3:
         states = qkv.float().view(len(qkv), heads + 2 * shared, -1)
         turned, values = torch.split(states, [heads + shared, shared], dim=1)
         states = torch.cat([_turned(turned, *turn), values], dim=1)
-        mixed = [_attend(states[b.start : b.end], b, heads, shared) for b in batch.blocks]
+        mixed = [
+            _attend(states[b.start : b.end], b, heads, shared, config.sliding_window)
+            for b in batch.blocks
+        ]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
@@ -104,13 +107,18 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
 
 
-def _attend(states: Tensor, block: Block, heads: int, shared: int) -> Tensor:
-    """Causal attention within each conversation of a block."""
+def _attend(states: Tensor, block: Block, heads: int, shared: int, window: int | None) -> Tensor:
+    """Causal attention within each conversation of a block, to the last `window` tokens at most."""
     if block.spread is not None:
         states = states[block.spread]
     split = states.view(-1, block.width, *states.shape[1:]).transpose(1, 2)
     q, k, v = torch.split(split, [heads, shared, shared], dim=1)
-    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != shared)
+    band = None
+    if window is not None and block.width > window:
+        band = torch.ones(block.width, block.width, dtype=torch.bool).tril().triu(1 - window)
+    mixed = scaled_dot_product_attention(
+        q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=heads != shared
+    )
     rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
     return rows if block.gathered is None else rows[block.gathered]
 
