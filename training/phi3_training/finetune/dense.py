@@ -15,7 +15,15 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from .audit import IGNORED
-from .gradients import Projection, gated_silu, norm, surprise
+from .gradients import (
+    Projection,
+    add_and_norm,
+    gated_silu,
+    gather,
+    spread_out,
+    surprise,
+    turn,
+)
 from .layout import Block, Layout
 
 
@@ -44,75 +52,78 @@ class DensePhi3:
 
     def loss(self, batch: Layout, ids: Tensor) -> Tensor:
         """Summed cross entropy (float32) of a batch with these ids (rows × width)."""
-        hidden = self._hidden(batch, ids.flatten()[batch.taken])
-        learnt = (batch.wanted != IGNORED).nonzero().squeeze(-1)
         body, head = self._plain.model, self._plain.lm_head.weight
-        rows = norm(hidden[learnt], body.norm.weight, body.norm.variance_epsilon, head.dtype)
+        hidden, added = self._layers(batch, ids.flatten()[batch.taken])
+        learnt = (batch.wanted != IGNORED).nonzero().squeeze(-1)
+        _, rows = _normed(hidden[learnt], added[learnt], body.norm, head.dtype)
         return surprise(rows, head, batch.wanted[learnt])
 
-    def _hidden(self, batch: Layout, ids: Tensor) -> Tensor:
-        """T × h, float32, in front of the last norm."""
+    def _layers(self, batch: Layout, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """T × h, float32, in front of the last norm: all but what the last layer adds, and that."""
         body = self._plain.model
         hidden = embedding(ids, body.embed_tokens.weight).float()
-        dtype = body.layers[0].mlp.down_proj.weight.dtype
+        added: Any = None  # what the layer before adds
         with torch.no_grad():
             cos, sin = body.rotary_emb(hidden, batch.positions.unsqueeze(0))
             half = cos.shape[-1] // 2
-            turn = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
+            turns = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for layer in body.layers:
             parts = _parts(layer)
             if self._checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(
-                    self._layer, hidden, parts, turn, batch, dtype, use_reentrant=False
+                hidden, added = checkpoint(
+                    self._layer, hidden, added, parts, turns, batch, use_reentrant=False
                 )
             else:
-                hidden = self._layer(hidden, parts, turn, batch, dtype)
-        return hidden
+                hidden, added = self._layer(hidden, added, parts, turns, batch)
+        return hidden, added
 
     def _layer(
         self,
         hidden: Tensor,
+        added: Tensor | None,
         parts: _Layer,
-        turn: tuple[Tensor, Tensor],
+        turns: tuple[Tensor, Tensor],
         batch: Layout,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        first, second = parts.input_norm, parts.mlp_norm
-        seen = norm(hidden, first.weight, first.variance_epsilon, dtype)
-        mixed = self._attention(parts.qkv(seen), turn, batch).to(dtype)
-        hidden = hidden + parts.out(mixed)
-        seen = norm(hidden, second.weight, second.variance_epsilon, dtype)
-        return hidden + parts.down(gated_silu(parts.gate_up(seen)))
+    ) -> tuple[Tensor, Tensor]:
+        dtype = parts.qkv.weight.dtype
+        hidden, seen = _normed(hidden, added, parts.input_norm, dtype)
+        added = parts.out(self._attention(parts.qkv(seen), turns, batch).to(dtype))
+        hidden, seen = _normed(hidden, added, parts.mlp_norm, dtype)
+        return hidden, parts.down(gated_silu(parts.gate_up(seen)))
 
-    def _attention(self, qkv: Tensor, turn: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
+    def _attention(self, qkv: Tensor, turns: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
         """T × (queries, keys, values) to T × values of all heads, float32."""
         config = self._plain.config
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         # float32: the backward pass of torch's attention is five times slower in bfloat16.
-        states = qkv.float().view(len(qkv), heads + 2 * shared, -1)
-        turned, values = torch.split(states, [heads + shared, shared], dim=1)
-        states = torch.cat([_turned(turned, *turn), values], dim=1)
-        mixed = [_attend(states[b.start : b.end], b, heads, shared) for b in batch.blocks]
+        states = turn(qkv.view(len(qkv), heads + 2 * shared, -1), *turns, heads + shared)
+        mixed = [
+            _attend(states[b.start : b.end], b, heads, shared, config.sliding_window)
+            for b in batch.blocks
+        ]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: T × heads × size, of which the first 2 · cos.shape[-1] numbers turn."""
-    half = cos.shape[-1]
-    sizes = [half, half, states.shape[-1] - 2 * half]
-    one, two, rest = torch.split(states, sizes, dim=-1)
-    return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
+def _normed(
+    hidden: Tensor, added: Tensor | None, norm: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return add_and_norm(hidden, added, norm.weight, norm.variance_epsilon, dtype)
 
 
-def _attend(states: Tensor, block: Block, heads: int, shared: int) -> Tensor:
-    """Causal attention within each conversation of a block."""
-    if block.spread is not None:
-        states = states[block.spread]
+def _attend(states: Tensor, block: Block, heads: int, shared: int, window: int | None) -> Tensor:
+    """Causal attention within each conversation of a block, to the last `window` tokens at most."""
+    if block.spread is not None and block.gathered is not None:
+        states = spread_out(states, block.spread, block.gathered)
     split = states.view(-1, block.width, *states.shape[1:]).transpose(1, 2)
     q, k, v = torch.split(split, [heads, shared, shared], dim=1)
-    mixed = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != shared)
+    band = None
+    if window is not None and block.width > window:
+        band = torch.ones(block.width, block.width, dtype=torch.bool).tril().triu(1 - window)
+    mixed = scaled_dot_product_attention(
+        q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=heads != shared
+    )
     rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
-    return rows if block.gathered is None else rows[block.gathered]
+    return rows if block.gathered is None else gather(rows, block.gathered)
 
 
 def _parts(layer: Any) -> _Layer:

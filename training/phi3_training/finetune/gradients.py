@@ -100,30 +100,119 @@ class _Adapted(Function):
 
 
 class _Norm(Function):
-    """Root mean square norm of float32 rows, given in another number type; its weight is frozen."""
+    """Root mean square norm of float32 rows, after something was added to them."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype
-    ) -> Tensor:
-        length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        rate = length.square_().div_(rows.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(rows, weight, rate)
-        normed: Tensor = (rows * rate).mul_(weight).to(dtype)
-        return normed
+        ctx: Any,
+        rows: Tensor,
+        added: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        total = rows if added is None else rows + added
+        length = torch.linalg.vector_norm(total, dim=-1, keepdim=True)
+        rate = length.square_().div_(total.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(total, weight, rate)
+        ctx.added = None if added is None else added.dtype
+        return total, (total * rate).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_total: Tensor, of_normed: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        rows, weight, rate = ctx.saved_tensors
+        inner = of_normed * weight.float()
+        along = torch.linalg.vecdot(inner, rows).unsqueeze_(-1)
+        along.mul_(rate).mul_(rate).mul_(rate).div_(-rows.shape[-1])
+        inner.mul_(rate).addcmul_(rows, along).add_(of_total)
+        return inner, None if ctx.added is None else inner.to(ctx.added), None, None, None
+
+
+def add_and_norm(
+    rows: Tensor, added: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`rows` (T × h, float32) plus `added`, and the root mean square norm of that in `dtype`.
+
+    The norm's weight is frozen. One function for both: their gradients are summed in place.
+    """
+    function: Any = _Norm
+    both: tuple[Tensor, Tensor] = function.apply(rows, added, weight, epsilon, dtype)
+    return both
+
+
+class _Turn(Function):
+    """Rotary positions in float32, of rows in any number type."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.turned, ctx.dtype = turned, rows.dtype
+        result = rows.to(torch.float32, copy=True)
+        _turn(result[:, :turned], cos, sin, 1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        rows, weight, rate = ctx.saved_tensors
-        inner = gradient * weight.float()
-        along = torch.linalg.vecdot(inner, rows).unsqueeze_(-1)
-        along.mul_(rate).mul_(rate).mul_(rate).div_(-rows.shape[-1])
-        return inner.mul_(rate).addcmul_(rows, along), None, None, None
+        cos, sin = ctx.saved_tensors
+        result = gradient.clone()
+        _turn(result[:, : ctx.turned], cos, sin, -1)
+        return result.to(ctx.dtype), None, None, None
 
 
-def norm(rows: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """The root mean square norm of float32 rows times a frozen weight, in `dtype`."""
-    return _apply(_Norm, rows, weight, epsilon, dtype)
+def _turn(states: Tensor, cos: Tensor, sin: Tensor, way: int) -> None:
+    half = cos.shape[-1]
+    one, two = states[..., :half], states[..., half : 2 * half]
+    first = (one * cos).addcmul_(two, sin, value=-way)
+    two.mul_(cos).addcmul_(one, sin, value=way)
+    one.copy_(first)
+
+
+def turn(rows: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
+    """T × heads × size, in float32, the first `turned` heads turned by their positions.
+
+    `cos` and `sin` are T × 1 × n for the first 2n numbers of a head; the others stay.
+    """
+    return _apply(_Turn, rows, cos, sin, turned)
+
+
+class _Spread(Function):
+    """Rows put at padded places; what stands there twice gets no gradient the second time."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, spread: Tensor, gathered: Tensor) -> Tensor:
+        ctx.save_for_backward(gathered)
+        return rows.index_select(0, spread)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (gathered,) = ctx.saved_tensors
+        return gradient.index_select(0, gathered), None, None
+
+
+def spread_out(rows: Tensor, spread: Tensor, gathered: Tensor) -> Tensor:
+    """`rows[spread]`, where the places other than `gathered` have no effect on the result."""
+    return _apply(_Spread, rows, spread, gathered)
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gathered: Tensor) -> Tensor:
+        ctx.save_for_backward(gathered)
+        ctx.count = len(rows)
+        return rows.index_select(0, gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (gathered,) = ctx.saved_tensors
+        result = gradient.new_zeros(ctx.count, *gradient.shape[1:])
+        return result.index_copy_(0, gathered, gradient), None
+
+
+def gather(rows: Tensor, gathered: Tensor) -> Tensor:
+    """`rows[gathered]`, which names no row twice."""
+    return _apply(_Gather, rows, gathered)
 
 
 class _GatedSilu(Function):
