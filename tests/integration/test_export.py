@@ -133,7 +133,7 @@ def test_a_base_served_as_the_tuned_model_is_caught(run: Run) -> None:
     assert "lost 100.0%" in problems(run, "merged")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_an_onnx_export_passes_and_is_served(run: Run, precision: str) -> None:
     assert exported(run, f"onnx-{precision}") == 0, problems(run, f"onnx-{precision}")
     check = run.require(f"export-onnx-{precision}", "")["check"]

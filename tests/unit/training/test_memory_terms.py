@@ -167,6 +167,8 @@ def test_serving_by_precision() -> None:
     four = served_weights(MINI, "int4", "ort-genai", 4)
     assert full == 4 * MINI.parameters
     assert 2.5e9 < four < 3.0e9  # the published int4 CPU file has 2.7 GB
+    eight = served_weights(MINI, "int8", "ort-genai", 4)
+    assert eight == pytest.approx(MINI.parameters, rel=0.01)  # norms apart
     served = serve_phase(MINI, "int4", "ort-genai", 4, 100)
     assert served.parts["key/value cache"] == 100 * MINI.kv_per_token * 4
 

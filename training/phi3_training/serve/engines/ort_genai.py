@@ -131,7 +131,7 @@ class BatchedSession:
     def add_in_parts(
         self, ids: Sequence[int], length: int, part: int
     ) -> Generator[Logits | None, None, None]:
-        """See `batch.PartwiseModel`. The copy at the end costs less than a tenth of one part."""
+        """See `batch.PartwiseModel`. Read into memory of its own, copied to the rows at the end."""
         own = [self._zeros(1, len(ids)) for _ in self._names]
         self._open.append(length)
         try:
