@@ -51,7 +51,7 @@ def phi3(installed: Path, tmp_path: Path) -> Iterator[Run]:
         )
 
     yield run
-    run("down", "--all")
+    run("down")
 
 
 def test_up_needs_no_clone(phi3: Run, installed: Path) -> None:
