@@ -129,7 +129,7 @@ def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
         return "bfloat16", "the GPU supports it"
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and what a {device} computes fastest"
+    return "float32", f"exact, and what every {device} computes"
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:
