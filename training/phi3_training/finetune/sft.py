@@ -209,6 +209,8 @@ def _save(
         write_adapter(model, target, notes)
         # Merged into the weights of full precision, not into those that it learnt over.
         if settings.method == "qlora" or runtime.frozen != runtime.dtype:
+            if runtime.frozen != runtime.dtype:
+                model.to("meta")  # frees the rounded weights before the exact ones are loaded
             model = with_adapter(base, target, runtime.torch_dtype)
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
 
