@@ -5,7 +5,6 @@ Reads the recipe and what torch sees of this machine; writes nothing.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -96,8 +95,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    # On a CPU it misses a package that nothing here uses, and says so when peft imports it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # peft reads a name that transformers is about to drop; no user can mend that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 

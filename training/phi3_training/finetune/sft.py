@@ -23,6 +23,7 @@ from .audit import Report, Row
 from .checkpoints import Checkpoints
 from .merge import merge, write_adapter
 from .methods import check_method, load_for_training, with_adapter
+from .rewordings import with_rewordings
 from .rows import audited, encode_rows, read_located, with_casual_copies
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .teach import Progress
@@ -131,6 +132,7 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
     replay_file = run.path / "data" / "replay.jsonl"
     replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
     rows = with_casual_copies(train) if recipe.data.casual_copies else train
+    rows = with_rewordings(rows, recipe.data.rewordings, recipe.data.seed)
     return encode_rows(chat, [*rows, *replay]), {
         "train": len(train),
         "casual_copies": len(rows) - len(train),
