@@ -47,7 +47,7 @@ def test_shipped_files_have_no_fault_even_together() -> None:
 
 @pytest.mark.parametrize(
     ("path", "rows", "several_turns"),
-    [(BASE, 243, 22), (GENERAL, 220, 12), (OUTDOOR, 156, 24), (HELD_OUT, 78, 12)],
+    [(BASE, 243, 22), (GENERAL, 198, 12), (OUTDOOR, 156, 24), (HELD_OUT, 78, 12)],
 )
 def test_counts_are_those_of_the_readme(path: Path, rows: int, several_turns: int) -> None:
     report = check([path]).files[0]
@@ -105,11 +105,11 @@ def test_general_chats_teach_no_question_of_the_evaluation(asked: str) -> None:
     assert evaluated.isdisjoint(taught)
 
 
-def test_general_answers_are_short_and_22_of_them_decline() -> None:
+def test_general_answers_are_short_and_decline_nothing() -> None:
     said = answers(GENERAL)
 
     assert max(len(answer.split()) for answer in said) <= 35
-    assert sum(refuses(answer) for answer in said) == 22
+    assert not any(refuses(answer) for answer in said)
 
 
 @pytest.mark.parametrize("path", [OUTDOOR, HELD_OUT])
