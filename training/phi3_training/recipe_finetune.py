@@ -38,6 +38,7 @@ class FinetuneSection(Section):
     lora_r: Positive = 16
     lora_alpha: Positive = 32
     lora_dropout: Share = 0.0
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = None
     target_modules: str | list[str] = "all-linear"
     warmup_ratio: Share = 0.03
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"

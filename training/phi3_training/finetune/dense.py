@@ -6,6 +6,7 @@ one matrix; only attention knows where a conversation begins. Writes nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class DensePhi3:
     def _layers(self, batch: Layout, ids: Tensor) -> tuple[Tensor, Tensor]:
         """T × h, float32, in front of the last norm: all but what the last layer adds, and that."""
         body = self._plain.model
-        hidden = embedding(ids, body.embed_tokens.weight).float()
+        hidden = _noisy(embedding(ids, body.embed_tokens.weight).float(), batch, body.embed_tokens)
         added: Any = None  # what the layer before adds
         with torch.no_grad():
             cos, sin = body.rotary_emb(hidden, batch.positions.unsqueeze(0))
@@ -102,6 +103,19 @@ class DensePhi3:
             for b in batch.blocks
         ]
         return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def _noisy(hidden: Tensor, batch: Layout, embed: Any) -> Tensor:
+    """With NEFTune's noise where the trainer asks for it, as transformers' hook adds it.
+
+    Uniform within alpha / sqrt(length x width) of each number, https://arxiv.org/abs/2310.05914.
+    """
+    alpha = getattr(embed, "neftune_noise_alpha", None)
+    if alpha is None or not embed.training:
+        return hidden
+    longest = int(batch.positions.max()) + 1
+    reach = float(alpha) / math.sqrt(longest * hidden.shape[1])
+    return hidden + torch.empty_like(hidden).uniform_(-reach, reach)
 
 
 def _normed(
