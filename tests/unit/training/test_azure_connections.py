@@ -61,7 +61,7 @@ def test_the_exact_body_with_a_key(tmp_path: Path) -> None:
         clients(place.wire, tmp_path), "ws", "phi3_connection", Access(URL, key="the-key")
     )
 
-    assert made == "made"
+    assert made == "created"
     assert [(method, url) for method, url, _ in place.wire.sent] == [
         ("POST", f"{PATH}/listsecrets{VERSION}"),
         ("PUT", f"{PATH}{VERSION}"),

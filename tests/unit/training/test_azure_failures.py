@@ -77,7 +77,7 @@ def _refusal(status: int, code: str, message: str, inner: str | None = None) -> 
         (_refusal(403, "AuthorizationFailed", "no"), "User Access Administrator"),
         (_refusal(404, "SomethingElse", "no"), "phi3 azure provision"),
         (_refusal(409, "VaultAlreadyExists", "no"), "azure.key_vault"),
-        (_refusal(500, "InternalServerError", "no"), "nothing is made twice"),
+        (_refusal(500, "InternalServerError", "no"), "nothing is created twice"),
         (_refusal(200, "ResourceNotReady", "no"), "its log says why"),
         (_refusal(429, "X", "no"), "in a few minutes"),
     ],
@@ -232,7 +232,7 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         create(
-            "Making the deployment blue",
+            "Creating the deployment blue",
             Endless,
             lambda: None,
             lambda _done, _total, _text: None,
@@ -240,5 +240,5 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
             pause=0.01,
         )
     shown = capsys.readouterr().err
-    assert "Making the deployment blue: Azure continues" in shown
+    assert "Creating the deployment blue: Azure continues" in shown
     assert "phi3 down --on azure" in shown

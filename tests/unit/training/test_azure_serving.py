@@ -149,17 +149,17 @@ def test_a_price_is_told_for_its_region_only() -> None:
 
 def test_receipt_in_the_order_of_what_matters() -> None:
     receipt = Receipt(
-        ended=["cancelled the job j"],
-        gone=["endpoint ep"],
-        kept=["cluster c: phi3 did not make it"],
-        soft=["key vault kv: kept for 90 days"],
+        cancelled=["cancelled the job j"],
+        deleted=["endpoint ep"],
+        left_alone=["cluster c: phi3 did not create it"],
+        soft_deleted=["key vault kv: kept for 90 days"],
         failed=["connection x: no"],
     )
 
     assert receipt.lines(["deployment d"]) == [
         "cancelled the job j",
         "deleted: endpoint ep",
-        "left alone: cluster c: phi3 did not make it",
+        "left alone: cluster c: phi3 did not create it",
         "soft-deleted: key vault kv: kept for 90 days",
         "FAILED: connection x: no",
         "still bills: deployment d",

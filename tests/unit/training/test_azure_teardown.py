@@ -149,7 +149,7 @@ def test_failed_leaves_a_cluster_that_is_well_or_not_ours(cloud: Cloud, run: Run
     cloud.compute.things["gpu-cluster"] = thing("gpu-cluster")
     assert down(cloud, run, "failed")[0] == "deleted: nothing (nothing existed)"
     cloud.compute.things["gpu-cluster"] = thing("gpu-cluster", "Failed", tags={})
-    assert "left alone: cluster gpu-cluster: phi3 did not make it" in down(cloud, run, "failed")
+    assert "left alone: cluster gpu-cluster: phi3 did not create it" in down(cloud, run, "failed")
     assert cloud.compute.deleted == []
 
 
@@ -193,7 +193,7 @@ def test_a_deployment_that_fails_is_said_to_bill_and_replaced(cloud: Cloud, run:
     assert "cannot load the weights" in str(caught.value)
     assert "phi3 down --on azure --failed --run mine" in str(caught.value)
     del cloud.online_deployments.begin_create_or_update
-    assert deploy(cloud, run) == "made"
+    assert deploy(cloud, run) == "created"
     assert cloud.online_deployments.deleted == ["new"]
 
 
@@ -214,14 +214,14 @@ def test_a_deployment_that_is_being_made_is_waited_for(cloud: Cloud, run: Run) -
     how = ensure_deployment(
         cloud, SECTION, run, DeploymentId(ENDPOINT, "new"), model, progress  # type: ignore[arg-type]
     )  # fmt: skip
-    assert (how, cloud.online_deployments.puts) == ("made", 1)
+    assert (how, cloud.online_deployments.puts) == ("created", 1)
     assert cloud.online_deployments.deleted == []
 
 
 def test_an_endpoint_that_is_busy_for_minutes_is_waited_for(cloud: Cloud, run: Run) -> None:
     busy = [refused(409, "the endpoint is being updated") for _ in range(9)]
     cloud.online_deployments.faults["put", "new"] = busy
-    assert deploy(cloud, run) == "made"
+    assert deploy(cloud, run) == "created"
     assert cloud.online_deployments.puts == 10
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# The control plane. An endpoint with Entra sign-in takes tokens for another audience, ml.azure.com.
 ARM = "https://management.azure.com"
 ARM_SCOPE = f"{ARM}/.default"
 _NOISY_LOGGERS = ("azure", "msal", "msrest", "urllib3", "requests", "promptflow")
@@ -55,6 +56,7 @@ def sign_in(
     from azure.identity import DefaultAzureCredential, InteractiveBrowserCredential
 
     quiet_sdks()
+    # azure-identity refuses a token of a tenant that is neither the sign-in's own nor named here.
     default: TokenCredential = DefaultAzureCredential(
         additionally_allowed_tenants=[tenant_id] if tenant_id else []
     )
@@ -260,6 +262,8 @@ class Clients:
         from azure.core.pipeline import policies
 
         options = self._options()
+        # The order of azure-core's own clients: what comes after the retries is done each time, so
+        # that a retry after minutes carries a fresh token.
         return PipelineClient(
             ARM,
             policies=[
@@ -280,12 +284,12 @@ class Clients:
         os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)
         from azure.ai.ml import MLClient
 
-        quiet_sdks()
+        quiet_sdks()  # again: importing azure.ai.ml has made new loggers
         return MLClient(
             self.credential,
             subscription_id=self.place.subscription_id,
             resource_group_name=self.place.resource_group,
-            show_progress=False,
+            show_progress=False,  # its bars would run through ours
             enable_telemetry=False,
             **where,
             **self._options(),

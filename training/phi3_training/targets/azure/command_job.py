@@ -246,13 +246,14 @@ def _command(
         environment=_environment(clients, recipe, run),
         environment_variables={
             "PYTHONUNBUFFERED": "1",  # the log is followed line by line
-            "TOKENIZERS_PARALLELISM": "false",
+            "TOKENIZERS_PARALLELISM": "false",  # its threads may deadlock in forked processes
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         },
         compute=recipe.azure.compute.name,
         instance_count=machines.instances if is_distributed else 1,
+        # Processes exchange tensors by shared memory, of which Docker's default is 64 MB.
         shm_size=train.shm_size,
-        timeout=train.timeout_minutes * 60,
+        timeout=train.timeout_minutes * 60,  # seconds; the job then ends itself and stops billing
         tags={JOB_RUN_TAG: run.name, **resource_tags(recipe.azure)},
         **distribution,
     )

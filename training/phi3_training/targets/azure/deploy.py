@@ -157,7 +157,7 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallbac
 def ensure_endpoint(
     clients: Clients, section: AzureSection, run: Run, name: str, progress: ProgressCallback
 ) -> tuple[OnlineEndpoint, bool]:
-    """The endpoint, and whether it was made now. StageError if it cannot be used."""
+    """The endpoint, and whether it was created now. StageError if it cannot be used."""
     from azure.ai.ml.entities import (
         IdentityConfiguration,
         ManagedIdentityConfiguration,
@@ -178,6 +178,8 @@ def ensure_endpoint(
         return existing, False
     if existing is None:
         record(run, RunResource("endpoint", name))
+    # A user-assigned identity has its roles before the first deployment pulls image and model; the
+    # endpoint's own would get them only now, and roles take minutes to act.
     identity = ManagedIdentityConfiguration(resource_id=IDENTITY.id(clients.place))
     entity = ManagedOnlineEndpoint(
         name=name,
@@ -188,7 +190,7 @@ def ensure_endpoint(
     )
     with without_dots():
         endpoint = create(
-            f"Making the endpoint {name}",
+            f"Creating the endpoint {name}",
             lambda: operations.begin_create_or_update(entity),
             lambda: operations.get(name),
             progress,
@@ -206,7 +208,10 @@ def ensure_deployment(
     model: ServedModel,
     progress: ProgressCallback,
 ) -> str:
-    """Make the deployment, with no traffic; "exists" or "made". StageError with its log's end."""
+    """Create the deployment, without traffic; "exists" or "created".
+
+    StageError with the end of its log, and with what bills now.
+    """
     operations = clients.ml.online_deployments
 
     read = partial(operations.get, target.name, target.endpoint)
@@ -214,7 +219,7 @@ def ensure_deployment(
         read, f"Looking for the deployment {target.name}"
     )
     if existing is not None and state_of(existing) == "succeeded":
-        # A name that the recipe sets may hold another version; one of ours has it in its name.
+        # A name that the recipe sets may hold another version; a derived one names its version.
         held = str(getattr(existing, "model", "") or "").lower()
         arm_id = f"/models/{model.name}/versions/{model.version}".lower()
         if not held or held.endswith((arm_id, f":{model.name}:{model.version}".lower())):
@@ -227,7 +232,7 @@ def ensure_deployment(
     try:
         with without_dots(), quiet_uploads():
             create(
-                f"Making the deployment {target.name} (minutes; a GPU bills from now on)",
+                f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
                 lambda: operations.begin_create_or_update(entity),
                 read,
                 progress,
@@ -236,7 +241,7 @@ def ensure_deployment(
             )
     except StageError as error:
         raise StageError(_with_log(clients, run, target, str(error))) from None
-    return "made"
+    return "created"
 
 
 def deployment_entity(
@@ -316,7 +321,7 @@ def _with_log(clients: Clients, run: Run, target: DeploymentId, message: str) ->
     except StageError:  # it may exist, and then it bills
         exists = True
     if not exists:
-        return f"{message}\nNo deployment {target.name} was made: nothing new bills."
+        return f"{message}\nNo deployment {target.name} was created: nothing new bills."
     text = _read_log(clients, target)
     if text:
         path = run.file("azure", "deployment.log")
@@ -375,12 +380,14 @@ def _first_answer(
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
-    # The client names the deployment in the header azureml-model-deployment, which goes past the
-    # traffic rules. Azure ML's own `invoke` keeps that header for later calls in the process.
+    # 200 s: a little more than Azure lets a request take (180 s). The client names the deployment
+    # in the header azureml-model-deployment, which goes past the traffic rules. (The SDK's `invoke`
+    # would keep that header for all later calls of the process.)
     with access.client(deployment=target.name, max_retries=2, deadline=200.0) as client:
         while True:
             try:
                 messages = [{"role": "user", "content": question}]
+                # Short, and the same each time.
                 return client.chat(messages, temperature=0.0, max_new_tokens=64)
             except Phi3Error as error:
                 # A status of 200 means that the model itself answered, and not with text.
@@ -418,6 +425,7 @@ def move_traffic(
         check_traffic(wanted, deployments)
         if traffic_shares(endpoint.traffic) == traffic_shares(wanted):
             return False
+        # The SDK's update is a PUT of the whole endpoint, so the one just read is sent back.
         endpoint.traffic = {name: wanted.get(name, 0) for name in deployments}
         with without_dots():
             updated = create(

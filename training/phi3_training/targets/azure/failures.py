@@ -47,8 +47,8 @@ def scrub(text: str) -> str:
 
 
 _SERVER = (
-    "this is a fault of Azure's own: run the same command again in a few minutes; nothing is made "
-    "twice"
+    "this is a fault of Azure's own: run the same command again in a few minutes; nothing is "
+    "created twice"
 )
 # Azure's error code in lower case, and what fixes it. Where an error has an inner code, that one
 # counts: a cluster without quota is a BadRequest outside and an OutOfQuota inside.
@@ -81,8 +81,8 @@ FIXES = {
     "expiredauthenticationtoken": "sign in again: az login",
     "missingsubscriptionregistration": "register the provider: az provider register --namespace "
     "NAMESPACE",
-    "resourcegroupnotfound": "make it with: phi3 azure provision",
-    "resourcenotfound": "it does not exist; make it with: phi3 azure provision",
+    "resourcegroupnotfound": "create it with: phi3 azure provision",
+    "resourcenotfound": "it does not exist; create it with: phi3 azure provision",
     "invalidresourcelocation": "it exists in another region: set azure.location to that one",
     "locationnotavailableforresourcetype": "the region does not offer this: another azure.location",
     "vaultalreadyexists": "a deleted key vault keeps its name for up to 90 days: az keyvault "
@@ -148,7 +148,7 @@ def stage_error(error: BaseException, doing: str) -> StageError:
         return StageError(
             f"{doing} failed: Azure could not be reached: {message_of(error)}.\n"
             "Fix: check the network (HTTPS_PROXY, REQUESTS_CA_BUNDLE), then run the same "
-            "command again; nothing is made twice"
+            "command again; nothing is created twice"
         )
     code, status = code_of(error), getattr(error, "status_code", None)
     # A long-running operation that failed carries the status of the poll that reported it: 200.

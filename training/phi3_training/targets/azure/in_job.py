@@ -212,6 +212,7 @@ def weights_in(folder: Path, work: Path) -> Path:
 
     Catalogue models keep weights and tokenizer apart; `work` then becomes both. Raises StageError.
     """
+    # A catalogue model: data/model and data/tokenizer. One of our jobs: artifacts/model with both.
     weights = _topmost(folder, "config.json", beside="*.safetensors")
     if weights is None:
         raise StageError(f"{folder.name} holds no weights: expected config.json and *.safetensors")

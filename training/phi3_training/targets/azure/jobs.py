@@ -124,7 +124,7 @@ def run_job(
         name = f"phi3-{purpose}-{run_name}-{attempt}-{secrets.token_hex(4)}"
         record = JobRecord(name, fingerprint, route, attempt)
         content = {key: asdict(item) for key, item in {**known, purpose: record}.items()}
-        # On disk before Azure sees the name: whoever is killed now finds the job again.
+        # On disk before Azure sees the name: a process that is killed now finds the job again.
         write_atomically(run.file("azure", "jobs.json"), json.dumps(content, indent=2) + "\n")
     if job is None:
         progress(0, 0, f"submitting the job {record.name}")
@@ -198,6 +198,7 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
         if job is None or status_of(job) not in WORKING:
             continue
         with explained(doing):
+            # Enough to hear that Azure has accepted; the job ends in its own time.
             clients.ml.jobs.begin_cancel(record.name).wait(60)
         lines.append(f"cancelled the job {record.name}")
     return lines
@@ -315,6 +316,8 @@ def follow_job(
     with log_path.open("w", encoding="utf-8") as file:
         tap = LogTap(sys.stdout, file, progress)
         with redirect_stdout(tap):
+            # A daemon: the SDK's stream cannot be stopped from outside, only by an exception from
+            # the tap at its next line, and phi3 must be able to exit before that.
             stream = threading.Thread(target=_stream, args=(clients, name, tap), daemon=True)
             stream.start()
             try:
@@ -387,7 +390,7 @@ def _stream(clients: Clients, name: str, tap: LogTap) -> None:
     from azure.core.exceptions import AzureError
 
     tap.take_over()
-    for _ in range(3):
+    for _ in range(3):  # after a network fault; the log then starts again from its beginning
         try:
             clients.ml.jobs.stream(name)
         except _ClosedError:
@@ -452,6 +455,7 @@ def _read_log(clients: Clients, name: str) -> list[str]:
     for pattern in _LOG_NAMES:
         for blob_name in names:
             if pattern.search(blob_name):
+                # In full each time, as the SDK does.
                 content: bytes = container.download_blob(blob_name).readall()
                 text = content.decode("utf-8", "replace")
                 return text[: text.rfind("\n") + 1].splitlines()

@@ -1,8 +1,8 @@
 """Calls that take minutes on Azure: reads, creates and deletes with progress, a limit and retries.
 
 After a transient fault (409 while something else changes, a lost poll, a reset connection) it looks
-at what exists before it tries again, so that nothing is made twice. The SDKs' own retries of single
-requests are set in clients.py.
+at what exists before it tries again, so that nothing is created twice. The SDKs' own retries of
+single requests are set in clients.py.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def is_transient(error: BaseException) -> bool:
     )
 
     if isinstance(error, ClientAuthenticationError):
-        return False
+        return False  # a refused sign-in does not pass by waiting
     if isinstance(error, MlException):
         # azure-ai-ml reports a reset during an upload as "fields are invalid", and keeps the class
         # of the original error only in the text.
@@ -78,6 +78,8 @@ def is_transient(error: BaseException) -> bool:
     if (code_of(error) or "").lower() in _LASTING_CONFLICTS:
         return False
     status = error.status_code or 0
+    # 409 and 412: something else changed the resource meanwhile. azure-core repeats 408, 429 and
+    # 5xx of GET and PUT by itself, and of a POST only 500, 503 and 504; here it has given up.
     return status in (408, 409, 412, 429) or status >= 500
 
 
@@ -121,7 +123,7 @@ def wait_for(poller: Poller, text: str, progress: ProgressCallback, limit: float
     """
     started = time.monotonic()
     while not poller.done():
-        poller.wait(1.0)
+        poller.wait(1.0)  # only how often progress is shown; the poller asks Azure at its own pace
         seconds = time.monotonic() - started
         progress(0, 0, f"{text}, {seconds:.0f} s")
         if seconds > limit and not poller.done():
@@ -187,11 +189,11 @@ def create(
 
 @contextmanager
 def _noted_on_interrupt(doing: str) -> Iterator[None]:
-    """Ctrl-C ends the waiting, not the operation: say so, because what is made may bill."""
+    """Ctrl-C ends the waiting, not the operation: say so, because what it creates may bill."""
     try:
         yield
     except KeyboardInterrupt:
-        console.note(f"{doing}: Azure continues, and what it makes may bill.")
+        console.note(f"{doing}: Azure continues, and what it creates may bill.")
         console.note("See what exists: phi3 status --on azure")
         console.note("Delete it:       phi3 down --on azure")
         raise

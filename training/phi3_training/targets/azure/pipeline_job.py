@@ -288,6 +288,7 @@ def fitted(value: Scalar, spec: object) -> Scalar:
     def of_spec(name: str) -> Any:
         return spec.get(name) if isinstance(spec, Mapping) else getattr(spec, name, None)
 
+    # The SDK sends every value as text: 5e-6 travels as "5e-06", 2 as "2".
     kind = str(of_spec("type") or "string").lower()
     if kind in ("integer", "number"):
         if isinstance(value, bool):
@@ -370,6 +371,7 @@ def prepare_pipeline(
             "not the fine-tuning pipeline that phi3 knows. Set azure.train.component, or use "
             "azure.train.route=job"
         )
+    # The component's own default is 1, whatever the machine has.
     gpus = gpus_in(clients, recipe.azure.compute.size, "azure.compute.size")
     parameters = merge_parameters(foundation.defaults, train.parameters, inputs)
     shown = display_name(
@@ -386,6 +388,7 @@ def pipeline_inputs(
 
     cluster = recipe.azure.compute.name
     paths = data_files(run)
+    # mlflow_model_path takes precedence over the component's huggingface_id.
     inputs: dict[str, Any] = {
         "mlflow_model_path": Input(type="mlflow_model", path=foundation.id),
         "number_of_gpu_to_use_finetuning": prepared.gpus,

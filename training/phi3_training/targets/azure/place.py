@@ -125,6 +125,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
         elif key in DEFAULTS:
             values[key], sources[key] = DEFAULTS[key], "default"
 
+    # All faults at once, so that nobody meets them one by one.
     faults: list[str] = []
     if "subscription_id" not in values:
         faults.append(
@@ -277,6 +278,7 @@ def deployment_name(section: AzureSection, model: str, version: str) -> str:
         return settings.deployment
     ignored = {"name", "auth_mode", "keep_deployments"}
     shape = settings.model_dump(mode="json", exclude=ignored)
+    # Six hex digits: deployments are compared within one endpoint, which has at most 20.
     mark = fingerprint([shape, f"{model}:{version}"])[:6]
     name = f"v{_lower_words(version)}"
     return f"{name[: _LONGEST - len(mark) - 1].rstrip('-')}-{mark}"

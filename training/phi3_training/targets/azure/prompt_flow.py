@@ -108,10 +108,11 @@ def connection_body(access: Access) -> dict[str, Any]:
     keys = {"auth": ENTRA} if access.key is None else {"key": access.key}
     return {
         "properties": {
+            # The SDK would write the authType ApiKey, which holds one key and no endpoint.
             "authType": "CustomKeys",
             "category": "CustomKeys",
-            "target": "_",
-            "isSharedToAll": False,
+            "target": "_",  # required by ARM, ignored by Prompt flow
+            "isSharedToAll": False,  # of a hub: not for each of its projects
             "credentials": {"keys": keys},
             "metadata": {"endpoint": access.endpoint, WRITER: _OURS, **_FLOW_METADATA},
         }
@@ -144,11 +145,12 @@ def write_connection(clients: Clients, workspace: str, name: str, access: Access
             f"{doing}: read back, it does not say what was written. Write it again with: "
             "phi3 connect --on azure"
         )
-    return "made" if existing is None else "changed"
+    return "created" if existing is None else "changed"
 
 
 def read_connection(clients: Clients, workspace: str, name: str) -> Body | None:
     """The connection with its secrets, as `listsecrets` gives them; None where there is none."""
+    # A GET never has them, nor has the SDK's own `connections.get`.
     doing = f"Reading the connection {name} of {workspace}"
     return _send(clients, doing, "POST", workspace, name, action="/listsecrets")
 
@@ -168,6 +170,7 @@ def delete_connection(
     if connection is None or _metadata(connection).get(WRITER) != _OURS:
         return False
     host = urlsplit(str(_metadata(connection).get("endpoint") or "")).hostname or ""
+    # The first part of the host is the endpoint's name: NAME.REGION.inference.ml.azure.com.
     if host.partition(".")[0] not in endpoints:  # another run has it now
         return False
     _send(clients, f"Deleting the connection {name} of {workspace}", "DELETE", workspace, name)

@@ -1,4 +1,4 @@
-"""Makes what is missing on Azure, from the resource group to the GPU cluster.
+"""Creates what is missing on Azure, from the resource group to the GPU cluster.
 
 Safe to repeat: every step looks first and says exists, created or failed. Quota comes first.
 """
@@ -83,7 +83,7 @@ def provision(
     *,
     parts: Iterable[str] = PARTS,
 ) -> Provisioned:
-    """Make what is missing of `parts`. StageError that names every step that failed."""
+    """Create what is missing of `parts`. StageError that names every step that failed."""
     work = _Provisioning(clients, recipe, progress, on_step)
     wanted = set(parts)
     if "cluster" in wanted:
@@ -154,11 +154,12 @@ class _Provisioning:
         name = place.workspace_name
         existing = _workspace(self.clients, "workspace", name)
         if existing is not None:
-            # Made by whomever: it is used with what it has.
-            dependents = dependents_of(existing, place)
-            self.done.dependents = dependents
-            for what, resource in (("resource group", place.resource_group), *dependents.named()):
+            # Whoever created it, it is used with the storage account and so on that it has.
+            adopted = dependents_of(existing, place)
+            self.done.dependents = adopted
+            for what, resource in (("resource group", place.resource_group), *adopted.named()):
                 self.step(what, resource, lambda: "exists")
+            # Azure answers the region's name as "eastus" or as "East US".
             location = str(existing.location or place.location).replace(" ", "").lower()
 
             def check_location() -> str:
@@ -173,22 +174,22 @@ class _Provisioning:
             return
         if not self.step("resource group", place.resource_group, self._resource_group):
             return
-        made = ensure_dependents(self.clients, self.tags, self.progress, self.step)
-        self.done.dependents = made
-        if made is not None:
+        dependents = ensure_dependents(self.clients, self.tags, self.progress, self.step)
+        self.done.dependents = dependents
+        if dependents is not None:
             body = Workspace(
                 name=name,
                 location=place.location,
                 resource_group=place.resource_group,
-                description="Made by phi3-promptflow",
+                description="Created by phi3-promptflow",
                 tags=self.tags,
-                **made.as_arguments(),
+                **dependents.as_arguments(),
             )
             self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
 
     def _resource_group(self) -> str:
         groups, name = self.clients.resources.resource_groups, self.place.resource_group
-        doing = f"Making the resource group {name}"
+        doing = f"Creating the resource group {name}"
         if get_or_none(lambda: groups.get(name), doing) is not None:
             return "exists"
         body: Any = {"location": self.place.location, "tags": self.tags}
@@ -206,7 +207,7 @@ class _Provisioning:
             return "exists"
         workspaces = self.clients.subscription.workspaces
         self.create(
-            f"Making the {what} {name}",
+            f"Creating the {what} {name}",
             lambda: workspaces.begin_create(body),
             lambda: workspaces.get(name),
             self.progress,
@@ -217,7 +218,7 @@ class _Provisioning:
         """The identity that the deployment runs as."""
         group, name = self.place.resource_group, self.place.identity
         operations = self.clients.identities.user_assigned_identities
-        doing = f"Making the identity {name}"
+        doing = f"Creating the identity {name}"
         body: Any = {"location": self.place.location, "tags": self.tags}
 
         def ensure() -> str:
@@ -243,6 +244,7 @@ class _Provisioning:
             "resource_group": place.resource_group,
             "tags": self.tags,
         }
+        # The same storage and vault as the workspace's: nothing that bills is made twice.
         hub = Hub(name=place.hub, **common, **arguments)
         project = Project(name=place.project, hub_id=place.workspace_id(place.hub), **common)
         if self.step("hub", place.hub, partial(self._ensure_workspace, "hub", place.hub, hub)):
@@ -294,7 +296,8 @@ def ensure_cluster(
 
     operations, name = clients.ml.compute, section.name
     existing = get_or_none(lambda: operations.get(name), f"Looking for the cluster {name}")
-    # One that is being deleted refuses the call below until it is gone.
+    # A failed one is put again. One that is being deleted refuses that with a 409 until it is gone,
+    # which `create` waits for.
     if existing is not None and state_of(existing) not in ("failed", "deleting"):
         _refuse_other_cluster(existing, section)
         return "exists"
@@ -318,7 +321,7 @@ def ensure_cluster(
     )
     try:
         cluster = create(
-            f"Making the cluster {name}",
+            f"Creating the cluster {name}",
             lambda: operations.begin_create_or_update(body),
             lambda: operations.get(name),
             progress,
@@ -328,7 +331,7 @@ def ensure_cluster(
     except StageError as error:
         raise StageError(f"{error}. {remains}") from None
     if state_of(cluster) == "failed":
-        raise StageError(f"Azure made the cluster in the state Failed. {remains}")
+        raise StageError(f"Azure created the cluster in the state Failed. {remains}")
     return "created"
 
 

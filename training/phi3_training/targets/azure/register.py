@@ -39,7 +39,8 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> Manifest:
     if model is not None:
         how = "the job's model was registered before"
     else:
-        # Whole numbers that count up; another system's versions such as "2026.11" are left alone.
+        # Chosen here and not by Azure, so that it is on record before the call, and a repeated call
+        # meets the same version. Versions that are not whole numbers are somebody else's scheme.
         numbers = [int(str(item.version)) for item in versions if str(item.version).isdecimal()]
         version = str(max(numbers, default=0) + 1)
         record(run, RunResource("model", f"{recipe.name}:{version}"))

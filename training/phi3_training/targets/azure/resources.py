@@ -122,11 +122,14 @@ def ensure_dependents(
 ) -> Dependents | None:
     """Make what is missing; None when a step failed."""
     place = clients.place
+    # In this order: insights names log analytics. Each body is made only where it is needed, since
+    # the vault's asks Azure for the tenant.
     bodies: dict[ResourceKind, Callable[[], dict[str, Any]]] = {
         STORAGE: lambda: {
             "kind": "StorageV2",
-            "sku": {"name": "Standard_LRS"},
+            "sku": {"name": "Standard_LRS"},  # three copies in one data centre: the cheapest
             "properties": {
+                # No blob without a sign-in, a key or a signature: chats and models are in here.
                 "allowBlobPublicAccess": False,
                 "minimumTlsVersion": "TLS1_2",
                 "supportsHttpsTrafficOnly": True,
@@ -136,11 +139,14 @@ def ensure_dependents(
             "properties": {
                 "tenantId": _tenant(clients),
                 "sku": {"family": "A", "name": "standard"},
+                # By role assignments, like everything else here; the older access policies cannot
+                # be limited to one secret.
                 "accessPolicies": [],
                 "enableRbacAuthorization": True,
             }
         },
         LOGS: lambda: {"properties": {"sku": {"name": "PerGB2018"}, "retentionInDays": 30}},
+        # Insights without a log analytics workspace ("classic") was retired in February 2024.
         INSIGHTS: lambda: {
             "kind": "web",
             "properties": {"Application_Type": "web", "WorkspaceResourceId": LOGS.id(place)},
@@ -166,7 +172,7 @@ def _ensure(
 
     resources = clients.resources.resources
     resource_id = kind.id(clients.place)
-    doing = f"Making the {kind.what} {kind.name(clients.place)}"
+    doing = f"Creating the {kind.what} {kind.name(clients.place)}"
 
     def read() -> object:
         return resources.get_by_id(resource_id, api_version=kind.api_version)
@@ -319,6 +325,7 @@ def ensure_grant(clients: Clients, grant: Grant) -> str:
             code = (code_of(error) or "").lower()
             if code == "roleassignmentexists":  # made by somebody else under another name
                 return "exists"
+            # An identity that was created a moment ago is not known everywhere yet.
             if not tries_left or not (is_transient(error) or code == "principalnotfound"):
                 raise stage_error(error, doing) from None
         else:

@@ -300,7 +300,7 @@ def refuse_shortage(short: list[Need]) -> None:
     most = max(short, key=lambda need: need.cores)
     keys = ", ".join(dict.fromkeys(need.key for need in short))
     raise StageError(
-        f"There is not enough quota, and nothing was made:\n{lines}\n"
+        f"There is not enough quota, and nothing was created:\n{lines}\n"
         f"Fix: ask for more: phi3 azure quota --request {(most.used or 0) + most.cores} "
         f"(GPU families start at 0; an answer takes minutes to days), or take another size "
         f"({keys}) or azure.location"

@@ -1,4 +1,4 @@
-"""What exists in the workspace and what of it bills; what `up` would make. Changes nothing.
+"""What exists in the workspace and what of it bills; what `up` would create. Changes nothing.
 
 `status` shows it, `down` looks here for what still bills, `plan` says what would stop `up`. A part
 that may not be read is reported as unknown, never taken for nothing.
@@ -90,6 +90,7 @@ class Inventory:
                     f"{price.text()}"
                 )
         for cluster in self.clusters:
+            # A cluster bills for the nodes that it has, idle or not, until the idle time is over.
             count = cluster.nodes if cluster.nodes is not None else cluster.least
             if count:
                 price = price_of(cluster.size, count, self.region)
@@ -137,6 +138,7 @@ def take_inventory(clients: Clients, run: Run) -> Inventory:
     inventory.clusters = [
         _cluster(clients, item)
         for item in _read(inventory, "clusters", ml.compute.list)
+        # Other kinds are a person's own compute instances, attached machines and so on.
         if str(getattr(item, "type", "")).lower() == "amlcompute"
     ]
     for name in [item.name for item in recorded_jobs(run).values()][-_SHOWN_JOBS:]:
@@ -274,7 +276,7 @@ def status(clients: Clients, run: Run) -> Manifest:
 
 
 def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
-    """What `up` would make and cost; each thing that would stop it is a line of its own."""
+    """What `up` would create and cost; each reason that would stop it is a line of its own."""
     lines = [PlanLine("place", line) for line in clients.place.lines()]
     sizes = (
         ("provision", "azure.compute.size", recipe.azure.compute.size),
@@ -303,6 +305,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     region = clients.place.location
     training = price_of(compute.size, compute.max_instances, region)
     serving = price_of(endpoint.instance_type, endpoint.instance_count, region)
+    # A cluster scales down to min_instances; an online deployment has no zero to scale to.
     always_on = compute.min_instances
     always = f"; {always_on} nodes stay on and bill all the time" if always_on else ""
     return [
@@ -322,7 +325,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
 
 
 def _existing(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
-    """What exists already and what would be made, up to the first that cannot be looked for."""
+    """What exists already and what would be created, up to the first that cannot be looked for."""
     place, ml = clients.place, clients.ml
     cluster = recipe.azure.compute.name
     endpoint = endpoint_name(recipe.azure, place, run)
@@ -338,6 +341,6 @@ def _existing(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
             exists = get_or_none(partial(read, name), f"Looking for the {what} {name}") is not None
         except StageError as error:
             return [*lines, PlanLine(stage, str(error), stops=True)]
-        then = "exists and is used" if exists else "would be made"
+        then = "exists and is used" if exists else "would be created"
         lines.append(PlanLine(stage, f"{what} {name} {then}"))
     return lines

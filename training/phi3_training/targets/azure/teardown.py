@@ -48,20 +48,20 @@ class _Tagged(Protocol):
 
 @dataclass
 class Receipt:
-    """What became of each thing."""
+    """What became of each resource, in lines for people."""
 
-    ended: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    soft: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
+    soft_deleted: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def lines(self, billing: list[str]) -> list[str]:
         """For people, in the order of what matters."""
-        lines = [*self.ended, *(f"deleted: {item}" for item in self.gone)]
+        lines = [*self.cancelled, *(f"deleted: {item}" for item in self.deleted)]
         lines = lines or ["deleted: nothing (nothing existed)"]
-        lines += [f"left alone: {item}" for item in self.kept]
-        lines += [f"soft-deleted: {item}" for item in self.soft]
+        lines += [f"left alone: {item}" for item in self.left_alone]
+        lines += [f"soft-deleted: {item}" for item in self.soft_deleted]
         lines += [f"FAILED: {item}" for item in self.failed]
         lines += [f"still bills: {item}" for item in billing]
         if not billing:
@@ -72,8 +72,10 @@ class Receipt:
 def remove_run(
     clients: Clients, section: AzureSection, run: Run, only: str, progress: ProgressCallback
 ) -> list[str]:
-    """Delete what `only` names of the run's things ("run", "failed", "idle", "all"); the receipt.
+    """Delete what `only` names of the run's resources; the receipt.
 
+    `only`: "run" (endpoint, cluster, connections, jobs), "failed" (deployments and cluster in that
+    state), "idle" (also deployments without traffic) or "all" (also the workspace).
     Raises StageError with the receipt when something could not be deleted.
     """
     work = _Teardown(clients, section, run, progress)
@@ -106,7 +108,7 @@ def remove_run(
 
 
 def names_of_everything(clients: Clients) -> list[str]:
-    """What `remove_run` with "all" looks at, besides the run's own things."""
+    """What `remove_run` with "all" looks at, besides the run's own resources."""
     place = clients.place
     return [
         f"project {place.project}",
@@ -156,19 +158,19 @@ class _Teardown:
             self.receipt.failed.append(f"{what}: {' '.join(str(error).split())}")
             return False
         if existed:
-            self.receipt.gone.append(what)
+            self.receipt.deleted.append(what)
         return True
 
     def _keeps(self, what: str, resource: _Tagged) -> bool:
         """Whether it is not phi3's; then it goes on the receipt as left alone."""
         if made_by_phi3(resource.tags):
             return False
-        self.receipt.kept.append(f"{what}: phi3 did not make it")
+        self.receipt.left_alone.append(f"{what}: phi3 did not create it")
         return True
 
     def jobs(self) -> None:
         """The run's jobs that still work: they would hold the cluster, and bill on it."""
-        self.receipt.ended += cancel_all(self.clients, self.run)
+        self.receipt.cancelled += cancel_all(self.clients, self.run)
 
     def connections(self) -> None:
         """The run's connections in workspace and project: their key opens nothing any more."""
@@ -219,7 +221,7 @@ class _Teardown:
                 if self._try(f"endpoint {name} and its deployments", work):
                     forget(self.run, RunResource("endpoint", name))
             elif name in deployed_to:
-                self.receipt.kept.append(f"endpoint {name}: phi3 did not make it")
+                self.receipt.left_alone.append(f"endpoint {name}: phi3 did not create it")
                 self._delete_deployments(name, traffic_shares(endpoint.traffic))
         if self.receipt.failed:
             return
@@ -230,7 +232,7 @@ class _Teardown:
                 url, _key = promptflow_store.read_connection(name)
                 if url == connection["endpoint"]:
                     promptflow_store.delete_connection(name)
-                    self.receipt.gone.append(f"connection {name} on this machine")
+                    self.receipt.deleted.append(f"connection {name} on this machine")
             except (promptflow_store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine stays: %s", error)
         for stage in ("answer", "connection", "endpoint"):
@@ -268,7 +270,7 @@ class _Teardown:
                 continue
             what = f"deployment {name} of {endpoint}"
             if shares.get(name):
-                self.receipt.kept.append(f"{what}: it has {shares[name]} % of the traffic")
+                self.receipt.left_alone.append(f"{what}: it has {shares[name]} % of the traffic")
                 continue
             target = DeploymentId(endpoint, name)
             work = partial(delete_deployment, self.clients, self.section, target, self.progress)
@@ -314,7 +316,7 @@ class _Teardown:
                     permanently_delete=True,
                 )
                 self._delete(what, start, read_workspace)
-                receipt.gone.append(what)
+                receipt.deleted.append(what)
         resources = self.clients.resources.resources
         for kind in DELETION_ORDER:
             name, arm_id = kind.name(place), kind.id(place)
@@ -325,9 +327,11 @@ class _Teardown:
                 continue
             start = partial(resources.begin_delete_by_id, arm_id, api_version=kind.api_version)
             if self._delete(what, start, read):
-                receipt.gone.append(what)
+                receipt.deleted.append(what)
                 if kind.what in SOFT_DELETED:
-                    receipt.soft.append(f"{what}: {SOFT_DELETED[kind.what].format(name=name)}")
+                    receipt.soft_deleted.append(
+                        f"{what}: {SOFT_DELETED[kind.what].format(name=name)}"
+                    )
         self._group()
 
     def _roles(self) -> None:
@@ -353,7 +357,7 @@ class _Teardown:
             take = partial(operations.delete, grant.scope, grant.name)
             # None also where the scope itself is gone.
             if get_or_none(take, f"Taking the role {grant.label} from the identity") is not None:
-                self.receipt.gone.append(f"role {grant.label}")
+                self.receipt.deleted.append(f"role {grant.label}")
 
     def _group(self) -> None:
         """The group, where phi3 made it and nothing is left in it."""
@@ -367,9 +371,9 @@ class _Teardown:
             listed = self.clients.resources.resources.list_by_resource_group(name)
             names = [str(item.name) for item in listed]
         if names:
-            self.receipt.kept.append(
+            self.receipt.left_alone.append(
                 f"{what}: it still holds {', '.join(names[:5])}; "
                 f"az group delete --name {name} deletes all"
             )
         elif self._delete(what, partial(groups.begin_delete, name), partial(groups.get, name)):
-            self.receipt.gone.append(what)
+            self.receipt.deleted.append(what)

@@ -274,7 +274,7 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallb
     measured = _measured_in_training(run, str(model["job"]), questions)
     if measured is not None:
         return measured
-    # By its path in the store: a job's output is a source for models, not for another job's inputs.
+    # By its path in the store: azureml://jobs/… is a source for models, not for a job's inputs.
     tuned = Input(type="mlflow_model", path=model["output_path"])
     foundation, folder = model.get("foundation_model"), local_base(recipe)
     base: Input | None = None  # the job finds the base by its Hugging Face name
@@ -391,7 +391,7 @@ def _download_blobs(
     count = 0
     for blob in blobs:
         relative = Path(str(blob.name).removeprefix(start))
-        # A store with a hierarchical namespace lists its folders as empty blobs.
+        # A store with a hierarchical namespace (Data Lake) lists its folders as empty blobs.
         is_folder = (blob.metadata or {}).get("hdi_isfolder") == "true"
         # The names come from a job, which anybody with the workspace may have written to.
         if is_folder or relative.is_absolute() or ".." in relative.parts:
