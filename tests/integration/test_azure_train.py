@@ -146,7 +146,7 @@ def test_too_little_quota_stops_before_anything_is_made(
     assert not [c for c in azure.calls()[before:] if c["method"] == "PUT"]
 
 
-def test_what_lasts_is_told_once_with_every_failed_step(
+def test_a_lasting_refusal_is_reported_once_with_every_failed_step(
     azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=refused"])
@@ -178,7 +178,7 @@ def test_a_poll_that_finds_nothing_makes_nothing_twice(
         assert len([path for path in put if path.split("/")[-2] == kind]) == 1, kind
 
 
-def test_a_cluster_without_quota_is_told_by_its_code(
+def test_a_cluster_without_quota_is_reported_by_its_code(
     azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=noquota"])
@@ -225,7 +225,7 @@ def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
     assert states[1] == {**dict.fromkeys(states[0], "exists"), "key vault": "created"}
 
 
-def test_killed_while_it_trains_the_same_job_is_gone_on_with(
+def test_killed_while_it_trains_the_same_job_is_resumed(
     provisioned: object, azure: rehearsal.Rehearsal, recipe: Recipe, tmp_path: Path
 ) -> None:
     run = _prepared(recipe, tmp_path / "killed")
@@ -302,7 +302,7 @@ def _no_secret_in(run: Run, planted: list[str]) -> None:
             assert b"sig=" not in content or path.suffix == ".py", path
 
 
-def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
+def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_reported(
     provisioned: object, azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     words = [

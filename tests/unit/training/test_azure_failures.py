@@ -89,7 +89,7 @@ def test_code_words_and_fix(error: HttpResponseError, said: str) -> None:
     assert "HTTP 200" not in text
 
 
-def test_a_secret_in_azures_words_is_not_told() -> None:
+def test_a_secret_in_azures_words_is_not_shown() -> None:
     error = _refusal(400, "BadRequest", f"cannot read ?sv=1&sig={'A' * 43}&se=2")
     with pytest.raises(StageError) as caught, explained("Reading"):
         raise error
@@ -102,7 +102,7 @@ def test_an_expired_sign_in_says_to_sign_in() -> None:
     assert "az login" in str(stage_error(ClientAuthenticationError("expired"), "Reading"))
 
 
-def test_who_is_not_signed_in_is_told_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sign_in_reports_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
@@ -208,7 +208,7 @@ def test_what_came_to_be_although_the_answer_was_lost_is_not_made_twice(tmp_path
     assert calls == ["PUT", "GET"]
 
 
-def test_a_refusal_that_lasts_is_told_at_once(tmp_path: Path) -> None:
+def test_a_refusal_that_lasts_is_reported_at_once(tmp_path: Path) -> None:
     def answer(_method: str, _url: str) -> Answer:
         return 403, {"error": {"code": "AuthorizationFailed", "message": "no"}}
 

@@ -56,7 +56,7 @@ def test_the_models_defaults_win_over_the_tutorial_and_the_recipe_over_both() ->
     assert merge_parameters({}, {}, INPUTS).values == {**TUTORIAL, "deepspeed_stage": "2"}
 
 
-def test_what_the_component_does_not_take_is_left_out_and_told() -> None:
+def test_what_the_component_does_not_take_is_left_out_and_reported() -> None:
     found = merge_parameters(parse_defaults(DEFAULTS, "Phi-3"), {}, INPUTS)
     assert found.dropped == ("learning_rate_min", "learning_rate_max")
     assert found.values.keys() <= INPUTS.keys()
@@ -165,7 +165,7 @@ def test_allowed_sizes_from_tag_then_metadata_then_table(
     assert source in found.allowed_from
 
 
-def test_archived_or_retired_is_told_with_its_date() -> None:
+def test_archived_or_retired_is_reported_with_its_date() -> None:
     model = SimpleNamespace(name="Phi-9", version="1", id="x", tags={})
     retired = {"systemMetadata": {"deprecation": {"finetuneRetirementDate": "2025-08-30"}}}
     later = {"systemMetadata": {"deprecation": {"finetuneRetirementDate": "2999-01-01"}}}

@@ -103,7 +103,7 @@ def test_a_size_outside_the_models_list_is_refused_with_the_list() -> None:
     assert "NC6s_v3" not in str(caught.value)  # retired: no way out
 
 
-def test_an_azure_that_cannot_be_reached_is_told_so(tmp_path: Path) -> None:
+def test_an_azure_that_cannot_be_reached_is_reported(tmp_path: Path) -> None:
     def unreachable(**_where: Any) -> list[Any]:
         raise ServiceRequestError("name resolution failed")
 

@@ -60,7 +60,7 @@ def test_an_endpoint_or_cluster_name_azure_refuses(name: str) -> None:
     }
 
 
-def test_every_fault_is_told_at_once_and_a_location_loses_its_spaces() -> None:
+def test_every_fault_is_reported_at_once_and_a_location_loses_its_spaces() -> None:
     assert AzureSection(location="West Europe").location == "westeurope"
     wrong = {"location": "!", "hub": "x", "endpoint": {"request_timeout_ms": 999_999}, "key": "k"}
     with pytest.raises(ValidationError) as caught:
@@ -108,7 +108,7 @@ def test_a_config_json_of_the_old_kind_and_one_of_a_model(tmp_path: Path) -> Non
     assert (found.resource_group, found.workspace_name) == ("old-group", "old-ws")
 
 
-def test_faults_of_the_environment_are_told_with_where_they_are_from(tmp_path: Path) -> None:
+def test_faults_of_the_environment_are_reported_with_where_they_are_from(tmp_path: Path) -> None:
     environment = {"AZURE_RESOURCE_GROUP": "ends.", "AZURE_LOCATION": "east-us"}
     with pytest.raises(RecipeError) as caught:
         find_place(AzureSection(), environment, tmp_path)

@@ -159,7 +159,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_what_is_no_matter_of_the_place_is_told(run: Run, status: int) -> None:
+def test_a_refusal_that_is_not_about_the_place_is_reported(run: Run, status: int) -> None:
     registry = Registry(lambda _path: refusal(status, "no"))
 
     with pytest.raises(StageError, match="Registering the model phi3 failed"):

@@ -141,7 +141,7 @@ def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
     assert "could not be read: clusters (no right)" in told
 
 
-def test_a_price_is_told_for_its_region_only() -> None:
+def test_a_price_is_reported_for_its_region_only() -> None:
     assert price_of(GPU, 2, "eastus").per_hour == pytest.approx(7.346)
     assert price_of(GPU, 1, "westeurope").per_hour is None
     assert "not known" in price_of("Standard_NC4as_T4_v3", 1, "eastus").text()

@@ -14,7 +14,12 @@ from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure import in_job
 from phi3_training.targets.azure.command_job import content_hash, stage_code, stage_inputs
-from phi3_training.targets.azure.environments import job_conda_file
+from phi3_training.targets.azure.environments import (
+    MODEL_PACKAGES,
+    job_conda_file,
+    pinned,
+    serving_environment,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = """\
@@ -114,6 +119,15 @@ def test_every_pin_is_one_that_was_tested(recipe: Recipe, run: Run) -> None:
     assert "bitsandbytes" in other.read_text()
 
 
+def test_a_model_is_served_by_the_versions_that_trained_it(recipe: Recipe, run: Run) -> None:
+    pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+    trained = job_conda_file(recipe, run)[0].read_text()
+    served = str(serving_environment(recipe.azure).conda_file)
+    for pin in pinned(*MODEL_PACKAGES):
+        assert f"- {pin}\n" in trained
+        assert f"'{pin}'" in served
+
+
 def _plain(pin: str) -> str:
     name, version = pin.split("==")[:2]
     return f"{re.sub('[-_.]+', '-', name).lower()}=={version.split(';')[0].strip()}"
@@ -139,7 +153,7 @@ def test_weights_of_a_folder_an_mlflow_model_and_a_catalogue_model(tmp_path: Pat
     assert (both / "config.json").read_text() == "model/config.json"
 
 
-def test_a_model_without_weights_or_tokenizer_is_told(tmp_path: Path) -> None:
+def test_a_model_without_weights_or_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no weights"):
         in_job.weights_in(_files(tmp_path / "a", "config.json"), tmp_path / "w")
     bare = _files(tmp_path / "b", "config.json", "model.safetensors")
