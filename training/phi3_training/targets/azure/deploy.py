@@ -37,7 +37,7 @@ from ..base import Access, Manifest
 from .clients import Clients, quiet_uploads
 from .environments import serving_environment
 from .failures import explained, scrub
-from .operations import create, delete, get_or_none, state_of, without_dots
+from .operations import Outcome, create, delete, get_or_none, state_of, without_dots
 from .place import (
     RUN_TAG,
     RunResource,
@@ -207,8 +207,8 @@ def ensure_deployment(
     target: DeploymentId,
     model: ServedModel,
     progress: ProgressCallback,
-) -> str:
-    """Create the deployment, without traffic; "exists" or "created".
+) -> Outcome:
+    """Create the deployment, without traffic.
 
     StageError with the end of its log, and with what bills now.
     """

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from ... import console
 from ...console import ProgressCallback
@@ -22,6 +22,7 @@ from .failures import code_of, explained, stage_error
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Outcome = Literal["exists", "created"]  # of making sure that something is there
 TRIES = 4
 # Tries after a 409 alone. There are more of them, because an endpoint or a cluster that is being
 # changed refuses every other change for minutes: 30 tries are 5 minutes at the default pause of

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from phi3_tool.connection import ENTRA
@@ -30,7 +30,7 @@ from ..base import Access, Manifest
 from .clients import ARM, Clients
 from .deploy import access_to
 from .failures import HIDDEN, explained, message_of, scrub, stage_error
-from .operations import TRIES, is_absent, is_transient
+from .operations import TRIES, Outcome, is_absent, is_transient
 from .place import RUN_TAG, RunResource, record, recorded_resources
 from .resources import CONNECTIONS_API
 
@@ -119,7 +119,9 @@ def connection_body(access: Access) -> dict[str, Any]:
     }
 
 
-def write_connection(clients: Clients, workspace: str, name: str, access: Access) -> str:
+def write_connection(
+    clients: Clients, workspace: str, name: str, access: Access
+) -> Outcome | Literal["changed"]:
     """Put the connection into a workspace or project; "exists" where it says the same already.
 
     Read back afterwards. Raises StageError for somebody else's connection of that name.
@@ -240,7 +242,7 @@ class PushedFlow:
     flow: str
     display_name: str
     page: str | None
-    state: str
+    state: Literal["exists", "made"]
 
 
 def push_flow(
@@ -264,7 +266,7 @@ def push_flow(
     resource = RunResource("flow", name, workspace)
     pushed_before = resource in recorded_resources(run, "flow")
     flow = flow_of_content(client, bundle.sha256, doing, must_know=pushed_before)
-    state = "exists"
+    state: Literal["exists", "made"] = "exists"
     if flow is None:
         record(run, resource)
         start = partial(

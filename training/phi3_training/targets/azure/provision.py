@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...console import ProgressCallback
 from ...errors import StageError
@@ -16,7 +16,7 @@ from ...recipe import Recipe
 from ...recipe_azure import AzureSection, ComputeSection
 from ..base import Manifest
 from .clients import Clients
-from .operations import create, get_or_none, state_of
+from .operations import Outcome, create, get_or_none, state_of
 from .place import resource_tags
 from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from azure.ai.ml.entities import Compute, Workspace
 
 PARTS = ("workspace", "roles", "project", "cluster")
-StepState = Literal["exists", "created", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Step:
 
     what: str
     name: str
-    state: StepState
+    state: Outcome | Literal["failed", "skipped"]
     detail: str = ""
 
     def text(self) -> str:
@@ -122,11 +121,11 @@ class _Provisioning:
         poll = clients.poll
         self.create = partial(create, limit=poll.provision_timeout, pause=poll.interval)
 
-    def step(self, what: str, name: str, work: Callable[[], str]) -> bool:
+    def step(self, what: str, name: str, work: Callable[[], Outcome]) -> bool:
         """Do one step; whether what it makes exists afterwards."""
         self.progress(0, 0, f"{what} {name}")
         try:
-            step = Step(what, name, cast(StepState, work()))
+            step = Step(what, name, work())
         except StageError as error:
             step = Step(what, name, "failed", " ".join(str(error).split()))
         self.done.steps.append(step)
@@ -162,7 +161,7 @@ class _Provisioning:
             # Azure answers the region's name as "eastus" or as "East US".
             location = str(existing.location or place.location).replace(" ", "").lower()
 
-            def check_location() -> str:
+            def check_location() -> Outcome:
                 if location == place.location:
                     return "exists"
                 raise StageError(
@@ -187,7 +186,7 @@ class _Provisioning:
             )
             self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
 
-    def _resource_group(self) -> str:
+    def _resource_group(self) -> Outcome:
         groups, name = self.clients.resources.resource_groups, self.place.resource_group
         doing = f"Creating the resource group {name}"
         if get_or_none(lambda: groups.get(name), doing) is not None:
@@ -201,7 +200,7 @@ class _Provisioning:
         )
         return "created"
 
-    def _ensure_workspace(self, what: str, name: str, body: Workspace) -> str:
+    def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
         """Workspace, hub and project are the same kind of resource to Azure."""
         if _workspace(self.clients, what, name) is not None:
             return "exists"
@@ -221,14 +220,13 @@ class _Provisioning:
         doing = f"Creating the identity {name}"
         body: Any = {"location": self.place.location, "tags": self.tags}
 
-        def ensure() -> str:
+        def ensure() -> Outcome:
             read = partial(operations.get, group, name)
-            identity, state = get_or_none(read, doing), "exists"
-            if identity is None:
-                start = partial(operations.create_or_update, group, name, body)
-                identity, state = self.create(doing, start, read, self.progress), "created"
+            existing = get_or_none(read, doing)
+            start = partial(operations.create_or_update, group, name, body)
+            identity = existing or self.create(doing, start, read, self.progress)
             self.done.identity_id, self.done.principal_id = identity.id, identity.principal_id
-            return state
+            return "created" if existing is None else "exists"
 
         self.step("identity", name, ensure)
 
@@ -290,8 +288,8 @@ def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
 
 def ensure_cluster(
     clients: Clients, section: ComputeSection, tags: dict[str, str], progress: ProgressCallback
-) -> str:
-    """`exists` or `created`; StageError, with what still bills, when it cannot be used."""
+) -> Outcome:
+    """Make sure of the GPU cluster; StageError, with what still bills, when it cannot be used."""
     from azure.ai.ml.entities import AmlCompute
 
     operations, name = clients.ml.compute, section.name

@@ -18,7 +18,7 @@ from ...console import ProgressCallback
 from ...errors import StageError
 from .clients import Clients
 from .failures import code_of, explained, stage_error
-from .operations import TRIES, create, get_or_none, is_transient
+from .operations import TRIES, Outcome, create, get_or_none, is_transient
 from .place import Place
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # ARM's answer about a subscription, for its tenant; and connections of a workspace. The other API
 # versions are in the table below; everything else is left to the SDKs.
 SUBSCRIPTION_API, CONNECTIONS_API = "2022-12-01", "2024-04-01"
-StepRunner = Callable[[str, str, Callable[[], str]], bool]
+StepRunner = Callable[[str, str, Callable[[], Outcome]], bool]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _ensure(
     own_body: Callable[[], dict[str, Any]],
     tags: dict[str, str],
     progress: ProgressCallback,
-) -> str:
+) -> Outcome:
     from azure.core.exceptions import HttpResponseError
 
     resources = clients.resources.resources
@@ -309,8 +309,8 @@ def grants(
     return [Grant(role, scope, principal_id, why) for role, scope, why in wanted]
 
 
-def ensure_grant(clients: Clients, grant: Grant) -> str:
-    """Assign the role; `exists` or `created`. StageError with the fix when Azure refuses."""
+def ensure_grant(clients: Clients, grant: Grant) -> Outcome:
+    """Assign the role. StageError with the fix when Azure refuses."""
     from azure.core.exceptions import AzureError
 
     operations = clients.authorization.role_assignments
