@@ -81,12 +81,12 @@ def test_least_privilege_is_all_but_contributor_on_the_group() -> None:
 
 
 def test_a_name_repeats_and_hangs_on_scope_role_and_identity() -> None:
-    item = Grant("AcrPull", REGISTRY, PRINCIPAL, "")
-    assert item.name == Grant("AcrPull", REGISTRY.upper(), PRINCIPAL, "other").name
+    item = Grant("AcrPull", REGISTRY, PRINCIPAL)
+    assert item.name == Grant("AcrPull", REGISTRY.upper(), PRINCIPAL).name
     others = [
-        Grant("Contributor", REGISTRY, PRINCIPAL, ""),
-        Grant("AcrPull", STORAGE, PRINCIPAL, ""),
-        Grant("AcrPull", REGISTRY, PRINCIPAL[:-1] + "2", ""),
+        Grant("Contributor", REGISTRY, PRINCIPAL),
+        Grant("AcrPull", STORAGE, PRINCIPAL),
+        Grant("AcrPull", REGISTRY, PRINCIPAL[:-1] + "2"),
     ]
     assert len({item.name, *(other.name for other in others)}) == 4
     assert len(set(ROLES.values())) == len(ROLES)

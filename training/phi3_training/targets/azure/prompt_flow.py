@@ -55,6 +55,7 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallba
     endpoint = run.require("endpoint", f"phi3 deploy --on azure --run {run.name}")
     name = recipe.connection.name
     access = access_to(clients, endpoint["endpoint_name"])
+    # One connection name in three places, so that the same flow folder runs in each of them.
     # Without the deployment's name: the endpoint's traffic rules say who answers a flow.
     here = connect_here(run, {"endpoint": access.endpoint}, access.key, name)
     states = {}
@@ -217,6 +218,7 @@ def _send(
     request = HttpRequest(
         method, f"{ARM}{path}", params={"api-version": CONNECTIONS_API}, json=body
     )
+    # azure-core alone would repeat neither a POST after a reset nor anything after a 409.
     with clients.arm() as pipeline:
         for tries_left in reversed(range(TRIES)):
             try:

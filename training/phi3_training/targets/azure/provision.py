@@ -24,6 +24,7 @@ from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Compute, Workspace
 
+# The cluster is left out once nothing is left to train or to measure.
 PARTS = ("workspace", "roles", "project", "cluster")
 
 
@@ -85,6 +86,8 @@ def provision(
     """Create what is missing of `parts`. StageError that names every step that failed."""
     work = _Provisioning(clients, recipe, progress, on_step)
     wanted = set(parts)
+    # GPU families start with a quota of 0, so this is what stops most first runs: better now than
+    # after everything else was created.
     if "cluster" in wanted:
         work.check_quota()
     work.workspace()
@@ -92,6 +95,7 @@ def provision(
         work.identity()
         if "project" in wanted:
             work.hub_and_project()
+        # Roles take minutes to act; the cluster and the training job give them that time.
         if "roles" in wanted:
             work.roles(with_project="project" in wanted)
     if "cluster" in wanted:
@@ -140,7 +144,7 @@ class _Provisioning:
         """Before anything is made: do the cluster and the endpoint fit into the quota?"""
         name = self.recipe.azure.compute.name
         doing = f"Looking for the cluster {name}"
-        if get_or_none(lambda: self.clients.ml.compute.get(name), doing):
+        if get_or_none(lambda: self.clients.ml.compute.get(name), doing) is not None:
             return  # its cores are part of what is used already
         self.progress(0, 0, "quota of the GPU family")
         refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
@@ -224,7 +228,9 @@ class _Provisioning:
             read = partial(operations.get, group, name)
             existing = get_or_none(read, doing)
             start = partial(operations.create_or_update, group, name, body)
-            identity = existing or self.create(doing, start, read, self.progress)
+            identity = existing
+            if identity is None:
+                identity = self.create(doing, start, read, self.progress)
             self.done.identity_id, self.done.principal_id = identity.id, identity.principal_id
             return "created" if existing is None else "exists"
 
@@ -305,10 +311,11 @@ def ensure_cluster(
     body = AmlCompute(
         name=name,
         size=section.size,
+        # Low-priority machines are cheaper, and Azure may take them away in the middle of a job.
         tier="low_priority" if section.tier == "LowPriority" else "dedicated",
         min_instances=section.min_instances,
         max_instances=section.max_instances,
-        idle_time_before_scale_down=section.idle_time_before_scale_down,
+        idle_time_before_scale_down=section.idle_time_before_scale_down,  # seconds
         location=clients.place.location,
         tags=tags,
     )
@@ -357,7 +364,7 @@ def is_provisioned(
     names = [place.workspace_name]
     if "project" in wanted:
         names += [place.hub, place.project]
-    if not all(_workspace(clients, "workspace", name) for name in names):
+    if any(_workspace(clients, "workspace", name) is None for name in names):
         return False
     if wanted & {"roles", "project"}:
         identities = clients.identities.user_assigned_identities

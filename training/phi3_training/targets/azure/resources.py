@@ -256,7 +256,6 @@ class Grant:
     role: str
     scope: str
     principal_id: str
-    why: str
 
     @property
     def name(self) -> str:
@@ -298,15 +297,16 @@ def grants(
     A user-assigned identity gets nothing by itself, unlike an endpoint's own ("Authentication and
     authorization for online endpoints"). `group` and `connections` are ARM ids.
     """
-    wide = [] if least_privilege else [("Contributor", group, "as in the tutorials")]
-    storage, registry = dependents.storage_account, dependents.container_registry
-    wanted = [
-        *wide,
-        ("Storage Blob Data Reader", storage, "the deployment reads the model"),
-        *([("AcrPull", registry, "the deployment pulls its image")] if registry else []),
-        *((SECRETS_READER, scope, "flows read the connection's key") for scope in connections),
-    ]
-    return [Grant(role, scope, principal_id, why) for role, scope, why in wanted]
+    wanted: list[tuple[str, str]] = []
+    if not least_privilege:
+        wanted.append(("Contributor", group))  # as in the tutorials; wider than anything needs
+    # The deployment reads the model and pulls its image.
+    wanted.append(("Storage Blob Data Reader", dependents.storage_account))
+    if dependents.container_registry:
+        wanted.append(("AcrPull", dependents.container_registry))
+    # Flows in the cloud read the key of a custom connection by `listsecrets`.
+    wanted += [(SECRETS_READER, scope) for scope in connections]
+    return [Grant(role, scope, principal_id) for role, scope in wanted]
 
 
 def ensure_grant(clients: Clients, grant: Grant) -> Outcome:

@@ -141,6 +141,7 @@ def take_inventory(clients: Clients, run: Run) -> Inventory:
         # Other kinds are a person's own compute instances, attached machines and so on.
         if str(getattr(item, "type", "")).lower() == "amlcompute"
     ]
+    # By name: a workspace may have thousands of jobs, and listing them takes pages.
     for name in [item.name for item in recorded_jobs(run).values()][-_SHOWN_JOBS:]:
         for job in _read(inventory, f"job {name}", partial(_listed, ml.jobs.get, name)):
             status = getattr(job, "status", None)
@@ -260,6 +261,7 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     if found is None or state_of(found) != "succeeded":
         how = "is gone" if found is None else f"is {state_of(found)}"
         return state("down", reason=f"the deployment {how}")
+    # An endpoint without traffic rules answers 404, however well its deployment is.
     if not traffic_shares(endpoint.traffic).get(deployment):
         return state("down", reason="the deployment has no traffic")
     return state("up")
@@ -292,6 +294,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         lines.append(PlanLine("finetune", f"route {choice.route}: {choice.reason}"))
     except StageError as error:
         lines.append(PlanLine("finetune", str(error), stops=True))
+    # Azure is asked no more when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
         lines += _existing(clients, recipe, run)
         try:

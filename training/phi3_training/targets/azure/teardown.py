@@ -85,7 +85,10 @@ def remove_run(
     elif only == "idle":
         work.each(work.failed_deployments, work.idle_deployments, work.failed_cluster)
     else:
+        # Jobs hold the cluster, so they end first. Connections go while the list of what the run
+        # has made still names the endpoints that they must lead to.
         work.each(work.jobs, work.connections, work.endpoints, work.cluster)
+    # Not after a failure: the workspace is where the rest could still be looked at and deleted.
     if only == "all" and not receipt.failed:
         work.each(work.everything)
     billing: list[str] = []
@@ -187,6 +190,7 @@ class _Teardown:
 
     def _endpoint_names(self) -> set[str]:
         """Every endpoint that the run may have made or deployed to."""
+        # The derived name as well, should made.json be lost; the endpoint's tag then says whose.
         made = {resource.name for resource in recorded_resources(self.run, "endpoint")}
         derived = endpoint_name(self.section, self.clients.place, self.run)
         return made | self._deployed_to() | {derived}
@@ -209,7 +213,7 @@ class _Teardown:
         operations = self.clients.ml.online_endpoints
         for name in sorted(self._endpoint_names()):
             endpoint = self._find_endpoint(name)
-            if endpoint is None:
+            if endpoint is None:  # deleted in the studio, or never created
                 forget(self.run, RunResource("endpoint", name))
             elif name in made or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
                 work = partial(
@@ -370,6 +374,7 @@ class _Teardown:
         with explained(f"Listing what is in the {what}"):
             listed = self.clients.resources.resources.list_by_resource_group(name)
             names = [str(item.name) for item in listed]
+        # Deleting a group deletes all that is in it, somebody else's resources included.
         if names:
             self.receipt.left_alone.append(
                 f"{what}: it still holds {', '.join(names[:5])}; "

@@ -77,6 +77,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
     `auto` takes the pipeline where the catalogue still keeps the model and allows the size.
     """
     train, size = recipe.azure.train, recipe.azure.compute.size
+    # First, whatever the route: Azure would refuse the size only when the cluster is created.
     refuse_retired(size, "azure.compute.size")
     if train.route == "job":
         return RouteChoice("job", "azure.train.route says so")
@@ -114,6 +115,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
         if name.lower() in ARCHIVED:
             return RouteChoice("job", f"{name} is {ARCHIVED[name.lower()]}")
 
+    # Up to here the recipe alone has decided, and nothing was sent.
     foundation = find_foundation_model(clients, train.foundation_model, name)
     if foundation is None:
         reason = f"the registry {train.foundation_model.registry_name} has no model {name}"
@@ -217,6 +219,7 @@ def _by_pipeline(
     prepared = prepare_pipeline(clients, recipe, foundation)
     training_data = stage_inputs(recipe, run).training_data
     size = recipe.azure.compute.size
+    # With the component's version: `latest` may have moved on since the job was submitted.
     digest: list[object] = [foundation.id, prepared.parameters.values, size]
     digest += [str(prepared.component.version), recipe.azure.train.instance_count]
     job = run_job(
@@ -269,6 +272,8 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallb
     """The figures of both models: those that the training job measured, else from a second job."""
     from azure.ai.ml import Input
 
+    # Our trainer's job measures as well. The catalogue's pipeline does not: version 0.0.82 still
+    # takes compute_model_evaluation, and has no evaluation step any more.
     model = run.require("model", "phi3 train --on azure")
     questions = stage_inputs(recipe, run).questions
     measured = _measured_in_training(run, str(model["job"]), questions)
@@ -311,8 +316,9 @@ def _measured_in_training(run: Run, job: str, questions: str) -> Manifest | None
     is_same = content.get("job") == job and content.get("asked") == questions
     if not is_same or not (run.path / content["rows"]).is_file():
         return None
+    # After another job has measured, the rows in the run folder are that job's.
     if (run.manifest("metrics") or {}).get("job") not in (None, job):
-        return None  # the rows in the run folder are those of another job
+        return None
     return content
 
 
@@ -320,6 +326,7 @@ def _bring_back(
     clients: Clients, run: Run, job: Job, purpose: Purpose, progress: ProgressCallback
 ) -> dict[str, Manifest]:
     """Fetch the job's small files to where later stages look for them; the job's manifests."""
+    # Apart from the run's own files, which stay as they are until all of the new ones are here.
     fetched = run.file("azure", f"{purpose}-files", ".keep").parent
     fetch_output(clients, job, RUN_OUTPUT, fetched, progress)
     manifests: dict[str, Manifest] = {
@@ -358,6 +365,7 @@ def fetch_output(
     output and say nothing of it. Its download is only the last resort.
     """
     doing = f"Fetching the output {output} of the job {job.name}"
+    # Inside the folder, so on the same disk, and gone again whatever happens.
     with TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
         content = Path(temporary)
         with explained(doing):
