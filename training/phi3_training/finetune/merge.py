@@ -25,6 +25,20 @@ def merge(
         write_model(model.to(dtype), chat, folder, tokenizer_from)
 
 
+@torch.no_grad()
+def scale_adapter(model: Any, weight: float) -> None:
+    """Let the adapter add only this share of what it learnt: base + weight x difference.
+
+    Weights between those before and after tuning keep nearly all that was learnt and lose less of
+    what the base knew (WiSE-FT, https://arxiv.org/abs/2109.01903).
+    """
+    if weight == 1.0:
+        return
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(weight)
+
+
 def write_adapter(model: Any, target: Path, notes: dict[str, Any]) -> None:
     """Write the adapter alone into `target`, with our notes on it."""
     with new_folder(target) as folder:

@@ -21,7 +21,7 @@ from ..run import Run
 from .adapters import adapter_folder
 from .audit import Report, Row
 from .checkpoints import Checkpoints
-from .merge import merge, write_adapter
+from .merge import merge, scale_adapter, write_adapter
 from .methods import check_method, load_for_training, with_adapter
 from .rewordings import with_rewordings
 from .rows import audited, encode_rows, read_located, with_casual_copies
@@ -127,15 +127,16 @@ def _manifest(
 
 
 def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
-    """The new chats, their casual copies, and the old chats that are replayed."""
+    """The new chats, their casual copies and rewordings, and the old chats that are replayed."""
     train = list(read_located(run.path / "data" / "train.jsonl", run.path))
     replay_file = run.path / "data" / "replay.jsonl"
     replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
-    rows = with_casual_copies(train) if recipe.data.casual_copies else train
-    rows = with_rewordings(rows, recipe.data.rewordings, recipe.data.seed)
+    casual = with_casual_copies(train) if recipe.data.casual_copies else train
+    rows = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
     return encode_rows(chat, [*rows, *replay]), {
         "train": len(train),
-        "casual_copies": len(rows) - len(train),
+        "casual_copies": len(casual) - len(train),
+        "rewordings": len(rows) - len(casual),
         "replay": len(replay),
     }
 
@@ -202,6 +203,7 @@ def _save(
     base = base_folder(run)
     if settings.method != "full":
         target = adapter_folder(run, settings.adapter)
+        scale_adapter(model, settings.adapter_weight)
         notes = {
             "method": settings.method,
             "base_id": run.require("base", "phi3 train").get("done_id"),

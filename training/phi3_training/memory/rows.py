@@ -222,7 +222,7 @@ def _combined(
     watched = ("validation",) if recipe.finetune.eval_steps else ()
     trained = [data[name] for name in ("train", "replay", *watched) if name in data]
     asked = [most.prompt for most, _share, _mean in data.values()]
-    copies = 2 if recipe.data.casual_copies else 1
+    copies = (2 if recipe.data.casual_copies else 1) * (1 + recipe.data.rewordings)
     times = {"train": copies, "replay": 1}
     learning = [(parts[n], data[n][2], times[n]) for n in times if n in parts]
     return RowSizes(

@@ -105,6 +105,8 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
                 (settings.loss is not None, f"finetune.loss={settings.loss}"),
                 (bool(data.replay), "data.replay"),
                 (data.casual_copies, "data.casual_copies"),
+                (data.rewordings > 0, "data.rewordings"),
+                (settings.neftune_noise_alpha is not None, "finetune.neftune_noise_alpha"),
                 (recipe.model.revision is not None, "model.revision"),
             )
             if is_set
