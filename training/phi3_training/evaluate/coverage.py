@@ -52,8 +52,8 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"The trained questions themselves are only {share:.0%} right: train longer "
-        "(finetune.num_train_epochs), with a higher finetune.learning_rate or finetune.lora_r, "
-        "or take a larger model (model.name_or_path)."
+        "(finetune.max_steps where it is set, else finetune.num_train_epochs), with a higher "
+        "finetune.learning_rate or finetune.lora_r, or take a larger model (model.name_or_path)."
     ]
 
 
