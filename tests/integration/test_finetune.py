@@ -291,4 +291,5 @@ def test_prompts_without_room_for_an_answer_count_as_wrong(tuned: Tuned, tmp_pat
     assert metrics["after"]["validation"]["rows"] == 1
     assert metrics["after"]["validation"]["correct"] == 0
     assert metrics["after"]["train"]["correct"] == 2
-    assert "1 questions fill the model's context and count as wrong" in metrics["choices"][0]
+    remarks = "\n".join(metrics["choices"])
+    assert "1 questions fill the model's context and count as wrong" in remarks

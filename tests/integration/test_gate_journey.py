@@ -120,6 +120,7 @@ def harbour(tmp_path_factory: pytest.TempPathFactory) -> Harbour:
     )
     found = Harbour(folder, folder / "recipe.yaml")
     journey = found.journey("base", None, force=False)
+    journey.no_plan = True  # there is no target to ask
     Run.open(journey.run.path)
     go(journey, [stage for stage in STAGES if stage.manifest == "base"])
     return found

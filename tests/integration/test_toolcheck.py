@@ -261,7 +261,8 @@ def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
     for name in SOURCES:
         if name not in ("tools", "training/phi3_training"):
             (project / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, project / name)
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, project / name)
     (gone,) = check_tool(project)
     assert (gone.check, gone.state) == ("build", State.FAULT)
     assert "tools is missing" in gone.said

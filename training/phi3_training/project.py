@@ -69,7 +69,7 @@ def copy_project(target: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     for folder in (FLOW, Path("tools/phi3_tool"), Path("connections")):
         shutil.copytree(find(folder), target / folder, ignore=_NEVER)
-    for name in ("outdoor_chats.jsonl", "outdoor_chats_heldout.jsonl", "base_chats.jsonl"):
+    for name in ("outdoor_chats.jsonl", "outdoor_chats_heldout.jsonl", "general_chats.jsonl"):
         (target / "data").mkdir(exist_ok=True)
         shutil.copyfile(find(DATA / name), target / "data" / name)
     recipe = find(DEFAULT_RECIPES["local"]).read_text(encoding="utf-8")
