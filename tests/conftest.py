@@ -15,19 +15,6 @@ LOOPBACK = ("127.", "::1", "localhost")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# Session fixtures that take minutes to make: tests that share one run in the same process.
-_SHARED = ("journey", "rehearsed")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `pytest -n … --dist loadgroup`: by shared fixture, else by file."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = next((name for name in _SHARED if name in names), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's HOME, Prompt flow home, caches or endpoint variables."""

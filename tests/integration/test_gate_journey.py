@@ -88,7 +88,9 @@ class Harbour:
 
     def journey(self, name: str, target: Any, *, force: bool) -> Journey:
         run = Run(self.folder / "runs" / name)
-        return Journey(load_recipe(self.recipe), run, target, self.folder, force=force)
+        # no_plan: these targets have none to ask.
+        recipe = load_recipe(self.recipe)
+        return Journey(recipe, run, target, self.folder, force=force, no_plan=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,6 @@ def harbour(tmp_path_factory: pytest.TempPathFactory) -> Harbour:
     )
     found = Harbour(folder, folder / "recipe.yaml")
     journey = found.journey("base", None, force=False)
-    journey.no_plan = True  # there is no target to ask
     Run.open(journey.run.path)
     go(journey, [stage for stage in STAGES if stage.manifest == "base"])
     return found
