@@ -16,7 +16,7 @@ COMMAND = re.compile(r"\.venv/bin/((?:phi3|pf) [^`\n)]+)")
 # Never end by themselves; each has a test of its own that drives it.
 LASTING = ("--ui", "--web", "--interactive", "phi3 serve")
 # A run of a few seconds; so little training does not pass the gate.
-QUICK = ["base.num_train_epochs=2", "finetune.num_train_epochs=1", "evaluate.max_rows=5", "--force"]
+QUICK = ["finetune.num_train_epochs=1", "evaluate.max_rows=5", "--force"]
 
 
 def commands(heading: str) -> list[str]:
