@@ -1,6 +1,6 @@
 """Our fine-tuning against the tutorials' own way, on the same tiny base and the same chats.
 
-The baseline does what the tutorials' training script does, written anew: all weights learn, chats
+The baseline does what the tutorials' training script does, written here: all weights learn, chats
 are strung together and cut into rows of max_length wherever that falls, the last one is padded,
 questions count in the loss like answers, attention is eager. Both see the same conversations
 (casual copies and old chats too) equally often. Ours is the shipped recipe; the baseline has the

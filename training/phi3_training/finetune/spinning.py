@@ -12,8 +12,7 @@ import sys
 
 # How often a waiting thread looks; OpenMP's own number is 300,000, at each of thousands of meetings
 # a step. With a load of 5 to 8 on two cores four steps of a 135 M model did not end within 100 s
-# with that number (twice), and took 15 to 25 s with this one (twice). On the same machine without
-# other work a step took 1.7 s with OpenMP's own and 2.5 s with this.
+# with that number (twice), and took 15 to 25 s with this one (twice).
 _LOOKS = "2000"
 # A machine is quiet while fewer programs than this share of its cores want to run.
 _QUIET_SHARE = 0.75

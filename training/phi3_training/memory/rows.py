@@ -289,7 +289,7 @@ def _guess(size: int, _messages: Messages) -> _Tokens:
 def _extra_prompts(
     recipe: Recipe, tokens_of: Callable[[int, Messages], _Tokens | None]
 ) -> list[int]:
-    """The longest question of each further file of the evaluation; its faults are told there."""
+    """The longest question of each other evaluation file, whose faults are reported there."""
     found = []
     for _part, path in extra_files(recipe.evaluate):
         try:

@@ -67,7 +67,7 @@ class Work:
     processes: int = 1
     float16: bool = False  # computed in float16, whose small gradients must be scaled
     dense: bool = False  # by finetune/dense.py: no padding, gradients by hand
-    merged: int = 0  # bytes of a number of weights that are loaded anew to merge into; 0: none are
+    merged: int = 0  # bytes of a number of weights loaded again to merge into; 0: none are
     learnt: float = 1.0  # share of the batch's tokens that are learnt; 1 is the most
 
     @property
