@@ -212,6 +212,27 @@ def test_wrong_key_and_endpoint_down(
     assert started_in(Path(home.env["TMPDIR"])) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [0, 4], ids=["quiet", "loaded"])
+def test_thirty_conversations_of_three_turns(page: Any, home: PfHome, busy: int) -> None:
+    """Ten starts, three visits each: the page died in two of three, after the first answer."""
+    burn = [sys.executable, "-c", "while True: pass"]
+    with ExitStack() as stack:
+        for _ in range(busy):
+            stack.callback(subprocess.Popen(burn).kill)
+        for _ in range(10):
+            with (
+                streaming() as served,
+                chat_web(home, served.url, KEY, "--no-browser") as (address, process),
+            ):
+                for visit in range(3):
+                    page.goto(address)
+                    for turn in range(3):
+                        ask(page, f"Visit {visit}, turn {turn}?")
+                        seen(page, f": Visit {visit}, turn {turn}?")
+                assert process.poll() is None
+
+
 STORED_RUN = """
 import sys
 from pathlib import Path

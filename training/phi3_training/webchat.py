@@ -2,13 +2,17 @@
 
 Writes a copy of the flow, settings and a connection without a key into a temporary folder; starts
 Prompt flow's service and the served flow, which get endpoint and key in their environment.
+
+`pf flow test --ui` is not used: it watches the flow's folder and reads `.promptflow/ux_inputs.json`
+every 0.1 s while the service truncates and rewrites that file after each answer. A read in between
+is a JSONDecodeError that ends the page (promptflow-devkit 1.18.5, `monitor_utils.py`).
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import psutil
 import requests
@@ -34,7 +39,6 @@ from .ports import free_port
 
 READY_SECONDS = 120.0
 _POLL = 0.2
-_ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/v1\.0/ui/chat\S+")
 _SHOWN_LINES = 8
 
 
@@ -132,13 +136,23 @@ def _open(
         started.remove(written)
     _wait_for(f"http://127.0.0.1:{service_port}/heartbeat", service, log, key)
     flow_port = str(free_port())
-    arguments = ["flow", "test", "--flow", str(copy), "--ui", "--skip-open-browser"]
-    page = start(*arguments, "--port", flow_port)
-    _wait_for(f"http://127.0.0.1:{flow_port}/health", page, log, key)
-    found = _ADDRESS.search(log.read_text(encoding="utf-8", errors="replace"))
-    if found is None:
-        raise StageError(f"Prompt flow names no address of its page.\n{_tail(log, key)}")
-    return Page(found[0], (service, page), log, key)
+    arguments = ["flow", "serve", "--source", str(copy), "--skip-open-browser"]
+    served = start(*arguments, "--port", flow_port)
+    _wait_for(f"http://127.0.0.1:{flow_port}/health", served, log, key)
+    return Page(_address(service_port, flow_port, copy), (service, served), log, key)
+
+
+def _address(service_port: int, flow_port: str, flow: Path) -> str:
+    """The page's URL, as `construct_chat_page_url` of promptflow-devkit 1.18.5 writes it."""
+    file = (flow / "flow.dag.yaml").resolve()
+    query = urlencode(
+        {
+            "flow": base64.urlsafe_b64encode(str(file).encode()).decode(),
+            "serve_app_port": flow_port,
+            "enable_internal_features": "false",
+        }
+    )
+    return f"http://127.0.0.1:{service_port}/v1.0/ui/chat?{query}"
 
 
 def _check_packages(version_of: Installed) -> None:
@@ -148,7 +162,7 @@ def _check_packages(version_of: Installed) -> None:
     rule = next(rule for rule in RULES if rule.package == "filelock")
     if version and rule.broken_by(version):
         raise StageError(
-            f"The chat page does not work with filelock {version}: {rule.why}. Mend it with: "
+            f"The chat page does not work with filelock {version}: {rule.why}. Fix it with: "
             f"{rule.mend}"
         )
 
