@@ -17,7 +17,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from azure.identity import EnvironmentCredential
 from tests.integration.rehearsal_fixture import Azure, provision
 
-from phi3_training.rehearsal import Rehearsal, foundation, start
+from phi3_rehearsal import Rehearsal, foundation, start
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 
-from phi3_training import rehearsal
+import phi3_rehearsal as rehearsal
 from phi3_training.cli import main
 from phi3_training.data import prepare
 from phi3_training.errors import StageError

@@ -15,7 +15,7 @@ from azure.ai.ml import MLClient, command
 from azure.ai.ml.entities import AmlCompute, Environment, ManagedOnlineDeployment
 from azure.core.exceptions import HttpResponseError, ResourceExistsError, ServiceResponseError
 
-from phi3_training.rehearsal.faults import Faults
+from phi3_rehearsal.faults import Faults
 
 pytest_plugins = (
     "tests.integration.server_plugin",

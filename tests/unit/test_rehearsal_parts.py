@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cryptography", reason="the extra `azure` is not installed")
+pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
-from phi3_training.errors import UsageError
-from phi3_training.rehearsal import component, control, inside
-from phi3_training.rehearsal.authority import Authority
-from phi3_training.rehearsal.cloud import Cloud
-from phi3_training.rehearsal.faults import Fault, Faults
-from phi3_training.rehearsal.proxy import Proxy
-from phi3_training.rehearsal.wire import Reply, Request, asset_id, find_route, route
+from phi3_rehearsal import component, control, inside
+from phi3_rehearsal.authority import Authority
+from phi3_rehearsal.cloud import Cloud, route, router
+from phi3_rehearsal.errors import UsageError
+from phi3_rehearsal.faults import Fault, Faults
+from phi3_rehearsal.proxy import Proxy
+from phi3_rehearsal.wire import Reply, Request, asset_id
 
 
 def request_of(method: str, host: str, target: str) -> Request:
@@ -32,12 +32,12 @@ def answer(_cloud: Cloud, _request: Request) -> Reply:
 
 
 def test_routes_take_any_case_and_keep_what_was_written() -> None:
-    found = find_route(request_of("GET", "me.unit.test", "/A/ONE/x/Some/Thing%20else?q=1"))
+    found = router.find(request_of("GET", "me.unit.test", "/A/ONE/x/Some/Thing%20else?q=1"))
     assert found is not None
     assert found[1] == {"name": "me", "kind": "ONE/x", "rest": "Some/Thing else"}
-    assert find_route(request_of("PUT", "me.unit.test", "/a/two/b")) is None
-    assert find_route(request_of("GET", "me.unit.test", "/a/three/b")) is None
-    assert find_route(request_of("GET", "me.other.test", "/a/two/b")) is None
+    assert router.find(request_of("PUT", "me.unit.test", "/a/two/b")) is None
+    assert router.find(request_of("GET", "me.unit.test", "/a/three/b")) is None
+    assert router.find(request_of("GET", "me.other.test", "/a/two/b")) is None
 
 
 def test_an_id_loses_its_scheme_and_a_registry_address_keeps_it() -> None:

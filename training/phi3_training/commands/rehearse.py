@@ -7,7 +7,11 @@ store see it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,21 +24,44 @@ RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 
 def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run `argv` without its --rehearse; the exit status of what ran inside."""
-    try:
-        from ..rehearsal import run_inside
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "cryptography", "azure") from None
     home = args.runs.resolve() / "rehearsal"
     # Outside of the folder that the rehearsed Azure keeps its own state in.
     os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
-    status = run_inside(inner_words(args, argv, home / "runs"), home / "azure")
+    inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
+    command = rehearsal_command("run", azure_folder(args.runs), "--", *inner)
+    status = _wait(subprocess.Popen(command))  # noqa: S603 - our own commands, no shell
     if args.output == "text":
         console.err.print(
             "Rehearsed on this machine; it has not yet run against live Azure. Add --rehearse to "
             "the next command too; end it with: phi3 rehearse stop",
             markup=False,
         )
-    return int(status)
+    return status
+
+
+def azure_folder(runs: Path) -> Path:
+    """Where the rehearsed Azure of a runs folder keeps its state."""
+    return runs.resolve() / "rehearsal" / "azure"
+
+
+def rehearsal_command(action: str, folder: Path, *words: str) -> list[str]:
+    """`python -m phi3_rehearsal ACTION FOLDER …`. Raises MissingExtraError.
+
+    A process, not an import: the product must not know what it is rehearsed with.
+    """
+    if importlib.util.find_spec("trustme") is None:
+        raise MissingExtraError("trustme", "rehearsal")
+    return [sys.executable, "-m", "phi3_rehearsal", action, str(folder), *words]
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status. Ctrl-C at a terminal reaches the child by itself; a signal does not."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                process.send_signal(signal.SIGINT)
 
 
 def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:

@@ -6,20 +6,19 @@ Its state lies under <runs>/rehearsal/azure, where `--rehearse` looks for it as 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
-import shutil
+import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import console
-from ..errors import MissingExtraError, UsageError
+from ..errors import StageError, UsageError
 from .common import add_command
-
-if TYPE_CHECKING:
-    from ..rehearsal import Rehearsal
+from .rehearse import azure_folder, rehearsal_command
 
 _SHOWN = 20
+_USAGE = 2  # the exit status of a program that was asked wrongly
 
 
 def register(subparsers: Any) -> None:
@@ -35,7 +34,7 @@ def register(subparsers: Any) -> None:
         "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
     )
     stop = add("stop", "stop it, with the jobs and servers it runs", "stop", run_stop)
-    stop.add_argument("--forget", action="store_true", help="also delete all that it knows")
+    stop.add_argument("--forget", action="store_true", help="also delete its state")
     add("status", "say whether it runs and what it holds", "status", run_status)
     add("env", "print the variables that lead the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
     calls = add("calls", "show the calls that it answered", "calls -n 50", run_calls)
@@ -46,112 +45,80 @@ def register(subparsers: Any) -> None:
         "fault 'PUT */onlineEndpoints/* 429 retry-after=1 times=2'",
         run_fault,
     )
-    fault.add_argument("fault", nargs="?", metavar="FAULT", help="none: list those to come")
-    fault.add_argument("--clear", action="store_true", help="forget all faults")
+    fault.add_argument("fault", nargs="?", metavar="FAULT", help="none: list the pending ones")
+    fault.add_argument("--clear", action="store_true", help="drop all pending faults")
 
 
 def run_start(args: argparse.Namespace) -> int:
     """Start it, or find the one that runs."""
-    rehearsal = _module().start(_folder(args), faults=args.fault)
-    return _shown(args, _about(rehearsal))
+    faults = [f"--fault={fault}" for fault in args.fault]
+    return _shown(args, _ask(args, "start", *faults))
 
 
 def run_stop(args: argparse.Namespace) -> int:
     """Stop it."""
-    module, folder = _module(), _folder(args)
-    stopped = module.stop(folder)
-    if args.forget:
-        shutil.rmtree(folder, ignore_errors=True)
+    done = _ask(args, "stop", *(["--forget"] if args.forget else []))
     if args.output == "json":
-        told = {"stopped": stopped, "forgotten": bool(args.forget), "folder": str(folder)}
-        return _shown(args, told)
-    said = "The rehearsed Azure is stopped" if stopped else "No rehearsed Azure runs"
-    kept = "and all that it knew is deleted" if args.forget else f"; what it knows is in {folder}"
-    console.out.print(f"{said}{' ' if args.forget else ''}{kept}", markup=False, soft_wrap=True)
+        return _shown(args, done)
+    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure runs"
+    kept = " and its state is deleted" if args.forget else f"; its state is in {done['folder']}"
+    _line(said + kept)
     return 0
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Whether it runs, and its resources by type."""
-    module, folder = _module(), _folder(args)
-    found = module.find(folder)
-    about = _about(found) if found else {"state": "stopped", "folder": str(folder)}
-    return _shown(args, {**about, "resources": module.held(folder)})
+    return _shown(args, _ask(args, "status"))
 
 
 def run_env(args: argparse.Namespace) -> int:
     """The variables, for a shell."""
-    environment = _running(args).env
+    environment = _ask(args, "env")
     if args.output == "json":
         console.print_json(environment)
         return 0
     for name, value in environment.items():
-        console.out.print(
-            f"export {name}={shlex.quote(value)}", markup=False, soft_wrap=True, highlight=False
-        )
+        _line(f"export {name}={shlex.quote(value)}")
     return 0
 
 
 def run_calls(args: argparse.Namespace) -> int:
     """The journal's last calls."""
-    from ..rehearsal.inside import describe
-
-    found = _module().calls(_folder(args))[-args.n :]
+    calls = _ask(args, "calls", "-n", str(args.n))
     if args.output == "json":
-        console.print_json(found)
+        console.print_json(calls)
         return 0
-    for call in found:
-        console.out.print(describe(call), markup=False, soft_wrap=True, highlight=False)
+    for call in calls:
+        _line(f"{call['status']} {call['method']} {call['host']}{call['path']}")
     return 0
 
 
 def run_fault(args: argparse.Namespace) -> int:
-    """Inject a fault, or list those that are still to happen."""
-    from ..rehearsal.faults import Faults
-
-    faults = Faults(_folder(args) / "faults.json")
-    if args.clear:
-        faults.clear()
-    if args.fault:
-        _folder(args).mkdir(parents=True, exist_ok=True)
-        faults.add(args.fault)
-    listed = [fault.shown() for fault in faults.all()]
+    """Inject a fault, or list the pending ones."""
+    words = ["--clear"] if args.clear else []
+    pending = _ask(args, "fault", *words, *([args.fault] if args.fault else []))
     if args.output == "json":
-        console.print_json(listed)
-    else:
-        for text in listed or ["No faults are to come."]:
-            console.out.print(text, markup=False, soft_wrap=True, highlight=False)
+        console.print_json(pending)
+        return 0
+    for text in pending or ["No injected faults are pending."]:
+        _line(text)
     return 0
 
 
-def _folder(args: argparse.Namespace) -> Path:
-    folder: Path = _module().folder_of(args.runs)
-    return folder
+def _ask(args: argparse.Namespace, action: str, *words: str) -> Any:
+    """What the rehearsal's own program answers. Raises UsageError or StageError in its words."""
+    command = rehearsal_command(action, azure_folder(args.runs), *words)
+    done = subprocess.run(  # noqa: S603 - our own program, no shell
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        text = done.stderr.strip() or f"The rehearsal ended with exit status {done.returncode}"
+        raise UsageError(text) if done.returncode == _USAGE else StageError(text)
+    return json.loads(done.stdout)
 
 
-def _module() -> Any:
-    try:
-        from .. import rehearsal
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "cryptography", "azure") from None
-    return rehearsal
-
-
-def _running(args: argparse.Namespace) -> Rehearsal:
-    found: Rehearsal | None = _module().find(_folder(args))
-    if found is None:
-        raise UsageError("No rehearsed Azure runs here; start it with: phi3 rehearse start")
-    return found
-
-
-def _about(rehearsal: Rehearsal) -> dict[str, Any]:
-    return {
-        "state": "running",
-        "folder": str(rehearsal.folder),
-        "proxy": rehearsal.url,
-        "ca_file": str(rehearsal.ca_file),
-        "pid": rehearsal.pid,
-    }
+def _line(text: str) -> None:
+    console.out.print(text, markup=False, soft_wrap=True, highlight=False)
 
 
 def _shown(args: argparse.Namespace, value: dict[str, Any]) -> int:
@@ -160,5 +127,5 @@ def _shown(args: argparse.Namespace, value: dict[str, Any]) -> int:
         return 0
     for name, item in value.items():
         text = ", ".join(f"{n} {k}" for k, n in item.items()) if isinstance(item, dict) else item
-        console.out.print(f"{name:<10} {text}", markup=False, soft_wrap=True, highlight=False)
+        _line(f"{name:<10} {text}")
     return 0

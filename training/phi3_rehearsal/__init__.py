@@ -1,0 +1,11 @@
+"""A rehearsed Azure on this machine, which the unmodified official SDKs talk to.
+
+rehearsal = start(folder)          # a process of its own; finds the one that runs
+subprocess.run([...], env={**os.environ, **rehearsal.env})
+rehearsal.close()                  # what it knows stays in the folder
+"""
+
+from .control import Rehearsal, calls, find, held, start, stop
+from .inside import run_inside
+
+__all__ = ["Rehearsal", "calls", "find", "held", "run_inside", "start", "stop"]

@@ -1,0 +1,211 @@
+"""Versioned assets of a workspace: models, data, environments, components and code.
+
+Reads blobs where a model's files must exist; versions cannot be changed once made.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from pathlib import Path
+
+from .cloud import Cloud, listed, public, route, stamps
+from .storage import BlobFiles, account_sas
+from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
+from .workspaces import container_of, need_workspace, storage_account
+
+_FAMILY = WORKSPACE + "/{family:models|data|environments|components|codes}/{name}"
+_ONE = _FAMILY + "/versions/{version}"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-_.]{0,254}")
+_STORE_URI = re.compile(
+    r"azureml://(?:subscriptions/[^/]+/resourcegroups/[^/]+/(?:providers/[^/]+/)?workspaces/[^/]+/)?"
+    r"datastores/([^/]+)/paths/(.+)",
+    re.IGNORECASE,
+)
+_JOB_URI = re.compile(
+    r"azureml://(?:subscriptions/[^/]+/resourcegroups/[^/]+/(?:providers/[^/]+/)?workspaces/[^/]+/)?"
+    r"jobs/([^/]+)/outputs/([^/]+?)(?:/paths)?(?:/(.*))?$",
+    re.IGNORECASE,
+)
+
+
+@route("PUT", ARM, _ONE)
+def put_version(cloud: Cloud, request: Request) -> Reply:
+    """Make a version; of an existing one only tags and description change."""
+    family, workspace = request.args["family"].lower(), need_workspace(cloud, request)
+    name, given = request.args["name"], request.json().get("properties") or {}
+    if not _NAME.fullmatch(name):
+        raise bad(f"Asset name '{name}' is invalid.", "ValidationError")
+    before = cloud.get(request.id(_ONE))
+    if family == "models":
+        given = _checked_model(cloud, workspace, given, before)
+    kind = f"{ML}/workspaces/{family}/versions"
+    properties = {
+        "isArchived": False,
+        "isAnonymous": False,
+        "tags": {},
+        "properties": {},
+        "provisioningState": "Succeeded",
+        **given,
+    }
+    document = {
+        "properties": properties,
+        "systemData": before["systemData"] if before else stamps(),
+    }
+    made = cloud.put(request.id(_ONE), kind, document)
+    return Reply(200 if before else 201, public(made))
+
+
+def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | None) -> Json:
+    uri = str(given.get("modelUri") or "")
+    found = datastore_uri(cloud, workspace, uri)
+    if before and before["properties"]["modelUri"].rstrip("/") != found.rstrip("/"):
+        raise AzureError(
+            409,
+            "UserError",
+            "A model with this name and version already exists; its path cannot be changed.",
+        )
+    place = locate(cloud, workspace, uri)
+    if not place.exists():
+        raise bad(
+            f"NoMatchingArtifactsFoundFromJob: no artifacts were found at '{uri}'.", "UserError"
+        )
+    mlflow = str(given.get("modelType", "")).lower().replace("_", "") in ("mlflow", "mlflowmodel")
+    if mlflow and not (place / "MLmodel").is_file():
+        raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
+    return {"flavors": {}, "stage": "Development", **given, "modelUri": found}
+
+
+def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
+    """The address of an asset's files in a datastore, jobs' outputs resolved."""
+    match = _JOB_URI.match(uri)
+    if not match:
+        return uri
+    job, output, rest = match.groups()
+    doc = cloud.get(f"{workspace['id']}/jobs/{job}")
+    if doc is None:
+        raise bad(f"The job '{job}' was not found.", "UserError")
+    known = doc["properties"].get("outputs") or {}
+    if output not in known and output != "artifacts":
+        raise bad(f"The job '{job}' has no output '{output}'.", "UserError")
+    base = str(known[output]["uri"] if output in known else doc["_artifacts"]).rstrip("/")
+    return f"{base}/{rest}" if rest else base
+
+
+def locate(cloud: Cloud, workspace: Json, uri: str) -> Path:
+    """Where the files that `uri` means lie. Raises AzureError when it means nothing here."""
+    uri = datastore_uri(cloud, workspace, uri)
+    files = BlobFiles(cloud.folder, storage_account(workspace))
+    match = _STORE_URI.match(uri)
+    if match:
+        return files.path(container_of(workspace, match.group(1)), match.group(2))
+    blob = re.match(
+        r"(?:https|wasbs)://([^.@]+)\.blob\.core\.windows\.net(?::443)?/([^/]+)/?(.*)", uri
+    )
+    if blob:
+        account, container, name = blob.groups()
+        store = BlobFiles(cloud.folder, account)
+        return store.path(container, name) if name else store.data / container
+    raise bad(f"The path '{uri}' is not supported.", "UserError")
+
+
+@route("POST", ARM, _ONE + "/startPendingUpload")
+def start_upload(cloud: Cloud, request: Request) -> Reply:
+    """A container of its own for the files of an asset, with a signature to write there."""
+    account = storage_account(need_workspace(cloud, request))
+    own = uuid.uuid5(uuid.NAMESPACE_URL, request.id(_ONE).lower())
+    address = f"https://{account}.blob.core.windows.net/{own}"
+    credential = {
+        "credentialType": "SAS",
+        "sasUri": f"{address}?{account_sas(cloud, account)}",
+    }
+    reference = {"blobUri": address, "storageAccountArmId": account, "credential": credential}
+    upload = {"pendingUploadId": str(own), "pendingUploadType": "TemporaryBlobReference"}
+    return Reply(200, {"blobReferenceForConsumption": reference, **upload})
+
+
+@route("GET", ARM, _ONE)
+def get_version(cloud: Cloud, request: Request) -> Reply:
+    """One version."""
+    return Reply(200, public(need_version(cloud, request)))
+
+
+@route("DELETE", ARM, _ONE)
+def delete_version(cloud: Cloud, request: Request) -> Reply:
+    """Delete a version."""
+    if not cloud.get(request.id(_ONE)):
+        return Reply(204)
+    cloud.delete(request.id(_ONE))
+    return Reply(200)
+
+
+@route("GET", ARM, _FAMILY)
+def get_container(cloud: Cloud, request: Request) -> Reply:
+    """The asset's container, with its latest and next version."""
+    family = request.args["family"]
+    found = _versions(cloud, request)
+    if not found:
+        raise AzureError(
+            404, "UserError", f"{family} container with name {request.args['name']} not found."
+        )
+    numbers = [int(doc["name"]) for doc in found if doc["name"].isdigit()]
+    properties = {
+        "latestVersion": found[-1]["name"],
+        "nextVersion": str(max(numbers, default=0) + 1),
+        "isArchived": all(doc["properties"]["isArchived"] for doc in found),
+    }
+    arm_id = request.id(_FAMILY)
+    return Reply(200, {"id": arm_id, "name": request.args["name"], "properties": properties})
+
+
+@route("GET", ARM, _FAMILY + "/versions")
+def list_versions(cloud: Cloud, request: Request) -> Reply:
+    """The versions, newest first where that is asked for; archived ones are left out."""
+    found = _versions(cloud, request)
+    digest = request.query.get("hash")
+    if digest:  # asked before an upload: under whatever name, the same files
+        everything = cloud.children(request.id(WORKSPACE) + "/" + request.args["family"])
+        return listed(
+            [doc for doc in everything if digest in doc["properties"]["properties"].values()]
+        )
+    if "desc" in request.query.get("$orderby", request.query.get("orderby", "")).lower():
+        found = found[::-1]
+    view = request.query.get("listviewtype", "ActiveOnly").lower()
+    if view == "activeonly":
+        found = [doc for doc in found if not doc["properties"]["isArchived"]]
+    top = request.query.get("$top")
+    return listed(found[: int(top)] if top else found)
+
+
+@route("GET", ARM, WORKSPACE + "/models")
+def list_models(cloud: Cloud, request: Request) -> Reply:
+    """The containers of all models."""
+    workspace = need_workspace(cloud, request)
+    docs = cloud.children(f"{workspace['id']}/models")
+    names = dict.fromkeys(doc["id"].split("/")[-3] for doc in docs)
+    values = []
+    for name in names:
+        own = [doc for doc in docs if doc["id"].split("/")[-3] == name]
+        properties = {"latestVersion": own[-1]["name"], "isArchived": False, "tags": {}}
+        values.append(
+            {"id": f"{workspace['id']}/models/{name}", "name": name, "properties": properties}
+        )
+    return Reply(200, {"value": values})
+
+
+def need_version(cloud: Cloud, request: Request) -> Json:
+    """The version that the request names. Raises AzureError (404)."""
+    family = request.args["family"]
+    need_workspace(cloud, request)
+    found = cloud.get(request.id(_ONE))
+    if found is None:
+        name, version = request.args["name"], request.args["version"]
+        raise AzureError(
+            404, "UserError", f"{family} asset with name {name} and version {version} not found."
+        )
+    return found
+
+
+def _versions(cloud: Cloud, request: Request) -> list[Json]:
+    need_workspace(cloud, request)
+    return cloud.children(request.id(_FAMILY) + "/versions")

@@ -1,0 +1,214 @@
+"""What the rehearsed Azure knows: its resources, running operations, secrets and journal.
+
+Reads and writes state.json (atomically), seed (mode 0600) and calls.jsonl in its folder. Keys are
+derived from the seed or sealed with it: none lies on disk in clear.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import datetime as dt
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.fernet import Fernet, InvalidToken
+
+from .faults import Faults
+from .processes import write_atomically
+from .wire import ARM, AzureError, Json, Reply, Router, not_found
+
+TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
+CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
+# How the caller's service principal is known in tokens and role assignments.
+CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
+# What a poller is told to wait; Azure says nothing or 10 seconds and more.
+POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
+
+
+class Cloud:
+    """The state of one rehearsal. Handlers hold `lock`; what they change is saved after them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = threading.RLock()
+        self.faults = Faults(folder / "faults.json")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._seed = _seed(folder / "seed")
+        self._state_file = folder / "state.json"
+        state: Json = {"resources": {}, "operations": {}, "quota": {}}
+        if self._state_file.is_file():
+            state |= json.loads(self._state_file.read_text(encoding="utf-8"))
+        self.resources: dict[str, Json] = state["resources"]
+        self.operations: dict[str, Json] = state["operations"]
+        self.quota: dict[str, int] = state["quota"]
+        self._saved = ""
+
+    # --- resources: documents as Azure answers them; what begins with "_" is ours alone ---
+
+    def get(self, arm_id: str) -> Json | None:
+        """The resource, or None."""
+        return self.resources.get(arm_id.lower())
+
+    def need(self, arm_id: str, what: str = "resource") -> Json:
+        """The resource. Raises AzureError (404)."""
+        found = self.get(arm_id)
+        if found is None:
+            raise not_found(what, arm_id)
+        return found
+
+    def put(self, arm_id: str, kind: str, body: Json) -> Json:
+        """Store `body` as resource `arm_id`; the first who wrote the id settles its case."""
+        before = self.get(arm_id)
+        real_id = before["id"] if before else arm_id
+        document = {"id": real_id, "name": real_id.rsplit("/", 1)[-1], "type": kind, **body}
+        self.resources[arm_id.lower()] = document
+        return document
+
+    def delete(self, arm_id: str) -> None:
+        """Forget the resource and everything below it."""
+        prefix = arm_id.lower()
+        for key in [k for k in self.resources if k == prefix or k.startswith(prefix + "/")]:
+            del self.resources[key]
+
+    def children(self, prefix: str, kind: str = "") -> list[Json]:
+        """The resources below `prefix` (of one kind), oldest first."""
+        start = prefix.lower().rstrip("/") + "/"
+        found = [doc for key, doc in self.resources.items() if key.startswith(start)]
+        return [doc for doc in found if not kind or doc["type"].lower() == kind.lower()]
+
+    def save(self) -> None:
+        """Write state.json if anything changed."""
+        state = {name: getattr(self, name) for name in ("resources", "operations", "quota")}
+        text = json.dumps(state, indent=1)
+        if text != self._saved:
+            write_atomically(self._state_file, text)
+            self._saved = text
+
+    # --- long-running operations ---
+
+    def operate(self, doc: Json, *, seconds: float = 0.0, kind: str = "operations") -> Json:
+        """Begin an operation on `doc` that ends after `seconds`; below 0: by `finish` alone."""
+        name = str(uuid.uuid4())
+        by_itself = seconds >= 0
+        slow = self.faults.slowness(doc["id"], kind) if by_itself else 0.0
+        ends = time.time() + seconds + slow if by_itself else None
+        self.operations[name] = {
+            "status": "InProgress",
+            "resource": doc["id"],
+            "ends": ends,
+            "kind": kind,
+        }
+        return {"name": name, **self.operations[name]}
+
+    def finish(self, name: str, error: Json | None = None) -> None:
+        """End an operation; the resource's provisioning state follows it."""
+        operation = self.operations[name]
+        if operation["status"] != "InProgress":
+            return
+        operation["status"] = "Failed" if error else "Succeeded"
+        operation["error"] = error
+        resource = self.get(operation["resource"])
+        if resource is None:
+            return
+        if operation["kind"] == "delete" and not error:
+            self.delete(resource["id"])
+        else:
+            resource.setdefault("properties", {})["provisioningState"] = operation["status"]
+            if error:
+                resource["properties"]["provisioningErrors"] = [{"error": error}]
+
+    def settle(self) -> None:
+        """End the operations whose time has come."""
+        for name, operation in list(self.operations.items()):
+            ends = operation["ends"]
+            if operation["status"] == "InProgress" and ends is not None and ends <= time.time():
+                self.finish(name, self.faults.failure(operation["resource"], operation["kind"]))
+
+    def accepted(self, doc: Json, operation: Json, status: int, *, body: bool = True) -> Reply:
+        """The first answer of a long-running operation, with the addresses to poll."""
+        subscription = doc["id"].split("/")[2]
+        region = doc.get("location") or "eastus"
+        base = f"https://{ARM}/subscriptions/{subscription}/providers/Microsoft.Rehearsal"
+        query = "api-version=2024-10-01"
+        where = f"locations/{region}/operationsStatus/{operation['name']}?{query}"
+        result = f"locations/{region}/operationResults/{operation['name']}?{query}"
+        headers = {
+            "Azure-AsyncOperation": f"{base}/{where}",
+            "Location": f"{base}/{result}",
+            **POLL,
+        }
+        return Reply(status, public(doc) if body else None, headers)
+
+    # --- secrets ---
+
+    def derive(self, *parts: str) -> str:
+        """A key that belongs to `parts`: the same in every process, written nowhere."""
+        text = "\n".join(parts).lower()
+        digest = hmac.new(self._seed, text.encode(), hashlib.sha256).digest()
+        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+    def seal(self, value: Any) -> str:
+        """`value` in a form that only this rehearsal reads."""
+        return self._fernet().encrypt(json.dumps(value).encode()).decode()
+
+    def unseal(self, sealed: str) -> Any:
+        """What `seal` was given. Raises AzureError when the seed is another one."""
+        try:
+            return json.loads(self._fernet().decrypt(sealed.encode()))
+        except InvalidToken:
+            raise AzureError(500, "InternalServerError", "The secret cannot be read.") from None
+
+    def _fernet(self) -> Fernet:
+        return Fernet(base64.urlsafe_b64encode(hashlib.sha256(self._seed).digest()))
+
+    # --- journal ---
+
+    def journal(self, method: str, host: str, path: str, status: int | str) -> None:
+        """One line for a call that was answered: no query, no header, no body, so no secret."""
+        entry = {"time": round(time.time(), 3), "method": method, "host": host, "path": path}
+        line = json.dumps({**entry, "status": status}) + "\n"
+        with self.lock, (self.folder / "calls.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+
+router: Router[Cloud] = Router()
+route = router.route
+
+
+def public(doc: Json) -> Json:
+    """`doc` without what is ours alone."""
+    return {k: copy.deepcopy(v) for k, v in doc.items() if not k.startswith("_")}
+
+
+def listed(docs: list[Json], change: Callable[[Json], Json] = public) -> Reply:
+    """A page of resources."""
+    return Reply(200, {"value": [change(doc) for doc in docs]})
+
+
+def now() -> str:
+    """The time, as Azure writes it."""
+    return dt.datetime.now(dt.timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def stamps() -> Json:
+    """`systemData` of something made now."""
+    made = {"createdAt": now(), "createdBy": "rehearsal", "createdByType": "Application"}
+    return {**made, "lastModifiedAt": made["createdAt"]}
+
+
+def _seed(path: Path) -> bytes:
+    if not path.is_file():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(secrets.token_bytes(32))
+    return path.read_bytes()

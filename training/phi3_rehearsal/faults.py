@@ -1,0 +1,176 @@
+"""Faults that are injected on demand: which call or resource they befall, how, and how often.
+
+Reads and writes faults.json in the rehearsal's folder, so that a running rehearsal learns of them.
+
+    PUT */onlineEndpoints/* 429 retry-after=1 times=2    an answer in the service's place
+    PUT */jobs/* reset                                   the connection is cut, nothing was done
+    PUT */jobs/* reset-after                             it was done, the answer is lost
+    GET */operationsStatus/* lost times=1                a poll that finds nothing (404)
+    * */deployments/* failed code=…                      the operation or the job fails
+    * */computes/* slow seconds=5                        it takes longer
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shlex
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import UsageError
+from .processes import write_atomically
+from .wire import AzureError, Json, Request
+
+_CODES = {
+    400: ("BadRequest", "The request is invalid."),
+    401: ("ExpiredAuthenticationToken", "The access token has expired."),
+    403: ("AuthorizationFailed", "The client does not have authorization to perform the action."),
+    404: ("ResourceNotFound", "The resource was not found."),
+    408: ("RequestTimeout", "The request timed out."),
+    409: ("Conflict", "Another operation is in progress on the resource."),
+    429: ("TooManyRequests", "The request is being throttled."),
+    500: ("InternalServerError", "An internal error occurred."),
+    502: ("BadGateway", "Bad gateway."),
+    503: ("ServiceUnavailable", "The service is not available."),
+    504: ("GatewayTimeout", "The gateway did not answer in time."),
+}
+_KINDS = ("reset", "reset-after", "lost", "failed", "slow", "quota")
+
+
+@dataclass
+class Fault:
+    """One fault. `left` counts down; at 0 it is over."""
+
+    method: str
+    path: str
+    kind: str
+    left: int = 1
+    retry_after: str | None = None
+    seconds: float = 0.0
+    code: str | None = None
+    message: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Read `METHOD PATH KIND [name=value …]`; raises UsageError."""
+        words = shlex.split(text)
+        if len(words) < 3 or (words[2] not in _KINDS and not words[2].isdigit()):
+            kinds = ", ".join(_KINDS)
+            raise UsageError(
+                f"{text!r} is not a fault: expected METHOD PATH KIND [name=value …], where PATH "
+                f"may hold * and KIND is an HTTP status or one of {kinds}"
+            )
+        fault = cls(words[0].upper(), words[1], words[2])
+        for word in words[3:]:
+            fault._set(word)
+        return fault
+
+    def _set(self, word: str) -> None:
+        name, _, value = word.partition("=")
+        fields = {"times": int, "seconds": float, "retry-after": str, "code": str, "message": str}
+        try:
+            converted = fields[name](value)
+        except (KeyError, ValueError):
+            raise UsageError(
+                f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
+            ) from None
+        setattr(self, {"times": "left", "retry-after": "retry_after"}.get(name, name), converted)
+
+    def shown(self) -> str:
+        """The fault as it is typed."""
+        more = {"times": self.left, "seconds": self.seconds, "retry-after": self.retry_after}
+        more |= {"code": self.code, "message": self.message}
+        words = [f"{name}={value}" for name, value in more.items() if value]
+        return shlex.join([self.method, self.path, self.kind, *words])
+
+    def fits(self, method: str, path: str) -> bool:
+        """Whether it is still to happen to this call."""
+        named = self.method in ("*", method)
+        return self.left > 0 and named and fnmatch.fnmatch(path.lower(), self.path.lower())
+
+    def error(self) -> AzureError:
+        """The answer in the service's place."""
+        status = 404 if self.kind == "lost" else int(self.kind)
+        code, message = _CODES.get(status, ("InjectedFault", "An injected fault."))
+        headers = {"Retry-After": self.retry_after} if self.retry_after else {}
+        return AzureError(status, self.code or code, self.message or message, headers=headers)
+
+
+class Faults:
+    """The faults of one rehearsal, shared with the commands through a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def add(self, text: str) -> Fault:
+        """Add a fault; raises UsageError when it is none."""
+        fault = Fault.parse(text)
+        with self._lock:
+            self._write([*self._read(), fault])
+        return fault
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._path.unlink(missing_ok=True)
+
+    def all(self) -> list[Fault]:
+        """Those that are still to happen."""
+        return [fault for fault in self._read() if fault.left > 0]
+
+    def of_call(self, request: Request) -> Fault | None:
+        """The fault that befalls this call, used up by one."""
+        wanted = ("failed", "slow", "quota")
+        where = request.host + request.path
+        return self._take(lambda f: f.kind not in wanted and f.fits(request.method, where))
+
+    def slowness(self, arm_id: str, kind: str) -> float:
+        """Seconds by which an operation on the resource (or the job) is slowed down."""
+        method = _method_of(kind)
+        fault = self._take(lambda f: f.kind == "slow" and f.fits(method, arm_id))
+        return fault.seconds if fault else 0.0
+
+    def failure(self, arm_id: str, kind: str) -> Json | None:
+        """The error with which the operation (or the job) ends, if it is to fail."""
+        method = _method_of(kind)
+        fault = self._take(lambda f: f.kind in ("failed", "quota") and f.fits(method, arm_id))
+        if fault is None:
+            return None
+        quota = fault.kind == "quota"
+        code = fault.code or ("OutOfQuota" if quota else "InternalServerError")
+        said = "Not enough quota available." if quota else "The operation failed (injected)."
+        return {"code": code, "message": fault.message or said}
+
+    def _take(self, wanted: object) -> Fault | None:
+        assert callable(wanted)  # noqa: S101 - for mypy
+        with self._lock:
+            faults = self._read()
+            for fault in faults:
+                if wanted(fault):
+                    fault.left -= 1
+                    self._write([f for f in faults if f.left > 0])
+                    return fault
+        return None
+
+    def _read(self) -> list[Fault]:
+        if not self._path.is_file():
+            return []
+        return [Fault(**entry) for entry in json.loads(self._path.read_text(encoding="utf-8"))]
+
+    def _write(self, faults: list[Fault]) -> None:
+        write_atomically(self._path, json.dumps([asdict(f) for f in faults], indent=1))
+
+
+def _method_of(kind: str) -> str:
+    """The call that begins an operation of that kind."""
+    return "DELETE" if kind == "delete" else "PUT"
+
+
+def from_environment() -> list[str]:
+    """The faults of $PHI3_REHEARSAL_FAULTS, one per line or semicolon."""
+    text = os.environ.get("PHI3_REHEARSAL_FAULTS", "")
+    return [line.strip() for line in text.replace(";", "\n").splitlines() if line.strip()]

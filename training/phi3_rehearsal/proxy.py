@@ -1,0 +1,215 @@
+"""The HTTP proxy that ends TLS itself and hands every request to the rehearsed Azure.
+
+Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+from .authority import Authority
+from .cloud import Cloud, router
+from .signin import check_token
+from .wire import AzureError, Reply, Request
+
+_log = logging.getLogger(__name__)
+_IDLE_SECONDS = 300.0
+
+
+class Proxy:
+    """Serves until `close`. `url` is what HTTPS_PROXY wants."""
+
+    def __init__(self, cloud: Cloud, authority: Authority, port: int = 0) -> None:
+        try:
+            self._server = _Server(("127.0.0.1", port), _Connection)
+        except OSError:  # another program has it by now
+            self._server = _Server(("127.0.0.1", 0), _Connection)
+        self._server.cloud, self._server.authority = cloud, authority
+        self.port = int(self._server.server_address[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; connections that are open end with the process."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+    cloud: Cloud
+    authority: Authority
+
+
+class _CutError(Exception):
+    """An injected fault: the connection breaks off."""
+
+
+class _Connection(BaseHTTPRequestHandler):
+    """One connection: CONNECT, TLS, then any number of requests."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "phi3-rehearsal", ""
+    timeout = _IDLE_SECONDS
+    _host = ""
+
+    def do_CONNECT(self) -> None:
+        """Become the host that the client wants to reach."""
+        self._host = self.path.rsplit(":", 1)[0].strip("[]").lower()
+        self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        self.wfile.flush()
+        context = self.server.authority.context(self._host)
+        try:
+            self.connection = context.wrap_socket(self.connection, server_side=True)
+        except (ssl.SSLError, OSError) as error:
+            _log.warning("%s: the client ended the TLS handshake: %s", self._host, error)
+            self.close_connection = True
+            return
+        self.rfile = self.connection.makefile("rb", -1)
+        self.wfile = _Writer(self.connection)
+        self.close_connection = False
+
+    def _serve(self) -> None:
+        request = self._request()
+        try:
+            reply = self._answer(request)
+        except _CutError:
+            self._cut()
+            return
+        try:
+            self._send(reply)
+        except (ssl.SSLError, OSError):
+            self.close_connection = True  # the client went away
+
+    # The names that http.server calls.
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _serve  # noqa: N815
+
+    def _request(self) -> Request:
+        host = self._host or (urlsplit(self.path).hostname or "")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return Request(self.command, host, self.path, headers, self._body())
+
+    def _body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
+            return b"".join(self._chunks())
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+
+    def _answer(self, request: Request) -> Reply:
+        cloud = self.server.cloud
+        fault = cloud.faults.of_call(request)
+        if fault and fault.kind == "reset":
+            cloud.journal(request.method, request.host, request.path, "reset")
+            raise _CutError
+        if fault and fault.kind != "reset-after":
+            reply = fault.error().reply()
+        else:
+            reply = _dispatch(cloud, request)
+        lost = " answer lost" if fault and fault.kind == "reset-after" else ""
+        noted = f"{reply.status}{lost}" if lost else reply.status
+        cloud.journal(request.method, request.host, request.path, noted)
+        if lost:
+            raise _CutError
+        return reply
+
+    def _send(self, reply: Reply) -> None:
+        self.send_response(reply.status, _phrase(reply.status))
+        body = reply.body
+        if isinstance(body, dict | list):
+            body = json.dumps(body).encode()
+            reply.headers.setdefault("Content-Type", "application/json; charset=utf-8")
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        if isinstance(body, bytes) or body is None:
+            if "Content-Length" not in reply.headers and reply.status not in (204, 304):
+                self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if body and self.command != "HEAD":
+                self.wfile.write(body)
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in filter(None, body):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
+
+    def _cut(self) -> None:
+        """Reset the connection: no polite end, as when a gateway dies."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close_connection = True
+        self.connection.close()
+
+    def finish(self) -> None:
+        """Close; a connection that was cut has nothing left to flush."""
+        with contextlib.suppress(ValueError, OSError):
+            super().finish()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
+        """Nothing: the journal has every call, without its query."""
+
+
+class _Writer(io.BufferedIOBase):
+    """What http.server writes to: the TLS socket, unbuffered."""
+
+    def __init__(self, connection: ssl.SSLSocket) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Send it all."""
+        self._connection.sendall(data)
+        return len(data)
+
+
+def _dispatch(cloud: Cloud, request: Request) -> Reply:
+    found = router.find(request)
+    if found is None:
+        text = f"The rehearsal does not know {request.method} https://{request.host}{request.path}"
+        return AzureError(501, "NotRehearsed", text).reply()
+    route, request.args = found
+    try:
+        check_token(cloud, request, route.audience)
+        if not route.locked:
+            return route.handler(cloud, request)
+        with cloud.lock:
+            cloud.settle()
+            try:
+                return route.handler(cloud, request)
+            finally:
+                cloud.save()
+    except AzureError as error:
+        return error.reply()
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
