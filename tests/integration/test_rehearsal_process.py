@@ -187,7 +187,7 @@ def test_a_command_runs_inside(runs: Path, capfd: pytest.CaptureFixture[str]) ->
 def test_a_killed_command_takes_its_other_half_along() -> None:
     script = (
         "import subprocess, sys\n"
-        "from phi3_rehearsal.inside import ends_with_parent\n"
+        "from phi3_rehearsal.control import ends_with_parent\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],\n"
         "                         preexec_fn=ends_with_parent())\n"
         "print(child.pid, flush=True)\n"

@@ -12,12 +12,11 @@ import pytest
 
 pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
-from phi3_rehearsal import component, control, inside
-from phi3_rehearsal.authority import Authority
+from phi3_rehearsal import control, offers
 from phi3_rehearsal.cloud import Cloud, route, router
-from phi3_rehearsal.errors import UsageError
 from phi3_rehearsal.faults import Fault, Faults
-from phi3_rehearsal.proxy import Proxy
+from phi3_rehearsal.processes import UsageError
+from phi3_rehearsal.proxy import Authority, Proxy
 from phi3_rehearsal.wire import Reply, Request, asset_id
 
 
@@ -84,16 +83,16 @@ def test_faults_happen_as_often_as_they_say(tmp_path: Path) -> None:
 
 
 def test_the_component_has_the_inputs_of_the_registry() -> None:
-    assert len(component.INPUTS) == 69
+    assert len(offers.INPUTS) == 69
     by_type: dict[str, int] = {}
-    for item in component.INPUTS.values():
+    for item in offers.INPUTS.values():
         by_type[item.kind] = by_type.get(item.kind, 0) + 1
     assert by_type["mlflow_model"] == by_type["custom_model"] == 1
-    assert component.INPUTS["learning_rate"].fault("5e-06") is None
-    assert component.INPUTS["learning_rate"].fault("fast") == "'fast' is not of type number"
-    assert component.INPUTS["apply_lora"].fault("True") is not None  # the enum is lower case
-    assert component.INPUTS["optim"].fault("adamw_hf") is not None
-    assert "learning_rate_max" not in component.INPUTS
+    assert offers.INPUTS["learning_rate"].fault("5e-06") is None
+    assert offers.INPUTS["learning_rate"].fault("fast") == "'fast' is not of type number"
+    assert offers.INPUTS["apply_lora"].fault("True") is not None  # the enum is lower case
+    assert offers.INPUTS["optim"].fault("adamw_hf") is not None
+    assert "learning_rate_max" not in offers.INPUTS
 
 
 def test_secrets_are_sealed_by_the_folder_alone(tmp_path: Path) -> None:
@@ -121,7 +120,7 @@ def test_what_is_shown_of_the_calls(tmp_path: Path) -> None:
     lines = [json.dumps(dict(zip(names, call, strict=True))) + "\n" for call in calls]
     journal = tmp_path / "calls.jsonl"
     ended, out = threading.Event(), io.StringIO()
-    follower = threading.Thread(target=inside.follow, args=(journal, ended, out))
+    follower = threading.Thread(target=control.follow, args=(journal, ended, out))
     follower.start()
     journal.write_text("".join(lines) + '{"half a li')
     ended.set()

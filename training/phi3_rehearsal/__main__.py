@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from .errors import RehearsalError, UsageError
+from .processes import RehearsalError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +127,7 @@ def _fault(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .inside import ends_with_parent, run_inside
+    from .control import ends_with_parent, run_inside
 
     ask = ends_with_parent()
     if ask is not None:
@@ -133,13 +137,41 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from .serving import serve
+    """Answer until a signal comes; then end the jobs and servers that run here."""
+    # Importing a service module declares the calls that it answers.
+    from . import assets, compute, control, endpoints, jobs, resources, storage, workspaces
+    from .cloud import Cloud
+    from .processes import stop_server_of
+    from .proxy import Authority, Proxy
 
-    return serve(args.folder, args.port)
+    del assets, compute, resources, storage, workspaces
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    cloud = Cloud(args.folder)
+    proxy = Proxy(cloud, Authority(args.folder), args.port)
+    with cloud.lock:
+        endpoints.resume_deployments(cloud)
+        cloud.save()
+    control.write_process(args.folder, proxy.port)
+    ended = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    ended.wait()
+    proxy.close()
+    with cloud.lock:
+        for job in cloud.children("/subscriptions", jobs.KIND):
+            jobs.cancel(cloud, job)
+        for deployment in cloud.children("/subscriptions", endpoints.DEPLOYMENT_KIND):
+            stop_server_of(deployment)
+        cloud.save()
+    return 0
 
 
 def _job(args: argparse.Namespace) -> int:
-    from .jobrun import run_job
+    from .job_process import run_job
 
     return run_job(args.folder)
 

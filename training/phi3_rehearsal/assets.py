@@ -1,6 +1,7 @@
-"""Versioned assets of a workspace: models, data, environments, components and code.
+"""Versioned assets: models, data, environments, components and code of a workspace, and the models
+and components of the public registry `azureml`, which nobody can change.
 
-Reads blobs where a model's files must exist; versions cannot be changed once made.
+Reads blobs where a model's files must exist; a version cannot be changed once made.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import re
 import uuid
 from pathlib import Path
 
+from . import offers
 from .cloud import Cloud, listed, public, route, stamps
 from .storage import BlobFiles, account_sas
-from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
+from .wire import ARM, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad, not_found
 from .workspaces import container_of, need_workspace, storage_account
 
 _FAMILY = WORKSPACE + "/{family:models|data|environments|components|codes}/{name}"
@@ -209,3 +211,201 @@ def need_version(cloud: Cloud, request: Request) -> Json:
 def _versions(cloud: Cloud, request: Request) -> list[Json]:
     need_workspace(cloud, request)
     return cloud.children(request.id(_FAMILY) + "/versions")
+
+
+# --- the registry `azureml` ---
+
+_REGISTRY_HOST = "cert-{region}.experiments.azureml.net"
+_REGISTRY_GROUP, _REGISTRY_SUBSCRIPTION = "azureml-system", "00000000-0000-4000-8000-5e6157000000"
+_REGISTRY = (
+    f"/mferp/managementfrontend/subscriptions/{{sub}}/resourceGroups/{{rg}}/providers/{ML}"
+    "/registries/azureml"
+)
+_STAMP = {"createdAt": "2026-06-18T00:00:00Z", "lastModifiedAt": "2026-07-01T00:00:00Z"}
+
+
+@route("GET", REGIONAL, "/registrymanagement/v1.0/registries/{registry}/discovery", audience="")
+def discover(_cloud: Cloud, request: Request) -> Reply:
+    """Where the registry is managed."""
+    name = request.args["registry"]
+    if name.lower() != "azureml":
+        raise not_found("registry", name)
+    region = request.args["region"]
+    return Reply(
+        200,
+        {
+            "registryName": name,
+            "subscriptionId": _REGISTRY_SUBSCRIPTION,
+            "resourceGroup": _REGISTRY_GROUP,
+            "primaryRegion": region,
+            "primaryRegionResourceProviderUri": f"https://cert-{region}.experiments.azureml.net/",
+            "regions": [region],
+            "isPublic": True,
+        },
+    )
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}", audience="regional")
+def get_model(_cloud: Cloud, request: Request) -> Reply:
+    """A model's container, with its latest version."""
+    version = _model(request.args["name"]).version
+    properties = {"latestVersion": version, "nextVersion": str(int(version) + 1)}
+    return Reply(200, {"name": request.args["name"], "properties": properties})
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}/versions", audience="regional")
+def list_model_versions(_cloud: Cloud, request: Request) -> Reply:
+    """The versions; archived ones only where the view asks for them."""
+    name = request.args["name"]
+    view = request.query.get("listviewtype", "ActiveOnly").lower()
+    archived = _model(name).archived
+    hidden = (archived and view == "activeonly") or (not archived and view == "archivedonly")
+    return Reply(200, {"value": [] if hidden else [_version(name)]})
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}/versions/{version}", audience="regional")
+def get_model_version(_cloud: Cloud, request: Request) -> Reply:
+    """One version, archived or not."""
+    name, version = request.args["name"], request.args["version"]
+    if version != _model(name).version:
+        raise not_found("model version", f"{name}:{version}")
+    return Reply(200, _version(name))
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}", audience="regional")
+def get_component(_cloud: Cloud, request: Request) -> Reply:
+    """A component's container, with its latest version."""
+    _check_component(request)
+    properties = {"latestVersion": offers.COMPONENT_VERSION, "isArchived": False}
+    return Reply(200, {"name": offers.COMPONENT, "properties": properties})
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}/versions", audience="regional")
+def list_component_versions(_cloud: Cloud, request: Request) -> Reply:
+    """Its one version."""
+    _check_component(request)
+    return Reply(200, {"value": [_component()]})
+
+
+@route(
+    "GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}/versions/{version}", audience="regional"
+)
+def get_component_version(_cloud: Cloud, request: Request) -> Reply:
+    """The component with its inputs."""
+    _check_component(request)
+    if request.args["version"] != offers.COMPONENT_VERSION:
+        raise not_found("component version", request.args["version"])
+    return Reply(200, _component())
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/environments/{name}", audience="regional")
+def get_environment(_cloud: Cloud, request: Request) -> Reply:
+    """Any curated environment, with one version."""
+    name = request.args["name"]
+    return Reply(200, {"name": name, "properties": {"latestVersion": "1", "isArchived": False}})
+
+
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/environments/{name}/versions", audience="regional")
+def list_environment_versions(_cloud: Cloud, request: Request) -> Reply:
+    """Its one version."""
+    return Reply(200, {"value": [_environment(request.args["name"], "1")]})
+
+
+@route(
+    "GET",
+    _REGISTRY_HOST,
+    _REGISTRY + "/environments/{name}/versions/{version}",
+    audience="regional",
+)
+def get_environment_version(_cloud: Cloud, request: Request) -> Reply:
+    """A curated environment."""
+    return Reply(200, _environment(request.args["name"], request.args["version"]))
+
+
+def _model(name: str) -> offers.CatalogueModel:
+    if name not in offers.MODELS:
+        raise not_found("model", name)
+    return offers.MODELS[name]
+
+
+def _version(name: str) -> Json:
+    model = offers.MODELS[name]
+    # Since June 2026 the sizes are here; the tags that listed them before are gone.
+    metadata: Json = {
+        "supportedComputes": {
+            "finetuneComputes": list(model.finetune_sizes),
+            "inferenceComputes": list(model.inference_sizes),
+        },
+        "tasks": ["chat-completion"],
+    }
+    if model.archived:
+        names = ("inferenceRetirementDate", "finetuneRetirementDate")
+        metadata["deprecation"] = dict.fromkeys(names, offers.RETIRED_ON)
+    return {
+        "id": f"azureml://registries/azureml/models/{name}/versions/{model.version}",
+        "name": model.version,
+        "type": f"{ML}/registries/models/versions",
+        "systemData": {**_STAMP, "createdAt": model.created},
+        "properties": {
+            "description": f"{name} as the catalogue has it.",
+            "tags": {"task": "chat-completion", "model_specific_defaults": model.defaults},
+            "properties": {},
+            "isArchived": model.archived,
+            "isAnonymous": False,
+            "modelType": "mlflow_model",
+            "modelUri": f"https://rehearsal.blob.core.windows.net/azureml/{name}/mlflow_model_folder",
+            "flavors": {},
+            "stage": "Development",
+            "provisioningState": "Succeeded",
+            "systemMetadata": metadata,
+        },
+    }
+
+
+def _check_component(request: Request) -> None:
+    if request.args["name"] != offers.COMPONENT:
+        raise not_found("component", request.args["name"])
+
+
+def _component() -> Json:
+    asset_id = f"azureml://registries/azureml/components/{offers.COMPONENT}/versions/"
+    return {
+        "id": asset_id + offers.COMPONENT_VERSION,
+        "name": offers.COMPONENT_VERSION,
+        "type": f"{ML}/registries/components/versions",
+        "systemData": dict(_STAMP),
+        "properties": {
+            "description": "Pipeline component for chat completion fine-tuning",
+            "tags": {},
+            "properties": {},
+            "isArchived": False,
+            "isAnonymous": False,
+            "componentSpec": offers.component_spec(),
+            "provisioningState": "Succeeded",
+        },
+    }
+
+
+def _environment(name: str, version: str) -> Json:
+    return {
+        "id": f"azureml://registries/azureml/environments/{name}/versions/{version}",
+        "name": version,
+        "systemData": dict(_STAMP),
+        "properties": {
+            "image": f"mcr.microsoft.com/azureml/curated/{name}:{version}",
+            "osType": "Linux",
+            "isArchived": False,
+            "tags": {},
+            "properties": {},
+            "environmentType": "Curated",
+        },
+    }
+
+
+def catalogue_folder(cloud: Cloud, uri: str) -> Path | None:
+    """Where the files of a registry's model will lie; None when `uri` means something else."""
+    if not uri.startswith("azureml://registries/"):
+        return None
+    if offers.find_model(uri) is None:
+        raise bad(f"The asset '{uri}' was not found.")
+    return cloud.folder / "catalogue" / "mlflow"

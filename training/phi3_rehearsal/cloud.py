@@ -24,8 +24,9 @@ from typing import Any
 from cryptography.fernet import Fernet, InvalidToken
 
 from .faults import Faults
-from .processes import write_atomically
-from .wire import ARM, AzureError, Json, Reply, Router, not_found
+from .offers import REGIONS
+from .processes import stop_server_of, write_atomically
+from .wire import ARM, GROUP, AzureError, Json, Reply, Request, Router, bad, not_found
 
 TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
 CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
@@ -33,6 +34,9 @@ CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
 CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
 # What a poller is told to wait; Azure says nothing or 10 seconds and more.
 POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
+
+# The states of a job that has not ended.
+ACTIVE = ("NotStarted", "Queued", "Preparing", "Starting", "Provisioning", "Running", "Finalizing")
 
 
 class Cloud:
@@ -79,6 +83,18 @@ class Cloud:
         prefix = arm_id.lower()
         for key in [k for k in self.resources if k == prefix or k.startswith(prefix + "/")]:
             del self.resources[key]
+
+    def release(self, arm_id: str) -> None:
+        """Stop the servers at and below a resource; AzureError (409) while a job runs there."""
+        own = self.get(arm_id)
+        docs = [*self.children(arm_id), *([own] if own else [])]
+        for doc in docs:
+            if doc["type"].endswith("/jobs") and doc["properties"]["status"] in ACTIVE:
+                raise AzureError(
+                    409, "Conflict", f"'{arm_id}' cannot be deleted: the job '{doc['name']}' runs."
+                )
+        for doc in docs:
+            stop_server_of(doc)
 
     def children(self, prefix: str, kind: str = "") -> list[Json]:
         """The resources below `prefix` (of one kind), oldest first."""
@@ -204,6 +220,29 @@ def stamps() -> Json:
     """`systemData` of something made now."""
     made = {"createdAt": now(), "createdBy": "rehearsal", "createdByType": "Application"}
     return {**made, "lastModifiedAt": made["createdAt"]}
+
+
+def need_group(cloud: Cloud, request: Request) -> Json:
+    """The resource group of the request. Raises AzureError (404)."""
+    found = cloud.get(request.id(GROUP))
+    if found is None:
+        name = request.args["rg"]
+        raise AzureError(
+            404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found."
+        )
+    return found
+
+
+def check_location(value: Any) -> str:
+    """The region, in Azure's own spelling. Raises AzureError (400)."""
+    location = str(value or "").replace(" ", "").lower()
+    if location not in REGIONS:
+        raise bad(
+            f"The provided location '{value}' is not available for resource type "
+            "'Microsoft.MachineLearningServices/workspaces'.",
+            "LocationNotAvailableForResourceType",
+        )
+    return location
 
 
 def _seed(path: Path) -> bytes:

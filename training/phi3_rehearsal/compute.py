@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from . import catalogue
+from . import offers
 from .cloud import Cloud, listed, public, route, stamps
 from .jobs import nodes_on
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
@@ -28,8 +28,8 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
         raise bad(f"The compute name '{name}' is invalid.", "ValidationError")
     if given.get("computeType") != "AmlCompute":
         raise AzureError(501, "NotRehearsed", f"Compute type {given.get('computeType')}")
-    found = catalogue.find_size(str(inner.get("vmSize", "")))
-    if found is None or not found[1].trains:
+    found = offers.find_size(str(inner.get("vmSize", "")))
+    if found is None:
         raise bad(
             f"The specified VM size '{inner.get('vmSize')}' is not supported in region "
             f"'{workspace['location']}'.",
@@ -175,7 +175,7 @@ def list_sizes(_cloud: Cloud, _request: Request) -> Reply:
                     "premiumIO": True,
                     "supportedComputeTypes": ["AmlCompute", "ComputeInstance"],
                 }
-                for name, size in catalogue.SIZES.items()
+                for name, size in offers.SIZES.items()
             ]
         },
     )
@@ -277,7 +277,7 @@ def _quota(cloud: Cloud, request: Request, family: str) -> Json:
 
 
 def _families() -> list[str]:
-    return list(dict.fromkeys(size.family for size in catalogue.SIZES.values()))
+    return list(dict.fromkeys(size.family for size in offers.SIZES.values()))
 
 
 def _family(name: str) -> str:
@@ -289,7 +289,7 @@ def _family(name: str) -> str:
 
 def limit_of(cloud: Cloud, location: str, family: str) -> int:
     """The cores of a family that may be used in a region."""
-    default = catalogue.FAMILY_QUOTA.get(family, catalogue.DEFAULT_QUOTA)
+    default = offers.FAMILY_QUOTA.get(family, offers.DEFAULT_QUOTA)
     return cloud.quota.get(f"{location.lower()}/{family.lower()}", default)
 
 
@@ -300,16 +300,16 @@ def used(cloud: Cloud, location: str, family: str) -> int:
         if doc.get("location") != location:
             continue
         if doc["type"].endswith("/onlineEndpoints/deployments"):
-            size = catalogue.find_size(doc["properties"].get("instanceType") or "")
+            size = offers.find_size(doc["properties"].get("instanceType") or "")
             if size and size[1].family == family:
                 total += deployment_cores(size[1], doc["sku"]["capacity"])
         if doc["type"] == KIND:
-            size = catalogue.find_size(doc["properties"]["properties"]["vmSize"])
+            size = offers.find_size(doc["properties"]["properties"]["vmSize"])
             if size and size[1].family == family:
                 total += size[1].cores * len(nodes_on(cloud, doc["id"]))
     return total
 
 
-def deployment_cores(size: catalogue.Size, instances: int) -> int:
+def deployment_cores(size: offers.Size, instances: int) -> int:
     """The quota that a deployment takes: a fifth more instances, except on some sizes."""
     return size.cores * (math.ceil(instances * 1.2) if size.reserve else instances)

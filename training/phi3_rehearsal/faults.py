@@ -20,8 +20,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .errors import UsageError
-from .processes import write_atomically
+from .processes import UsageError, write_atomically
 from .wire import AzureError, Json, Request
 
 _CODES = {

@@ -1,4 +1,5 @@
-"""Jobs of a workspace: checked as Azure checks them, run for real in a process of their own.
+"""Jobs of a workspace: checked as Azure checks them, run for real in a process of their own, and
+shown by run history, where `jobs.stream` and `jobs.download` look.
 
 Writes jobs/<name>/ in the rehearsal's folder: job.json for the process, status.json from it.
 """
@@ -11,15 +12,17 @@ import json
 import re
 import subprocess
 import sys
+import uuid
+from urllib.parse import quote
 
 import psutil
 
-from . import assets, submission
-from .cloud import Cloud, listed, now, public, route
+from . import assets, offers
+from .cloud import ACTIVE, Cloud, listed, now, public, route, stamps
+from .identity import AUDIENCES, claims_of
 from .processes import ProcessId, child_environment, write_atomically
-from .storage import BlobFiles
-from .teardown import ACTIVE
-from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
+from .storage import BlobFiles, account_sas
+from .wire import ARM, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
 from .workspaces import container_of, need_workspace, storage_account
 
 KIND = f"{ML}/workspaces/jobs"
@@ -44,13 +47,13 @@ def put_job(cloud: Cloud, request: Request) -> Reply:
     if kind not in ("Command", "Pipeline"):
         raise AzureError(501, "NotRehearsed", f"Jobs of type {kind} are not rehearsed")
     if kind == "Pipeline":
-        submission.check_user_token(cloud, request.headers.get("x-azureml-token"))
+        check_user_token(cloud, request.headers.get("x-azureml-token"))
     plan = (
-        submission.command(cloud, workspace, given)
+        _command_plan(cloud, workspace, given)
         if kind == "Command"
-        else submission.pipeline(cloud, workspace, given)
+        else _pipeline_plan(cloud, workspace, given)
     )
-    document = submission.document(workspace, name, given)
+    document = _job_document(workspace, name, given)
     job = cloud.put(request.id(_JOB), KIND, document)
     _start(cloud, workspace, job, plan)
     return Reply(201, public(job))
@@ -202,3 +205,332 @@ def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
             resources = job["properties"].get("resources") or {}
             busy += [str(job["name"])] * int(resources.get("instanceCount") or 1)
     return busy
+
+
+# --- what Azure checks when a job is submitted ---
+
+_LITERAL, _PARENT = "literal", re.compile(r"\$\{\{parent\.(inputs|outputs)\.([\w-]+)\}\}")
+
+
+def _job_document(workspace: Json, name: str, given: Json) -> Json:
+    """The job as it is answered: every output has an address, the studio a page."""
+    store = f"azureml://datastores/workspaceblobstore/paths/azureml/{name}"
+    artifacts = f"azureml://datastores/workspaceartifactstore/ExperimentRun/dcid.{name}"
+    outputs: Json = {}
+    for output, value in (given.get("outputs") or {}).items():
+        value = dict(value or {})
+        value["uri"] = value.get("uri") or f"{store}/{output}/"
+        outputs[output] = value
+    default = {"default": {"jobOutputType": "uri_folder", "uri": artifacts}}
+    if given["jobType"] == "Command":
+        outputs |= default
+    workspace_id = workspace["id"]
+    page = f"https://ml.azure.com/runs/{name}?wsid={workspace_id}"
+    services = {
+        "Studio": {"jobServiceType": "Studio", "endpoint": page},
+        "Tracking": {
+            "jobServiceType": "Tracking",
+            "endpoint": workspace["properties"]["mlFlowTrackingUri"],
+        },
+    }
+    properties = {
+        **given,
+        "experimentName": given.get("experimentName") or "Default",
+        "displayName": given.get("displayName") or name,
+        "outputs": outputs,
+        "services": services,
+        "status": "NotStarted",
+        "isArchived": False,
+        "properties": {**(given.get("properties") or {}), "ContentSnapshotId": str(uuid.uuid4())},
+    }
+    return {"properties": properties, "systemData": stamps(), "_artifacts": artifacts}
+
+
+def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
+    """What the process of a command job needs, after Azure's checks."""
+    size = _size_of(cloud, given)
+    command = str(given.get("command") or "")
+    inputs, outputs = given.get("inputs") or {}, given.get("outputs") or {}
+    for part, names in (("inputs", inputs), ("outputs", outputs)):
+        for used in re.findall(rf"\$\{{\{{{part}\.([\w-]+)\}}\}}", command):
+            if used not in names:
+                raise bad(f"The command refers to {part}.{used}, which the job does not define.")
+    if not given.get("environmentId"):
+        raise bad("A command job needs an environment.", "ValidationError")
+    code = given.get("codeId")
+    place = None
+    if code:
+        doc = cloud.get(asset_id(code))
+        if doc is None:
+            raise bad(f"The code '{code}' was not found.")
+        place = str(assets.locate(cloud, workspace, doc["properties"]["codeUri"]))
+    distribution = given.get("distribution") or {}
+    nodes = int((given.get("resources") or {}).get("instanceCount") or 1)
+    each = int(distribution.get("processCountPerInstance") or 1) if distribution else 1
+    gpus = size.gpus if size else 0
+    if distribution and gpus and each > gpus:
+        raise bad(f"{each} processes are asked for on a node with {gpus} GPUs.")
+    return {
+        "kind": "command",
+        "command": command,
+        "code": place,
+        "inputs": {name: _input(cloud, workspace, name, v) for name, v in inputs.items()},
+        "environment": given.get("environmentVariables") or {},
+        "nodes": nodes if distribution else 1,
+        "processes": each,
+        "limits": given.get("limits") or {},
+    }
+
+
+def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
+    """The machine of a job, after a look at the cluster and its room. Raises AzureError."""
+    compute_id = given.get("computeId")
+    resources = given.get("resources") or {}
+    wanted = int(resources.get("instanceCount") or 1)
+    if not compute_id:
+        found = offers.find_size(str(resources.get("instanceType") or ""))
+        if found is None:
+            raise bad("A job without a compute target needs resources.instance_type.")
+        return found[1]
+    cluster = cloud.get(str(compute_id))
+    if cluster is None:
+        name = str(compute_id).rsplit("/", 1)[-1]
+        raise bad(f"The compute target '{name}' was not found in the workspace.")
+    inner = cluster["properties"]["properties"]
+    most = int((inner.get("scaleSettings") or {}).get("maxNodeCount", 1))
+    if wanted > most:
+        raise bad(f"The job needs {wanted} nodes; the cluster '{cluster['name']}' has {most}.")
+    found = offers.find_size(inner["vmSize"])
+    return found[1] if found else None
+
+
+def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> Json:
+    """An input as a literal or as the folder or file it lies in. Raises AzureError."""
+    if value.get("jobInputType") == _LITERAL:
+        return {"literal": str(value.get("value"))}
+    uri = str(value.get("uri") or "")
+    registered = assets.catalogue_folder(cloud, uri)
+    place = registered or assets.locate(cloud, workspace, _asset_uri(cloud, uri))
+    if registered is None and not place.exists():
+        raise bad(f"The input '{name}' has no data at '{uri}'.", "UserError")
+    return {"path": str(place)}
+
+
+def _asset_uri(cloud: Cloud, uri: str) -> str:
+    """The address of a registered asset's files."""
+    doc = cloud.get(asset_id(uri))
+    if doc is None:
+        return uri
+    properties = doc["properties"]
+    return str(properties.get("modelUri") or properties.get("dataUri") or uri)
+
+
+def check_user_token(cloud: Cloud, token: str | None) -> None:
+    """A pipeline acts for the user: his token for the data plane comes along. AzureError (401)."""
+    claims = claims_of(cloud, token) if token else None
+    if claims is None or claims["aud"].rstrip("/") not in AUDIENCES["ml"]:
+        raise AzureError(401, "UserError", "The token in x-azureml-token is missing or invalid.")
+
+
+def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
+    """What the process of a pipeline job needs, after a look at every input."""
+    nodes = given.get("jobs") or {}
+    if len(nodes) != 1:
+        raise AzureError(501, "NotRehearsed", "Only pipelines of one component are rehearsed")
+    ((_name, node),) = nodes.items()
+    match = re.search(r"registries/azureml/components/([^/]+)/versions/(.+)", _id_of(node))
+    if not match or match.groups() != (offers.COMPONENT, offers.COMPONENT_VERSION):
+        raise bad(f"The component '{_id_of(node)}' was not found.")
+    values = {
+        name: _resolved(value, given.get("inputs") or {})
+        for name, value in (node.get("inputs") or {}).items()
+    }
+    faults = _input_faults(values)
+    faults += _compute_faults(cloud, workspace, values)
+    if faults:
+        details = [{"code": "InvalidInput", "message": fault} for fault in faults]
+        raise bad("; ".join(faults), "UserError", details=details)
+    return {
+        "kind": "pipeline",
+        "inputs": {n: _input(cloud, workspace, n, v) for n, v in values.items()},
+        "bound": _bound_outputs(node, given),
+    }
+
+
+def _id_of(node: Json) -> str:
+    return str(node.get("componentId") or node.get("component") or "")
+
+
+def _resolved(value: Json, parent: Json) -> Json:
+    """A node's input; what is bound to the pipeline's inputs replaced by those."""
+    bound = _PARENT.fullmatch(str(value.get("value", "")))
+    if bound is None:
+        kind = value.get("job_input_type") or value.get("jobInputType")
+        return {"jobInputType": kind, "value": value.get("value"), "uri": value.get("uri")}
+    if bound.group(2) not in parent:
+        raise bad(f"The pipeline has no input '{bound.group(2)}'.")
+    found: Json = parent[bound.group(2)]
+    return found
+
+
+def _input_faults(values: dict[str, Json]) -> list[str]:
+    """What the component would refuse: unknown inputs, wrong types, no model, no data."""
+    faults = []
+    for name, value in values.items():
+        known = offers.INPUTS.get(name)
+        if known is None:
+            faults.append(f"Unknown input '{name}' of {offers.COMPONENT}")
+        elif known.is_literal != (value.get("jobInputType") == _LITERAL):
+            faults.append(f"Input '{name}' must be of type {known.kind}")
+        elif not known.is_literal and value["jobInputType"] != known.kind:
+            faults.append(f"Input '{name}' is {value['jobInputType']}, expected {known.kind}")
+        elif known.is_literal and (fault := known.fault(value.get("value"))):
+            faults.append(f"Input '{name}': {fault}")
+    if not {"mlflow_model_path", "pytorch_model_path", "huggingface_id"} & set(values):
+        faults.append("One of mlflow_model_path, pytorch_model_path, huggingface_id is needed")
+    if not {"train_file_path", "train_mltable_path"} & set(values):
+        faults.append("One of train_file_path, train_mltable_path is needed")
+    return faults
+
+
+def _compute_faults(cloud: Cloud, workspace: Json, values: dict[str, Json]) -> list[str]:
+    faults = []
+    asked = {n: str(v.get("value")) for n, v in values.items() if v.get("value") is not None}
+    name = asked.get("compute_finetune", "serverless")
+    found = None
+    if name == "serverless":
+        size = asked.get("instance_type_finetune", "Standard_nc24rs_v3")
+        found = offers.find_size(size)
+        if found is None:
+            faults.append(f"The VM size '{size}' is not available")
+    for step in ("model_import", "preprocess", "finetune"):
+        cluster = asked.get(f"compute_{step}", "serverless")
+        doc = cloud.get(f"{workspace['id']}/computes/{cluster}")
+        if cluster != "serverless" and doc is None:
+            faults.append(f"The compute target '{cluster}' was not found")
+        elif doc and step == "finetune":
+            found = offers.find_size(doc["properties"]["properties"]["vmSize"])
+    if found and found[1].gpus == 0:
+        faults.append(f"SKUNotSupported: '{found[0]}' has no GPU")
+    wanted = int(asked.get("number_of_gpu_to_use_finetuning", "1"))
+    if found and wanted > max(found[1].gpus, 1):
+        faults.append(f"{wanted} GPUs are asked for; '{found[0]}' has {found[1].gpus}")
+    model = offers.find_model(str((values.get("mlflow_model_path") or {}).get("uri") or ""))
+    if model and model[1].archived:
+        faults.append(f"The model '{model[0]}' is archived and cannot be used in new jobs")
+    return faults
+
+
+def _bound_outputs(node: Json, given: Json) -> dict[str, str]:
+    """For each output of the component, the pipeline's output that it becomes."""
+    bound = {}
+    for name, value in (node.get("outputs") or {}).items():
+        match = _PARENT.fullmatch(str((value or {}).get("value", "")))
+        if name not in offers.OUTPUTS:
+            raise bad(f"The component has no output '{name}'.")
+        if match and match.group(2) in (given.get("outputs") or {}):
+            bound[name] = match.group(2)
+    return bound
+
+
+# --- run history: details and logs ---
+
+_HISTORY = "/history/v1.0" + WORKSPACE
+
+
+@route("GET", REGIONAL, _HISTORY + "/runs/{name}/job_details", audience="regional")
+def job_details(cloud: Cloud, request: Request) -> Reply:
+    """Status and the addresses of the logs."""
+    job = need_job(cloud, request)
+    properties = job["properties"]
+    times = job.get("_times", {})
+    body: Json = {
+        "runId": job["name"],
+        "target": "rehearsal",
+        "status": properties["status"],
+        "startTimeUtc": times.get("start"),
+        "endTimeUtc": times.get("end"),
+        "properties": properties.get("properties") or {},
+        "logFiles": _logs(cloud, request, job),
+        "warnings": [],
+    }
+    if job.get("_error"):
+        body["error"] = {"error": job["_error"]}
+    return Reply(200, body)
+
+
+@route("GET", REGIONAL, _HISTORY + "/runs/{name}", audience="regional")
+def get_run(cloud: Cloud, request: Request) -> Reply:
+    """The run behind a job."""
+    return Reply(200, _run(need_job(cloud, request)))
+
+
+@route("GET", REGIONAL, _HISTORY + "/runs/{name}/job_children", audience="regional")
+def job_children(cloud: Cloud, request: Request) -> Reply:
+    """A rehearsed pipeline is one process: it has no job_children."""
+    need_job(cloud, request)
+    return Reply(200, {"value": []})
+
+
+@route("POST", REGIONAL, _HISTORY + "/rundata", audience="regional")
+def run_data(cloud: Cloud, request: Request) -> Reply:
+    """A run with its outputs as data assets."""
+    request.args["name"] = str(request.json().get("runId"))
+    job = need_job(cloud, request)
+    outputs = {
+        name: {"assetId": value["uri"], "type": value.get("jobOutputType")}
+        for name, value in job["properties"]["outputs"].items()
+        if name != "default"
+    }
+    meta = {**_run(job), "outputs": outputs}
+    return Reply(200, {"runMetadata": meta, "runDefinition": None, "jobSpecification": None})
+
+
+@route(
+    "POST",
+    REGIONAL,
+    "/data/v1.0" + WORKSPACE + "/dataversion/batchGetResolvedUris",
+    audience="regional",
+)
+def resolve_data(_cloud: Cloud, request: Request) -> Reply:
+    """The address behind each data asset: here they are the same."""
+    values = request.json().get("values") or []
+    resolved = {value: {"uri": value, "type": "uri_folder"} for value in values}
+    return Reply(200, {"values": resolved})
+
+
+@route(
+    "POST",
+    REGIONAL,
+    "/modelregistry/v1.0" + WORKSPACE + "/models/batchGetResolvedUris",
+    audience="regional",
+)
+def resolve_models(_cloud: Cloud, request: Request) -> Reply:
+    """The address behind each model asset: here they are the same."""
+    values = request.json().get("values") or []
+    return Reply(200, {"values": {v: {"path": v, "modelType": "MLFLOW"} for v in values}})
+
+
+def _run(job: Json) -> Json:
+    properties = job["properties"]
+    return {
+        "runId": job["name"],
+        "rootRunId": job["name"],
+        "displayName": properties["displayName"],
+        "experimentId": properties["experimentName"],
+        "status": properties["status"],
+        "tags": properties.get("tags") or {},
+        "properties": properties.get("properties") or {},
+        "createdUtc": job["systemData"]["createdAt"],
+    }
+
+
+def _logs(cloud: Cloud, request: Request, job: Json) -> dict[str, str]:
+    """Each log with a signed address."""
+    workspace = need_workspace(cloud, request)
+    account = storage_account(workspace)
+    container = container_of(workspace, "workspaceartifactstore")
+    prefix = f"ExperimentRun/dcid.{job['name']}/"
+    names = BlobFiles(cloud.folder, account).names(container, prefix)
+    base, sas = f"https://{account}.blob.core.windows.net/{container}", account_sas(cloud, account)
+    return {name[len(prefix) :]: f"{base}/{quote(name)}?{sas}" for name in names}

@@ -1,6 +1,7 @@
 """The HTTP proxy that ends TLS itself and hands every request to the rehearsed Azure.
 
-Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine.
+Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine. Only
+who is told to trust ca.pem, the certificate of the rehearsal's own authority, believes it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import socket
 import ssl
 import struct
@@ -16,12 +18,14 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .authority import Authority
+import trustme
+
 from .cloud import Cloud, router
-from .signin import check_token
+from .identity import check_token
 from .wire import AzureError, Reply, Request
 
 _log = logging.getLogger(__name__)
@@ -213,3 +217,35 @@ def _phrase(status: int) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return ""
+
+
+# --- the certificate authority ---
+
+
+class Authority:
+    """Hands out TLS contexts that present a certificate for any host name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca_file = folder / "ca.pem"
+        key_file = folder / "ca.key"
+        if self.ca_file.is_file() and key_file.is_file():
+            self._ca = trustme.CA.from_pem(self.ca_file.read_bytes(), key_file.read_bytes())
+        else:
+            self._ca = trustme.CA(organization_name="phi3 rehearsal, not Azure")
+            folder.mkdir(parents=True, exist_ok=True)
+            key_file.unlink(missing_ok=True)
+            descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(self._ca.private_key_pem.bytes())
+            self._ca.cert_pem.write_to_path(self.ca_file)
+        self._contexts: dict[str, ssl.SSLContext] = {}
+        self._lock = threading.Lock()
+
+    def context(self, host: str) -> ssl.SSLContext:
+        """The server side of TLS for `host`."""
+        with self._lock:
+            if host not in self._contexts:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                self._ca.issue_cert(host).configure_cert(context)
+                self._contexts[host] = context
+            return self._contexts[host]

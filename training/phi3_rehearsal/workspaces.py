@@ -1,6 +1,7 @@
-"""Workspaces, hubs and projects, their datastores, and the discovery of their data plane.
+"""Workspaces, hubs and projects, and what lies in them: datastores, connections, flows.
 
 A hub cannot be deleted while it has projects; a project lives in the region of its hub.
+Connections keep their secrets sealed. Flows lie in the workspace's file share.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import re
 import uuid
 
-from . import teardown
-from .cloud import TENANT, Cloud, listed, public, route, stamps
-from .regions import check_location, need_group
-from .storage import account_key, account_sas
+import yaml
+
+from .cloud import CALLER, TENANT, Cloud, check_location, listed, need_group, public, route, stamps
+from .storage import account_key, account_sas, share_file
 from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad
 
 KIND = f"{ML}/workspaces"
@@ -154,7 +155,7 @@ def delete_workspace(cloud: Cloud, request: Request) -> Reply:
                 f"The hub '{found['name']}' cannot be deleted: the project '{other['name']}' "
                 "belongs to it.",
             )
-    teardown.release(cloud, found["id"])
+    cloud.release(found["id"])
     if request.query.get("forcetopurge", "").lower() != "true":
         cloud.put(_deleted_id(found["id"]), _DELETED_KIND, {"properties": {"id": found["id"]}})
     operation = cloud.operate(found, kind="delete")
@@ -270,3 +271,220 @@ def need_workspace(cloud: Cloud, request: Request) -> Json:
             f"'{request.args['rg']}' was not found.",
         )
     return found
+
+
+# --- connections ---
+
+_CONNECTION_KIND = f"{ML}/workspaces/connections"
+_CONNECTION = WORKSPACE + "/connections/{name}"
+_CONNECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,32}")
+# What each way of signing in carries.
+_CREDENTIALS = {
+    "CustomKeys": {"keys"},
+    "ApiKey": {"key"},
+    "None": set(),
+    "AAD": set(),
+    "PAT": {"pat"},
+    "SAS": {"sas"},
+    "AccountKey": {"accountKey"},
+    "ManagedIdentity": {"clientId", "resourceId"},
+}
+
+
+@route("PUT", ARM, _CONNECTION)
+def put_connection(cloud: Cloud, request: Request) -> Reply:
+    """Make or replace a connection."""
+    need_workspace(cloud, request)
+    name, given = request.args["name"], request.json().get("properties") or {}
+    if not _CONNECTION_NAME.fullmatch(name):
+        raise bad(f"The connection name '{name}' is invalid.", "ValidationError")
+    _check_connection(given)
+    sealed = cloud.seal(given.get("credentials"))
+    properties = {k: v for k, v in given.items() if k != "credentials"}
+    document = {
+        "properties": {**properties, "group": "AzureAI", "createdByWorkspaceArmId": None},
+        "systemData": stamps(),
+        "_sealed": sealed,
+    }
+    return Reply(200, public(cloud.put(request.id(_CONNECTION), _CONNECTION_KIND, document)))
+
+
+def _check_connection(given: Json) -> None:
+    way = given.get("authType")
+    if way not in _CREDENTIALS:
+        raise bad(f"The authType '{way}' is not supported.", "ValidationError")
+    if not given.get("category") or not given.get("target"):
+        raise bad("The connection needs a category and a target.", "ValidationError")
+    credentials = given.get("credentials") or {}
+    missing = _CREDENTIALS[way] - set(credentials)
+    if missing:
+        raise bad(f"The credentials lack {', '.join(sorted(missing))}.", "ValidationError")
+    if way == "CustomKeys":
+        values = credentials["keys"]
+        if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+            raise bad("The custom keys must be strings.", "ValidationError")
+    metadata = given.get("metadata") or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("The connection's metadata must be strings.", "ValidationError")
+
+
+@route("GET", ARM, _CONNECTION)
+def get_connection(cloud: Cloud, request: Request) -> Reply:
+    """One connection, without its secrets."""
+    found = _need_connection(cloud, request)
+    shown = public(found)
+    if found["properties"].get("authType") == "CustomKeys":
+        shown["properties"]["credentials"] = None
+    return Reply(200, shown)
+
+
+@route("GET", ARM, WORKSPACE + "/connections")
+def list_connections(cloud: Cloud, request: Request) -> Reply:
+    """All of a workspace; a project has its hub's shared ones as well."""
+    workspace = need_workspace(cloud, request)
+    found = cloud.children(workspace["id"], _CONNECTION_KIND)
+    hub = workspace["properties"].get("hubResourceId")
+    if hub:
+        shared = cloud.children(hub, _CONNECTION_KIND)
+        found += [doc for doc in shared if doc["properties"].get("isSharedToAll")]
+    category = request.query.get("category")
+    chosen = [d for d in found if not category or d["properties"]["category"] == category]
+    return Reply(200, {"value": [public(doc) for doc in chosen]})
+
+
+@route("POST", ARM, _CONNECTION + "/listsecrets")
+def list_connection_secrets(cloud: Cloud, request: Request) -> Reply:
+    """One connection with its secrets."""
+    found = _need_connection(cloud, request)
+    shown = public(found)
+    shown["properties"]["credentials"] = cloud.unseal(found["_sealed"])
+    return Reply(200, shown)
+
+
+@route("DELETE", ARM, _CONNECTION)
+def delete_connection(cloud: Cloud, request: Request) -> Reply:
+    """Delete it."""
+    need_workspace(cloud, request)
+    if not cloud.get(request.id(_CONNECTION)):
+        return Reply(204)
+    cloud.delete(request.id(_CONNECTION))
+    return Reply(200)
+
+
+def _need_connection(cloud: Cloud, request: Request) -> Json:
+    workspace = need_workspace(cloud, request)
+    found = cloud.get(request.id(_CONNECTION))
+    hub = workspace["properties"].get("hubResourceId")
+    if found is None and hub:
+        above = cloud.get(f"{hub}/connections/{request.args['name']}")
+        found = above if above and above["properties"].get("isSharedToAll") else None
+    if found is None:
+        name = request.args["name"]
+        raise AzureError(404, "UserError", f"Connection {name} can't be found in this workspace")
+    return found
+
+
+# --- Prompt flow's service: flows, and the index that lists them ---
+
+_FLOW_KIND = f"{ML}/workspaces/flows"
+_FLOWS = "/flow/api" + WORKSPACE + "/Flows"
+
+
+@route("POST", REGIONAL, _FLOWS, audience="regional")
+def create_flow(cloud: Cloud, request: Request) -> Reply:
+    """Make a flow of the files that were uploaded before."""
+    workspace, body = need_workspace(cloud, request), request.json()
+    path = str(body.get("flowDefinitionFilePath") or "")
+    file = share_file(cloud, storage_account(workspace), FILE_SHARE, path)
+    if not file.is_file():
+        raise bad(f"The flow definition '{path}' was not found in the file share.")
+    try:
+        graph = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        graph = None
+    if not isinstance(graph, dict) or not graph.get("nodes"):
+        raise bad(f"The flow definition '{path}' is not a flow.")
+    for node in graph["nodes"]:
+        source = node.get("source") or {}
+        if source.get("type") == "code" and not (file.parent / str(source.get("path"))).is_file():
+            raise bad(f"The node '{node.get('name')}' names a file that was not uploaded.")
+    name = str(uuid.uuid4())
+    document = {
+        "properties": {
+            "flowId": name,
+            "flowName": body.get("flowName"),
+            "flowType": body.get("flowType") or "default",
+            "description": body.get("description"),
+            "tags": body.get("tags") or {},
+            "flowDefinitionFilePath": path,
+            "isArchived": False,
+            "createdDate": stamps()["createdAt"],
+            "owner": {"userObjectId": CALLER, "userTenantId": TENANT, "userName": "rehearsal"},
+        },
+        "systemData": stamps(),
+    }
+    return Reply(
+        200, _flow_answer(cloud.put(f"{workspace['id']}/flows/{name}", _FLOW_KIND, document))
+    )
+
+
+@route("GET", REGIONAL, _FLOWS + "/{flow}", audience="regional")
+def get_flow(cloud: Cloud, request: Request) -> Reply:
+    """One flow."""
+    return Reply(200, _flow_answer(_need_flow(cloud, request)))
+
+
+@route("PUT", REGIONAL, _FLOWS + "/{flow}", audience="regional")
+def update_flow(cloud: Cloud, request: Request) -> Reply:
+    """Change name, description or tags; the files of a flow stay."""
+    found, body = _need_flow(cloud, request), request.json()
+    for key in ("flowName", "description", "tags", "isArchived"):
+        if body.get(key) is not None:
+            found["properties"][key] = body[key]
+    return Reply(200, b'""', {"Content-Type": "application/json"})
+
+
+@route("DELETE", REGIONAL, _FLOWS + "/{flow}", audience="regional")
+def delete_flow(cloud: Cloud, request: Request) -> Reply:
+    """Forget a flow; its files stay in the share."""
+    cloud.delete(_need_flow(cloud, request)["id"])
+    return Reply(200)
+
+
+@route("POST", REGIONAL, "/index/v1.0" + WORKSPACE + "/entities", audience="regional")
+def list_entities(cloud: Cloud, request: Request) -> Reply:
+    """The flows, newest first, as the index service tells them."""
+    workspace = need_workspace(cloud, request)
+    docs = cloud.children(workspace["id"], _FLOW_KIND)[::-1]
+    entities = []
+    for doc in docs:
+        own = doc["properties"]
+        properties = {k: own[k] for k in ("flowId", "flowType", "flowDefinitionFilePath")}
+        names = ("flowName", "description", "tags", "owner", "isArchived", "createdDate")
+        annotations = {k: own[k] for k in names}
+        identity = f"azureml://location/{workspace['location']}/flows/{own['flowId']}"
+        entities.append(
+            {"entityId": identity, "properties": properties, "annotations": annotations}
+        )
+    return Reply(200, {"value": entities, "totalCount": len(entities)})
+
+
+def _need_flow(cloud: Cloud, request: Request) -> Json:
+    workspace = need_workspace(cloud, request)
+    found = cloud.get(f"{workspace['id']}/flows/{request.args['flow']}")
+    if found is None:
+        name = request.args["flow"]
+        raise AzureError(404, "UserError", f"Flow with id {name} not found")
+    return found
+
+
+def _flow_answer(doc: Json) -> Json:
+    properties: Json = public(doc)["properties"]
+    workspace = doc["id"].rsplit("/flows/", 1)[0]
+    page = f"https://ml.azure.com/prompts/flow/{properties['flowId']}/details?wsid={workspace}"
+    return {
+        **properties,
+        "flowResourceId": doc["id"],
+        "studioPortalEndpoint": page,
+        "experimentId": workspace,
+    }

@@ -17,23 +17,9 @@ from typing import IO
 
 from filelock import FileLock
 
-from . import registries
-from .cloud import Cloud
-from .errors import RehearsalError
-from .processes import child_environment
-from .wire import Json, bad
+from .processes import RehearsalError, child_environment
 
 _PRODUCT = "phi3_training.cli"
-
-
-def asset(cloud: Cloud, workspace: Json, uri: str) -> Path | None:
-    """Where the files of a registry's model will lie; None when `uri` means something else."""
-    del workspace
-    if not uri.startswith("azureml://registries/"):
-        return None
-    if registries.find_model(uri) is None:
-        raise bad(f"The asset '{uri}' was not found.")
-    return cloud.folder / "catalogue" / "mlflow"
 
 
 def make(folder: Path) -> Path:

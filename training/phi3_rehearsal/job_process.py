@@ -12,13 +12,16 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from . import foundation, pipeline
+import yaml
+
+from . import tiny_model
 from .cloud import now
-from .errors import RehearsalError
-from .processes import free_port, write_atomically
+from .offers import INPUTS
+from .processes import RehearsalError, free_port, write_atomically
 from .wire import Json
 
 _PLACE = re.compile(r"\$\{\{(inputs|outputs)\.([\w-]+)\}\}")
@@ -58,7 +61,7 @@ def _run(folder: Path, job: Json) -> Json | None:
     work.mkdir()
     inputs = _inputs(job, work)
     if job["kind"] == "pipeline":
-        outputs = pipeline.run(job, inputs, work, _log_file)
+        outputs = _run_pipeline(job, inputs, work, _log_file)
     else:
         outputs = {name: work / "outputs" / name for name in job["outputs"]}
         for place in outputs.values():
@@ -67,7 +70,7 @@ def _run(folder: Path, job: Json) -> Json | None:
         if error:
             return error
     for name, place in outputs.items():
-        foundation.link(place, Path(job["outputs"][name]))
+        tiny_model.link(place, Path(job["outputs"][name]))
     shutil.rmtree(work)
     return None
 
@@ -81,9 +84,9 @@ def _inputs(job: Json, work: Path) -> dict[str, str]:
             continue
         source = Path(item["path"])
         if source == Path(job["catalogue"]) / "mlflow":
-            foundation.make(Path(job["catalogue"]))
+            tiny_model.make(Path(job["catalogue"]))
         target = work / "inputs" / name / source.name
-        foundation.link(source, target)
+        tiny_model.link(source, target)
         found[name] = str(target)
     return found
 
@@ -100,7 +103,7 @@ def _command(
     """Run the command in every process of every node; the error of the first that fails."""
     code = work / "code"
     if job["code"]:
-        foundation.link(Path(job["code"]), code)
+        tiny_model.link(Path(job["code"]), code)
     code.mkdir(exist_ok=True)
     text = _filled(job["command"], {**inputs}, {k: str(v) for k, v in outputs.items()})
     count = job["nodes"] * job["processes"]
@@ -169,3 +172,57 @@ def _environment(job: Json, rank: int | None = None, port: int = 0) -> dict[str,
             "MASTER_PORT": str(port),
         }
     return found
+
+
+# --- chat_completion_pipeline: `phi3 train` on the tiny model ---
+
+# The component's names that a recipe's `finetune` section has as well.
+_SAME: dict[str, Callable[[str], Any]] = {
+    "num_train_epochs": int,
+    "per_device_train_batch_size": int,
+    "gradient_accumulation_steps": int,
+    "learning_rate": float,
+    "lr_scheduler_type": str,
+    "lora_r": int,
+    "lora_alpha": int,
+    "lora_dropout": float,
+    "weight_decay": float,
+    "seed": int,
+}
+
+
+def _run_pipeline(
+    job: Json, inputs: dict[str, str], work: Path, log_file: Callable[[Json, str], Path]
+) -> dict[str, Path]:
+    """Train as the inputs say; where each of the pipeline's outputs lies."""
+    weights = tiny_model.weights_in(tiny_model.make(Path(job["catalogue"])))
+    assert weights is not None  # noqa: S101 - we made it
+    recipe = work / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(_recipe(inputs, weights)), encoding="utf-8")
+    with log_file(job, "std_log.txt").open("wb") as log:
+        model = tiny_model.train([str(recipe)], work / "runs", log)
+    folders = {"mlflow_model_folder": work / "mlflow", "pytorch_model_folder": work / "pytorch"}
+    tiny_model.as_mlflow(model, folders["mlflow_model_folder"])
+    tiny_model.link(model, folders["pytorch_model_folder"])
+    return {job["bound"][name]: path for name, path in folders.items() if name in job["bound"]}
+
+
+def _recipe(inputs: dict[str, str], weights: Path) -> Json:
+    """A recipe with the component's inputs, and its defaults where there are none."""
+    values = {name: item.default for name, item in INPUTS.items() if item.default} | inputs
+    tuned = {name: kind(values[name]) for name, kind in _SAME.items() if name in values}
+    tuned["method"] = "lora" if values["apply_lora"] == "true" else "full"
+    tuned["num_threads"] = 1
+    shape = json.loads((weights / "config.json").read_text(encoding="utf-8"))
+    data: Json = {
+        "train": values["train_file_path"],
+        "max_length": shape["max_position_embeddings"],
+    }
+    if "validation_file_path" in values:
+        data["validation"] = values["validation_file_path"]
+    return {
+        "name": "pipeline",
+        "model": {"name_or_path": str(weights)},
+        "data": data,
+        "finetune": tuned,
+    }

@@ -1,37 +1,153 @@
-"""User-assigned identities, role assignments, and what a principal may do.
+"""Who may do what: sign-in as Microsoft Entra ID does it, managed identities, role assignments.
 
-Only what an online deployment needs is enforced: pulling images and reading blobs.
+Tokens are signed with the rehearsal's seed. Of the roles only what an online deployment needs is
+enforced: pulling images and reading blobs.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
+import json
 import re
+import time
 import uuid
+from urllib.parse import parse_qsl
 
-from .cloud import TENANT, Cloud, listed, public, route
-from .regions import check_location, need_group
+from .cloud import CALLER, CLIENT, TENANT, Cloud, check_location, listed, need_group, public, route
+from .offers import ROLES
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
+
+LOGIN = "login.microsoftonline.com"
+_LIFETIME = 3600
+# Whom a token must be for, by the names that `route` uses.
+AUDIENCES = {
+    "management": ("https://management.azure.com", "https://management.core.windows.net"),
+    "regional": (
+        "https://management.azure.com",
+        "https://management.core.windows.net",
+        "https://ml.azure.com",
+    ),
+    "ml": ("https://ml.azure.com",),
+    "storage": ("https://storage.azure.com",),
+}
+
+
+@route("GET", LOGIN, "/{tenant}/v2.0/.well-known/openid-configuration", audience="")
+def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
+    """Where to get a token."""
+    base = f"https://{LOGIN}/{request.args['tenant']}"
+    return Reply(
+        200,
+        {
+            "token_endpoint": f"{base}/oauth2/v2.0/token",
+            "authorization_endpoint": f"{base}/oauth2/v2.0/authorize",
+            "device_authorization_endpoint": f"{base}/oauth2/v2.0/devicecode",
+            "issuer": f"{base}/v2.0",
+            "jwks_uri": f"{base}/discovery/v2.0/keys",
+        },
+    )
+
+
+@route("GET", LOGIN, "/common/discovery/instance", audience="")
+def instance_discovery(_cloud: Cloud, _request: Request) -> Reply:
+    """The hosts of the public cloud."""
+    aliases = [LOGIN, "login.windows.net", "login.microsoft.com", "sts.windows.net"]
+    entry = {"preferred_network": LOGIN, "preferred_cache": "login.windows.net", "aliases": aliases}
+    endpoint = f"https://{LOGIN}/common/v2.0/.well-known/openid-configuration"
+    return Reply(200, {"tenant_discovery_endpoint": endpoint, "metadata": [entry]})
+
+
+@route("POST", LOGIN, "/{tenant}/oauth2/v2.0/token", audience="")
+def token(cloud: Cloud, request: Request) -> Reply:
+    """A token for the service principal, if its secret is right."""
+    form = dict(parse_qsl(request.body.decode("utf-8", "replace")))
+    if form.get("grant_type") != "client_credentials":
+        text = "AADSTS70003: The app requested an unsupported grant type."
+        return Reply(400, {"error": "unsupported_grant_type", "error_description": text})
+    known = form.get("client_id") == CLIENT
+    if not known or not _same(form.get("client_secret", ""), client_secret(cloud)):
+        text = "AADSTS7000215: Invalid client secret provided."
+        return Reply(401, {"error": "invalid_client", "error_description": text})
+    audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
+    claims = {"aud": audience, "tid": request.args["tenant"], "appid": CLIENT, "oid": CALLER}
+    access = sign(cloud, claims)
+    return Reply(
+        200,
+        {"token_type": "Bearer", "expires_in": _LIFETIME, "access_token": access},
+        {"Cache-Control": "no-store"},
+    )
+
+
+def client_secret(cloud: Cloud) -> str:
+    """The secret of the made-up service principal."""
+    return cloud.derive("client-secret")
+
+
+def sign(cloud: Cloud, claims: Json, lifetime: int = _LIFETIME) -> str:
+    """A JSON web token with these claims."""
+    now = int(time.time())
+    times = {"iat": now, "nbf": now - 60, "exp": now + lifetime}
+    head = _encode({"alg": "HS256", "typ": "JWT"})
+    text = f"{head}.{_encode({**claims, **times})}"
+    return f"{text}.{_signature(cloud, text)}"
+
+
+def claims_of(cloud: Cloud, value: str) -> Json | None:
+    """The claims of a token that is ours and has not expired."""
+    text, _, signature = value.rpartition(".")
+    if not text or not _same(signature, _signature(cloud, text)):
+        return None
+    part = text.split(".")[1]
+    claims: Json = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims if claims["exp"] > time.time() else None
+
+
+def check_token(cloud: Cloud, request: Request, audience: str) -> None:
+    """Raise AzureError (401) unless the call carries a token for `audience`."""
+    if not audience:
+        return
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not value:
+        raise AzureError(
+            401, "AuthenticationFailed", "The 'Authorization' header is missing or invalid."
+        )
+    claims = claims_of(cloud, value)
+    if claims is None:
+        raise AzureError(
+            401, "ExpiredAuthenticationToken", "The access token is invalid or has expired."
+        )
+    if claims["aud"].rstrip("/") not in AUDIENCES[audience]:
+        raise AzureError(
+            401,
+            "InvalidAuthenticationTokenAudience",
+            f"The access token has the wrong audience '{claims['aud']}'; "
+            f"expected '{AUDIENCES[audience][0]}'.",
+        )
+
+
+def _encode(value: Json) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def _signature(cloud: Cloud, text: str) -> str:
+    key = cloud.derive("token-signature").encode()
+    digest = hmac.new(key, text.encode(), hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _same(left: str, right: str) -> bool:
+    return hmac.compare_digest(left.encode(), right.encode())
+
+
+# --- user-assigned identities and role assignments ---
 
 _UAI = GROUP + "/providers/Microsoft.ManagedIdentity/userAssignedIdentities/{name}"
 _UAI_KIND = "Microsoft.ManagedIdentity/userAssignedIdentities"
 _ROLE = "/{scope*}/providers/Microsoft.Authorization/roleAssignments"
 _ROLE_KIND = "Microsoft.Authorization/roleAssignments"
 _DEFINITIONS = "/providers/Microsoft.Authorization/roleDefinitions"
-ROLES = {
-    "b24988ac-6180-42a0-ab88-20f7382dd24c": "Contributor",
-    "8e3af657-a8ff-443c-a75c-2fe8c4bcb635": "Owner",
-    "acdd72a7-3385-48ef-bd42-f606fba81ae7": "Reader",
-    "2a2b9908-6ea1-4ae2-8e65-a410df84e7d1": "Storage Blob Data Reader",
-    "ba92f5b4-2d11-453d-a403-e96b0029c9fe": "Storage Blob Data Contributor",
-    "7f951dda-4ed3-4680-a7ca-43fe172d538d": "AcrPull",
-    "f6c7c914-8db3-469d-8ca1-694a8f32e121": "AzureML Data Scientist",
-    "e503ece1-11d0-4e8e-8e2c-7a6c3bf38815": "AzureML Compute Operator",
-    "635dd51f-9968-44d3-b7fb-6d9a6bd613ae": "AzureML Metrics Writer (preview)",
-    "ea01e6af-a1c1-4350-9563-ad00f8c72ec5": "Azure Machine Learning Workspace Connection Secrets "
-    "Reader",
-}
-PULLS_IMAGES = {"AcrPull", "Contributor", "Owner"}
-READS_BLOBS = {"Storage Blob Data Reader", "Storage Blob Data Contributor"}
 _GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
