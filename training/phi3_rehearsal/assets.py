@@ -117,10 +117,7 @@ def start_upload(cloud: Cloud, request: Request) -> Reply:
     account = storage_account(need_workspace(cloud, request))
     own = uuid.uuid5(uuid.NAMESPACE_URL, request.id(_ONE).lower())
     address = f"https://{account}.blob.core.windows.net/{own}"
-    credential = {
-        "credentialType": "SAS",
-        "sasUri": f"{address}?{account_sas(cloud, account)}",
-    }
+    credential = {"credentialType": "SAS", "sasUri": f"{address}?{account_sas(cloud, account)}"}
     reference = {"blobUri": address, "storageAccountArmId": account, "credential": credential}
     upload = {"pendingUploadId": str(own), "pendingUploadType": "TemporaryBlobReference"}
     return Reply(200, {"blobReferenceForConsumption": reference, **upload})

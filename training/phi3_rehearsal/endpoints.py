@@ -342,10 +342,7 @@ def _bring_up(cloud: Cloud, deployment: Json, operation: str, error: Json | None
         if started and (present is None or present is not deployment):
             processes.stop_server(started.process)  # deleted meanwhile
         elif started and present is not None:
-            present["_server"] = {
-                **dataclasses.asdict(started.process),
-                "port": started.port,
-            }
+            present["_server"] = {**dataclasses.asdict(started.process), "port": started.port}
         cloud.finish(operation, error)
         cloud.save()
 

@@ -143,11 +143,7 @@ _A100_SIZES = (
     "Standard_NC96ads_A100_v4",
     "Standard_ND96amsr_A100_v4",
 )
-_H100_SIZES = (
-    "Standard_NC40ads_H100_v5",
-    "Standard_NC80adis_H100_v5",
-    "Standard_ND96isr_H100_v5",
-)
+_H100_SIZES = ("Standard_NC40ads_H100_v5", "Standard_NC80adis_H100_v5", "Standard_ND96isr_H100_v5")
 _V100_SIZES = (
     *("Standard_NC6s_v3", "Standard_NC12s_v3", "Standard_NC24s_v3"),
     "Standard_ND40rs_v2",

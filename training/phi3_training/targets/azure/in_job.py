@@ -195,20 +195,20 @@ def _save_model(run: Run, output: Path) -> None:
     """The merged model as an MLflow model that loads without this project installed."""
     import mlflow
 
-    import phi3_tool
     from phi3_training import mlflow_model
 
-    from ...register import REQUIREMENTS
+    from ...carried import copy_carried
+    from ...register import MLFLOW_MODEL, REQUIREMENTS
 
-    ours = Path(mlflow_model.__file__).parent
     model = run.path / str(run.require("model", "the job's training")["path"])
     with tempfile.TemporaryDirectory(dir=run.path) as folder:
-        made = Path(folder) / "model"
+        made, code = Path(folder) / "model", Path(folder) / "code"
+        copy_carried(code, MLFLOW_MODEL)
         mlflow.pyfunc.save_model(
             path=str(made),
             python_model=str(mlflow_model.__file__),
             artifacts={"model": str(model)},
-            code_paths=[str(ours), str(Path(phi3_tool.__file__).parent)],
+            code_paths=[str(code / "phi3_training")],
             pip_requirements=[*REQUIREMENTS, "pydantic>=2.11"],
             metadata={"made_by": "phi3-promptflow", "task": "chat-completion"},
         )

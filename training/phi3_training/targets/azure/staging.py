@@ -16,15 +16,13 @@ from typing import Any
 
 import yaml
 
-import phi3_tool
-
+from ...carried import carried_files
 from ...errors import StageError
 from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
 
 PYTHON = "3.11"
 PARTS = ("train", "validation", "replay")
-_CODE = (".py", ".css", ".txt", ".yaml", ".typed")
 
 
 def data_files(run: Run) -> dict[str, Path]:
@@ -90,13 +88,10 @@ def content_hash(folder: Path, *patterns: str) -> str:
 
 
 def stage_code(run: Run) -> Path:
-    """The folder with our two packages, as this machine runs them."""
+    """The folder with what of our packages the job runs, as this machine has it."""
     folder = _fresh(run.path / "azure" / "code")
-    ours = Path(str(files("phi3_training")))
-    for package in (ours, Path(phi3_tool.__file__).parent):
-        for path in sorted(package.rglob("*")):
-            if path.suffix in _CODE and "__pycache__" not in path.parts:
-                _copy(path, folder / package.name / path.relative_to(package))
+    for name, path in carried_files("phi3_training.targets.azure.in_job").items():
+        _copy(path, folder / name)
     return folder
 
 
