@@ -32,7 +32,7 @@ def ml(azure: Azure) -> MLClient:
 def no_faults_left(azure: Azure) -> Iterator[None]:
     yield
     faults = Faults(azure.rehearsal.folder / "faults.json")
-    left = faults.all()
+    left = faults.pending()
     faults.clear()
     assert left == []
 

@@ -62,7 +62,7 @@ def test_what_is_no_fault_is_refused(text: str) -> None:
 
 def test_a_fault_is_typed_as_it_is_shown() -> None:
     text = "PUT '*/jobs/*' 429 times=2 retry-after=3 code=Busy 'message=not now'"
-    assert Fault.parse(text).shown() == text
+    assert Fault.parse(text).as_typed() == text
 
 
 def test_faults_happen_as_often_as_they_say(tmp_path: Path) -> None:
@@ -152,11 +152,11 @@ def test_it_listens_where_it_did_unless_that_is_taken(tmp_path: Path) -> None:
 def test_state_that_is_saved_comes_back(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path)
     made = cloud.put("/subscriptions/s/resourceGroups/Mine", "Microsoft.Resources/x", {"_own": 1})
-    operation = cloud.operate(made, seconds=-1)
+    operation = cloud.operate(made, by_itself=False)
     cloud.save()
     again = Cloud(tmp_path)
     assert again.need("/SUBSCRIPTIONS/s/resourcegroups/mine")["name"] == "Mine"
-    again.finish(operation["name"], {"code": "Broken", "message": "it broke"})
+    again.finish(operation.name, {"code": "Broken", "message": "it broke"})
     assert made["name"] == "Mine"
     assert again.need(made["id"])["properties"]["provisioningState"] == "Failed"
     assert control.held(tmp_path) == {"x": 1}

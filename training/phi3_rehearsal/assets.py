@@ -10,7 +10,7 @@ import re
 import uuid
 from pathlib import Path
 
-from . import offers
+from . import offers, tiny_model
 from .cloud import Cloud, listed, public, route, stamps
 from .storage import BlobFiles, account_sas
 from .wire import ARM, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad, not_found
@@ -405,4 +405,9 @@ def catalogue_folder(cloud: Cloud, uri: str) -> Path | None:
         return None
     if offers.find_model(uri) is None:
         raise bad(f"The asset '{uri}' was not found.")
-    return cloud.folder / "catalogue" / "mlflow"
+    return tiny_model.folder_in(catalogue(cloud))
+
+
+def catalogue(cloud: Cloud) -> Path:
+    """Where the files of the catalogue's models lie."""
+    return cloud.folder / "catalogue"

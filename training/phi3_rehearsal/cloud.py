@@ -1,13 +1,14 @@
-"""What the rehearsed Azure knows: its resources, running operations, secrets and journal.
+"""What the rehearsed Azure knows: its resources, running operations, secrets and journal of calls.
 
 Reads and writes state.json (atomically), seed (mode 0600) and calls.jsonl in its folder. Keys are
-derived from the seed or sealed with it: none lies on disk in clear.
+derived from the seed or sealed with it, so that none lies on disk in clear.
 """
 
 from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import datetime as dt
 import hashlib
 import hmac
@@ -18,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,31 @@ TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
 CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
 # How the caller's service principal is known in tokens and role assignments.
 CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
-# What a poller is told to wait; Azure says nothing or 10 seconds and more.
+# How long a poller is asked to wait. Azure sends no header or 10 seconds and more; without one the
+# SDK waits 30 seconds between two looks at a cluster or an endpoint.
 POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
-
 # The states of a job that has not ended.
 ACTIVE = ("NotStarted", "Queued", "Preparing", "Starting", "Provisioning", "Running", "Finalizing")
 
 
+@dataclass
+class Operation:
+    """A long-running operation on a resource, as its poll address knows it."""
+
+    name: str
+    resource: str
+    kind: str  # "delete" removes the resource at its end
+    ends: float | None  # time.time(); None: whoever does the work calls `finish`
+    status: str = "InProgress"
+    error: Json | None = None
+
+
 class Cloud:
-    """The state of one rehearsal. Handlers hold `lock`; what they change is saved after them."""
+    """The state of one rehearsal. Handlers hold `lock`; what they change is saved after them.
+
+    A resource is the document that Azure answers with; keys that begin with "_" are the
+    rehearsal's own and are never sent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,26 +70,29 @@ class Cloud:
         state: Json = {"resources": {}, "operations": {}, "quota": {}}
         if self._state_file.is_file():
             state |= json.loads(self._state_file.read_text(encoding="utf-8"))
+        # By id in lower case: Azure ignores case in ids and answers with the first spelling.
         self.resources: dict[str, Json] = state["resources"]
-        self.operations: dict[str, Json] = state["operations"]
-        self.quota: dict[str, int] = state["quota"]
+        self.operations = {k: Operation(**v) for k, v in state["operations"].items()}
+        self.quota: dict[str, int] = state["quota"]  # cores granted, by "region/family"
         self._saved = ""
-
-    # --- resources: documents as Azure answers them; what begins with "_" is ours alone ---
 
     def get(self, arm_id: str) -> Json | None:
         """The resource, or None."""
         return self.resources.get(arm_id.lower())
 
-    def need(self, arm_id: str, what: str = "resource") -> Json:
-        """The resource. Raises AzureError (404)."""
-        found = self.get(arm_id)
-        if found is None:
+    def need(
+        self, arm_id: str, what: str = "resource", *, code: str = "", message: str = ""
+    ) -> Json:
+        """The resource. Raises AzureError (404): `what` was not found, or `message`."""
+        resource = self.get(arm_id)
+        if resource is None and message:
+            raise AzureError(404, code or "ResourceNotFound", message)
+        if resource is None:
             raise not_found(what, arm_id)
-        return found
+        return resource
 
     def put(self, arm_id: str, kind: str, body: Json) -> Json:
-        """Store `body` as resource `arm_id`; the first who wrote the id settles its case."""
+        """Store `body` as the resource `arm_id`."""
         before = self.get(arm_id)
         real_id = before["id"] if before else arm_id
         document = {"id": real_id, "name": real_id.rsplit("/", 1)[-1], "type": kind, **body}
@@ -79,10 +100,16 @@ class Cloud:
         return document
 
     def delete(self, arm_id: str) -> None:
-        """Forget the resource and everything below it."""
+        """Remove the resource and everything below it."""
         prefix = arm_id.lower()
         for key in [k for k in self.resources if k == prefix or k.startswith(prefix + "/")]:
             del self.resources[key]
+
+    def delete_now(self, arm_id: str) -> Reply:
+        """Remove a resource that takes no time to go: 200, or 204 where there is none."""
+        existed = self.get(arm_id) is not None
+        self.delete(arm_id)
+        return Reply(200 if existed else 204)
 
     def release(self, arm_id: str) -> None:
         """Stop the servers at and below a resource; AzureError (409) while a job runs there."""
@@ -99,68 +126,65 @@ class Cloud:
     def children(self, prefix: str, kind: str = "") -> list[Json]:
         """The resources below `prefix` (of one kind), oldest first."""
         start = prefix.lower().rstrip("/") + "/"
-        found = [doc for key, doc in self.resources.items() if key.startswith(start)]
-        return [doc for doc in found if not kind or doc["type"].lower() == kind.lower()]
+        docs = [doc for key, doc in self.resources.items() if key.startswith(start)]
+        return [doc for doc in docs if not kind or doc["type"].lower() == kind.lower()]
 
     def save(self) -> None:
         """Write state.json if anything changed."""
-        state = {name: getattr(self, name) for name in ("resources", "operations", "quota")}
+        operations = {name: dataclasses.asdict(op) for name, op in self.operations.items()}
+        state = {"resources": self.resources, "operations": operations, "quota": self.quota}
         text = json.dumps(state, indent=1)
         if text != self._saved:
             write_atomically(self._state_file, text)
             self._saved = text
 
     # --- long-running operations ---
+    # Microsoft's REST guidelines for asynchronous calls: 201 or 202 with Azure-AsyncOperation (a
+    # status to poll) and Location (the result).
 
-    def operate(self, doc: Json, *, seconds: float = 0.0, kind: str = "operations") -> Json:
-        """Begin an operation on `doc` that ends after `seconds`; below 0: by `finish` alone."""
-        name = str(uuid.uuid4())
-        by_itself = seconds >= 0
-        slow = self.faults.slowness(doc["id"], kind) if by_itself else 0.0
-        ends = time.time() + seconds + slow if by_itself else None
-        self.operations[name] = {
-            "status": "InProgress",
-            "resource": doc["id"],
-            "ends": ends,
-            "kind": kind,
-        }
-        return {"name": name, **self.operations[name]}
+    def operate(self, doc: Json, *, kind: str = "operations", by_itself: bool = True) -> Operation:
+        """Begin an operation on `doc` that ends at once, an injected delay aside.
+
+        One that does not end `by_itself` ends by `finish` alone.
+        """
+        ends = time.time() + self.faults.slowness(doc["id"], kind) if by_itself else None
+        operation = Operation(str(uuid.uuid4()), doc["id"], kind, ends)
+        self.operations[operation.name] = operation
+        return operation
 
     def finish(self, name: str, error: Json | None = None) -> None:
         """End an operation; the resource's provisioning state follows it."""
         operation = self.operations[name]
-        if operation["status"] != "InProgress":
+        if operation.status != "InProgress":
             return
-        operation["status"] = "Failed" if error else "Succeeded"
-        operation["error"] = error
-        resource = self.get(operation["resource"])
+        operation.status = "Failed" if error else "Succeeded"
+        operation.error = error
+        resource = self.get(operation.resource)
         if resource is None:
             return
-        if operation["kind"] == "delete" and not error:
+        if operation.kind == "delete" and not error:
             self.delete(resource["id"])
         else:
-            resource.setdefault("properties", {})["provisioningState"] = operation["status"]
+            resource.setdefault("properties", {})["provisioningState"] = operation.status
             if error:
                 resource["properties"]["provisioningErrors"] = [{"error": error}]
 
     def settle(self) -> None:
         """End the operations whose time has come."""
         for name, operation in list(self.operations.items()):
-            ends = operation["ends"]
-            if operation["status"] == "InProgress" and ends is not None and ends <= time.time():
-                self.finish(name, self.faults.failure(operation["resource"], operation["kind"]))
+            ends = operation.ends
+            if operation.status == "InProgress" and ends is not None and ends <= time.time():
+                self.finish(name, self.faults.failure(operation.resource, operation.kind))
 
-    def accepted(self, doc: Json, operation: Json, status: int, *, body: bool = True) -> Reply:
+    def accepted(self, doc: Json, operation: Operation, status: int, *, body: bool = True) -> Reply:
         """The first answer of a long-running operation, with the addresses to poll."""
         subscription = doc["id"].split("/")[2]
         region = doc.get("location") or "eastus"
         base = f"https://{ARM}/subscriptions/{subscription}/providers/Microsoft.Rehearsal"
-        query = "api-version=2024-10-01"
-        where = f"locations/{region}/operationsStatus/{operation['name']}?{query}"
-        result = f"locations/{region}/operationResults/{operation['name']}?{query}"
+        tail = f"{operation.name}?api-version=2024-10-01"
         headers = {
-            "Azure-AsyncOperation": f"{base}/{where}",
-            "Location": f"{base}/{result}",
+            "Azure-AsyncOperation": f"{base}/locations/{region}/operationsStatus/{tail}",
+            "Location": f"{base}/locations/{region}/operationResults/{tail}",
             **POLL,
         }
         return Reply(status, public(doc) if body else None, headers)
@@ -187,14 +211,17 @@ class Cloud:
     def _fernet(self) -> Fernet:
         return Fernet(base64.urlsafe_b64encode(hashlib.sha256(self._seed).digest()))
 
-    # --- journal ---
-
-    def journal(self, method: str, host: str, path: str, status: int | str) -> None:
+    def journal(self, request: Request, status: int | str) -> None:
         """One line for a call that was answered: no query, no header, no body, so no secret."""
-        entry = {"time": round(time.time(), 3), "method": method, "host": host, "path": path}
-        line = json.dumps({**entry, "status": status}) + "\n"
+        entry = {
+            "time": round(time.time(), 3),
+            "method": request.method,
+            "host": request.host,
+            "path": request.path,
+            "status": status,
+        }
         with self.lock, (self.folder / "calls.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line)
+            stream.write(json.dumps(entry) + "\n")
 
 
 router: Router[Cloud] = Router()
@@ -202,7 +229,7 @@ route = router.route
 
 
 def public(doc: Json) -> Json:
-    """`doc` without what is ours alone."""
+    """`doc` without the rehearsal's own keys."""
     return {k: copy.deepcopy(v) for k, v in doc.items() if not k.startswith("_")}
 
 
@@ -224,13 +251,8 @@ def stamps() -> Json:
 
 def need_group(cloud: Cloud, request: Request) -> Json:
     """The resource group of the request. Raises AzureError (404)."""
-    found = cloud.get(request.id(GROUP))
-    if found is None:
-        name = request.args["rg"]
-        raise AzureError(
-            404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found."
-        )
-    return found
+    text = f"Resource group '{request.args['rg']}' could not be found."
+    return cloud.need(request.id(GROUP), code="ResourceGroupNotFound", message=text)
 
 
 def check_location(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Starts, finds and stops the process of a rehearsal, and runs commands inside one.
 
-Reads and writes process.json (id and port) and control.log in the rehearsal's folder; reads its
-journal calls.jsonl.
+Reads and writes process.json (process and port) and control.log in the rehearsal's folder; reads
+its journal calls.jsonl.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from filelock import FileLock
 from .cloud import CLIENT, TENANT, Cloud
 from .faults import Fault, Faults, from_environment
 from .identity import client_secret
-from .processes import ProcessId, RehearsalError, child_environment, write_atomically
+from .processes import ProcessId, RehearsalError, spawn, write_atomically
 from .wire import Json
 
 SUBSCRIPTION = "5ab5c817-0000-4000-8000-5ab5c8170000"
-_MODULE = "phi3_rehearsal"
-_WAIT_SECONDS, _POLL_SECONDS = 60.0, 0.05
+_START_SECONDS, _STOP_SECONDS, _POLL_SECONDS = 60.0, 60.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,11 @@ class Rehearsal:
 
     def about(self) -> Json:
         """What anybody may know of it: no secret."""
-        return {
-            "state": "running",
-            "folder": str(self.folder),
-            "proxy": self.url,
-            "ca_file": str(self.ca_file),
-            "pid": self.pid,
-        }
+        names = {"folder": self.folder, "proxy": self.url, "ca_file": self.ca_file}
+        return {"state": "running", **{k: str(v) for k, v in names.items()}, "pid": self.pid}
 
     def close(self) -> None:
-        """Stop it, with every job and server it runs; what it knows stays in its folder."""
+        """Stop it, with every job and server it runs; its state stays in its folder."""
         stop(self.folder)
 
     def fault(self, text: str) -> Fault:
@@ -74,7 +68,7 @@ class Rehearsal:
 
 
 def held(folder: Path) -> dict[str, int]:
-    """What the rehearsal of `folder` holds: how many of each type."""
+    """How many resources of each type the rehearsal of `folder` holds."""
     if not (folder / "state.json").is_file():
         return {}
     kinds = [str(doc["type"]).partition("/")[2] for doc in Cloud(folder).resources.values()]
@@ -86,66 +80,68 @@ def start(folder: Path, *, faults: Sequence[str] = ()) -> Rehearsal:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        found = find(folder)
-        if found is None:
+        rehearsal = find(folder)
+        if rehearsal is None:
             _spawn(folder)
-            found = find(folder)
-    if found is None:
+            rehearsal = find(folder)
+    if rehearsal is None:
         raise RehearsalError(f"The rehearsal did not start; see {folder / 'control.log'}")
     for text in [*from_environment(), *faults]:
-        found.fault(text)
-    return found
+        rehearsal.fault(text)
+    return rehearsal
 
 
 def find(folder: Path) -> Rehearsal | None:
     """The rehearsal of `folder`, if it runs."""
-    file = folder / "process.json"
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        process, port = ProcessId(known["pid"], known["create_time"]), int(known["port"])
+        saved = json.loads((folder / "process.json").read_text(encoding="utf-8"))
+        process, port = ProcessId(saved["pid"], saved["create_time"]), int(saved["port"])
     except (OSError, ValueError, KeyError):
         return None
     if process.find() is None:
         return None
-    url = f"http://127.0.0.1:{port}"
-    return Rehearsal(folder, url, folder / "ca.pem", process, environment_of(folder, url))
+    url, ca_file = f"http://127.0.0.1:{port}", folder / "ca.pem"
+    return Rehearsal(folder, url, ca_file, process, _environment(folder, url, str(ca_file)))
 
 
-def stop(folder: Path, timeout: float = 60.0) -> bool:
+def stop(folder: Path) -> bool:
     """Stop the rehearsal of `folder`; False when none runs."""
-    found = find(folder)
-    if found is None:
+    rehearsal = find(folder)
+    process = rehearsal.process.find() if rehearsal else None
+    if process is None:
         return False
     try:
-        process = psutil.Process(found.pid)
         process.terminate()
-        process.wait(timeout)
+        process.wait(_STOP_SECONDS)
     except psutil.NoSuchProcess:
         pass
     except psutil.TimeoutExpired:
         raise RehearsalError(
-            f"The rehearsal's process {found.pid} does not end; end it with: kill -9 {found.pid}"
+            f"The rehearsal's process {process.pid} does not end; end it with: kill -9 "
+            f"{process.pid}"
         ) from None
     return True
 
 
-def environment_of(folder: Path, url: str) -> dict[str, str]:
-    """The variables with which the official SDKs reach the rehearsal instead of Azure."""
-    ca_file = str(folder / "ca.pem")
-    secret = client_secret(Cloud(folder))
+def _environment(folder: Path, url: str, ca_file: str) -> dict[str, str]:
+    """The variables that lead the official SDKs to the rehearsal instead of Azure.
+
+    azure-core, msal, requests, the storage SDK and Prompt flow all read them: real host names, no
+    change of code.
+    """
+    local = "localhost,127.0.0.1,::1"
     return {
         "HTTPS_PROXY": url,
         "https_proxy": url,
-        "NO_PROXY": "localhost,127.0.0.1,::1",
-        "no_proxy": "localhost,127.0.0.1,::1",
-        "REQUESTS_CA_BUNDLE": ca_file,
-        "CURL_CA_BUNDLE": ca_file,
-        "SSL_CERT_FILE": ca_file,
+        "NO_PROXY": local,
+        "no_proxy": local,
+        **dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), ca_file),
         "AZURE_TENANT_ID": TENANT,
         "AZURE_CLIENT_ID": CLIENT,
-        "AZURE_CLIENT_SECRET": secret,
+        "AZURE_CLIENT_SECRET": client_secret(Cloud(folder)),
         "AZURE_SUBSCRIPTION_ID": SUBSCRIPTION,
-        # Read by azure-ai-ml: how often a job's logs are asked for.
+        # Read by azure-ai-ml when it is imported: seconds between two looks at a job's logs, which
+        # grow from 2 to 60 by themselves.
         "AZUREML_RUN_POLLING_INTERVAL_MIN": "1",
         "AZUREML_RUN_POLLING_INTERVAL_MAX": "1",
     }
@@ -160,30 +156,22 @@ def calls(folder: Path) -> list[Json]:
 
 
 def _spawn(folder: Path) -> None:
-    """Start the process and wait until it tells its port."""
-    file = folder / "process.json"
+    """Start the process and wait until it has written its port."""
+    file, log = folder / "process.json", folder / "control.log"
     port = _last_port(file)
     file.unlink(missing_ok=True)
-    with (folder / "control.log").open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", _MODULE, "serve", str(folder), str(port)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=child_environment(),
-            start_new_session=True,  # it outlives the command that started it
-        )
-    deadline = time.monotonic() + _WAIT_SECONDS
+    process = spawn("phi3_rehearsal", "serve", str(folder), str(port), log=log)
+    deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and not file.is_file():
         if process.poll() is not None:
-            lines = (folder / "control.log").read_text(encoding="utf-8").splitlines()
+            lines = log.read_text(encoding="utf-8").splitlines()
             why = lines[-1] if lines else "its log is empty"
             raise RehearsalError(f"The rehearsal did not start: {why}")
         time.sleep(_POLL_SECONDS)
 
 
 def _last_port(file: Path) -> int:
-    """Where it listened before, so that those who were told find it again; 0 for the first time."""
+    """Where it listened before, for programs that still have its variables; 0 the first time."""
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["port"])
     except (OSError, ValueError, KeyError):
@@ -191,7 +179,7 @@ def _last_port(file: Path) -> int:
 
 
 def write_process(folder: Path, port: int) -> None:
-    """Tell who answers, and where; called by the process itself."""
+    """Say which process answers, and where; called by the process itself."""
     state = {**dataclasses.asdict(ProcessId.of(os.getpid())), "port": port}
     write_atomically(folder / "process.json", json.dumps(state))
 
@@ -200,35 +188,31 @@ def write_process(folder: Path, port: int) -> None:
 
 _STORAGE = (".blob.core.windows.net", ".file.core.windows.net")
 _PREFIX = re.compile(r"/subscriptions/[^/]+/resourceGroups/[^/]+/providers/", re.IGNORECASE)
-# They would lead the sign-in elsewhere.
-_OTHER_SIGN_INS = {
-    "AZURE_AUTHORITY_HOST",
-    "AZURE_CLIENT_CERTIFICATE_PATH",
-    "AZURE_FEDERATED_TOKEN_FILE",
-    "AZURE_TOKEN_CREDENTIALS",
-    "IDENTITY_ENDPOINT",
-    "MSI_ENDPOINT",
-}
-_SECONDS = 0.2
+# Variables of other ways to sign in, which azure-identity would try first.
+_OTHER_SIGN_INS = (
+    *("AZURE_AUTHORITY_HOST", "AZURE_CLIENT_CERTIFICATE_PATH", "AZURE_FEDERATED_TOKEN_FILE"),
+    *("AZURE_TOKEN_CREDENTIALS", "IDENTITY_ENDPOINT", "MSI_ENDPOINT"),
+)
+_FOLLOW_SECONDS = 0.2
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def run_inside(command: Sequence[str], folder: Path) -> int:
     """Run `command` inside the rehearsal of `folder` (started if need be); its exit status.
 
-    The calls that are answered meanwhile are shown on standard error.
+    The calls that it makes are shown on standard error.
     """
     rehearsal = start(folder)
-    kept = {name: value for name, value in os.environ.items() if name not in _OTHER_SIGN_INS}
-    environment = {**kept, **rehearsal.env}
-    if os.environ.get("AZURE_SUBSCRIPTION_ID"):
-        environment["AZURE_SUBSCRIPTION_ID"] = os.environ["AZURE_SUBSCRIPTION_ID"]
+    own = {name: value for name, value in os.environ.items() if name not in _OTHER_SIGN_INS}
+    environment = {**own, **rehearsal.env}
+    if own.get("AZURE_SUBSCRIPTION_ID"):  # any subscription exists in a rehearsal
+        environment["AZURE_SUBSCRIPTION_ID"] = own["AZURE_SUBSCRIPTION_ID"]
     ended = threading.Event()
     journal = rehearsal.folder / "calls.jsonl"
     shown_from = journal.stat().st_size if journal.is_file() else 0
     arguments = (journal, ended, sys.stderr, shown_from)
     follower = threading.Thread(target=follow, args=arguments, daemon=True)
-    # Before the thread: the child takes a step between fork and exec.
+    # Before the thread starts: preexec_fn is unsafe in a process with threads.
     process = subprocess.Popen(  # noqa: S603 - the caller's own command, no shell
         command, env=environment, preexec_fn=ends_with_parent()
     )
@@ -266,20 +250,20 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -> None:
-    """Show the journal's calls from `position` on until `ended`; a poll that repeats once."""
+    """Show the journal's calls after byte `position` until `ended`, repeated polls only once."""
     seen: set[str] = set()
     count = 0
     while True:
-        done = ended.wait(_SECONDS)
+        done = ended.wait(_FOLLOW_SECONDS)
         lines, position = _new_lines(path, position)
         for line in lines:
             call = json.loads(line)
             count += 1
-            text = in_short(call)
+            text = _in_short(call)
             if text not in seen:
                 out.write(f"rehearsal: {text}\n")
             if call["method"] not in ("GET", "HEAD") and not call["host"].endswith(_STORAGE):
-                seen.clear()  # something changed: what is asked now is news
+                seen.clear()  # something changed: the next answer to a poll is news
             seen.add(text)
         if done:
             out.write(f"rehearsal: {count} calls answered\n")
@@ -289,7 +273,7 @@ def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -
 
 
 def _new_lines(path: Path, position: int) -> tuple[list[str], int]:
-    """The whole lines behind `position`, and where they end."""
+    """The whole lines after `position`, and where they end."""
     if not path.is_file():
         return [], position
     with path.open("rb") as stream:
@@ -299,13 +283,9 @@ def _new_lines(path: Path, position: int) -> tuple[list[str], int]:
     return whole.decode().splitlines(), position + len(whole)
 
 
-def describe(call: Json) -> str:
-    """One call as people read it."""
-    return f"{call['status']} {call['method']} {call['host']}{call['path']}"
-
-
-def in_short(call: Json) -> str:
-    """The call without what all have in common; of files that go up and down only where to."""
+def _in_short(call: Json) -> str:
+    """The call without what all ids have in common; of files only which account they are in."""
     if str(call["host"]).endswith(_STORAGE):
         return f"{call['method']} {call['host']}/…"
-    return _PREFIX.sub("/…/", describe(call))
+    text = f"{call['status']} {call['method']} {call['host']}{call['path']}"
+    return _PREFIX.sub("/…/", text)

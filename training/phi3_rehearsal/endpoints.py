@@ -229,9 +229,9 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
         "_model": str(folder),
     }
     deployment = cloud.put(arm_id, DEPLOYMENT_KIND, document)
-    operation = cloud.operate(deployment, seconds=-1)
+    operation = cloud.operate(deployment, by_itself=False)
     starter = threading.Thread(
-        target=_bring_up, args=(cloud, deployment, operation["name"], error), daemon=True
+        target=_bring_up, args=(cloud, deployment, operation.name, error), daemon=True
     )
     starter.start()
     return cloud.accepted(deployment, operation, 200 if before else 201)
@@ -279,7 +279,7 @@ def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
     if asked.startswith("azureml://registries/"):
         if registered is None or registered[1].archived:
             raise bad(f"The model '{asked}' is archived or does not exist.", "BadArgument")
-        return cloud.folder / "catalogue" / "mlflow"
+        return tiny_model.folder_in(assets.catalogue(cloud))
     doc = cloud.get(asked)
     if doc is None:
         raise bad(f"The model '{asked}' was not found.", "BadArgument")
@@ -349,8 +349,8 @@ def _bring_up(cloud: Cloud, deployment: Json, operation: str, error: Json | None
 
 def _start_server(cloud: Cloud, deployment: Json, log: Path) -> processes.Server:
     folder = Path(deployment["_model"])
-    if folder == cloud.folder / "catalogue" / "mlflow":
-        tiny_model.make(cloud.folder / "catalogue")
+    if folder == tiny_model.folder_in(assets.catalogue(cloud)):
+        tiny_model.make(assets.catalogue(cloud))
     weights = tiny_model.weights_in(folder)
     if weights is None:
         raise RehearsalError(f"No weights were found in the model of '{deployment['name']}'.")
@@ -380,13 +380,13 @@ def resume_deployments(cloud: Cloud) -> None:
         running = [
             name
             for name, op in cloud.operations.items()
-            if op["resource"] == deployment["id"] and op["status"] == "InProgress"
+            if op.resource == deployment["id"] and op.status == "InProgress"
         ]
         server = processes.server_process(deployment)
         alive = server is not None and server.find() is not None
         ready = deployment["properties"]["provisioningState"] == "Succeeded"
         if running or (ready and not alive):
-            name = running[0] if running else cloud.operate(deployment, seconds=-1)["name"]
+            name = running[0] if running else cloud.operate(deployment, by_itself=False).name
             arguments = (cloud, deployment, name, None)
             threading.Thread(target=_bring_up, args=arguments, daemon=True).start()
 

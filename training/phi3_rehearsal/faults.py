@@ -1,9 +1,9 @@
-"""Faults that are injected on demand: which call or resource they befall, how, and how often.
+"""Injected faults: which call or resource they happen to, how, and how often.
 
-Reads and writes faults.json in the rehearsal's folder, so that a running rehearsal learns of them.
+Reads and writes faults.json in the rehearsal's folder, where a running rehearsal sees them.
 
-    PUT */onlineEndpoints/* 429 retry-after=1 times=2    an answer in the service's place
-    PUT */jobs/* reset                                   the connection is cut, nothing was done
+    PUT */onlineEndpoints/* 429 retry-after=1 times=2    this answer instead of the service's
+    PUT */jobs/* reset                                   the connection breaks, nothing was done
     PUT */jobs/* reset-after                             it was done, the answer is lost
     GET */operationsStatus/* lost times=1                a poll that finds nothing (404)
     * */deployments/* failed code=…                      the operation or the job fails
@@ -17,12 +17,14 @@ import json
 import os
 import shlex
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .processes import UsageError, write_atomically
 from .wire import AzureError, Json, Request
 
+# Code and message that Azure Resource Manager sends with each status.
 _CODES = {
     400: ("BadRequest", "The request is invalid."),
     401: ("ExpiredAuthenticationToken", "The access token has expired."),
@@ -36,12 +38,14 @@ _CODES = {
     503: ("ServiceUnavailable", "The service is not available."),
     504: ("GatewayTimeout", "The gateway did not answer in time."),
 }
-_KINDS = ("reset", "reset-after", "lost", "failed", "slow", "quota")
+# Kinds that happen to the work on a resource; the others happen to one call.
+_ON_RESOURCES = ("failed", "slow", "quota")
+_KINDS = ("reset", "reset-after", "lost", *_ON_RESOURCES)
 
 
 @dataclass
 class Fault:
-    """One fault. `left` counts down; at 0 it is over."""
+    """One fault. `left` counts down to 0."""
 
     method: str
     path: str
@@ -78,7 +82,7 @@ class Fault:
             ) from None
         setattr(self, {"times": "left", "retry-after": "retry_after"}.get(name, name), converted)
 
-    def shown(self) -> str:
+    def as_typed(self) -> str:
         """The fault as it is typed."""
         more = {"times": self.left, "seconds": self.seconds, "retry-after": self.retry_after}
         more |= {"code": self.code, "message": self.message}
@@ -86,12 +90,12 @@ class Fault:
         return shlex.join([self.method, self.path, self.kind, *words])
 
     def fits(self, method: str, path: str) -> bool:
-        """Whether it is still to happen to this call."""
+        """Whether it is still to happen to this call or resource."""
         named = self.method in ("*", method)
         return self.left > 0 and named and fnmatch.fnmatch(path.lower(), self.path.lower())
 
     def error(self) -> AzureError:
-        """The answer in the service's place."""
+        """The answer instead of the service's."""
         status = 404 if self.kind == "lost" else int(self.kind)
         code, message = _CODES.get(status, ("InjectedFault", "An injected fault."))
         headers = {"Retry-After": self.retry_after} if self.retry_after else {}
@@ -106,29 +110,28 @@ class Faults:
         self._lock = threading.Lock()
 
     def add(self, text: str) -> Fault:
-        """Add a fault; raises UsageError when it is none."""
+        """Add a fault; raises UsageError when the text is none."""
         fault = Fault.parse(text)
         with self._lock:
             self._write([*self._read(), fault])
         return fault
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all."""
         with self._lock:
             self._path.unlink(missing_ok=True)
 
-    def all(self) -> list[Fault]:
+    def pending(self) -> list[Fault]:
         """Those that are still to happen."""
         return [fault for fault in self._read() if fault.left > 0]
 
     def of_call(self, request: Request) -> Fault | None:
-        """The fault that befalls this call, used up by one."""
-        wanted = ("failed", "slow", "quota")
-        where = request.host + request.path
-        return self._take(lambda f: f.kind not in wanted and f.fits(request.method, where))
+        """The fault that is to happen to this call; it counts down by one."""
+        path = request.host + request.path
+        return self._take(lambda f: f.kind not in _ON_RESOURCES and f.fits(request.method, path))
 
     def slowness(self, arm_id: str, kind: str) -> float:
-        """Seconds by which an operation on the resource (or the job) is slowed down."""
+        """Seconds by which an operation on the resource (or the job) takes longer."""
         method = _method_of(kind)
         fault = self._take(lambda f: f.kind == "slow" and f.fits(method, arm_id))
         return fault.seconds if fault else 0.0
@@ -139,17 +142,17 @@ class Faults:
         fault = self._take(lambda f: f.kind in ("failed", "quota") and f.fits(method, arm_id))
         if fault is None:
             return None
-        quota = fault.kind == "quota"
-        code = fault.code or ("OutOfQuota" if quota else "InternalServerError")
-        said = "Not enough quota available." if quota else "The operation failed (injected)."
-        return {"code": code, "message": fault.message or said}
+        if fault.kind == "quota":
+            code, message = "OutOfQuota", "Not enough quota available."
+        else:
+            code, message = "InternalServerError", "The operation failed (injected)."
+        return {"code": fault.code or code, "message": fault.message or message}
 
-    def _take(self, wanted: object) -> Fault | None:
-        assert callable(wanted)  # noqa: S101 - for mypy
+    def _take(self, chosen: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             faults = self._read()
             for fault in faults:
-                if wanted(fault):
+                if chosen(fault):
                     fault.left -= 1
                     self._write([f for f in faults if f.left > 0])
                     return fault
@@ -170,6 +173,6 @@ def _method_of(kind: str) -> str:
 
 
 def from_environment() -> list[str]:
-    """The faults of $PHI3_REHEARSAL_FAULTS, one per line or semicolon."""
+    """The faults of $PHI3_REHEARSAL_FAULTS, one per line or separated by semicolons."""
     text = os.environ.get("PHI3_REHEARSAL_FAULTS", "")
     return [line.strip() for line in text.replace(";", "\n").splitlines() if line.strip()]

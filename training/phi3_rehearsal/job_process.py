@@ -6,6 +6,7 @@ works in FOLDER/work.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,160 +26,192 @@ from .offers import INPUTS
 from .processes import RehearsalError, free_port, write_atomically
 from .wire import Json
 
-_PLACE = re.compile(r"\$\{\{(inputs|outputs)\.([\w-]+)\}\}")
-_OPTIONAL = re.compile(r"\$\[\[(.*?)\]\]", re.DOTALL)
+
+@dataclass
+class JobInput:
+    """An input as it is given to the command: a literal, or the file or folder it lies in."""
+
+    literal: str | None = None
+    path: str | None = None
+
+
+@dataclass
+class JobPlan:
+    """What the process of a job has to do; as job.json. All paths are of this machine."""
+
+    inputs: dict[str, JobInput]
+    # Of a command job.
+    command: str | None = None  # None: the fine-tuning pipeline
+    code: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    nodes: int = 1
+    processes: int = 1  # on each node
+    # Of the pipeline: for each output of the component, the pipeline's output that it becomes.
+    bound: dict[str, str] = field(default_factory=dict)
+    # Known once the job is accepted.
+    name: str = ""
+    experiment: str = ""
+    workspace: str = ""
+    outputs: dict[str, str] = field(default_factory=dict)
+    artifacts: str = ""
+    catalogue: str = ""
+    # Injected faults.
+    slow_seconds: float = 0.0
+    failure: Json | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> JobPlan:
+        """Read job.json."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        inputs = {name: JobInput(**value) for name, value in content.pop("inputs").items()}
+        return cls(inputs=inputs, **content)
+
+    def write(self, file: Path) -> None:
+        """Write job.json."""
+        write_atomically(file, json.dumps(dataclasses.asdict(self), indent=1))
+
+    def log(self, name: str) -> Path:
+        """Where a log of the job lies, with the names that Azure gives them."""
+        path = Path(self.artifacts, "user_logs", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 def run_job(folder: Path) -> int:
-    """Run the job; its end is in status.json whatever happens."""
-    job: Json = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    times = {"start": now()}
-    _tell(folder, "Running", times)
+    """Run the job; how it ended is in status.json whatever happens."""
+    plan = JobPlan.read(folder / "job.json")
+    status: Json = {"status": "Running", "start": now()}
+    write_atomically(folder / "status.json", json.dumps(status))
     try:
-        error = _run(folder, job)
+        error = _run(folder, plan)
     except (RehearsalError, OSError) as problem:
         error = {"code": "UserError", "message": str(problem)}
-    times["end"] = now()
-    if error:
-        _tell(folder, "Failed", times, error)
-        return 1
-    _tell(folder, "Completed", times)
-    return 0
+    status |= {"status": "Failed" if error else "Completed", "end": now()}
+    write_atomically(
+        folder / "status.json", json.dumps(status | ({"error": error} if error else {}))
+    )
+    return 1 if error else 0
 
 
-def _tell(folder: Path, status: str, times: Json, error: Json | None = None) -> None:
-    said = {"status": status, **times, **({"error": error} if error else {})}
-    write_atomically(folder / "status.json", json.dumps(said))
-
-
-def _run(folder: Path, job: Json) -> Json | None:
-    time.sleep(job["slow"])
-    if job["fail"]:
-        log = _log_file(job, "std_log.txt")
-        log.write_text(f"{job['fail']['code']}: {job['fail']['message']}\n", encoding="utf-8")
-        return dict(job["fail"])
+def _run(folder: Path, plan: JobPlan) -> Json | None:
+    """The error with which the job ends, or None."""
+    time.sleep(plan.slow_seconds)
+    if plan.failure:
+        text = f"{plan.failure['code']}: {plan.failure['message']}\n"
+        plan.log("std_log.txt").write_text(text, encoding="utf-8")
+        return plan.failure
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    inputs = _inputs(job, work)
-    if job["kind"] == "pipeline":
-        outputs = _run_pipeline(job, inputs, work, _log_file)
+    inputs = {
+        name: _input(plan, item, work / "inputs" / name) for name, item in plan.inputs.items()
+    }
+    if plan.command is None:
+        outputs = _run_pipeline(plan, inputs, work)
     else:
-        outputs = {name: work / "outputs" / name for name in job["outputs"]}
+        outputs = {name: work / "outputs" / name for name in plan.outputs}
         for place in outputs.values():
             place.mkdir(parents=True)
-        error = _command(job, inputs, outputs, work)
+        error = _run_command(plan, plan.command, inputs, outputs, work)
         if error:
             return error
     for name, place in outputs.items():
-        tiny_model.link(place, Path(job["outputs"][name]))
+        tiny_model.link(place, Path(plan.outputs[name]))
     shutil.rmtree(work)
     return None
 
 
-def _inputs(job: Json, work: Path) -> dict[str, str]:
-    """Each input as the text that stands for it: a value, or where its copy lies."""
-    found = {}
-    for name, item in job["inputs"].items():
-        if "literal" in item:
-            found[name] = item["literal"]
-            continue
-        source = Path(item["path"])
-        if source == Path(job["catalogue"]) / "mlflow":
-            tiny_model.make(Path(job["catalogue"]))
-        target = work / "inputs" / name / source.name
-        tiny_model.link(source, target)
-        found[name] = str(target)
-    return found
+def _input(plan: JobPlan, item: JobInput, target: Path) -> str:
+    """An input as the text that stands for it: a value, or where its copy lies."""
+    if item.path is None:
+        return str(item.literal)
+    source = Path(item.path)
+    if source == tiny_model.folder_in(Path(plan.catalogue)):
+        tiny_model.make(Path(plan.catalogue))
+    tiny_model.link(source, target / source.name)
+    return str(target / source.name)
 
 
-def _log_file(job: Json, name: str) -> Path:
-    path = Path(job["artifacts"]) / "user_logs" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+# --- command jobs ---
+
+_PLACE = re.compile(r"\$\{\{(inputs|outputs)\.([\w-]+)\}\}")
+_OPTIONAL = re.compile(r"\$\[\[(.*?)\]\]", re.DOTALL)
 
 
-def _command(
-    job: Json, inputs: dict[str, str], outputs: dict[str, Path], work: Path
+def _run_command(
+    plan: JobPlan, command: str, inputs: dict[str, str], outputs: dict[str, Path], work: Path
 ) -> Json | None:
     """Run the command in every process of every node; the error of the first that fails."""
     code = work / "code"
-    if job["code"]:
-        tiny_model.link(Path(job["code"]), code)
+    if plan.code:
+        tiny_model.link(Path(plan.code), code)
     code.mkdir(exist_ok=True)
-    text = _filled(job["command"], {**inputs}, {k: str(v) for k, v in outputs.items()})
-    count = job["nodes"] * job["processes"]
-    port = free_port()
+    text = _filled(command, {"inputs": inputs, "outputs": {k: str(v) for k, v in outputs.items()}})
+    count, port = plan.nodes * plan.processes, free_port()
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
     for rank in range(count):
         name = "std_log.txt" if count == 1 else f"std_log_process_{rank:02d}.txt"
-        log: IO[bytes] = _log_file(job, name).open("wb")
-        logs.append(log)
-        environment = _environment(job, rank, port) if count > 1 else _environment(job)
+        logs.append(plan.log(name).open("wb"))
         processes.append(
             subprocess.Popen(  # noqa: S603 - the user's own command, as on Azure
                 ["/bin/bash", "-c", text],
                 cwd=code,
-                env=environment,
+                env=_variables(plan, rank if count > 1 else None, port),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=logs[-1],
                 stderr=subprocess.STDOUT,
             )
         )
-    codes = [process.wait() for process in processes]
+    failed = [status for process in processes if (status := process.wait())]
     for log in logs:
         log.close()
-    failed = [code for code in codes if code]
     if not failed:
         return None
     message = f"Execution failed. User process exited with status code {failed[0]}."
     return {"code": "UserError", "message": message}
 
 
-def _filled(command: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
-    """The command with inputs and outputs in place; optional parts only where they are given."""
+def _filled(command: str, values: dict[str, dict[str, str]]) -> str:
+    """The command with inputs and outputs filled in; `$[[…]]` only where all of its are given."""
 
     def optional(match: re.Match[str]) -> str:
-        used = [name for _kind, name in _PLACE.findall(match.group(1))]
-        return match.group(1) if all(name in {**inputs, **outputs} for name in used) else ""
+        used = _PLACE.findall(match.group(1))
+        return match.group(1) if all(name in values[kind] for kind, name in used) else ""
 
-    def value(match: re.Match[str]) -> str:
-        return (inputs if match.group(1) == "inputs" else outputs)[match.group(2)]
-
-    return _PLACE.sub(value, _OPTIONAL.sub(optional, command))
+    return _PLACE.sub(lambda m: values[m.group(1)][m.group(2)], _OPTIONAL.sub(optional, command))
 
 
-def _environment(job: Json, rank: int | None = None, port: int = 0) -> dict[str, str]:
-    """What the service sets for a process of a job."""
-    parts = job["workspace"].split("/")
-    found = {
+def _variables(plan: JobPlan, rank: int | None, port: int) -> dict[str, str]:
+    """What the service sets for a process of a job; ranks as `distribution: pytorch` has them."""
+    parts = plan.workspace.split("/")
+    variables = {
         **os.environ,
-        "AZUREML_RUN_ID": job["name"],
-        "AZUREML_EXPERIMENT_NAME": job["experiment"],
+        "AZUREML_RUN_ID": plan.name,
+        "AZUREML_EXPERIMENT_NAME": plan.experiment,
         "AZUREML_ARM_SUBSCRIPTION": parts[2],
         "AZUREML_ARM_RESOURCEGROUP": parts[4],
         "AZUREML_ARM_WORKSPACE_NAME": parts[8],
-        "AZUREML_NODE_COUNT": str(job["nodes"]),
-        **{name: str(value) for name, value in job["environment"].items()},
+        "AZUREML_NODE_COUNT": str(plan.nodes),
+        **{name: str(value) for name, value in plan.environment.items()},
     }
     if rank is not None:
-        found |= {
+        variables |= {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank % job["processes"]),
-            "NODE_RANK": str(rank // job["processes"]),
-            "WORLD_SIZE": str(job["nodes"] * job["processes"]),
-            "LOCAL_WORLD_SIZE": str(job["processes"]),
+            "LOCAL_RANK": str(rank % plan.processes),
+            "NODE_RANK": str(rank // plan.processes),
+            "WORLD_SIZE": str(plan.nodes * plan.processes),
+            "LOCAL_WORLD_SIZE": str(plan.processes),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    return found
+    return variables
 
 
 # --- chat_completion_pipeline: `phi3 train` on the tiny model ---
 
-# The component's names that a recipe's `finetune` section has as well.
-_SAME: dict[str, Callable[[str], Any]] = {
+# The component's inputs that a recipe's `finetune` section has under the same name.
+_FINETUNE: dict[str, Callable[[str], Any]] = {
     "num_train_epochs": int,
     "per_device_train_batch_size": int,
     "gradient_accumulation_steps": int,
@@ -191,28 +225,23 @@ _SAME: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _run_pipeline(
-    job: Json, inputs: dict[str, str], work: Path, log_file: Callable[[Json, str], Path]
-) -> dict[str, Path]:
+def _run_pipeline(plan: JobPlan, inputs: dict[str, str], work: Path) -> dict[str, Path]:
     """Train as the inputs say; where each of the pipeline's outputs lies."""
-    weights = tiny_model.weights_in(tiny_model.make(Path(job["catalogue"])))
-    assert weights is not None  # noqa: S101 - we made it
+    weights = tiny_model.weights_in(tiny_model.make(Path(plan.catalogue)))
+    assert weights is not None  # noqa: S101 - it was made with weights
     recipe = work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(inputs, weights)), encoding="utf-8")
-    with log_file(job, "std_log.txt").open("wb") as log:
+    with plan.log("std_log.txt").open("wb") as log:
         model = tiny_model.train([str(recipe)], work / "runs", log)
     folders = {"mlflow_model_folder": work / "mlflow", "pytorch_model_folder": work / "pytorch"}
     tiny_model.as_mlflow(model, folders["mlflow_model_folder"])
     tiny_model.link(model, folders["pytorch_model_folder"])
-    return {job["bound"][name]: path for name, path in folders.items() if name in job["bound"]}
+    return {plan.bound[name]: path for name, path in folders.items() if name in plan.bound}
 
 
 def _recipe(inputs: dict[str, str], weights: Path) -> Json:
     """A recipe with the component's inputs, and its defaults where there are none."""
     values = {name: item.default for name, item in INPUTS.items() if item.default} | inputs
-    tuned = {name: kind(values[name]) for name, kind in _SAME.items() if name in values}
-    tuned["method"] = "lora" if values["apply_lora"] == "true" else "full"
-    tuned["num_threads"] = 1
     shape = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     data: Json = {
         "train": values["train_file_path"],
@@ -224,5 +253,9 @@ def _recipe(inputs: dict[str, str], weights: Path) -> Json:
         "name": "pipeline",
         "model": {"name_or_path": str(weights)},
         "data": data,
-        "finetune": tuned,
+        "finetune": {
+            **{name: convert(values[name]) for name, convert in _FINETUNE.items()},
+            "method": "lora" if values["apply_lora"] == "true" else "full",
+            "num_threads": 1,
+        },
     }

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import sys
 import uuid
 from urllib.parse import quote
 
@@ -20,7 +19,8 @@ import psutil
 from . import assets, offers
 from .cloud import ACTIVE, Cloud, listed, now, public, route, stamps
 from .identity import AUDIENCES, claims_of
-from .processes import ProcessId, child_environment, write_atomically
+from .job_process import JobInput, JobPlan
+from .processes import ProcessId, spawn, write_atomically
 from .storage import BlobFiles, account_sas
 from .wire import ARM, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
 from .workspaces import container_of, need_workspace, storage_account
@@ -29,10 +29,16 @@ KIND = f"{ML}/workspaces/jobs"
 _JOB = WORKSPACE + "/jobs/{name}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,254}")
 
+# Children are remembered so that their end can be collected; otherwise they stay as zombies.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
 
 @route("PUT", ARM, _JOB)
 def put_job(cloud: Cloud, request: Request) -> Reply:
-    """Submit a job; a name that exists already is answered with the job it names."""
+    """Submit a job; a name that exists already is answered with the job it names.
+
+    The SDK makes the name up and repeats the call when an answer is lost: that must start nothing.
+    """
     workspace, body = need_workspace(cloud, request), request.json()
     name, given = request.args["name"], body.get("properties") or {}
     before = cloud.get(request.id(_JOB))
@@ -44,106 +50,87 @@ def put_job(cloud: Cloud, request: Request) -> Reply:
     if not _NAME.fullmatch(name):
         raise bad(f"Job name '{name}' is invalid.", "ValidationError")
     kind = str(given.get("jobType"))
-    if kind not in ("Command", "Pipeline"):
+    if kind == "Command":
+        plan = _command_plan(cloud, workspace, given)
+    elif kind == "Pipeline":
+        _check_user_token(cloud, request.headers.get("x-azureml-token"))
+        plan = _pipeline_plan(cloud, workspace, given)
+    else:
         raise AzureError(501, "NotRehearsed", f"Jobs of type {kind} are not rehearsed")
-    if kind == "Pipeline":
-        check_user_token(cloud, request.headers.get("x-azureml-token"))
-    plan = (
-        _command_plan(cloud, workspace, given)
-        if kind == "Command"
-        else _pipeline_plan(cloud, workspace, given)
-    )
-    document = _job_document(workspace, name, given)
-    job = cloud.put(request.id(_JOB), KIND, document)
+    job = cloud.put(request.id(_JOB), KIND, _job_document(workspace, name, given))
     _start(cloud, workspace, job, plan)
     return Reply(201, public(job))
 
 
-def _start(cloud: Cloud, workspace: Json, job: Json, plan: Json) -> None:
+def _start(cloud: Cloud, workspace: Json, job: Json, plan: JobPlan) -> None:
     """Write job.json and start the process that carries the job out."""
     folder = cloud.folder / "jobs" / job["name"]
     folder.mkdir(parents=True, exist_ok=True)
     files = BlobFiles(cloud.folder, storage_account(workspace))
     artifacts = files.data / container_of(workspace, "workspaceartifactstore")
-    outputs = {
+    plan.name, plan.workspace = job["name"], workspace["id"]
+    plan.experiment = job["properties"]["experimentName"]
+    plan.outputs = {
         name: str(assets.locate(cloud, workspace, value["uri"]))
         for name, value in job["properties"]["outputs"].items()
         if name != "default"
     }
-    plan |= {
-        "name": job["name"],
-        "experiment": job["properties"]["experimentName"],
-        "workspace": workspace["id"],
-        "outputs": outputs,
-        "artifacts": str(artifacts / "ExperimentRun" / f"dcid.{job['name']}"),
-        "catalogue": str(cloud.folder / "catalogue"),
-        "slow": cloud.faults.slowness(job["id"], "job"),
-        "fail": cloud.faults.failure(job["id"], "job"),
-    }
-    write_atomically(folder / "job.json", json.dumps(plan, indent=1))
-    with (folder / "process.log").open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", "phi3_rehearsal", "job", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=child_environment(),
-            start_new_session=True,  # cancelling ends the whole group
-        )
+    plan.artifacts = str(artifacts / "ExperimentRun" / f"dcid.{job['name']}")
+    plan.catalogue = str(assets.catalogue(cloud))
+    plan.slow_seconds = cloud.faults.slowness(job["id"], "job")
+    plan.failure = cloud.faults.failure(job["id"], "job")
+    plan.write(folder / "job.json")
+    process = spawn("phi3_rehearsal", "job", str(folder), log=folder / "process.log")
     _children[process.pid] = process
     job["_process"] = dataclasses.asdict(ProcessId.of(process.pid))
 
 
-_children: dict[int, subprocess.Popen[bytes]] = {}
-
-
 def refreshed(cloud: Cloud, job: Json) -> Json:
-    """The job with the status that its process has come to."""
+    """The job with the status that its process has written."""
     properties = job["properties"]
     if properties["status"] not in ACTIVE:
         return job
-    file = cloud.folder / "jobs" / job["name"] / "status.json"
-    told: Json = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    status = told.get("status", "NotStarted")
-    if status in ACTIVE and _process_of(job) is None:
-        # Read again: it may have ended between the two looks.
-        told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        status = told.get("status", "NotStarted")
-        if status in ACTIVE:
+    written = _status_of(cloud, job)
+    if written["status"] in ACTIVE and _process_of(job) is None:
+        written = _status_of(cloud, job)  # it may have ended between the two looks
+        if written["status"] in ACTIVE:
             message = "The node went away while the job ran."
-            told, status = {"error": {"code": "SystemError", "message": message}}, "Failed"
-    properties["status"] = status
-    job["_times"] = {k: told[k] for k in ("start", "end") if k in told}
-    if told.get("error"):
-        job["_error"] = told["error"]
+            written = {"status": "Failed", "error": {"code": "SystemError", "message": message}}
+    properties["status"] = written["status"]
+    job["_times"] = {k: written[k] for k in ("start", "end") if k in written}
+    if written.get("error"):
+        job["_error"] = written["error"]
     return job
 
 
+def _status_of(cloud: Cloud, job: Json) -> Json:
+    file = cloud.folder / "jobs" / job["name"] / "status.json"
+    text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+    return {"status": "NotStarted", **json.loads(text)}
+
+
 def _process_of(job: Json) -> psutil.Process | None:
-    """The very process of the job, while it lives."""
-    known = job.get("_process") or {}
-    child = _children.get(known.get("pid", 0))
+    """The process of the job, while it lives."""
+    saved = job.get("_process")
+    if saved is None:
+        return None
+    child = _children.get(saved["pid"])
     if child is not None and child.poll() is not None:
         return None
-    return ProcessId(known["pid"], known["create_time"]).find() if known else None
-
-
-def _kill(process: psutil.Process) -> None:
-    """The process that carries the job out, and all that it started."""
-    for one in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    with contextlib.suppress(psutil.TimeoutExpired):
-        process.wait(10)
+    return ProcessId(saved["pid"], saved["create_time"]).find()
 
 
 def cancel(cloud: Cloud, job: Json) -> None:
-    """End the job's processes and say so."""
+    """End the job's process, and all that it started."""
     if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
         return
     process = _process_of(job)
     if process is not None:
-        _kill(process)
+        for member in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(10)
     job["properties"]["status"] = "Canceled"
     job.setdefault("_times", {})["end"] = now()
     file = cloud.folder / "jobs" / job["name"] / "status.json"
@@ -159,24 +146,23 @@ def get_job(cloud: Cloud, request: Request) -> Reply:
 @route("GET", ARM, WORKSPACE + "/jobs")
 def list_jobs(cloud: Cloud, request: Request) -> Reply:
     """All jobs, newest first."""
-    found = cloud.children(need_workspace(cloud, request)["id"], KIND)[::-1]
+    docs = cloud.children(need_workspace(cloud, request)["id"], KIND)[::-1]
     view = request.query.get("listviewtype", "ActiveOnly").lower()
     archived = view == "archivedonly"
-    kept = [d for d in found if view == "all" or d["properties"]["isArchived"] == archived]
-    return listed([refreshed(cloud, job) for job in kept])
+    docs = [d for d in docs if view == "all" or d["properties"]["isArchived"] == archived]
+    return listed([refreshed(cloud, job) for job in docs])
 
 
 @route("POST", ARM, _JOB + "/cancel")
 def cancel_job(cloud: Cloud, request: Request) -> Reply:
     """Cancel a job; one that has ended stays as it is."""
-    job = need_job(cloud, request)
-    cancel(cloud, job)
+    cancel(cloud, need_job(cloud, request))
     return Reply(200)
 
 
 @route("DELETE", ARM, _JOB)
 def delete_job(cloud: Cloud, request: Request) -> Reply:
-    """Forget a job that has ended."""
+    """Delete a job that has ended."""
     job = need_job(cloud, request)
     if job["properties"]["status"] in ACTIVE:
         raise AzureError(409, "Conflict", f"The job '{job['name']}' is still running.")
@@ -186,11 +172,8 @@ def delete_job(cloud: Cloud, request: Request) -> Reply:
 def need_job(cloud: Cloud, request: Request) -> Json:
     """The job that the request names, up to date. Raises AzureError (404)."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_JOB))
-    if found is None:
-        name = request.args["name"]
-        raise AzureError(404, "UserError", f"Run {name} could not be found")
-    return refreshed(cloud, found)
+    text = f"Run {request.args['name']} could not be found"
+    return refreshed(cloud, cloud.need(request.id(_JOB), code="UserError", message=text))
 
 
 def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
@@ -201,6 +184,7 @@ def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
         if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
             continue
         text = json.dumps(job["properties"]).lower()
+        # A command job names the cluster's id, a pipeline its name as an input.
         if compute_id.lower() in text or f'"value": "{name}"' in text:
             resources = job["properties"].get("resources") or {}
             busy += [str(job["name"])] * int(resources.get("instanceCount") or 1)
@@ -246,7 +230,7 @@ def _job_document(workspace: Json, name: str, given: Json) -> Json:
     return {"properties": properties, "systemData": stamps(), "_artifacts": artifacts}
 
 
-def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
+def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     """What the process of a command job needs, after Azure's checks."""
     size = _size_of(cloud, given)
     command = str(given.get("command") or "")
@@ -266,20 +250,17 @@ def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
         place = str(assets.locate(cloud, workspace, doc["properties"]["codeUri"]))
     distribution = given.get("distribution") or {}
     nodes = int((given.get("resources") or {}).get("instanceCount") or 1)
-    each = int(distribution.get("processCountPerInstance") or 1) if distribution else 1
-    gpus = size.gpus if size else 0
-    if distribution and gpus and each > gpus:
-        raise bad(f"{each} processes are asked for on a node with {gpus} GPUs.")
-    return {
-        "kind": "command",
-        "command": command,
-        "code": place,
-        "inputs": {name: _input(cloud, workspace, name, v) for name, v in inputs.items()},
-        "environment": given.get("environmentVariables") or {},
-        "nodes": nodes if distribution else 1,
-        "processes": each,
-        "limits": given.get("limits") or {},
-    }
+    each = int(distribution.get("processCountPerInstance") or 1)
+    if distribution and size and size.gpus and each > size.gpus:
+        raise bad(f"{each} processes are asked for on a node with {size.gpus} GPUs.")
+    return JobPlan(
+        inputs={name: _input(cloud, workspace, name, value) for name, value in inputs.items()},
+        command=command,
+        code=place,
+        environment=given.get("environmentVariables") or {},
+        nodes=nodes if distribution else 1,
+        processes=each,
+    )
 
 
 def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
@@ -304,16 +285,16 @@ def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
     return found[1] if found else None
 
 
-def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> Json:
+def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
     """An input as a literal or as the folder or file it lies in. Raises AzureError."""
     if value.get("jobInputType") == _LITERAL:
-        return {"literal": str(value.get("value"))}
+        return JobInput(literal=str(value.get("value")))
     uri = str(value.get("uri") or "")
     registered = assets.catalogue_folder(cloud, uri)
     place = registered or assets.locate(cloud, workspace, _asset_uri(cloud, uri))
     if registered is None and not place.exists():
         raise bad(f"The input '{name}' has no data at '{uri}'.", "UserError")
-    return {"path": str(place)}
+    return JobInput(path=str(place))
 
 
 def _asset_uri(cloud: Cloud, uri: str) -> str:
@@ -325,14 +306,14 @@ def _asset_uri(cloud: Cloud, uri: str) -> str:
     return str(properties.get("modelUri") or properties.get("dataUri") or uri)
 
 
-def check_user_token(cloud: Cloud, token: str | None) -> None:
-    """A pipeline acts for the user: his token for the data plane comes along. AzureError (401)."""
+def _check_user_token(cloud: Cloud, token: str | None) -> None:
+    """A pipeline acts for the user, whose token for the data plane must come along, or 401."""
     claims = claims_of(cloud, token) if token else None
     if claims is None or claims["aud"].rstrip("/") not in AUDIENCES["ml"]:
         raise AzureError(401, "UserError", "The token in x-azureml-token is missing or invalid.")
 
 
-def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
+def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     """What the process of a pipeline job needs, after a look at every input."""
     nodes = given.get("jobs") or {}
     if len(nodes) != 1:
@@ -350,11 +331,10 @@ def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> Json:
     if faults:
         details = [{"code": "InvalidInput", "message": fault} for fault in faults]
         raise bad("; ".join(faults), "UserError", details=details)
-    return {
-        "kind": "pipeline",
-        "inputs": {n: _input(cloud, workspace, n, v) for n, v in values.items()},
-        "bound": _bound_outputs(node, given),
-    }
+    return JobPlan(
+        inputs={n: _input(cloud, workspace, n, v) for n, v in values.items()},
+        bound=_bound_outputs(node, given),
+    )
 
 
 def _id_of(node: Json) -> str:
@@ -438,7 +418,7 @@ def _bound_outputs(node: Json, given: Json) -> dict[str, str]:
 _HISTORY = "/history/v1.0" + WORKSPACE
 
 
-@route("GET", REGIONAL, _HISTORY + "/runs/{name}/job_details", audience="regional")
+@route("GET", REGIONAL, _HISTORY + "/runs/{name}/details", audience="regional")
 def job_details(cloud: Cloud, request: Request) -> Reply:
     """Status and the addresses of the logs."""
     job = need_job(cloud, request)
@@ -465,7 +445,7 @@ def get_run(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, _run(need_job(cloud, request)))
 
 
-@route("GET", REGIONAL, _HISTORY + "/runs/{name}/job_children", audience="regional")
+@route("GET", REGIONAL, _HISTORY + "/runs/{name}/children", audience="regional")
 def job_children(cloud: Cloud, request: Request) -> Reply:
     """A rehearsed pipeline is one process: it has no job_children."""
     need_job(cloud, request)

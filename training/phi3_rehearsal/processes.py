@@ -6,6 +6,7 @@ machine the same number may belong to a stranger's program.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -22,17 +23,16 @@ import psutil
 
 from .wire import Json
 
+# The system rounds start times; two processes with one id lie further apart than this.
+_SAME_SECONDS = 1.0
+
 
 class RehearsalError(Exception):
-    """The rehearsal could not do what was asked; exit status 1."""
+    """The rehearsal could not do what was asked; `python -m phi3_rehearsal` then exits 1."""
 
 
 class UsageError(RehearsalError):
-    """What was asked cannot be read, or nothing runs that could do it; exit status 2."""
-
-
-# The system rounds start times; two processes with one id lie further apart than this.
-_SAME_SECONDS = 1.0
+    """What was asked cannot be read, or nothing runs that could do it; it exits 2."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,35 @@ class ProcessId:
         except psutil.Error:
             return None
 
-    def stop(self, timeout: float) -> bool:
-        """SIGTERM, after `timeout` seconds SIGKILL. False: it did not run."""
+    def stop(self, timeout: float) -> None:
+        """SIGTERM, after `timeout` seconds SIGKILL."""
         process = self.find()
         if process is None:
-            return False
-        try:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
             try:
                 process.wait(timeout)
             except psutil.TimeoutExpired:
                 process.kill()
                 process.wait(timeout)
-        except psutil.NoSuchProcess:
-            pass
-        return True
+
+
+def spawn(
+    *words: str, log: Path, cwd: Path | None = None, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start `python -m WORDS…`, which outlives the process that starts it and writes to `log`."""
+    log.touch(mode=0o600)
+    with log.open("ab") as stream:
+        return subprocess.Popen(  # noqa: S603 - programs of this machine, no shell
+            [sys.executable, "-m", *words],
+            stdin=stdin,
+            stdout=stream,
+            stderr=stream,
+            cwd=cwd,
+            env=child_environment(),
+            start_new_session=True,
+        )
 
 
 def child_environment() -> dict[str, str]:
@@ -112,11 +126,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-# --- model servers: each deployment's is `python -m phi3_training.serve` in its own process ---
+# --- model servers: each deployment has `python -m phi3_training.serve` in its own process ---
 # The rehearsal knows of that program what Azure knows of an image: settings go in as a JSON file
 # and the key through a pipe, the port comes out in a status file, `GET /` says that it is ready.
 
-_PROGRAM = "phi3_training.serve"
+_SERVER_MODULE = "phi3_training.serve"
 _START_SECONDS, _POLL_SECONDS, _PROBE_SECONDS = 300.0, 0.05, 2.0
 _STOP_SECONDS = 40.0  # it finishes the answers that it has begun, which takes 30 seconds at most
 
@@ -139,22 +153,14 @@ def start_server(settings: dict[str, Any], *, key: str, log_path: Path) -> Serve
     status_file.unlink(missing_ok=True)
     file = log_path.with_suffix(".settings.json")
     write_atomically(file, json.dumps({**settings, "status_file": str(status_file)}))
-    log_path.touch(mode=0o600)
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 - a program of this machine, no shell
-            [sys.executable, "-m", _PROGRAM, "--config", str(file), "--key-stdin"],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            cwd=log_path.parent,
-            env=child_environment(),
-            start_new_session=True,  # it outlives the rehearsal's process
-        )
+    words = (_SERVER_MODULE, "--config", str(file), "--key-stdin")
+    process = spawn(*words, log=log_path, cwd=log_path.parent, stdin=subprocess.PIPE)
     _servers[process.pid] = process
     try:
         assert process.stdin is not None  # noqa: S101 - for mypy: stdin is a pipe
-        process.stdin.write(f"{key}\n\n".encode())  # a second line is the key of an upstream
-        process.stdin.close()
+        with contextlib.suppress(OSError):  # it ended at once; its log says why
+            process.stdin.write(f"{key}\n\n".encode())  # a second line: the key of an upstream
+            process.stdin.close()
         port = _await_port(process, status_file, log_path)
     except BaseException:  # a server that nobody knows of must not stay
         process.kill()
@@ -167,7 +173,9 @@ def _await_port(process: subprocess.Popen[bytes], status_file: Path, log_path: P
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RehearsalError(f"The container did not start. {_last_line(log_path)}")
+            lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+            why = f"Its log ends with: {lines[-1]}" if lines else "Its log is empty."
+            raise RehearsalError(f"The container did not start. {why}")
         if status_file.exists():
             port = int(json.loads(status_file.read_text(encoding="utf-8"))["port"])
             if _answers(port):
@@ -185,11 +193,6 @@ def _answers(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _last_line(log_path: Path) -> str:
-    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return f"Its log ends with: {lines[-1]}" if lines else "Its log is empty."
 
 
 def server_process(deployment: Json) -> ProcessId | None:

@@ -124,7 +124,7 @@ class _Connection(BaseHTTPRequestHandler):
         cloud = self.server.cloud
         fault = cloud.faults.of_call(request)
         if fault and fault.kind == "reset":
-            cloud.journal(request.method, request.host, request.path, "reset")
+            cloud.journal(request, "reset")
             raise _CutError
         if fault and fault.kind != "reset-after":
             reply = fault.error().reply()
@@ -132,7 +132,7 @@ class _Connection(BaseHTTPRequestHandler):
             reply = _dispatch(cloud, request)
         lost = " answer lost" if fault and fault.kind == "reset-after" else ""
         noted = f"{reply.status}{lost}" if lost else reply.status
-        cloud.journal(request.method, request.host, request.path, noted)
+        cloud.journal(request, noted)
         if lost:
             raise _CutError
         return reply

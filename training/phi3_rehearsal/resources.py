@@ -129,12 +129,12 @@ def operation_status(cloud: Cloud, request: Request) -> Reply:
     body: Json = {
         "id": request.path,
         "name": request.args["op"],
-        "status": operation["status"],
-        "percentComplete": 50.0 if operation["status"] == "InProgress" else 100.0,
+        "status": operation.status,
+        "percentComplete": 50.0 if operation.status == "InProgress" else 100.0,
     }
-    if operation.get("error"):
-        body["error"] = operation["error"]
-    return Reply(200, body, POLL if operation["status"] == "InProgress" else {})
+    if operation.error:
+        body["error"] = operation.error
+    return Reply(200, body, POLL if operation.status == "InProgress" else {})
 
 
 @route("GET", ARM, "/subscriptions/{sub}/providers/{ns}/locations/{loc}/operationResults/{op}")
@@ -143,11 +143,11 @@ def operation_result(cloud: Cloud, request: Request) -> Reply:
     operation = cloud.operations.get(request.args["op"])
     if operation is None:
         raise not_found("operation", request.args["op"])
-    if operation["status"] == "InProgress":
+    if operation.status == "InProgress":
         return Reply(202, None, {"Location": f"https://{ARM}{request.target}", **POLL})
-    if operation.get("error"):
-        return Reply(400, {"error": operation["error"]})
-    found = cloud.get(operation["resource"])
+    if operation.error:
+        return Reply(400, {"error": operation.error})
+    found = cloud.get(operation.resource)
     return Reply(200, public(found)) if found else Reply(204)
 
 

@@ -1,4 +1,4 @@
-"""The catalogue's foundation models as this machine has them: one tiny Phi-3, made when first used.
+"""The one model behind every foundation model of the catalogue: a tiny Phi-3, made when first used.
 
 Made by `phi3 train` in a process of its own, from its default recipe; lies in catalogue/ of the
 rehearsal's folder.
@@ -19,34 +19,36 @@ from filelock import FileLock
 
 from .processes import RehearsalError, child_environment
 
-_PRODUCT = "phi3_training.cli"
+_RUN = "rehearsed"
 
 
-def make(folder: Path) -> Path:
-    """The tiny model as an MLflow folder under `folder`, made once. Raises RehearsalError."""
-    ready = folder / "mlflow"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+def folder_in(catalogue: Path) -> Path:
+    """Where the model lies, or will lie once it is made."""
+    return catalogue / "mlflow"
+
+
+def make(catalogue: Path) -> Path:
+    """The model as an MLflow folder, made once (half a minute). Raises RehearsalError."""
+    ready = folder_in(catalogue)
+    catalogue.mkdir(parents=True, exist_ok=True)
+    with FileLock(catalogue / ".lock"):
         if not ready.is_dir():
-            with (folder / "train.log").open("wb") as log:
+            with (catalogue / "train.log").open("wb") as log:
                 # Only the base counts; one epoch of fine-tuning is the least the command does.
-                train(["finetune.num_train_epochs=1"], folder / "runs", log)
-            part = folder / ".mlflow.part"
+                train(["finetune.num_train_epochs=1"], catalogue / "runs", log)
+            part = catalogue / ".mlflow.part"
             shutil.rmtree(part, ignore_errors=True)
-            as_mlflow(folder / "runs" / RUN / "base", part)
+            as_mlflow(catalogue / "runs" / _RUN / "base", part)
             part.replace(ready)
     return ready
-
-
-RUN = "rehearsed"
 
 
 def train(words: Sequence[str], runs: Path, log: IO[bytes]) -> Path:
     """Run `phi3 train`; the folder of the model that it made. Raises RehearsalError."""
     runs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", _PRODUCT, "train", *words, "--run", RUN, "--runs", str(runs)]
-    done = subprocess.run(  # noqa: S603 - a command of this machine, no shell
-        command,
+    own = ("--run", _RUN, "--runs", str(runs))
+    done = subprocess.run(  # noqa: S603 - a program of this machine, no shell
+        [sys.executable, "-m", "phi3_training.cli", "train", *words, *own],
         cwd=runs,
         env=child_environment(),
         stdin=subprocess.DEVNULL,
@@ -56,8 +58,8 @@ def train(words: Sequence[str], runs: Path, log: IO[bytes]) -> Path:
     )
     if done.returncode:
         raise RehearsalError(f"phi3 train ended with exit status {done.returncode}; see {log.name}")
-    manifest = json.loads((runs / RUN / "model.json").read_text(encoding="utf-8"))
-    return runs / RUN / str(manifest["path"])
+    manifest = json.loads((runs / _RUN / "model.json").read_text(encoding="utf-8"))
+    return runs / _RUN / str(manifest["path"])
 
 
 def as_mlflow(model: Path, target: Path) -> None:
@@ -73,20 +75,20 @@ def as_mlflow(model: Path, target: Path) -> None:
         "    data: data\n"
         "    loader_module: azureml.evaluate.mlflow.hftransformers\n"
         "metadata:\n"
+        # The image that the catalogue's Phi-3-mini names: its server is the one phi3 imitates.
         "  azureml.base_image: mcr.microsoft.com/azureml/curated/foundation-model-inference:63\n",
         encoding="utf-8",
     )
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The folder of weights inside an MLflow model (or the folder itself)."""
-    found = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
-    with_weights = [p.parent for p in found if any(p.parent.glob("*.safetensors"))]
-    return with_weights[0] if with_weights else None
+    """The folder of weights inside an MLflow model (or the folder itself), the uppermost one."""
+    configs = sorted(folder.rglob("config.json"), key=lambda path: len(path.parts))
+    return next((p.parent for p in configs if any(p.parent.glob("*.safetensors"))), None)
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a job a copy of `source` to read; of a big file a second name does."""
+    """Give a job files to read under another name; a big file is not copied where links work."""
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_link_file, dirs_exist_ok=True)
     else:
@@ -97,6 +99,6 @@ def link(source: Path, target: Path) -> None:
 def _link_file(source: str, target: str) -> str:
     try:
         os.link(source, target)
-    except OSError:
+    except OSError:  # another file system
         shutil.copy2(source, target)
     return target
