@@ -123,7 +123,7 @@ def _serve(folder: Path, port: int) -> int:
     from .processes import stop_server_of
     from .proxy import Authority, Proxy
 
-    del assets, compute, resources, storage, workspaces
+    del assets, resources, storage, workspaces
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     cloud = Cloud(folder)
     proxy = Proxy(cloud, Authority(folder), port)
@@ -143,7 +143,7 @@ def _serve(folder: Path, port: int) -> int:
     with cloud.lock:
         for job in cloud.children("/subscriptions", jobs.KIND):
             jobs.cancel(cloud, job)
-        for deployment in cloud.children("/subscriptions", endpoints.DEPLOYMENT_KIND):
+        for deployment in cloud.children("/subscriptions", compute.DEPLOYMENT_KIND):
             stop_server_of(deployment)
         cloud.save()
     return 0

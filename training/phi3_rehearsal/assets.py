@@ -132,10 +132,7 @@ def get_version(cloud: Cloud, request: Request) -> Reply:
 @route("DELETE", ARM, _ONE)
 def delete_version(cloud: Cloud, request: Request) -> Reply:
     """Delete a version."""
-    if not cloud.get(request.id(_ONE)):
-        return Reply(204)
-    cloud.delete(request.id(_ONE))
-    return Reply(200)
+    return cloud.delete_now(request.id(_ONE))
 
 
 @route("GET", ARM, _FAMILY)
@@ -194,15 +191,10 @@ def list_models(cloud: Cloud, request: Request) -> Reply:
 
 def need_version(cloud: Cloud, request: Request) -> Json:
     """The version that the request names. Raises AzureError (404)."""
-    family = request.args["family"]
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_ONE))
-    if found is None:
-        name, version = request.args["name"], request.args["version"]
-        raise AzureError(
-            404, "UserError", f"{family} asset with name {name} and version {version} not found."
-        )
-    return found
+    family, name, version = (request.args[key] for key in ("family", "name", "version"))
+    text = f"{family} asset with name {name} and version {version} not found."
+    return cloud.need(request.id(_ONE), code="UserError", message=text)
 
 
 def _versions(cloud: Cloud, request: Request) -> list[Json]:

@@ -6,12 +6,13 @@ import math
 import re
 
 from . import offers
-from .cloud import Cloud, listed, public, route, stamps
+from .cloud import Cloud, listed, now, public, route
 from .jobs import nodes_on
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
 from .workspaces import need_workspace
 
 KIND = f"{ML}/workspaces/computes"
+DEPLOYMENT_KIND = f"{ML}/workspaces/onlineEndpoints/deployments"
 _COMPUTE = WORKSPACE + "/computes/{name}"
 _LOCATION = f"/subscriptions/{{sub}}/providers/{ML}/locations/{{loc}}"
 _QUOTA_SCOPE = _LOCATION + "/providers/Microsoft.Quota"
@@ -48,12 +49,13 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
             f"accomodate a cluster of {most} nodes, which needs {size.cores * most} vCPUs.",
             "ClusterCoreQuotaReached",
         )
+    made_at = now()
     properties = {
         **given,
         "provisioningState": "Updating" if before else "Creating",
         "isAttachedCompute": False,
-        "createdOn": stamps()["createdAt"],
-        "modifiedOn": stamps()["createdAt"],
+        "createdOn": made_at,
+        "modifiedOn": made_at,
         "properties": {
             "remoteLoginPortPublicAccess": "NotSpecified",
             **inner,
@@ -62,7 +64,7 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
             "targetNodeCount": least,
             "nodeStateCounts": {"idleNodeCount": least},
             "allocationState": "Steady",
-            "allocationStateTransitionTime": stamps()["createdAt"],
+            "allocationStateTransitionTime": made_at,
         },
     }
     document = {
@@ -78,37 +80,31 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
 @route("GET", ARM, _COMPUTE)
 def get_compute(cloud: Cloud, request: Request) -> Reply:
     """One cluster."""
-    return Reply(200, _shown(cloud, _need(cloud, request)))
+    return Reply(200, _with_nodes(cloud, _need(cloud, request)))
 
 
 @route("POST", ARM, _COMPUTE + "/listNodes")
 def list_nodes(cloud: Cloud, request: Request) -> Reply:
     """The nodes that jobs run on now; idle ones are gone at once here."""
-    found = _need(cloud, request)
     nodes = [
         {"nodeId": f"tvm-{index}", "privateIpAddress": f"10.0.0.{4 + index}", "port": 50000 + index}
         | {"nodeState": "running", "runId": name}
-        for index, name in enumerate(nodes_on(cloud, found["id"]))
+        for index, name in enumerate(nodes_on(cloud, _need(cloud, request)["id"]))
     ]
     return Reply(200, {"nodes": nodes})
 
 
-def _shown(cloud: Cloud, cluster: Json) -> Json:
+def _with_nodes(cloud: Cloud, cluster: Json) -> Json:
     """The cluster with as many nodes as its jobs need now."""
-    shown = public(cluster)
-    inner = shown["properties"]["properties"]
+    answer = public(cluster)
+    inner = answer["properties"]["properties"]
     least = int((inner.get("scaleSettings") or {}).get("minNodeCount", 0))
     busy = len(nodes_on(cloud, cluster["id"]))
     inner["currentNodeCount"] = inner["targetNodeCount"] = max(busy, least)
-    inner["nodeStateCounts"] = {
-        "runningNodeCount": busy,
-        "idleNodeCount": max(least - busy, 0),
-        "preparingNodeCount": 0,
-        "unusableNodeCount": 0,
-        "leavingNodeCount": 0,
-        "preemptedNodeCount": 0,
-    }
-    return shown
+    others = ("preparingNodeCount", "unusableNodeCount", "leavingNodeCount", "preemptedNodeCount")
+    counts = {"runningNodeCount": busy, "idleNodeCount": max(least - busy, 0)}
+    inner["nodeStateCounts"] = counts | dict.fromkeys(others, 0)
+    return answer
 
 
 @route("PATCH", ARM, _COMPUTE)
@@ -124,7 +120,7 @@ def patch_compute(cloud: Cloud, request: Request) -> Reply:
 def list_computes(cloud: Cloud, request: Request) -> Reply:
     """All clusters of a workspace."""
     found = cloud.children(need_workspace(cloud, request)["id"], KIND)
-    return listed(found, lambda cluster: _shown(cloud, cluster))
+    return listed(found, lambda cluster: _with_nodes(cloud, cluster))
 
 
 @route("DELETE", ARM, _COMPUTE)
@@ -147,38 +143,34 @@ def delete_compute(cloud: Cloud, request: Request) -> Reply:
 
 def _need(cloud: Cloud, request: Request) -> Json:
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_COMPUTE))
-    if found is None:
-        name = request.args["name"]
-        raise AzureError(
-            404, "ResourceNotFound", f"Compute with name '{name}' was not found in the workspace."
-        )
-    return found
+    text = f"Compute with name '{request.args['name']}' was not found in the workspace."
+    return cloud.need(request.id(_COMPUTE), message=text)
 
 
 @route("GET", ARM, _LOCATION + "/vmSizes")
 def list_sizes(_cloud: Cloud, _request: Request) -> Reply:
     """The sizes of a region."""
-    return Reply(
-        200,
+    same = {
+        "osVhdSizeMB": 1047552,
+        "maxResourceVolumeMB": 65536,
+        "lowPriorityCapable": True,
+        "premiumIO": True,
+        "supportedComputeTypes": ["AmlCompute", "ComputeInstance"],
+    }
+    sizes = [
         {
-            "value": [
-                {
-                    "name": name,
-                    "family": size.family,
-                    "vCPUs": size.cores,
-                    "gpus": size.gpus,
-                    "osVhdSizeMB": 1047552,
-                    "maxResourceVolumeMB": 65536,
-                    "memoryGB": size.memory_gb,
-                    "lowPriorityCapable": True,
-                    "premiumIO": True,
-                    "supportedComputeTypes": ["AmlCompute", "ComputeInstance"],
-                }
-                for name, size in offers.SIZES.items()
-            ]
-        },
-    )
+            "name": name,
+            "family": s.family,
+            "vCPUs": s.cores,
+            "gpus": s.gpus,
+            "memoryGB": s.memory_gb,
+        }
+        for name, s in offers.SIZES.items()
+    ]
+    return Reply(200, {"value": [size | same for size in sizes]})
+
+
+# --- quota, in cores of each family: as Azure Machine Learning tells it, and as Microsoft.Quota ---
 
 
 @route("GET", ARM, _LOCATION + "/usages")
@@ -187,29 +179,9 @@ def list_usages(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"value": [_usage(cloud, request, family) for family in _families()]})
 
 
-@route("GET", ARM, _LOCATION + "/quotas")
-def list_workspace_quotas(cloud: Cloud, request: Request) -> Reply:
-    """The limits alone."""
-    return Reply(
-        200,
-        {
-            "value": [
-                {
-                    "id": request.id(_LOCATION + "/quotas/{family}", family=family),
-                    "type": f"{ML}/quotas",
-                    "limit": limit_of(cloud, request.args["loc"], family),
-                    "unit": "Count",
-                    "name": {"value": family, "localizedValue": family},
-                }
-                for family in _families()
-            ]
-        },
-    )
-
-
 @route("GET", ARM, _QUOTA_SCOPE + "/quotas")
 def list_quotas(cloud: Cloud, request: Request) -> Reply:
-    """The limits, as Microsoft.Quota tells them."""
+    """The limits of all families."""
     return Reply(200, {"value": [_quota(cloud, request, family) for family in _families()]})
 
 
@@ -221,30 +193,28 @@ def get_quota(cloud: Cloud, request: Request) -> Reply:
 
 @route("PUT", ARM, _QUOTA_SCOPE + "/quotas/{family}")
 def put_quota(cloud: Cloud, request: Request) -> Reply:
-    """Ask for a limit; up to 400 cores are granted, more goes to support."""
+    """Ask for a limit. Up to 400 cores are granted, so that both answers can be rehearsed; on Azure
+    a request for GPUs mostly goes to support."""
     family, location = _family(request.args["family"]), request.args["loc"]
     wanted = ((request.json().get("properties") or {}).get("limit") or {}).get("value")
     if not isinstance(wanted, int) or wanted < 0:
         raise bad("The limit value is invalid.", "InvalidQuotaLimit")
     if wanted > 400:
-        raise bad(
-            f"The quota request for {family} cannot be granted automatically; "
-            "open a support request.",
-            "ContactSupport",
-        )
+        text = f"The quota request for {family} cannot be granted automatically; "
+        raise bad(text + "open a support request.", "ContactSupport")
     cloud.quota[f"{location.lower()}/{family.lower()}"] = wanted
     return Reply(200, _quota(cloud, request, family))
 
 
 @route("GET", ARM, _QUOTA_SCOPE + "/usages")
 def list_quota_usages(cloud: Cloud, request: Request) -> Reply:
-    """Cores in use, as Microsoft.Quota tells them."""
-    found = []
+    """Cores in use."""
+    usages = []
     for family in _families():
         usage = _usage(cloud, request, family)
         properties = {"usages": {"value": usage["currentValue"]}, "name": usage["name"]}
-        found.append({"id": usage["id"], "name": family, "properties": properties})
-    return Reply(200, {"value": found})
+        usages.append({"id": usage["id"], "name": family, "properties": properties})
+    return Reply(200, {"value": usages})
 
 
 def _usage(cloud: Cloud, request: Request, family: str) -> Json:
@@ -281,6 +251,7 @@ def _families() -> list[str]:
 
 
 def _family(name: str) -> str:
+    """The family in Azure's spelling: callers differ in case and spaces."""
     for family in _families():
         if family.lower().replace(" ", "") == name.lower().replace(" ", ""):
             return family
@@ -297,16 +268,17 @@ def used(cloud: Cloud, location: str, family: str) -> int:
     """The cores of a family in use: nodes that jobs run on, and deployments."""
     total = 0
     for doc in cloud.children("/subscriptions"):
-        if doc.get("location") != location:
+        if doc.get("location") != location or doc["type"] not in (KIND, DEPLOYMENT_KIND):
             continue
-        if doc["type"].endswith("/onlineEndpoints/deployments"):
-            size = offers.find_size(doc["properties"].get("instanceType") or "")
-            if size and size[1].family == family:
-                total += deployment_cores(size[1], doc["sku"]["capacity"])
+        inner = doc["properties"]
+        name = inner["properties"]["vmSize"] if doc["type"] == KIND else inner.get("instanceType")
+        size = offers.find_size(name or "")
+        if size is None or size[1].family != family:
+            continue
         if doc["type"] == KIND:
-            size = offers.find_size(doc["properties"]["properties"]["vmSize"])
-            if size and size[1].family == family:
-                total += size[1].cores * len(nodes_on(cloud, doc["id"]))
+            total += size[1].cores * len(nodes_on(cloud, doc["id"]))
+        else:
+            total += deployment_cores(size[1], doc["sku"]["capacity"])
     return total
 
 

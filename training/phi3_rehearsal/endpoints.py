@@ -18,51 +18,61 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets, compute, identity, offers, processes, tiny_model
-from .cloud import TENANT, Cloud, listed, public, route, stamps
-from .identity import claims_of, sign
+from .cloud import TENANT, Cloud, Operation, listed, public, route, stamps
+from .compute import DEPLOYMENT_KIND
 from .processes import RehearsalError, stop_server_of
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
 from .workspaces import need_workspace
 
 KIND = f"{ML}/workspaces/onlineEndpoints"
-DEPLOYMENT_KIND = f"{KIND}/deployments"
 ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
-NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
-_KEY_LIFE = 3600 * 12
+# 3 to 32 letters, digits and single dashes, a letter first.
+_NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
+_CHANGING = ("Creating", "Updating", "Deleting")
+_TOKEN_SECONDS = 3600 * 12
 
 
 @route("PUT", ARM, ENDPOINT)
 def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Make an endpoint, or change its traffic and tags."""
     workspace, body = need_workspace(cloud, request), request.json()
-    name, given = request.args["name"], body.get("properties") or {}
-    before = cloud.get(request.id(ENDPOINT))
+    arm_id, name, given = request.id(ENDPOINT), request.args["name"], body.get("properties") or {}
+    before = cloud.get(arm_id)
     _check_endpoint(cloud, workspace, name, given, before)
+    traffic: dict[str, int] = given.get("traffic") or {}
+    for deployment in traffic:
+        if cloud.get(f"{arm_id}/deployments/{deployment}") is None:
+            text = f"The traffic rule names the deployment '{deployment}', which does not exist."
+            raise bad(text, "InvalidTraffic")
+    if sum(traffic.values()) not in (0, 100):
+        text = f"The traffic adds up to {sum(traffic.values())}; expected 0 or 100."
+        raise bad(text, "InvalidTraffic")
+    host = f"https://{name}.{workspace['location']}.inference.ml.azure.com"
     document = {
         "location": workspace["location"],
         "tags": body.get("tags") or {},
         "kind": "Managed",
-        "identity": _identity(cloud, request.id(ENDPOINT), body.get("identity")),
+        "identity": _identity(cloud, arm_id, body.get("identity")),
         "systemData": before["systemData"] if before else stamps(),
         "properties": {
             **given,
-            "traffic": _traffic(cloud, request.id(ENDPOINT), given.get("traffic") or {}),
+            "traffic": traffic,
             "publicNetworkAccess": given.get("publicNetworkAccess") or "Enabled",
-            "scoringUri": f"https://{name}.{workspace['location']}.inference.ml.azure.com/score",
-            "swaggerUri": f"https://{name}.{workspace['location']}.inference.ml.azure.com/"
-            "swagger.json",
+            "scoringUri": f"{host}/score",
+            "swaggerUri": f"{host}/swagger.json",
             "provisioningState": "Updating" if before else "Creating",
         },
+        # How often each key was replaced: keys are derived from it, not stored.
         "_keys": before["_keys"] if before else {"primary": 0, "secondary": 0},
     }
-    endpoint = cloud.put(request.id(ENDPOINT), KIND, document)
+    endpoint = cloud.put(arm_id, KIND, document)
     return cloud.accepted(endpoint, cloud.operate(endpoint), 200 if before else 201)
 
 
 def _check_endpoint(
     cloud: Cloud, workspace: Json, name: str, given: Json, before: Json | None
 ) -> None:
-    if not 3 <= len(name) <= 32 or not NAME.fullmatch(name):
+    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
         raise bad(
             f"The endpoint name '{name}' is invalid: 3 to 32 letters, digits and single dashes, "
             "starting with a letter.",
@@ -72,48 +82,32 @@ def _check_endpoint(
         raise bad(f"authMode '{given.get('authMode')}' is not supported.", "ValidationError")
     if before and before["properties"]["authMode"] != given["authMode"]:
         raise bad("The authMode of an endpoint cannot be changed.", "ValidationError")
-    for other in cloud.children("/subscriptions", KIND):
-        same = other["name"].lower() == name.lower() and other is not before
-        if same and other["location"] == workspace["location"]:
-            raise bad(
-                f"The endpoint name '{name}' is taken in region '{workspace['location']}'.",
-                "EndpointNameAlreadyExists",
-            )
-    if before and before["properties"]["provisioningState"] in ("Creating", "Updating", "Deleting"):
+    region = workspace["location"]
+    for other in cloud.children("/subscriptions", KIND):  # the name is part of a public host name
+        same = other["name"].lower() == name.lower() and other["location"] == region
+        if same and other is not before:
+            text = f"The endpoint name '{name}' is taken in region '{region}'."
+            raise bad(text, "EndpointNameAlreadyExists")
+    if before and before["properties"]["provisioningState"] in _CHANGING:
         raise AzureError(409, "Conflict", f"The endpoint '{name}' is being changed already.")
 
 
 def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
-    if given and given.get("userAssignedIdentities"):
-        found = {u: cloud.need(u, "identity") for u in given["userAssignedIdentities"]}
-        users = {
-            user: {k: doc["properties"][k] for k in ("principalId", "clientId")}
-            for user, doc in found.items()
-        }
-        return {"type": "UserAssigned", "userAssignedIdentities": users}
-    principal = str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower()))
-    return {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
-
-
-def _traffic(cloud: Cloud, arm_id: str, traffic: Json) -> Json:
-    for name in traffic:
-        if cloud.get(f"{arm_id}/deployments/{name}") is None:
-            raise bad(
-                f"The traffic rule names the deployment '{name}', which does not exist.",
-                "InvalidTraffic",
-            )
-    total = sum(traffic.values())
-    if total not in (0, 100):
-        raise bad(f"The traffic adds up to {total}; expected 0 or 100.", "InvalidTraffic")
-    return traffic
+    users = (given or {}).get("userAssignedIdentities")
+    if not users:
+        principal = str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower()))
+        return {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
+    known = {user: cloud.need(user, "identity")["properties"] for user in users}
+    ids = {u: {k: p[k] for k in ("principalId", "clientId")} for u, p in known.items()}
+    return {"type": "UserAssigned", "userAssignedIdentities": ids}
 
 
 @route("PATCH", ARM, ENDPOINT)
 def patch_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Change the tags."""
-    found = need_endpoint(cloud, request)
-    found["tags"] = {**found.get("tags", {}), **(request.json().get("tags") or {})}
-    return Reply(200, public(found))
+    endpoint = need_endpoint(cloud, request)
+    endpoint["tags"] = {**endpoint.get("tags", {}), **(request.json().get("tags") or {})}
+    return Reply(200, public(endpoint))
 
 
 @route("GET", ARM, ENDPOINT)
@@ -132,44 +126,44 @@ def list_endpoints(cloud: Cloud, request: Request) -> Reply:
 def delete_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Delete an endpoint with its deployments."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(ENDPOINT))
-    if found is None:
+    endpoint = cloud.get(request.id(ENDPOINT))
+    if endpoint is None:
         return Reply(204)
-    for deployment in cloud.children(found["id"], DEPLOYMENT_KIND):
+    for deployment in cloud.children(endpoint["id"], DEPLOYMENT_KIND):
         stop_server_of(deployment)
-    found["properties"]["provisioningState"] = "Deleting"
-    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
+    endpoint["properties"]["provisioningState"] = "Deleting"
+    return cloud.accepted(endpoint, cloud.operate(endpoint, kind="delete"), 202, body=False)
 
 
 @route("POST", ARM, ENDPOINT + "/listKeys")
 def list_keys(cloud: Cloud, request: Request) -> Reply:
     """The two keys."""
-    found = need_endpoint(cloud, request)
-    if found["properties"]["authMode"] != "Key":
+    endpoint = need_endpoint(cloud, request)
+    if endpoint["properties"]["authMode"] != "Key":
         raise bad("The endpoint does not use keys.", "UserError")
-    return Reply(200, {f"{which}Key": key_of(cloud, found, which) for which in found["_keys"]})
+    keys = {f"{which}Key": key_of(cloud, endpoint, which) for which in endpoint["_keys"]}
+    return Reply(200, keys)
 
 
 @route("POST", ARM, ENDPOINT + "/regenerateKeys")
 def regenerate_keys(cloud: Cloud, request: Request) -> Reply:
     """Replace one key."""
-    found = need_endpoint(cloud, request)
+    endpoint = need_endpoint(cloud, request)
     which = str(request.json().get("keyType", "")).lower()
-    if which not in found["_keys"]:
+    if which not in endpoint["_keys"]:
         raise bad(f"keyType '{which}' is not supported.", "ValidationError")
-    found["_keys"][which] += 1
-    operation = cloud.operate(found, kind="keys")
-    return cloud.accepted(found, operation, 202, body=False)
+    endpoint["_keys"][which] += 1
+    return cloud.accepted(endpoint, cloud.operate(endpoint, kind="keys"), 202, body=False)
 
 
 @route("POST", ARM, ENDPOINT + "/token")
 def get_token(cloud: Cloud, request: Request) -> Reply:
     """A token for this endpoint."""
-    found = need_endpoint(cloud, request)
-    if found["properties"]["authMode"] == "Key":
+    endpoint = need_endpoint(cloud, request)
+    if endpoint["properties"]["authMode"] == "Key":
         raise bad("The endpoint uses keys.", "UserError")
-    value = sign(cloud, {"aud": found["id"].lower()}, _KEY_LIFE)
-    expires = int(time.time()) + _KEY_LIFE
+    value = identity.sign(cloud, {"aud": endpoint["id"].lower()}, _TOKEN_SECONDS)
+    expires = int(time.time()) + _TOKEN_SECONDS
     times = {"expiryTimeUtc": expires, "refreshAfterTimeUtc": expires - 3600}
     return Reply(200, {"accessToken": value, "tokenType": "Bearer", **times})
 
@@ -182,91 +176,92 @@ def key_of(cloud: Cloud, endpoint: Json, which: str) -> str:
 def need_endpoint(cloud: Cloud, request: Request) -> Json:
     """The endpoint of the request. Raises AzureError (404)."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(ENDPOINT))
-    if found is None:
-        name = request.args["name"]
-        raise AzureError(404, "ResourceNotFound", f"The endpoint '{name}' was not found.")
-    return found
+    text = f"The endpoint '{request.args['name']}' was not found."
+    return cloud.need(request.id(ENDPOINT), message=text)
 
 
 # --- deployments ---
 
 _DEPLOYMENT = ENDPOINT + "/deployments/{deployment}"
+_DURATION = re.compile(r"PT(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?")  # ISO 8601, as the SDK writes it
+# The longest request that an endpoint waits for (learn.microsoft.com/azure/machine-learning, page
+# reference-yaml-deployment-managed-online). The default of 5 s is too short for a language model.
+_DEFAULT_TIMEOUT, _LONGEST_SECONDS = "PT5S", 180.0
 
 
 @route("PUT", ARM, _DEPLOYMENT)
 def put_deployment(cloud: Cloud, request: Request) -> Reply:
     """Make or change a deployment: starts our server on the model."""
-    endpoint, body = need_endpoint(cloud, request), request.json()
-    workspace = need_workspace(cloud, request)
-    name, given = request.args["deployment"], body.get("properties") or {}
-    if not 3 <= len(name) <= 32 or not NAME.fullmatch(name):
+    endpoint, workspace = need_endpoint(cloud, request), need_workspace(cloud, request)
+    arm_id, name, body = request.id(_DEPLOYMENT), request.args["deployment"], request.json()
+    given = body.get("properties") or {}
+    instances = int((body.get("sku") or {}).get("capacity") or 1)
+    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
         raise bad(f"The deployment name '{name}' is invalid.", "InvalidDeploymentName")
     if endpoint["properties"]["provisioningState"] != "Succeeded":
         raise AzureError(409, "Conflict", f"The endpoint '{endpoint['name']}' is not ready.")
-    arm_id = request.id(_DEPLOYMENT)
     before = cloud.get(arm_id)
     if before and before["properties"]["provisioningState"] in ("Creating", "Updating"):
         raise AzureError(409, "Conflict", f"The deployment '{name}' is being changed already.")
-    real = _check_size(cloud, workspace, given, body, before)
+    _timeout_seconds(given)
+    instance_type = _check_size(cloud, workspace, given, instances, before)
     folder = _model_folder(cloud, workspace, given)
-    error = _role_fault(cloud, workspace, endpoint)
+    error = _missing_role(cloud, workspace, endpoint)
     if before:
         stop_server_of(before)
     document = {
         "location": workspace["location"],
         "tags": body.get("tags") or {},
         "kind": "Managed",
-        "sku": {"name": "Default", "capacity": int((body.get("sku") or {}).get("capacity") or 1)},
+        "sku": {"name": "Default", "capacity": instances},
         "systemData": before["systemData"] if before else stamps(),
         "properties": {
             **given,
             "scaleSettings": given.get("scaleSettings") or {"scaleType": "Default"},
             "endpointComputeType": "Managed",
-            "instanceType": real,
+            "instanceType": instance_type,
             "provisioningState": "Updating" if before else "Creating",
         },
         "_model": str(folder),
     }
     deployment = cloud.put(arm_id, DEPLOYMENT_KIND, document)
     operation = cloud.operate(deployment, by_itself=False)
-    starter = threading.Thread(
-        target=_bring_up, args=(cloud, deployment, operation.name, error), daemon=True
-    )
-    starter.start()
+    _bring_up(cloud, deployment, operation, error)
     return cloud.accepted(deployment, operation, 200 if before else 201)
 
 
-def _check_size(cloud: Cloud, workspace: Json, given: Json, body: Json, before: Json | None) -> str:
+def _timeout_seconds(given: Json) -> float:
+    """The request timeout of a deployment. Raises AzureError."""
+    text = str((given.get("requestSettings") or {}).get("requestTimeout") or _DEFAULT_TIMEOUT)
+    match = _DURATION.fullmatch(text)
+    seconds = 60 * int(match[1] or 0) + float(match[2] or 0) if match else 0.0
+    if not match or seconds > _LONGEST_SECONDS:
+        raise bad("The request timeout must be at most 180 seconds.", "BadArgument")
+    return seconds
+
+
+def _check_size(
+    cloud: Cloud, workspace: Json, given: Json, instances: int, before: Json | None
+) -> str:
     """The size in Azure's spelling, if it can be deployed and there is quota."""
     wanted = str(given.get("instanceType") or "Standard_F4s_v2")
-    found = offers.find_size(wanted)
-    if found is None or not found[1].deployable:
-        raise bad(
-            f"The instance type '{wanted}' is not supported for managed online deployments.",
-            "BadArgument",
-        )
-    settings = given.get("requestSettings") or {}
-    timeout = str(settings.get("requestTimeout") or "PT5S")
-    seconds = re.fullmatch(r"PT(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", timeout)
-    if not seconds or 60 * int(seconds[1] or 0) + float(seconds[2] or 0) > 180:
-        raise bad("The request timeout must be at most 180 seconds.", "BadArgument")
-    real, size = found
-    need = compute.deployment_cores(size, int((body.get("sku") or {}).get("capacity") or 1))
-    location = workspace["location"]
+    match = offers.find_size(wanted)
+    if match is None or not match[1].deployable:
+        text = f"The instance type '{wanted}' is not supported for managed online deployments."
+        raise bad(text, "BadArgument")
+    real, size = match
+    need, location = compute.deployment_cores(size, instances), workspace["location"]
     taken = compute.used(cloud, location, size.family)
-    if before:
-        old = offers.find_size(before["properties"]["instanceType"])
-        if old and old[1].family == size.family:
-            taken -= compute.deployment_cores(old[1], before["sku"]["capacity"])
+    old = offers.find_size(before["properties"]["instanceType"]) if before else None
+    if before and old and old[1].family == size.family:
+        taken -= compute.deployment_cores(old[1], before["sku"]["capacity"])
     limit = compute.limit_of(cloud, location, size.family)
     if taken + need > limit:
         message = (
             f"Not enough quota available for {real} in {location}. Current usage/limit: "
             f"{taken}/{limit}. Additional needed: {need}"
         )
-        details = [{"code": "OutOfQuota", "message": message}]
-        raise bad(message, "OutOfQuota", details=details)
+        raise bad(message, "OutOfQuota", details=[{"code": "OutOfQuota", "message": message}])
     return real
 
 
@@ -275,9 +270,9 @@ def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
     asked = asset_id(given.get("model"))
     if not asked:
         raise bad("The deployment names no model.", "BadArgument")
-    registered = offers.find_model(asked)
     if asked.startswith("azureml://registries/"):
-        if registered is None or registered[1].archived:
+        model = offers.find_model(asked)
+        if model is None or model[1].archived:
             raise bad(f"The model '{asked}' is archived or does not exist.", "BadArgument")
         return tiny_model.folder_in(assets.catalogue(cloud))
     doc = cloud.get(asked)
@@ -285,37 +280,30 @@ def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
         raise bad(f"The model '{asked}' was not found.", "BadArgument")
     if doc["properties"].get("isArchived"):
         raise bad(f"The model '{asked}' is archived and cannot be deployed.", "BadArgument")
-    script = given.get("codeConfiguration") or {}
-    for part in (given.get("environmentId"), script.get("codeId")):
+    environment, script = given.get("environmentId"), given.get("codeConfiguration") or {}
+    for part in (environment, script.get("codeId")):
         if asset_id(part).startswith("/subscriptions/") and cloud.get(asset_id(part)) is None:
             raise bad(f"The asset '{part}' was not found.", "BadArgument")
     mlflow = "mlflow" in str(doc["properties"].get("modelType", "")).lower()
-    if not mlflow and not (given.get("environmentId") and given.get("codeConfiguration")):
+    if not mlflow and not (environment and script):
         raise bad("A custom model needs an environment and a scoring script.", "BadArgument")
     return assets.locate(cloud, workspace, doc["properties"]["modelUri"])
 
 
-def _role_fault(cloud: Cloud, workspace: Json, endpoint: Json) -> Json | None:
+def _missing_role(cloud: Cloud, workspace: Json, endpoint: Json) -> Json | None:
     """What a user-assigned identity may not do; a system-assigned one gets its roles by itself."""
     users = (endpoint.get("identity") or {}).get("userAssignedIdentities") or {}
     properties = workspace["properties"]
     for user, item in users.items():
-        for (roles, what), scope in (
+        for (roles, asked), scope in (
             (offers.PULLS_IMAGES, properties.get("containerRegistry")),
             (offers.READS_BLOBS, properties["storageAccount"]),
         ):
             if scope and not roles & identity.roles_of(cloud, item["principalId"], scope):
-                message = (
-                    f"The identity '{user.rsplit('/', 1)[-1]}' lacks the role {what} on '{scope}'."
-                )
+                name = user.rsplit("/", 1)[-1]
+                message = f"The identity '{name}' lacks the role {asked} on '{scope}'."
                 return {"code": "UserIdentityLacksPermission", "message": message}
     return None
-
-
-def log_file(cloud: Cloud, deployment: Json) -> Path:
-    """Where the server of a deployment writes its log."""
-    endpoint = str(deployment["id"]).split("/")[-3]
-    return cloud.folder / "deployments" / endpoint / f"{deployment['name']}.log"
 
 
 def server_key(cloud: Cloud, deployment: Json) -> str:
@@ -323,72 +311,73 @@ def server_key(cloud: Cloud, deployment: Json) -> str:
     return cloud.derive("server", deployment["id"])
 
 
-def _bring_up(cloud: Cloud, deployment: Json, operation: str, error: Json | None) -> None:
-    """Start the server and end the operation; runs in a thread of its own."""
-    log = log_file(cloud, deployment)
-    time.sleep(cloud.faults.slowness(deployment["id"], "deployment"))
-    error = error or cloud.faults.failure(deployment["id"], "deployment")
-    started = None
-    if error is None:
-        try:
-            started = _start_server(cloud, deployment, log)
-        except RehearsalError as problem:
-            error = {"code": "ResourceNotReady", "message": str(problem).splitlines()[0]}
-    else:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{error['code']}: {error['message']}\n", encoding="utf-8")
-    with cloud.lock:
-        present = cloud.get(deployment["id"])
-        if started and (present is None or present is not deployment):
-            processes.stop_server(started.process)  # deleted meanwhile
-        elif started and present is not None:
-            present["_server"] = {**dataclasses.asdict(started.process), "port": started.port}
-        cloud.finish(operation, error)
-        cloud.save()
+def _log_file(cloud: Cloud, deployment: Json) -> Path:
+    endpoint = str(deployment["id"]).split("/")[-3]
+    return cloud.folder / "deployments" / endpoint / f"{deployment['name']}.log"
+
+
+def _bring_up(cloud: Cloud, deployment: Json, operation: Operation, error: Json | None) -> None:
+    """Start the server and end the operation, in a thread: loading a model takes seconds."""
+
+    def work() -> None:
+        log, failure, server = _log_file(cloud, deployment), error, None
+        time.sleep(cloud.faults.slowness(deployment["id"], "deployment"))
+        failure = failure or cloud.faults.failure(deployment["id"], "deployment")
+        if failure is None:
+            try:
+                server = _start_server(cloud, deployment, log)
+            except RehearsalError as problem:
+                failure = {"code": "ResourceNotReady", "message": str(problem).splitlines()[0]}
+        else:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"{failure['code']}: {failure['message']}\n", encoding="utf-8")
+        with cloud.lock:
+            if server and cloud.get(deployment["id"]) is not deployment:
+                processes.stop_server(server.process)  # deleted or replaced meanwhile
+            elif server:
+                own = dataclasses.asdict(server.process)
+                deployment["_server"] = {**own, "port": server.port}
+            cloud.finish(operation.name, failure)
+            cloud.save()
+
+    threading.Thread(target=work, daemon=True).start()
 
 
 def _start_server(cloud: Cloud, deployment: Json, log: Path) -> processes.Server:
-    folder = Path(deployment["_model"])
+    folder, properties = Path(deployment["_model"]), deployment["properties"]
     if folder == tiny_model.folder_in(assets.catalogue(cloud)):
         tiny_model.make(assets.catalogue(cloud))
     weights = tiny_model.weights_in(folder)
     if weights is None:
         raise RehearsalError(f"No weights were found in the model of '{deployment['name']}'.")
-    settings = deployment["properties"].get("requestSettings") or {}
-    config = {
+    limits = properties.get("requestSettings") or {}
+    settings = {
         "engine": "transformers",
         "model_dir": str(weights),
         "num_threads": 1,
         "deployment": deployment["name"],
         "max_concurrent_requests_per_instance": int(
-            settings.get("maxConcurrentRequestsPerInstance") or 1
+            limits.get("maxConcurrentRequestsPerInstance") or 1
         ),
-        "request_timeout_ms": _milliseconds(str(settings.get("requestTimeout") or "PT5S")),
+        "request_timeout_ms": max(100, int(1000 * _timeout_seconds(properties))),
     }
-    return processes.start_server(config, key=server_key(cloud, deployment), log_path=log)
-
-
-def _milliseconds(duration: str) -> int:
-    match = re.fullmatch(r"PT(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?", duration)
-    minutes, seconds = (match[1], match[2]) if match else (None, None)
-    return max(100, int(1000 * (60 * int(minutes or 0) + float(seconds or 0))))
+    return processes.start_server(settings, key=server_key(cloud, deployment), log_path=log)
 
 
 def resume_deployments(cloud: Cloud) -> None:
-    """After a restart: deployments that were being made are made again, dead servers started."""
+    """After a restart: start what was being made and the servers that died meanwhile."""
     for deployment in cloud.children("/subscriptions", DEPLOYMENT_KIND):
-        running = [
-            name
-            for name, op in cloud.operations.items()
-            if op.resource == deployment["id"] and op.status == "InProgress"
+        unfinished = [
+            operation
+            for operation in cloud.operations.values()
+            if operation.resource == deployment["id"] and operation.status == "InProgress"
         ]
         server = processes.server_process(deployment)
         alive = server is not None and server.find() is not None
         ready = deployment["properties"]["provisioningState"] == "Succeeded"
-        if running or (ready and not alive):
-            name = running[0] if running else cloud.operate(deployment, by_itself=False).name
-            arguments = (cloud, deployment, name, None)
-            threading.Thread(target=_bring_up, args=arguments, daemon=True).start()
+        if unfinished or (ready and not alive):
+            operation = (unfinished or [cloud.operate(deployment, by_itself=False)])[0]
+            _bring_up(cloud, deployment, operation, None)
 
 
 @route("GET", ARM, _DEPLOYMENT)
@@ -407,27 +396,26 @@ def list_deployments(cloud: Cloud, request: Request) -> Reply:
 def delete_deployment(cloud: Cloud, request: Request) -> Reply:
     """Delete a deployment that gets no traffic."""
     endpoint = need_endpoint(cloud, request)
-    found = cloud.get(request.id(_DEPLOYMENT))
-    if found is None:
+    deployment = cloud.get(request.id(_DEPLOYMENT))
+    if deployment is None:
         return Reply(204)
-    traffic = endpoint["properties"].get("traffic") or {}
-    if traffic.get(found["name"], 0) > 0:
+    name, traffic = deployment["name"], endpoint["properties"].get("traffic") or {}
+    if traffic.get(name, 0) > 0:
         raise bad(
-            f"The deployment '{found['name']}' has {traffic[found['name']]} % of the traffic; "
+            f"The deployment '{name}' has {traffic[name]} % of the traffic; "
             "set it to 0 before deleting it.",
             "DeploymentHasTraffic",
         )
-    stop_server_of(found)
-    traffic.pop(found["name"], None)
-    found["properties"]["provisioningState"] = "Deleting"
-    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
+    stop_server_of(deployment)
+    traffic.pop(name, None)
+    deployment["properties"]["provisioningState"] = "Deleting"
+    return cloud.accepted(deployment, cloud.operate(deployment, kind="delete"), 202, body=False)
 
 
 @route("POST", ARM, _DEPLOYMENT + "/getLogs")
 def get_logs(cloud: Cloud, request: Request) -> Reply:
     """The last lines of the server's log."""
-    deployment = _need_deployment(cloud, request)
-    log = log_file(cloud, deployment)
+    log = _log_file(cloud, _need_deployment(cloud, request))
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     lines = text.splitlines()[-int(request.json().get("tail") or 50) :]
     return Reply(200, {"content": "\n".join(lines)})
@@ -435,19 +423,27 @@ def get_logs(cloud: Cloud, request: Request) -> Reply:
 
 def _need_deployment(cloud: Cloud, request: Request) -> Json:
     need_endpoint(cloud, request)
-    found = cloud.get(request.id(_DEPLOYMENT))
-    if found is None:
-        name = request.args["deployment"]
-        raise AzureError(404, "ResourceNotFound", f"The deployment '{name}' was not found.")
-    return found
+    text = f"The deployment '{request.args['deployment']}' was not found."
+    return cloud.need(request.id(_DEPLOYMENT), message=text)
 
 
 # --- the front: checks key or token, chooses a deployment, passes the request on ---
 
 _HOST = "{endpoint}.{region}.inference.ml.azure.com"
-_DROPPED = {"transfer-encoding", "connection", "content-length", "server", "date"}
-_NOT_PASSED = {"authorization", "host", "connection", "transfer-encoding", "content-length"}
-_TEXT = {"Content-Type": "text/plain"}
+# Headers of one connection only; the others pass through.
+_OF_THE_ANSWER = {"transfer-encoding", "connection", "content-length", "server", "date"}
+_OF_THE_REQUEST = {"authorization", "host", "connection", "transfer-encoding", "content-length"}
+
+
+def _plain(status: int, text: bytes, **headers: str) -> Reply:
+    """An answer of the front itself: a line of plain text, no JSON."""
+    more = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status, text, {"Content-Type": "text/plain", **more})
+
+
+def _not_ready() -> Reply:
+    # 424: the container did not answer with 200; here because there is none yet.
+    return _plain(424, b"no healthy upstream", ms_azureml_model_error_reason="model_not_ready")
 
 
 @route("POST", _HOST, "/{path*}", audience="", locked=False)
@@ -455,43 +451,42 @@ def score(cloud: Cloud, request: Request) -> Reply:
     """Let a request through to the deployment that is to answer it."""
     with cloud.lock:
         cloud.settle()
-        endpoint = _endpoint(cloud, request)
+        wanted = (request.args["endpoint"].lower(), request.args["region"].lower())
+        endpoints = cloud.children("/subscriptions", KIND)
+        endpoint = next(
+            (e for e in endpoints if (e["name"].lower(), e["location"]) == wanted), None
+        )
         if endpoint is None:
-            return Reply(404, b"Specified endpoint could not be found", dict(_TEXT))
+            return _plain(404, b"Specified endpoint could not be found")
         if not _may_score(cloud, endpoint, request):
-            return Reply(401, b"key_auth_access_denied", dict(_TEXT))
+            return _plain(401, b"key_auth_access_denied")
         deployment = _choose(cloud, endpoint, request)
         if deployment is None:
-            return Reply(404, b"Specified traffic group could not be found", dict(_TEXT))
+            return _plain(404, b"Specified traffic group could not be found")
         server, key = deployment.get("_server"), server_key(cloud, deployment)
-    if not server:
-        headers = {**_TEXT, "ms-azureml-model-error-reason": "model_not_ready"}
-        return Reply(424, b"no healthy upstream", headers)
-    return _pass_on(request, int(server["port"]), key, deployment["name"])
+    return _pass_on(request, server["port"], key, deployment["name"]) if server else _not_ready()
 
 
 get_score = route("GET", _HOST, "/{path*}", audience="", locked=False)(score)
-
-
-def _endpoint(cloud: Cloud, request: Request) -> Json | None:
-    wanted = (request.args["endpoint"].lower(), request.args["region"].lower())
-    for doc in cloud.children("/subscriptions", KIND):
-        if (doc["name"].lower(), doc["location"]) == wanted:
-            return doc
-    return None
 
 
 def _may_score(cloud: Cloud, endpoint: Json, request: Request) -> bool:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return False
-    if endpoint["properties"]["authMode"] == "Key":
+    mode = endpoint["properties"]["authMode"]
+    if mode == "Key":
         keys = [key_of(cloud, endpoint, which) for which in endpoint["_keys"]]
         return any(hmac.compare_digest(value.encode(), key.encode()) for key in keys)
-    claims = claims_of(cloud, value) if value.count(".") == 2 else None
-    if endpoint["properties"]["authMode"] == "AADToken":
-        return claims is not None and claims["aud"].rstrip("/") == "https://ml.azure.com"
-    return claims is not None and claims["aud"] == endpoint["id"].lower()
+    claims = identity.claims_of(cloud, value) if value.count(".") == 2 else None
+    if claims is None:
+        return False
+    audience = str(claims["aud"]).rstrip("/")
+    return (
+        audience in identity.AUDIENCES["ml"]
+        if mode == "AADToken"
+        else (audience == endpoint["id"].lower())
+    )
 
 
 def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
@@ -501,35 +496,32 @@ def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
     if forced is None and not traffic:
         return None
     name = forced or random.choices(list(traffic), list(traffic.values()))[0]  # noqa: S311
-    found = cloud.get(f"{endpoint['id']}/deployments/{name}")
-    return found if found and found["type"] == DEPLOYMENT_KIND else None
+    deployment = cloud.get(f"{endpoint['id']}/deployments/{name}")
+    return deployment if deployment and deployment["type"] == DEPLOYMENT_KIND else None
 
 
 def _pass_on(request: Request, port: int, key: str, deployment: str) -> Reply:
-    headers = {k: v for k, v in request.headers.items() if k not in _NOT_PASSED}
+    headers = {k: v for k, v in request.headers.items() if k not in _OF_THE_REQUEST}
     headers |= {"authorization": f"Bearer {key}", "azureml-model-deployment": deployment}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=200)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_LONGEST_SECONDS + 20)
     try:
         connection.request(request.method, request.target, request.body, headers)
         answer = connection.getresponse()
     except (OSError, http.client.HTTPException):
         connection.close()
-        reason = {**_TEXT, "ms-azureml-model-error-reason": "model_not_ready"}
-        return Reply(424, b"no healthy upstream", reason)
-    kept = {k: v for k, v in answer.getheaders() if k.lower() not in _DROPPED}
-    kept.setdefault("azureml-model-deployment", deployment)
-    if "event-stream" in kept.get("content-type", kept.get("Content-Type", "")):
-        return Reply(answer.status, _pieces(connection, answer), kept)
-    body = answer.read()
-    connection.close()
-    return Reply(answer.status, body, kept)
-
-
-def _pieces(
-    connection: http.client.HTTPConnection, answer: http.client.HTTPResponse
-) -> Iterator[bytes]:
-    try:
-        while piece := answer.read1(65536):
-            yield piece
-    finally:
+        return _not_ready()
+    passed = {k.lower(): v for k, v in answer.getheaders() if k.lower() not in _OF_THE_ANSWER}
+    passed.setdefault("azureml-model-deployment", deployment)
+    if "event-stream" not in passed.get("content-type", ""):
+        body = answer.read()
         connection.close()
+        return Reply(answer.status, body, passed)
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            while piece := answer.read1(65536):
+                yield piece
+        finally:
+            connection.close()
+
+    return Reply(answer.status, pieces(), passed)

@@ -22,13 +22,10 @@ from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
 LOGIN = "login.microsoftonline.com"
 _LIFETIME = 3600
 # Whom a token must be for, by the names that `route` uses.
+_MANAGEMENT = ("https://management.azure.com", "https://management.core.windows.net")
 AUDIENCES = {
-    "management": ("https://management.azure.com", "https://management.core.windows.net"),
-    "regional": (
-        "https://management.azure.com",
-        "https://management.core.windows.net",
-        "https://ml.azure.com",
-    ),
+    "management": _MANAGEMENT,
+    "regional": (*_MANAGEMENT, "https://ml.azure.com"),
     "ml": ("https://ml.azure.com",),
     "storage": ("https://storage.azure.com",),
 }
@@ -38,16 +35,14 @@ AUDIENCES = {
 def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
     """Where to get a token."""
     base = f"https://{LOGIN}/{request.args['tenant']}"
-    return Reply(
-        200,
-        {
-            "token_endpoint": f"{base}/oauth2/v2.0/token",
-            "authorization_endpoint": f"{base}/oauth2/v2.0/authorize",
-            "device_authorization_endpoint": f"{base}/oauth2/v2.0/devicecode",
-            "issuer": f"{base}/v2.0",
-            "jwks_uri": f"{base}/discovery/v2.0/keys",
-        },
-    )
+    paths = {
+        "token_endpoint": "oauth2/v2.0/token",
+        "authorization_endpoint": "oauth2/v2.0/authorize",
+        "device_authorization_endpoint": "oauth2/v2.0/devicecode",
+        "issuer": "v2.0",
+        "jwks_uri": "discovery/v2.0/keys",
+    }
+    return Reply(200, {name: f"{base}/{path}" for name, path in paths.items()})
 
 
 @route("GET", LOGIN, "/common/discovery/instance", audience="")
@@ -73,11 +68,8 @@ def token(cloud: Cloud, request: Request) -> Reply:
     audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
     claims = {"aud": audience, "tid": request.args["tenant"], "appid": CLIENT, "oid": CALLER}
     access = sign(cloud, claims)
-    return Reply(
-        200,
-        {"token_type": "Bearer", "expires_in": _LIFETIME, "access_token": access},
-        {"Cache-Control": "no-store"},
-    )
+    answer = {"token_type": "Bearer", "expires_in": _LIFETIME, "access_token": access}
+    return Reply(200, answer, {"Cache-Control": "no-store"})
 
 
 def client_secret(cloud: Cloud) -> str:
@@ -110,21 +102,16 @@ def check_token(cloud: Cloud, request: Request, audience: str) -> None:
         return
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not value:
-        raise AzureError(
-            401, "AuthenticationFailed", "The 'Authorization' header is missing or invalid."
-        )
+        text = "The 'Authorization' header is missing or invalid."
+        raise AzureError(401, "AuthenticationFailed", text)
     claims = claims_of(cloud, value)
     if claims is None:
-        raise AzureError(
-            401, "ExpiredAuthenticationToken", "The access token is invalid or has expired."
-        )
-    if claims["aud"].rstrip("/") not in AUDIENCES[audience]:
-        raise AzureError(
-            401,
-            "InvalidAuthenticationTokenAudience",
-            f"The access token has the wrong audience '{claims['aud']}'; "
-            f"expected '{AUDIENCES[audience][0]}'.",
-        )
+        text = "The access token is invalid or has expired."
+        raise AzureError(401, "ExpiredAuthenticationToken", text)
+    wanted = AUDIENCES[audience]
+    if claims["aud"].rstrip("/") not in wanted:
+        text = f"The access token has the wrong audience '{claims['aud']}'; expected '{wanted[0]}'."
+        raise AzureError(401, "InvalidAuthenticationTokenAudience", text)
 
 
 def _encode(value: Json) -> str:
@@ -181,10 +168,7 @@ def get_identity(cloud: Cloud, request: Request) -> Reply:
 @route("DELETE", ARM, _UAI)
 def delete_identity(cloud: Cloud, request: Request) -> Reply:
     """Delete it; its role assignments stay and name nobody, as on Azure."""
-    if not cloud.get(request.id(_UAI)):
-        return Reply(204)
-    cloud.delete(request.id(_UAI))
-    return Reply(200)
+    return cloud.delete_now(request.id(_UAI))
 
 
 @route("PUT", ARM, _ROLE + "/{guid}")
@@ -199,13 +183,15 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
         if other["name"].lower() == guid.lower():
             if same:
                 return Reply(200, public(other))
-            raise AzureError(
-                409,
-                "RoleAssignmentUpdateNotPermitted",
-                "Tenant ID, application ID, principal ID, and scope are not allowed to be updated.",
+            text = (
+                "Tenant ID, application ID, principal ID, and scope are not allowed to be updated."
             )
+            raise AzureError(409, "RoleAssignmentUpdateNotPermitted", text)
         if same:
-            raise _exists(other)
+            text = "The role assignment already exists. The ID of the existing role assignment is "
+            raise AzureError(
+                409, "RoleAssignmentExists", text + other["name"].replace("-", "") + "."
+            )
     properties = {
         "roleDefinitionId": given["roleDefinitionId"],
         "principalId": given["principalId"],
@@ -220,15 +206,6 @@ def _same_assignment(doc: Json, given: Json) -> bool:
         str(doc["properties"][key]).rsplit("/", 1)[-1].lower()
         == str(given[key]).rsplit("/", 1)[-1].lower()
         for key in ("roleDefinitionId", "principalId")
-    )
-
-
-def _exists(doc: Json) -> AzureError:
-    return AzureError(
-        409,
-        "RoleAssignmentExists",
-        f"The role assignment already exists. The ID of the existing role assignment is "
-        f"{doc['name'].replace('-', '')}.",
     )
 
 
@@ -262,11 +239,8 @@ def _check_assignment(cloud: Cloud, scope: str, guid: str, given: Json) -> None:
 def get_assignment(cloud: Cloud, request: Request) -> Reply:
     """One role assignment."""
     arm_id = request.id(_ROLE + "/{guid}")
-    if not cloud.get(arm_id):
-        raise AzureError(
-            404, "RoleAssignmentNotFound", f"The role assignment '{arm_id}' is not found."
-        )
-    return Reply(200, public(cloud.need(arm_id)))
+    text = f"The role assignment '{arm_id}' is not found."
+    return Reply(200, public(cloud.need(arm_id, code="RoleAssignmentNotFound", message=text)))
 
 
 @route("DELETE", ARM, _ROLE + "/{guid}")
@@ -301,20 +275,16 @@ def list_definitions(_cloud: Cloud, request: Request) -> Reply:
     scope = "/" + request.args["scope"]
     name = re.search(r"roleName eq '([^']+)'", request.query.get("$filter", ""))
     roles = {g: n for g, n in ROLES.items() if not name or n == name.group(1)}
-    return Reply(
-        200,
+    definitions = [
         {
-            "value": [
-                {
-                    "id": f"{scope}{_DEFINITIONS}/{guid}",
-                    "name": guid,
-                    "type": "Microsoft.Authorization/roleDefinitions",
-                    "properties": {"roleName": role, "type": "BuiltInRole", "permissions": []},
-                }
-                for guid, role in roles.items()
-            ]
-        },
-    )
+            "id": f"{scope}{_DEFINITIONS}/{guid}",
+            "name": guid,
+            "type": "Microsoft.Authorization/roleDefinitions",
+            "properties": {"roleName": role, "type": "BuiltInRole", "permissions": []},
+        }
+        for guid, role in roles.items()
+    ]
+    return Reply(200, {"value": definitions})
 
 
 def roles_of(cloud: Cloud, principal: str, scope: str) -> set[str]:

@@ -256,21 +256,12 @@ def storage_account(workspace: Json) -> str:
 
 def need_workspace(cloud: Cloud, request: Request) -> Json:
     """The workspace of the request. Raises AzureError (404)."""
-    found = cloud.get(request.id(WORKSPACE))
-    if found is None:
-        group = cloud.get(request.id(GROUP))
-        if group is None:
-            name = request.args["rg"]
-            raise AzureError(
-                404, "ResourceGroupNotFound", f"Resource group '{name}' could not be found."
-            )
-        raise AzureError(
-            404,
-            "ResourceNotFound",
-            f"The Resource '{KIND}/{request.args['ws']}' under resource group "
-            f"'{request.args['rg']}' was not found.",
-        )
-    return found
+    need_group(cloud, request)
+    text = (
+        f"The Resource '{KIND}/{request.args['ws']}' under resource group "
+        f"'{request.args['rg']}' was not found."
+    )
+    return cloud.need(request.id(WORKSPACE), message=text)
 
 
 # --- connections ---
@@ -365,10 +356,7 @@ def list_connection_secrets(cloud: Cloud, request: Request) -> Reply:
 def delete_connection(cloud: Cloud, request: Request) -> Reply:
     """Delete it."""
     need_workspace(cloud, request)
-    if not cloud.get(request.id(_CONNECTION)):
-        return Reply(204)
-    cloud.delete(request.id(_CONNECTION))
-    return Reply(200)
+    return cloud.delete_now(request.id(_CONNECTION))
 
 
 def _need_connection(cloud: Cloud, request: Request) -> Json:
@@ -470,12 +458,9 @@ def list_entities(cloud: Cloud, request: Request) -> Reply:
 
 
 def _need_flow(cloud: Cloud, request: Request) -> Json:
-    workspace = need_workspace(cloud, request)
-    found = cloud.get(f"{workspace['id']}/flows/{request.args['flow']}")
-    if found is None:
-        name = request.args["flow"]
-        raise AzureError(404, "UserError", f"Flow with id {name} not found")
-    return found
+    workspace, name = need_workspace(cloud, request), request.args["flow"]
+    text = f"Flow with id {name} not found"
+    return cloud.need(f"{workspace['id']}/flows/{name}", code="UserError", message=text)
 
 
 def _flow_answer(doc: Json) -> Json:
