@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from . import offers, tiny_model
-from .cloud import Cloud, listed, public, route, stamps
+from .cloud import Cloud, listed, on_get, public, route, stamps
 from .storage import BlobFiles, account_sas
 from .wire import ARM, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad, not_found
 from .workspaces import container_of, need_workspace, storage_account
@@ -19,15 +19,15 @@ from .workspaces import container_of, need_workspace, storage_account
 _FAMILY = WORKSPACE + "/{family:models|data|environments|components|codes}/{name}"
 _ONE = _FAMILY + "/versions/{version}"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9\-_.]{0,254}")
-_STORE_URI = re.compile(
-    r"azureml://(?:subscriptions/[^/]+/resourcegroups/[^/]+/(?:providers/[^/]+/)?workspaces/[^/]+/)?"
-    r"datastores/([^/]+)/paths/(.+)",
-    re.IGNORECASE,
+# Addresses of files, with the workspace in full or without it.
+_BASE = (
+    r"(?i)azureml://"
+    r"(?:subscriptions/[^/]+/resourcegroups/[^/]+/(?:providers/[^/]+/)?workspaces/[^/]+/)?"
 )
-_JOB_URI = re.compile(
-    r"azureml://(?:subscriptions/[^/]+/resourcegroups/[^/]+/(?:providers/[^/]+/)?workspaces/[^/]+/)?"
-    r"jobs/([^/]+)/outputs/([^/]+?)(?:/paths)?(?:/(.*))?$",
-    re.IGNORECASE,
+_STORE_URI = re.compile(_BASE + r"datastores/([^/]+)/paths/(.+)")
+_JOB_URI = re.compile(_BASE + r"jobs/([^/]+)/outputs/([^/]+?)(?:/paths)?(?:/(.*))?$")
+_BLOB_URI = re.compile(
+    r"(?:https|wasbs)://([^.@]+)\.blob\.core\.windows\.net(?::443)?/([^/]+)/?(.*)"
 )
 
 
@@ -42,40 +42,27 @@ def put_version(cloud: Cloud, request: Request) -> Reply:
     if family == "models":
         given = _checked_model(cloud, workspace, given, before)
     kind = f"{ML}/workspaces/{family}/versions"
-    properties = {
-        "isArchived": False,
-        "isAnonymous": False,
-        "tags": {},
-        "properties": {},
-        "provisioningState": "Succeeded",
-        **given,
-    }
+    defaults: Json = {"isArchived": False, "isAnonymous": False, "tags": {}, "properties": {}}
     document = {
-        "properties": properties,
+        "properties": {**defaults, "provisioningState": "Succeeded", **given},
         "systemData": before["systemData"] if before else stamps(),
     }
-    made = cloud.put(request.id(_ONE), kind, document)
-    return Reply(200 if before else 201, public(made))
+    return Reply(200 if before else 201, public(cloud.put(request.id(_ONE), kind, document)))
 
 
 def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | None) -> Json:
     uri = str(given.get("modelUri") or "")
-    found = datastore_uri(cloud, workspace, uri)
-    if before and before["properties"]["modelUri"].rstrip("/") != found.rstrip("/"):
-        raise AzureError(
-            409,
-            "UserError",
-            "A model with this name and version already exists; its path cannot be changed.",
-        )
+    address = datastore_uri(cloud, workspace, uri)
+    if before and before["properties"]["modelUri"].rstrip("/") != address.rstrip("/"):
+        text = "A model with this name and version already exists; its path cannot be changed."
+        raise AzureError(409, "UserError", text)
     place = locate(cloud, workspace, uri)
     if not place.exists():
-        raise bad(
-            f"NoMatchingArtifactsFoundFromJob: no artifacts were found at '{uri}'.", "UserError"
-        )
+        raise bad(f"NoMatchingArtifactsFoundFromJob: no artifacts were found at '{uri}'.")
     mlflow = str(given.get("modelType", "")).lower().replace("_", "") in ("mlflow", "mlflowmodel")
     if mlflow and not (place / "MLmodel").is_file():
         raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
-    return {"flavors": {}, "stage": "Development", **given, "modelUri": found}
+    return {"flavors": {}, "stage": "Development", **given, "modelUri": address}
 
 
 def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
@@ -86,11 +73,11 @@ def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
     job, output, rest = match.groups()
     doc = cloud.get(f"{workspace['id']}/jobs/{job}")
     if doc is None:
-        raise bad(f"The job '{job}' was not found.", "UserError")
-    known = doc["properties"].get("outputs") or {}
-    if output not in known and output != "artifacts":
-        raise bad(f"The job '{job}' has no output '{output}'.", "UserError")
-    base = str(known[output]["uri"] if output in known else doc["_artifacts"]).rstrip("/")
+        raise bad(f"The job '{job}' was not found.")
+    outputs = doc["properties"].get("outputs") or {}
+    if output not in outputs and output != "artifacts":
+        raise bad(f"The job '{job}' has no output '{output}'.")
+    base = str(outputs[output]["uri"] if output in outputs else doc["_artifacts"]).rstrip("/")
     return f"{base}/{rest}" if rest else base
 
 
@@ -101,9 +88,7 @@ def locate(cloud: Cloud, workspace: Json, uri: str) -> Path:
     match = _STORE_URI.match(uri)
     if match:
         return files.path(container_of(workspace, match.group(1)), match.group(2))
-    blob = re.match(
-        r"(?:https|wasbs)://([^.@]+)\.blob\.core\.windows\.net(?::443)?/([^/]+)/?(.*)", uri
-    )
+    blob = _BLOB_URI.match(uri)
     if blob:
         account, container, name = blob.groups()
         store = BlobFiles(cloud.folder, account)
@@ -123,12 +108,6 @@ def start_upload(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"blobReferenceForConsumption": reference, **upload})
 
 
-@route("GET", ARM, _ONE)
-def get_version(cloud: Cloud, request: Request) -> Reply:
-    """One version."""
-    return Reply(200, public(need_version(cloud, request)))
-
-
 @route("DELETE", ARM, _ONE)
 def delete_version(cloud: Cloud, request: Request) -> Reply:
     """Delete a version."""
@@ -139,38 +118,32 @@ def delete_version(cloud: Cloud, request: Request) -> Reply:
 def get_container(cloud: Cloud, request: Request) -> Reply:
     """The asset's container, with its latest and next version."""
     family = request.args["family"]
-    found = _versions(cloud, request)
-    if not found:
-        raise AzureError(
-            404, "UserError", f"{family} container with name {request.args['name']} not found."
-        )
-    numbers = [int(doc["name"]) for doc in found if doc["name"].isdigit()]
+    versions, name = _versions(cloud, request), request.args["name"]
+    if not versions:
+        raise AzureError(404, "UserError", f"{family} container with name {name} not found.")
+    numbers = [int(doc["name"]) for doc in versions if doc["name"].isdigit()]
     properties = {
-        "latestVersion": found[-1]["name"],
+        "latestVersion": versions[-1]["name"],
         "nextVersion": str(max(numbers, default=0) + 1),
-        "isArchived": all(doc["properties"]["isArchived"] for doc in found),
+        "isArchived": all(doc["properties"]["isArchived"] for doc in versions),
     }
-    arm_id = request.id(_FAMILY)
-    return Reply(200, {"id": arm_id, "name": request.args["name"], "properties": properties})
+    return Reply(200, {"id": request.id(_FAMILY), "name": name, "properties": properties})
 
 
 @route("GET", ARM, _FAMILY + "/versions")
 def list_versions(cloud: Cloud, request: Request) -> Reply:
-    """The versions, newest first where that is asked for; archived ones are left out."""
-    found = _versions(cloud, request)
+    """The versions, newest first on request; archived ones are left out."""
+    docs = _versions(cloud, request)
     digest = request.query.get("hash")
-    if digest:  # asked before an upload: under whatever name, the same files
-        everything = cloud.children(request.id(WORKSPACE) + "/" + request.args["family"])
-        return listed(
-            [doc for doc in everything if digest in doc["properties"]["properties"].values()]
-        )
+    if digest:  # the SDK asks before an upload: the same files, under whatever name
+        docs = cloud.children(request.id(WORKSPACE) + "/" + request.args["family"])
+        return listed([d for d in docs if digest in d["properties"]["properties"].values()])
     if "desc" in request.query.get("$orderby", request.query.get("orderby", "")).lower():
-        found = found[::-1]
-    view = request.query.get("listviewtype", "ActiveOnly").lower()
-    if view == "activeonly":
-        found = [doc for doc in found if not doc["properties"]["isArchived"]]
+        docs = docs[::-1]
+    if request.query.get("listviewtype", "ActiveOnly").lower() == "activeonly":
+        docs = [doc for doc in docs if not doc["properties"]["isArchived"]]
     top = request.query.get("$top")
-    return listed(found[: int(top)] if top else found)
+    return listed(docs[: int(top)] if top else docs)
 
 
 @route("GET", ARM, WORKSPACE + "/models")
@@ -178,23 +151,26 @@ def list_models(cloud: Cloud, request: Request) -> Reply:
     """The containers of all models."""
     workspace = need_workspace(cloud, request)
     docs = cloud.children(f"{workspace['id']}/models")
-    names = dict.fromkeys(doc["id"].split("/")[-3] for doc in docs)
-    values = []
-    for name in names:
-        own = [doc for doc in docs if doc["id"].split("/")[-3] == name]
-        properties = {"latestVersion": own[-1]["name"], "isArchived": False, "tags": {}}
-        values.append(
-            {"id": f"{workspace['id']}/models/{name}", "name": name, "properties": properties}
-        )
+    latest = {doc["id"].split("/")[-3]: doc["name"] for doc in docs}
+    values = [
+        {
+            "id": f"{workspace['id']}/models/{name}",
+            "name": name,
+            "properties": {"latestVersion": version, "isArchived": False, "tags": {}},
+        }
+        for name, version in latest.items()
+    ]
     return Reply(200, {"value": values})
 
 
-def need_version(cloud: Cloud, request: Request) -> Json:
-    """The version that the request names. Raises AzureError (404)."""
+def _need_version(cloud: Cloud, request: Request) -> Json:
     need_workspace(cloud, request)
     family, name, version = (request.args[key] for key in ("family", "name", "version"))
     text = f"{family} asset with name {name} and version {version} not found."
     return cloud.need(request.id(_ONE), code="UserError", message=text)
+
+
+on_get(_ONE, _need_version)
 
 
 def _versions(cloud: Cloud, request: Request) -> list[Json]:
@@ -202,123 +178,89 @@ def _versions(cloud: Cloud, request: Request) -> list[Json]:
     return cloud.children(request.id(_FAMILY) + "/versions")
 
 
-# --- the registry `azureml` ---
+# --- the registry `azureml`: one version of each asset, which nobody can change ---
 
+# The registry's front: `MLClient(registry_name=…)` asks its region's discovery where it is.
 _REGISTRY_HOST = "cert-{region}.experiments.azureml.net"
-_REGISTRY_GROUP, _REGISTRY_SUBSCRIPTION = "azureml-system", "00000000-0000-4000-8000-5e6157000000"
 _REGISTRY = (
     f"/mferp/managementfrontend/subscriptions/{{sub}}/resourceGroups/{{rg}}/providers/{ML}"
-    "/registries/azureml"
+    "/registries/azureml/{family:models|components|environments}/{name}"
 )
-_STAMP = {"createdAt": "2026-06-18T00:00:00Z", "lastModifiedAt": "2026-07-01T00:00:00Z"}
 
 
 @route("GET", REGIONAL, "/registrymanagement/v1.0/registries/{registry}/discovery", audience="")
 def discover(_cloud: Cloud, request: Request) -> Reply:
     """Where the registry is managed."""
-    name = request.args["registry"]
+    name, region = request.args["registry"], request.args["region"]
     if name.lower() != "azureml":
         raise not_found("registry", name)
-    region = request.args["region"]
-    return Reply(
-        200,
-        {
-            "registryName": name,
-            "subscriptionId": _REGISTRY_SUBSCRIPTION,
-            "resourceGroup": _REGISTRY_GROUP,
-            "primaryRegion": region,
-            "primaryRegionResourceProviderUri": f"https://cert-{region}.experiments.azureml.net/",
-            "regions": [region],
-            "isPublic": True,
-        },
-    )
+    place: Json = {
+        "registryName": name,
+        "subscriptionId": "00000000-0000-4000-8000-5e6157000000",
+        "resourceGroup": "azureml-system",
+        "primaryRegion": region,
+        "primaryRegionResourceProviderUri": f"https://cert-{region}.experiments.azureml.net/",
+        "regions": [region],
+        "isPublic": True,
+    }
+    return Reply(200, place)
 
 
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}", audience="regional")
-def get_model(_cloud: Cloud, request: Request) -> Reply:
-    """A model's container, with its latest version."""
-    version = _model(request.args["name"]).version
-    properties = {"latestVersion": version, "nextVersion": str(int(version) + 1)}
+@route("GET", _REGISTRY_HOST, _REGISTRY, audience="regional")
+def get_registry_container(_cloud: Cloud, request: Request) -> Reply:
+    """The asset's container, with its latest version."""
+    version = _registry_asset(request)["name"]
+    properties = {"latestVersion": version, "isArchived": False}
     return Reply(200, {"name": request.args["name"], "properties": properties})
 
 
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}/versions", audience="regional")
-def list_model_versions(_cloud: Cloud, request: Request) -> Reply:
-    """The versions; archived ones only where the view asks for them."""
-    name = request.args["name"]
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/versions", audience="regional")
+def list_registry_versions(_cloud: Cloud, request: Request) -> Reply:
+    """The versions; an archived one only where the view asks for it: `latest` then finds none."""
+    asset = _registry_asset(request)
     view = request.query.get("listviewtype", "ActiveOnly").lower()
-    archived = _model(name).archived
+    archived = bool(asset["properties"]["isArchived"])
     hidden = (archived and view == "activeonly") or (not archived and view == "archivedonly")
-    return Reply(200, {"value": [] if hidden else [_version(name)]})
+    return Reply(200, {"value": [] if hidden else [asset]})
 
 
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/models/{name}/versions/{version}", audience="regional")
-def get_model_version(_cloud: Cloud, request: Request) -> Reply:
+@route("GET", _REGISTRY_HOST, _REGISTRY + "/versions/{version}", audience="regional")
+def get_registry_version(_cloud: Cloud, request: Request) -> Reply:
     """One version, archived or not."""
-    name, version = request.args["name"], request.args["version"]
-    if version != _model(name).version:
-        raise not_found("model version", f"{name}:{version}")
-    return Reply(200, _version(name))
+    asset = _registry_asset(request)
+    if request.args["version"] != asset["name"]:
+        raise not_found("version", f"{request.args['name']}:{request.args['version']}")
+    return Reply(200, asset)
 
 
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}", audience="regional")
-def get_component(_cloud: Cloud, request: Request) -> Reply:
-    """A component's container, with its latest version."""
-    _check_component(request)
-    properties = {"latestVersion": offers.COMPONENT_VERSION, "isArchived": False}
-    return Reply(200, {"name": offers.COMPONENT, "properties": properties})
+def _registry_asset(request: Request) -> Json:
+    """The asset that the request names, in its one version. Raises AzureError (404)."""
+    family, name = request.args["family"].lower(), request.args["name"]
+    created = "2026-06-18T00:00:00Z"
+    properties: Json = {"tags": {}, "properties": {}, "isArchived": False, "isAnonymous": False}
+    if family == "models" and name in offers.MODELS:
+        model = offers.MODELS[name]
+        version, created = model.version, model.created
+        properties |= _model_properties(name, model)
+    elif family == "components" and name == offers.COMPONENT:
+        version = offers.COMPONENT_VERSION
+        properties |= {"componentSpec": offers.component_spec(), "provisioningState": "Succeeded"}
+    elif family == "environments":  # any curated one
+        version = request.args.get("version", "1")
+        image = f"mcr.microsoft.com/azureml/curated/{name}:{version}"
+        properties |= {"image": image, "osType": "Linux", "environmentType": "Curated"}
+    else:
+        raise not_found(family.removesuffix("s"), name)
+    return {
+        "id": f"azureml://registries/azureml/{family}/{name}/versions/{version}",
+        "name": version,
+        "type": f"{ML}/registries/{family}/versions",
+        "systemData": {"createdAt": created, "lastModifiedAt": "2026-07-01T00:00:00Z"},
+        "properties": properties,
+    }
 
 
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}/versions", audience="regional")
-def list_component_versions(_cloud: Cloud, request: Request) -> Reply:
-    """Its one version."""
-    _check_component(request)
-    return Reply(200, {"value": [_component()]})
-
-
-@route(
-    "GET", _REGISTRY_HOST, _REGISTRY + "/components/{name}/versions/{version}", audience="regional"
-)
-def get_component_version(_cloud: Cloud, request: Request) -> Reply:
-    """The component with its inputs."""
-    _check_component(request)
-    if request.args["version"] != offers.COMPONENT_VERSION:
-        raise not_found("component version", request.args["version"])
-    return Reply(200, _component())
-
-
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/environments/{name}", audience="regional")
-def get_environment(_cloud: Cloud, request: Request) -> Reply:
-    """Any curated environment, with one version."""
-    name = request.args["name"]
-    return Reply(200, {"name": name, "properties": {"latestVersion": "1", "isArchived": False}})
-
-
-@route("GET", _REGISTRY_HOST, _REGISTRY + "/environments/{name}/versions", audience="regional")
-def list_environment_versions(_cloud: Cloud, request: Request) -> Reply:
-    """Its one version."""
-    return Reply(200, {"value": [_environment(request.args["name"], "1")]})
-
-
-@route(
-    "GET",
-    _REGISTRY_HOST,
-    _REGISTRY + "/environments/{name}/versions/{version}",
-    audience="regional",
-)
-def get_environment_version(_cloud: Cloud, request: Request) -> Reply:
-    """A curated environment."""
-    return Reply(200, _environment(request.args["name"], request.args["version"]))
-
-
-def _model(name: str) -> offers.CatalogueModel:
-    if name not in offers.MODELS:
-        raise not_found("model", name)
-    return offers.MODELS[name]
-
-
-def _version(name: str) -> Json:
-    model = offers.MODELS[name]
+def _model_properties(name: str, model: offers.CatalogueModel) -> Json:
     # Since June 2026 the sizes are here; the tags that listed them before are gone.
     metadata: Json = {
         "supportedComputes": {
@@ -328,66 +270,18 @@ def _version(name: str) -> Json:
         "tasks": ["chat-completion"],
     }
     if model.archived:
-        names = ("inferenceRetirementDate", "finetuneRetirementDate")
-        metadata["deprecation"] = dict.fromkeys(names, offers.RETIRED_ON)
+        dates = ("inferenceRetirementDate", "finetuneRetirementDate")
+        metadata["deprecation"] = dict.fromkeys(dates, offers.RETIRED_ON)
     return {
-        "id": f"azureml://registries/azureml/models/{name}/versions/{model.version}",
-        "name": model.version,
-        "type": f"{ML}/registries/models/versions",
-        "systemData": {**_STAMP, "createdAt": model.created},
-        "properties": {
-            "description": f"{name} as the catalogue has it.",
-            "tags": {"task": "chat-completion", "model_specific_defaults": model.defaults},
-            "properties": {},
-            "isArchived": model.archived,
-            "isAnonymous": False,
-            "modelType": "mlflow_model",
-            "modelUri": f"https://rehearsal.blob.core.windows.net/azureml/{name}/mlflow_model_folder",
-            "flavors": {},
-            "stage": "Development",
-            "provisioningState": "Succeeded",
-            "systemMetadata": metadata,
-        },
-    }
-
-
-def _check_component(request: Request) -> None:
-    if request.args["name"] != offers.COMPONENT:
-        raise not_found("component", request.args["name"])
-
-
-def _component() -> Json:
-    asset_id = f"azureml://registries/azureml/components/{offers.COMPONENT}/versions/"
-    return {
-        "id": asset_id + offers.COMPONENT_VERSION,
-        "name": offers.COMPONENT_VERSION,
-        "type": f"{ML}/registries/components/versions",
-        "systemData": dict(_STAMP),
-        "properties": {
-            "description": "Pipeline component for chat completion fine-tuning",
-            "tags": {},
-            "properties": {},
-            "isArchived": False,
-            "isAnonymous": False,
-            "componentSpec": offers.component_spec(),
-            "provisioningState": "Succeeded",
-        },
-    }
-
-
-def _environment(name: str, version: str) -> Json:
-    return {
-        "id": f"azureml://registries/azureml/environments/{name}/versions/{version}",
-        "name": version,
-        "systemData": dict(_STAMP),
-        "properties": {
-            "image": f"mcr.microsoft.com/azureml/curated/{name}:{version}",
-            "osType": "Linux",
-            "isArchived": False,
-            "tags": {},
-            "properties": {},
-            "environmentType": "Curated",
-        },
+        "description": f"{name} as the catalogue has it.",
+        "tags": {"task": "chat-completion", "model_specific_defaults": model.defaults},
+        "isArchived": model.archived,
+        "modelType": "mlflow_model",
+        "modelUri": f"https://rehearsal.blob.core.windows.net/azureml/{name}/mlflow_model_folder",
+        "flavors": {},
+        "stage": "Development",
+        "provisioningState": "Succeeded",
+        "systemMetadata": metadata,
     }
 
 

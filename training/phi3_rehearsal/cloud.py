@@ -228,6 +228,18 @@ router: Router[Cloud] = Router()
 route = router.route
 
 
+def on_get(path: str, need: Callable[[Cloud, Request], Json]) -> None:
+    """Answer GET on a path of the resource manager with the resource that `need` finds."""
+    route("GET", ARM, path)(lambda cloud, request: Reply(200, public(need(cloud, request))))
+
+
+def on_list(path: str, need: Callable[[Cloud, Request], Json], kind: str) -> None:
+    """Answer GET with all resources of a kind below the one that `need` finds."""
+    route("GET", ARM, path)(
+        lambda cloud, request: listed(cloud.children(need(cloud, request)["id"], kind))
+    )
+
+
 def public(doc: Json) -> Json:
     """`doc` without the rehearsal's own keys."""
     return {k: copy.deepcopy(v) for k, v in doc.items() if not k.startswith("_")}

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets, compute, identity, offers, processes, tiny_model
-from .cloud import TENANT, Cloud, Operation, listed, public, route, stamps
+from .cloud import TENANT, Cloud, Operation, on_get, on_list, public, route, stamps
 from .compute import DEPLOYMENT_KIND
 from .processes import RehearsalError, stop_server_of
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
@@ -110,18 +110,6 @@ def patch_endpoint(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, public(endpoint))
 
 
-@route("GET", ARM, ENDPOINT)
-def get_endpoint(cloud: Cloud, request: Request) -> Reply:
-    """One endpoint."""
-    return Reply(200, public(need_endpoint(cloud, request)))
-
-
-@route("GET", ARM, WORKSPACE + "/onlineEndpoints")
-def list_endpoints(cloud: Cloud, request: Request) -> Reply:
-    """All endpoints of a workspace."""
-    return listed(cloud.children(need_workspace(cloud, request)["id"], KIND))
-
-
 @route("DELETE", ARM, ENDPOINT)
 def delete_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Delete an endpoint with its deployments."""
@@ -178,6 +166,10 @@ def need_endpoint(cloud: Cloud, request: Request) -> Json:
     need_workspace(cloud, request)
     text = f"The endpoint '{request.args['name']}' was not found."
     return cloud.need(request.id(ENDPOINT), message=text)
+
+
+on_get(ENDPOINT, need_endpoint)
+on_list(WORKSPACE + "/onlineEndpoints", need_workspace, KIND)
 
 
 # --- deployments ---
@@ -380,18 +372,6 @@ def resume_deployments(cloud: Cloud) -> None:
             _bring_up(cloud, deployment, operation, None)
 
 
-@route("GET", ARM, _DEPLOYMENT)
-def get_deployment(cloud: Cloud, request: Request) -> Reply:
-    """One deployment."""
-    return Reply(200, public(_need_deployment(cloud, request)))
-
-
-@route("GET", ARM, ENDPOINT + "/deployments")
-def list_deployments(cloud: Cloud, request: Request) -> Reply:
-    """All deployments of an endpoint."""
-    return listed(cloud.children(need_endpoint(cloud, request)["id"], DEPLOYMENT_KIND))
-
-
 @route("DELETE", ARM, _DEPLOYMENT)
 def delete_deployment(cloud: Cloud, request: Request) -> Reply:
     """Delete a deployment that gets no traffic."""
@@ -425,6 +405,10 @@ def _need_deployment(cloud: Cloud, request: Request) -> Json:
     need_endpoint(cloud, request)
     text = f"The deployment '{request.args['deployment']}' was not found."
     return cloud.need(request.id(_DEPLOYMENT), message=text)
+
+
+on_get(_DEPLOYMENT, _need_deployment)
+on_list(ENDPOINT + "/deployments", need_endpoint, DEPLOYMENT_KIND)
 
 
 # --- the front: checks key or token, chooses a deployment, passes the request on ---

@@ -15,7 +15,18 @@ import time
 import uuid
 from urllib.parse import parse_qsl
 
-from .cloud import CALLER, CLIENT, TENANT, Cloud, check_location, listed, need_group, public, route
+from .cloud import (
+    CALLER,
+    CLIENT,
+    TENANT,
+    Cloud,
+    check_location,
+    listed,
+    need_group,
+    on_get,
+    public,
+    route,
+)
 from .offers import ROLES
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
 
@@ -159,10 +170,7 @@ def put_identity(cloud: Cloud, request: Request) -> Reply:
     return Reply(200 if before else 201, public(cloud.put(arm_id, _UAI_KIND, document)))
 
 
-@route("GET", ARM, _UAI)
-def get_identity(cloud: Cloud, request: Request) -> Reply:
-    """One identity."""
-    return Reply(200, public(cloud.need(request.id(_UAI), _UAI_KIND)))
+on_get(_UAI, lambda cloud, request: cloud.need(request.id(_UAI), _UAI_KIND))
 
 
 @route("DELETE", ARM, _UAI)
@@ -235,12 +243,13 @@ def _check_assignment(cloud: Cloud, scope: str, guid: str, given: Json) -> None:
         )
 
 
-@route("GET", ARM, _ROLE + "/{guid}")
-def get_assignment(cloud: Cloud, request: Request) -> Reply:
-    """One role assignment."""
+def _need_assignment(cloud: Cloud, request: Request) -> Json:
     arm_id = request.id(_ROLE + "/{guid}")
     text = f"The role assignment '{arm_id}' is not found."
-    return Reply(200, public(cloud.need(arm_id, code="RoleAssignmentNotFound", message=text)))
+    return cloud.need(arm_id, code="RoleAssignmentNotFound", message=text)
+
+
+on_get(_ROLE + "/{guid}", _need_assignment)
 
 
 @route("DELETE", ARM, _ROLE + "/{guid}")

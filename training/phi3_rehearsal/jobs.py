@@ -17,7 +17,7 @@ from urllib.parse import quote
 import psutil
 
 from . import assets, offers
-from .cloud import ACTIVE, Cloud, listed, now, public, route, stamps
+from .cloud import ACTIVE, Cloud, listed, now, on_get, public, route, stamps
 from .identity import AUDIENCES, claims_of
 from .job_process import JobInput, JobPlan
 from .processes import ProcessId, spawn, write_atomically
@@ -137,12 +137,6 @@ def cancel(cloud: Cloud, job: Json) -> None:
     write_atomically(file, json.dumps({"status": "Canceled", **job["_times"]}))
 
 
-@route("GET", ARM, _JOB)
-def get_job(cloud: Cloud, request: Request) -> Reply:
-    """One job."""
-    return Reply(200, public(need_job(cloud, request)))
-
-
 @route("GET", ARM, WORKSPACE + "/jobs")
 def list_jobs(cloud: Cloud, request: Request) -> Reply:
     """All jobs, newest first."""
@@ -176,6 +170,9 @@ def need_job(cloud: Cloud, request: Request) -> Json:
     return refreshed(cloud, cloud.need(request.id(_JOB), code="UserError", message=text))
 
 
+on_get(_JOB, need_job)
+
+
 def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
     """For each node of a cluster that is in use, the name of the job that runs on it."""
     busy = []
@@ -200,29 +197,20 @@ def _job_document(workspace: Json, name: str, given: Json) -> Json:
     """The job as it is answered: every output has an address, the studio a page."""
     store = f"azureml://datastores/workspaceblobstore/paths/azureml/{name}"
     artifacts = f"azureml://datastores/workspaceartifactstore/ExperimentRun/dcid.{name}"
-    outputs: Json = {}
-    for output, value in (given.get("outputs") or {}).items():
-        value = dict(value or {})
-        value["uri"] = value.get("uri") or f"{store}/{output}/"
-        outputs[output] = value
-    default = {"default": {"jobOutputType": "uri_folder", "uri": artifacts}}
-    if given["jobType"] == "Command":
-        outputs |= default
-    workspace_id = workspace["id"]
-    page = f"https://ml.azure.com/runs/{name}?wsid={workspace_id}"
-    services = {
-        "Studio": {"jobServiceType": "Studio", "endpoint": page},
-        "Tracking": {
-            "jobServiceType": "Tracking",
-            "endpoint": workspace["properties"]["mlFlowTrackingUri"],
-        },
+    outputs: Json = {
+        output: {**(value or {}), "uri": (value or {}).get("uri") or f"{store}/{output}/"}
+        for output, value in (given.get("outputs") or {}).items()
     }
+    if given["jobType"] == "Command":
+        outputs["default"] = {"jobOutputType": "uri_folder", "uri": artifacts}
+    page = f"https://ml.azure.com/runs/{name}?wsid={workspace['id']}"
+    addresses = {"Studio": page, "Tracking": workspace["properties"]["mlFlowTrackingUri"]}
     properties = {
         **given,
         "experimentName": given.get("experimentName") or "Default",
         "displayName": given.get("displayName") or name,
         "outputs": outputs,
-        "services": services,
+        "services": {k: {"jobServiceType": k, "endpoint": url} for k, url in addresses.items()},
         "status": "NotStarted",
         "isArchived": False,
         "properties": {**(given.get("properties") or {}), "ContentSnapshotId": str(uuid.uuid4())},
@@ -264,25 +252,24 @@ def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
 
 
 def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
-    """The machine of a job, after a look at the cluster and its room. Raises AzureError."""
-    compute_id = given.get("computeId")
-    resources = given.get("resources") or {}
-    wanted = int(resources.get("instanceCount") or 1)
-    if not compute_id:
-        found = offers.find_size(str(resources.get("instanceType") or ""))
-        if found is None:
-            raise bad("A job without a compute target needs resources.instance_type.")
-        return found[1]
-    cluster = cloud.get(str(compute_id))
-    if cluster is None:
-        name = str(compute_id).rsplit("/", 1)[-1]
-        raise bad(f"The compute target '{name}' was not found in the workspace.")
-    inner = cluster["properties"]["properties"]
-    most = int((inner.get("scaleSettings") or {}).get("maxNodeCount", 1))
-    if wanted > most:
-        raise bad(f"The job needs {wanted} nodes; the cluster '{cluster['name']}' has {most}.")
-    found = offers.find_size(inner["vmSize"])
-    return found[1] if found else None
+    """The machine of a job, if its cluster exists and has enough nodes. Raises AzureError."""
+    cluster_id, resources = given.get("computeId"), given.get("resources") or {}
+    nodes = int(resources.get("instanceCount") or 1)
+    if cluster_id:
+        cluster = cloud.get(str(cluster_id))
+        if cluster is None:
+            name = str(cluster_id).rsplit("/", 1)[-1]
+            raise bad(f"The compute target '{name}' was not found in the workspace.")
+        inner = cluster["properties"]["properties"]
+        most = int((inner.get("scaleSettings") or {}).get("maxNodeCount", 1))
+        if nodes > most:
+            raise bad(f"The job needs {nodes} nodes; the cluster '{cluster['name']}' has {most}.")
+        size = offers.find_size(inner["vmSize"])
+        return size[1] if size else None
+    size = offers.find_size(str(resources.get("instanceType") or ""))
+    if size is None:
+        raise bad("A job without a compute target needs resources.instance_type.")
+    return size[1]
 
 
 def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
@@ -290,20 +277,16 @@ def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
     if value.get("jobInputType") == _LITERAL:
         return JobInput(literal=str(value.get("value")))
     uri = str(value.get("uri") or "")
-    registered = assets.catalogue_folder(cloud, uri)
-    place = registered or assets.locate(cloud, workspace, _asset_uri(cloud, uri))
-    if registered is None and not place.exists():
-        raise bad(f"The input '{name}' has no data at '{uri}'.", "UserError")
+    catalogue = assets.catalogue_folder(cloud, uri)
+    if catalogue is not None:
+        return JobInput(path=str(catalogue))
+    asset = (cloud.get(asset_id(uri)) or {"properties": {}})["properties"]
+    place = assets.locate(
+        cloud, workspace, str(asset.get("modelUri") or asset.get("dataUri") or uri)
+    )
+    if not place.exists():
+        raise bad(f"The input '{name}' has no data at '{uri}'.")
     return JobInput(path=str(place))
-
-
-def _asset_uri(cloud: Cloud, uri: str) -> str:
-    """The address of a registered asset's files."""
-    doc = cloud.get(asset_id(uri))
-    if doc is None:
-        return uri
-    properties = doc["properties"]
-    return str(properties.get("modelUri") or properties.get("dataUri") or uri)
 
 
 def _check_user_token(cloud: Cloud, token: str | None) -> None:
@@ -342,15 +325,15 @@ def _id_of(node: Json) -> str:
 
 
 def _resolved(value: Json, parent: Json) -> Json:
-    """A node's input; what is bound to the pipeline's inputs replaced by those."""
+    """A node's input; one that is bound to an input of the pipeline is replaced by that."""
     bound = _PARENT.fullmatch(str(value.get("value", "")))
     if bound is None:
         kind = value.get("job_input_type") or value.get("jobInputType")
         return {"jobInputType": kind, "value": value.get("value"), "uri": value.get("uri")}
     if bound.group(2) not in parent:
         raise bad(f"The pipeline has no input '{bound.group(2)}'.")
-    found: Json = parent[bound.group(2)]
-    return found
+    resolved: Json = parent[bound.group(2)]
+    return resolved
 
 
 def _input_faults(values: dict[str, Json]) -> list[str]:
@@ -366,35 +349,37 @@ def _input_faults(values: dict[str, Json]) -> list[str]:
             faults.append(f"Input '{name}' is {value['jobInputType']}, expected {known.kind}")
         elif known.is_literal and (fault := known.fault(value.get("value"))):
             faults.append(f"Input '{name}': {fault}")
-    if not {"mlflow_model_path", "pytorch_model_path", "huggingface_id"} & set(values):
-        faults.append("One of mlflow_model_path, pytorch_model_path, huggingface_id is needed")
-    if not {"train_file_path", "train_mltable_path"} & set(values):
-        faults.append("One of train_file_path, train_mltable_path is needed")
+    for needed in (
+        ("mlflow_model_path", "pytorch_model_path", "huggingface_id"),
+        ("train_file_path", "train_mltable_path"),
+    ):
+        if not set(needed) & set(values):
+            faults.append(f"One of {', '.join(needed)} is needed")
     return faults
 
 
 def _compute_faults(cloud: Cloud, workspace: Json, values: dict[str, Json]) -> list[str]:
+    """Clusters that do not exist, a machine without enough GPUs, an archived model."""
     faults = []
-    asked = {n: str(v.get("value")) for n, v in values.items() if v.get("value") is not None}
-    name = asked.get("compute_finetune", "serverless")
-    found = None
-    if name == "serverless":
-        size = asked.get("instance_type_finetune", "Standard_nc24rs_v3")
-        found = offers.find_size(size)
-        if found is None:
-            faults.append(f"The VM size '{size}' is not available")
+    texts = {n: str(v.get("value")) for n, v in values.items() if v.get("value") is not None}
+    size = None
+    if texts.get("compute_finetune", "serverless") == "serverless":
+        name = texts.get("instance_type_finetune", "Standard_nc24rs_v3")  # a default long retired
+        size = offers.find_size(name)
+        if size is None:
+            faults.append(f"The VM size '{name}' is not available")
     for step in ("model_import", "preprocess", "finetune"):
-        cluster = asked.get(f"compute_{step}", "serverless")
+        cluster = texts.get(f"compute_{step}", "serverless")
         doc = cloud.get(f"{workspace['id']}/computes/{cluster}")
         if cluster != "serverless" and doc is None:
             faults.append(f"The compute target '{cluster}' was not found")
         elif doc and step == "finetune":
-            found = offers.find_size(doc["properties"]["properties"]["vmSize"])
-    if found and found[1].gpus == 0:
-        faults.append(f"SKUNotSupported: '{found[0]}' has no GPU")
-    wanted = int(asked.get("number_of_gpu_to_use_finetuning", "1"))
-    if found and wanted > max(found[1].gpus, 1):
-        faults.append(f"{wanted} GPUs are asked for; '{found[0]}' has {found[1].gpus}")
+            size = offers.find_size(doc["properties"]["properties"]["vmSize"])
+    if size and size[1].gpus == 0:
+        faults.append(f"SKUNotSupported: '{size[0]}' has no GPU")
+    gpus = int(texts.get("number_of_gpu_to_use_finetuning", "1"))
+    if size and gpus > max(size[1].gpus, 1):
+        faults.append(f"{gpus} GPUs are asked for; '{size[0]}' has {size[1].gpus}")
     model = offers.find_model(str((values.get("mlflow_model_path") or {}).get("uri") or ""))
     if model and model[1].archived:
         faults.append(f"The model '{model[0]}' is archived and cannot be used in new jobs")

@@ -184,81 +184,59 @@ def find_model(asset_id: str) -> tuple[str, CatalogueModel] | None:
 
 # --- the component chat_completion_pipeline of the registry `azureml` ---
 # From github.com/Azure/azureml-assets, assets/training/finetune_acft_hf_nlp, version of 2026-06-30.
-# One line for each input: name, type, default, and the values it takes where they are few.
+# Each line: a type, then inputs as name=default, and :a|b where only few values are taken.
 
 COMPONENT, COMPONENT_VERSION = "chat_completion_pipeline", "0.0.82"
-_BOOLEAN = "true|false"
+_FLAG = "true|false"
 _INPUTS = f"""
-instance_type_model_import string Standard_d12_v2
-instance_type_preprocess string Standard_d12_v2
-instance_type_finetune string Standard_nc24rs_v3
-instance_type_model_evaluation string Standard_nc24rs_v3
-shm_size_finetune string 5g
-num_nodes_finetune integer 1
-number_of_gpu_to_use_finetuning integer 1
-compute_model_import string serverless
-compute_preprocess string serverless
-compute_finetune string serverless
-compute_model_evaluation string serverless
-huggingface_id string -
-pytorch_model_path custom_model -
-mlflow_model_path mlflow_model -
-finetune_config_path uri_file -
-trust_remote_code string false {_BOOLEAN}
-task_name string ChatCompletion ChatCompletion
-batch_size integer 1000
-pad_to_max_length string false {_BOOLEAN}
-max_seq_length integer -1
-train_file_path uri_file -
-validation_file_path uri_file -
-test_file_path uri_file -
-train_mltable_path mltable -
-validation_mltable_path mltable -
-test_mltable_path mltable -
-apply_lora string false {_BOOLEAN}
-merge_lora_weights string true {_BOOLEAN}
-lora_alpha integer 128
-lora_r integer 8
-lora_dropout number 0.0
-num_train_epochs integer 1
-max_steps integer -1
-per_device_train_batch_size integer 1
-per_device_eval_batch_size integer 1
-auto_find_batch_size string false {_BOOLEAN}
-optim string adamw_torch adamw_torch|adafactor
-learning_rate number 2e-5
-warmup_steps integer 0
-weight_decay number 0.0
-adam_beta1 number 0.9
-adam_beta2 number 0.999
-adam_epsilon number 1e-8
-gradient_accumulation_steps integer 1
-eval_accumulation_steps integer -1
-lr_scheduler_type string linear \
-linear|cosine|cosine_with_restarts|polynomial|constant|constant_with_warmup
-precision string 32 32|16
-seed integer 42
-enable_full_determinism string false {_BOOLEAN}
-dataloader_num_workers integer 0
-ignore_mismatched_sizes string false {_BOOLEAN}
-max_grad_norm number 1.0
-evaluation_strategy string epoch epoch|steps|disable
-evaluation_steps_interval number 0.0
-eval_steps integer 500
-logging_strategy string steps epoch|steps
-logging_steps integer 10
-metric_for_best_model string loss loss|f1|exact
-resume_from_checkpoint string false {_BOOLEAN}
-save_total_limit integer -1
-apply_early_stopping string false {_BOOLEAN}
-early_stopping_patience integer 1
-early_stopping_threshold number 0.0
-apply_deepspeed string false {_BOOLEAN}
-deepspeed uri_file -
-deepspeed_stage string 2 2|3
-apply_ort string false {_BOOLEAN}
-evaluation_config uri_file -
-evaluation_config_params string -
+string instance_type_model_import=Standard_d12_v2 instance_type_preprocess=Standard_d12_v2
+string instance_type_finetune=Standard_nc24rs_v3
+string instance_type_model_evaluation=Standard_nc24rs_v3 shm_size_finetune=5g
+integer num_nodes_finetune=1 number_of_gpu_to_use_finetuning=1
+string compute_model_import=serverless compute_preprocess=serverless compute_finetune=serverless
+string compute_model_evaluation=serverless huggingface_id
+custom_model pytorch_model_path
+mlflow_model mlflow_model_path
+uri_file finetune_config_path
+string trust_remote_code=false:{_FLAG} task_name=ChatCompletion:ChatCompletion
+integer batch_size=1000
+string pad_to_max_length=false:{_FLAG}
+integer max_seq_length=-1
+uri_file train_file_path validation_file_path test_file_path
+mltable train_mltable_path validation_mltable_path test_mltable_path
+string apply_lora=false:{_FLAG} merge_lora_weights=true:{_FLAG}
+integer lora_alpha=128 lora_r=8
+number lora_dropout=0.0
+integer num_train_epochs=1 max_steps=-1 per_device_train_batch_size=1
+integer per_device_eval_batch_size=1
+string auto_find_batch_size=false:{_FLAG} optim=adamw_torch:adamw_torch|adafactor
+number learning_rate=2e-5
+integer warmup_steps=0
+number weight_decay=0.0 adam_beta1=0.9 adam_beta2=0.999 adam_epsilon=1e-8
+integer gradient_accumulation_steps=1 eval_accumulation_steps=-1
+string lr_scheduler_type=linear:linear|cosine|cosine_with_restarts|polynomial\
+|constant|constant_with_warmup
+string precision=32:32|16
+integer seed=42
+string enable_full_determinism=false:{_FLAG}
+integer dataloader_num_workers=0
+string ignore_mismatched_sizes=false:{_FLAG}
+number max_grad_norm=1.0
+string evaluation_strategy=epoch:epoch|steps|disable
+number evaluation_steps_interval=0.0
+integer eval_steps=500
+string logging_strategy=steps:epoch|steps
+integer logging_steps=10
+string metric_for_best_model=loss:loss|f1|exact resume_from_checkpoint=false:{_FLAG}
+integer save_total_limit=-1
+string apply_early_stopping=false:{_FLAG}
+integer early_stopping_patience=1
+number early_stopping_threshold=0.0
+string apply_deepspeed=false:{_FLAG}
+uri_file deepspeed
+string deepspeed_stage=2:2|3 apply_ort=false:{_FLAG}
+uri_file evaluation_config
+string evaluation_config_params
 """
 
 
@@ -291,9 +269,11 @@ class Input(NamedTuple):
 def _read_inputs() -> dict[str, Input]:
     inputs = {}
     for line in _INPUTS.strip().splitlines():
-        name, kind, default, *rest = line.split()
-        choices = tuple(rest[0].split("|")) if rest else ()
-        inputs[name] = Input(kind, None if default == "-" else default, choices)
+        kind, *entries = line.split()
+        for entry in entries:
+            text, _, choices = entry.partition(":")
+            name, _, default = text.partition("=")
+            inputs[name] = Input(kind, default or None, tuple(filter(None, choices.split("|"))))
     return inputs
 
 

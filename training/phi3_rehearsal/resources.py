@@ -7,60 +7,57 @@ from __future__ import annotations
 
 import re
 import shutil
-from typing import Any
 
 from . import workspaces
-from .cloud import POLL, TENANT, Cloud, check_location, listed, need_group, public, route, stamps
+from .cloud import (
+    POLL,
+    TENANT,
+    Cloud,
+    check_location,
+    listed,
+    need_group,
+    on_get,
+    public,
+    route,
+    stamps,
+)
 from .offers import REGIONS
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found
 
+_SUBSCRIPTION = "/subscriptions/{sub}"
+_PROVIDER = _SUBSCRIPTION + "/providers/{namespace}"
+_GROUP_KIND = "Microsoft.Resources/resourceGroups"
 _GROUP_NAME = re.compile(r"[-\w.()]{0,89}[-\w()]")
 
 
-@route("GET", ARM, "/subscriptions")
-def list_subscriptions(_cloud: Cloud, _request: Request) -> Reply:
-    """The one subscription that the environment names by default."""
-    return Reply(200, {"value": [_subscription("5ab5c817-0000-4000-8000-5ab5c8170000")]})
-
-
-@route("GET", ARM, "/subscriptions/{sub}")
+@route("GET", ARM, _SUBSCRIPTION)
 def get_subscription(_cloud: Cloud, request: Request) -> Reply:
     """Any subscription exists."""
-    return Reply(200, _subscription(request.args["sub"]))
+    name = request.args["sub"]
+    ids = {"id": f"/subscriptions/{name}", "subscriptionId": name, "tenantId": TENANT}
+    return Reply(200, {**ids, "displayName": "Rehearsal", "state": "Enabled"})
 
 
-@route("GET", ARM, "/subscriptions/{sub}/locations")
+@route("GET", ARM, _SUBSCRIPTION + "/locations")
 def list_locations(_cloud: Cloud, _request: Request) -> Reply:
     """The regions."""
     return Reply(200, {"value": [{"name": name, "displayName": name} for name in REGIONS]})
 
 
-@route("GET", ARM, "/subscriptions/{sub}/providers/{namespace}")
+@route("GET", ARM, _PROVIDER)
 def get_provider(_cloud: Cloud, request: Request) -> Reply:
     """Every resource provider is registered."""
-    name = request.args["namespace"]
-    return Reply(
-        200,
-        {
-            "id": request.id("/subscriptions/{sub}/providers/{namespace}"),
-            "namespace": name,
-            "registrationState": "Registered",
-            "resourceTypes": [],
-        },
-    )
+    names = {"id": request.id(_PROVIDER), "namespace": request.args["namespace"]}
+    return Reply(200, {**names, "registrationState": "Registered", "resourceTypes": []})
 
 
-@route("POST", ARM, "/subscriptions/{sub}/providers/{namespace}/register")
-def register_provider(cloud: Cloud, request: Request) -> Reply:
-    """Nothing to do."""
-    return get_provider(cloud, request)
+register_provider = route("POST", ARM, _PROVIDER + "/register")(get_provider)
 
 
-@route("GET", ARM, "/subscriptions/{sub}/resourceGroups")
+@route("GET", ARM, _SUBSCRIPTION + "/resourceGroups")
 def list_groups(cloud: Cloud, request: Request) -> Reply:
     """All resource groups."""
-    prefix = request.id("/subscriptions/{sub}/resourceGroups")
-    return listed(cloud.children(prefix, "Microsoft.Resources/resourceGroups"))
+    return listed(cloud.children(request.id(_SUBSCRIPTION + "/resourceGroups"), _GROUP_KIND))
 
 
 @route("PUT", ARM, GROUP)
@@ -72,25 +69,19 @@ def put_group(cloud: Cloud, request: Request) -> Reply:
         raise bad(f"The resource group name '{name}' is invalid.", "InvalidResourceGroupName")
     before = cloud.get(request.id(GROUP))
     if before and before["location"] != location:
-        raise AzureError(
-            409,
-            "InvalidResourceGroupLocation",
-            f"Invalid resource group location '{location}'. The resource group already exists "
-            f"in location '{before['location']}'.",
-        )
+        text = f"Invalid resource group location '{location}'. The resource group already exists "
+        text += f"in location '{before['location']}'."
+        raise AzureError(409, "InvalidResourceGroupLocation", text)
     document = {
         "location": location,
         "tags": body.get("tags") or {},
         "properties": {"provisioningState": "Succeeded"},
     }
-    made = cloud.put(request.id(GROUP), "Microsoft.Resources/resourceGroups", document)
-    return Reply(200 if before else 201, public(made))
+    group = cloud.put(request.id(GROUP), _GROUP_KIND, document)
+    return Reply(200 if before else 201, public(group))
 
 
-@route("GET", ARM, GROUP)
-def get_group(cloud: Cloud, request: Request) -> Reply:
-    """One resource group."""
-    return Reply(200, public(need_group(cloud, request)))
+on_get(GROUP, need_group)
 
 
 @route("HEAD", ARM, GROUP)
@@ -101,13 +92,12 @@ def check_group(cloud: Cloud, request: Request) -> Reply:
 
 @route("DELETE", ARM, GROUP)
 def delete_group(cloud: Cloud, request: Request) -> Reply:
-    """Delete the group with everything in it, unless a deployment or job still runs there."""
+    """Delete the group with everything in it, unless a job still runs there."""
     group = need_group(cloud, request)
     cloud.release(group["id"])
     for doc in cloud.children(group["id"]):
-        before_delete(cloud, doc)
-    operation = cloud.operate(group, kind="delete")
-    return cloud.accepted(group, operation, 202, body=False)
+        _before_delete(cloud, doc)
+    return cloud.accepted(group, cloud.operate(group, kind="delete"), 202, body=False)
 
 
 @route("GET", ARM, GROUP + "/resources")
@@ -115,31 +105,33 @@ def list_resources(cloud: Cloud, request: Request) -> Reply:
     """The top-level resources of a group; deployments and role assignments are not among them."""
     prefix = need_group(cloud, request)["id"] + "/providers"
     depth = len(prefix.split("/")) + 3
-    found = [d for d in cloud.children(prefix) if len(d["id"].split("/")) == depth]
+    docs = [d for d in cloud.children(prefix) if len(d["id"].split("/")) == depth]
     hidden = ("Microsoft.Resources/", "Microsoft.Authorization/")
-    return listed([doc for doc in found if not doc["type"].startswith(hidden)])
+    return listed([doc for doc in docs if not doc["type"].startswith(hidden)])
 
 
-@route("GET", ARM, "/subscriptions/{sub}/providers/{ns}/locations/{loc}/operationsStatus/{op}")
+# --- the two addresses at which a long-running operation is polled ---
+
+_OPERATION = _SUBSCRIPTION + "/providers/{ns}/locations/{loc}/"
+
+
+@route("GET", ARM, _OPERATION + "operationsStatus/{op}")
 def operation_status(cloud: Cloud, request: Request) -> Reply:
-    """How far a long-running operation has come."""
+    """Whether it still runs."""
     operation = cloud.operations.get(request.args["op"])
     if operation is None:
         raise not_found("operation", request.args["op"])
-    body: Json = {
-        "id": request.path,
-        "name": request.args["op"],
-        "status": operation.status,
-        "percentComplete": 50.0 if operation.status == "InProgress" else 100.0,
-    }
+    running = operation.status == "InProgress"
+    body: Json = {"id": request.path, "name": operation.name, "status": operation.status}
+    body["percentComplete"] = 50.0 if running else 100.0
     if operation.error:
         body["error"] = operation.error
-    return Reply(200, body, POLL if operation.status == "InProgress" else {})
+    return Reply(200, body, POLL if running else {})
 
 
-@route("GET", ARM, "/subscriptions/{sub}/providers/{ns}/locations/{loc}/operationResults/{op}")
+@route("GET", ARM, _OPERATION + "operationResults/{op}")
 def operation_result(cloud: Cloud, request: Request) -> Reply:
-    """What a finished operation made."""
+    """The resource that it worked on, once it has ended."""
     operation = cloud.operations.get(request.args["op"])
     if operation is None:
         raise not_found("operation", request.args["op"])
@@ -147,11 +139,22 @@ def operation_result(cloud: Cloud, request: Request) -> Reply:
         return Reply(202, None, {"Location": f"https://{ARM}{request.target}", **POLL})
     if operation.error:
         return Reply(400, {"error": operation.error})
-    found = cloud.get(operation.resource)
-    return Reply(200, public(found)) if found else Reply(204)
+    resource = cloud.get(operation.resource)
+    return Reply(200, public(resource)) if resource else Reply(204)
 
+
+# --- template deployments ---
 
 _DEPLOYMENT = GROUP + "/providers/Microsoft.Resources/deployments/{deployment}"
+_STORAGE, _VAULT = "Microsoft.Storage/storageAccounts", "Microsoft.KeyVault/vaults"
+_INSIGHTS, _REGISTRY = "Microsoft.Insights/components", "Microsoft.ContainerRegistry/registries"
+# What the template may make beside the workspace: its parameter, the type, made if nothing is said.
+_PARTS = (
+    ("storageAccount", _STORAGE, "new"),
+    ("keyVault", _VAULT, "new"),
+    ("applicationInsights", _INSIGHTS, "new"),
+    ("containerRegistry", _REGISTRY, "none"),
+)
 
 
 @route("PUT", ARM, _DEPLOYMENT)
@@ -163,230 +166,182 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
     kinds = {r.get("type") for r in (properties.get("template") or {}).get("resources", [])}
     if "workspaceName" not in values or workspaces.KIND not in kinds:
         raise AzureError(501, "NotRehearsed", "Only the workspace template of the SDK is rehearsed")
-    made = _from_template(cloud, request, values)
-    document = {
-        "properties": {
-            "provisioningState": "Accepted",
-            "mode": "Incremental",
-            "duration": "PT2S",
-            "timestamp": stamps()["createdAt"],
-            "outputResources": [{"id": arm_id} for arm_id in made],
-        }
-    }
-    kind = "Microsoft.Resources/deployments"
-    deployment = cloud.put(request.id(_DEPLOYMENT), kind, document)
+    resources = [{"id": arm_id} for arm_id in _make_from_template(cloud, request, values)]
+    state = {"provisioningState": "Accepted", "mode": "Incremental", "duration": "PT2S"}
+    times = {"timestamp": stamps()["createdAt"], "outputResources": resources}
+    document = {"properties": {**state, **times}}
+    deployment = cloud.put(request.id(_DEPLOYMENT), "Microsoft.Resources/deployments", document)
     return cloud.accepted(deployment, cloud.operate(deployment), 201)
 
 
-@route("GET", ARM, _DEPLOYMENT)
-def get_deployment(cloud: Cloud, request: Request) -> Reply:
-    """One template deployment."""
-    return Reply(200, public(cloud.need(request.id(_DEPLOYMENT), "deployment")))
-
-
-@route("GET", ARM, GROUP + "/deployments/{deployment}/operations")
-def list_deployment_operations(cloud: Cloud, request: Request) -> Reply:
-    """What the deployment made, one operation each."""
-    deployment = cloud.need(request.id(_DEPLOYMENT), "deployment")
-    made = [cloud.get(item["id"]) for item in deployment["properties"]["outputResources"]]
-    return Reply(200, {"value": [_operation_of(doc, deployment) for doc in made if doc]})
-
-
-def _operation_of(doc: Json, deployment: Json) -> Json:
-    target = {"id": doc["id"], "resourceType": doc["type"], "resourceName": doc["name"]}
-    properties = {
-        "provisioningOperation": "Create",
-        "provisioningState": deployment["properties"]["provisioningState"],
-        "statusCode": "OK",
-        "serviceRequestId": "rehearsal",
-        "targetResource": target,
-    }
-    return {"id": doc["id"], "operationId": doc["name"], "properties": properties}
-
-
-def _from_template(cloud: Cloud, request: Request, values: Json) -> list[str]:
-    """The workspace and what it stands on, from the template's parameters."""
+def _make_from_template(cloud: Cloud, request: Request, values: Json) -> list[str]:
+    """The ids of the workspace and of what was made with it, from the template's parameters."""
     location = check_location(values.get("location"))
     made, ids = [], {}
-    for option, name, kind in (
-        ("storageAccount", "storageAccountName", "Microsoft.Storage/storageAccounts"),
-        ("keyVault", "keyVaultName", "Microsoft.KeyVault/vaults"),
-        ("applicationInsights", "applicationInsightsName", "Microsoft.Insights/components"),
-        ("containerRegistry", "containerRegistryName", "Microsoft.ContainerRegistry/registries"),
-    ):
-        default = "none" if option == "containerRegistry" else "new"
-        state = values.get(f"{option}Option") or default
+    for part, kind, default in _PARTS:
+        state = values.get(f"{part}Option") or default
         if state == "none" or values.get("kind", "").lower() == "project":
             continue
-        group = values.get(f"{option}ResourceGroupName") or request.args["rg"]
-        arm_id = request.id(GROUP, rg=group) + f"/providers/{kind}/{values[name]}"
-        ids[option] = arm_id
+        group = values.get(f"{part}ResourceGroupName") or request.args["rg"]
+        arm_id = request.id(GROUP, rg=group) + f"/providers/{kind}/{values[f'{part}Name']}"
+        ids[part] = arm_id
         if state == "new":
-            put_plain(cloud, arm_id, kind, {"location": location})
+            _put_part(cloud, arm_id, kind, {"location": location})
             made.append(arm_id)
         else:
             cloud.need(arm_id, kind)
+    optional = {
+        "hubResourceId": values.get("workspace_hub"),
+        "primaryUserAssignedIdentity": values.get("primaryUserAssignedIdentity"),
+    }
+    texts = {name: values.get(name) for name in ("friendlyName", "description")}
     body = {
         "location": location,
         "kind": values.get("kind") or "default",
         "identity": values.get("identity"),
         "tags": values.get("tagValues") or {},
-        "properties": {
-            "friendlyName": values.get("friendlyName"),
-            "description": values.get("description"),
-            "hubResourceId": values.get("workspace_hub") or None,
-            "primaryUserAssignedIdentity": values.get("primaryUserAssignedIdentity") or None,
-            **ids,
-        },
+        "properties": {**texts, **{k: v or None for k, v in optional.items()}, **ids},
     }
     arm_id = request.id(GROUP) + f"/providers/{workspaces.KIND}/{values['workspaceName']}"
     workspaces.make(cloud, arm_id, body)
     return [*made, arm_id]
 
 
-def _subscription(name: str) -> Json:
-    return {
-        "id": f"/subscriptions/{name}",
-        "subscriptionId": name,
-        "displayName": "Rehearsal",
-        "tenantId": TENANT,
-        "state": "Enabled",
-    }
+def _need_deployment(cloud: Cloud, request: Request) -> Json:
+    return cloud.need(request.id(_DEPLOYMENT), "deployment")
+
+
+on_get(_DEPLOYMENT, _need_deployment)
+
+
+@route("GET", ARM, GROUP + "/deployments/{deployment}/operations")
+def list_deployment_operations(cloud: Cloud, request: Request) -> Reply:
+    """What the deployment made, one operation each: the SDK shows them as progress."""
+    properties = _need_deployment(cloud, request)["properties"]
+    operations = []
+    for doc in filter(None, (cloud.get(item["id"]) for item in properties["outputResources"])):
+        target = {"id": doc["id"], "resourceType": doc["type"], "resourceName": doc["name"]}
+        state = {
+            "provisioningOperation": "Create",
+            "provisioningState": properties["provisioningState"],
+            "statusCode": "OK",
+            "serviceRequestId": "rehearsal",
+            "targetResource": target,
+        }
+        operations.append({"id": doc["id"], "operationId": doc["name"], "properties": state})
+    return Reply(200, {"value": operations})
 
 
 # --- what a workspace stands on: storage, key vault, logs, insights, registry ---
 
-# What a workspace stands on. The pattern is Azure's rule for the name.
-PLAIN = {
-    "Microsoft.Storage/storageAccounts": r"[a-z0-9]{3,24}",
-    "Microsoft.KeyVault/vaults": r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,22}[A-Za-z0-9]",
-    "Microsoft.Insights/components": r"[^%&\\?/]{1,260}",
+# Azure's rules for their names (learn.microsoft.com/azure/azure-resource-manager/management, page
+# resource-name-rules).
+_PART_NAMES = {
+    _STORAGE: r"[a-z0-9]{3,24}",
+    _VAULT: r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,22}[A-Za-z0-9]",
+    _INSIGHTS: r"[^%&\\?/]{1,260}",
     "Microsoft.OperationalInsights/workspaces": r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
-    "Microsoft.ContainerRegistry/registries": r"[A-Za-z0-9]{5,50}",
+    _REGISTRY: r"[A-Za-z0-9]{5,50}",
 }
-_STORAGE, _VAULT = "Microsoft.Storage/storageAccounts", "Microsoft.KeyVault/vaults"
-_ANY = "|".join(PLAIN)
-_PLAIN_ID = GROUP + f"/providers/{{kind:{_ANY}}}/{{name}}"
+_PART = GROUP + f"/providers/{{kind:{'|'.join(_PART_NAMES)}}}/{{name}}"
 
 
-def _plain_kind(request: Request) -> str:
-    wanted = request.args["kind"].lower()
-    return next(kind for kind in PLAIN if kind.lower() == wanted)
-
-
-def put_plain(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
-    """Store a storage account, key vault, registry … after a look at its name."""
+def _put_part(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
+    """Store a storage account, key vault, registry …, if its name is allowed and free."""
     name = arm_id.rsplit("/", 1)[-1]
-    if not re.fullmatch(PLAIN[kind], name):
+    if not re.fullmatch(_PART_NAMES[kind], name):
         raise bad(f"'{name}' is not a valid name for {kind}.", "AccountNameInvalid")
-    _check_deleted(cloud, arm_id, kind, body)
+    if kind == _VAULT:
+        _check_deleted(cloud, arm_id, body)
     document: Json = {k: body[k] for k in ("location", "sku", "kind", "tags") if k in body}
-    given: dict[str, Any] = body.get("properties") or {}
-    document["properties"] = {**given, "provisioningState": "Succeeded"}
-    if kind.startswith("Microsoft.Storage"):
-        document["properties"]["primaryEndpoints"] = {
-            "blob": f"https://{name}.blob.core.windows.net/"
-        }
-    if kind.startswith("Microsoft.ContainerRegistry"):
-        document["properties"]["loginServer"] = f"{name}.azurecr.io"
-    if kind.startswith("Microsoft.KeyVault"):
-        document["properties"]["vaultUri"] = f"https://{name}.vault.azure.net/"
+    addresses: Json = {
+        _STORAGE: {"primaryEndpoints": {"blob": f"https://{name}.blob.core.windows.net/"}},
+        _REGISTRY: {"loginServer": f"{name}.azurecr.io"},
+        _VAULT: {"vaultUri": f"https://{name}.vault.azure.net/"},
+    }
+    state = {"provisioningState": "Succeeded", **addresses.get(kind, {})}
+    document["properties"] = {**(body.get("properties") or {}), **state}
     return cloud.put(arm_id, kind, document)
 
 
-@route("PUT", ARM, _PLAIN_ID)
-def put_resource(cloud: Cloud, request: Request) -> Reply:
-    """Make one of the things that a workspace stands on."""
-    kind = _plain_kind(request)
+@route("PUT", ARM, _PART)
+def put_part(cloud: Cloud, request: Request) -> Reply:
+    """Make one of them."""
     need_group(cloud, request)
-    body = request.json()
+    body, wanted = request.json(), request.args["kind"].lower()
     check_location(body.get("location"))
-    before = cloud.get(request.id(_PLAIN_ID))
-    made = put_plain(cloud, request.id(_PLAIN_ID), kind, body)
-    return Reply(200 if before else 201, public(made))
+    before = cloud.get(request.id(_PART))
+    kind = next(kind for kind in _PART_NAMES if kind.lower() == wanted)
+    part = _put_part(cloud, request.id(_PART), kind, body)
+    return Reply(200 if before else 201, public(part))
 
 
-@route("GET", ARM, _PLAIN_ID)
-def get_resource(cloud: Cloud, request: Request) -> Reply:
-    """One of them."""
-    return Reply(200, public(cloud.need(request.id(_PLAIN_ID), request.args["kind"])))
+on_get(_PART, lambda cloud, request: cloud.need(request.id(_PART), request.args["kind"]))
 
 
-@route("HEAD", ARM, _PLAIN_ID)
-def check_resource(cloud: Cloud, request: Request) -> Reply:
+@route("HEAD", ARM, _PART)
+def check_part(cloud: Cloud, request: Request) -> Reply:
     """Whether it exists."""
-    return Reply(204 if cloud.get(request.id(_PLAIN_ID)) else 404)
+    return Reply(204 if cloud.get(request.id(_PART)) else 404)
 
 
-@route("DELETE", ARM, _PLAIN_ID)
-def delete_resource(cloud: Cloud, request: Request) -> Reply:
+@route("DELETE", ARM, _PART)
+def delete_part(cloud: Cloud, request: Request) -> Reply:
     """Delete one of them."""
-    found = cloud.get(request.id(_PLAIN_ID))
-    if found is None:
-        return Reply(204)
-    before_delete(cloud, found)
-    cloud.delete(found["id"])
-    return Reply(200)
+    part = cloud.get(request.id(_PART))
+    if part is not None:
+        _before_delete(cloud, part)
+    return cloud.delete_now(request.id(_PART))
 
 
-def before_delete(cloud: Cloud, doc: Json) -> None:
-    """A storage account takes its files along; a key vault leaves its name behind."""
+def _before_delete(cloud: Cloud, doc: Json) -> None:
+    """The files of a storage account go with it; the name of a key vault stays reserved."""
     if doc["type"] == _STORAGE:
         for kind in ("blobs", "blobmeta", "shares"):
             shutil.rmtree(cloud.folder / kind / doc["name"], ignore_errors=True)
     if doc["type"] == _VAULT:
-        _keep_deleted(cloud, doc)
+        properties = {"vaultId": doc["id"], "location": doc["location"]}
+        deleted = {"properties": {**properties, "tags": doc.get("tags") or {}}}
+        cloud.put(_deleted_id(doc["id"], doc["location"]), _DELETED_KIND, deleted)
 
 
 # --- key vaults stay reserved for 90 days after they are deleted ---
 
 _DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
-_SUBSCRIPTION = "/subscriptions/{sub}/providers/Microsoft.KeyVault"
-_DELETED = _SUBSCRIPTION + "/locations/{loc}/deletedVaults/{name}"
+_KEY_VAULTS = _SUBSCRIPTION + "/providers/Microsoft.KeyVault"
+_DELETED = _KEY_VAULTS + "/locations/{loc}/deletedVaults/{name}"
 
 
-def _keep_deleted(cloud: Cloud, doc: Json) -> None:
-    """Remember a vault that is being deleted: its name is not free yet."""
-    arm_id = _deleted_id(doc)
-    properties = {"vaultId": doc["id"], "location": doc["location"], "tags": doc.get("tags") or {}}
-    cloud.put(arm_id, _DELETED_KIND, {"properties": properties})
+def _deleted_id(vault_id: str, location: str) -> str:
+    parts = vault_id.split("/")
+    return _DELETED.format(sub=parts[2], loc=location, name=parts[-1])
 
 
-def _deleted_id(doc: Json) -> str:
-    parts = doc["id"].split("/")
-    return _DELETED.format(sub=parts[2], loc=doc["location"], name=parts[-1])
-
-
-def _check_deleted(cloud: Cloud, arm_id: str, kind: str, body: Json) -> None:
-    if kind != _VAULT:
-        return
-    deleted = _deleted_id({"id": arm_id, "location": body["location"]})
+def _check_deleted(cloud: Cloud, vault_id: str, body: Json) -> None:
+    deleted = _deleted_id(vault_id, body["location"])
     if cloud.get(deleted) is None:
         return
     if (body.get("properties") or {}).get("createMode") != "recover":
-        raise AzureError(
-            409,
-            "ConflictError",
-            "A vault with the same name already exists in deleted state. You need to either "
-            "recover or purge existing key vault.",
-        )
+        text = "A vault with the same name already exists in deleted state. You need to either "
+        raise AzureError(409, "ConflictError", text + "recover or purge existing key vault.")
     cloud.delete(deleted)
 
 
-@route("GET", ARM, _SUBSCRIPTION + "/deletedVaults")
+@route("GET", ARM, _KEY_VAULTS + "/deletedVaults")
 def list_deleted_vaults(cloud: Cloud, request: Request) -> Reply:
     """The vaults that can be recovered or purged."""
-    return listed(cloud.children(request.id(_SUBSCRIPTION), _DELETED_KIND))
+    return listed(cloud.children(request.id(_KEY_VAULTS), _DELETED_KIND))
 
 
-@route("GET", ARM, _DELETED)
-def get_deleted_vault(cloud: Cloud, request: Request) -> Reply:
-    """One of them."""
-    return Reply(200, public(cloud.need(request.id(_DELETED), "deleted vault")))
+def _need_deleted_vault(cloud: Cloud, request: Request) -> Json:
+    return cloud.need(request.id(_DELETED), "deleted vault")
+
+
+on_get(_DELETED, _need_deleted_vault)
 
 
 @route("POST", ARM, _DELETED + "/purge")
 def purge_vault(cloud: Cloud, request: Request) -> Reply:
     """Free its name."""
-    found = cloud.need(request.id(_DELETED), "deleted vault")
-    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
+    vault = _need_deleted_vault(cloud, request)
+    return cloud.accepted(vault, cloud.operate(vault, kind="delete"), 202, body=False)
