@@ -267,12 +267,12 @@ def test_secrets_are_nowhere(road: Road) -> None:
 def _keys(road: Road) -> list[str]:
     """The keys of the endpoints and of the storage account, as the rehearsed Azure has them."""
     from phi3_rehearsal.cloud import Cloud
-    from phi3_rehearsal.endpoints import KIND, key_of
+    from phi3_rehearsal.endpoints import KEYS, KIND, key_of
     from phi3_rehearsal.storage import account_key
 
     cloud = Cloud(road.rehearsal.folder)
     endpoints = cloud.children("/subscriptions", KIND)
-    keys = [key_of(cloud, doc, which) for doc in endpoints for which in doc["_keys"]]
+    keys = [key_of(cloud, doc, which) for doc in endpoints for which in KEYS]
     place = road.manifest("place")
     return [*keys, account_key(cloud, str(place["storage_account"]))]
 

@@ -28,7 +28,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from .faults import Faults
 from .offers import REGIONS
 from .processes import stop_server_of, write_atomically
-from .wire import ARM, GROUP, AzureError, Json, Reply, Request, Router, bad, not_found
+from .wire import ARM, GROUP, ML, AzureError, Json, Reply, Request, Router, bad, not_found
 
 TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
 CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
@@ -271,11 +271,8 @@ def check_location(value: Any) -> str:
     """The region, in Azure's own spelling. Raises AzureError (400)."""
     location = str(value or "").replace(" ", "").lower()
     if location not in REGIONS:
-        raise bad(
-            f"The provided location '{value}' is not available for resource type "
-            "'Microsoft.MachineLearningServices/workspaces'.",
-            "LocationNotAvailableForResourceType",
-        )
+        text = f"The provided location '{value}' is not available for resource type "
+        raise bad(text + f"'{ML}/workspaces'.", "LocationNotAvailableForResourceType")
     return location
 
 

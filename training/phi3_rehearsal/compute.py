@@ -29,26 +29,21 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
         raise bad(f"The compute name '{name}' is invalid.", "ValidationError")
     if given.get("computeType") != "AmlCompute":
         raise AzureError(501, "NotRehearsed", f"Compute type {given.get('computeType')}")
-    found = offers.find_size(str(inner.get("vmSize", "")))
-    if found is None:
-        raise bad(
-            f"The specified VM size '{inner.get('vmSize')}' is not supported in region "
-            f"'{workspace['location']}'.",
-            "UnsupportedVmSize",
-        )
-    real, size = found
+    match, region = offers.find_size(str(inner.get("vmSize", ""))), workspace["location"]
+    if match is None:
+        text = f"The specified VM size '{inner.get('vmSize')}' is not supported in region "
+        raise bad(text + f"'{region}'.", "UnsupportedVmSize")
+    real, size = match
     scale = inner.get("scaleSettings") or {}
     most, least = int(scale.get("maxNodeCount", 1)), int(scale.get("minNodeCount", 0))
     if least > most or most < 1:
         raise bad("minNodeCount must not be greater than maxNodeCount.", "ValidationError")
     before = cloud.get(request.id(_COMPUTE))
-    limit = limit_of(cloud, workspace["location"], size.family)
+    limit = limit_of(cloud, region, size.family)
     if size.cores * most > limit:
-        raise bad(
-            f"The specified subscription has a {size.family} vCPU quota of {limit} and cannot "
-            f"accomodate a cluster of {most} nodes, which needs {size.cores * most} vCPUs.",
-            "ClusterCoreQuotaReached",
-        )
+        text = f"The specified subscription has a {size.family} vCPU quota of {limit} and cannot "
+        text += f"accomodate a cluster of {most} nodes, which needs {size.cores * most} vCPUs."
+        raise bad(text, "ClusterCoreQuotaReached")
     made_at = now()
     properties = {
         **given,
@@ -68,7 +63,7 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
         },
     }
     document = {
-        "location": workspace["location"],
+        "location": region,
         "identity": body.get("identity"),
         "tags": body.get("tags") or {},
         "properties": properties,
@@ -107,38 +102,26 @@ def _with_nodes(cloud: Cloud, cluster: Json) -> Json:
     return answer
 
 
-@route("PATCH", ARM, _COMPUTE)
-def patch_compute(cloud: Cloud, request: Request) -> Reply:
-    """Change the scale of a cluster."""
-    found = _need(cloud, request)
-    changed = (request.json().get("properties") or {}).get("properties") or {}
-    found["properties"]["properties"].update(changed)
-    return Reply(200, public(found))
-
-
 @route("GET", ARM, WORKSPACE + "/computes")
 def list_computes(cloud: Cloud, request: Request) -> Reply:
     """All clusters of a workspace."""
-    found = cloud.children(need_workspace(cloud, request)["id"], KIND)
-    return listed(found, lambda cluster: _with_nodes(cloud, cluster))
+    clusters = cloud.children(need_workspace(cloud, request)["id"], KIND)
+    return listed(clusters, lambda cluster: _with_nodes(cloud, cluster))
 
 
 @route("DELETE", ARM, _COMPUTE)
 def delete_compute(cloud: Cloud, request: Request) -> Reply:
     """Delete a cluster that no job runs on."""
     need_workspace(cloud, request)
-    found = cloud.get(request.id(_COMPUTE))
-    if found is None:
+    cluster = cloud.get(request.id(_COMPUTE))
+    if cluster is None:
         return Reply(204)
-    busy = nodes_on(cloud, found["id"])
+    busy = nodes_on(cloud, cluster["id"])
     if busy:
-        raise AzureError(
-            409,
-            "Conflict",
-            f"The compute '{found['name']}' cannot be deleted: the job '{busy[0]}' runs on it.",
-        )
-    found["properties"]["provisioningState"] = "Deleting"
-    return cloud.accepted(found, cloud.operate(found, kind="delete"), 202, body=False)
+        text = f"The compute '{cluster['name']}' cannot be deleted: the job '{busy[0]}' runs on it."
+        raise AzureError(409, "Conflict", text)
+    cluster["properties"]["provisioningState"] = "Deleting"
+    return cloud.accepted(cluster, cloud.operate(cluster, kind="delete"), 202, body=False)
 
 
 def _need(cloud: Cloud, request: Request) -> Json:
@@ -179,12 +162,6 @@ def list_usages(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"value": [_usage(cloud, request, family) for family in _families()]})
 
 
-@route("GET", ARM, _QUOTA_SCOPE + "/quotas")
-def list_quotas(cloud: Cloud, request: Request) -> Reply:
-    """The limits of all families."""
-    return Reply(200, {"value": [_quota(cloud, request, family) for family in _families()]})
-
-
 @route("GET", ARM, _QUOTA_SCOPE + "/quotas/{family}")
 def get_quota(cloud: Cloud, request: Request) -> Reply:
     """One limit."""
@@ -204,17 +181,6 @@ def put_quota(cloud: Cloud, request: Request) -> Reply:
         raise bad(text + "open a support request.", "ContactSupport")
     cloud.quota[f"{location.lower()}/{family.lower()}"] = wanted
     return Reply(200, _quota(cloud, request, family))
-
-
-@route("GET", ARM, _QUOTA_SCOPE + "/usages")
-def list_quota_usages(cloud: Cloud, request: Request) -> Reply:
-    """Cores in use."""
-    usages = []
-    for family in _families():
-        usage = _usage(cloud, request, family)
-        properties = {"usages": {"value": usage["currentValue"]}, "name": usage["name"]}
-        usages.append({"id": usage["id"], "name": family, "properties": properties})
-    return Reply(200, {"value": usages})
 
 
 def _usage(cloud: Cloud, request: Request, family: str) -> Json:

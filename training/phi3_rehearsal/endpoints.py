@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets, compute, identity, offers, processes, tiny_model
-from .cloud import TENANT, Cloud, Operation, on_get, on_list, public, route, stamps
+from .cloud import TENANT, Cloud, Operation, on_get, on_list, route, stamps
 from .compute import DEPLOYMENT_KIND
 from .processes import RehearsalError, stop_server_of
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
@@ -28,6 +28,7 @@ KIND = f"{ML}/workspaces/onlineEndpoints"
 ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
 # 3 to 32 letters, digits and single dashes, a letter first.
 _NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
+KEYS = ("primary", "secondary")
 _CHANGING = ("Creating", "Updating", "Deleting")
 _TOKEN_SECONDS = 3600 * 12
 
@@ -62,8 +63,6 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
             "swaggerUri": f"{host}/swagger.json",
             "provisioningState": "Updating" if before else "Creating",
         },
-        # How often each key was replaced: keys are derived from it, not stored.
-        "_keys": before["_keys"] if before else {"primary": 0, "secondary": 0},
     }
     endpoint = cloud.put(arm_id, KIND, document)
     return cloud.accepted(endpoint, cloud.operate(endpoint), 200 if before else 201)
@@ -102,14 +101,6 @@ def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
     return {"type": "UserAssigned", "userAssignedIdentities": ids}
 
 
-@route("PATCH", ARM, ENDPOINT)
-def patch_endpoint(cloud: Cloud, request: Request) -> Reply:
-    """Change the tags."""
-    endpoint = need_endpoint(cloud, request)
-    endpoint["tags"] = {**endpoint.get("tags", {}), **(request.json().get("tags") or {})}
-    return Reply(200, public(endpoint))
-
-
 @route("DELETE", ARM, ENDPOINT)
 def delete_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Delete an endpoint with its deployments."""
@@ -129,19 +120,7 @@ def list_keys(cloud: Cloud, request: Request) -> Reply:
     endpoint = need_endpoint(cloud, request)
     if endpoint["properties"]["authMode"] != "Key":
         raise bad("The endpoint does not use keys.", "UserError")
-    keys = {f"{which}Key": key_of(cloud, endpoint, which) for which in endpoint["_keys"]}
-    return Reply(200, keys)
-
-
-@route("POST", ARM, ENDPOINT + "/regenerateKeys")
-def regenerate_keys(cloud: Cloud, request: Request) -> Reply:
-    """Replace one key."""
-    endpoint = need_endpoint(cloud, request)
-    which = str(request.json().get("keyType", "")).lower()
-    if which not in endpoint["_keys"]:
-        raise bad(f"keyType '{which}' is not supported.", "ValidationError")
-    endpoint["_keys"][which] += 1
-    return cloud.accepted(endpoint, cloud.operate(endpoint, kind="keys"), 202, body=False)
+    return Reply(200, {f"{which}Key": key_of(cloud, endpoint, which) for which in KEYS})
 
 
 @route("POST", ARM, ENDPOINT + "/token")
@@ -157,8 +136,8 @@ def get_token(cloud: Cloud, request: Request) -> Reply:
 
 
 def key_of(cloud: Cloud, endpoint: Json, which: str) -> str:
-    """A key of an endpoint, in its present generation."""
-    return cloud.derive("endpoint", endpoint["id"], which, str(endpoint["_keys"][which]))
+    """A key of an endpoint, `primary` or `secondary`: derived, so that it is stored nowhere."""
+    return cloud.derive("endpoint", endpoint["id"], which)
 
 
 def need_endpoint(cloud: Cloud, request: Request) -> Json:
@@ -460,7 +439,7 @@ def _may_score(cloud: Cloud, endpoint: Json, request: Request) -> bool:
         return False
     mode = endpoint["properties"]["authMode"]
     if mode == "Key":
-        keys = [key_of(cloud, endpoint, which) for which in endpoint["_keys"]]
+        keys = [key_of(cloud, endpoint, which) for which in KEYS]
         return any(hmac.compare_digest(value.encode(), key.encode()) for key in keys)
     claims = identity.claims_of(cloud, value) if value.count(".") == 2 else None
     if claims is None:

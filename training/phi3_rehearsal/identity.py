@@ -56,15 +56,6 @@ def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {name: f"{base}/{path}" for name, path in paths.items()})
 
 
-@route("GET", LOGIN, "/common/discovery/instance", audience="")
-def instance_discovery(_cloud: Cloud, _request: Request) -> Reply:
-    """The hosts of the public cloud."""
-    aliases = [LOGIN, "login.windows.net", "login.microsoft.com", "sts.windows.net"]
-    entry = {"preferred_network": LOGIN, "preferred_cache": "login.windows.net", "aliases": aliases}
-    endpoint = f"https://{LOGIN}/common/v2.0/.well-known/openid-configuration"
-    return Reply(200, {"tenant_discovery_endpoint": endpoint, "metadata": [entry]})
-
-
 @route("POST", LOGIN, "/{tenant}/oauth2/v2.0/token", audience="")
 def token(cloud: Cloud, request: Request) -> Reply:
     """A token for the service principal, if its secret is right."""
@@ -98,7 +89,7 @@ def sign(cloud: Cloud, claims: Json, lifetime: int = _LIFETIME) -> str:
 
 
 def claims_of(cloud: Cloud, value: str) -> Json | None:
-    """The claims of a token that is ours and has not expired."""
+    """The claims of a token that was signed here and has not expired; None for others."""
     text, _, signature = value.rpartition(".")
     if not text or not _same(signature, _signature(cloud, text)):
         return None
@@ -145,7 +136,6 @@ _UAI = GROUP + "/providers/Microsoft.ManagedIdentity/userAssignedIdentities/{nam
 _UAI_KIND = "Microsoft.ManagedIdentity/userAssignedIdentities"
 _ROLE = "/{scope*}/providers/Microsoft.Authorization/roleAssignments"
 _ROLE_KIND = "Microsoft.Authorization/roleAssignments"
-_DEFINITIONS = "/providers/Microsoft.Authorization/roleDefinitions"
 _GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 
@@ -181,48 +171,44 @@ def delete_identity(cloud: Cloud, request: Request) -> Reply:
 
 @route("PUT", ARM, _ROLE + "/{guid}")
 def put_assignment(cloud: Cloud, request: Request) -> Reply:
-    """Assign a role; the same assignment under another name is refused."""
+    """Assign a role; the same assignment is refused under another name (a GUID)."""
     scope, guid = "/" + request.args["scope"], request.args["guid"]
     given = request.json().get("properties") or {}
     _check_assignment(cloud, scope, guid, given)
-    arm_id = request.id(_ROLE + "/{guid}")
+
+    def role_and_principal(properties: Json) -> list[str]:
+        values = (str(properties[key]) for key in ("roleDefinitionId", "principalId"))
+        return [value.rsplit("/", 1)[-1].lower() for value in values]
+
     for other in cloud.children(scope + "/providers/Microsoft.Authorization", _ROLE_KIND):
-        same = _same_assignment(other, given)
+        same = role_and_principal(other["properties"]) == role_and_principal(given)
         if other["name"].lower() == guid.lower():
             if same:
                 return Reply(200, public(other))
-            text = (
-                "Tenant ID, application ID, principal ID, and scope are not allowed to be updated."
-            )
-            raise AzureError(409, "RoleAssignmentUpdateNotPermitted", text)
+            text = "Tenant ID, application ID, principal ID, and scope are not allowed to be "
+            raise AzureError(409, "RoleAssignmentUpdateNotPermitted", text + "updated.")
         if same:
             text = "The role assignment already exists. The ID of the existing role assignment is "
-            raise AzureError(
-                409, "RoleAssignmentExists", text + other["name"].replace("-", "") + "."
-            )
+            text += other["name"].replace("-", "") + "."
+            raise AzureError(409, "RoleAssignmentExists", text)
     properties = {
         "roleDefinitionId": given["roleDefinitionId"],
         "principalId": given["principalId"],
         "principalType": given.get("principalType") or "User",
         "scope": scope,
     }
-    return Reply(201, public(cloud.put(arm_id, _ROLE_KIND, {"properties": properties})))
-
-
-def _same_assignment(doc: Json, given: Json) -> bool:
-    return all(
-        str(doc["properties"][key]).rsplit("/", 1)[-1].lower()
-        == str(given[key]).rsplit("/", 1)[-1].lower()
-        for key in ("roleDefinitionId", "principalId")
+    return Reply(
+        201,
+        public(cloud.put(request.id(_ROLE + "/{guid}"), _ROLE_KIND, {"properties": properties})),
     )
 
 
 def _check_assignment(cloud: Cloud, scope: str, guid: str, given: Json) -> None:
     if not _GUID.fullmatch(guid):
-        raise bad(
-            f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID.",
-            "InvalidRoleAssignmentId",
+        text = (
+            f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID."
         )
+        raise bad(text, "InvalidRoleAssignmentId")
     if len(scope.split("/")) > 3:
         cloud.need(scope, "scope")
     role = str(given.get("roleDefinitionId", "")).rsplit("/", 1)[-1].lower()
@@ -234,13 +220,10 @@ def _check_assignment(cloud: Cloud, scope: str, guid: str, given: Json) -> None:
         for doc in cloud.children("/subscriptions")
         if doc["type"] != _ROLE_KIND
     }
+    # The SDK sends "User" where the caller says nothing.
     if given.get("principalType") in (None, "User") and principal in known:
-        raise AzureError(
-            400,
-            "UnmatchedPrincipalType",
-            f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different from "
-            "specified PrinciaplType 'User'.",
-        )
+        text = f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different "
+        raise bad(text + "from specified PrinciaplType 'User'.", "UnmatchedPrincipalType")
 
 
 def _need_assignment(cloud: Cloud, request: Request) -> Json:
@@ -255,11 +238,11 @@ on_get(_ROLE + "/{guid}", _need_assignment)
 @route("DELETE", ARM, _ROLE + "/{guid}")
 def delete_assignment(cloud: Cloud, request: Request) -> Reply:
     """Take a role away."""
-    found = cloud.get(request.id(_ROLE + "/{guid}"))
-    if found is None:
+    assignment = cloud.get(request.id(_ROLE + "/{guid}"))
+    if assignment is None:
         return Reply(204)
-    cloud.delete(found["id"])
-    return Reply(200, public(found))
+    cloud.delete(assignment["id"])
+    return Reply(200, public(assignment))
 
 
 @route("GET", ARM, _ROLE)
@@ -268,32 +251,14 @@ def list_assignments(cloud: Cloud, request: Request) -> Reply:
     scope = "/" + request.args["scope"].lower()
     query = request.query.get("$filter", "")
     wanted = re.search(r"(?:principalId|assignedTo)\D{1,6}?'?\(?'?([0-9a-f-]{36})", query)
-    found = []
+    docs = []
     for doc in cloud.children("/subscriptions", _ROLE_KIND):
         own = doc["properties"]["scope"].lower()
         below = own.startswith(scope) and "atScope()" not in query
         near = (scope + "/").startswith(own.rstrip("/") + "/") or below
         if near and (not wanted or doc["properties"]["principalId"] == wanted.group(1)):
-            found.append(doc)
-    return listed(found)
-
-
-@route("GET", ARM, "/{scope*}" + _DEFINITIONS)
-def list_definitions(_cloud: Cloud, request: Request) -> Reply:
-    """The roles that are known here."""
-    scope = "/" + request.args["scope"]
-    name = re.search(r"roleName eq '([^']+)'", request.query.get("$filter", ""))
-    roles = {g: n for g, n in ROLES.items() if not name or n == name.group(1)}
-    definitions = [
-        {
-            "id": f"{scope}{_DEFINITIONS}/{guid}",
-            "name": guid,
-            "type": "Microsoft.Authorization/roleDefinitions",
-            "properties": {"roleName": role, "type": "BuiltInRole", "permissions": []},
-        }
-        for guid, role in roles.items()
-    ]
-    return Reply(200, {"value": definitions})
+            docs.append(doc)
+    return listed(docs)
 
 
 def roles_of(cloud: Cloud, principal: str, scope: str) -> set[str]:

@@ -400,23 +400,27 @@ def _bound_outputs(node: Json, given: Json) -> dict[str, str]:
 
 # --- run history: details and logs ---
 
-_HISTORY = "/history/v1.0" + WORKSPACE
+_RUN = "/history/v1.0" + WORKSPACE + "/runs/{name}"
 
 
-@route("GET", REGIONAL, _HISTORY + "/runs/{name}/details", audience="regional")
+@route("GET", REGIONAL, _RUN + "/details", audience="regional")
 def job_details(cloud: Cloud, request: Request) -> Reply:
-    """Status and the addresses of the logs."""
-    job = need_job(cloud, request)
-    properties = job["properties"]
+    """Status and the signed addresses of the logs."""
+    job, workspace = need_job(cloud, request), need_workspace(cloud, request)
+    account = storage_account(workspace)
+    container = container_of(workspace, "workspaceartifactstore")
+    prefix = f"ExperimentRun/dcid.{job['name']}/"
+    logs = BlobFiles(cloud.folder, account).names(container, prefix)
+    base, sas = f"https://{account}.blob.core.windows.net/{container}", account_sas(cloud, account)
     times = job.get("_times", {})
     body: Json = {
         "runId": job["name"],
         "target": "rehearsal",
-        "status": properties["status"],
+        "status": job["properties"]["status"],
         "startTimeUtc": times.get("start"),
         "endTimeUtc": times.get("end"),
-        "properties": properties.get("properties") or {},
-        "logFiles": _logs(cloud, request, job),
+        "properties": job["properties"].get("properties") or {},
+        "logFiles": {log[len(prefix) :]: f"{base}/{quote(log)}?{sas}" for log in logs},
         "warnings": [],
     }
     if job.get("_error"):
@@ -424,22 +428,22 @@ def job_details(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, body)
 
 
-@route("GET", REGIONAL, _HISTORY + "/runs/{name}", audience="regional")
+@route("GET", REGIONAL, _RUN, audience="regional")
 def get_run(cloud: Cloud, request: Request) -> Reply:
-    """The run behind a job."""
-    return Reply(200, _run(need_job(cloud, request)))
+    """A job as run history has it."""
+    return Reply(200, _run_of(need_job(cloud, request)))
 
 
-@route("GET", REGIONAL, _HISTORY + "/runs/{name}/children", audience="regional")
-def job_children(cloud: Cloud, request: Request) -> Reply:
-    """A rehearsed pipeline is one process: it has no job_children."""
+@route("GET", REGIONAL, _RUN + "/children", audience="regional")
+def list_children(cloud: Cloud, request: Request) -> Reply:
+    """None: a rehearsed pipeline is one process."""
     need_job(cloud, request)
     return Reply(200, {"value": []})
 
 
-@route("POST", REGIONAL, _HISTORY + "/rundata", audience="regional")
+@route("POST", REGIONAL, "/history/v1.0" + WORKSPACE + "/rundata", audience="regional")
 def run_data(cloud: Cloud, request: Request) -> Reply:
-    """A run with its outputs as data assets."""
+    """A run with its outputs as data assets, for `jobs.download`."""
     request.args["name"] = str(request.json().get("runId"))
     job = need_job(cloud, request)
     outputs = {
@@ -447,36 +451,27 @@ def run_data(cloud: Cloud, request: Request) -> Reply:
         for name, value in job["properties"]["outputs"].items()
         if name != "default"
     }
-    meta = {**_run(job), "outputs": outputs}
-    return Reply(200, {"runMetadata": meta, "runDefinition": None, "jobSpecification": None})
+    run = {**_run_of(job), "outputs": outputs}
+    return Reply(200, {"runMetadata": run, "runDefinition": None, "jobSpecification": None})
+
+
+_ASSETS = "/{kind:data|modelregistry}/v1.0" + WORKSPACE
 
 
 @route(
     "POST",
     REGIONAL,
-    "/data/v1.0" + WORKSPACE + "/dataversion/batchGetResolvedUris",
+    _ASSETS + "/{list:dataversion|models}/batchGetResolvedUris",
     audience="regional",
 )
-def resolve_data(_cloud: Cloud, request: Request) -> Reply:
-    """The address behind each data asset: here they are the same."""
-    values = request.json().get("values") or []
-    resolved = {value: {"uri": value, "type": "uri_folder"} for value in values}
-    return Reply(200, {"values": resolved})
+def resolve_assets(_cloud: Cloud, request: Request) -> Reply:
+    """The address of each asset's files: here the asset's own."""
+    data, uris = request.args["kind"] == "data", request.json().get("values") or []
+    more = {"type": "uri_folder"} if data else {"modelType": "MLFLOW"}
+    return Reply(200, {"values": {uri: {"uri" if data else "path": uri, **more} for uri in uris}})
 
 
-@route(
-    "POST",
-    REGIONAL,
-    "/modelregistry/v1.0" + WORKSPACE + "/models/batchGetResolvedUris",
-    audience="regional",
-)
-def resolve_models(_cloud: Cloud, request: Request) -> Reply:
-    """The address behind each model asset: here they are the same."""
-    values = request.json().get("values") or []
-    return Reply(200, {"values": {v: {"path": v, "modelType": "MLFLOW"} for v in values}})
-
-
-def _run(job: Json) -> Json:
+def _run_of(job: Json) -> Json:
     properties = job["properties"]
     return {
         "runId": job["name"],
@@ -488,14 +483,3 @@ def _run(job: Json) -> Json:
         "properties": properties.get("properties") or {},
         "createdUtc": job["systemData"]["createdAt"],
     }
-
-
-def _logs(cloud: Cloud, request: Request, job: Json) -> dict[str, str]:
-    """Each log with a signed address."""
-    workspace = need_workspace(cloud, request)
-    account = storage_account(workspace)
-    container = container_of(workspace, "workspaceartifactstore")
-    prefix = f"ExperimentRun/dcid.{job['name']}/"
-    names = BlobFiles(cloud.folder, account).names(container, prefix)
-    base, sas = f"https://{account}.blob.core.windows.net/{container}", account_sas(cloud, account)
-    return {name[len(prefix) :]: f"{base}/{quote(name)}?{sas}" for name in names}

@@ -7,7 +7,6 @@ who is told to trust ca.pem, the certificate of the rehearsal's own authority, b
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ import ssl
 import struct
 import threading
 from collections.abc import Iterator
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -85,8 +83,14 @@ class _Connection(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.rfile = self.connection.makefile("rb", -1)
-        self.wfile = _Writer(self.connection)
+        self.wfile = self.connection.makefile("wb")
         self.close_connection = False
+
+    def handle_expect_100(self) -> bool:
+        """Let the client send its body: the writer is buffered, so say it at once."""
+        answered = super().handle_expect_100()
+        self.wfile.flush()
+        return answered
 
     def _serve(self) -> None:
         request = self._request()
@@ -138,7 +142,7 @@ class _Connection(BaseHTTPRequestHandler):
         return reply
 
     def _send(self, reply: Reply) -> None:
-        self.send_response(reply.status, _phrase(reply.status))
+        self.send_response(reply.status)
         body = reply.body
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
@@ -156,6 +160,7 @@ class _Connection(BaseHTTPRequestHandler):
             self.end_headers()
             for piece in filter(None, body):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
 
@@ -173,23 +178,6 @@ class _Connection(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Nothing: the journal has every call, without its query."""
-
-
-class _Writer(io.BufferedIOBase):
-    """What http.server writes to: the TLS socket, unbuffered."""
-
-    def __init__(self, connection: ssl.SSLSocket) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def writable(self) -> bool:
-        """Yes."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Send it all."""
-        self._connection.sendall(data)
-        return len(data)
 
 
 def _dispatch(cloud: Cloud, request: Request) -> Reply:
@@ -210,13 +198,6 @@ def _dispatch(cloud: Cloud, request: Request) -> Reply:
                 cloud.save()
     except AzureError as error:
         return error.reply()
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
 
 
 # --- the certificate authority ---

@@ -21,7 +21,6 @@ from .cloud import (
     route,
     stamps,
 )
-from .offers import REGIONS
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found
 
 _SUBSCRIPTION = "/subscriptions/{sub}"
@@ -36,12 +35,6 @@ def get_subscription(_cloud: Cloud, request: Request) -> Reply:
     name = request.args["sub"]
     ids = {"id": f"/subscriptions/{name}", "subscriptionId": name, "tenantId": TENANT}
     return Reply(200, {**ids, "displayName": "Rehearsal", "state": "Enabled"})
-
-
-@route("GET", ARM, _SUBSCRIPTION + "/locations")
-def list_locations(_cloud: Cloud, _request: Request) -> Reply:
-    """The regions."""
-    return Reply(200, {"value": [{"name": name, "displayName": name} for name in REGIONS]})
 
 
 @route("GET", ARM, _PROVIDER)
@@ -308,8 +301,7 @@ def _before_delete(cloud: Cloud, doc: Json) -> None:
 # --- key vaults stay reserved for 90 days after they are deleted ---
 
 _DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
-_KEY_VAULTS = _SUBSCRIPTION + "/providers/Microsoft.KeyVault"
-_DELETED = _KEY_VAULTS + "/locations/{loc}/deletedVaults/{name}"
+_DELETED = _SUBSCRIPTION + "/providers/Microsoft.KeyVault/locations/{loc}/deletedVaults/{name}"
 
 
 def _deleted_id(vault_id: str, location: str) -> str:
@@ -325,23 +317,3 @@ def _check_deleted(cloud: Cloud, vault_id: str, body: Json) -> None:
         text = "A vault with the same name already exists in deleted state. You need to either "
         raise AzureError(409, "ConflictError", text + "recover or purge existing key vault.")
     cloud.delete(deleted)
-
-
-@route("GET", ARM, _KEY_VAULTS + "/deletedVaults")
-def list_deleted_vaults(cloud: Cloud, request: Request) -> Reply:
-    """The vaults that can be recovered or purged."""
-    return listed(cloud.children(request.id(_KEY_VAULTS), _DELETED_KIND))
-
-
-def _need_deleted_vault(cloud: Cloud, request: Request) -> Json:
-    return cloud.need(request.id(_DELETED), "deleted vault")
-
-
-on_get(_DELETED, _need_deleted_vault)
-
-
-@route("POST", ARM, _DELETED + "/purge")
-def purge_vault(cloud: Cloud, request: Request) -> Reply:
-    """Free its name."""
-    vault = _need_deleted_vault(cloud, request)
-    return cloud.accepted(vault, cloud.operate(vault, kind="delete"), 202, body=False)

@@ -116,18 +116,6 @@ def put_workspace(cloud: Cloud, request: Request) -> Reply:
     return cloud.accepted(workspace, cloud.operate(workspace), 200 if before else 201)
 
 
-@route("PATCH", ARM, WORKSPACE)
-def patch_workspace(cloud: Cloud, request: Request) -> Reply:
-    """Update tags and properties."""
-    workspace, body = need_workspace(cloud, request), request.json()
-    merged = {
-        **{k: workspace.get(k) for k in ("location", "kind", "identity", "tags")},
-        **{k: body[k] for k in ("tags", "identity") if body.get(k)},
-        "properties": {**workspace["properties"], **(body.get("properties") or {})},
-    }
-    return Reply(200, public(make(cloud, workspace["id"], merged)))
-
-
 @route("DELETE", ARM, WORKSPACE)
 def delete_workspace(cloud: Cloud, request: Request) -> Reply:
     """Delete it, but no hub with projects. Its name stays reserved for 14 days unless purged."""
