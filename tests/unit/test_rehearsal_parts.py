@@ -51,6 +51,7 @@ def test_an_id_loses_its_scheme_and_a_registry_address_keeps_it() -> None:
         "PUT",
         "PUT */jobs/*",
         "PUT */jobs/* explode",
+        "PUT '* 429",
         "PUT * 429 times=many",
         "PUT * 429 when=now",
     ],

@@ -59,7 +59,10 @@ class Fault:
     @classmethod
     def parse(cls, text: str) -> Fault:
         """Read `METHOD PATH KIND [name=value …]`; raises UsageError."""
-        words = shlex.split(text)
+        try:
+            words = shlex.split(text)
+        except ValueError:  # a quotation mark without its partner
+            words = []
         if len(words) < 3 or (words[2] not in _KINDS and not words[2].isdigit()):
             kinds = ", ".join(_KINDS)
             raise UsageError(

@@ -13,7 +13,7 @@ from . import (
     invoke,
     journey,
     recipes,
-    rehearsing,
+    rehearse,
     stages,
     standing,
     talk,
@@ -21,5 +21,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, recipes, azure, rehearsing),
+    *(flow, export, doctor, recipes, azure, rehearse),
 )
