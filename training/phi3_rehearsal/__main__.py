@@ -18,20 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from . import control
+from .cloud import Cloud
+from .faults import Faults
+from .processes import RehearsalError, UsageError, stop_server_of
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one action; its exit status."""
     args = _parser().parse_args(argv)
-    try:
-        from . import control
-        from .processes import RehearsalError, UsageError
-    except ModuleNotFoundError as error:
-        sys.stderr.write(
-            f"The rehearsal needs the package {error.name!r}. "
-            'Install it with: pip install "phi3-promptflow[rehearsal]"\n'
-        )
-        return 1
-    del control
     try:
         return _act(args)
     except RehearsalError as error:
@@ -68,10 +63,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _act(args: argparse.Namespace) -> int:
-    from . import control
-    from .faults import Faults
-    from .processes import UsageError
-
     folder: Path = args.folder
     if args.action == "serve":
         return _serve(folder, args.port)
@@ -118,9 +109,7 @@ def _act(args: argparse.Namespace) -> int:
 def _serve(folder: Path, port: int) -> int:
     """Answer until a signal comes; then end the jobs and servers that run here."""
     # Importing a service module declares the calls that it answers.
-    from . import assets, compute, control, endpoints, jobs, resources, storage, workspaces
-    from .cloud import Cloud
-    from .processes import stop_server_of
+    from . import assets, compute, endpoints, jobs, resources, storage, workspaces
     from .proxy import Authority, Proxy
 
     del assets, resources, storage, workspaces

@@ -146,23 +146,6 @@ def list_versions(cloud: Cloud, request: Request) -> Reply:
     return listed(docs[: int(top)] if top else docs)
 
 
-@route("GET", ARM, WORKSPACE + "/models")
-def list_models(cloud: Cloud, request: Request) -> Reply:
-    """The containers of all models."""
-    workspace = need_workspace(cloud, request)
-    docs = cloud.children(f"{workspace['id']}/models")
-    latest = {doc["id"].split("/")[-3]: doc["name"] for doc in docs}
-    values = [
-        {
-            "id": f"{workspace['id']}/models/{name}",
-            "name": name,
-            "properties": {"latestVersion": version, "isArchived": False, "tags": {}},
-        }
-        for name, version in latest.items()
-    ]
-    return Reply(200, {"value": values})
-
-
 def _need_version(cloud: Cloud, request: Request) -> Json:
     need_workspace(cloud, request)
     family, name, version = (request.args[key] for key in ("family", "name", "version"))

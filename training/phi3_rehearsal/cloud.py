@@ -30,10 +30,6 @@ from .offers import REGIONS
 from .processes import stop_server_of, write_atomically
 from .wire import ARM, GROUP, ML, AzureError, Json, Reply, Request, Router, bad, not_found
 
-TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
-CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
-# How the caller's service principal is known in tokens and role assignments.
-CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
 # How long a poller is asked to wait. Azure sends no header or 10 seconds and more; without one the
 # SDK waits 30 seconds between two looks at a cluster or an endpoint.
 POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
@@ -65,7 +61,13 @@ class Cloud:
         self.lock = threading.RLock()
         self.faults = Faults(folder / "faults.json")
         folder.mkdir(parents=True, exist_ok=True)
-        self._seed = _seed(folder / "seed")
+        seed = folder / "seed"
+        if not seed.is_file():
+            descriptor = os.open(seed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(secrets.token_bytes(32))
+        self._seed = seed.read_bytes()
+        self._fernet = Fernet(base64.urlsafe_b64encode(hashlib.sha256(self._seed).digest()))
         self._state_file = folder / "state.json"
         state: Json = {"resources": {}, "operations": {}, "quota": {}}
         if self._state_file.is_file():
@@ -199,17 +201,14 @@ class Cloud:
 
     def seal(self, value: Any) -> str:
         """`value` in a form that only this rehearsal reads."""
-        return self._fernet().encrypt(json.dumps(value).encode()).decode()
+        return self._fernet.encrypt(json.dumps(value).encode()).decode()
 
     def unseal(self, sealed: str) -> Any:
         """What `seal` was given. Raises AzureError when the seed is another one."""
         try:
-            return json.loads(self._fernet().decrypt(sealed.encode()))
+            return json.loads(self._fernet.decrypt(sealed.encode()))
         except InvalidToken:
             raise AzureError(500, "InternalServerError", "The secret cannot be read.") from None
-
-    def _fernet(self) -> Fernet:
-        return Fernet(base64.urlsafe_b64encode(hashlib.sha256(self._seed).digest()))
 
     def journal(self, request: Request, status: int | str) -> None:
         """One line for a call that was answered: no query, no header, no body, so no secret."""
@@ -274,11 +273,3 @@ def check_location(value: Any) -> str:
         text = f"The provided location '{value}' is not available for resource type "
         raise bad(text + f"'{ML}/workspaces'.", "LocationNotAvailableForResourceType")
     return location
-
-
-def _seed(path: Path) -> bytes:
-    if not path.is_file():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(secrets.token_bytes(32))
-    return path.read_bytes()

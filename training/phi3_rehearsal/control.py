@@ -24,9 +24,9 @@ from typing import TextIO
 import psutil
 from filelock import FileLock
 
-from .cloud import CLIENT, TENANT, Cloud
+from .cloud import Cloud
 from .faults import Fault, Faults, from_environment
-from .identity import client_secret
+from .identity import CLIENT, TENANT, client_secret
 from .processes import ProcessId, RehearsalError, spawn, write_atomically
 from .wire import Json
 
@@ -255,14 +255,25 @@ def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -
     count = 0
     while True:
         done = ended.wait(_FOLLOW_SECONDS)
-        lines, position = _new_lines(path, position)
+        content = b""
+        if path.is_file():
+            with path.open("rb") as stream:
+                stream.seek(position)
+                content = stream.read()
+        *lines, unfinished = content.split(b"\n")
+        position += len(content) - len(unfinished)
         for line in lines:
             call = json.loads(line)
             count += 1
-            text = _in_short(call)
+            of_storage = call["host"].endswith(_STORAGE)
+            if of_storage:  # of files only which account they are in
+                text = f"{call['method']} {call['host']}/…"
+            else:  # ids without what all have in common
+                text = f"{call['status']} {call['method']} {call['host']}{call['path']}"
+                text = _PREFIX.sub("/…/", text)
             if text not in seen:
                 out.write(f"rehearsal: {text}\n")
-            if call["method"] not in ("GET", "HEAD") and not call["host"].endswith(_STORAGE):
+            if call["method"] not in ("GET", "HEAD") and not of_storage:
                 seen.clear()  # something changed: the next answer to a poll is news
             seen.add(text)
         if done:
@@ -270,22 +281,3 @@ def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -
         out.flush()
         if done:
             return
-
-
-def _new_lines(path: Path, position: int) -> tuple[list[str], int]:
-    """The whole lines after `position`, and where they end."""
-    if not path.is_file():
-        return [], position
-    with path.open("rb") as stream:
-        stream.seek(position)
-        content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    return whole.decode().splitlines(), position + len(whole)
-
-
-def _in_short(call: Json) -> str:
-    """The call without what all ids have in common; of files only which account they are in."""
-    if str(call["host"]).endswith(_STORAGE):
-        return f"{call['method']} {call['host']}/…"
-    text = f"{call['status']} {call['method']} {call['host']}{call['path']}"
-    return _PREFIX.sub("/…/", text)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import assets, compute, identity, offers, processes, tiny_model
-from .cloud import TENANT, Cloud, Operation, on_get, on_list, route, stamps
+from .cloud import Cloud, Operation, on_get, on_list, route, stamps
 from .compute import DEPLOYMENT_KIND
 from .processes import RehearsalError, stop_server_of
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, asset_id, bad
@@ -95,7 +95,7 @@ def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
     users = (given or {}).get("userAssignedIdentities")
     if not users:
         principal = str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower()))
-        return {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
+        return {"type": "SystemAssigned", "principalId": principal, "tenantId": identity.TENANT}
     known = {user: cloud.need(user, "identity")["properties"] for user in users}
     ids = {u: {k: p[k] for k in ("principalId", "clientId")} for u, p in known.items()}
     return {"type": "UserAssigned", "userAssignedIdentities": ids}

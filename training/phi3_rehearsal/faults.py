@@ -41,6 +41,14 @@ _CODES = {
 # Kinds that happen to the work on a resource; the others happen to one call.
 _ON_RESOURCES = ("failed", "slow", "quota")
 _KINDS = ("reset", "reset-after", "lost", *_ON_RESOURCES)
+# What may follow a fault: the field that it sets, and its type.
+_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "times": ("left", int),
+    "seconds": ("seconds", float),
+    "retry-after": ("retry_after", str),
+    "code": ("code", str),
+    "message": ("message", str),
+}
 
 
 @dataclass
@@ -71,19 +79,15 @@ class Fault:
             )
         fault = cls(words[0].upper(), words[1], words[2])
         for word in words[3:]:
-            fault._set(word)
+            name, _, value = word.partition("=")
+            try:
+                field, convert = _OPTIONS[name]
+                setattr(fault, field, convert(value))
+            except (KeyError, ValueError):
+                raise UsageError(
+                    f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
+                ) from None
         return fault
-
-    def _set(self, word: str) -> None:
-        name, _, value = word.partition("=")
-        fields = {"times": int, "seconds": float, "retry-after": str, "code": str, "message": str}
-        try:
-            converted = fields[name](value)
-        except (KeyError, ValueError):
-            raise UsageError(
-                f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
-            ) from None
-        setattr(self, {"times": "left", "retry-after": "retry_after"}.get(name, name), converted)
 
     def as_typed(self) -> str:
         """The fault as it is typed."""
@@ -135,14 +139,12 @@ class Faults:
 
     def slowness(self, arm_id: str, kind: str) -> float:
         """Seconds by which an operation on the resource (or the job) takes longer."""
-        method = _method_of(kind)
-        fault = self._take(lambda f: f.kind == "slow" and f.fits(method, arm_id))
+        fault = self._of_resource(arm_id, kind, "slow")
         return fault.seconds if fault else 0.0
 
     def failure(self, arm_id: str, kind: str) -> Json | None:
         """The error with which the operation (or the job) ends, if it is to fail."""
-        method = _method_of(kind)
-        fault = self._take(lambda f: f.kind in ("failed", "quota") and f.fits(method, arm_id))
+        fault = self._of_resource(arm_id, kind, "failed", "quota")
         if fault is None:
             return None
         if fault.kind == "quota":
@@ -150,6 +152,10 @@ class Faults:
         else:
             code, message = "InternalServerError", "The operation failed (injected)."
         return {"code": fault.code or code, "message": fault.message or message}
+
+    def _of_resource(self, arm_id: str, kind: str, *faults: str) -> Fault | None:
+        method = "DELETE" if kind == "delete" else "PUT"  # the call that begins the operation
+        return self._take(lambda f: f.kind in faults and f.fits(method, arm_id))
 
     def _take(self, chosen: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
@@ -168,11 +174,6 @@ class Faults:
 
     def _write(self, faults: list[Fault]) -> None:
         write_atomically(self._path, json.dumps([asdict(f) for f in faults], indent=1))
-
-
-def _method_of(kind: str) -> str:
-    """The call that begins an operation of that kind."""
-    return "DELETE" if kind == "delete" else "PUT"
 
 
 def from_environment() -> list[str]:

@@ -15,21 +15,14 @@ import time
 import uuid
 from urllib.parse import parse_qsl
 
-from .cloud import (
-    CALLER,
-    CLIENT,
-    TENANT,
-    Cloud,
-    check_location,
-    listed,
-    need_group,
-    on_get,
-    public,
-    route,
-)
+from .cloud import Cloud, check_location, listed, need_group, on_get, public, route
 from .offers import ROLES
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
 
+# The made-up service principal that the caller signs in as, and its id in role assignments.
+TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
+CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
+CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
 LOGIN = "login.microsoftonline.com"
 _LIFETIME = 3600
 # Whom a token must be for, by the names that `route` uses.

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import yaml
 from . import tiny_model
 from .cloud import now
 from .offers import INPUTS
-from .processes import RehearsalError, free_port, write_atomically
+from .processes import RehearsalError, write_atomically
 from .wire import Json
 
 
@@ -147,7 +148,10 @@ def _run_command(
         tiny_model.link(Path(plan.code), code)
     code.mkdir(exist_ok=True)
     text = _filled(command, {"inputs": inputs, "outputs": {k: str(v) for k, v in outputs.items()}})
-    count, port = plan.nodes * plan.processes, free_port()
+    count = plan.nodes * plan.processes
+    with socket.socket() as probe:  # a free port, for the ranks to find each other
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
     processes: list[subprocess.Popen[bytes]] = []
     logs: list[IO[bytes]] = []
     for rank in range(count):

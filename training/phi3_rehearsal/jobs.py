@@ -53,7 +53,11 @@ def put_job(cloud: Cloud, request: Request) -> Reply:
     if kind == "Command":
         plan = _command_plan(cloud, workspace, given)
     elif kind == "Pipeline":
-        _check_user_token(cloud, request.headers.get("x-azureml-token"))
+        # A pipeline acts for the user, whose token for the data plane must come along.
+        token = claims_of(cloud, request.headers.get("x-azureml-token", ""))
+        if token is None or token["aud"].rstrip("/") not in AUDIENCES["ml"]:
+            text = "The token in x-azureml-token is missing or invalid."
+            raise AzureError(401, "UserError", text)
         plan = _pipeline_plan(cloud, workspace, given)
     else:
         raise AzureError(501, "NotRehearsed", f"Jobs of type {kind} are not rehearsed")
@@ -152,15 +156,6 @@ def cancel_job(cloud: Cloud, request: Request) -> Reply:
     """Cancel a job; one that has ended stays as it is."""
     cancel(cloud, need_job(cloud, request))
     return Reply(200)
-
-
-@route("DELETE", ARM, _JOB)
-def delete_job(cloud: Cloud, request: Request) -> Reply:
-    """Delete a job that has ended."""
-    job = need_job(cloud, request)
-    if job["properties"]["status"] in ACTIVE:
-        raise AzureError(409, "Conflict", f"The job '{job['name']}' is still running.")
-    return cloud.accepted(job, cloud.operate(job, kind="delete"), 202, body=False)
 
 
 def need_job(cloud: Cloud, request: Request) -> Json:
@@ -289,22 +284,16 @@ def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
     return JobInput(path=str(place))
 
 
-def _check_user_token(cloud: Cloud, token: str | None) -> None:
-    """A pipeline acts for the user, whose token for the data plane must come along, or 401."""
-    claims = claims_of(cloud, token) if token else None
-    if claims is None or claims["aud"].rstrip("/") not in AUDIENCES["ml"]:
-        raise AzureError(401, "UserError", "The token in x-azureml-token is missing or invalid.")
-
-
 def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     """What the process of a pipeline job needs, after a look at every input."""
     nodes = given.get("jobs") or {}
     if len(nodes) != 1:
         raise AzureError(501, "NotRehearsed", "Only pipelines of one component are rehearsed")
     ((_name, node),) = nodes.items()
-    match = re.search(r"registries/azureml/components/([^/]+)/versions/(.+)", _id_of(node))
-    if not match or match.groups() != (offers.COMPONENT, offers.COMPONENT_VERSION):
-        raise bad(f"The component '{_id_of(node)}' was not found.")
+    asked = str(node.get("componentId") or node.get("component") or "")
+    known = f"registries/azureml/components/{offers.COMPONENT}/versions/{offers.COMPONENT_VERSION}"
+    if not asked.endswith(known):
+        raise bad(f"The component '{asked}' was not found.")
     values = {
         name: _resolved(value, given.get("inputs") or {})
         for name, value in (node.get("inputs") or {}).items()
@@ -318,10 +307,6 @@ def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
         inputs={n: _input(cloud, workspace, n, v) for n, v in values.items()},
         bound=_bound_outputs(node, given),
     )
-
-
-def _id_of(node: Json) -> str:
-    return str(node.get("componentId") or node.get("component") or "")
 
 
 def _resolved(value: Json, parent: Json) -> Json:

@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -102,13 +101,6 @@ def child_environment() -> dict[str, str]:
         "PATH": os.pathsep.join([programs, environment.get("PATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -9,32 +9,13 @@ import re
 import shutil
 
 from . import workspaces
-from .cloud import (
-    POLL,
-    TENANT,
-    Cloud,
-    check_location,
-    listed,
-    need_group,
-    on_get,
-    public,
-    route,
-    stamps,
-)
+from .cloud import POLL, Cloud, check_location, listed, need_group, on_get, public, route, stamps
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found
 
 _SUBSCRIPTION = "/subscriptions/{sub}"
 _PROVIDER = _SUBSCRIPTION + "/providers/{namespace}"
 _GROUP_KIND = "Microsoft.Resources/resourceGroups"
 _GROUP_NAME = re.compile(r"[-\w.()]{0,89}[-\w()]")
-
-
-@route("GET", ARM, _SUBSCRIPTION)
-def get_subscription(_cloud: Cloud, request: Request) -> Reply:
-    """Any subscription exists."""
-    name = request.args["sub"]
-    ids = {"id": f"/subscriptions/{name}", "subscriptionId": name, "tenantId": TENANT}
-    return Reply(200, {**ids, "displayName": "Rehearsal", "state": "Enabled"})
 
 
 @route("GET", ARM, _PROVIDER)
@@ -45,12 +26,6 @@ def get_provider(_cloud: Cloud, request: Request) -> Reply:
 
 
 register_provider = route("POST", ARM, _PROVIDER + "/register")(get_provider)
-
-
-@route("GET", ARM, _SUBSCRIPTION + "/resourceGroups")
-def list_groups(cloud: Cloud, request: Request) -> Reply:
-    """All resource groups."""
-    return listed(cloud.children(request.id(_SUBSCRIPTION + "/resourceGroups"), _GROUP_KIND))
 
 
 @route("PUT", ARM, GROUP)
@@ -270,12 +245,6 @@ def put_part(cloud: Cloud, request: Request) -> Reply:
 
 
 on_get(_PART, lambda cloud, request: cloud.need(request.id(_PART), request.args["kind"]))
-
-
-@route("HEAD", ARM, _PART)
-def check_part(cloud: Cloud, request: Request) -> Reply:
-    """Whether it exists."""
-    return Reply(204 if cloud.get(request.id(_PART)) else 404)
 
 
 @route("DELETE", ARM, _PART)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import yaml
 from filelock import FileLock
 
 from .processes import RehearsalError, child_environment
@@ -65,20 +66,13 @@ def train(words: Sequence[str], runs: Path, log: IO[bytes]) -> Path:
 def as_mlflow(model: Path, target: Path) -> None:
     """Wrap a folder of weights as the MLflow model that the catalogue's converter writes."""
     shutil.copytree(model, target / "data" / "model")
-    (target / "MLmodel").write_text(
-        "flavors:\n"
-        "  hftransformersv2:\n"
-        "    code: null\n"
-        "    model_data: data\n"
-        "    task_type: chat-completion\n"
-        "  python_function:\n"
-        "    data: data\n"
-        "    loader_module: azureml.evaluate.mlflow.hftransformers\n"
-        "metadata:\n"
-        # The image that the catalogue's Phi-3-mini names: its server is the one phi3 imitates.
-        "  azureml.base_image: mcr.microsoft.com/azureml/curated/foundation-model-inference:63\n",
-        encoding="utf-8",
-    )
+    # The image that the catalogue's Phi-3-mini names: its server is the one phi3 imitates.
+    image = "mcr.microsoft.com/azureml/curated/foundation-model-inference:63"
+    transformers = {"code": None, "model_data": "data", "task_type": "chat-completion"}
+    loader = {"data": "data", "loader_module": "azureml.evaluate.mlflow.hftransformers"}
+    flavors = {"hftransformersv2": transformers, "python_function": loader}
+    content = {"flavors": flavors, "metadata": {"azureml.base_image": image}}
+    (target / "MLmodel").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 def weights_in(folder: Path) -> Path | None:

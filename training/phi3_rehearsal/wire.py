@@ -41,7 +41,7 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        """The query; names in lower case, as Azure does not tell them apart."""
+        """The query; names in lower case, because Azure ignores case in them."""
         pairs = parse_qsl(urlsplit(self.target).query, keep_blank_values=True)
         return {name.lower(): value for name, value in pairs}
 
@@ -79,18 +79,15 @@ class AzureError(Exception):
         message: str,
         *,
         details: list[Json] | None = None,
-        target: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
-        self.details, self.target, self.headers = details or [], target, headers or {}
+        self.details, self.headers = details or [], headers or {}
 
     def error(self) -> Json:
-        """The inner object: code, message, and what else there is."""
+        """The inner object: code, message, and details if there are any."""
         more: Json = {"details": self.details} if self.details else {}
-        if self.target:
-            more["target"] = self.target
         return {"code": self.code, "message": self.message, **more}
 
     def reply(self) -> Reply:
@@ -100,8 +97,8 @@ class AzureError(Exception):
 
 def asset_id(text: object) -> str:
     """An asset's id as ARM writes it: `azureml:/subscriptions/…` loses its scheme."""
-    found = str(text or "")
-    return found if found.startswith("azureml://") else found.removeprefix("azureml:")
+    value = str(text or "")
+    return value if value.startswith("azureml://") else value.removeprefix("azureml:")
 
 
 def not_found(what: str, name: str) -> AzureError:

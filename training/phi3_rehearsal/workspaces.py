@@ -10,18 +10,8 @@ import uuid
 
 import yaml
 
-from .cloud import (
-    CALLER,
-    TENANT,
-    Cloud,
-    check_location,
-    need_group,
-    on_get,
-    on_list,
-    public,
-    route,
-    stamps,
-)  # fmt: skip
+from .cloud import Cloud, check_location, need_group, on_get, on_list, public, route, stamps
+from .identity import CALLER, TENANT
 from .storage import account_key, account_sas, share_file
 from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad
 
@@ -116,6 +106,18 @@ def put_workspace(cloud: Cloud, request: Request) -> Reply:
     return cloud.accepted(workspace, cloud.operate(workspace), 200 if before else 201)
 
 
+@route("PATCH", ARM, WORKSPACE)
+def patch_workspace(cloud: Cloud, request: Request) -> Reply:
+    """Update tags and properties: what the SDK calls when a workspace that exists is made."""
+    workspace, body = need_workspace(cloud, request), request.json()
+    merged = {
+        **{k: workspace.get(k) for k in ("location", "kind", "identity", "tags")},
+        **{k: body[k] for k in ("tags", "identity") if body.get(k)},
+        "properties": {**workspace["properties"], **(body.get("properties") or {})},
+    }
+    return Reply(200, public(make(cloud, workspace["id"], merged)))
+
+
 @route("DELETE", ARM, WORKSPACE)
 def delete_workspace(cloud: Cloud, request: Request) -> Reply:
     """Delete it, but no hub with projects. Its name stays reserved for 14 days unless purged."""
@@ -143,12 +145,6 @@ def need_workspace(cloud: Cloud, request: Request) -> Json:
 
 on_get(WORKSPACE, need_workspace)
 on_list(f"{GROUP}/providers/{KIND}", need_group, KIND)
-# All of a subscription, which is no resource of its own.
-on_list(
-    f"/subscriptions/{{sub}}/providers/{KIND}",
-    lambda _cloud, request: {"id": request.id("/subscriptions/{sub}")},
-    KIND,
-)
 
 
 @route("GET", REGIONAL, "/discovery", audience="")
@@ -380,12 +376,6 @@ def update_flow(cloud: Cloud, request: Request) -> Reply:
         if body.get(key) is not None:
             flow["properties"][key] = body[key]
     return Reply(200, b'""', {"Content-Type": "application/json"})
-
-
-@route("DELETE", REGIONAL, _FLOWS + "/{flow}", audience="regional")
-def delete_flow(cloud: Cloud, request: Request) -> Reply:
-    """Delete a flow; its files stay in the share."""
-    return cloud.delete_now(_need_flow(cloud, request)["id"])
 
 
 @route("POST", REGIONAL, "/index/v1.0" + WORKSPACE + "/entities", audience="regional")
