@@ -256,8 +256,9 @@ def now() -> str:
 
 def stamps() -> Json:
     """`systemData` of something made now."""
-    made = {"createdAt": now(), "createdBy": "rehearsal", "createdByType": "Application"}
-    return {**made, "lastModifiedAt": made["createdAt"]}
+    time_now = now()
+    author = {"createdBy": "rehearsal", "createdByType": "Application"}
+    return {"createdAt": time_now, "lastModifiedAt": time_now, **author}
 
 
 def need_group(cloud: Cloud, request: Request) -> Json:

@@ -68,8 +68,8 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
         "tags": body.get("tags") or {},
         "properties": properties,
     }
-    made = cloud.put(request.id(_COMPUTE), KIND, document)
-    return cloud.accepted(made, cloud.operate(made), 200 if before else 201)
+    cluster = cloud.put(request.id(_COMPUTE), KIND, document)
+    return cloud.accepted(cluster, cloud.operate(cluster), 200 if before else 201)
 
 
 @route("GET", ARM, _COMPUTE)

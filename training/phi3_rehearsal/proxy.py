@@ -134,9 +134,8 @@ class _Connection(BaseHTTPRequestHandler):
             reply = fault.error().reply()
         else:
             reply = _dispatch(cloud, request)
-        lost = " answer lost" if fault and fault.kind == "reset-after" else ""
-        noted = f"{reply.status}{lost}" if lost else reply.status
-        cloud.journal(request, noted)
+        lost = fault is not None and fault.kind == "reset-after"
+        cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status)
         if lost:
             raise _CutError
         return reply
@@ -181,11 +180,11 @@ class _Connection(BaseHTTPRequestHandler):
 
 
 def _dispatch(cloud: Cloud, request: Request) -> Reply:
-    found = router.find(request)
-    if found is None:
+    match = router.find(request)
+    if match is None:
         text = f"The rehearsal does not know {request.method} https://{request.host}{request.path}"
         return AzureError(501, "NotRehearsed", text).reply()
-    route, request.args = found
+    route, request.args = match
     try:
         check_token(cloud, request, route.audience)
         if not route.locked:
