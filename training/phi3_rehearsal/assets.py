@@ -219,11 +219,10 @@ def get_registry_version(_cloud: Cloud, request: Request) -> Reply:
 def _registry_asset(request: Request) -> Json:
     """The asset that the request names, in its one version. Raises AzureError (404)."""
     family, name = request.args["family"].lower(), request.args["name"]
-    created = "2026-06-18T00:00:00Z"
     properties: Json = {"tags": {}, "properties": {}, "isArchived": False, "isAnonymous": False}
     if family == "models" and name in offers.MODELS:
         model = offers.MODELS[name]
-        version, created = model.version, model.created
+        version = model.version
         properties |= _model_properties(name, model)
     elif family == "components" and name == offers.COMPONENT:
         version = offers.COMPONENT_VERSION
@@ -238,7 +237,10 @@ def _registry_asset(request: Request) -> Json:
         "id": f"azureml://registries/azureml/{family}/{name}/versions/{version}",
         "name": version,
         "type": f"{ML}/registries/{family}/versions",
-        "systemData": {"createdAt": created, "lastModifiedAt": "2026-07-01T00:00:00Z"},
+        "systemData": {
+            "createdAt": "2026-06-18T00:00:00Z",
+            "lastModifiedAt": "2026-07-01T00:00:00Z",
+        },
         "properties": properties,
     }
 

@@ -55,9 +55,6 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
             "remoteLoginPortPublicAccess": "NotSpecified",
             **inner,
             "vmSize": real.upper(),
-            "currentNodeCount": least,
-            "targetNodeCount": least,
-            "nodeStateCounts": {"idleNodeCount": least},
             "allocationState": "Steady",
             "allocationStateTransitionTime": made_at,
         },
@@ -159,7 +156,20 @@ def list_sizes(_cloud: Cloud, _request: Request) -> Reply:
 @route("GET", ARM, _LOCATION + "/usages")
 def list_usages(cloud: Cloud, request: Request) -> Reply:
     """Cores in use and their limits."""
-    return Reply(200, {"value": [_usage(cloud, request, family) for family in _families()]})
+    region = request.args["loc"]
+    usages = [
+        {
+            "id": request.id(_LOCATION + "/usages/{family}", family=family),
+            "amlWorkspaceLocation": region,
+            "type": f"{ML}/usages",
+            "unit": "Count",
+            "currentValue": used(cloud, region, family),
+            "limit": limit_of(cloud, region, family),
+            "name": {"value": family, "localizedValue": f"{family} Cluster Dedicated vCPUs"},
+        }
+        for family in _families()
+    ]
+    return Reply(200, {"value": usages})
 
 
 @route("GET", ARM, _QUOTA_SCOPE + "/quotas/{family}")
@@ -181,19 +191,6 @@ def put_quota(cloud: Cloud, request: Request) -> Reply:
         raise bad(text + "open a support request.", "ContactSupport")
     cloud.quota[f"{location.lower()}/{family.lower()}"] = wanted
     return Reply(200, _quota(cloud, request, family))
-
-
-def _usage(cloud: Cloud, request: Request, family: str) -> Json:
-    location = request.args["loc"]
-    return {
-        "id": request.id(_LOCATION + "/usages/{family}", family=family),
-        "amlWorkspaceLocation": location,
-        "type": f"{ML}/usages",
-        "unit": "Count",
-        "currentValue": used(cloud, location, family),
-        "limit": limit_of(cloud, location, family),
-        "name": {"value": family, "localizedValue": f"{family} Cluster Dedicated vCPUs"},
-    }
 
 
 def _quota(cloud: Cloud, request: Request, family: str) -> Json:

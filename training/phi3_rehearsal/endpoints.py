@@ -30,7 +30,6 @@ ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
 _NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
 KEYS = ("primary", "secondary")
 _CHANGING = ("Creating", "Updating", "Deleting")
-_TOKEN_SECONDS = 3600 * 12
 
 
 @route("PUT", ARM, ENDPOINT)
@@ -77,7 +76,9 @@ def _check_endpoint(
             "starting with a letter.",
             "InvalidEndpointName",
         )
-    if given.get("authMode") not in ("Key", "AMLToken", "AADToken"):
+    if given.get("authMode") == "AMLToken":
+        raise AzureError(501, "NotRehearsed", "Endpoints with authMode AMLToken")
+    if given.get("authMode") not in ("Key", "AADToken"):
         raise bad(f"authMode '{given.get('authMode')}' is not supported.", "ValidationError")
     if before and before["properties"]["authMode"] != given["authMode"]:
         raise bad("The authMode of an endpoint cannot be changed.", "ValidationError")
@@ -121,18 +122,6 @@ def list_keys(cloud: Cloud, request: Request) -> Reply:
     if endpoint["properties"]["authMode"] != "Key":
         raise bad("The endpoint does not use keys.", "UserError")
     return Reply(200, {f"{which}Key": key_of(cloud, endpoint, which) for which in KEYS})
-
-
-@route("POST", ARM, ENDPOINT + "/token")
-def get_token(cloud: Cloud, request: Request) -> Reply:
-    """A token for this endpoint."""
-    endpoint = need_endpoint(cloud, request)
-    if endpoint["properties"]["authMode"] == "Key":
-        raise bad("The endpoint uses keys.", "UserError")
-    value = identity.sign(cloud, {"aud": endpoint["id"].lower()}, _TOKEN_SECONDS)
-    expires = int(time.time()) + _TOKEN_SECONDS
-    times = {"expiryTimeUtc": expires, "refreshAfterTimeUtc": expires - 3600}
-    return Reply(200, {"accessToken": value, "tokenType": "Bearer", **times})
 
 
 def key_of(cloud: Cloud, endpoint: Json, which: str) -> str:
@@ -437,19 +426,11 @@ def _may_score(cloud: Cloud, endpoint: Json, request: Request) -> bool:
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return False
-    mode = endpoint["properties"]["authMode"]
-    if mode == "Key":
+    if endpoint["properties"]["authMode"] == "Key":
         keys = [key_of(cloud, endpoint, which) for which in KEYS]
         return any(hmac.compare_digest(value.encode(), key.encode()) for key in keys)
     claims = identity.claims_of(cloud, value) if value.count(".") == 2 else None
-    if claims is None:
-        return False
-    audience = str(claims["aud"]).rstrip("/")
-    return (
-        audience in identity.AUDIENCES["ml"]
-        if mode == "AADToken"
-        else (audience == endpoint["id"].lower())
-    )
+    return claims is not None and claims["aud"].rstrip("/") in identity.AUDIENCES["ml"]
 
 
 def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:

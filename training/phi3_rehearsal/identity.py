@@ -24,7 +24,7 @@ TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
 CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
 CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
 LOGIN = "login.microsoftonline.com"
-_LIFETIME = 3600
+_TOKEN_SECONDS = 3600
 # Whom a token must be for, by the names that `route` uses.
 _MANAGEMENT = ("https://management.azure.com", "https://management.core.windows.net")
 AUDIENCES = {
@@ -50,7 +50,7 @@ def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
 
 
 @route("POST", LOGIN, "/{tenant}/oauth2/v2.0/token", audience="")
-def token(cloud: Cloud, request: Request) -> Reply:
+def sign_in(cloud: Cloud, request: Request) -> Reply:
     """A token for the service principal, if its secret is right."""
     form = dict(parse_qsl(request.body.decode("utf-8", "replace")))
     if form.get("grant_type") != "client_credentials":
@@ -61,24 +61,18 @@ def token(cloud: Cloud, request: Request) -> Reply:
         text = "AADSTS7000215: Invalid client secret provided."
         return Reply(401, {"error": "invalid_client", "error_description": text})
     audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
+    now = int(time.time())
     claims = {"aud": audience, "tid": request.args["tenant"], "appid": CLIENT, "oid": CALLER}
-    access = sign(cloud, claims)
-    answer = {"token_type": "Bearer", "expires_in": _LIFETIME, "access_token": access}
+    times = {"iat": now, "nbf": now - 60, "exp": now + _TOKEN_SECONDS}
+    text = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode({**claims, **times})}"
+    token = f"{text}.{_signature(cloud, text)}"
+    answer = {"token_type": "Bearer", "expires_in": _TOKEN_SECONDS, "access_token": token}
     return Reply(200, answer, {"Cache-Control": "no-store"})
 
 
 def client_secret(cloud: Cloud) -> str:
     """The secret of the made-up service principal."""
     return cloud.derive("client-secret")
-
-
-def sign(cloud: Cloud, claims: Json, lifetime: int = _LIFETIME) -> str:
-    """A JSON web token with these claims."""
-    now = int(time.time())
-    times = {"iat": now, "nbf": now - 60, "exp": now + lifetime}
-    head = _encode({"alg": "HS256", "typ": "JWT"})
-    text = f"{head}.{_encode({**claims, **times})}"
-    return f"{text}.{_signature(cloud, text)}"
 
 
 def claims_of(cloud: Cloud, value: str) -> Json | None:

@@ -303,10 +303,15 @@ def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     if faults:
         details = [{"code": "InvalidInput", "message": fault} for fault in faults]
         raise bad("; ".join(faults), "UserError", details=details)
-    return JobPlan(
-        inputs={n: _input(cloud, workspace, n, v) for n, v in values.items()},
-        bound=_bound_outputs(node, given),
-    )
+    bound = {}
+    for name, value in (node.get("outputs") or {}).items():
+        if name not in offers.OUTPUTS:
+            raise bad(f"The component has no output '{name}'.")
+        match = _PARENT.fullmatch(str((value or {}).get("value", "")))
+        if match and match.group(2) in (given.get("outputs") or {}):
+            bound[name] = match.group(2)
+    inputs = {n: _input(cloud, workspace, n, v) for n, v in values.items()}
+    return JobPlan(inputs=inputs, bound=bound)
 
 
 def _resolved(value: Json, parent: Json) -> Json:
@@ -369,18 +374,6 @@ def _compute_faults(cloud: Cloud, workspace: Json, values: dict[str, Json]) -> l
     if model and model[1].archived:
         faults.append(f"The model '{model[0]}' is archived and cannot be used in new jobs")
     return faults
-
-
-def _bound_outputs(node: Json, given: Json) -> dict[str, str]:
-    """For each output of the component, the pipeline's output that it becomes."""
-    bound = {}
-    for name, value in (node.get("outputs") or {}).items():
-        match = _PARENT.fullmatch(str((value or {}).get("value", "")))
-        if name not in offers.OUTPUTS:
-            raise bad(f"The component has no output '{name}'.")
-        if match and match.group(2) in (given.get("outputs") or {}):
-            bound[name] = match.group(2)
-    return bound
 
 
 # --- run history: details and logs ---

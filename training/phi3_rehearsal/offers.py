@@ -114,7 +114,6 @@ class CatalogueModel:
     archived: bool
     finetune_sizes: tuple[str, ...]
     inference_sizes: tuple[str, ...]
-    created: str
     # The tag `model_specific_defaults`: the text of a Python dictionary, as the SDK hands it out.
     defaults: str
 
@@ -144,32 +143,21 @@ _A100_SIZES = (
     "Standard_ND96amsr_A100_v4",
 )
 _H100_SIZES = ("Standard_NC40ads_H100_v5", "Standard_NC80adis_H100_v5", "Standard_ND96isr_H100_v5")
-_V100_SIZES = (
-    *("Standard_NC6s_v3", "Standard_NC12s_v3", "Standard_NC24s_v3"),
-    "Standard_ND40rs_v2",
-)  # still listed, though the machines are gone
+# Still listed, though the machines are gone.
+_V100_SIZES = ("Standard_NC6s_v3", "Standard_NC12s_v3", "Standard_NC24s_v3", "Standard_ND40rs_v2")
 _ALL_SIZES = (*_A100_SIZES, "Standard_ND96asr_v4", *_H100_SIZES)
 _4K_SIZES = (*_A100_SIZES, "Standard_ND96asr_v4")
-_LONG_AGO = "2025-06-10T00:00:00Z"
 # All Phi-3 models: retired on 2025-08-30, archived in the catalogue since 2026-06-02.
 RETIRED_ON = "2025-08-30"
 MODELS = {
     "Phi-3-mini-4k-instruct": CatalogueModel(
-        "15", True, _4K_SIZES, (*_V100_SIZES, *_4K_SIZES), _LONG_AGO, _DEFAULTS
+        "15", True, _4K_SIZES, (*_V100_SIZES, *_4K_SIZES), _DEFAULTS
     ),
-    "Phi-3-mini-128k-instruct": CatalogueModel(
-        "13", True, _A100_SIZES, _A100_SIZES, _LONG_AGO, _DEFAULTS
-    ),
-    "Phi-3.5-mini-instruct": CatalogueModel(
-        "6", True, _A100_SIZES, _A100_SIZES, _LONG_AGO, _DEFAULTS_35
-    ),
+    "Phi-3-mini-128k-instruct": CatalogueModel("13", True, _A100_SIZES, _A100_SIZES, _DEFAULTS),
+    "Phi-3.5-mini-instruct": CatalogueModel("6", True, _A100_SIZES, _A100_SIZES, _DEFAULTS_35),
     # No public specification of this one: the sizes of Phi-4 are the nearest guess.
-    "Phi-4-mini-instruct": CatalogueModel(
-        "1", False, _ALL_SIZES, _ALL_SIZES, "2026-02-01T00:00:00Z", _DEFAULTS
-    ),
-    "Phi-4": CatalogueModel(
-        "8", False, _ALL_SIZES, _ALL_SIZES, "2026-06-18T00:00:00Z", _DEFAULTS_4
-    ),
+    "Phi-4-mini-instruct": CatalogueModel("1", False, _ALL_SIZES, _ALL_SIZES, _DEFAULTS),
+    "Phi-4": CatalogueModel("8", False, _ALL_SIZES, _ALL_SIZES, _DEFAULTS_4),
 }
 
 

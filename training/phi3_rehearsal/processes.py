@@ -55,19 +55,6 @@ class ProcessId:
         except psutil.Error:
             return None
 
-    def stop(self, timeout: float) -> None:
-        """SIGTERM, after `timeout` seconds SIGKILL."""
-        process = self.find()
-        if process is None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-            try:
-                process.wait(timeout)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(timeout)
-
 
 def spawn(
     *words: str, log: Path, cwd: Path | None = None, stdin: int = subprocess.DEVNULL
@@ -201,9 +188,17 @@ def stop_server_of(deployment: Json) -> None:
     deployment.pop("_server", None)
 
 
-def stop_server(process: ProcessId) -> None:
-    """Stop a server and collect its end."""
-    process.stop(_STOP_SECONDS)
-    child = _servers.pop(process.pid, None)
+def stop_server(server: ProcessId) -> None:
+    """Stop a server, by force if it does not end, and collect its end."""
+    process = server.find()
+    if process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait(_STOP_SECONDS)
+    child = _servers.pop(server.pid, None)
     if child is not None:
         child.poll()

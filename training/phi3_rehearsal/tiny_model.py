@@ -83,16 +83,16 @@ def weights_in(folder: Path) -> Path | None:
 
 def link(source: Path, target: Path) -> None:
     """Give a job files to read under another name; a big file is not copied where links work."""
+
+    def link_file(old: str, new: str) -> str:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system
+            shutil.copy2(old, new)
+        return new
+
     if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link_file, dirs_exist_ok=True)
+        shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link_file(str(source), str(target))
-
-
-def _link_file(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-    return target
+        link_file(str(source), str(target))
