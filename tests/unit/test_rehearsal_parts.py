@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import ssl
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 from phi3_rehearsal import control, offers
 from phi3_rehearsal.cloud import Cloud, route, router
 from phi3_rehearsal.faults import Fault, Faults
+from phi3_rehearsal.job_process import JobInput, JobPlan
 from phi3_rehearsal.processes import UsageError
 from phi3_rehearsal.proxy import Authority, Proxy
 from phi3_rehearsal.wire import Reply, Request, asset_id
@@ -106,7 +108,7 @@ def test_secrets_are_sealed_by_the_folder_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_shown_of_the_calls(tmp_path: Path) -> None:
-    """A poll that repeats once, storage in one line, everything anew after a change."""
+    """A poll that repeats once, storage in one line, everything again after a change."""
     account, group = "a.blob.core.windows.net", "/subscriptions/s/resourceGroups/g/providers/X/y"
     arm = "management.azure.com"
     calls = [
@@ -137,17 +139,45 @@ def test_what_is_shown_of_the_calls(tmp_path: Path) -> None:
 
 def test_it_listens_where_it_did_unless_that_is_taken(tmp_path: Path) -> None:
     told = tmp_path / "process.json"
-    assert control._last_port(told) == 0
+    assert control.last_port(told) == 0
     authority, cloud = Authority(tmp_path), Cloud(tmp_path)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
         told.write_text(json.dumps({"pid": 1, "create_time": 1.0, "port": taken}))
-        assert control._last_port(told) == taken
+        assert control.last_port(told) == taken
         proxy = Proxy(cloud, authority, taken)
         assert proxy.port not in (0, taken)
         proxy.close()
+
+
+def test_a_restart_presents_certificates_of_the_same_authority(tmp_path: Path) -> None:
+    """A program that trusts ca.pem still believes the rehearsal when it has been started again."""
+    first = Authority(tmp_path)
+    before = first.ca_file.read_bytes()
+    again = Authority(tmp_path)
+    assert again.ca_file.read_bytes() == before
+    client = ssl.create_default_context(cafile=str(first.ca_file))
+    ours, theirs = socket.socketpair()
+    server = threading.Thread(
+        target=lambda: again.context("any.host.test").wrap_socket(theirs, server_side=True).close()
+    )
+    server.start()
+    with client.wrap_socket(ours, server_hostname="any.host.test") as connection:
+        assert connection.version() is not None
+    server.join(30)
+
+
+def test_what_a_job_has_to_do_survives_its_file(tmp_path: Path) -> None:
+    plan = JobPlan(
+        inputs={"data": JobInput(path="/a/b"), "rate": JobInput(literal="0.1")},
+        command="echo ${{inputs.rate}}",
+        nodes=2,
+        failure={"code": "OutOfMemory", "message": "no room"},
+    )
+    plan.write(tmp_path / "job.json")
+    assert JobPlan.read(tmp_path / "job.json") == plan
 
 
 def test_state_that_is_saved_comes_back(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def calls(folder: Path) -> list[Json]:
 def _spawn(folder: Path) -> None:
     """Start the process and wait until it has written its port."""
     file, log = folder / "process.json", folder / "control.log"
-    port = _last_port(file)
+    port = last_port(file)
     file.unlink(missing_ok=True)
     process = spawn("phi3_rehearsal", "serve", str(folder), str(port), log=log)
     deadline = time.monotonic() + _START_SECONDS
@@ -170,7 +170,7 @@ def _spawn(folder: Path) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _last_port(file: Path) -> int:
+def last_port(file: Path) -> int:
     """Where it listened before, for programs that still have its variables; 0 the first time."""
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["port"])
