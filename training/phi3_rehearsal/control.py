@@ -218,7 +218,12 @@ def run_inside(command: Sequence[str], folder: Path) -> int:
     )
     follower.start()
     try:
-        return _wait(process)
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # at a terminal it reaches the child by itself
+                if not sys.stdin.isatty():
+                    process.send_signal(signal.SIGINT)
     finally:
         ended.set()
         follower.join(5)
@@ -237,16 +242,6 @@ def ends_with_parent() -> Callable[[], None] | None:
         library.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
     return ask
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit status. Ctrl-C at a terminal reaches the child by itself; a signal does not."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                process.send_signal(signal.SIGINT)
 
 
 def follow(path: Path, ended: threading.Event, out: TextIO, position: int = 0) -> None:

@@ -37,8 +37,26 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     """Make an endpoint, or change its traffic and tags."""
     workspace, body = need_workspace(cloud, request), request.json()
     arm_id, name, given = request.id(ENDPOINT), request.args["name"], body.get("properties") or {}
-    before = cloud.get(arm_id)
-    _check_endpoint(cloud, workspace, name, given, before)
+    before, region = cloud.get(arm_id), workspace["location"]
+    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
+        raise bad(
+            f"The endpoint name '{name}' is invalid: 3 to 32 letters, digits and single dashes, "
+            "starting with a letter.",
+            "InvalidEndpointName",
+        )
+    if given.get("authMode") == "AMLToken":
+        raise AzureError(501, "NotRehearsed", "Endpoints with authMode AMLToken")
+    if given.get("authMode") not in ("Key", "AADToken"):
+        raise bad(f"authMode '{given.get('authMode')}' is not supported.", "ValidationError")
+    if before and before["properties"]["authMode"] != given["authMode"]:
+        raise bad("The authMode of an endpoint cannot be changed.", "ValidationError")
+    for other in cloud.children("/subscriptions", KIND):  # the name is part of a public host name
+        same = other["name"].lower() == name.lower() and other["location"] == region
+        if same and other is not before:
+            text = f"The endpoint name '{name}' is taken in region '{region}'."
+            raise bad(text, "EndpointNameAlreadyExists")
+    if before and before["properties"]["provisioningState"] in _CHANGING:
+        raise AzureError(409, "Conflict", f"The endpoint '{name}' is being changed already.")
     traffic: dict[str, int] = given.get("traffic") or {}
     for deployment in traffic:
         if cloud.get(f"{arm_id}/deployments/{deployment}") is None:
@@ -47,9 +65,9 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     if sum(traffic.values()) not in (0, 100):
         text = f"The traffic adds up to {sum(traffic.values())}; expected 0 or 100."
         raise bad(text, "InvalidTraffic")
-    host = f"https://{name}.{workspace['location']}.inference.ml.azure.com"
+    host = f"https://{name}.{region}.inference.ml.azure.com"
     document = {
-        "location": workspace["location"],
+        "location": region,
         "tags": body.get("tags") or {},
         "kind": "Managed",
         "identity": _identity(cloud, arm_id, body.get("identity")),
@@ -65,31 +83,6 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     }
     endpoint = cloud.put(arm_id, KIND, document)
     return cloud.accepted(endpoint, cloud.operate(endpoint), 200 if before else 201)
-
-
-def _check_endpoint(
-    cloud: Cloud, workspace: Json, name: str, given: Json, before: Json | None
-) -> None:
-    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
-        raise bad(
-            f"The endpoint name '{name}' is invalid: 3 to 32 letters, digits and single dashes, "
-            "starting with a letter.",
-            "InvalidEndpointName",
-        )
-    if given.get("authMode") == "AMLToken":
-        raise AzureError(501, "NotRehearsed", "Endpoints with authMode AMLToken")
-    if given.get("authMode") not in ("Key", "AADToken"):
-        raise bad(f"authMode '{given.get('authMode')}' is not supported.", "ValidationError")
-    if before and before["properties"]["authMode"] != given["authMode"]:
-        raise bad("The authMode of an endpoint cannot be changed.", "ValidationError")
-    region = workspace["location"]
-    for other in cloud.children("/subscriptions", KIND):  # the name is part of a public host name
-        same = other["name"].lower() == name.lower() and other["location"] == region
-        if same and other is not before:
-            text = f"The endpoint name '{name}' is taken in region '{region}'."
-            raise bad(text, "EndpointNameAlreadyExists")
-    if before and before["properties"]["provisioningState"] in _CHANGING:
-        raise AzureError(409, "Conflict", f"The endpoint '{name}' is being changed already.")
 
 
 def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:

@@ -161,7 +161,26 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
     """Assign a role; the same assignment is refused under another name (a GUID)."""
     scope, guid = "/" + request.args["scope"], request.args["guid"]
     given = request.json().get("properties") or {}
-    _check_assignment(cloud, scope, guid, given)
+    if not _GUID.fullmatch(guid):
+        text = (
+            f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID."
+        )
+        raise bad(text, "InvalidRoleAssignmentId")
+    if len(scope.split("/")) > 3:
+        cloud.need(scope, "scope")
+    role = str(given.get("roleDefinitionId", "")).rsplit("/", 1)[-1].lower()
+    if role not in ROLES:
+        raise bad(f"The role definition '{role}' does not exist.", "RoleDefinitionDoesNotExist")
+    principal = given.get("principalId", "")
+    known = {
+        str(doc["properties"].get("principalId") or (doc.get("identity") or {}).get("principalId"))
+        for doc in cloud.children("/subscriptions")
+        if doc["type"] != _ROLE_KIND
+    }
+    # The SDK sends "User" where the caller says nothing.
+    if given.get("principalType") in (None, "User") and principal in known:
+        text = f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different "
+        raise bad(text + "from specified PrinciaplType 'User'.", "UnmatchedPrincipalType")
 
     def role_and_principal(properties: Json) -> list[str]:
         values = (str(properties[key]) for key in ("roleDefinitionId", "principalId"))
@@ -188,29 +207,6 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
         201,
         public(cloud.put(request.id(_ROLE + "/{guid}"), _ROLE_KIND, {"properties": properties})),
     )
-
-
-def _check_assignment(cloud: Cloud, scope: str, guid: str, given: Json) -> None:
-    if not _GUID.fullmatch(guid):
-        text = (
-            f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID."
-        )
-        raise bad(text, "InvalidRoleAssignmentId")
-    if len(scope.split("/")) > 3:
-        cloud.need(scope, "scope")
-    role = str(given.get("roleDefinitionId", "")).rsplit("/", 1)[-1].lower()
-    if role not in ROLES:
-        raise bad(f"The role definition '{role}' does not exist.", "RoleDefinitionDoesNotExist")
-    principal = given.get("principalId", "")
-    known = {
-        str(doc["properties"].get("principalId") or (doc.get("identity") or {}).get("principalId"))
-        for doc in cloud.children("/subscriptions")
-        if doc["type"] != _ROLE_KIND
-    }
-    # The SDK sends "User" where the caller says nothing.
-    if given.get("principalType") in (None, "User") and principal in known:
-        text = f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different "
-        raise bad(text + "from specified PrinciaplType 'User'.", "UnmatchedPrincipalType")
 
 
 def _need_assignment(cloud: Cloud, request: Request) -> Json:

@@ -211,7 +211,15 @@ _PART_NAMES = {
     "Microsoft.OperationalInsights/workspaces": r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
     _REGISTRY: r"[A-Za-z0-9]{5,50}",
 }
+# The name of a key vault stays reserved for 90 days after it is deleted.
+_DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
+_DELETED = "/subscriptions/{sub}/providers/Microsoft.KeyVault/locations/{loc}/deletedVaults/{name}"
 _PART = GROUP + f"/providers/{{kind:{'|'.join(_PART_NAMES)}}}/{{name}}"
+
+
+def _deleted_id(vault_id: str, location: str) -> str:
+    parts = vault_id.split("/")
+    return _DELETED.format(sub=parts[2], loc=location, name=parts[-1])
 
 
 def _put_part(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
@@ -219,8 +227,12 @@ def _put_part(cloud: Cloud, arm_id: str, kind: str, body: Json) -> Json:
     name = arm_id.rsplit("/", 1)[-1]
     if not re.fullmatch(_PART_NAMES[kind], name):
         raise bad(f"'{name}' is not a valid name for {kind}.", "AccountNameInvalid")
-    if kind == _VAULT:
-        _check_deleted(cloud, arm_id, body)
+    deleted = _deleted_id(arm_id, body["location"])
+    if kind == _VAULT and cloud.get(deleted):
+        if (body.get("properties") or {}).get("createMode") != "recover":
+            text = "A vault with the same name already exists in deleted state. You need to either "
+            raise AzureError(409, "ConflictError", text + "recover or purge existing key vault.")
+        cloud.delete(deleted)
     document: Json = {k: body[k] for k in ("location", "sku", "kind", "tags") if k in body}
     addresses: Json = {
         _STORAGE: {"primaryEndpoints": {"blob": f"https://{name}.blob.core.windows.net/"}},
@@ -265,24 +277,3 @@ def _before_delete(cloud: Cloud, doc: Json) -> None:
         properties = {"vaultId": doc["id"], "location": doc["location"]}
         deleted = {"properties": {**properties, "tags": doc.get("tags") or {}}}
         cloud.put(_deleted_id(doc["id"], doc["location"]), _DELETED_KIND, deleted)
-
-
-# --- key vaults stay reserved for 90 days after they are deleted ---
-
-_DELETED_KIND = "Microsoft.KeyVault/deletedVaults"
-_DELETED = _SUBSCRIPTION + "/providers/Microsoft.KeyVault/locations/{loc}/deletedVaults/{name}"
-
-
-def _deleted_id(vault_id: str, location: str) -> str:
-    parts = vault_id.split("/")
-    return _DELETED.format(sub=parts[2], loc=location, name=parts[-1])
-
-
-def _check_deleted(cloud: Cloud, vault_id: str, body: Json) -> None:
-    deleted = _deleted_id(vault_id, body["location"])
-    if cloud.get(deleted) is None:
-        return
-    if (body.get("properties") or {}).get("createMode") != "recover":
-        text = "A vault with the same name already exists in deleted state. You need to either "
-        raise AzureError(409, "ConflictError", text + "recover or purge existing key vault.")
-    cloud.delete(deleted)

@@ -159,13 +159,11 @@ class Router(Generic[State]):
     def find(self, request: Request) -> tuple[Route[State], dict[str, str]] | None:
         """The first route that fits, with its arguments."""
         path = request.path.rstrip("/") or "/"
-        for candidate in self._routes:
-            if candidate.method != request.method:
-                continue
-            host = candidate.host.fullmatch(request.host)
-            fits = host and candidate.path.fullmatch(path)
-            if host and fits:
-                return candidate, {**host.groupdict(), **fits.groupdict()}
+        for route in self._routes:
+            host = route.method == request.method and route.host.fullmatch(request.host)
+            rest = host and route.path.fullmatch(path)
+            if host and rest:
+                return route, {**host.groupdict(), **rest.groupdict()}
         return None
 
 

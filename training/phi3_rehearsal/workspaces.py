@@ -244,17 +244,6 @@ def put_connection(cloud: Cloud, request: Request) -> Reply:
     name, properties = request.args["name"], request.json().get("properties") or {}
     if not _NAME.fullmatch(name):
         raise bad(f"The connection name '{name}' is invalid.", "ValidationError")
-    _check_connection(properties)
-    sealed = cloud.seal(properties.pop("credentials", None))
-    document = {
-        "properties": {**properties, "group": "AzureAI", "createdByWorkspaceArmId": None},
-        "systemData": stamps(),
-        "_sealed": sealed,
-    }
-    return Reply(200, public(cloud.put(request.id(_CONNECTION), _CONNECTION_KIND, document)))
-
-
-def _check_connection(properties: Json) -> None:
     way, credentials = properties.get("authType"), properties.get("credentials") or {}
     if way not in _CREDENTIALS:
         raise bad(f"The authType '{way}' is not supported.", "ValidationError")
@@ -268,6 +257,13 @@ def _check_connection(properties: Json) -> None:
         raise bad("The custom keys must be strings.", "ValidationError")
     if not all(isinstance(v, str) for v in (properties.get("metadata") or {}).values()):
         raise bad("The connection's metadata must be strings.", "ValidationError")
+    sealed = cloud.seal(properties.pop("credentials", None))
+    document = {
+        "properties": {**properties, "group": "AzureAI", "createdByWorkspaceArmId": None},
+        "systemData": stamps(),
+        "_sealed": sealed,
+    }
+    return Reply(200, public(cloud.put(request.id(_CONNECTION), _CONNECTION_KIND, document)))
 
 
 @route("GET", ARM, _CONNECTION)
