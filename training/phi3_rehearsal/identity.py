@@ -56,8 +56,8 @@ def sign_in(cloud: Cloud, request: Request) -> Reply:
     if form.get("grant_type") != "client_credentials":
         text = "AADSTS70003: The app requested an unsupported grant type."
         return Reply(400, {"error": "unsupported_grant_type", "error_description": text})
-    known = form.get("client_id") == CLIENT
-    if not known or not _same(form.get("client_secret", ""), client_secret(cloud)):
+    secret, own = form.get("client_secret", "").encode(), client_secret(cloud).encode()
+    if form.get("client_id") != CLIENT or not hmac.compare_digest(secret, own):
         text = "AADSTS7000215: Invalid client secret provided."
         return Reply(401, {"error": "invalid_client", "error_description": text})
     audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
@@ -78,7 +78,7 @@ def client_secret(cloud: Cloud) -> str:
 def claims_of(cloud: Cloud, value: str) -> Json | None:
     """The claims of a token that was signed here and has not expired; None for others."""
     text, _, signature = value.rpartition(".")
-    if not text or not _same(signature, _signature(cloud, text)):
+    if not text or not hmac.compare_digest(signature.encode(), _signature(cloud, text).encode()):
         return None
     part = text.split(".")[1]
     claims: Json = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
@@ -111,10 +111,6 @@ def _signature(cloud: Cloud, text: str) -> str:
     key = cloud.derive("token-signature").encode()
     digest = hmac.new(key, text.encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
-
-
-def _same(left: str, right: str) -> bool:
-    return hmac.compare_digest(left.encode(), right.encode())
 
 
 # --- user-assigned identities and role assignments ---
