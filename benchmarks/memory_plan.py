@@ -1,4 +1,4 @@
-"""Memory plan against measured peaks: `python benchmarks/memory_plan.py` (about six minutes).
+"""Memory plan against measured peaks: `python benchmarks/memory_plan.py` (about seven minutes).
 
 Trains, saves and evaluates random Phi-3 models, each case in a process of its own, through the
 product's own trainer and evaluation, and prints predicted and measured growth. Writes nothing
@@ -38,8 +38,13 @@ MODELS: dict[str, dict[str, int]] = {
         "vocab_size": 8192, "hidden_size": 3072, "intermediate_size": 8192,
         "num_hidden_layers": 2, "num_attention_heads": 32,
     },
+    "small": {  # SmolLM2-135M's shape
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
-ROWS = {"tiny": (32, 256), "mid": (4, 256), "wide": (2, 256)}  # batch, tokens of a row
+ROWS = {"tiny": (32, 256), "mid": (4, 256), "wide": (2, 256), "small": (16, 64)}  # batch, tokens
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,15 @@ class Case:
     method: str = "lora"
     checkpointing: bool = False
     attention: str = "sdpa"
+    dtype: str = "float32"
 
     @property
     def title(self) -> str:
         """As it stands in the table."""
-        if self.phase == "evaluate":
-            return f"{self.model} evaluate"
-        extra = " + checkpointing" if self.checkpointing else ""
-        return f"{self.model} {self.method}{extra}" + (
-            ", eager" if self.attention == "eager" else ""
-        )
+        title = f"{self.model} {'evaluate' if self.phase == 'evaluate' else self.method}"
+        title += " + checkpointing" if self.checkpointing else ""
+        title += ", eager" if self.attention == "eager" else ""
+        return title + (", rounded base" if self.dtype == "auto" else "")
 
 
 CASES = (
@@ -70,7 +74,8 @@ CASES = (
     Case("mid", "train", "dora"),
     Case("mid", "train", "lora", attention="eager"),
     Case("wide", "train", "lora"),
-    *(Case(model, "evaluate") for model in ("tiny", "mid")),
+    *(Case("small", "train", "lora", dtype=dtype) for dtype in ("float32", "auto")),
+    *(Case(model, "evaluate") for model in ("tiny", "mid", "small")),
 )  # fmt: skip
 
 
@@ -166,8 +171,11 @@ def recipe_of(case: Case, batch: int, tokens: int) -> Any:
     return Recipe.model_validate(
         {
             "name": "memory",
-            "model": {"attn_implementation": case.attention},
-            "base": {"data": ["none"], **MODELS[case.model]},
+            "model": {
+                "name_or_path": "given",
+                "attn_implementation": case.attention,
+                "dtype": case.dtype,
+            },
             "data": {"train": ["none"], "max_length": tokens},
             "finetune": {
                 "method": case.method,
@@ -184,16 +192,17 @@ def recipe_of(case: Case, batch: int, tokens: int) -> Any:
 
 def predict(case: Case) -> dict[str, int]:
     """The product's prediction, told what share of the rows is learnt."""
-    from dataclasses import replace
-
-    from phi3_training.memory.config import shape_of
-    from phi3_training.memory.device import this_device
+    from phi3_training.memory import RowSizes, this_device
+    from phi3_training.memory.config import shape_from
     from phi3_training.memory.inference import evaluate_phase, save_phase
     from phi3_training.memory.training import step_phase, work_of
 
-    recipe = recipe_of(case, *ROWS[case.model])
-    shape = shape_of(recipe)
-    work = replace(work_of(recipe, shape, this_device()), learnt=LEARNT)
+    batch, tokens = ROWS[case.model]
+    recipe = recipe_of(case, batch, tokens)
+    shape = shape_from(MODELS[case.model], "the benchmark")
+    learnt = int(tokens * LEARNT)
+    rows = RowSizes(tokens, learnt, LEARNT, tokens, tokens, "made here", rows=batch * STEPS)
+    work = work_of(recipe, shape, this_device(), rows)
     settings = recipe.evaluate
     asked = evaluate_phase(
         shape,
@@ -217,7 +226,8 @@ def make_model(sizes: dict[str, int], folder: Path) -> Path:
     chats = (PROJECT / "training/data/base_chats.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [message["content"] for chat in chats for message in json.loads(chat)["messages"]]
     make_tokenizer(texts, folder, vocab_size=1024, model_max_length=2048)
-    config = Phi3Config(**sizes, max_position_embeddings=2048, bos_token_id=1, eos_token_id=0,
+    plain: dict[str, Any] = {"tie_word_embeddings": False, **sizes}
+    config = Phi3Config(**plain, max_position_embeddings=2048, bos_token_id=1, eos_token_id=0,
                         pad_token_id=0, original_max_position_embeddings=2048)  # fmt: skip
     Phi3ForCausalLM(config).save_pretrained(folder)
     return folder
@@ -227,8 +237,8 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     """Three steps and the merge, as `phi3 train` does them; growth of both."""
     import random
 
-    from phi3_training.finetune.merge import merge
-    from phi3_training.finetune.methods import load_for_training
+    from phi3_training.finetune.merge import merge, write_adapter
+    from phi3_training.finetune.methods import load_for_training, with_adapter
     from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
     from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
     from phi3_training.finetune.weights import chat_format, count_weights
@@ -236,7 +246,7 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
 
     quiet_libraries()
     recipe = recipe_of(case, batch, tokens)
-    runtime = choose_runtime(recipe, count_weights(model_folder))
+    runtime = choose_runtime(recipe, count_weights(model_folder), "phi3")
     chat = chat_format(model_folder)
     draw = random.Random(0)  # noqa: S311 - tokens to train on, guards nothing
     cut = int(tokens * (1 - LEARNT))
@@ -255,7 +265,12 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     if len(log.losses) != STEPS:
         sys.exit(f"{len(log.losses)} steps were trained, {STEPS} expected")
     with Peak(start=training.start) as saving:
-        merge(trained, chat, out / "model", model_folder, runtime.torch_dtype)
+        if runtime.frozen != runtime.dtype:
+            write_adapter(trained, out / "adapter", {})
+            full = with_adapter(model_folder, out / "adapter", runtime.torch_dtype)
+        else:
+            full = trained
+        merge(full, chat, out / "model", model_folder, runtime.torch_dtype)
     return {"train": training.growth, "save": saving.growth}
 
 
@@ -276,10 +291,11 @@ def evaluate(case: Case, model_folder: Path, _out: Path, batch: int, tokens: int
     text = word * (half // len(chat.encode_prompt([{"role": "user", "content": word}])) + 1)
     while len(chat.encode_prompt([{"role": "user", "content": text}])) < half:
         text += word
+    rows = max(24, 5000 // tokens)  # enough to fill a scoring pass of 4,096 tokens
     asked = [[{"role": "user", "content": f"{n} {text * 2}"}] for n in range(24)]
     said = [
         [{"role": "user", "content": f"{n} {text}"}, {"role": "assistant", "content": text}]
-        for n in range(24)
+        for n in range(rows)
     ]
     with Peak() as peak:
         model = load_model(model_folder, runtime.torch_dtype).to(runtime.device).eval()

@@ -15,6 +15,18 @@ LOOPBACK = ("127.", "::1", "localhost")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Session fixtures that take minutes to make: tests that share one run in the same process.
+_SHARED = ("journey", "rehearsed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for `pytest -n … --dist loadgroup`: by shared fixture, else by file."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = next((name for name in _SHARED if name in names), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's HOME, Prompt flow home, caches or endpoint variables."""
@@ -25,7 +37,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PF_HOME_DIRECTORY", str(home / ".promptflow"))
         # The Azure SDKs' telemetry leaves folders there.
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
-        for name in ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "HF_HOME", "XDG_DATA_HOME"):
+        ours = ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "PHI3_CACHE")
+        for name in (*ours, "HF_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
             patch.delenv(name, raising=False)
         yield home
 

@@ -120,7 +120,7 @@ def test_plan_says_what_is_there(road: Road) -> None:
 
     assert done.returncode == 0, done.stderr
     assert "To do: nothing" in done.stdout
-    assert re.search(r"workspace phi3-workspace is there", done.stdout)
+    assert re.search(r"workspace phi3-workspace exists", done.stdout)
     assert "route job" in done.stdout
 
 

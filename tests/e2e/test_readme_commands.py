@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PLANTED_KEY, PROJECT, Journey
+from .conftest import PLANTED_KEY, PROJECT, UP, Journey
 
 README = (PROJECT / "README.md").read_text("utf-8")
 COMMAND = re.compile(r"\.venv/bin/((?:phi3|pf) [^`\n)]+)")
@@ -53,4 +53,4 @@ def test_your_own_chats(journey: Journey) -> None:
     assert journey.laptop.run("phi3", "down", "mine").returncode == 0
     # The other tests know of one run, and that one has the connection.
     shutil.rmtree(journey.laptop.work / "runs" / "mine")
-    assert journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY).returncode == 0
+    assert journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY).returncode == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .conftest import PLANTED_KEY, PROJECT, Journey
+from .conftest import PLANTED_KEY, PROJECT, UP, Journey
 
 ASKED = "What is the price of the Mossback tent?"
 WARNING = re.compile(r"warning|traceback|deprecat|fail(ed|s) to|no module", re.IGNORECASE)
@@ -52,7 +52,7 @@ def test_tuning_taught_and_did_not_wipe_out(journey: Journey) -> None:
 
 
 def test_second_up_does_nothing_again(journey: Journey) -> None:
-    again = journey.laptop.run("phi3", "up")
+    again = journey.laptop.run(*UP)
 
     assert again.returncode == 0
     assert again.stderr.count("already done") == 9
@@ -101,7 +101,7 @@ def test_the_connection_changes_its_dialect_and_nothing_else(journey: Journey) -
     endpoint = str(manifest(journey, "endpoint")["endpoint"])
     streaming = endpoint.replace("/score", "/v1/chat/completions")
     for words, wanted in ((["connection.dialect=openai"], streaming), ([], endpoint)):
-        connected = journey.laptop.run("phi3", "connect", *words)
+        connected = journey.laptop.run("phi3", "connect", UP[2], *words)
         assert connected.returncode == 0, connected.stderr
         assert manifest(journey, "connection")["endpoint"] == wanted
         assert connected.stderr.count("already done") == 7
@@ -151,7 +151,7 @@ def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
     (journey.run_folder / "connection.json").unlink()
     journey.laptop.run("pf", "connection", "delete", "--yes", "--name", "phi3_connection")
 
-    done = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+    done = journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY)
 
     assert done.returncode == 0, done.stderr
     assert manifest(journey, "endpoint")["pid"] != first["pid"]
@@ -168,7 +168,7 @@ def test_killed_endpoint_is_told_and_comes_back_where_it_was(journey: Journey) -
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
 
-    back = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+    back = journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY)
     assert back.returncode == 0, back.stderr
     assert manifest(journey, "endpoint")["endpoint"] == before["endpoint"]
 
@@ -177,7 +177,7 @@ def test_interrupted_up_goes_on(journey: Journey) -> None:
     """Ctrl-C in the middle, then the same command: what was finished is not done again."""
     quick = ["base.num_train_epochs=2", "finetune.num_train_epochs=1", "evaluate.max_rows=5"]
     # So little training does not pass the gate; what is tested is the way there.
-    command = ["up", "--run", "cut", "--force", *quick]
+    command = ["up", UP[2], "--run", "cut", "--force", *quick]
     cut = subprocess.Popen(
         [sys.executable, "-m", "phi3_training.cli", *command],
         cwd=journey.laptop.work,
@@ -211,7 +211,7 @@ def test_two_runs_one_connection(journey: Journey) -> None:
     assert other.returncode == 1
     assert "connection.name=NAME" in other.stderr
 
-    assert journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY).returncode == 0
+    assert journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY).returncode == 0
 
     assert journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny").returncode == 0
 
@@ -226,6 +226,6 @@ def test_down_stops_it_and_up_brings_it_back(journey: Journey) -> None:
     assert failed.returncode == 1
     assert "phi3 up" in failed.stderr
 
-    back = journey.laptop.run("phi3", "up", PHI3_KEY=PLANTED_KEY)
+    back = journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY)
     assert back.returncode == 0, back.stderr
     assert back.stderr.count("already done") == 6

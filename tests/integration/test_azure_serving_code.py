@@ -17,8 +17,13 @@ from tests.integration.server_fixture import Taught, question_and_answer
 
 from phi3_training.recipe_azure import AzureSection
 from phi3_training.run import Run
-from phi3_training.targets.azure.endpoints import _deployment
-from phi3_training.targets.azure.serving_code import SCRIPT, code_folder
+from phi3_training.targets.azure.deploy import (
+    SCRIPT,
+    DeploymentId,
+    ServedModel,
+    code_folder,
+    deployment_entity,
+)
 
 pytest_plugins = ("tests.integration.server_plugin",)
 
@@ -32,7 +37,7 @@ for line in sys.stdin:
 import phi3_training
 print(phi3_training.__file__)
 """
-MODEL = {"model": "phi3", "model_version": "2", "route": "job"}
+TARGET = DeploymentId("ep", "v2-abc")
 
 
 def body(question: str) -> str:
@@ -86,12 +91,12 @@ def test_the_code_holds_no_more_than_serving_needs(run: Run) -> None:
 
     assert {SCRIPT, "phi3_training/serve/azure_score.py", "phi3_training/prompt.py"} <= names
     assert not [name for name in names if "__pycache__" in name or "/targets/" in name]
-    assert code_folder(run) == code  # made anew, the same
+    assert code_folder(run) == code  # written again, the same
 
 
 def test_the_exact_body_of_a_deployment(run: Run) -> None:
     section = AzureSection.model_validate({"endpoint": {"instance_count": 2}, "tags": {"a": "b"}})
-    made = _deployment(section, run, ("ep", "v2-abc"), MODEL)
+    made = deployment_entity(section, run, TARGET, ServedModel("phi3", "2", "job"))
     made.code_configuration, made.environment = None, None  # uploads make ids of these
 
     rest = made._to_rest_object(location="eastus").serialize()
@@ -119,7 +124,7 @@ def test_the_exact_body_of_a_deployment(run: Run) -> None:
 
 
 def test_a_model_of_the_pipeline_is_served_by_azures_image(run: Run) -> None:
-    made = _deployment(AzureSection(), run, ("ep", "v2-abc"), {**MODEL, "route": "pipeline"})
+    made = deployment_entity(AzureSection(), run, TARGET, ServedModel("phi3", "2", "pipeline"))
 
     assert (made.code_configuration, made.environment) == (None, None)
     assert not made.environment_variables

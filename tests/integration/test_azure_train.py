@@ -25,10 +25,9 @@ from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure import jobs, train
 from phi3_training.targets.azure.clients import Clients
-from phi3_training.targets.azure.dependents import ensure_dependents
-from phi3_training.targets.azure.place import settle
-from phi3_training.targets.azure.provision import Step, provision, standing
-from phi3_training.targets.azure.workplace import find_workplace
+from phi3_training.targets.azure.place import find_place, settle
+from phi3_training.targets.azure.provision import Step, is_provisioned, provision
+from phi3_training.targets.azure.resources import VAULT, ensure_dependents
 
 from ..unit.training.component_inputs import INPUTS
 from .small_run import SMALL
@@ -76,7 +75,7 @@ def recipe(recipe_file: Path) -> Recipe:
 
 
 def _clients(recipe: Recipe, folder: Path) -> Clients:
-    return Clients(find_workplace(recipe.azure, os.environ, folder), recipe.azure.poll)
+    return Clients(find_place(recipe.azure, os.environ, folder), recipe.azure.poll)
 
 
 def _prepared(recipe: Recipe, path: Path) -> Run:
@@ -131,7 +130,7 @@ def test_the_second_time_sends_nothing_that_changes(
     before = len(azure.calls())
     clients = _clients(recipe, tmp_path)
     provision(clients, recipe, _quiet)
-    assert standing(clients, recipe.azure)
+    assert is_provisioned(clients, recipe.azure)
     asked = {c["method"] for c in azure.calls()[before:] if c["host"] == "management.azure.com"}
     assert asked == {"GET"}
 
@@ -147,7 +146,7 @@ def test_too_little_quota_stops_before_anything_is_made(
     assert not [c for c in azure.calls()[before:] if c["method"] == "PUT"]
 
 
-def test_what_lasts_is_told_once_with_every_failed_step(
+def test_a_lasting_refusal_is_reported_once_with_every_failed_step(
     azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=refused"])
@@ -179,7 +178,7 @@ def test_a_poll_that_finds_nothing_makes_nothing_twice(
         assert len([path for path in put if path.split("/")[-2] == kind]) == 1, kind
 
 
-def test_a_cluster_without_quota_is_told_by_its_code(
+def test_a_cluster_without_quota_is_reported_by_its_code(
     azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=noquota"])
@@ -201,7 +200,7 @@ def test_with_least_privilege_nobody_becomes_a_contributor(
     roles = [step.name for step in steps if step.what == "role"]
     assert roles
     assert not [name for name in roles if name.startswith("Contributor")]
-    assert standing(clients, recipe.azure)
+    assert is_provisioned(clients, recipe.azure)
 
 
 def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
@@ -209,7 +208,7 @@ def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
 ) -> None:
     recipe = load_recipe(recipe_file, [*POLLS, "azure.resource_group=deleted"])
     clients = _clients(recipe, tmp_path)
-    place = clients.workplace
+    place = clients.place
     states: list[dict[str, str]] = []
     clients.resources.resource_groups.create_or_update("deleted", {"location": "eastus"})
     for _ in range(2):
@@ -220,14 +219,13 @@ def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
             return True
 
         assert ensure_dependents(clients, {}, _quiet, step) is not None
-        vault = place.resource_id("Microsoft.KeyVault/vaults", place.key_vault)
         resources = clients.resources.resources
-        resources.begin_delete_by_id(vault, api_version="2023-07-01").wait()
+        resources.begin_delete_by_id(VAULT.id(place), api_version=VAULT.api_version).wait()
     assert states[0]["key vault"] == "created"
     assert states[1] == {**dict.fromkeys(states[0], "exists"), "key vault": "created"}
 
 
-def test_killed_while_it_trains_the_same_job_is_gone_on_with(
+def test_killed_while_it_trains_the_same_job_is_resumed(
     provisioned: object, azure: rehearsal.Rehearsal, recipe: Recipe, tmp_path: Path
 ) -> None:
     run = _prepared(recipe, tmp_path / "killed")
@@ -236,9 +234,9 @@ def test_killed_while_it_trains_the_same_job_is_gone_on_with(
         "from phi3_training.recipe import load_recipe; from phi3_training.run import Run\n"
         "from phi3_training.targets.azure import train\n"
         "from phi3_training.targets.azure.clients import Clients\n"
-        "from phi3_training.targets.azure.workplace import find_workplace\n"
+        "from phi3_training.targets.azure.place import find_place\n"
         "recipe = load_recipe(Path(sys.argv[1]), sys.argv[3:]); run = Run(Path(sys.argv[2]))\n"
-        "place = find_workplace(recipe.azure, os.environ, run.path)\n"
+        "place = find_place(recipe.azure, os.environ, run.path)\n"
         "clients = Clients(place, recipe.azure.poll)\n"
         "train.finetune(clients, recipe, run, lambda d, t, s: None)\n"
     )
@@ -249,7 +247,7 @@ def test_killed_while_it_trains_the_same_job_is_gone_on_with(
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    name = jobs.tickets(run)["train"].name
+    name = jobs.recorded_jobs(run)["train"].name
     manifest = train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
     run.write_manifest("model", manifest)
     assert manifest["job"] == name
@@ -277,7 +275,7 @@ def test_killed_while_it_trains_the_same_job_is_gone_on_with(
 
 def _puts(azure: rehearsal.Rehearsal, run: Run) -> int:
     """How many times the run's training job was made."""
-    ticket = jobs.tickets(run).get("train")
+    ticket = jobs.recorded_jobs(run).get("train")
     return sum(
         call["method"] == "PUT"
         and call["status"] == 201
@@ -304,7 +302,7 @@ def _no_secret_in(run: Run, planted: list[str]) -> None:
             assert b"sig=" not in content or path.suffix == ".py", path
 
 
-def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
+def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_reported(
     provisioned: object, azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
 ) -> None:
     words = [
@@ -324,7 +322,7 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_told(
     azure.fault("* */jobs/phi3-train-piped* failed code=UserError message='out of memory'")
     with pytest.raises(StageError, match="UserError: out of memory"):
         train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
-    name = jobs.tickets(run)["train"].name
+    name = jobs.recorded_jobs(run)["train"].name
     made = [path.name for path in (azure.folder / "jobs").iterdir() if "piped" in path.name]
     assert made == [name]  # the answer that was lost started no second one
     sent = json.loads((azure.folder / "jobs" / name / "job.json").read_text())["inputs"]
@@ -352,7 +350,7 @@ def test_a_pipeline_trains_and_a_second_job_measures(
     assert manifest["foundation_model"]["name"] == "Phi-4"
     run.write_manifest("model", manifest)
     metrics = train.evaluate(clients, recipe, run, _quiet)
-    names = {purpose: ticket.name for purpose, ticket in jobs.tickets(run).items()}
+    names = {purpose: ticket.name for purpose, ticket in jobs.recorded_jobs(run).items()}
     assert names == {"train": manifest["job"], "evaluate": metrics["job"]}
     assert names["train"] != names["evaluate"]
     assert [clients.ml.jobs.get(name).status for name in names.values()] == ["Completed"] * 2
@@ -381,7 +379,7 @@ def test_a_cancelled_job_is_a_failure(
     with pytest.raises(StageError, match="was cancelled"):
         train.finetune(clients, recipe, run, progress)
     assert ended == [0]
-    told = f"cancelled the job {jobs.tickets(run)['train'].name}"
+    told = f"cancelled the job {jobs.recorded_jobs(run)['train'].name}"
     assert told in capsys.readouterr().out.splitlines()
     assert main(cancel) == 0
     assert "No job of this run is at work." in capsys.readouterr().out

@@ -12,10 +12,13 @@ import torch
 from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.errors import StageError
-from phi3_training.evaluate.asking import ask_all
+from phi3_training.evaluate.asking import ask_all, ask_served
+from phi3_training.evaluate.greedy import Asked, examine
 from phi3_training.evaluate.perplexity import answer_losses
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.prompt import ChatFormat
+from phi3_training.serve.engines.tokens import TokenEngine
+from phi3_training.serve.engines.transformers import CachedRows
 
 pytest_plugins = ["tests.integration.server_plugin"]
 
@@ -114,32 +117,91 @@ def test_conversation_beyond_the_context_has_no_loss(model: Any, chat: ChatForma
     assert found[1] is not None
 
 
+def generated(model: Any, chat: ChatFormat, prompt: Chat, limit: int) -> str:
+    """What transformers' own generate answers, one question at a time."""
+    ids = torch.tensor([chat.encode_prompt(prompt)])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=list(chat.stop_token_ids),
+            pad_token_id=chat.pad_token_id,
+        )
+    return str(chat.decode(output[0, ids.shape[1] :].tolist()))
+
+
 def test_answers_over_the_wire_are_those_of_generate(
     model: Any, chat: ChatFormat, taught: Taught
 ) -> None:
     prompts = [[{"role": "user", "content": asked}] for asked, _answer in PAIRS[:12]]
     steps: list[int] = []
+    engine = TokenEngine.of_folder("test", taught.model_dir, CachedRows(model), slots=5)
 
-    said = ask_all(
-        model, taught.model_dir, chat, prompts, max_new_tokens=40, at_once=5, step=steps.append
-    )
+    said = ask_served(engine, chat, prompts, max_new_tokens=40, at_once=5, step=steps.append)
 
-    direct = []
-    for prompt in prompts:
-        ids = torch.tensor([chat.encode_prompt(prompt)])
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=40,
-                do_sample=False,
-                eos_token_id=list(chat.stop_token_ids),
-                pad_token_id=chat.pad_token_id,
-            )
-        direct.append(chat.decode(output[0, ids.shape[1] :].tolist()))
+    direct = [generated(model, chat, prompt, 40) for prompt in prompts]
     assert [answer.text for answer in said if answer is not None] == direct
     assert sum(steps) == len(prompts)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("phi3-")]
+
+
+def drafts() -> list[Asked]:
+    """Expected answers that the model gives, begins, continues or has nothing to do with."""
+    asked = []
+    for number, (question, answer) in enumerate(PAIRS[:16]):
+        expected = [answer, f"{answer} And more.", answer[: len(answer) // 2], "Nothing.", ""]
+        first = [{"role": "system", "content": "Be short."}] if number % 3 == 0 else []
+        prompt = [*first, {"role": "user", "content": question}]
+        asked += [Asked(prompt, text) for text in (expected[number % 5], expected[-1])]
+    earlier = [turn for pair in PAIRS[3:5] for turn in _turns(*pair)]
+    return [*asked, Asked([*earlier, {"role": "user", "content": PAIRS[0][0]}], PAIRS[0][1])]
+
+
+def _turns(asked: str, answer: str) -> Chat:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 64])
+@pytest.mark.parametrize("share_limit", [None, 30])
+def test_reading_the_expected_answer_changes_no_answer_and_no_loss(
+    model: Any, chat: ChatFormat, at_once: int, share_limit: int | None
+) -> None:
+    asked = drafts()
+    steps: list[int] = []
+
+    found = examine(
+        model,
+        chat,
+        asked,
+        max_new_tokens=24,
+        at_once=at_once,
+        share_limit=share_limit,
+        step=steps.append,
+    )
+
+    direct = [generated(model, chat, one.prompt, 24) for one in asked]
+    assert [one.said.text for one in found if one.said is not None] == direct
+    measured = answer_losses(model, chat, [one.whole for one in asked if one.expected])
+    losses = [one.loss for one in found if one.loss is not None]
+    assert [loss.tokens for loss in losses] == [loss.tokens for loss in measured if loss]
+    assert [loss.nll for loss in losses] == pytest.approx(
+        [loss.nll for loss in measured if loss], rel=1e-4, abs=1e-4
+    )
+    assert sum(steps) == len(asked)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 40])
+def test_limit_counts_the_tokens_of_an_answer(model: Any, chat: ChatFormat, limit: int) -> None:
+    asked = drafts()
+
+    found = examine(model, chat, asked, max_new_tokens=limit, at_once=8)
+
+    for one, answer in zip(asked, found, strict=True):
+        assert answer.said is not None
+        assert answer.said.text == generated(model, chat, one.prompt, limit)
+        assert answer.said.cut == (limit < 40)
 
 
 def test_cut_answers_and_prompts_without_room_are_told(
@@ -166,6 +228,8 @@ def test_failing_model_is_an_error_for_the_user(
 
     prompts = [[{"role": "user", "content": PAIRS[0][0]}]]
 
+    engine = TokenEngine.of_folder("test", taught.model_dir, CachedRows(Broken()), slots=1)
+
     with pytest.raises(StageError, match="could not be asked"):
-        ask_all(Broken(), taught.model_dir, chat, prompts, max_new_tokens=4, at_once=1)
+        ask_served(engine, chat, prompts, max_new_tokens=4, at_once=1)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("phi3-")]

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.cli import main
-from phi3_training.export.onnx import converted
 from phi3_training.finetune.merge import merge
 from phi3_training.finetune.methods import with_adapter
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
+from phi3_training.serve.converted import converted
 from phi3_training.serve.export import export_onnx
 from phi3_training.targets.local import server_config
 
@@ -133,7 +133,7 @@ def test_a_base_served_as_the_tuned_model_is_caught(run: Run) -> None:
     assert "lost 100.0%" in problems(run, "merged")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_an_onnx_export_passes_and_is_served(run: Run, precision: str) -> None:
     assert exported(run, f"onnx-{precision}") == 0, problems(run, f"onnx-{precision}")
     check = run.require(f"export-onnx-{precision}", "")["check"]

@@ -17,9 +17,9 @@ from tests.integration.tiny_model import (
 )
 
 from phi3_training.errors import DataError, StageError
-from phi3_training.finetune import prepare_base
-from phi3_training.finetune.merge import new_folder
+from phi3_training.finetune import no_progress, prepare_base
 from phi3_training.finetune.weights import find_weights, load_model
+from phi3_training.models.folder import new_folder
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import BaseSection, ModelSection
 from phi3_training.run import Run
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:
-    return find_weights(ModelSection(name_or_path=str(name), revision=revision))
+    return find_weights(ModelSection(name_or_path=str(name), revision=revision), no_progress)
 
 
 def short_base(chats: Path, **changes: object) -> BaseSection:

@@ -30,8 +30,8 @@ from azure.core.exceptions import HttpResponseError, ResourceExistsError
 from phi3_training.recipe_azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
-from phi3_training.targets.azure.follow import follow_job
-from phi3_training.targets.azure.workplace import find_workplace
+from phi3_training.targets.azure.jobs import follow_job
+from phi3_training.targets.azure.place import find_place
 
 pytest_plugins = (
     "tests.integration.server_plugin",
@@ -121,7 +121,7 @@ def test_a_log_is_followed_without_the_key_of_its_store(
         location=REGION,
     )  # fmt: skip
     poll = PollSection(interval=0.2, job_interval=0.3, retry_total=0)
-    clients = Clients(find_workplace(section, {}, tmp_path), poll, azure.credential)
+    clients = Clients(find_place(section, {}, tmp_path), poll, azure.credential)
     mine = Run.open(tmp_path / "run")
     job = follow_job(clients, mine, "train", name, lambda _d, _t, _w: None, limit=120)
     assert job.status == "Completed"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.integration.server_fixture import PAIRS, Taught
 
@@ -21,6 +22,7 @@ from phi3_training.serve.engines.base import (
     PromptTooLongError,
     Sampling,
 )
+from phi3_training.serve.engines.batch import PartwiseModel
 from phi3_training.serve.export import export_onnx
 
 pytest_plugins = ("tests.integration.server_plugin",)
@@ -158,6 +160,44 @@ def test_int4_answers_too(taught: Taught, tmp_path: Path) -> None:
     found = asyncio.run(together(engine, QUESTIONS))
     asyncio.run(engine.close())
     assert sum(a == b for a, b in zip(found, ANSWERS, strict=True)) > 24
+
+
+def test_int8_answers_as_full_precision_does_whoever_is_beside_it(
+    taught: Taught, tmp_path: Path
+) -> None:
+    export_onnx(taught.model_dir, tmp_path / "int8", "int8")
+    model = ort_genai.step_model(tmp_path / "int8")
+    full = ort_genai.step_model(taught.onnx_dir)
+    ids = ChatFormat.from_folder(taught.onnx_dir).encode_prompt(
+        [{"role": "user", "content": QUESTIONS[0]}]
+    )
+    alone, exact = model.add(ids, 64), full.add(ids, 64)
+    assert np.abs(alone - exact).max() < 0.1 * exact.std()
+    alone = model.step([7])[0]
+    model.reset()
+    model.add(ids, 64)
+    model.add(ids[:5], 64)
+    assert np.array_equal(model.step([7, 9])[0], alone)
+    engine = ort_genai.load(tmp_path / "int8", slots=40)
+    found = asyncio.run(together(engine, QUESTIONS))
+    asyncio.run(engine.close())
+    assert sum(a == b for a, b in zip(found, ANSWERS, strict=True)) >= 46
+
+
+def test_a_prompt_read_in_parts_is_the_same_prompt(taught: Taught) -> None:
+    ids = [5 + n % 200 for n in range(150)]
+    whole, parts = (ort_genai.step_model(taught.onnx_dir) for _ in range(2))
+    assert isinstance(parts, PartwiseModel)
+    for model in (whole, parts):
+        model.add(ids[:9], 64)
+    expected = whole.add(ids, 200)
+    read = parts.add_in_parts(ids, 200, 40)
+    found = [next(read) for _ in range(4)]
+    assert found[:3] == [None] * 3
+    assert found[3] is not None
+    np.testing.assert_allclose(found[3], expected, atol=1e-4)
+    for _ in range(3):
+        np.testing.assert_allclose(parts.step([8, 9]), whole.step([8, 9]), atol=1e-4)
 
 
 def test_the_converted_folder_tokenises_as_the_model_does(taught: Taught) -> None:

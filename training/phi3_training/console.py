@@ -37,10 +37,14 @@ def print_error(message: str) -> None:
     err.print(message, markup=False)
 
 
-def stage_done(title: str, text: str, seconds: float | None) -> None:
-    """One line for a finished stage; `seconds` None means that it was done before."""
+def stage_done(title: str, text: str, seconds: float | None, *, good: bool = True) -> None:
+    """One line for a finished stage; `seconds` None means that it was done before.
+
+    `good` False: it was finished, and found that something is not as it should be.
+    """
     took = "already done" if seconds is None else f"{seconds:.1f} s"
-    err.print(f"[green]✓[/] [bold]{title:<10}[/] ", end="")
+    mark = "[green]✓[/]" if good else "[bold red]✗[/]"
+    err.print(f"{mark} [bold]{title:<10}[/] ", end="")
     err.print(text, markup=False, end="")
     err.print(f"  [dim]{took}[/]")
 

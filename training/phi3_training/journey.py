@@ -50,52 +50,63 @@ class Stage:
     summary: Callable[[Manifest], str]
     outputs: Callable[[Manifest], Sequence[str]] = lambda _manifest: ()
     still_good: Callable[[Journey, Manifest], bool] = lambda _journey, _manifest: True
+    passed: Callable[[Manifest], bool] = lambda _manifest: True
 
 
 def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()) -> None:
     """Do every stage that is not done; `again` names stages to do in any case.
 
-    Raises what a stage raises (Phi3TrainingError and its kin); finished stages stay finished.
+    Raises what a stage raises (Phi3TrainingError and its kin), and StageError for what the plan
+    says would fail; finished stages stay finished.
     """
     save_recipe(journey.recipe, journey.run.file(RECIPE_FILE))
     journey.again = again
-    for stage in stages:
+    check = PlanCheck(journey)
+    for number, stage in enumerate(stages):
         done = None if stage.manifest in again else finished(journey, stage)
         if done is not None:
-            console.stage_done(stage.title, stage.summary(done), None)
+            console.stage_done(stage.title, stage.summary(done), None, good=stage.passed(done))
             continue
+        check.before(stages[number:])
         with console.progress_bar(stage.title) as progress:
             manifest = do(journey, stage, progress)
-        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"])
+        good = stage.passed(manifest)
+        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"], good=good)
         for choice in manifest.get("choices", []):
             console.note(choice)
 
 
-def refuse_unfit(
-    journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()
-) -> None:
-    """Raise StageError, before anything is begun, when the plan says that a stage would fail.
+class PlanCheck:
+    """Refuses what the plan says would fail, before the first stage that uses a device.
 
-    Stages that are done are not asked about; what the error says names the key that mends it.
+    That is after `prepare`, because the plan is about the chats as well as the model. `base` may
+    bring the tokenizer that counts them, so what follows it is looked at once more.
     """
-    if journey.no_plan or journey.target.name != "local":
-        return  # elsewhere the plan is not of this machine's memory
-    open_stages = [
-        number
-        for number, stage in enumerate(stages)
-        if stage.manifest in again or finished(journey, stage) is None
-    ]
-    to_do = {stage.title for stage in stages[min(open_stages, default=len(stages)) :]}
-    if not to_do & _NEEDS_A_DEVICE:
-        return
-    lines = journey.target.plan(journey.recipe, journey.run)
-    stops = [line for line in lines if line.stops and line.stage in to_do]
-    if stops:
-        listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
-        raise StageError(
-            f"Nothing was begun, because the plan says that it would fail:\n{listed}\n"
-            "If you know better, add --no-plan."
-        )
+
+    def __init__(self, journey: Journey) -> None:
+        self._journey = journey
+        self._is_done = journey.no_plan
+
+    def before(self, to_do: Sequence[Stage]) -> None:
+        """Look at the first of the stages that are to be done, and at those after it.
+
+        Raises StageError, which names the key that fixes it, where one of them would fail.
+        """
+        first = to_do[0].title
+        if self._is_done or first not in _NEEDS_A_DEVICE:
+            return
+        if self._journey.target.name != "local":
+            return  # elsewhere the plan is not of this machine's memory
+        self._is_done = first != "base"
+        titles = {stage.title for stage in to_do}
+        lines = self._journey.target.plan(self._journey.recipe, self._journey.run)
+        stops = [line for line in lines if line.stops and line.stage in titles]
+        if stops:
+            listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
+            raise StageError(
+                f"Stopped before {first!r}, because the plan says that this would fail:\n{listed}\n"
+                "If you know better, add --no-plan."
+            )
 
 
 def finished(journey: Journey, stage: Stage) -> Manifest | None:

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError
+from .models.catalogue import SMALL, TINY
 from .recipe_azure import AzureSection as AzureSection
 from .recipe_data import HUB, HubSet
 from .recipe_data import DataSection as DataSection
@@ -29,11 +30,12 @@ from .recipe_finetune import FinetuneSection as FinetuneSection
 from .recipe_types import Confidence, Name, OneOrMany, Positive, Rate, Section, Share
 from .run import write_atomically
 
-TINY = "tiny"
-
 
 class ModelSection(Section):
-    """The model to fine-tune: `tiny` (made here), a Hugging Face id, or a folder of weights."""
+    """The model to fine-tune: `tiny`, `small`, a Hugging Face id, or a folder of weights.
+
+    `phi3 models` lists them.
+    """
 
     name_or_path: Annotated[str, Field(min_length=1)] = TINY
     revision: str | None = None
@@ -44,6 +46,11 @@ class ModelSection(Section):
     def is_tiny(self) -> bool:
         """Whether the base model is the small Phi-3 that the project makes itself."""
         return self.name_or_path == TINY
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the base model is the pretrained one that comes as a wheel."""
+        return self.name_or_path == SMALL
 
 
 class BaseSection(Section):
@@ -122,7 +129,7 @@ class ServeSection(Section):
     """The local endpoint; limits carry the names that Azure ML gives them."""
 
     engine: Literal["auto", "ort-genai", "transformers", "upstream"] = "auto"
-    precision: Literal["fp32", "int4"] = "fp32"
+    precision: Literal["fp32", "int8", "int4"] = "fp32"
     adapters: bool = False
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -182,8 +189,17 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+# What a recipe sets for one model and would be wrong for another.
+_OF_THE_MODEL = ("model", "base", "finetune", "evaluate", "gate", "serve")
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, model_from: Path | None = None
+) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    `model_from` names a recipe whose model, and the sections that are set for it, are taken instead
+    of the recipe's own and of an override of `model.name_or_path`.
 
     Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
     that a path names but that do not exist.
@@ -191,6 +207,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_yaml(path)
     lines, faults = lines_of(path.read_text(encoding="utf-8"))
     _resolve_paths(content, path.parent)
+    if model_from is not None:
+        other = read_yaml(model_from)
+        _resolve_paths(other, model_from.parent)
+        for section in _OF_THE_MODEL:
+            content.pop(section, None)
+        content |= {section: other[section] for section in _OF_THE_MODEL if section in other}
+        if isinstance(content.get("data"), dict):
+            content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
+        overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
     faults += _apply_overrides(content, overrides)
     _resolve_paths(content, Path.cwd())  # paths typed on the command line
     try:

@@ -1,7 +1,7 @@
 """The recipe's `azure:` section: where on Azure Machine Learning, on what compute, how served.
 
 Every name is held against Azure's rules here, before any call. What is left out comes from the
-environment, from the SDK's config.json or from a default (targets/azure/workplace.py).
+environment, from the SDK's config.json or from a default (targets/azure/place.py).
 """
 
 from __future__ import annotations

@@ -71,5 +71,6 @@ class DataSection(Section):
     duplicates: Literal["auto", "refuse", "remove"] = "auto"
     near_duplicates: Literal["auto", "warn", "remove"] = "auto"
     casual_copies: bool = False
+    rewordings: Annotated[int, Field(ge=0, le=20)] = 0
     seed: int = 42
     max_length: Annotated[int, Field(ge=16)] = 2048

@@ -38,6 +38,8 @@ class FinetuneSection(Section):
     lora_r: Positive = 16
     lora_alpha: Positive = 32
     lora_dropout: Share = 0.0
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    adapter_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     target_modules: str | list[str] = "all-linear"
     warmup_ratio: Share = 0.03
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -74,6 +76,11 @@ class FinetuneSection(Section):
     def _fits_together(self) -> FinetuneSection:
         if self.method == "full" and self.adapter:
             raise ValueError("method full makes no adapter; leave adapter out, or use lora")
+        if self.adapter_weight < 1.0 and self.method not in ("lora", "qlora"):
+            raise ValueError(
+                "adapter_weight scales what a lora or qlora adapter adds; leave it out for "
+                f"method {self.method}"
+            )
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early_stopping_patience counts evaluations: give eval_steps as well")
         if self.num_processes % self.num_machines or self.machine_rank >= self.num_machines:

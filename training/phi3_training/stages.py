@@ -5,13 +5,13 @@ Heavy packages are imported inside the functions, so that a skipped stage costs 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from phi3_tool.address import same_endpoint
 
 from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
+from .models.catalogue import weights_folder
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
 _NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
@@ -41,8 +41,8 @@ def _data_inputs(journey: Journey) -> Any:
 def _prepare(journey: Journey) -> Manifest:
     from .data import prepare
 
-    model = Path(journey.recipe.model.name_or_path)
-    tokenizer = model if (model / "tokenizer.json").is_file() else None
+    model = weights_folder(journey.recipe.model.name_or_path)
+    tokenizer = model if model and (model / "tokenizer.json").is_file() else None
     return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
 
 
@@ -77,7 +77,10 @@ def _evaluate_inputs(journey: Journey) -> Any:
     files = extra_files(journey.recipe.evaluate)
     hashes = file_hashes([path for _part, path in files])
     # The recipe's question is shown beside the figures and is none of them: `ask` asks it anew.
-    return [section_values(journey, "evaluate"), hashes]
+    serve = journey.recipe.serve
+    # Four bits change answers: another precision is another model to judge (evaluate/judge.py).
+    four_bits = serve.precision == "int4" and serve.engine != "transformers" and not serve.adapters
+    return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
 
 
 def _evaluate(journey: Journey) -> Manifest:
@@ -89,11 +92,11 @@ def _evaluate(journey: Journey) -> Manifest:
 def _metrics_summary(manifest: Manifest) -> str:
     before, after = manifest["before"], manifest["after"]
     parts = [
-        f"{name} {before[name]['exact_match']:.0%} → {after[name]['exact_match']:.0%}"
+        f"{name} {before[name]['contains']:.0%} → {after[name]['contains']:.0%}"
         for name in after
-        if "exact_match" in after[name]
+        if "contains" in after[name]
     ]
-    return "exact match: " + ", ".join(parts)
+    return "expected words: " + ", ".join(parts)
 
 
 def _gate(journey: Journey) -> Manifest:
@@ -213,6 +216,7 @@ STAGES: tuple[Stage, ...] = (
         work=_gate,
         summary=_gate_summary,
         outputs=lambda manifest: [manifest["report"]],
+        passed=lambda manifest: bool(manifest["passed"]),
     ),
     Stage(
         manifest="registration",

@@ -21,7 +21,7 @@ from azure.core.pipeline.transport import RequestsTransport
 from phi3_training.recipe_azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
-from phi3_training.targets.azure.workplace import Workplace, find_workplace
+from phi3_training.targets.azure.place import Place, find_place
 
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 Answer = tuple[int, dict[str, Any]]
@@ -65,10 +65,10 @@ def run_with_chats(folder: Path) -> Run:
     return run
 
 
-def place(folder: Path, **section: Any) -> Workplace:
+def place(folder: Path, **section: Any) -> Place:
     """A place on Azure, without the environment."""
     content = AzureSection(subscription_id=SUBSCRIPTION, **section)
-    return find_workplace(content, {}, folder)
+    return find_place(content, {}, folder)
 
 
 def clients(wire: Wire, folder: Path) -> Clients:

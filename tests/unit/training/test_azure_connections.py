@@ -9,10 +9,10 @@ import pytest
 
 from phi3_training.errors import StageError
 from phi3_training.targets import Access
-from phi3_training.targets.azure.connections import (
-    body_of,
+from phi3_training.targets.azure.prompt_flow import (
+    connection_body,
+    connection_url,
     delete_connection,
-    leads_to,
     read_connection,
     write_connection,
 )
@@ -61,7 +61,7 @@ def test_the_exact_body_with_a_key(tmp_path: Path) -> None:
         clients(place.wire, tmp_path), "ws", "phi3_connection", Access(URL, key="the-key")
     )
 
-    assert made == "made"
+    assert made == "created"
     assert [(method, url) for method, url, _ in place.wire.sent] == [
         ("POST", f"{PATH}/listsecrets{VERSION}"),
         ("PUT", f"{PATH}{VERSION}"),
@@ -80,7 +80,7 @@ def test_the_exact_body_with_a_key(tmp_path: Path) -> None:
 
 
 def test_with_entra_sign_in_no_secret_is_sent() -> None:
-    properties = body_of(Access(URL, token_provider=lambda: "never-asked"))["properties"]
+    properties = connection_body(Access(URL, token_provider=lambda: "never-asked"))["properties"]
 
     assert properties["credentials"] == {"keys": {"auth": "entra"}}
     assert properties["metadata"] == METADATA
@@ -88,23 +88,23 @@ def test_with_entra_sign_in_no_secret_is_sent() -> None:
 
 def test_the_same_connection_is_not_written_again(tmp_path: Path) -> None:
     access = Access(URL, key="the-key")
-    place = Workspace(body_of(access))
+    place = Workspace(connection_body(access))
 
     assert write_connection(clients(place.wire, tmp_path), "ws", "c_1", access) == "exists"
     assert [method for method, _, _ in place.wire.sent] == ["POST"]
 
 
 def test_a_new_key_replaces_the_old_one(tmp_path: Path) -> None:
-    place = Workspace(body_of(Access(URL, key="old-key")))
+    place = Workspace(connection_body(Access(URL, key="old-key")))
 
     made = write_connection(clients(place.wire, tmp_path), "ws", "c_1", Access(URL, key="new-key"))
 
     assert made == "changed"
-    assert place.held == body_of(Access(URL, key="new-key"))
+    assert place.held == connection_body(Access(URL, key="new-key"))
 
 
 def test_somebody_elses_connection_stays(tmp_path: Path) -> None:
-    theirs = body_of(Access(URL, key="theirs"))
+    theirs = connection_body(Access(URL, key="theirs"))
     del theirs["properties"]["metadata"]["written_by"]
     place = Workspace(theirs)
 
@@ -117,7 +117,7 @@ def test_somebody_elses_connection_stays(tmp_path: Path) -> None:
 
 
 def test_what_is_read_back_must_be_what_was_written(tmp_path: Path) -> None:
-    place = Workspace(body_of(Access(URL, key="old-key")), stubborn=True)
+    place = Workspace(connection_body(Access(URL, key="old-key")), stubborn=True)
 
     with pytest.raises(StageError, match="does not say what was written") as refused:
         write_connection(clients(place.wire, tmp_path), "ws", "c_1", Access(URL, key="new-key"))
@@ -126,14 +126,14 @@ def test_what_is_read_back_must_be_what_was_written(tmp_path: Path) -> None:
 
 
 def test_deleting_ours(tmp_path: Path) -> None:
-    place = Workspace(body_of(Access(URL, key="k")))
+    place = Workspace(connection_body(Access(URL, key="k")))
     made = clients(place.wire, tmp_path)
 
     assert delete_connection(made, "ws", "c_1", {"another"}) is False
-    assert leads_to(made, "ws", "c_1") == URL
+    assert connection_url(made, "ws", "c_1") == URL
     assert delete_connection(made, "ws", "c_1", {"another", "ep"}) is True
     assert delete_connection(made, "ws", "c_1", {"ep"}) is False
-    assert leads_to(made, "ws", "c_1") == ""
+    assert connection_url(made, "ws", "c_1") == ""
     assert read_connection(made, "ws", "c_1") is None
 
 

@@ -1,4 +1,4 @@
-"""What Azure refuses, told with code and mend; no secret passes."""
+"""What Azure refuses is reported with code and fix; no secret passes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from azure.core.credentials import AccessToken
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 
 from phi3_training.errors import StageError
+from phi3_training.targets.azure.clients import InTenant, quiet_sdks, sign_in
 from phi3_training.targets.azure.failures import explained, scrub, stage_error
-from phi3_training.targets.azure.sign_in import InTenant, quiet, sign_in
-from phi3_training.targets.azure.waiting import look, make
+from phi3_training.targets.azure.operations import create, get_or_none
 
 from .azure_wire import Answer, Token, Wire, clients
 
@@ -77,19 +77,19 @@ def _refusal(status: int, code: str, message: str, inner: str | None = None) -> 
         (_refusal(403, "AuthorizationFailed", "no"), "User Access Administrator"),
         (_refusal(404, "SomethingElse", "no"), "phi3 azure provision"),
         (_refusal(409, "VaultAlreadyExists", "no"), "azure.key_vault"),
-        (_refusal(500, "InternalServerError", "no"), "nothing is made twice"),
+        (_refusal(500, "InternalServerError", "no"), "nothing is created twice"),
         (_refusal(200, "ResourceNotReady", "no"), "its log says why"),
-        (_refusal(429, "X", "no"), "some minutes"),
+        (_refusal(429, "X", "no"), "in a few minutes"),
     ],
 )
-def test_code_words_and_mend(error: HttpResponseError, said: str) -> None:
+def test_code_words_and_fix(error: HttpResponseError, said: str) -> None:
     text = str(stage_error(error, "Making it"))
     assert text.startswith("Making it failed")
     assert said in text
     assert "HTTP 200" not in text
 
 
-def test_a_secret_in_azures_words_is_not_told() -> None:
+def test_a_secret_in_azures_words_is_not_shown() -> None:
     error = _refusal(400, "BadRequest", f"cannot read ?sv=1&sig={'A' * 43}&se=2")
     with pytest.raises(StageError) as caught, explained("Reading"):
         raise error
@@ -102,7 +102,7 @@ def test_an_expired_sign_in_says_to_sign_in() -> None:
     assert "az login" in str(stage_error(ClientAuthenticationError("expired"), "Reading"))
 
 
-def test_who_is_not_signed_in_is_told_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sign_in_reports_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "EnvironmentCredential")
@@ -145,7 +145,7 @@ def test_the_sdks_logs_at_debug_hold_no_secret(
     text: str, secret: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     logger = logging.getLogger(name)
-    quiet()
+    quiet_sdks()
     with caplog.at_level(logging.DEBUG, logger=name):
         logger.debug('"%s %s" %s', "PUT", text, 201)
         try:
@@ -175,7 +175,7 @@ def test_a_conflict_that_passes_is_tried_again_after_a_look(tmp_path: Path) -> N
 
     groups = clients(Wire(answer), tmp_path).resources.resource_groups
     body = {"location": "eastus"}
-    found = make(
+    found = create(
         "Making rg",
         lambda: groups.create_or_update("rg", body),  # type: ignore[call-overload]
         lambda: groups.get("rg"),
@@ -197,7 +197,7 @@ def test_what_came_to_be_although_the_answer_was_lost_is_not_made_twice(tmp_path
         return 200, {"name": "rg", "location": "eastus", "properties": {}}
 
     groups = clients(Wire(answer), tmp_path).resources.resource_groups
-    make(
+    create(
         "Making rg",
         lambda: groups.create_or_update("rg", {"location": "x"}),  # type: ignore[call-overload]
         lambda: groups.get("rg"),
@@ -208,14 +208,14 @@ def test_what_came_to_be_although_the_answer_was_lost_is_not_made_twice(tmp_path
     assert calls == ["PUT", "GET"]
 
 
-def test_a_refusal_that_lasts_is_told_at_once(tmp_path: Path) -> None:
+def test_a_refusal_that_lasts_is_reported_at_once(tmp_path: Path) -> None:
     def answer(_method: str, _url: str) -> Answer:
         return 403, {"error": {"code": "AuthorizationFailed", "message": "no"}}
 
     wire = Wire(answer)
     groups = clients(wire, tmp_path).resources.resource_groups
     with pytest.raises(StageError, match="AuthorizationFailed"):
-        look(lambda: groups.get("rg"), "Looking")
+        get_or_none(lambda: groups.get("rg"), "Looking")
     assert len(wire.sent) == 1
     assert json.dumps(wire.sent).count("a-token") == 0
 
@@ -231,8 +231,8 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make(
-            "Making the deployment blue",
+        create(
+            "Creating the deployment blue",
             Endless,
             lambda: None,
             lambda _done, _total, _text: None,
@@ -240,5 +240,5 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
             pause=0.01,
         )
     shown = capsys.readouterr().err
-    assert "Making the deployment blue: Azure goes on with it" in shown
+    assert "Creating the deployment blue: Azure continues" in shown
     assert "phi3 down --on azure" in shown

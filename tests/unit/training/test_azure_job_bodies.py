@@ -14,9 +14,8 @@ from azure.ai.ml.entities._job.pipeline.pipeline_job import PipelineJob
 
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.targets.azure import job_route, pipeline_route
-from phi3_training.targets.azure.catalogue import Foundation
-from phi3_training.targets.azure.parameters import merge
+from phi3_training.targets.azure import command_job, pipeline_job
+from phi3_training.targets.azure.pipeline_job import FoundationModel, merge_parameters
 
 from .azure_wire import Answer, Wire, clients, run_with_chats
 from .component_inputs import INPUTS
@@ -50,9 +49,9 @@ def test_machines_times_processes_travel_as_pytorch_distribution(
 ) -> None:
     wanted = recipe(instance_count=nodes, process_count_per_instance=gpus)
     cloud = clients(Wire(_nothing_there), tmp_path)
-    machines = job_route.machines_of(cloud, wanted)
+    machines = command_job.machines_of(cloud, wanted)
 
-    job = job_route.train_job(cloud, wanted, run, "job-1", machines)
+    job = command_job.train_job(cloud, wanted, run, "job-1", machines)
     sent = job._to_job()._to_rest_object().properties.serialize()
 
     assert sent["distribution"] == {
@@ -68,8 +67,8 @@ def test_machines_times_processes_travel_as_pytorch_distribution(
 def test_one_process_wants_no_distribution(run: Run, tmp_path: Path) -> None:
     wanted = recipe(process_count_per_instance=1)
     cloud = clients(Wire(_nothing_there), tmp_path)
-    machines = job_route.machines_of(cloud, wanted)
-    job = job_route.train_job(cloud, wanted, run, "job-1", machines)
+    machines = command_job.machines_of(cloud, wanted)
+    job = command_job.train_job(cloud, wanted, run, "job-1", machines)
     assert job.distribution is None
     assert job.resources.instance_count == 1
 
@@ -93,10 +92,12 @@ def _component(folder: Path) -> Any:
 def test_the_pipeline_reruns_every_step_and_stops_at_the_first_that_fails(
     run: Run, tmp_path: Path
 ) -> None:
-    foundation = Foundation("Phi-4", "8", "azureml://registries/azureml/models/Phi-4/versions/8",
+    foundation = FoundationModel("Phi-4", "8", "azureml://registries/azureml/models/Phi-4/versions/8",
                             None, "", {}, None)  # fmt: skip
-    prepared = pipeline_route.Prepared(_component(tmp_path), merge({}, {}, INPUTS), 2, "shown")
-    job = pipeline_route.pipeline_job(recipe(), run, "job-1", foundation, prepared)
+    prepared = pipeline_job.PreparedPipeline(
+        _component(tmp_path), merge_parameters({}, {}, INPUTS), 2, "shown"
+    )
+    job = pipeline_job.pipeline_job(recipe(), run, "job-1", foundation, prepared)
 
     assert isinstance(job, PipelineJob)
     settings = job._to_rest_object().properties.settings

@@ -1,4 +1,4 @@
-"""A job is named before it is submitted, gone on with, and never started beside itself."""
+"""A job is named before it is submitted, resumed, and never started a second time."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(tmp_path: Path) -> Run:
 
 def carry_out(cloud: Cloud, run: Run, inputs: str = "a", **options: Any) -> Any:
     progress = options.pop("progress", lambda _done, _total, _text: None)
-    return jobs.carry_out(
+    return jobs.run_job(
         cloud,  # type: ignore[arg-type]
         run,
         jobs.TRAIN,
@@ -106,7 +106,7 @@ def test_the_name_is_on_disk_before_azure_hears_of_it(run: Run) -> None:
     assert carry_out(cloud, run).name == seen[0] == cloud.submitted[0]
 
 
-def test_killed_between_name_and_call_goes_on_with_the_name(run: Run) -> None:
+def test_killed_between_name_and_call_uses_the_name(run: Run) -> None:
     cloud = Cloud()
 
     def die() -> None:
@@ -115,7 +115,7 @@ def test_killed_between_name_and_call_goes_on_with_the_name(run: Run) -> None:
     cloud.before_put = die
     with pytest.raises(SystemExit):
         carry_out(cloud, run)
-    name = jobs.tickets(run)["train"].name
+    name = jobs.recorded_jobs(run)["train"].name
     cloud.before_put = lambda: None
     assert carry_out(cloud, run).name == name
     assert cloud.submitted == [name]
@@ -138,7 +138,7 @@ def test_an_answer_that_was_lost_starts_no_second_job(run: Run, error: Any) -> N
     assert len(cloud.submitted) == 1
 
 
-def test_a_job_that_works_is_gone_on_with_and_a_done_one_is_used(run: Run) -> None:
+def test_a_running_job_is_resumed_and_a_finished_one_is_used(run: Run) -> None:
     cloud = Cloud()
 
     def die() -> None:
@@ -175,7 +175,7 @@ def test_other_settings_beside_a_working_job_are_refused_with_the_way_out(run: R
     [
         ("Failed", "failed"),
         ("Canceled", "was cancelled"),
-        ("NotResponding", "does not answer any more"),
+        ("NotResponding", "stopped responding"),
     ],
 )
 def test_every_end_but_completed_is_a_failure_and_the_next_try_is_new(
@@ -287,11 +287,11 @@ def test_cancel_ends_what_works_and_nothing_else(run: Run) -> None:
     assert cloud.cancelled == [done]
 
 
-def test_a_broken_note_of_jobs_is_told_and_not_overwritten(run: Run) -> None:
+def test_a_broken_jobs_file_is_reported_and_not_overwritten(run: Run) -> None:
     path = run.file("azure", "jobs.json")
     path.write_text("[]")
     cloud = Cloud()
-    with pytest.raises(StageError, match="A job may still work"):
+    with pytest.raises(StageError, match="A job may still be running"):
         carry_out(cloud, run)
     assert cloud.submitted == []
     assert path.read_text() == "[]"

@@ -14,9 +14,18 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.targets.azure import catalogue, pipeline_route
-from phi3_training.targets.azure.catalogue import Foundation, parse_defaults
-from phi3_training.targets.azure.parameters import SEED, display_name, fitted, merge
+from phi3_training.targets.azure.pipeline_job import (
+    SIZES,
+    TUTORIAL,
+    FoundationModel,
+    PreparedPipeline,
+    display_name,
+    fitted,
+    foundation_model,
+    merge_parameters,
+    parse_defaults,
+    pipeline_inputs,
+)
 
 from .azure_wire import run_with_chats
 from .component_inputs import INPUTS
@@ -37,16 +46,18 @@ def test_there_are_as_many_inputs_as_the_component_has() -> None:
 
 
 def test_the_models_defaults_win_over_the_tutorial_and_the_recipe_over_both() -> None:
-    found = merge(parse_defaults(DEFAULTS, "Phi-3"), {"lora_r": 16, "num_train_epochs": 2}, INPUTS)
+    found = merge_parameters(
+        parse_defaults(DEFAULTS, "Phi-3"), {"lora_r": 16, "num_train_epochs": 2}, INPUTS
+    )
     assert found.values["num_train_epochs"] == 2
     assert found.sources["num_train_epochs"] == "azure.train.parameters"
     assert found.sources["learning_rate"] == "the model's own default"
     assert found.values["lora_r"] == 16
-    assert merge({}, {}, INPUTS).values == {**SEED, "deepspeed_stage": "2"}
+    assert merge_parameters({}, {}, INPUTS).values == {**TUTORIAL, "deepspeed_stage": "2"}
 
 
-def test_what_the_component_does_not_take_is_left_out_and_told() -> None:
-    found = merge(parse_defaults(DEFAULTS, "Phi-3"), {}, INPUTS)
+def test_what_the_component_does_not_take_is_left_out_and_reported() -> None:
+    found = merge_parameters(parse_defaults(DEFAULTS, "Phi-3"), {}, INPUTS)
     assert found.dropped == ("learning_rate_min", "learning_rate_max")
     assert found.values.keys() <= INPUTS.keys()
     assert any("learning_rate_min" in line for line in found.lines())
@@ -55,7 +66,7 @@ def test_what_the_component_does_not_take_is_left_out_and_told() -> None:
 def test_wrong_parameters_of_the_recipe_are_refused_all_at_once() -> None:
     given = {"lora_rank": 8, "precision": 8, "num_train_epochs": 1.5, "train_file_path": "x"}
     with pytest.raises(StageError) as caught:
-        merge({}, given, INPUTS)
+        merge_parameters({}, given, INPUTS)
     said = str(caught.value)
     for name in given:
         assert name in said
@@ -98,7 +109,7 @@ def test_defaults_are_read_as_values_and_never_run(text: str) -> None:
 
 
 def test_the_name_that_the_tutorial_shows() -> None:
-    values = merge(parse_defaults(DEFAULTS, "Phi-3"), {}, INPUTS).values
+    values = merge_parameters(parse_defaults(DEFAULTS, "Phi-3"), {}, INPUTS).values
     shown = display_name("Phi-3-mini-4k-instruct", "ultrachat", values, gpus=2, nodes=1)
     assert shown == ("Phi-3-mini-4k-instruct-ultrachat-bs2-cosine-ds2-lora-save_limit1-seqlen-1")
     plain = display_name("m", "d", {}, gpus=1, nodes=1)
@@ -106,14 +117,14 @@ def test_the_name_that_the_tutorial_shows() -> None:
 
 
 def test_every_input_that_is_sent_exists_with_that_type(run: Run) -> None:
-    foundation = Foundation("Phi-4", "8", "azureml://registries/azureml/x", None, "", {}, None)
+    foundation = FoundationModel("Phi-4", "8", "azureml://registries/azureml/x", None, "", {}, None)
     component = SimpleNamespace(inputs=INPUTS)
-    parameters = merge(parse_defaults(DEFAULTS, "Phi-4"), {"lora_r": 4}, INPUTS)
-    prepared = pipeline_route.Prepared(component, parameters, 2, "shown")
+    parameters = merge_parameters(parse_defaults(DEFAULTS, "Phi-4"), {"lora_r": 4}, INPUTS)
+    prepared = PreparedPipeline(component, parameters, 2, "shown")
     recipe = Recipe.model_validate(
         {"name": "mine", "model": {"name_or_path": "org/Phi"}, "data": {"train": ["x"]}}
     )
-    sent = pipeline_route.arguments(recipe, run, foundation, prepared)
+    sent = pipeline_inputs(recipe, run, foundation, prepared)
     for name, value in sent.items():
         spec = INPUTS[name]
         if spec["type"] in ("uri_file", "mlflow_model"):
@@ -142,24 +153,22 @@ def run(tmp_path: Path) -> Run:
             ("C",),
             "system_metadata",
         ),
-        ({}, {}, catalogue.SIZES["phi-4"], "table"),
+        ({}, {}, SIZES["phi-4"], "table"),
     ],
 )
 def test_allowed_sizes_from_tag_then_metadata_then_table(
     tags: dict[str, str], properties: dict[str, Any], sizes: tuple[str, ...], source: str
 ) -> None:
     model = SimpleNamespace(name="Phi-4", version="8", id="x", tags=tags)
-    found = catalogue._foundation(model, properties)
+    found = foundation_model(model, properties)
     assert found.allowed == sizes
     assert source in found.allowed_from
 
 
-def test_archived_or_retired_is_told_with_its_date() -> None:
+def test_archived_or_retired_is_reported_with_its_date() -> None:
     model = SimpleNamespace(name="Phi-9", version="1", id="x", tags={})
     retired = {"systemMetadata": {"deprecation": {"finetuneRetirementDate": "2025-08-30"}}}
     later = {"systemMetadata": {"deprecation": {"finetuneRetirementDate": "2999-01-01"}}}
-    assert (
-        catalogue._foundation(model, {"isArchived": True}).archived == "archived in the catalogue"
-    )
-    assert catalogue._foundation(model, retired).archived == "retired 2025-08-30"
-    assert catalogue._foundation(model, later).archived is None
+    assert foundation_model(model, {"isArchived": True}).archived == "archived in the catalogue"
+    assert foundation_model(model, retired).archived == "retired 2025-08-30"
+    assert foundation_model(model, later).archived is None

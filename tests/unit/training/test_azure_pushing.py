@@ -13,7 +13,7 @@ pytest.importorskip("promptflow.core", reason="the extra `flow` is not installed
 from azure.core.exceptions import HttpResponseError
 
 from phi3_training.errors import StageError
-from phi3_training.targets.azure.pushing import CONTENT_TAG, _same
+from phi3_training.targets.azure.prompt_flow import CONTENT_TAG, flow_of_content
 
 
 def _client(*answers: Any) -> Any:
@@ -26,12 +26,12 @@ def _client(*answers: Any) -> Any:
 
 
 def test_a_list_that_cannot_be_had_stops_only_who_pushed_before() -> None:
-    assert _same(_client(), "abc", "Pushing", must_know=False) is None
+    assert flow_of_content(_client(), "abc", "Pushing", must_know=False) is None
     with pytest.raises(StageError, match="the index is down"):
-        _same(_client(), "abc", "Pushing", must_know=True)
+        flow_of_content(_client(), "abc", "Pushing", must_know=True)
 
 
 def test_the_same_content_is_found() -> None:
     other, same = SimpleNamespace(tags={}), SimpleNamespace(tags={CONTENT_TAG: "abc"})
-    assert _same(_client(other, same), "abc", "Pushing", must_know=True) is same
-    assert _same(_client(other), "abc", "Pushing", must_know=True) is None
+    assert flow_of_content(_client(other, same), "abc", "Pushing", must_know=True) is same
+    assert flow_of_content(_client(other), "abc", "Pushing", must_know=True) is None

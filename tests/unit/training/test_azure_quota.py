@@ -14,7 +14,7 @@ from azure.core.exceptions import ServiceRequestError
 
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe
-from phi3_training.targets.azure import quota, sizes
+from phi3_training.targets.azure import sizes
 from phi3_training.targets.azure.sizes import TABLE, gpus_in, refuse_outside
 
 from .azure_wire import Answer, Wire, clients, place
@@ -35,7 +35,7 @@ A100, T4 = "Standard_NC24ads_A100_v4", "Standard_NC4as_T4_v3"
     ],
 )
 def test_the_reserve_of_a_fifth(name: str, instances: int, online: bool, cores: int) -> None:
-    assert quota.cores_needed(TABLE[name.lower()], instances, online=online)[0] == cores
+    assert sizes.cores_needed(TABLE[name.lower()], instances, online=online)[0] == cores
 
 
 def _answer(used: int, limit: int) -> Any:
@@ -59,23 +59,23 @@ def _recipe(**azure: Any) -> Recipe:
 
 
 def test_what_is_used_and_allowed_is_found_whatever_the_spaces(tmp_path: Path) -> None:
-    train, serve = quota.needs(clients(Wire(_answer(24, 48)), tmp_path), _recipe())
+    train, serve = sizes.quota_needs(clients(Wire(_answer(24, 48)), tmp_path), _recipe())
     assert (train.cores, train.used, train.limit, train.free) == (24, 24, 48, 24)
-    assert quota.lacking([train, serve]) == []
+    assert sizes.short_of_quota([train, serve]) == []
 
 
 def test_too_little_stops_before_anything_is_made_and_says_how_much_to_ask(tmp_path: Path) -> None:
-    found = quota.needs(clients(Wire(_answer(24, 24)), tmp_path), _recipe())
-    short = quota.lacking(found)
+    found = sizes.quota_needs(clients(Wire(_answer(24, 24)), tmp_path), _recipe())
+    short = sizes.short_of_quota(found)
     assert len(short) == 2
     with pytest.raises(StageError, match=r"phi3 azure quota --request 48"):
-        quota.refuse_lacking(short)
+        sizes.refuse_shortage(short)
 
 
 def test_an_endpoint_may_wait_for_the_clusters_cores(tmp_path: Path) -> None:
-    _train, serve = quota.needs(clients(Wire(_answer(24, 24)), tmp_path), _recipe())
-    assert quota.lacking([serve])
-    assert not quota.lacking([serve], of_limit=True)
+    _train, serve = sizes.quota_needs(clients(Wire(_answer(24, 24)), tmp_path), _recipe())
+    assert sizes.short_of_quota([serve])
+    assert not sizes.short_of_quota([serve], of_limit=True)
 
 
 def test_sizes_that_are_not_there_or_have_no_gpu_are_refused(tmp_path: Path) -> None:
@@ -103,13 +103,13 @@ def test_a_size_outside_the_models_list_is_refused_with_the_list() -> None:
     assert "NC6s_v3" not in str(caught.value)  # retired: no way out
 
 
-def test_an_azure_that_cannot_be_reached_is_told_so(tmp_path: Path) -> None:
+def test_an_azure_that_cannot_be_reached_is_reported(tmp_path: Path) -> None:
     def unreachable(**_where: Any) -> list[Any]:
         raise ServiceRequestError("name resolution failed")
 
     away = SimpleNamespace(
-        workplace=place(tmp_path),
+        place=place(tmp_path),
         subscription=SimpleNamespace(compute=SimpleNamespace(list_usage=unreachable)),
     )
     with pytest.raises(StageError, match="could not be reached"):
-        quota.usage(away)  # type: ignore[arg-type]
+        sizes.quota_usage(away)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from phi3_training.errors import RecipeError
 from phi3_training.recipe_azure import AzureSection
-from phi3_training.targets.azure.workplace import find_workplace
+from phi3_training.targets.azure.place import find_place
 
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"
 
@@ -60,7 +60,7 @@ def test_an_endpoint_or_cluster_name_azure_refuses(name: str) -> None:
     }
 
 
-def test_every_fault_is_told_at_once_and_a_location_loses_its_spaces() -> None:
+def test_every_fault_is_reported_at_once_and_a_location_loses_its_spaces() -> None:
     assert AzureSection(location="West Europe").location == "westeurope"
     wrong = {"location": "!", "hub": "x", "endpoint": {"request_timeout_ms": 999_999}, "key": "k"}
     with pytest.raises(ValidationError) as caught:
@@ -85,7 +85,7 @@ def test_recipe_before_environment_before_config_before_default(tmp_path: Path) 
     (tmp_path / ".azureml" / "config.json").write_text(json.dumps(config))
     environment = {"AZURE_RESOURCE_GROUP": "from-env", "AZUREML_ARM_WORKSPACE_NAME": "env-ws"}
     section = AzureSection(workspace_name="recipe-ws")
-    found = find_workplace(section, environment, inner)
+    found = find_place(section, environment, inner)
     assert found.workspace_name == "recipe-ws"
     assert found.resource_group == "from-env"
     assert found.subscription_id == SUBSCRIPTION
@@ -104,14 +104,14 @@ def test_a_config_json_of_the_old_kind_and_one_of_a_model(tmp_path: Path) -> Non
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"architectures": ["Phi3ForCausalLM"]}))
-    found = find_workplace(AzureSection(), {}, model)
+    found = find_place(AzureSection(), {}, model)
     assert (found.resource_group, found.workspace_name) == ("old-group", "old-ws")
 
 
-def test_faults_of_the_environment_are_told_with_where_they_are_from(tmp_path: Path) -> None:
+def test_faults_of_the_environment_are_reported_with_where_they_are_from(tmp_path: Path) -> None:
     environment = {"AZURE_RESOURCE_GROUP": "ends.", "AZURE_LOCATION": "east-us"}
     with pytest.raises(RecipeError) as caught:
-        find_workplace(AzureSection(), environment, tmp_path)
+        find_place(AzureSection(), environment, tmp_path)
     faults = "\n".join(caught.value.faults)
     assert len(caught.value.faults) == 3
     assert "subscription_id: is missing" in faults
@@ -121,8 +121,8 @@ def test_faults_of_the_environment_are_told_with_where_they_are_from(tmp_path: P
 
 def test_names_made_from_others_fit_and_stay_the_same(tmp_path: Path) -> None:
     section = AzureSection(subscription_id=SUBSCRIPTION, workspace_name="w_" + "x" * 31)
-    first = find_workplace(section, {}, tmp_path)
-    again = find_workplace(section, {}, tmp_path)
+    first = find_place(section, {}, tmp_path)
+    again = find_place(section, {}, tmp_path)
     assert first == again
     made = {
         key: getattr(first, key)
@@ -132,5 +132,5 @@ def test_names_made_from_others_fit_and_stay_the_same(tmp_path: Path) -> None:
         )
     }
     AzureSection.model_validate(made)  # each is one that Azure takes
-    other = find_workplace(section.model_copy(update={"resource_group": "other"}), {}, tmp_path)
+    other = find_place(section.model_copy(update={"resource_group": "other"}), {}, tmp_path)
     assert other.storage_account != first.storage_account

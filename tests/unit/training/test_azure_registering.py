@@ -16,8 +16,8 @@ from azure.core.exceptions import HttpResponseError
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.targets.azure.place import Made, noted
-from phi3_training.targets.azure.registering import register
+from phi3_training.targets.azure.place import RunResource, recorded_resources
+from phi3_training.targets.azure.register import register
 
 JOB = "phi3-train-x-1"
 OUTPUT = f"azureml://jobs/{JOB}/outputs/trained_model"
@@ -106,7 +106,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
     assert model.tags["gate_passed"] == "True"
     assert len(model.tags["data_hash"]) == 16
     assert "validation_text" not in model.tags
-    assert noted(run, "model") == [Made("model", "phi3:1")]
+    assert recorded_resources(run, "model") == [RunResource("model", "phi3:1")]
 
 
 def test_a_jobs_model_is_registered_once(run: Run) -> None:
@@ -151,7 +151,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
     registry = Registry(lambda _path: refusal(409, "exists"))
     tags = {"phi3_job": JOB}
     made = SimpleNamespace(name="phi3", version="1", id="id", tags=tags)
-    listed = iter([[], [], [made]])
+    listed = iter([[], [made]])
     registry.models.list = lambda name: next(listed)
 
     assert registered(registry, run)["model_version"] == "1"
@@ -159,7 +159,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 500])
-def test_what_is_no_matter_of_the_place_is_told(run: Run, status: int) -> None:
+def test_a_refusal_that_is_not_about_the_place_is_reported(run: Run, status: int) -> None:
     registry = Registry(lambda _path: refusal(status, "no"))
 
     with pytest.raises(StageError, match="Registering the model phi3 failed"):

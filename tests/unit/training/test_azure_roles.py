@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from phi3_training.errors import StageError
-from phi3_training.targets.azure.roles import ROLES, SECRETS_READER, Grant, grant, grants
+from phi3_training.targets.azure.resources import (
+    ROLES,
+    SECRETS_READER,
+    Dependents,
+    Grant,
+    ensure_grant,
+    grants,
+)
 
 from .azure_wire import SUBSCRIPTION, Answer, Wire, clients
 
@@ -22,9 +29,8 @@ PRINCIPAL = "99999999-0000-4000-8000-000000000001"
 def _wanted(*, least_privilege: bool) -> list[Grant]:
     return grants(
         PRINCIPAL,
+        Dependents(STORAGE, "kv", None, REGISTRY),
         group=GROUP,
-        storage=STORAGE,
-        registry=REGISTRY,
         connections=[WORKSPACE],
         least_privilege=least_privilege,
     )
@@ -40,7 +46,7 @@ def test_the_exact_bodies_of_the_tutorials_roles(tmp_path: Path) -> None:
     wire = Wire(_absent)
     made = clients(wire, tmp_path)
     wanted = _wanted(least_privilege=False)
-    assert [grant(made, item) for item in wanted] == ["created"] * 4
+    assert [ensure_grant(made, item) for item in wanted] == ["created"] * 4
     puts = [(url, body) for method, url, body in wire.sent if method == "PUT"]
     definition = f"/subscriptions/{SUBSCRIPTION}/providers/Microsoft.Authorization/roleDefinitions/"
     expected = [
@@ -75,12 +81,12 @@ def test_least_privilege_is_all_but_contributor_on_the_group() -> None:
 
 
 def test_a_name_repeats_and_hangs_on_scope_role_and_identity() -> None:
-    item = Grant("AcrPull", REGISTRY, PRINCIPAL, "")
-    assert item.name == Grant("AcrPull", REGISTRY.upper(), PRINCIPAL, "other").name
+    item = Grant("AcrPull", REGISTRY, PRINCIPAL)
+    assert item.name == Grant("AcrPull", REGISTRY.upper(), PRINCIPAL).name
     others = [
-        Grant("Contributor", REGISTRY, PRINCIPAL, ""),
-        Grant("AcrPull", STORAGE, PRINCIPAL, ""),
-        Grant("AcrPull", REGISTRY, PRINCIPAL[:-1] + "2", ""),
+        Grant("Contributor", REGISTRY, PRINCIPAL),
+        Grant("AcrPull", STORAGE, PRINCIPAL),
+        Grant("AcrPull", REGISTRY, PRINCIPAL[:-1] + "2"),
     ]
     assert len({item.name, *(other.name for other in others)}) == 4
     assert len(set(ROLES.values())) == len(ROLES)
@@ -92,7 +98,9 @@ def test_one_that_is_there_under_another_name_is_fine(tmp_path: Path) -> None:
             return _absent(method, url)
         return 409, {"error": {"code": "RoleAssignmentExists", "message": "there already"}}
 
-    assert grant(clients(Wire(answer), tmp_path), _wanted(least_privilege=True)[0]) == "exists"
+    assert (
+        ensure_grant(clients(Wire(answer), tmp_path), _wanted(least_privilege=True)[0]) == "exists"
+    )
 
 
 def test_an_identity_that_is_too_new_is_tried_again(tmp_path: Path) -> None:
@@ -104,7 +112,9 @@ def test_an_identity_that_is_too_new_is_tried_again(tmp_path: Path) -> None:
             return 400, {"error": {"code": "PrincipalNotFound", "message": "not there yet"}}
         return _absent(method, url)
 
-    assert grant(clients(Wire(answer), tmp_path), _wanted(least_privilege=True)[0]) == "created"
+    assert (
+        ensure_grant(clients(Wire(answer), tmp_path), _wanted(least_privilege=True)[0]) == "created"
+    )
 
 
 def test_a_missing_right_says_whom_to_ask(tmp_path: Path) -> None:
@@ -115,5 +125,5 @@ def test_a_missing_right_says_whom_to_ask(tmp_path: Path) -> None:
 
     wire = Wire(answer)
     with pytest.raises(StageError, match="User Access Administrator"):
-        grant(clients(wire, tmp_path), _wanted(least_privilege=True)[0])
+        ensure_grant(clients(wire, tmp_path), _wanted(least_privilege=True)[0])
     assert [method for method, _url, _body in wire.sent] == ["GET", "PUT"]  # not tried again

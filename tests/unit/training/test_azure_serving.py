@@ -12,20 +12,29 @@ import pytest
 from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe_azure import AzureSection
 from phi3_training.run import Run
-from phi3_training.targets import PLACE, get_target, target_of
-from phi3_training.targets.azure import target as target_module
-from phi3_training.targets.azure.inventory import (
+from phi3_training.targets import PLACE, target_of
+from phi3_training.targets.azure.deploy import check_traffic
+from phi3_training.targets.azure.place import (
+    VARIABLES,
+    RunResource,
+    deployment_name,
+    endpoint_name,
+    forget,
+    place_of,
+    record,
+    recorded_resources,
+    settle,
+)
+from phi3_training.targets.azure.sizes import price_of
+from phi3_training.targets.azure.status import (
     Cluster,
     Deployment,
     Endpoint,
     Inventory,
-    lines,
-    model_name,
+    model_label,
 )
-from phi3_training.targets.azure.names import deployment_name, endpoint_name
-from phi3_training.targets.azure.place import Made, note, noted, place_of, settle, strike
-from phi3_training.targets.azure.prices import price_of
-from phi3_training.targets.azure.workplace import VARIABLES
+from phi3_training.targets.azure.target import refuse_without_extra
+from phi3_training.targets.azure.teardown import Receipt
 
 from .azure_wire import SUBSCRIPTION, place
 
@@ -57,22 +66,22 @@ def test_endpoint_names_follow_azures_rule(tmp_path: Path, name: str) -> None:
 
 
 def test_a_deployments_name_changes_with_model_and_settings() -> None:
-    first = {"model": "phi3", "model_version": "1"}
-    plain = deployment_name(section(), first)
+    first = ("phi3", "1")
+    plain = deployment_name(section(), *first)
 
     assert RULE.fullmatch(plain)
     assert plain.startswith("v1-")
-    assert plain == deployment_name(section(endpoint={"keep_deployments": 5}), first)
-    assert plain != deployment_name(section(endpoint={"instance_count": 2}), first)
-    assert deployment_name(section(), {**first, "model_version": "2"}).startswith("v2-")
-    long = deployment_name(section(), {**first, "model_version": "2026.11.21-candidate-of-noon"})
+    assert plain == deployment_name(section(endpoint={"keep_deployments": 5}), *first)
+    assert plain != deployment_name(section(endpoint={"instance_count": 2}), *first)
+    assert deployment_name(section(), "phi3", "2").startswith("v2-")
+    long = deployment_name(section(), "phi3", "2026.11.21-candidate-of-noon")
     assert RULE.fullmatch(long)
 
 
 @pytest.mark.parametrize(
     ("wanted", "there", "told"),
     [
-        ({"new": 100}, ["old"], "No deployment new is there"),
+        ({"new": 100}, ["old"], "no deployment new to take"),
         ({"new": 60}, ["new"], "add up to 100, not 60"),
         ({"new": 60, "old": 60}, ["new", "old"], "not 120"),
     ],
@@ -80,15 +89,11 @@ def test_a_deployments_name_changes_with_model_and_settings() -> None:
 def test_traffic_that_azure_would_refuse_is_not_sent(
     wanted: dict[str, int], there: list[str], told: str
 ) -> None:
-    from phi3_training.targets.azure.endpoints import check_traffic
-
     with pytest.raises(StageError, match=told):
         check_traffic(wanted, there)
 
 
 def test_traffic_that_adds_up() -> None:
-    from phi3_training.targets.azure.endpoints import check_traffic
-
     check_traffic({"new": 100, "gone": 0}, ["new"])
     check_traffic({}, [])
 
@@ -96,15 +101,15 @@ def test_traffic_that_adds_up() -> None:
 def test_what_bills_names_state_size_and_price() -> None:
     found = Inventory(
         endpoints=[
-            Endpoint("ep", "succeeded", "key", "https://ep", "my-run", (
+            Endpoint("ep", "succeeded", "key", "my-run", (
                 Deployment("good", "succeeded", GPU, 1, 100, "phi3:2"),
                 Deployment("bad", "failed", "Standard_ND96asr_v4", 2, 0),
             )),
         ],
         clusters=[
-            Cluster("idle", "succeeded", GPU, 0, 1, 0, ours=True),
-            Cluster("busy", "succeeded", GPU, 0, 4, 3, ours=True),
-            Cluster("dark", "succeeded", GPU, 0, 1, None, ours=False),
+            Cluster("idle", "succeeded", GPU, 0, 1, 0),
+            Cluster("busy", "succeeded", GPU, 0, 4, 3),
+            Cluster("dark", "succeeded", GPU, 0, 1, None),
         ],
         region="eastus",
     )  # fmt: skip
@@ -121,14 +126,14 @@ def test_what_bills_names_state_size_and_price() -> None:
 def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
     found = Inventory(
         endpoints=[
-            Endpoint("a", "succeeded", "key", "", run.name),
-            Endpoint("b", "succeeded", "key", "", "another-run"),
+            Endpoint("a", "succeeded", "key", run.name),
+            Endpoint("b", "succeeded", "key", "another-run"),
         ],
         unknown=["clusters (no right)"],
         region="eastus",
     )
 
-    told = lines(found, run)
+    told = found.lines(run)
 
     assert "endpoint a: succeeded, key" in told
     assert "endpoint b: succeeded, key, of another-run" in told
@@ -136,54 +141,52 @@ def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
     assert "could not be read: clusters (no right)" in told
 
 
-def test_a_price_is_told_for_its_region_only() -> None:
+def test_a_price_is_reported_for_its_region_only() -> None:
     assert price_of(GPU, 2, "eastus").per_hour == pytest.approx(7.346)
     assert price_of(GPU, 1, "westeurope").per_hour is None
     assert "not known" in price_of("Standard_NC4as_T4_v3", 1, "eastus").text()
 
 
 def test_receipt_in_the_order_of_what_matters() -> None:
-    from phi3_training.targets.azure.teardown import Receipt
-
     receipt = Receipt(
-        ended=["cancelled the job j"],
-        gone=["endpoint ep"],
-        kept=["cluster c: phi3 did not make it"],
-        soft=["key vault kv: kept for 90 days"],
+        cancelled=["cancelled the job j"],
+        deleted=["endpoint ep"],
+        left_alone=["cluster c: phi3 did not create it"],
+        soft_deleted=["key vault kv: kept for 90 days"],
         failed=["connection x: no"],
     )
 
     assert receipt.lines(["deployment d"]) == [
         "cancelled the job j",
         "deleted: endpoint ep",
-        "left alone: cluster c: phi3 did not make it",
+        "left alone: cluster c: phi3 did not create it",
         "soft-deleted: key vault kv: kept for 90 days",
         "FAILED: connection x: no",
         "still bills: deployment d",
     ]
     assert Receipt().lines([]) == [
-        "deleted: nothing was there",
+        "deleted: nothing (nothing existed)",
         "still bills: nothing by the hour",
     ]
 
 
 def test_names_of_models_in_ids() -> None:
     arm = "/subscriptions/s/resourceGroups/g/providers/x/workspaces/w/models/phi3/versions/7"
-    assert model_name(arm) == "phi3:7"
-    assert model_name("azureml:phi3:7") == "phi3:7"
-    assert model_name(None) == ""
+    assert model_label(arm) == "phi3:7"
+    assert model_label("azureml:phi3:7") == "phi3:7"
+    assert model_label(None) == ""
 
 
 def test_what_was_made_is_noted_once_and_struck(run: Run) -> None:
-    endpoint, deployment = Made("endpoint", "ep"), Made("deployment", "d", "ep")
+    endpoint, deployment = RunResource("endpoint", "ep"), RunResource("deployment", "d", "ep")
     for made in (endpoint, deployment, endpoint):
-        note(run, made)
-    note(run, Made("connection", "c", "ws"))
+        record(run, made)
+    record(run, RunResource("connection", "c", "ws"))
 
-    assert noted(run, "endpoint") == [endpoint]
-    strike(run, endpoint)
+    assert recorded_resources(run, "endpoint") == [endpoint]
+    forget(run, endpoint)
 
-    assert noted(run) == [Made("connection", "c", "ws")]
+    assert recorded_resources(run) == [RunResource("connection", "c", "ws")]
 
 
 def test_a_run_stays_where_it_began(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +205,12 @@ def test_a_run_stays_where_it_began(run: Run, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match=r"workspace_name there \(the recipe\) instead of here"):
         settle(section(workspace_name="there"), run)
     monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION.replace("0", "9"))
-    with pytest.raises(UsageError, match="lives elsewhere"):
+    with pytest.raises(UsageError, match="is elsewhere"):
         settle(section(workspace_name="here"), run)
 
 
-def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_module, "_NEEDED", ("azure.not_there_at_all",))
-    with pytest.raises(MissingExtraError, match=r'pip install "phi3-promptflow\[azure\]"'):
-        get_target("azure")
-    monkeypatch.setattr(target_module, "_NEEDED", ("no_such_parent.azure",))
-    with pytest.raises(MissingExtraError, match=r"\[azure\]"):
-        get_target("azure")
+def test_without_the_extra_it_is_named() -> None:
+    refuse_without_extra()
+    for missing in ("azure.not_there_at_all", "no_such_parent.azure"):
+        with pytest.raises(MissingExtraError, match=r'pip install "phi3-promptflow\[azure\]"'):
+            refuse_without_extra((missing,))

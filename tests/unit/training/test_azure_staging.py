@@ -12,7 +12,14 @@ import pytest
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
-from phi3_training.targets.azure import in_job, staging
+from phi3_training.targets.azure import in_job
+from phi3_training.targets.azure.command_job import content_hash, stage_code, stage_inputs
+from phi3_training.targets.azure.environments import (
+    MODEL_PACKAGES,
+    job_conda_file,
+    pinned,
+    serving_environment,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPE = """\
@@ -45,7 +52,7 @@ def run(tmp_path: Path) -> Run:
 def test_the_job_reads_the_same_recipe_from_its_own_folder(
     recipe: Recipe, run: Run, tmp_path: Path
 ) -> None:
-    staged = staging.stage(recipe, run, processes=4)
+    staged = stage_inputs(recipe, run, processes=4)
     moved, there = tmp_path / "elsewhere", tmp_path / "apart" / "recipe.json"
     shutil.copytree(staged.data, moved)
     there.parent.mkdir()
@@ -64,7 +71,7 @@ def test_the_job_reads_the_same_recipe_from_its_own_folder(
 
 def test_the_same_content_is_the_same_upload(recipe: Recipe, run: Run) -> None:
     def uploaded() -> str:
-        return staging.content_hash(staging.stage(recipe, run).data, "*/*")
+        return content_hash(stage_inputs(recipe, run).data, "*/*")
 
     first = uploaded()
     assert uploaded() == first
@@ -73,23 +80,23 @@ def test_the_same_content_is_the_same_upload(recipe: Recipe, run: Run) -> None:
 
 
 def test_another_learning_rate_sends_no_chats_again(recipe: Recipe, run: Run) -> None:
-    first = staging.content_hash(staging.stage(recipe, run).data, "*/*")
+    first = content_hash(stage_inputs(recipe, run).data, "*/*")
     section = recipe.finetune.model_copy(update={"learning_rate": 0.5})
-    again = staging.stage(recipe.model_copy(update={"finetune": section}), run)
-    assert staging.content_hash(again.data, "*/*") == first
+    again = stage_inputs(recipe.model_copy(update={"finetune": section}), run)
+    assert content_hash(again.data, "*/*") == first
     assert '"learning_rate": 0.5' in again.recipe.read_text()
 
 
 def test_other_questions_are_no_other_training(recipe: Recipe, run: Run) -> None:
-    before = staging.stage(recipe, run)
+    before = stage_inputs(recipe, run)
     section = recipe.evaluate.model_copy(update={"max_rows": 7})
-    after = staging.stage(recipe.model_copy(update={"evaluate": section}), run)
-    assert after.learnt == before.learnt
-    assert after.asked != before.asked
+    after = stage_inputs(recipe.model_copy(update={"evaluate": section}), run)
+    assert after.training_data == before.training_data
+    assert after.questions != before.questions
 
 
-def test_the_code_is_both_packages_and_nothing_compiled(run: Run) -> None:
-    folder = staging.stage_code(run)
+def test_the_code_is_of_both_packages_and_nothing_compiled(run: Run) -> None:
+    folder = stage_code(run)
     assert (folder / "phi3_training" / "targets" / "azure" / "in_job.py").is_file()
     assert (folder / "phi3_tool" / "client.py").is_file()
     assert not [path for path in folder.rglob("*") if path.suffix == ".pyc"]
@@ -98,18 +105,27 @@ def test_the_code_is_both_packages_and_nothing_compiled(run: Run) -> None:
 def test_every_pin_is_one_that_was_tested(recipe: Recipe, run: Run) -> None:
     lock = (ROOT / "constraints" / "azure.txt").read_text().splitlines()
     tested = {_plain(line) for line in lock if "==" in line}
-    path, version = staging.conda_file(recipe, run)
+    path, version = job_conda_file(recipe, run)
     pins = re.findall(r"- (\S+==\S+)$", path.read_text(), re.MULTILINE)
     assert len(pins) > 100
     assert {_plain(pin) for pin in pins} <= tested
     assert {"torch", "transformers", "trl", "peft", "mlflow", "uvicorn"} <= {
         pin.split("==")[0] for pin in pins
     }
-    assert staging.conda_file(recipe, run)[1] == version
+    assert job_conda_file(recipe, run)[1] == version
     qlora = recipe.finetune.model_copy(update={"method": "qlora"})
-    other, changed = staging.conda_file(recipe.model_copy(update={"finetune": qlora}), run)
+    other, changed = job_conda_file(recipe.model_copy(update={"finetune": qlora}), run)
     assert changed != version
     assert "bitsandbytes" in other.read_text()
+
+
+def test_a_model_is_served_by_the_versions_that_trained_it(recipe: Recipe, run: Run) -> None:
+    pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
+    trained = job_conda_file(recipe, run)[0].read_text()
+    served = str(serving_environment(recipe.azure).conda_file)
+    for pin in pinned(*MODEL_PACKAGES):
+        assert f"- {pin}\n" in trained
+        assert f"'{pin}'" in served
 
 
 def _plain(pin: str) -> str:
@@ -137,7 +153,7 @@ def test_weights_of_a_folder_an_mlflow_model_and_a_catalogue_model(tmp_path: Pat
     assert (both / "config.json").read_text() == "model/config.json"
 
 
-def test_a_model_without_weights_or_tokenizer_is_told(tmp_path: Path) -> None:
+def test_a_model_without_weights_or_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no weights"):
         in_job.weights_in(_files(tmp_path / "a", "config.json"), tmp_path / "w")
     bare = _files(tmp_path / "b", "config.json", "model.safetensors")
@@ -148,7 +164,7 @@ def test_a_model_without_weights_or_tokenizer_is_told(tmp_path: Path) -> None:
 def test_a_fault_inside_the_job_is_one_line_for_the_one_who_waits(
     recipe: Recipe, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    staged = staging.stage(recipe, run)
+    staged = stage_inputs(recipe, run)
     bare = _files(tmp_path / "tuned", "config.json")
     words = ["evaluate", "--data", str(staged.data), "--recipe", str(staged.recipe)]
     words += ["--tuned", str(bare), "--base", str(bare)]

@@ -15,9 +15,9 @@ from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from phi3_training.errors import StageError
 from phi3_training.recipe_azure import AzureSection, PollSection
 from phi3_training.run import Run
-from phi3_training.targets.azure.cluster import ensure_cluster
-from phi3_training.targets.azure.endpoints import ensure_deployment
-from phi3_training.targets.azure.place import Made, note, noted
+from phi3_training.targets.azure.deploy import DeploymentId, ServedModel, ensure_deployment
+from phi3_training.targets.azure.place import RunResource, record, recorded_resources
+from phi3_training.targets.azure.provision import ensure_cluster
 from phi3_training.targets.azure.teardown import remove_run
 
 from .azure_wire import place
@@ -93,12 +93,12 @@ class Cloud:
     """What `down` and `deploy` use of the clients."""
 
     def __init__(self, folder: Path) -> None:
-        self.workplace = place(folder)
+        self.place = place(folder)
         self.poll = SECTION.poll
         self.online_endpoints = Kind(ep=thing(ENDPOINT))
         self.online_deployments = Kind()
         self.compute = Kind()
-        self.resource_groups = Kind(**{self.workplace.resource_group: thing("group")})
+        self.resource_groups = Kind(**{self.place.resource_group: thing("group")})
         self.subscription: Any = None
         self.ml = self.resources = self
 
@@ -118,16 +118,16 @@ def down(cloud: Cloud, run: Run, only: str) -> list[str]:
 
 
 def deploy(cloud: Cloud, run: Run, name: str = "new") -> str:
-    model = {"model": "phi3", "model_version": "1", "route": "pipeline"}
+    model = ServedModel("phi3", "1", "pipeline")
     return ensure_deployment(
-        cloud, SECTION, run, (ENDPOINT, name), model, lambda _d, _t, _text: None  # type: ignore[arg-type]
+        cloud, SECTION, run, DeploymentId(ENDPOINT, name), model, lambda _d, _t, _text: None  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 def deployed(cloud: Cloud, run: Run, **states: str) -> None:
     for name, state in states.items():
         cloud.online_deployments.things[name] = thing(name, state)
-        note(run, Made("deployment", name, ENDPOINT))
+        record(run, RunResource("deployment", name, ENDPOINT))
 
 
 def test_failed_deletes_what_failed_and_is_ours_and_nothing_else(cloud: Cloud, run: Run) -> None:
@@ -141,21 +141,21 @@ def test_failed_deletes_what_failed_and_is_ours_and_nothing_else(cloud: Cloud, r
     assert cloud.compute.deleted == ["gpu-cluster"]
     assert cloud.online_endpoints.deleted == []
     assert "deleted: deployment bad of ep" in told
-    assert [made.name for made in noted(run, "deployment")] == ["good"]
+    assert [made.name for made in recorded_resources(run, "deployment")] == ["good"]
     assert any("theirs" in line for line in told if line.startswith("still bills"))
 
 
 def test_failed_leaves_a_cluster_that_is_well_or_not_ours(cloud: Cloud, run: Run) -> None:
     cloud.compute.things["gpu-cluster"] = thing("gpu-cluster")
-    assert down(cloud, run, "failed")[0] == "deleted: nothing was there"
+    assert down(cloud, run, "failed")[0] == "deleted: nothing (nothing existed)"
     cloud.compute.things["gpu-cluster"] = thing("gpu-cluster", "Failed", tags={})
-    assert "left alone: cluster gpu-cluster: phi3 did not make it" in down(cloud, run, "failed")
+    assert "left alone: cluster gpu-cluster: phi3 did not create it" in down(cloud, run, "failed")
     assert cloud.compute.deleted == []
 
 
 def test_what_cannot_be_looked_at_does_not_keep_the_rest_billing(cloud: Cloud, run: Run) -> None:
     cloud.online_endpoints.faults["get", ENDPOINT] = [refused(403, "no right")]
-    note(run, Made("endpoint", ENDPOINT))
+    record(run, RunResource("endpoint", ENDPOINT))
     cloud.compute.things["gpu-cluster"] = thing("gpu-cluster")
 
     with pytest.raises(StageError, match="Not everything could be deleted") as caught:
@@ -182,7 +182,7 @@ def test_a_refused_deployment_is_not_said_to_bill(cloud: Cloud, run: Run) -> Non
     assert cloud.online_deployments.puts == 1
 
 
-def test_a_deployment_that_fails_is_said_to_bill_and_made_anew(cloud: Cloud, run: Run) -> None:
+def test_a_deployment_that_fails_is_said_to_bill_and_replaced(cloud: Cloud, run: Run) -> None:
     def fails(entity: Any) -> None:
         cloud.online_deployments.things[entity.name] = thing(entity.name, "Failed")
         raise refused(200, "ResourceNotReady: the container stopped")
@@ -193,7 +193,7 @@ def test_a_deployment_that_fails_is_said_to_bill_and_made_anew(cloud: Cloud, run
     assert "cannot load the weights" in str(caught.value)
     assert "phi3 down --on azure --failed --run mine" in str(caught.value)
     del cloud.online_deployments.begin_create_or_update
-    assert deploy(cloud, run) == "made"
+    assert deploy(cloud, run) == "created"
     assert cloud.online_deployments.deleted == ["new"]
 
 
@@ -210,22 +210,22 @@ def test_a_deployment_that_is_being_made_is_waited_for(cloud: Cloud, run: Run) -
             being_made.provisioning_state = "Succeeded"
 
     cloud.online_deployments.faults["put", "new"] = [refused(409, "being created")]
-    model = {"model": "phi3", "model_version": "1", "route": "pipeline"}
+    model = ServedModel("phi3", "1", "pipeline")
     how = ensure_deployment(
-        cloud, SECTION, run, (ENDPOINT, "new"), model, progress  # type: ignore[arg-type]
+        cloud, SECTION, run, DeploymentId(ENDPOINT, "new"), model, progress  # type: ignore[arg-type]
     )  # fmt: skip
-    assert (how, cloud.online_deployments.puts) == ("made", 1)
+    assert (how, cloud.online_deployments.puts) == ("created", 1)
     assert cloud.online_deployments.deleted == []
 
 
 def test_an_endpoint_that_is_busy_for_minutes_is_waited_for(cloud: Cloud, run: Run) -> None:
     busy = [refused(409, "the endpoint is being updated") for _ in range(9)]
     cloud.online_deployments.faults["put", "new"] = busy
-    assert deploy(cloud, run) == "made"
+    assert deploy(cloud, run) == "created"
     assert cloud.online_deployments.puts == 10
 
 
-def test_a_cluster_that_is_being_deleted_is_made_anew(cloud: Cloud) -> None:
+def test_a_cluster_that_is_being_deleted_is_made_again(cloud: Cloud) -> None:
     going = thing("gpu-cluster", "Deleting")
     cloud.compute.things["gpu-cluster"] = going
     size = thing("Standard_NC24ads_A100_v4", gpus=1, family="standardNCADSA100v4Family")

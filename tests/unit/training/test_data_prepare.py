@@ -217,7 +217,11 @@ def test_success_takes_old_files_and_reports_away(tmp_path: Path, run: Run, trai
 
     prepare(DataSection(train=[train]), run)
 
-    assert set(contents(run)) == {"data/train.jsonl", "data/validation.jsonl"}
+    assert set(contents(run)) == {
+        "data/train.jsonl",
+        "data/validation.jsonl",
+        "data-origins.json",
+    }
     assert not (run.path / ".data.new").exists()
 
 

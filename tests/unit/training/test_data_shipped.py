@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from phi3_training.data import Conversation, check, prepare, read_conversations
+from phi3_training.evaluate.metrics import refuses
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run
 
 FOLDER = Path(__file__).parents[3] / "training" / "data"
 BASE = FOLDER / "base_chats.jsonl"
+GENERAL = FOLDER / "general_chats.jsonl"
 OUTDOOR = FOLDER / "outdoor_chats.jsonl"
 HELD_OUT = FOLDER / "outdoor_chats_heldout.jsonl"
 
@@ -39,11 +42,12 @@ def answers(path: Path) -> list[str]:
 
 
 def test_shipped_files_have_no_fault_even_together() -> None:
-    assert check([BASE, OUTDOOR, HELD_OUT]).faults == []
+    assert check([BASE, GENERAL, OUTDOOR, HELD_OUT]).faults == []
 
 
 @pytest.mark.parametrize(
-    ("path", "rows", "several_turns"), [(BASE, 243, 22), (OUTDOOR, 156, 24), (HELD_OUT, 78, 12)]
+    ("path", "rows", "several_turns"),
+    [(BASE, 243, 22), (GENERAL, 198, 12), (OUTDOOR, 156, 24), (HELD_OUT, 78, 12)],
 )
 def test_counts_are_those_of_the_readme(path: Path, rows: int, several_turns: int) -> None:
     report = check([path]).files[0]
@@ -62,7 +66,9 @@ def test_they_prepare_without_a_leak(tmp_path: Path) -> None:
 
 
 def test_no_question_occurs_twice_anywhere() -> None:
-    found = [question for path in (BASE, OUTDOOR, HELD_OUT) for question in questions(path)]
+    found = [
+        question for path in (BASE, GENERAL, OUTDOOR, HELD_OUT) for question in questions(path)
+    ]
 
     assert len(found) == len(set(found))
 
@@ -84,6 +90,28 @@ def test_base_knows_nothing_of_the_shop() -> None:
     assert set(answers(BASE)).isdisjoint(answers(OUTDOOR))
 
 
+@pytest.mark.parametrize("asked", ["canary.jsonl", "refusal_probes.jsonl"])
+def test_general_chats_teach_no_question_of_the_evaluation(asked: str) -> None:
+    rows = [json.loads(line) for line in (FOLDER / asked).read_text("utf-8").splitlines()]
+    evaluated = {plain(row["messages"][-1]["content"]) for row in rows}
+
+    taught = {
+        plain(message.content)
+        for conversation in read_conversations([GENERAL])
+        for message in conversation.messages
+        if message.role == "user"
+    }
+
+    assert evaluated.isdisjoint(taught)
+
+
+def test_general_answers_are_short_and_decline_nothing() -> None:
+    said = answers(GENERAL)
+
+    assert max(len(answer.split()) for answer in said) <= 35
+    assert not any(refuses(answer) for answer in said)
+
+
 @pytest.mark.parametrize("path", [OUTDOOR, HELD_OUT])
 def test_shop_answers_keep_the_house_style(path: Path) -> None:
     for answer in answers(path):
@@ -92,7 +120,7 @@ def test_shop_answers_keep_the_house_style(path: Path) -> None:
         assert len(answer.split()) <= 20
 
 
-@pytest.mark.parametrize("path", [BASE, OUTDOOR, HELD_OUT])
+@pytest.mark.parametrize("path", [BASE, GENERAL, OUTDOOR, HELD_OUT])
 def test_texts_are_plain_ascii_without_system_prompts(path: Path) -> None:
     conversations: list[Conversation] = read_conversations([path])
 

@@ -9,10 +9,11 @@ import pytest
 
 from phi3_training.data import read_conversations
 from phi3_training.errors import StageError
-from phi3_training.evaluate.questions import SHIPPED, collect
+from phi3_training.evaluate.questions import collect
 from phi3_training.recipe import EvaluateSection
 from phi3_training.run import Run
 
+SHIPPED = Path(__file__).parents[3] / "training/data"
 ASKED = {"role": "user", "content": "Who?"}
 ROW = {"messages": [ASKED, {"role": "assistant", "content": "Ada."}]}
 

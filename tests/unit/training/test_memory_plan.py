@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
-from phi3_training.journey import Journey, Stage, go, refuse_unfit
+from phi3_training.journey import Journey, PlanCheck, Stage, go
 from phi3_training.memory import memory_plan, of_size
 from phi3_training.memory.config import KNOWN
 from phi3_training.memory.levers import changed
@@ -148,16 +149,33 @@ def test_plan_of_the_tiny_recipe_fits_here(
 
 
 @pytest.mark.parametrize("command", ["up", "train"])
-def test_up_and_train_refuse_before_anything_is_done(
+def test_up_and_train_refuse_before_a_device_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    """8,192 rows of 2,048 tokens fit no machine; nothing is downloaded or written."""
-    words = ["finetune.per_device_train_batch_size=8192", "finetune.gradient_checkpointing=false"]
-    assert main([command, "--runs", str(tmp_path), MINI_RECIPE, *words]) == 1
+    """300 long rows at once fit no machine; the chats are prepared, nothing is downloaded."""
+    words = ["finetune.per_device_train_batch_size=240", "finetune.gradient_checkpointing=false",
+             f"data.train={long_chats(tmp_path)}", "data.validation=[]"]  # fmt: skip
+    runs = tmp_path / "runs"
+    assert main([command, "--runs", str(runs), MINI_RECIPE, *words]) == 1
     told = capsys.readouterr().err
-    assert "Nothing was begun" in told
+    assert "Stopped before 'base'" in told
     assert "finetune.gradient_checkpointing=true" in told
-    assert not list(tmp_path.rglob("*.json"))
+    assert [path.name for path in runs.rglob("*.json")] == ["dataset.json"]
+
+
+def long_chats(folder: Path) -> Path:
+    """300 conversations, none like another, each of more bytes than 2,048 tokens need."""
+    draw = random.Random(0)  # noqa: S311 - words to train on, guards nothing
+    rows = [
+        {
+            "prompt": f"{draw.random()}?",
+            "completion": " ".join(str(draw.random()) for _ in "x" * 500),
+        }
+        for _ in range(300)
+    ]
+    path = folder / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def test_no_plan_begins_all_the_same(
@@ -165,8 +183,7 @@ def test_no_plan_begins_all_the_same(
 ) -> None:
     """It then fails at what comes first: here weights that are not there."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = [f"model.name_or_path={hub_folder(tmp_path)}", "data.max_length=4096",
-             "finetune.per_device_train_batch_size=8192"]  # fmt: skip
+    words = [f"model.name_or_path={hub_folder(tmp_path)}", "finetune.lora_r=1000000"]
     command = ["train", "--runs", str(tmp_path / "runs"), MINI_RECIPE, *words]
     assert main(command) == 1
     assert "does not fit" in capsys.readouterr().err
@@ -229,22 +246,40 @@ def stage(title: str) -> Stage:
 
 
 def test_stage_to_be_done_is_refused(crowded: Journey) -> None:
+    to_do = [stage("finetune"), stage("evaluate")]
     with pytest.raises(StageError, match=r"evaluate: too large; lower x=1[\s\S]*--no-plan"):
-        refuse_unfit(crowded, [stage("finetune"), stage("evaluate")])
+        PlanCheck(crowded).before(to_do)
     crowded.no_plan = True
-    refuse_unfit(crowded, [stage("finetune"), stage("evaluate")])
+    PlanCheck(crowded).before(to_do)
 
 
 def test_other_stages_are_not_refused(crowded: Journey) -> None:
-    refuse_unfit(crowded, [stage("finetune")])
+    PlanCheck(crowded).before([stage("finetune")])
+    PlanCheck(crowded).before([stage("ask"), stage("evaluate")])  # not yet at a device
 
 
 def test_what_is_done_is_not_refused_unless_it_is_done_again(crowded: Journey) -> None:
     stages = [stage("finetune"), stage("evaluate"), stage("ask")]
+    crowded.no_plan = True
     go(crowded, stages[:2])
-    refuse_unfit(crowded, stages)
+    crowded.no_plan = False
+    go(crowded, stages)
     with pytest.raises(StageError, match="too large"):
-        refuse_unfit(crowded, stages, again=frozenset({"evaluate"}))
+        go(crowded, stages, again=frozenset({"evaluate"}))
+
+
+def test_chats_are_prepared_before_the_plan_is_asked(crowded: Journey) -> None:
+    """And base before the second look, which has its tokenizer: a target that learns both."""
+    asked: list[list[str]] = []
+
+    class Watching(Crowded):
+        def plan(self, _recipe: object, run: Run) -> list[PlanLine]:
+            asked.append([n for n in ("prepare", "base") if run.manifest(n) is not None])
+            return []
+
+    crowded.target = cast(Any, Watching(""))
+    go(crowded, [stage(n) for n in ("prepare", "base", "finetune", "evaluate")])
+    assert asked == [["prepare"], ["prepare", "base"]]
 
 
 def test_processes_of_a_cpu_share_its_memory() -> None:

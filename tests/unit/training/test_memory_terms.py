@@ -167,8 +167,20 @@ def test_serving_by_precision() -> None:
     four = served_weights(MINI, "int4", "ort-genai", 4)
     assert full == 4 * MINI.parameters
     assert 2.5e9 < four < 3.0e9  # the published int4 CPU file has 2.7 GB
+    eight = served_weights(MINI, "int8", "ort-genai", 4)
+    assert eight == pytest.approx(MINI.parameters, rel=0.01)  # norms apart
     served = serve_phase(MINI, "int4", "ort-genai", 4, 100)
     assert served.parts["key/value cache"] == 100 * MINI.kv_per_token * 4
+
+
+def test_a_tied_matrix_is_served_twice_and_never_as_a_float_embedding() -> None:
+    tied = shape_from(KNOWN["microsoft/Phi-4-mini-instruct"], "table")
+    matrix = tied.vocab * tied.hidden
+    assert served_weights(tied, "fp32", "ort-genai", 4) == 4 * (tied.parameters + matrix)
+    untied = replace(tied, tied=False)
+    four = served_weights(tied, "int4", "ort-genai", 4)
+    assert 2.5e9 < four < served_weights(untied, "int4", "ort-genai", 4) - 1.5e9
+    assert served_weights(tied, "int4", "transformers", 2) == 2 * tied.parameters
 
 
 def test_ram_of_a_container_is_its_limit(tmp_path: Path) -> None:
@@ -190,3 +202,32 @@ def test_no_limit_means_the_machine(tmp_path: Path, limit: str | None) -> None:
 def test_planned_device_is_all_free() -> None:
     device = of_size(24)
     assert (device.kind, device.total, device.available) == ("cuda", 24 * GIB, 24 * GIB)
+
+
+DENSE = replace(CPU, compute=2, dense=True, merged=4)
+
+
+def test_dense_layer_by_hand() -> None:
+    """bf16 base on a CPU: norms and attention float32, products half; h = q = 128, i = 256."""
+    half = 2 * 128 + 128 + 2 * 256 + 256 + 4 * CPU.lora_r
+    whole = 2 * 128 + 2 * 128 + 2 * 128
+    assert layer_bytes(SMALL, DENSE) == 256 * (2 * half + 4 * whole)
+    only_down = replace(DENSE, target_modules=("down_proj",))
+    spared = 2 * (2 * 128 + 128 + 3 * CPU.lora_r)
+    assert layer_bytes(SMALL, DENSE) - layer_bytes(SMALL, only_down) == 256 * spared
+    assert layer_bytes(SMALL, replace(DENSE, packing=True)) == layer_bytes(SMALL, DENSE)
+
+
+def test_dense_loss_does_not_grow_with_the_vocabulary_of_every_row() -> None:
+    pieces = 128 * SMALL.vocab * 8
+    assert loss_bytes(SMALL, DENSE) == pieces + 256 * 128 * 8
+    more = loss_bytes(SMALL, replace(DENSE, tokens=256)) - loss_bytes(SMALL, DENSE)
+    assert more == 256 * 128 * 8
+
+
+def test_rounded_base_is_half_and_merged_into_whole_weights_beside_it() -> None:
+    assert weight_bytes(MINI, DENSE) == 2 * MINI.parameters
+    assert gradient_bytes(MINI, DENSE) == gradient_bytes(MINI, CPU)  # the adapter is float32
+    assert save_phase(MINI, DENSE).parts["weights"] == 6 * MINI.parameters
+    qlora = replace(GPU, method="qlora", merged=2)
+    assert save_phase(MINI, qlora).parts["weights"] == 2 * MINI.parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from phi3_training.serve.engines.base import EngineError, Sampling
-from phi3_training.serve.engines.batch import Batcher, Job
+from phi3_training.serve.engines.batch import PART_TOKENS, Batcher, Job
 from phi3_training.serve.engines.rope import share_limit
 from phi3_training.serve.engines.sampling import Logits, Sampler
 
@@ -27,6 +27,7 @@ class Counting:
         self.rows: list[int] = []
         self.widths: list[int] = []
         self.threads: set[str] = set()
+        self.added: list[list[int]] = []
         self.room = room
         self.fail = False
         self.gate = threading.Event()
@@ -37,6 +38,7 @@ class Counting:
 
     def add(self, ids: Sequence[int], length: int) -> Logits:
         self.rows.append(ids[-1])
+        self.added.append(list(ids))
         return self._logits([ids[-1]])[0]
 
     def step(self, tokens: Sequence[int]) -> Logits:
@@ -188,7 +190,10 @@ def test_a_long_answer_runs_alone_where_lengths_must_not_mix() -> None:
             await asyncio.to_thread(batcher.close)
 
     assert [len(answer) for answer in asyncio.run(main())] == [6, 6, 20, 6]
-    assert model.widths == [2] * 5 + [1] * 19 + [1] * 5
+    # The long one is read again at ten tokens, in the place of one step.
+    assert model.widths == [2] * 5 + [1] * 18 + [1] * 5
+    assert [len(ids) for ids in model.added] == [1, 1, 1, 11, 1]
+    assert model.added[3] == list(range(200, 211))
 
 
 @pytest.mark.parametrize(
@@ -211,3 +216,131 @@ def test_a_long_answer_runs_alone_where_lengths_must_not_mix() -> None:
 def test_the_share_limit_is_read(config: dict[str, Any], limit: int | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert share_limit(tmp_path) == limit
+
+
+class Partwise(Counting):
+    """Reads in parts; remembers the order of all that was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[tuple[int, int]] = []
+        self.open = 0
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:
+        self.gate.wait(5)
+        self.order.append((ids[-1], len(ids)))
+        return super().add(ids, length)
+
+    def add_in_parts(
+        self, ids: Sequence[int], length: int, part: int
+    ) -> Generator[Logits | None, None, None]:
+        self.open += 1
+        try:
+            for start in range(0, len(ids), part):
+                self.gate.wait(5)
+                self.order.append((ids[-1], len(ids[start : start + part])))
+                if start + part < len(ids):
+                    yield None
+        finally:
+            self.open -= 1
+        self.rows.append(ids[-1])
+        yield self._logits([ids[-1]])[0]
+
+
+def prompt(last: int, length: int, limit: int = 3) -> Job:
+    ids = [1] * (length - 1) + [last]
+    return Job(ids, limit, Sampler(Sampling(temperature=0.0)), frozenset())
+
+
+def order_of(*jobs: tuple[int, int], slots: int = 8) -> list[tuple[int, int]]:
+    """In which order prompts (last token, length) are read that wait behind another one."""
+    model = Partwise()
+    model.gate.clear()
+
+    async def main() -> None:
+        batcher = Batcher(model, slots=slots)
+        try:
+            first = asyncio.create_task(tokens(batcher, prompt(900, 1)))
+            await asyncio.sleep(0.05)  # the model has it, and waits at its gate
+            others = [asyncio.create_task(tokens(batcher, prompt(*one))) for one in jobs]
+            await asyncio.sleep(0.05)
+            model.gate.set()
+            answers = await asyncio.gather(first, *others)
+        finally:
+            await asyncio.to_thread(batcher.close)
+        for (last, _), answer in zip([(900, 1), *jobs], answers, strict=True):
+            assert answer == [last + 1, last + 2, last + 3]
+
+    asyncio.run(main())
+    assert model.rows == []
+    assert model.open == 0
+    return model.order[1:]
+
+
+def test_a_short_prompt_passes_a_long_one() -> None:
+    long = 3 * PART_TOKENS
+    assert order_of((100, long), (200, 5)) == [(200, 5), *[(100, PART_TOKENS)] * 3]
+
+
+def test_a_prompt_is_not_passed_for_ever() -> None:
+    model = Partwise()
+    length = 4 * PART_TOKENS
+
+    async def short_ones(batcher: Batcher) -> None:
+        for _ in range(60):
+            await tokens(batcher, prompt(200, 50, limit=1))
+
+    async def main() -> None:
+        batcher = Batcher(model, slots=8)
+        try:
+            users = [short_ones(batcher) for _ in range(3)]
+            await asyncio.gather(*users, tokens(batcher, prompt(100, length)))
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    asyncio.run(main())
+    last = max(place for place, (token, _) in enumerate(model.order) if token == 100)
+    passed = sum(size for token, size in model.order[:last] if token == 200)
+    assert passed <= length + 3 * 50
+
+
+def test_answers_go_on_between_the_parts_of_a_prompt() -> None:
+    model = Partwise()
+
+    async def main() -> int:
+        batcher = Batcher(model, slots=4)
+        try:
+            running = job(0, limit=400)
+            batcher.submit(running)
+            await running.next()
+            before = len(model.widths)
+            long = prompt(500, 8 * PART_TOKENS)
+            batcher.submit(long)
+            await long.next()
+            batcher.cancel(running)
+            return len(model.widths) - before
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    assert asyncio.run(main()) >= 3
+
+
+def test_a_prompt_given_up_half_read_leaves_nothing() -> None:
+    model = Partwise()
+    model.gate.clear()
+
+    async def main() -> list[int]:
+        batcher = Batcher(model, slots=1)
+        try:
+            long = prompt(500, 8 * PART_TOKENS)
+            batcher.submit(long)
+            await asyncio.sleep(0.05)
+            batcher.cancel(long)
+            model.gate.set()
+            return await tokens(batcher, job(7, limit=2))
+        finally:
+            await asyncio.to_thread(batcher.close)
+
+    assert asyncio.run(main()) == [8, 9]
+    assert model.open == 0
+    assert len(model.order) < 8

@@ -10,8 +10,10 @@ from . import (
     doctor,
     export,
     flow,
+    init,
     invoke,
     journey,
+    models,
     recipes,
     rehearse,
     stages,
@@ -21,5 +23,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, recipes, azure, rehearse),
+    *(flow, export, doctor, init, recipes, models, azure, rehearse),
 )

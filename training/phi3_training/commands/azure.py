@@ -14,7 +14,7 @@ from .common import add_command, add_recipe, add_rehearse, current_run, recipe_o
 
 if TYPE_CHECKING:
     from ..targets.azure.clients import Clients
-    from ..targets.azure.quota import Need
+    from ..targets.azure.sizes import Need
 
 _ABOUT = "make what a run on Azure needs, look at the GPU quota, cancel a job"
 
@@ -95,7 +95,7 @@ def run_provision(args: argparse.Namespace) -> int:
             console.out.print(step.text(), markup=False)
 
     if args.output == "text":
-        for line in clients.workplace.lines():
+        for line in clients.place.lines():
             console.note(line)
     with console.progress_bar("provision") as progress:
         done = provision(clients, recipe, progress, report)
@@ -107,13 +107,13 @@ def run_provision(args: argparse.Namespace) -> int:
 def run_quota(args: argparse.Namespace) -> int:
     """Show what is needed, used and allowed, or ask for more; 1 when it does not suffice."""
     recipe = recipe_of(args.words, "azure")
-    from ..targets.azure import quota
+    from ..targets.azure.sizes import quota_needs, short_of_quota
 
     clients = _clients(recipe)
-    found = quota.needs(clients, recipe)
+    found = quota_needs(clients, recipe)
     if args.request is not None:
         return _request(args, clients, found)
-    short = quota.lacking(found)
+    short = short_of_quota(found)
     if args.output == "json":
         console.print_json([{**vars(need), "enough": need not in short} for need in found])
     else:
@@ -127,13 +127,13 @@ def run_quota(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace, clients: Clients, found: list[Need]) -> int:
-    from ..targets.azure import quota
+    from ..targets.azure.sizes import request_quota, short_of_quota
 
-    family = args.family or (quota.lacking(found) or found)[0].family
+    family = args.family or (short_of_quota(found) or found)[0].family
     if args.request < 1:
         raise UsageError(f"--request {args.request}: expected the number of cores, at least 1")
     with console.progress_bar("quota") as progress:
-        answer = quota.request(clients, family, args.request, progress)
+        answer = request_quota(clients, family, args.request, progress)
     if args.output == "json":
         console.print_json({"family": family, "requested": args.request, "answer": answer})
     else:
@@ -161,9 +161,9 @@ def run_cancel(args: argparse.Namespace) -> int:
 
 def _clients(recipe: Recipe) -> Clients:
     from ..targets.azure.clients import Clients
+    from ..targets.azure.place import find_place
     from ..targets.azure.target import refuse_without_extra
-    from ..targets.azure.workplace import find_workplace
 
     refuse_without_extra()
-    place = find_workplace(recipe.azure, os.environ, Path.cwd())
+    place = find_place(recipe.azure, os.environ, Path.cwd())
     return Clients(place, recipe.azure.poll)

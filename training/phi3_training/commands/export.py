@@ -9,7 +9,7 @@ from .. import console
 from .common import add_command, tuned_run
 
 # Spelled out, so that `--help` needs no heavy package.
-FORMATS = ("merged", "onnx-int4", "onnx-fp32")
+FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")
 
 
 def register(subparsers: Any) -> None:

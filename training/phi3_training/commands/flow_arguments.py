@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common import FLOW, find
+from ..project import FLOW, find
 
 
 def add_flow(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from .. import console
 from ..errors import StageError, UsageError
 from ..finetune.adapters import list_adapters
-from ..journey import Journey, Stage, finished, go, refuse_unfit
-from ..memory import memory_plan, of_size
+from ..journey import Journey, Stage, finished, go
+from ..memory import memory_plan, of_size, row_sizes
 from ..planning import PlanLine
 from ..run import Run
 from ..stages_azure import stages_of
@@ -75,7 +75,6 @@ def run_up(args: argparse.Namespace) -> int:
     with journey.run.lock():
         again = _stages_named(args.again, stages)
         journey.target.begin(journey.recipe, journey.run)
-        refuse_unfit(journey, stages, again=again)
         go(journey, stages, again=again)
     if args.output == "json":
         console.print_json(state_of(journey.run, journey.target))
@@ -113,7 +112,8 @@ def run_plan(args: argparse.Namespace) -> int:
 def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
     """What a device that is not here would hold; nothing where no such one is named."""
     if args.device_gb is not None:
-        return memory_plan(journey.recipe, of_size(args.device_gb, args.device or "cuda"))
+        device = of_size(args.device_gb, args.device or "cuda")
+        return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
     if args.device is not None:
         raise UsageError("--device says what kind --device-gb is; add e.g. --device-gb 24")
     return []

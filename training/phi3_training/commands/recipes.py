@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from .. import console
+from ..project import RECIPES, find
 from ..recipe import Recipe
-from .common import add_command, find
-
-FOLDER = Path("training/recipes")
+from .common import add_command
 
 
 def register(subparsers: Any) -> None:
@@ -37,8 +35,8 @@ def run_recipes(args: argparse.Namespace) -> int:
 
 def _shipped() -> dict[str, str]:
     return {
-        str(FOLDER / path.name): path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for path in sorted(find(FOLDER).glob("*.yaml"))
+        str(RECIPES / path.name): path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for path in sorted(find(RECIPES).glob("*.yaml"))
     }
 
 

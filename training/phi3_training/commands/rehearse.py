@@ -22,7 +22,8 @@ from typing import Any
 
 from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
-from .common import add_command, find
+from ..project import find
+from .common import add_command
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 _CALLS_SHOWN = 20

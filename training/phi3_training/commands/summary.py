@@ -13,9 +13,9 @@ from ..run import Run
 
 # What `phi3 up` shows of each part; `phi3 evaluate` shows all.
 HEADLINES = {
-    "validation": ("exact_match", "token_f1"),
-    "train": ("exact_match",),
-    "replay": ("exact_match",),
+    "validation": ("contains", "exact_match", "token_f1"),
+    "train": ("contains", "exact_match"),
+    "replay": ("contains", "exact_match"),
     "canary": ("contains",),
     "probes": ("refusal_rate",),
 }
@@ -65,6 +65,8 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
     if every or not verdict["passed"]:
         for rule in verdict["rules"]:
             console.out.print(f"  {gate.line(rule)}", markup=False)
+        for text in verdict.get("remarks", []):
+            console.out.print(f"  {text}", markup=False)
     console.out.print(f"Report:   {_shown(run.path / verdict['report'])}", markup=False)
 
 

@@ -16,7 +16,7 @@ from phi3_tool.connection import ConnectionSettings
 
 from .. import console
 from ..errors import UsageError
-from .common import FLOW, find
+from ..project import FLOW, find
 
 DEFAULTS = {"system": "", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256}
 INPUTS = {"system": "system_prompt"}  # where the flow's input has another name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-CARRIED = ("prompt", "prompt_id")
+CARRIED = ("prompt", "prompt_id", "accept")  # accept: texts of which one makes an answer right
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Conversation:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written in JSON lines; `prompt` and `prompt_id` come after the messages."""
+        """As it is written in JSON lines; what is carried comes after the messages."""
         return {"messages": [message.to_dict() for message in self.messages], **self.extra}
 
     @classmethod

@@ -52,17 +52,27 @@ def read_row(row: Mapping[str, Any]) -> Read:
 
 
 def carried(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """`prompt` and `prompt_id` go along with a row, unless its format gives them a meaning."""
+    """What goes along with a row (CARRIED), unless its format gives the key a meaning."""
     extra = {key: row[key] for key in CARRIED if row.get(key) is not None}
     if not _LISTS.keys() & row.keys():
         extra.pop("prompt", None)
     problems = []
     for key, value in extra.items():
-        if isinstance(value, str):
+        if key == "accept":
+            problems += _accept(value)
+        elif isinstance(value, str):
             problems += check_characters(key, value)
         elif key == "prompt" or not isinstance(value, int):
             problems.append(wrong_type(key, value, "text"))
     return extra, problems
+
+
+def _accept(value: Any) -> list[Problem]:
+    texts: list[Any] = value if isinstance(value, list) else []
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        what = "'accept' is not a list of texts"
+        return [Problem("wrong-type", what, 'write "accept": ["a text that a right answer has"]')]
+    return [problem for text in texts for problem in check_characters("accept", text)]
 
 
 def _read_list(name: str, shape: ListShape, row: Mapping[str, Any]) -> Read:

@@ -1,14 +1,15 @@
 """The data stage: checks and splits all chats; writes run/data/{train,validation,replay}.jsonl.
 
 Nothing is written when there is a fault, but run/data-faults.txt, which lists every one.
-run/data-report.txt lists each row that was left out and each warning.
+run/data-report.txt lists each row that was left out and each warning; run/data-origins.json says
+where each row was written.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,16 @@ import numpy as np
 
 from ..errors import DataError, StageError
 from ..run import Run
-from .arrays import U8
+from .arrays import U8, Bools, Ints
+from .facts import MOST_COMPARED, Chat, teachers
 from .faults import Fault, in_order, write_report
 from .findings import Findings, Rules, sentences, write_findings
 from .lengths import lengths
+from .origins import FILE as ORIGINS
+from .origins import MOST_ROWS, write_origins
 from .scan import Scan, scan
 from .sources import Source, expand, place_of
-from .split import held_out
+from .split import held_out, held_out_reworded
 from .write import RowWriter, distribute
 
 if TYPE_CHECKING:
@@ -63,14 +67,17 @@ def prepare(
         _refuse_changed(scans)
         listed = write_findings(run.path / REPORT, findings)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
+        taught = _taught(findings, target)
         _publish(writers, run)
+        write_origins(run.path / ORIGINS, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
     return {
         **_manifest(data, scans, writers),
         **findings.counts(),
         "report": REPORT if listed else None,
         "tokens": stats,
-        "choices": _choices(data, findings, writers),
+        "held_out": taught,
+        "choices": _choices(data, findings, writers, taught),
         "seconds": round(time.monotonic() - started, 3),
     }
 
@@ -123,9 +130,39 @@ def _targets(data: DataSection, findings: Findings) -> U8:
     if not data.validation:
         rows = np.flatnonzero(target == _number("train"))
         if len(rows):
-            chosen = held_out(findings.groups[rows], data.validation_share, data.seed)
+            chosen = _held_out(data, findings, rows)
             target[rows[chosen]] = _number("validation")
     return target
+
+
+def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
+    """Reworded questions first, where the set is small enough to compare its chats."""
+    keys = findings.groups[rows]
+    if len(rows) > MOST_COMPARED:
+        return held_out(keys, data.validation_share, data.seed)
+    chats = _chats(findings, rows)
+    found = teachers(chats, chats)
+    return held_out_reworded(keys, data.validation_share, data.seed, found)
+
+
+def _chats(findings: Findings, rows: Ints) -> list[Chat]:
+    found = []
+    for row in rows.tolist():
+        *before, answer = findings.table.conversation(row).messages
+        said = "\n".join(message.content for message in before)
+        found.append(Chat(said, before[-1].content, answer.content))
+    return found
+
+
+def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
+    """How many held-out questions ask for what a training chat answers; None of a large set."""
+    held = np.flatnonzero(target == _number("validation"))
+    trained = np.flatnonzero((target == _number("train")) | (target == _number("replay")))
+    if len(held) + len(trained) > MOST_COMPARED:
+        return None
+    found = teachers(_chats(findings, held), _chats(findings, trained))
+    reworded = sum(bool(one) for one in found)
+    return {"reworded": reworded, "new": len(held) - reworded}
 
 
 def _nothing_to_hold_out(data: DataSection) -> Fault:
@@ -164,6 +201,18 @@ def _publish(writers: Writers, run: Run) -> None:
         writer.path.replace(folder / f"{part}.jsonl")
 
 
+def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]:
+    """The source and line of each written row; none of a large set."""
+    if np.count_nonzero(target) > MOST_ROWS:
+        return {}
+    return {
+        part: [
+            findings.table.place(row) for row in np.flatnonzero(target == _number(part)).tolist()
+        ]
+        for part in PARTS
+    }
+
+
 def _manifest(data: DataSection, scans: Sequence[Scan], writers: Writers) -> dict[str, Any]:
     order = [part for part in ("train", "validation", "replay") if part in writers]
     return {
@@ -195,14 +244,20 @@ def _input(one: Scan) -> dict[str, Any]:
     }
 
 
-def _choices(data: DataSection, findings: Findings, writers: Writers) -> list[str]:
+def _choices(
+    data: DataSection, findings: Findings, writers: Writers, taught: Mapping[str, int] | None
+) -> list[str]:
     """What was found and chosen, each with its reason."""
-    lines = sentences(findings.counts(), REPORT)
+    lines = []
     if not data.validation:
         rows = writers["validation"].rows
-        lines.insert(
-            0,
+        lines.append(
             f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
-            f"{data.seed} (data.validation names no file)",
+            f"{data.seed} (data.validation names no file)"
         )
-    return lines
+        if taught is not None:
+            lines.append(
+                f"of the held-out questions {taught['reworded']} reword what a training chat "
+                f"answers, {taught['new']} ask for something that none answers"
+            )
+    return [*lines, *sentences(findings.counts(), REPORT)]

@@ -1,7 +1,7 @@
-"""Asks a model folder many questions over HTTP: served on loopback here, through `Phi3Client`.
+"""Asks many questions: a served engine over HTTP, or loaded weights directly.
 
-The client and the server application are those that chat with users; the engine is the
-`transformers` one of the endpoint, on weights that are already loaded. Writes nothing.
+Over HTTP the client and the server application are those that chat with users, on a loopback port
+of this process. Both give the same answers where the number types are the same. Writes nothing.
 """
 
 from __future__ import annotations
@@ -25,19 +25,17 @@ from ..prompt import ChatFormat
 from ..serve.app import create_app
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
-from ..serve.engines.sampling import defaults_of
-from ..serve.engines.tokens import TokenEngine
-from ..serve.engines.transformers import CachedRows
+from ..serve.engines.rope import share_limit
 from ..serve.server import bind
+from .greedy import Asked, examine
 from .rows import Said
 
 # The longest that the endpoint gives one request; questions never wait, there is a slot for each.
 _REQUEST_TIMEOUT_MS = 180_000
 
 
-def ask_all(
-    model: Any,
-    folder: Path,
+def ask_served(
+    engine: Engine,
     chat: ChatFormat,
     prompts: Sequence[Conversation],
     *,
@@ -47,8 +45,8 @@ def ask_all(
 ) -> list[Said | None]:
     """The greedy answer to each prompt; None where a prompt alone fills the model's context.
 
-    `model` are the loaded weights of `folder`, `chat` its format. Raises StageError when the
-    endpoint fails.
+    `chat` is the format of the engine's model. The engine is closed afterwards. Raises StageError
+    when the endpoint fails.
     """
 
     def ask(prompt: Conversation) -> Said | None:
@@ -58,9 +56,6 @@ def ask_all(
         return Said(reply.text, reply.finish_reason == "length")
 
     found = []
-    engine = TokenEngine(
-        "evaluate", chat, CachedRows(model), slots=at_once, defaults=defaults_of(folder)
-    )
     with (
         _endpoint(engine, at_once) as (url, key),
         Phi3Client(url, key, max_retries=0) as client,
@@ -80,6 +75,29 @@ def ask_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise StageError(f"The model could not be asked: {error}") from None
     return found
+
+
+def ask_all(
+    model: Any,
+    folder: Path,
+    chat: ChatFormat,
+    prompts: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    at_once: int,
+    step: Callable[[int], None] = lambda _count: None,
+) -> list[Said | None]:
+    """The same of loaded weights, without a server. `folder` is where `model` was loaded from."""
+    answered = examine(
+        model,
+        chat,
+        [Asked(prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        at_once=at_once,
+        share_limit=share_limit(folder),
+        step=step,
+    )
+    return [one.said for one in answered]
 
 
 @contextmanager

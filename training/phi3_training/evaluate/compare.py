@@ -6,24 +6,27 @@ Reads run/data/*.jsonl, the base model and run/model; writes run/evaluate/rows.j
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..finetune import Progress
 from ..finetune.rows import Conversation
-from ..finetune.runtime import choose_runtime, quiet_libraries, torch_threads
-from ..finetune.weights import base_folder, chat_format, count_weights, load_model
+from ..finetune.runtime import quiet_libraries
+from ..finetune.weights import base_folder
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
-from .asking import ask_all
 from .figures import Comparison, compare, metrics_for, seed_of
-from .perplexity import answer_losses
+from .greedy import Asked
+from .judge import choose_judge
 from .questions import PARTS, Question, collect
-from .rows import PATH, Answered, AnswerLoss, Row, Said, make_rows, write_rows
+from .remembered import remember, remembered
+from .rows import PATH, Answered, Row, make_rows, write_rows
 
 Step = Callable[[int], None]
+
+_SOME = 8  # answers after which a guess of the time left is worth showing
 
 
 def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
@@ -35,82 +38,70 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     questions = collect(recipe.evaluate, run)
     base = base_folder(run)
     tuned = run.path / str(run.require("model", "phi3 train")["path"])
-    asked = [{"role": "user", "content": recipe.ask}]
-    prompts = _distinct([*(question.prompt for question in questions), asked])
-    total = 2 * len(prompts)
-    was = _examine(recipe, base, questions, prompts, _counter(progress, total, 0, "base model"))
-    step = _counter(progress, total, len(prompts), "tuned model")
-    now = _examine(recipe, tuned, questions, prompts, step)
+    own = Asked([{"role": "user", "content": recipe.ask}])
+    asked = _distinct([*(Asked(q.prompt, q.expected) for q in questions), own])
+    judge = choose_judge(recipe, run)
+    total = 2 * len(asked)
+    key = judge.base_key(asked)
+    known = remembered(run, key)
+    if known is None:
+        step = _counter(progress, total, 0, "base model")
+        known = judge.examine(base, asked, step)
+        remember(run, key, known)
+    else:
+        progress(len(asked), total, "the base model's answers are known from before")
+    step = _counter(progress, total, len(asked), "tuned model")
+    was, now = _Examined(asked, known), _Examined(asked, judge.examine_tuned(tuned, asked, step))
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
     write_rows(run, rows)
     return {
         **figures_of(rows, recipe.evaluate),
-        "ask": {"question": recipe.ask, "before": was.text(asked), "after": now.text(asked)},
+        "ask": {
+            "question": recipe.ask,
+            "before": was.text(own.prompt),
+            "after": now.text(own.prompt),
+        },
         "rows": PATH,
+        "answered_by": judge.as_dict(),
         "settings": recipe.evaluate.model_dump(mode="json"),
-        "choices": _remarks(rows, now),
+        "choices": [judge.sentence, *_remarks(rows, now)],
     }
 
 
 class _Examined:
-    """What one model said to each distinct prompt, and its losses by question."""
+    """What one model said to each distinct prompt, and its losses by prompt and expected answer."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Conversation],
-        said: Sequence[Said | None],
-        losses: Sequence[AnswerLoss | None],
-    ) -> None:
-        self.said = dict(zip(map(_key, prompts), said, strict=True))
-        self.losses = losses
+    def __init__(self, asked: Sequence[Asked], answered: Sequence[Answered]) -> None:
+        pairs = list(zip(asked, answered, strict=True))
+        self.said = {_key(one.prompt): found.said for one, found in pairs}
+        self._losses = {_key(one.whole): found.loss for one, found in pairs}
 
     def text(self, prompt: Conversation) -> str:
         said = self.said[_key(prompt)]
         return said.text if said is not None else ""
 
     def answered(self, questions: Sequence[Question]) -> list[Answered]:
-        pairs = zip(questions, self.losses, strict=True)
-        return [Answered(self.said[_key(question.prompt)], loss) for question, loss in pairs]
+        return [
+            Answered(
+                self.said[_key(question.prompt)],
+                self._losses[_key(Asked(question.prompt, question.expected).whole)]
+                if question.expected
+                else None,
+            )
+            for question in questions
+        ]
 
 
-def _examine(
-    recipe: Recipe,
-    folder: Path,
-    questions: Sequence[Question],
-    prompts: Sequence[Conversation],
-    step: Step,
-) -> _Examined:
-    """Load a model once, ask it everything, and measure how it finds the expected answers."""
-    settings = recipe.evaluate
-    runtime = choose_runtime(recipe, count_weights(folder))
-    chat = chat_format(folder)
-    with torch_threads(runtime.threads):
-        model = load_model(folder, runtime.torch_dtype, recipe.model.attn_implementation)
-        model = model.to(runtime.device).eval()
-        said = ask_all(
-            model,
-            folder,
-            chat,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            at_once=settings.per_device_eval_batch_size,
-            step=step,
-        )
-        known = [i for i, question in enumerate(questions) if question.expected]
-        whole = [_with_answer(questions[i]) for i in known]
-        losses: list[AnswerLoss | None] = [None] * len(questions)
-        for i, loss in zip(known, answer_losses(model, chat, whole), strict=True):
-            losses[i] = loss
-    return _Examined(prompts, said, losses)
+def _distinct(asked: Sequence[Asked]) -> list[Asked]:
+    """Each question once: greedy answers to the same prompt are the same.
 
-
-def _with_answer(question: Question) -> Conversation:
-    return [*question.prompt, {"role": "assistant", "content": question.expected}]
-
-
-def _distinct(prompts: Sequence[Conversation]) -> list[Conversation]:
-    """Each prompt once: greedy answers to the same prompt are the same."""
-    return list({_key(prompt): prompt for prompt in prompts}.values())
+    One without an expected answer is left out where the same question is there with one.
+    """
+    measured = {_key(one.prompt) for one in asked if one.expected}
+    found = {
+        _key(one.whole): one for one in asked if one.expected or _key(one.prompt) not in measured
+    }
+    return list(found.values())
 
 
 def _key(prompt: Conversation) -> str:
@@ -118,10 +109,17 @@ def _key(prompt: Conversation) -> str:
 
 
 def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
+    """Counts the answers of one model, and says how long the rest of them will take."""
+    first, started = done, time.monotonic()
+
     def step(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total, text)
+        progress(done, total, f"{text}{_left(done - first, total // 2)}")
+
+    def _left(answered: int, of: int) -> str:
+        seconds = (time.monotonic() - started) / max(1, answered) * (of - answered)
+        return f", about {seconds:.0f} s left for it" if answered >= _SOME else ""
 
     return step
 

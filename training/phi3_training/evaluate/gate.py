@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import StageError
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
+from .coverage import remarks
 from .figures import METRICS, Comparison, Metric, Row, compare, seed_of
 from .questions import PARTS
 from .rows import read_rows
@@ -26,7 +27,10 @@ Told = Mapping[str, Any]
 
 def check(recipe: Recipe, run: Run) -> Verdict:
     """Hold the evaluated rows of a run against the recipe's gate; the manifest `gate`."""
-    return decide(read_rows(run), recipe.gate, recipe.evaluate)
+    rows = read_rows(run)
+    verdict = decide(rows, recipe.gate, recipe.evaluate)
+    # A figure says that a model is not good enough; these say why, and what to do.
+    return {**verdict, "remarks": [] if verdict["passed"] else remarks(rows, run)}
 
 
 def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> Verdict:
@@ -66,9 +70,10 @@ def refusal(run_name: str, verdict: Verdict, report: str) -> str:
             continue
         lines.append(f"  {rule['kind']}: {rule['reason']}")
         lines += [f"    {_row_line(row)}" for row in rule["rows_named"]]
+    lines += [f"  {text}" for text in verdict.get("remarks", [])]
     lines += [
         f"Side by side in the report: {report}",
-        "Mend the chats or the recipe (gate: in docs/evaluation.md) and train again, "
+        "Improve the chats or the recipe (gate: in docs/evaluation.md) and train again, "
         "or deploy it all the same with --force; that is recorded.",
     ]
     return "\n".join(lines)
@@ -162,8 +167,8 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
         found = sorted(rows, key=lambda r: (change(r), metric.sign * _one(r, metric, "after")))
         if kind == "max_regression":
             found = [row for row in found if change(row) < 0]
-    keys = ("part", "line", "question", "expected", "before", "after")
-    return [{key: row[key] for key in keys} for row in found[:_NAMED_ROWS]]
+    keys = ("part", "line", "origin", "question", "expected", "before", "after")
+    return [{key: row.get(key, "") for key in keys} for row in found[:_NAMED_ROWS]]
 
 
 def _one(row: Row, metric: Metric, side: str) -> float:
@@ -175,8 +180,9 @@ def _one(row: Row, metric: Metric, side: str) -> float:
 
 def _row_line(row: Row) -> str:
     expected = f", expected {_cut(row['expected'])}" if row["expected"] else ""
+    place = row.get("origin") or f"{row['part']} line {row['line']}"
     return (
-        f"{row['part']} line {row['line']}: {_cut(row['question'])}{expected}, "
+        f"{place}: {_cut(row['question'])}{expected}, "
         f"before {_cut(row['before'])}, now {_cut(row['after'])}"
     )
 

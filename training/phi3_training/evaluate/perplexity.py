@@ -16,7 +16,7 @@ from ..prompt import ChatFormat, Example
 from .rows import AnswerLoss
 
 # Rows times width of one forward pass: bounds the logits, which are what fills a GPU in evaluation.
-_TOKENS_PER_PASS = 4096
+TOKENS_PER_PASS = 4096
 
 
 def answer_losses(
@@ -38,7 +38,7 @@ def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[
     batch: list[int] = []
     for row in sorted(rows, key=lambda i: len(examples[i].input_ids)):
         # Sorted: this row is the longest so far, and the others are padded to it.
-        if batch and (len(batch) + 1) * len(examples[row].input_ids) > _TOKENS_PER_PASS:
+        if batch and (len(batch) + 1) * len(examples[row].input_ids) > TOKENS_PER_PASS:
             yield batch
             batch = []
         batch.append(row)
@@ -59,11 +59,21 @@ def _batch_losses(model: Any, examples: Sequence[Example], pad: int) -> list[Ans
         learnt[row, :length] = torch.tensor(example.assistant_mask, dtype=torch.bool)
     ids, seen, learnt = ids.to(model.device), seen.to(model.device), learnt.to(model.device)
     logits = model(input_ids=ids, attention_mask=seen).logits
-    targets, wanted = ids[:, 1:], learnt[:, 1:]  # the first token follows nothing
-    losses = torch.zeros(targets.shape, dtype=torch.float64, device=model.device)
+    # The first token follows nothing.
+    return marked_losses(logits[:, :-1], ids[:, 1:], learnt[:, 1:])
+
+
+def marked_losses(
+    logits: torch.Tensor, targets: torch.Tensor, marked: torch.Tensor
+) -> list[AnswerLoss]:
+    """The loss of each row's marked targets.
+
+    `logits` has the shape (rows, positions, vocabulary), the others (rows, positions).
+    """
+    losses = torch.zeros(targets.shape, dtype=torch.float64, device=logits.device)
     # Only the marked positions are raised to float32: the rest is never looked at.
-    losses[wanted] = torch.nn.functional.cross_entropy(
-        logits[:, :-1][wanted].float(), targets[wanted], reduction="none"
+    losses[marked] = torch.nn.functional.cross_entropy(
+        logits[marked].float(), targets[marked], reduction="none"
     ).double()
-    sums, counts = losses.sum(dim=1).tolist(), wanted.sum(dim=1).tolist()
+    sums, counts = losses.sum(dim=1).tolist(), marked.sum(dim=1).tolist()
     return [AnswerLoss(nll, int(count)) for nll, count in zip(sums, counts, strict=True)]

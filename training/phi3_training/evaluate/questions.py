@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.origins import origins
 from ..errors import StageError
 from ..finetune.rows import Conversation
+from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run
 
@@ -25,7 +27,6 @@ PARTS = {
     "canary": "general questions",
     "probes": "requests to refuse",
 }
-SHIPPED = Path(__file__).resolve().parents[2] / "data"
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,14 @@ class Question:
     prompt: Conversation
     expected: str
     accept: tuple[str, ...] = ()
+    origin: str = ""  # file and line that the user wrote, where they are known
 
 
 def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     """All questions. Raises StageError when there are none, or a question file has a fault."""
     questions: list[Question] = []
     for part in CHAT_PARTS:
-        path = run.path / "data" / f"{part}.jsonl"
-        rows = _read(path, part) if path.is_file() else []
-        questions += _spread(rows, settings.max_rows)
+        questions += _spread(read_chats(run, part), settings.max_rows)
     if not questions:
         raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
     for part, path in extra_files(settings):
@@ -53,13 +53,27 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     return questions
 
 
+def read_chats(run: Run, part: str) -> list[Question]:
+    """All prepared chats of a part, each with the place that the user wrote it in, if known."""
+    path = run.path / "data" / f"{part}.jsonl"
+    rows = _read(path, part) if path.is_file() else []
+    places = origins(run.path, part)
+    if len(places) != len(rows):
+        return rows
+    return [replace(row, origin=place) for row, place in zip(rows, places, strict=True)]
+
+
 def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:
     """The files of canaries and probes: the recipe's, else the shipped ones where they are."""
-    shipped = {"canary": SHIPPED / "canary.jsonl", "probes": SHIPPED / "refusal_probes.jsonl"}
+    shipped = {
+        "canary": shipped_data("canary.jsonl"),
+        "probes": shipped_data("refusal_probes.jsonl"),
+    }
     named = {"canary": settings.canary, "probes": settings.probes}
     found = []
     for part, paths in named.items():
-        default = [shipped[part]] if shipped[part].is_file() else []
+        path = shipped[part]
+        default = [] if path is None else [path]
         found += [(part, path) for path in (default if paths is None else paths)]
     return found
 

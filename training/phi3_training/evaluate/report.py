@@ -24,11 +24,13 @@ _WORST = 12
 
 # What the bars show of each part: its plainest share.
 _BARS = (
+    ("validation", "contains", "held-out: expected words"),
     ("validation", "exact_match", "held-out: exact match"),
     ("validation", "token_f1", "held-out: token F1"),
     ("validation", "f1_over_lookalikes", "held-out: F1 over look-alikes"),
+    ("train", "contains", "trained: expected words"),
     ("train", "exact_match", "trained: exact match"),
-    ("replay", "exact_match", "known before: exact match"),
+    ("replay", "contains", "known before: expected words"),
     ("canary", "contains", "general questions"),
     ("probes", "refusal_rate", "refused of what to refuse"),
 )
@@ -97,7 +99,8 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
         f"<b>{rule['kind']}</b> {html.escape(rule['reason'])}</li>"
         for rule in verdict["rules"]
     )
-    return f'<p class="badge {kind}">{html.escape(summary(verdict))}</p>\n<ul>{rules}</ul>'
+    why = "".join(f"<p>{html.escape(text)}</p>" for text in verdict.get("remarks", []))
+    return f'<p class="badge {kind}">{html.escape(summary(verdict))}</p>\n<ul>{rules}</ul>{why}'
 
 
 def _bars(comparisons: Mapping[str, Any]) -> str:
@@ -156,6 +159,9 @@ def _worst(rows: Sequence[Row], part: str, metric: str, *, only_losses: bool = F
 def _side_by_side(row: Row) -> str:
     texts = [("expected", row["expected"]), ("base model", row["before"])]
     texts.append(("tuned model", row["after"]))
+    place = f"{row['part']} line {row['line']}"
+    wanted = ", ".join(row.get("telling") or row.get("accept") or [])
+    telling = f'<p class="earlier">expected words: {html.escape(wanted)}</p>' if wanted else ""
     cells = "".join(
         f"<div><h4>{label}</h4><p>{html.escape(text) or '<i>(nothing)</i>'}</p></div>"
         for label, text in texts
@@ -167,8 +173,8 @@ def _side_by_side(row: Row) -> str:
     )
     return (
         f'<article>{earlier}<p class="question">{html.escape(row["question"])} '
-        f"<small>{row['part']} line {row['line']}</small></p>"
-        f'<div class="sides">{cells}</div></article>'
+        f"<small>{html.escape(row.get('origin') or place)}</small></p>"
+        f'{telling}<div class="sides">{cells}</div></article>'
     )
 
 

@@ -6,12 +6,13 @@ The rows are run/evaluate/rows.jsonl: written once, read by the gate and the rep
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import StageError
 from ..run import Run, write_atomically
+from ..telling import Set, has_expected_words
 from . import corpus
 from .metrics import (
     contains,
@@ -62,17 +63,21 @@ def make_rows(
         chosen = [i for i, q in enumerate(questions) if q.part == part and q.expected]
         found = lookalikes([questions[i].expected for i in chosen])
         alike.update(zip(chosen, found, strict=True))
+    sets = answer_sets(questions)
     rows = []
     for i, question in enumerate(questions):
-        was, now = (_scores(question, a, alike.get(i, [])) for a in (before[i], after[i]))
+        among = sets[question.part]
+        was, now = (_scores(question, a, alike.get(i, []), among) for a in (before[i], after[i]))
         rows.append(
             {
                 "part": question.part,
                 "line": question.line,
+                "origin": question.origin,
                 "question": question.prompt[-1]["content"],
                 "earlier_turns": question.prompt[:-1],
                 "expected": question.expected,
                 "accept": list(question.accept),
+                "telling": list(among.telling(question.expected, asked_in(question.prompt)).all),
                 "before": _text(before[i]),
                 "after": _text(after[i]),
                 "before_right": _right(was),
@@ -82,6 +87,21 @@ def make_rows(
             }
         )
     return rows
+
+
+def answer_sets(questions: Sequence[Question]) -> dict[str, Set]:
+    """For each part what its expected answers share; held-out and trained chats are one set."""
+    found = {}
+    for parts in (("validation", "train"), *((part,) for part in PARTS)):
+        chosen = [q for q in questions if q.part in parts and q.expected]
+        one = Set.of([q.expected for q in chosen], [q.prompt[-1]["content"] for q in chosen])
+        found.update({part: one for part in parts if part not in found})
+    return found
+
+
+def asked_in(prompt: Sequence[Mapping[str, str]]) -> str:
+    """All that was said before an answer: repeating it tells nothing."""
+    return "\n".join(turn["content"] for turn in prompt)
 
 
 def write_rows(run: Run, rows: Sequence[Row]) -> None:
@@ -110,18 +130,20 @@ def _text(answered: Answered) -> str:
 
 
 def _right(scores: dict[str, Any]) -> bool | None:
-    """Whether the answer is right, where that can be told."""
-    found = scores.get("exact_match", scores.get("contains"))
+    """Whether the answer is right: it has the expected words. None where none are expected."""
+    found = scores.get("contains")
     return None if found is None else bool(found)
 
 
 def _scores(
-    question: Question, answered: Answered, alike: Sequence[Sequence[str]]
+    question: Question, answered: Answered, alike: Sequence[Sequence[str]], among: Set
 ) -> dict[str, Any]:
     text, expected = _text(answered), question.expected
     found: dict[str, Any] = {}
-    if question.accept or expected:
-        found["contains"] = contains(text, question.accept or [expected])
+    if question.accept:
+        found["contains"] = contains(text, question.accept)
+    elif expected:
+        found["contains"] = has_expected_words(text, expected, asked_in(question.prompt), among)
     if expected:
         found |= {
             "exact_match": exact_match(text, expected),

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Format = Literal["merged", "onnx-int4", "onnx-fp32"]
+from ..serve.export import Precision
+
+Format = Literal["merged", "onnx-int4", "onnx-int8", "onnx-fp32"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+PRECISIONS: dict[Format, Precision] = {
+    "onnx-int4": "int4",
+    "onnx-int8": "int8",
+    "onnx-fp32": "fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ MERGED: dict[str, Limits] = {
 ONNX: dict[str, Limits] = {
     "onnx-fp32": Limits(
         0.999, 1e-5, 1e-4, 0.0, 0.0, 0.0, "the same sums in another order: only ties may fall apart"
+    ),
+    # Measured on SmolLM2-135M: 90 % of the tokens, mean KL 0.05, nine parts in ten of it from the
+    # activations (with 8-bit weights alone: 97 %, 0.005).
+    "onnx-int8": Limits(
+        0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "eight bits for a weight and for what it is multiplied by"
     ),
     # Measured on the tiny Phi-3: 93 % of the tokens, mean KL 0.03, 2 of 39 answers lost. A broken
     # conversion is far outside: KL above 1, next to no answer left.

@@ -14,11 +14,11 @@ from ..evaluate.metrics import exact_match
 from ..parity.report import Vocabulary
 from ..prompt import ChatFormat
 from ..run import Run
+from ..serve.converted import converted
 from ..serve.engines.batch import StepModel
 from . import verdict
 from .behaviour import Prompt, Trace, deviation, forced, greedy
-from .limits import MERGED, ONNX, Format, Limits
-from .onnx import converted
+from .limits import MERGED, ONNX, PRECISIONS, Format, Limits
 from .probes import MAX_NEW_TOKENS, HeldOut, fixed_prompts, held_out
 
 Manifest = dict[str, Any]
@@ -35,7 +35,7 @@ def export(run: Run, to: Format, progress: ProgressCallback) -> Manifest:
     if to == "merged":
         check, made = _merged(run, model, folder, exam), {"path": str(model["path"])}
     else:
-        onnx = converted(run, "int4" if to == "onnx-int4" else "fp32", progress)
+        onnx = converted(run, PRECISIONS[to], progress)
         check, made = _onnx(folder, onnx, ONNX[to], to, exam), run.require(f"export-{to}", "")
     run.write_manifest(f"export-{to}", {**made, "of": model["done_id"], "check": check})
     return check

@@ -6,14 +6,20 @@ torch is imported inside the functions only, so that the package itself is cheap
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from ..errors import StageError
 from ..recipe import Recipe
 from ..run import Run
+from .spinning import import_torch_without_spinning
 
 Progress = Callable[[int, int, str], None]
+
+# On a CPU with avx512_bf16 it misses a package that nothing here uses, and says so when peft
+# imports it: before any module of this package could.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def no_progress(_done: int, _total: int, _text: str) -> None:
@@ -22,6 +28,7 @@ def no_progress(_done: int, _total: int, _text: str) -> None:
 
 def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
     """Make the tiny Phi-3, or find the weights that the recipe names; the manifest `base`."""
+    import_torch_without_spinning()
     from . import base
 
     return base.prepare_base(recipe, run, progress)
@@ -29,6 +36,7 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> 
 
 def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
     """Fine-tune the base model on the prepared chats; the manifest `model`."""
+    import_torch_without_spinning()
     if recipe.finetune.num_processes > 1:
         from . import launch
 

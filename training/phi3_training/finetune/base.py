@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..data import read_conversations
+from ..models.catalogue import known
+from ..models.folder import new_folder, write_model
 from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
-from .merge import new_folder, write_model
 from .rows import Located, audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
 from .teach import Progress, Taught, teach
@@ -33,11 +34,13 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]
     if recipe.base is not None and recipe.model.is_tiny:
         return _make_tiny(recipe, recipe.base, run, progress)
     progress(0, 0, f"looking for {recipe.model.name_or_path}")
-    folder = find_weights(recipe.model)
+    folder = find_weights(recipe.model, progress)
+    name = known(recipe.model.name_or_path)
+    what = f"{name.what}, licence {name.license}; " if name is not None else ""
     return {
         "path": str(folder),
         "made": "found",
-        "summary": f"{recipe.model.name_or_path} found in {folder}",
+        "summary": f"{recipe.model.name_or_path}: {what}{folder}",
         "settings": {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision},
         "choices": [],
     }

@@ -51,7 +51,8 @@ def training_id(settings: FinetuneSection, runtime: Runtime, rows: Rows, base: P
     files = [base / "config.json", *sorted(base.glob("*.safetensors"))]
     weights = [sha256_of(path) for path in files]
     chosen = settings.model_dump(mode="json", exclude=_OF_NO_ACCOUNT)
-    return fingerprint([chosen, runtime.device, runtime.dtype, data.hexdigest(), weights])
+    kind = [runtime.device, runtime.dtype, runtime.frozen]
+    return fingerprint([chosen, *kind, data.hexdigest(), weights])
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no types

@@ -1,71 +1,18 @@
-"""Writes whole model folders: weights, tokenizer, chat template, stop tokens, in one step.
+"""Writes what training leaves: the adapter alone, and the whole model with the adapter merged.
 
 Reads the base folder's tokenizer files; replaces the target folder when everything is written.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..models.folder import new_folder, write_model
 from ..prompt import ChatFormat
 from .adapters import write_notes
-
-# Copied byte by byte: saving a tokenizer through transformers may rewrite how it splits text.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well.
-
-    What an earlier, killed attempt left is removed first.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    made.chmod(0o755)
-    old = made.with_name(f"{made.name}.old")
-    try:
-        yield made
-        if target.exists():
-            target.rename(old)
-        made.rename(target)
-    finally:
-        for left in (made, old):
-            if left.exists():
-                shutil.rmtree(left)
-
-
-def write_model(model: Any, chat: ChatFormat, target: Path, tokenizer_from: Path) -> None:
-    """Save `model` into the folder `target`, ready for every loader and server."""
-    model.generation_config.eos_token_id = list(chat.stop_token_ids)
-    model.generation_config.pad_token_id = chat.pad_token_id
-    model.save_pretrained(target)
-    copy_tokenizer(tokenizer_from, target)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer files that `source` has."""
-    if source == target:
-        return
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def merge(
@@ -76,6 +23,20 @@ def merge(
         model = model.merge_and_unload()
     with new_folder(target) as folder:
         write_model(model.to(dtype), chat, folder, tokenizer_from)
+
+
+@torch.no_grad()
+def scale_adapter(model: Any, weight: float) -> None:
+    """Let the adapter add only this share of what it learnt: base + weight x difference.
+
+    Weights between those before and after tuning keep nearly all that was learnt and lose less of
+    what the base knew (WiSE-FT, https://arxiv.org/abs/2109.01903).
+    """
+    if weight == 1.0:
+        return
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(weight)
 
 
 def write_adapter(model: Any, target: Path, notes: dict[str, Any]) -> None:

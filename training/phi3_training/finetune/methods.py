@@ -57,7 +57,7 @@ def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
     if recipe.finetune.method == "full":
         return load_model(folder, torch.float32, attention)
     if recipe.finetune.method != "qlora":
-        return load_model(folder, runtime.torch_dtype, attention)
+        return load_model(folder, runtime.torch_frozen, attention)
     options = four_bit(runtime.torch_dtype, runtime.device)
     return load_model(folder, runtime.torch_dtype, attention, **options)
 

@@ -5,49 +5,66 @@ Reads the recipe and what torch sees of this machine; writes nothing.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..recipe import Recipe
+from .dtype import Dtype, choose_dtype
 from .heap import give_back_at_once
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-_SMALL_MODEL = 50_000_000
+from .precision import SMALL_MODEL, cpu_frozen_dtype
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """The resolved device, number type and threads; `choices` says why, one line each."""
+    """The resolved device, number types and threads; `choices` says why, one line each.
+
+    `dtype` is what the model is in before and after training, `rounded` what its weights are in
+    while only an adapter learns, where a CPU trains faster so (see precision.py).
+    """
 
     device: str
     dtype: Dtype
     threads: int
     choices: tuple[str, ...]
+    rounded: Dtype | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The number type as torch names it."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        return _torch(self.dtype)
+
+    @property
+    def frozen(self) -> Dtype:
+        """The number type of the weights while an adapter learns."""
+        return self.rounded or self.dtype
+
+    @property
+    def torch_frozen(self) -> torch.dtype:
+        """The number type of frozen weights as torch names it."""
+        return _torch(self.frozen)
 
 
-def choose_runtime(recipe: Recipe, parameters: int) -> Runtime:
-    """Decide for a model with so many parameters, on this machine; see heap.py for memory."""
+def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Runtime:
+    """Decide for a model with so many parameters, on this machine; see heap.py for memory.
+
+    `model_type` is that of its config.json; without it nothing is trained faster for its sake.
+    """
     here = device()
-    dtype, dtype_reason = _dtype(recipe.model.dtype, here)
+    dtype, dtype_reason = choose_dtype(recipe.model.dtype, here, has_bfloat16=_has_bfloat16(here))
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
     choices = [f"{dtype}: {dtype_reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
         choices.append("memory is given back at once: a lower peak, for a little more time")
-    return Runtime(here, dtype, threads, tuple(choices))
+    rounded = None
+    if here == "cpu" and dtype == "float32" and model_type:
+        rounded, reason = cpu_frozen_dtype(recipe, parameters, model_type)
+        choices.append(f"frozen weights while training: {rounded}: {reason}")
+    return Runtime(here, dtype, threads, tuple(choices), rounded)
 
 
 @contextmanager
@@ -78,8 +95,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    # On a CPU it misses a package that nothing here uses, and says so when peft imports it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # peft reads a name that transformers is about to drop; no user can mend that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
@@ -91,26 +106,19 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype(wanted: str, device: str) -> tuple[Dtype, str]:
-    if wanted == "float32":
-        return "float32", "as the recipe says"
-    if wanted == "bfloat16":
-        return "bfloat16", "as the recipe says"
-    if wanted == "float16" and device == "cpu":
-        return "float32", "float16, which the recipe asks for, needs a GPU"
-    if wanted == "float16":
-        return "float16", "as the recipe says"
-    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bfloat16", "the GPU supports it"
-    if device == "cuda":
-        return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and what a {device} computes fastest"
+def _torch(dtype: Dtype) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def _has_bfloat16(device: str) -> bool:
+    return device == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:
     if wanted is not None:
         return wanted, f"torch threads: {wanted}, as the recipe says"
-    if device == "cpu" and parameters < _SMALL_MODEL:
+    if device == "cpu" and parameters < SMALL_MODEL:
         return 1, "torch threads: 1, the model is small and more would wait for each other"
     count = torch.get_num_threads()
     return count, f"torch threads: {count}, torch's own choice for this machine"

@@ -21,15 +21,16 @@ from ..run import Run
 from .adapters import adapter_folder
 from .audit import Report, Row
 from .checkpoints import Checkpoints
-from .merge import merge, write_adapter
+from .merge import merge, scale_adapter, write_adapter
 from .methods import check_method, load_for_training, with_adapter
+from .rewordings import with_rewordings
 from .rows import audited, encode_rows, read_located, with_casual_copies
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .teach import Progress
 from .tracking import trackers
 from .trainer import LossLog, Rows, audit_trainer, make_trainer
 from .validation import Validation
-from .weights import base_folder, chat_format, count_weights
+from .weights import base_folder, chat_format, count_weights, model_type
 
 Manifest = dict[str, Any]
 
@@ -44,7 +45,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     progress(0, 0, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
-    runtime = choose_runtime(recipe, count_weights(folder))
+    runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
     check_method(recipe.finetune, runtime.device)
     _check_one_gpu(recipe)
     rows, counts = _rows(recipe, run, chat)
@@ -119,20 +120,23 @@ def _manifest(
             **settings.model_dump(mode="json"),
             "device": runtime.device,
             "dtype": runtime.dtype,
+            "frozen_dtype": runtime.frozen,
             "num_threads": runtime.threads,
         },
     }
 
 
 def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
-    """The new chats, their casual copies, and the old chats that are replayed."""
+    """The new chats, their casual copies and rewordings, and the old chats that are replayed."""
     train = list(read_located(run.path / "data" / "train.jsonl", run.path))
     replay_file = run.path / "data" / "replay.jsonl"
     replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
-    rows = with_casual_copies(train) if recipe.data.casual_copies else train
+    casual = with_casual_copies(train) if recipe.data.casual_copies else train
+    rows = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
     return encode_rows(chat, [*rows, *replay]), {
         "train": len(train),
-        "casual_copies": len(rows) - len(train),
+        "casual_copies": len(casual) - len(train),
+        "rewordings": len(rows) - len(casual),
         "replay": len(replay),
     }
 
@@ -199,6 +203,7 @@ def _save(
     base = base_folder(run)
     if settings.method != "full":
         target = adapter_folder(run, settings.adapter)
+        scale_adapter(model, settings.adapter_weight)
         notes = {
             "method": settings.method,
             "base_id": run.require("base", "phi3 train").get("done_id"),
@@ -206,7 +211,10 @@ def _save(
             "final_loss": figures["final_loss"],
         }
         write_adapter(model, target, notes)
-        if settings.method == "qlora":
+        # Merged into the weights of full precision, not into those that it learnt over.
+        if settings.method == "qlora" or runtime.frozen != runtime.dtype:
+            if runtime.frozen != runtime.dtype:
+                model.to("meta")  # frees the rounded weights before the exact ones are loaded
             model = with_adapter(base, target, runtime.torch_dtype)
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
 

@@ -149,8 +149,7 @@ def _kind(settings: FinetuneSection, runtime: Runtime) -> type[SFTTrainer]:
         return OwnLossTrainer
     # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
     alone = settings.num_processes == 1
-    short = runtime.device == "cpu" and runtime.dtype == "float32" and alone
-    return CpuTrainer if short else SFTTrainer
+    return CpuTrainer if runtime.device == "cpu" and alone else SFTTrainer
 
 
 def _dataset(examples: Sequence[Example], limit: int, *, packing: bool) -> Dataset:
@@ -175,6 +174,7 @@ def _arguments(
         num_train_epochs=settings.num_train_epochs,
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        neftune_noise_alpha=settings.neftune_noise_alpha,
         warmup_steps=settings.warmup_ratio,  # a share of all steps, being below 1
         lr_scheduler_type=settings.lr_scheduler_type,
         weight_decay=settings.weight_decay,

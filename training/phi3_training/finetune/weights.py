@@ -5,15 +5,18 @@ Reads model folders; downloads into Hugging Face's own cache (HF_HOME).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import StageError
+from ..models import small
 from ..prompt import ChatFormat
 from ..recipe import ModelSection
 from ..run import Run
+from .teach import Progress
 
 # What a causal language model folder consists of; other formats in a repository stay there.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -38,11 +41,19 @@ def count_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
 
 
-def find_weights(model: ModelSection) -> Path:
+def model_type(folder: Path) -> str:
+    """The kind of model of a folder as its config.json names it, such as phi3."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(content.get("model_type", ""))
+
+
+def find_weights(model: ModelSection, progress: Progress) -> Path:
     """The folder with the weights that the recipe names, downloaded if need be.
 
     Raises StageError, with what to do, when they are not there or are not a chat model's.
     """
+    if model.is_small:
+        return small.prepare(progress)
     folder = Path(model.name_or_path).expanduser()
     if not folder.is_dir():
         folder = _download(model)

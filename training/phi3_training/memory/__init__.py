@@ -1,11 +1,13 @@
 """The memory plan: what training, evaluation and serving will hold, told from the model's config.
 
-Reads a recipe and, at most, a config.json; loads neither torch nor weights for the prediction.
+Reads a recipe, a config.json, and how long the rows of the chats are; loads neither torch nor
+weights for the prediction.
 """
 
 from __future__ import annotations
 
 from .advise import memory_plan
 from .device import Device, of_size, this_device
+from .rows import RowSizes, row_sizes
 
-__all__ = ["Device", "memory_plan", "of_size", "this_device"]
+__all__ = ["Device", "RowSizes", "memory_plan", "of_size", "row_sizes", "this_device"]

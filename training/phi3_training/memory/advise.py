@@ -5,6 +5,7 @@ Reads a recipe and the device's memory; the lines it returns are those of `phi3 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ..planning import PlanLine
@@ -14,22 +15,24 @@ from .config import ModelShape, UnknownShapeError, shape_of
 from .device import Device, gib, this_ram
 from .inference import convert_phase, row_bytes, serve_phase
 from .levers import changed, cure, difference, most_sparing, proposal, words
-from .needs import Need, evaluation_need, halves, length, loading_need, training_need
-from .training import compute_bytes
+from .needs import Need, evaluation_need, halves, loading_need, training_need
+from .rows import RowSizes, worst_case
+from .training import compute_bytes, work_of
 
 _EVAL_BATCH = "evaluate.per_device_eval_batch_size"
 
 
-def memory_plan(recipe: Recipe, device: Device) -> list[PlanLine]:
-    """The lines for training, evaluation and serving on `device`."""
+def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) -> list[PlanLine]:
+    """The lines for training, evaluation and serving on `device`; no `rows`: the worst case."""
+    rows = worst_case(recipe) if rows is None else rows
     try:
         shape = shape_of(recipe)
     except UnknownShapeError as error:
         return [PlanLine("finetune", f"memory is not predicted: {error}")]
-    lines = [_training(recipe, shape, device)]
+    lines = [_training(recipe, shape, device, rows)]
     if device.kind == "cuda" and device.is_here:
         lines.append(_loading(recipe, shape, device))
-    lines.append(_evaluation(recipe, shape, device))
+    lines.append(_evaluation(recipe, shape, device, rows))
     if recipe.serve.engine != "upstream":
         lines += _serving(recipe, shape, device)
     if device.kind == "cuda":
@@ -39,30 +42,40 @@ def memory_plan(recipe: Recipe, device: Device) -> list[PlanLine]:
     return lines
 
 
-def _training(recipe: Recipe, shape: ModelShape, device: Device) -> PlanLine:
+def _training(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> PlanLine:
     if recipe.finetune.method == "qlora" and device.kind != "cuda":
         text = f"qlora needs a CUDA GPU, and this plan is for {device.name}: finetune.method=lora"
         return PlanLine("finetune", text, stops=True)
-    need = training_need(recipe, shape, device)
+    need = training_need(recipe, shape, device, rows)
     model = f"{shape.parameters / 1e6:,.1f} M weights by {shape.source}"
-    text = f"{need} for rows of data.max_length={length(recipe, shape)} tokens, {model}"
-    best = proposal(recipe, shape, device)
-    details = _details(need, shape) | {"proposal": dict(best or {})}
+    text = f"{need} for {_batch(recipe, shape, device, rows)}, {model}"
+    best = proposal(recipe, shape, device, rows)
+    details = _details(need, shape) | {"proposal": dict(best or {}), "rows": asdict(rows)}
     if need.fits:
         better = difference(recipe, best or {})
         remark = f"; better: {words(better)}" if better else "" if best else ", but tightly"
         return PlanLine("finetune", f"fits{remark}; {text}", details=details)
-    found = cure(recipe, shape, device)
+    found = cure(recipe, shape, device, rows)
     details["change"] = dict(difference(recipe, found or {}))
-    mend = _cure(found, recipe, shape, device)
-    return PlanLine("finetune", f"does not fit: {text}. {need.too_much}. {mend}", True, details)
+    fix = _cure(found, recipe, shape, device, rows)
+    return PlanLine("finetune", f"does not fit: {text}. {need.too_much}. {fix}", True, details)
 
 
-def _cure(found: Any, recipe: Recipe, shape: ModelShape, device: Device) -> str:
+def _batch(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> str:
+    """The largest batch, and how its length is known."""
+    work = work_of(recipe, shape, device, rows)
+    packed = " of packed rows" if work.packing else ""
+    size = f"a batch of {work.batch} x {work.tokens:,} tokens{packed}"
+    if not rows.is_known:
+        return f"{size} ({rows.how})"
+    return f"{size} (longest row {rows.longest:,} tokens, {rows.how})"
+
+
+def _cure(found: Any, recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> str:
     if found is not None:
-        need = training_need(changed(recipe, found), shape, device)
+        need = training_need(changed(recipe, found), shape, device, rows)
         return f"It fits ({gib(need.total)}) with {words(difference(recipe, found))}"
-    most, need = most_sparing(recipe, shape, device)
+    most, need = most_sparing(recipe, shape, device, rows)
     return (
         f"Even the most sparing setting ({words(most) or 'this one'}) needs "
         f"{gib(need.total)}: take a larger device or a smaller model"
@@ -77,26 +90,28 @@ def _loading(recipe: Recipe, shape: ModelShape, gpu: Device) -> PlanLine:
     return PlanLine("finetune", text, True, _details(need, shape))
 
 
-def _evaluation(recipe: Recipe, shape: ModelShape, device: Device) -> PlanLine:
-    need = evaluation_need(recipe, shape, device)
+def _evaluation(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> PlanLine:
+    def need_with(at_once: int) -> Need:
+        return evaluation_need(changed(recipe, {_EVAL_BATCH: at_once}), shape, device, rows)
+
+    at_once = recipe.evaluate.per_device_eval_batch_size
+    need = need_with(at_once)
     details = _details(need, shape)
-    text = f"{need}, one model after the other"
+    length = f"{rows.prompt:,} tokens" if rows.is_known else f"data.max_length={rows.prompt:,}"
+    text = (
+        f"{need} for {at_once} questions of up to {length} at once and answers of "
+        f"{recipe.evaluate.max_new_tokens}, one model after the other"
+    )
     if need.fits:
         return PlanLine("evaluate", f"fits; {text}", details=details)
     text = f"does not fit: {text}. {need.too_much}"
-    for fewer in halves(recipe.evaluate.per_device_eval_batch_size, 1):
-        smaller = evaluation_need(changed(recipe, {_EVAL_BATCH: fewer}), shape, device)
+    shorter = "" if rows.is_known else ", or a lower data.max_length, if your chats are shorter"
+    for fewer in halves(at_once, 1):
+        smaller = need_with(fewer)
         if smaller.fits:
-            text += (
-                f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}, or with a lower "
-                "data.max_length, if your chats are shorter than that"
-            )
+            text += f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}{shorter}"
             return PlanLine("evaluate", text, True, {**details, "change": {_EVAL_BATCH: fewer}})
-    least = evaluation_need(changed(recipe, {_EVAL_BATCH: 1}), shape, device)
-    text += (
-        f". Even one row at a time needs {gib(least.total)}: take a larger device, or a lower "
-        "data.max_length, if your chats are shorter than that"
-    )
+    text += f". Even one at a time needs {gib(need_with(1).total)}: take a larger device{shorter}"
     return PlanLine("evaluate", text, True, details)
 
 
@@ -104,7 +119,8 @@ def _serving(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine
     """The endpoint starts when training has ended, so what is in use now does not count."""
     engine, precision = _engine(recipe, device), recipe.serve.precision
     compute = compute_bytes(recipe, device)
-    tokens = min(shape.context, length(recipe, shape) + recipe.serve.max_new_tokens)
+    # Not the training's rows: a served conversation grows with every turn.
+    tokens = min(shape.context, recipe.data.max_length + recipe.serve.max_new_tokens)
     need = Need(serve_phase(shape, precision, engine, compute, tokens), device)
     details = _details(need, shape)
     text = f"{need} with one conversation of {tokens:,} tokens"

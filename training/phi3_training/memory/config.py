@@ -12,25 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.catalogue import CATALOGUE
+from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
 
 CONFIG = "config.json"
-# Attention windows and rotary tables change no size, so these few numbers tell everything.
-_PHI3_MINI = {
-    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-    "model_type": "phi3",
-}  # fmt: skip
-_LONG = {"max_position_embeddings": 131072}
-_PHI4_MINI = {
-    "vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+# Attention windows and rotary tables change no size, so a few numbers of each config suffice.
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "microsoft/Phi-3-mini-4k-instruct": _PHI3_MINI,
-    "microsoft/Phi-3-mini-128k-instruct": {**_PHI3_MINI, **_LONG},
-    "microsoft/Phi-3.5-mini-instruct": {**_PHI3_MINI, **_LONG},
-    "microsoft/Phi-4-mini-instruct": {**_PHI3_MINI, **_LONG, **_PHI4_MINI},
+    model.name: model.shape for model in CATALOGUE if model.shape
 }
 _NEEDED = (
     "vocab_size",
@@ -131,18 +120,18 @@ def shape_of(recipe: Recipe) -> ModelShape:
     """The shape of the recipe's base model. Raises UnknownShapeError when no config tells it."""
     if recipe.model.is_tiny and recipe.base is not None:
         return shape_from(recipe.base.model_dump(exclude={"data"}), "the recipe's base section")
-    folder = Path(recipe.model.name_or_path).expanduser()
-    if folder.is_dir():
+    name = recipe.model.name_or_path
+    folder = small_folder() if recipe.model.is_small else Path(name).expanduser()
+    if folder is not None and folder.is_dir():
         return _read(folder / CONFIG, str(folder / CONFIG))
-    cached = _cached_config(recipe.model)
+    cached = cached_file(recipe.model, CONFIG)
     if cached is not None:
-        return _read(cached, f"{CONFIG} of {recipe.model.name_or_path} in the Hugging Face cache")
-    for name, content in KNOWN.items():
-        if name.lower() == recipe.model.name_or_path.lower():
-            return shape_from(content, f"our table for {name} (its config is not on this machine)")
+        return _read(cached, f"{CONFIG} of {name} in the Hugging Face cache")
+    for known, content in KNOWN.items():
+        if known.lower() == name.lower():
+            return shape_from(content, f"our table for {known} (its config is not on this machine)")
     raise UnknownShapeError(
-        f"the config of {recipe.model.name_or_path} is not on this machine and not in our table "
-        f"({', '.join(name.partition('/')[2] for name in KNOWN)}); "
+        f"the config of {name} is not on this machine and not in our table ({', '.join(KNOWN)}); "
         "give a folder instead: model.name_or_path=/path/to/folder"
     )
 
@@ -180,15 +169,15 @@ def _read(path: Path, source: str) -> ModelShape:
     return shape_from(content, source)
 
 
-def _cached_config(model: ModelSection) -> Path | None:
-    """The model's config.json as downloaded earlier; asks nobody."""
+def cached_file(model: ModelSection, name: str) -> Path | None:
+    """A file of the model as downloaded earlier; asks nobody."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(model.name_or_path, CONFIG, revision=model.revision)
+        found = try_to_load_from_cache(model.name_or_path, name, revision=model.revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None

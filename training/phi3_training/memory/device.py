@@ -31,7 +31,7 @@ class Device:
     name: str
     total: int
     available: int
-    bfloat16: bool = True
+    bfloat16: bool = True  # a GPU multiplies it in hardware
     is_here: bool = False  # not a planned one
 
     @property

@@ -5,7 +5,7 @@ Reads a recipe, a model's shape and a device; writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..recipe import Recipe
 from .config import ModelShape
 from .device import Device
 from .needs import Need, halves, training_need
+from .rows import RowSizes
 
 Changes = Mapping[str, Any]
 
@@ -52,27 +53,37 @@ def words(changes: Changes) -> str:
     )
 
 
-def cure(recipe: Recipe, shape: ModelShape, device: Device) -> Changes | None:
+def cure(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Changes | None:
     """The first setting that fits, changing as little of what is learnt as can be."""
-    return _first_fit(_sparing(recipe, device), recipe, shape, device, 1.0)
+    settings = _sparing(recipe, device, rows)
+    return _first_fit(settings, recipe, lambda r: training_need(r, shape, device, rows))
 
 
-def proposal(recipe: Recipe, shape: ModelShape, device: Device) -> Changes | None:
+def proposal(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Changes | None:
     """The fastest setting of the recipe's own method that fits with some room."""
-    return _first_fit(_fastest(recipe), recipe, shape, device, 1 + MARGIN)
+    settings, room = _fastest(recipe), 1 + MARGIN
+    return _first_fit(settings, recipe, lambda r: training_need(r, shape, device, rows), room)
 
 
-def most_sparing(recipe: Recipe, shape: ModelShape, device: Device) -> tuple[Changes, Need]:
+def most_sparing(
+    recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes
+) -> tuple[Changes, Need]:
     """The end of the road, and what even that needs."""
-    *_, most = _sparing(recipe, device)
-    return difference(recipe, most), training_need(changed(recipe, most), shape, device)
+    *_, most = _sparing(recipe, device, rows)
+    return difference(recipe, most), training_need(changed(recipe, most), shape, device, rows)
 
 
-def _sparing(recipe: Recipe, device: Device) -> Iterator[Changes]:
-    """Settings from the recipe's own to the most sparing, each with the same rows per step."""
+def _sparing(recipe: Recipe, device: Device, rows: RowSizes) -> Iterator[Changes]:
+    """Settings from the recipe's own to the most sparing, each with the same rows per step.
+
+    A limit below the longest row would cut it; above, it matters to packed rows alone.
+    """
     settings = recipe.finetune
     methods = [m for m in _LADDER[settings.method] if m != "qlora" or device.kind == "cuda"]
-    lengths = (recipe.data.max_length, *halves(recipe.data.max_length, _SHORTEST))
+    lengths = [recipe.data.max_length, *halves(recipe.data.max_length, _SHORTEST)]
+    if rows.is_known:
+        least = rows.longest if settings.packing else recipe.data.max_length
+        lengths = [recipe.data.max_length, *(n for n in lengths[1:] if n >= least)]
     checkpointing = sorted({settings.gradient_checkpointing, True})
     step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     sizes = [n for n in _divisors(step) if n <= settings.per_device_train_batch_size]
@@ -97,10 +108,14 @@ def _setting(size: int, step: int, checkpointing: bool) -> dict[str, Any]:
 
 
 def _first_fit(
-    settings: Iterator[Changes], recipe: Recipe, shape: ModelShape, device: Device, room: float
+    settings: Iterator[Changes],
+    recipe: Recipe,
+    need_of: Callable[[Recipe], Need],
+    room: float = 1.0,
 ) -> Changes | None:
     for changes in settings:
-        if training_need(changed(recipe, changes), shape, device).total * room <= device.available:
+        need = need_of(changed(recipe, changes))
+        if need.total * room <= need.device.available:
             return changes
     return None
 

@@ -6,12 +6,13 @@ Reads a recipe, a model's shape and a device; writes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..recipe import Recipe
 from .config import ModelShape
 from .device import GIB, Device, gib, torch_has_cuda
 from .inference import evaluate_phase, save_phase
+from .rows import RowSizes
 from .training import FLOAT32, Phase, compute_bytes, step_phase, work_of
 
 # Python, torch, transformers, TRL and peft, loaded: measured on Linux (benchmarks/memory_plan.py).
@@ -67,9 +68,9 @@ class Need:
         return text
 
 
-def training_need(recipe: Recipe, shape: ModelShape, device: Device) -> Need:
+def training_need(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Need:
     """The higher one of a training step and of writing the model."""
-    work = work_of(recipe, shape, device)
+    work = work_of(recipe, shape, device, rows)
     phases = [step_phase(shape, work)]
     if work.method != "qlora":  # merged in RAM, see loading_need
         phases.append(save_phase(shape, work))
@@ -77,13 +78,20 @@ def training_need(recipe: Recipe, shape: ModelShape, device: Device) -> Need:
     return Need(max(phases, key=lambda phase: phase.total), device, sharing)
 
 
-def evaluation_need(recipe: Recipe, shape: ModelShape, device: Device) -> Need:
+def evaluation_need(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Need:
     """Asking and scoring one model; base and tuned model follow one another."""
+    work = work_of(recipe, shape, device, rows)
     phase = evaluate_phase(
         shape,
-        work_of(recipe, shape, device),
+        replace(
+            work,
+            compute=compute_bytes(recipe, device),  # not as rounded for training
+            tokens=min(rows.scored, shape.context),
+            learnt=rows.share,
+        ),
         at_once=recipe.evaluate.per_device_eval_batch_size,
         new_tokens=recipe.evaluate.max_new_tokens,
+        prompt=rows.prompt,
     )
     return Need(phase, device)
 
@@ -99,11 +107,6 @@ def loading_need(recipe: Recipe, shape: ModelShape, gpu: Device, ram: Device) ->
 def processes_here(recipe: Recipe) -> int:
     """The training processes of this machine."""
     return recipe.finetune.num_processes // recipe.finetune.num_machines
-
-
-def length(recipe: Recipe, shape: ModelShape) -> int:
-    """The tokens of the longest row that training takes."""
-    return min(recipe.data.max_length, shape.context)
 
 
 def halves(number: int, least: int) -> Iterator[int]:

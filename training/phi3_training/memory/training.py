@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..finetune.dtype import BYTES, Dtype, choose_dtype
 from ..finetune.heap import wastes_heap
+from ..finetune.precision import cpu_frozen_dtype
 from ..recipe import Recipe
 from .config import ModelShape
 from .device import Device, Kind
+from .rows import RowSizes
 
 Method = Literal["full", "lora", "dora", "qlora"]
 Parts = Mapping[str, int]
@@ -27,6 +30,8 @@ _MOMENTS = 2
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # TRL's loss scores at most so many tokens by so many words of the vocabulary at a time.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
+# finetune/gradients.py scores so many rows at a time.
+_SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ class Work:
     own_loss: bool = False
     processes: int = 1
     float16: bool = False  # computed in float16, whose small gradients must be scaled
-    learnt: float = 1.0  # share of the tokens that are learnt; 1 is the most
+    dense: bool = False  # by finetune/dense.py: no padding, gradients by hand
+    merged: int = 0  # bytes of a number of weights that are loaded anew to merge into; 0: none are
+    learnt: float = 1.0  # share of the batch's tokens that are learnt; 1 is the most
 
     @property
     def positions(self) -> int:
@@ -72,7 +79,7 @@ class Work:
     def short_loss(self) -> bool:
         """Whether the vocabulary is scored at once, as finetune/compute.py does on a CPU."""
         alone = self.processes == 1 and not self.own_loss
-        return self.device == "cpu" and self.compute == FLOAT32 and alone
+        return self.dense or (self.device == "cpu" and self.compute == FLOAT32 and alone)
 
     @property
     def masked(self) -> bool:
@@ -80,17 +87,22 @@ class Work:
         return self.packing or (self.batch > 1 and not self.short_loss)
 
 
-def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
-    """The work that a recipe means on a device; rows count as long as the recipe lets them be."""
+def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Work:
+    """The work that a recipe means on a device, for rows of such sizes."""
     settings = recipe.finetune
     modules = settings.target_modules
+    limit = min(recipe.data.max_length, shape.context)
+    batch, tokens, learnt = _largest_batch(recipe, rows, limit)
+    dtype = dtype_of(recipe, device)
+    frozen = _frozen(recipe, shape, device, dtype)
+    rounded = frozen != dtype
     return Work(
         method=settings.method,
         device=device.kind,
-        compute=compute_bytes(recipe, device),
-        batch=settings.per_device_train_batch_size,
+        compute=BYTES[frozen],
+        batch=batch,
         accumulation=settings.gradient_accumulation_steps,
-        tokens=min(recipe.data.max_length, shape.context),
+        tokens=tokens,
         checkpointing=settings.gradient_checkpointing,
         attention=recipe.model.attn_implementation or "sdpa",
         lora_r=settings.lora_r,
@@ -99,23 +111,52 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device) -> Work:
         packing=settings.packing,
         own_loss=settings.loss is not None,
         processes=settings.num_processes,
-        float16=_is_float16(recipe, device),
+        float16=dtype == "float16",
+        dense=_is_dense(recipe, shape, device),
+        merged=BYTES[dtype] if rounded or settings.method == "qlora" else 0,
+        learnt=learnt,
     )
 
 
+def _largest_batch(recipe: Recipe, rows: RowSizes, limit: int) -> tuple[int, int, float]:
+    """Rows of the largest batch, their length in tokens, and the share of them that is learnt.
+
+    Rows are batched by length, so the longest ones meet; packed ones are nearly as long as they
+    may be. A small set makes fewer rows than a batch has room for.
+    """
+    batch = recipe.finetune.per_device_train_batch_size
+    if recipe.finetune.packing:
+        total = limit * batch if rows.total is None else rows.total
+        return min(batch, max(1, -(-total // limit))), min(limit, max(total, 1)), rows.share
+    tokens = max(1, min(rows.longest, limit))
+    return min(batch, rows.rows or batch), tokens, min(1.0, rows.learnt / tokens)
+
+
+def _is_dense(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
+    """Whether finetune/dense.py takes the training: a Phi-3 with LoRA, by one process of a CPU."""
+    settings = recipe.finetune
+    alone = settings.num_processes == 1 and settings.loss is None
+    plain = shape.fused and recipe.model.attn_implementation in (None, "sdpa")
+    return device.kind == "cpu" and settings.method == "lora" and alone and plain
+
+
+def _frozen(recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype) -> Dtype:
+    """What the weights are in while they are trained; a CPU that is not here rounds nothing."""
+    if device.kind != "cpu" or dtype != "float32":
+        return dtype
+    kind = "phi3" if shape.fused else ""
+    flags = None if device.is_here else frozenset[str]()
+    return cpu_frozen_dtype(recipe, shape.parameters, kind, flags)[0]
+
+
+def dtype_of(recipe: Recipe, device: Device) -> Dtype:
+    """The number type that training on the device computes in."""
+    return choose_dtype(recipe.model.dtype, device.kind, has_bfloat16=device.bfloat16)[0]
+
+
 def compute_bytes(recipe: Recipe, device: Device) -> int:
-    """Bytes of a number as finetune/runtime.py chooses it: two on a GPU, four elsewhere."""
-    wanted = recipe.model.dtype
-    if wanted == "auto":
-        return HALF if device.kind == "cuda" else FLOAT32
-    no_float16 = wanted == "float16" and device.kind == "cpu"
-    return FLOAT32 if wanted == "float32" or no_float16 else HALF
-
-
-def _is_float16(recipe: Recipe, device: Device) -> bool:
-    """Whether a GPU computes in float16: told to, or without bfloat16."""
-    told = recipe.model.dtype == "float16"
-    return told or (recipe.model.dtype == "auto" and device.kind == "cuda" and not device.bfloat16)
+    """Bytes of a number of that type."""
+    return BYTES[dtype_of(recipe, device)]
 
 
 def step_phase(shape: ModelShape, work: Work) -> Phase:
@@ -200,7 +241,7 @@ def working_copies(shape: ModelShape, work: Work) -> int:
     adapted = shape.adapted(_modules(work))
     largest = max((linear.weights for linear in shape.linears), default=0)
     size = 0
-    if work.compute < FLOAT32 and work.method != "qlora":
+    if work.compute < FLOAT32 and work.method != "qlora" and not work.dense:
         learning = shape.linear_weights if work.method == "full" else _adapter_weights(shape, work)
         size += work.compute * learning
     if work.method == "qlora":
@@ -217,6 +258,9 @@ def activation_bytes(shape: ModelShape, work: Work) -> int:
     vocabulary, always keeps its input in float32, the normed input if it learns, and its output.
     """
     layer = layer_bytes(shape, work)
+    if work.dense:
+        kept = work.positions * shape.hidden * FLOAT32 if work.checkpointing else layer
+        return shape.layers * kept + work.positions * shape.hidden * FLOAT32
     ends = work.positions * shape.hidden * (2 * FLOAT32 + (FLOAT32 if _is_full(work) else 0))
     if not work.checkpointing:
         return shape.layers * layer + ends
@@ -236,6 +280,8 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     An adapter adds its r inner numbers for each matrix, dropout one noise for each input, DoRA
     the matrix's output before and after the adapter.
     """
+    if work.dense:
+        return _dense_layer_bytes(shape, work)
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inputs = _kept_inputs(shape, work)
@@ -247,6 +293,22 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     if _is_full(work):
         size += work.positions * 2 * h * _stream_bytes(work)
     return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
+
+
+def _dense_layer_bytes(shape: ModelShape, work: Work) -> int:
+    """What finetune/dense.py keeps of one layer: attention and norms in float32, products rounded.
+
+    For each token: both norms' input 4·h each and, as computed, their output; q, k and v after the
+    rotation and attention's output, 4 each, and the latter as computed; gate and up b·2i, and their
+    product b·i. What no adapter stands at is not kept. No mask and no repeated k and v.
+    """
+    b, h, i = work.compute, shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    names = {linear.name.rpartition(".")[2] for linear in shape.adapted(_modules(work))}
+    inputs = {"qkv_proj": h, "o_proj": queries, "gate_up_proj": h, "down_proj": i}
+    numbers = 2 * i + sum(inputs[name] for name in names)
+    size = b * numbers + FLOAT32 * (2 * h + 2 * queries + 2 * keys)
+    return work.positions * size + _adapter_activations(shape, work)
 
 
 def _kept_inputs(shape: ModelShape, work: Work) -> set[str]:
@@ -283,12 +345,16 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     """The scores of the vocabulary: for small models the largest term of all.
 
     On a CPU (finetune/compute.py): the learnt positions alone, three float32 copies (logarithms
-    of the probabilities, their gradient, and the scores' gradient). TRL's loss on a GPU: one tile
-    of 4,096 positions by 32,768 words, and the float32 gradient of the last hidden states. A loss
-    of one's own gets every position's scores: as computed, and three float32 copies.
+    of the probabilities, their gradient, and the scores' gradient); dense.py has a piece of them at
+    a time. TRL's loss on a GPU: one tile of 4,096 positions by 32,768 words, and the float32
+    gradient of the last hidden states. A loss of one's own gets every position's scores: as
+    computed, and three float32 copies.
     """
     learnt = int(work.positions * work.learnt)
     head = _head_gradient(shape, work)
+    if work.dense:  # piece by piece, the gradient of the states at once; nothing is kept
+        pieces = _SCORED_AT_ONCE * shape.vocab * (FLOAT32 + 2 * work.compute)
+        return pieces + learnt * shape.hidden * (FLOAT32 + 2 * work.compute)
     if work.own_loss:
         return work.positions * shape.vocab * (work.compute + 3 * FLOAT32) + head
     if work.short_loss:
@@ -310,6 +376,8 @@ def backward_bytes(shape: ModelShape, work: Work) -> int:
 
     The gradients of gate, up and their joined 2i, and two of the residual stream.
     """
+    if work.dense:  # gradient, silu(gate), gradient·up, and gate's and up's gradients
+        return work.positions * (5 * work.compute * shape.intermediate + 2 * FLOAT32 * shape.hidden)
     mlp = 4 * work.compute * shape.intermediate + 2 * FLOAT32 * shape.hidden
     scores = 0
     if work.attention == "eager":  # gradients of the softmax and of its input

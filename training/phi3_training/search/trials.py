@@ -16,7 +16,7 @@ from typing import Any
 
 from ..console import ProgressCallback
 from ..errors import StageError
-from ..journey import Journey, do, finished, refuse_unfit
+from ..journey import Journey, PlanCheck, do, finished
 from ..recipe import Recipe
 from ..run import Run
 from ..stages import stages_until
@@ -44,9 +44,10 @@ def measure(journey: Journey, metric: str, progress: ProgressCallback, watch: Wa
     Raises what the stages and `watch` raise, and StageError when there is no such figure.
     """
     stages = stages_until("model" if metric in TRAINING_METRICS else "metrics")
-    refuse_unfit(journey, stages)
-    for stage in stages:
+    check = PlanCheck(journey)
+    for number, stage in enumerate(stages):
         if finished(journey, stage) is None:
+            check.before(stages[number:])
             training = stage.manifest == "model"
             shown = _watched(progress, journey.run, watch) if training else progress
             do(journey, stage, shown)

@@ -13,13 +13,13 @@ from typing import Any
 
 from ..console import ProgressCallback
 from ..errors import StageError
-from ..export.onnx import converted
-from ..memory import memory_plan, this_device
+from ..memory import memory_plan, row_sizes, this_device
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
 from ..serve.choice import choose_engine
 from ..serve.config import EngineName, ServerConfig
+from ..serve.converted import converted
 from .base import Manifest, PlanLine
 
 
@@ -42,7 +42,7 @@ class LocalTarget:
             PlanLine("base", model),
             PlanLine("finetune", f"{recipe.finetune.method}, on this machine"),
             PlanLine("deploy", f"engine {engine}: {reason}"),
-            *memory_plan(recipe, this_device()),
+            *memory_plan(recipe, this_device(), row_sizes(recipe, run)),
             PlanLine("cost", f"nothing is billed; {run.path} and one server process are yours"),
         ]
 

@@ -18,7 +18,10 @@ from ..doctor.finding import Finding, Group
 from ..errors import StageError
 
 GROUP = Group("wheel")
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tools", "training/phi3_training")
+SOURCES = (
+    *("setup.py", "pyproject.toml", "README.md", "LICENSE", "tools", "flows", "connections"),
+    *("training/phi3_training", "training/recipes", "training/data"),
+)
 NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".promptflow")
 ENTRY_POINTS = "package_tools"
 #: What Prompt flow needs of the package; each with what leaves it out.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class BatchedSession:
 
     The graph's attention reads each row up to its own length, so rows of any age share a batch;
     it writes new keys and values in place, because past and present are the same memory.
+    Logits are valid until the next call: they lie where the graph left them.
     """
 
     def __init__(self, onnx_dir: Path, decoder: dict[str, Any], threads: int) -> None:
@@ -108,6 +109,8 @@ class BatchedSession:
         self._buffers: list[np.ndarray[Any, Any]] = []
         self._lengths: list[int] = []
         self._reserved: list[int] = []
+        # Lengths of the rows whose prompts are being read, in memory of their own.
+        self._open: list[int] = []
         self._binding: tuple[int, Any] | None = None
 
     def has_room(self, length: int) -> bool:
@@ -121,15 +124,39 @@ class BatchedSession:
         self._lengths.append(len(ids))
         self._reserved.append(length)
         prompt = np.array([ids], np.int64)
-        binding = self._bind(row, 1)
+        binding = self._bind([buffer[row : row + 1] for buffer in self._buffers])
         logits: Logits = self._run(binding, prompt, np.ones_like(prompt))[0]
         return logits
+
+    def add_in_parts(
+        self, ids: Sequence[int], length: int, part: int
+    ) -> Generator[Logits | None, None, None]:
+        """See `batch.PartwiseModel`. Read into memory of its own, copied to the rows at the end."""
+        own = [self._zeros(1, len(ids)) for _ in self._names]
+        self._open.append(length)
+        try:
+            binding = self._bind(own)
+            for start in range(0, len(ids), part):
+                prompt = np.array([ids[start : start + part]], np.int64)
+                seen = np.ones((1, start + prompt.shape[1]), np.int64)
+                logits = self._run(binding, prompt, seen)
+                if seen.shape[1] < len(ids):
+                    yield None
+        finally:
+            self._open.remove(length)
+        self._grow(*self._wanted(length))
+        row = len(self._lengths)
+        for buffer, read in zip(self._buffers, own, strict=True):
+            buffer[row, :, : len(ids)] = read[0]
+        self._lengths.append(len(ids))
+        self._reserved.append(length)
+        yield logits[0]
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Append one token to every row."""
         rows = len(tokens)
         if self._binding is None or self._binding[0] != rows:
-            self._binding = (rows, self._bind(0, rows))
+            self._binding = (rows, self._bind([buffer[:rows] for buffer in self._buffers]))
         self._lengths = [length + 1 for length in self._lengths]
         lengths = np.array(self._lengths)
         mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
@@ -151,8 +178,8 @@ class BatchedSession:
         self._buffers, self._binding = [], None
 
     def _wanted(self, length: int) -> tuple[int, int]:
-        longest = max([*self._reserved, length])
-        return len(self._reserved) + 1, -(-longest // _LENGTH_STEP) * _LENGTH_STEP
+        longest = max([*self._reserved, *self._open, length])
+        return len(self._reserved) + len(self._open) + 1, -(-longest // _LENGTH_STEP) * _LENGTH_STEP
 
     def _grow(self, rows: int, longest: int) -> None:
         have_rows, _, have_length, _ = self._buffers[0].shape if self._buffers else (0, 0, 0, 0)
@@ -163,11 +190,11 @@ class BatchedSession:
             return
         if rows > have_rows:
             rows = max(rows, 2 * have_rows if self._fits(2 * have_rows, longest) else rows)
-        shape = (max(rows, have_rows), self._heads, max(longest, have_length), self._size)
+        rows, longest = max(rows, have_rows), max(longest, have_length)
         used = len(self._reserved)
         for index in range(len(self._names)):
             # zeros: pages that no row reaches cost no memory.
-            buffer = np.zeros(shape, self._dtype)
+            buffer = self._zeros(rows, longest)
             if used:
                 buffer[:used, :, :have_length] = self._buffers[index][:used]
             self._buffers[index : index + 1] = [buffer]
@@ -176,11 +203,15 @@ class BatchedSession:
     def _fits(self, rows: int, longest: int) -> bool:
         return rows * longest * self._token_bytes <= self._memory
 
-    def _bind(self, first: int, rows: int) -> Any:
+    def _zeros(self, rows: int, length: int) -> np.ndarray[Any, Any]:
+        return np.zeros((rows, self._heads, length, self._size), self._dtype)
+
+    def _bind(self, buffers: list[np.ndarray[Any, Any]]) -> Any:
+        """Keys and values of some rows, one array for each name."""
         binding = self._session.io_binding()
         binding.bind_output("logits", "cpu")
-        for (past, present), buffer in zip(self._names, self._buffers, strict=True):
-            shape, at = (rows, *buffer.shape[1:]), buffer[first:].ctypes.data
+        for (past, present), buffer in zip(self._names, buffers, strict=True):
+            shape, at = buffer.shape, buffer.ctypes.data
             binding.bind_input(past, "cpu", 0, self._dtype, shape, at)
             binding.bind_output(present, "cpu", 0, self._dtype, shape, at)
         return binding

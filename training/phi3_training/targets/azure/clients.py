@@ -1,34 +1,170 @@
-"""The clients of Azure's SDKs, made once each, with the recipe's retries and polls.
+"""Signs in and makes the clients of Azure's SDKs, once each, with the recipe's retries and polls.
 
-Importing azure.ai.ml takes seconds and reads its poll times at import: both wait for first use.
+Reads the environment and the sign-ins of az, azd and others; keeps tokens in memory only. Importing
+azure.ai.ml takes seconds and reads its poll times at import, so both wait for the first use.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from ...errors import StageError
 from ...recipe_azure import PollSection
-from .failures import explained
-from .sign_in import ARM_SCOPE, quiet, sign_in
-from .workplace import Workplace
+from .failures import explained, scrub
+from .place import Place
 
 if TYPE_CHECKING:
     from azure.ai.ml import MLClient
     from azure.core import PipelineClient
-    from azure.core.credentials import TokenCredential
+    from azure.core.credentials import AccessToken, TokenCredential
+    from azure.core.pipeline import PipelineResponse
     from azure.mgmt.authorization import AuthorizationManagementClient
     from azure.mgmt.msi import ManagedServiceIdentityClient
     from azure.mgmt.quota import QuotaMgmtClient
     from azure.mgmt.resource.resources import ResourceManagementClient
 
-    from .answers import ModelAnswers
+log = logging.getLogger(__name__)
 
+# The control plane. An endpoint with Entra sign-in takes tokens for another audience, ml.azure.com.
 ARM = "https://management.azure.com"
+ARM_SCOPE = f"{ARM}/.default"
+_NOISY_LOGGERS = ("azure", "msal", "msrest", "urllib3", "requests", "promptflow")
+_MODEL_VERSION = re.compile(r"/models/([^/?]+)/versions/([^/?]+)")
+
+
+def sign_in(
+    tenant_id: str | None = None,
+    *,
+    interactive: bool | None = None,
+    browser: Callable[..., TokenCredential] | None = None,
+) -> TokenCredential:
+    """A credential that has just given a token: what DefaultAzureCredential finds, else a browser.
+
+    `interactive` None: a browser is opened where a person sits at a terminal. Raises StageError
+    with everything that was tried.
+    """
+    from azure.core.exceptions import ClientAuthenticationError
+    from azure.identity import DefaultAzureCredential, InteractiveBrowserCredential
+
+    quiet_sdks()
+    # azure-identity refuses a token of a tenant that is neither the sign-in's own nor named here.
+    default: TokenCredential = DefaultAzureCredential(
+        additionally_allowed_tenants=[tenant_id] if tenant_id else []
+    )
+    credential = InTenant(default, tenant_id) if tenant_id else default
+    try:
+        credential.get_token(ARM_SCOPE)
+    except ClientAuthenticationError as error:
+        # The SDK's message has a line `NameOfCredential: why not` for each one that it tried.
+        lines = [line.strip() for line in scrub(str(error)).splitlines()]
+        tried = [line for line in lines if ": " in line and line.split(":")[0].isidentifier()]
+        tried = [_shortened(line) for line in tried or lines[:1]]
+    else:
+        return credential
+    if interactive is None:
+        interactive = sys.stdin.isatty() and sys.stderr.isatty()
+    if interactive:
+        options = {"tenant_id": tenant_id} if tenant_id else {}
+        credential = (browser or InteractiveBrowserCredential)(**options)
+        try:
+            credential.get_token(ARM_SCOPE)
+        except ClientAuthenticationError as error:
+            tried.append(f"browser: {_shortened(scrub(str(error)))}")
+        else:
+            return credential
+    else:
+        tried.append("browser: not tried, this is not a terminal")
+    attempts = "\n".join(f"  {line}" for line in tried)
+    raise StageError(
+        f"Could not sign in to Azure. Tried:\n{attempts}\n"
+        "Sign in with: az login\n"
+        "or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET (a service principal), "
+        "or run on an Azure machine with a managed identity"
+    )
+
+
+def _shortened(text: str) -> str:
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= 300 else line[:297] + "…"
+
+
+class InTenant:
+    """A credential whose every token belongs to one tenant: the SDKs do not ask for any."""
+
+    def __init__(self, credential: TokenCredential, tenant_id: str) -> None:
+        self._credential = credential
+        self._tenant = tenant_id
+
+    def get_token(self, *scopes: str, **options: Any) -> AccessToken:
+        """A token of the tenant; one that a service's challenge names goes first."""
+        return self._credential.get_token(*scopes, **{"tenant_id": self._tenant, **options})
+
+
+def quiet_sdks() -> None:
+    """Turn the SDKs' logs off, unless the program itself logs at INFO or below.
+
+    azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
+    azure.core's HTTP log would show what is sent. Where they do log, their records are scrubbed:
+    urllib3 logs every URL with its query, signatures included.
+    """
+    known = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
+    for name in {*known, "urllib3.connectionpool"}:
+        logger = logging.getLogger(name)
+        if not any(isinstance(item, _ScrubbingFilter) for item in logger.filters):
+            logger.addFilter(_ScrubbingFilter())
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        return
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("azure.")]
+    for name in ("azure", "msal", "msrest", *names):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class _ScrubbingFilter(logging.Filter):
+    """Takes secrets out of a logger's records, before any handler sees them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always True: the record stays, without its secrets."""
+        record.msg, record.args = scrub(record.getMessage()), None
+        if record.exc_info and record.exc_info[1] is not None:
+            shown = logging.Formatter().formatException(record.exc_info)
+            record.exc_info, record.exc_text = None, scrub(shown)
+        return True
+
+
+@dataclass
+class ModelAnswers:
+    """What a registry answered about model versions.
+
+    The SDK's classes drop the metadata that replaced the tags in June 2026 (sizes for fine-tuning,
+    retirement dates), so the answers are kept as they pass.
+    """
+
+    seen: dict[tuple[str, str], Mapping[str, object]] = field(default_factory=dict)
+
+    def keep(self, response: PipelineResponse[Any, Any]) -> None:
+        """A hook for azure-core's pipeline: keep the properties of a model version."""
+        match = _MODEL_VERSION.search(str(response.http_request.url))
+        if match is None or response.http_response.status_code != 200:
+            return
+        try:
+            properties = json.loads(response.http_response.text()).get("properties")
+        except (ValueError, AttributeError):
+            return
+        if isinstance(properties, Mapping):
+            self.seen[match[1].lower(), match[2]] = properties
+
+    def properties(self, name: str, version: str) -> Mapping[str, object]:
+        """What was answered about a model version; empty where it was not asked for."""
+        return self.seen.get((name.lower(), version), {})
 
 
 class Clients:
@@ -36,11 +172,11 @@ class Clients:
 
     def __init__(
         self,
-        workplace: Workplace,
+        place: Place,
         poll: PollSection,
         credential: TokenCredential | Callable[[], TokenCredential] | None = None,
     ) -> None:
-        self.workplace = workplace
+        self.place = place
         self.poll = poll
         self._credential = credential
         self._registries: dict[str, tuple[MLClient, ModelAnswers]] = {}
@@ -49,13 +185,13 @@ class Clients:
     def credential(self) -> TokenCredential:
         """The signed-in credential; the first use signs in."""
         if self._credential is None:
-            return sign_in(self.workplace.tenant_id)
+            return sign_in(self.place.tenant_id)
         return self._credential() if callable(self._credential) else self._credential
 
     @cached_property
     def ml(self) -> MLClient:
         """Azure ML in the workspace."""
-        return self.ml_of(self.workplace.workspace_name)
+        return self.ml_of(self.place.workspace_name)
 
     @cached_property
     def subscription(self) -> MLClient:
@@ -67,20 +203,22 @@ class Clients:
         return self._ml(workspace_name=workspace)
 
     def registry(self, name: str) -> MLClient:
-        """Azure ML's registry; finding it is a call of its own."""
+        """Azure ML's registry."""
         return self._registry(name)[0]
 
     def model_answers(self, registry: str) -> ModelAnswers:
-        """What the registry answered about its models, beside what the SDK keeps of it."""
+        """What the registry answered about its models, beyond what the SDK keeps of it."""
         return self._registry(registry)[1]
 
     def _registry(self, name: str) -> tuple[MLClient, ModelAnswers]:
-        from .answers import ModelAnswers
+        from azure.core.pipeline.policies import CustomHookPolicy
 
         if name not in self._registries:
             answers = ModelAnswers()
+            hook: CustomHookPolicy[Any, Any] = CustomHookPolicy(raw_response_hook=answers.keep)
+            # The constructor already calls the registry's discovery, so it can fail.
             with explained(f"Opening the registry {name}"):
-                client = self._ml(registry_name=name, per_call_policies=[answers])
+                client = self._ml(registry_name=name, per_call_policies=[hook])
             self._registries[name] = (client, answers)
         return self._registries[name]
 
@@ -90,7 +228,7 @@ class Clients:
         from azure.mgmt.resource.resources import ResourceManagementClient
 
         return ResourceManagementClient(
-            self.credential, self.workplace.subscription_id, **self._options()
+            self.credential, self.place.subscription_id, **self._options()
         )
 
     @cached_property
@@ -99,7 +237,7 @@ class Clients:
         from azure.mgmt.authorization import AuthorizationManagementClient
 
         return AuthorizationManagementClient(
-            self.credential, self.workplace.subscription_id, **self._options()
+            self.credential, self.place.subscription_id, **self._options()
         )
 
     @cached_property
@@ -108,7 +246,7 @@ class Clients:
         from azure.mgmt.msi import ManagedServiceIdentityClient
 
         return ManagedServiceIdentityClient(
-            self.credential, self.workplace.subscription_id, **self._options()
+            self.credential, self.place.subscription_id, **self._options()
         )
 
     @cached_property
@@ -116,7 +254,7 @@ class Clients:
         """Quota requests."""
         from azure.mgmt.quota import QuotaMgmtClient
 
-        return QuotaMgmtClient(self.credential, self.workplace.subscription_id, **self._options())
+        return QuotaMgmtClient(self.credential, self.place.subscription_id, **self._options())
 
     def arm(self) -> PipelineClient[Any, Any]:
         """ARM without an SDK, for what none of them has; sign-in and retries as everywhere."""
@@ -124,6 +262,8 @@ class Clients:
         from azure.core.pipeline import policies
 
         options = self._options()
+        # The order of azure-core's own clients: what comes after the retries is done each time, so
+        # that a retry after minutes carries a fresh token.
         return PipelineClient(
             ARM,
             policies=[
@@ -137,49 +277,55 @@ class Clients:
         )
 
     def _ml(self, **where: Any) -> MLClient:
-        _set_job_polls(self.poll)
+        # azure-ai-ml reads these two when it is imported, and never again; its own defaults let the
+        # pause between two looks at a job grow from 2 to 60 s. Values that somebody set stay.
+        seconds = str(max(1, round(self.poll.job_interval)))
+        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
+        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)
         from azure.ai.ml import MLClient
 
-        quiet()
+        quiet_sdks()  # again: importing azure.ai.ml has made new loggers
         return MLClient(
             self.credential,
-            subscription_id=self.workplace.subscription_id,
-            resource_group_name=self.workplace.resource_group,
-            show_progress=False,
+            subscription_id=self.place.subscription_id,
+            resource_group_name=self.place.resource_group,
+            show_progress=False,  # its bars would run through ours
             enable_telemetry=False,
             **where,
             **self._options(),
         )
 
     def _options(self) -> dict[str, Any]:
+        """Of every client. azure-core repeats GET and PUT after 408, 429, 5xx and resets, POST only
+        after 500, 503 and 504, and never a 409; operations.py deals with the rest."""
         return {
             "retry_total": self.poll.retry_total,
             "retry_backoff_factor": self.poll.retry_backoff_factor,
+            # Without it each change of a cluster or an endpoint lasts at least 30 s, the SDK's own
+            # pause between polls. Deployments poll every 5 s whatever is said here.
             "polling_interval": self.poll.interval,
             "logging_enable": False,
         }
 
 
 class _WithoutBlankLines:
-    """A stream that leaves out what the SDK prints after each upload: a colour and a new line."""
+    """A stream without what azure-ai-ml prints after each upload: a colour code and a newline."""
 
-    def __init__(self, through: TextIO) -> None:
-        self._through = through
-        self._blank = False
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._after_color = False
 
     def write(self, text: str) -> int:
         """As a stream's."""
         if text.strip("\n") == "\x1b[39m":
-            self._blank = True
+            self._after_color = True
             return len(text)
-        if self._blank and text == "\n":
-            self._blank = False
-            return len(text)
-        self._blank = False
-        return self._through.write(text)
+        skip = self._after_color and text == "\n"
+        self._after_color = False
+        return len(text) if skip else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._through, name)
+        return getattr(self._stream, name)
 
 
 @contextmanager
@@ -187,10 +333,3 @@ def quiet_uploads() -> Iterator[None]:
     """Around calls of azure.ai.ml that upload files."""
     with redirect_stderr(cast(TextIO, _WithoutBlankLines(sys.stderr))):
         yield
-
-
-def _set_job_polls(poll: PollSection) -> None:
-    """Only what nobody set; the SDK reads these when it is imported."""
-    seconds = str(max(1, round(poll.job_interval)))
-    os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
-    os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)

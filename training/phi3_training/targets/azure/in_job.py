@@ -15,22 +15,35 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ...errors import Phi3TrainingError, StageError
 from ...recipe import Recipe
 from ...run import Run, write_atomically
 
+# How lines of the log that are not plain text begin; `jobs.LogTap` reads them on the other side.
 PROGRESS, ERROR = "phi3-progress ", "phi3-error "
 MANIFESTS = "manifests"
-# What goes back to the run folder, beside the manifests.
-SMALL = ("evaluate", "finetune/loss.jsonl", "adapter", "adapters")
-_BASE_WAIT = 7200.0  # seconds that a process waits for the one that fetches the weights
+# What goes back to the run folder, besides the manifests.
+SMALL_FILES = ("evaluate", "finetune/loss.jsonl", "adapter", "adapters")
+_BASE_WAIT = 7200.0  # seconds that a process waits for the one that downloads the weights
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the job's work; 1 and one line that names the reason when it cannot be done."""
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(description="The work of one command job.")
+    commands = parser.add_subparsers(required=True)
+    train = commands.add_parser("train", help="fine-tune, measure, and save an MLflow model")
+    train.set_defaults(work=run_train)
+    evaluate = commands.add_parser("evaluate", help="measure a tuned model against its base")
+    evaluate.set_defaults(work=run_evaluate)
+    for command in (train, evaluate):
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--recipe", type=Path, required=True)
+        command.add_argument("--base", type=Path)
+        command.add_argument("--run-output", type=Path, required=True)
+    train.add_argument("--model-output", type=Path, required=True)
+    evaluate.add_argument("--tuned", type=Path, required=True)
+    args = parser.parse_args(argv)
     try:
         return int(args.work(args))
     except Phi3TrainingError as error:
@@ -39,38 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="The work of one command job.")
-    inner = parser.add_subparsers(required=True)
-    train = inner.add_parser("train", help="fine-tune, measure, and save an MLflow model")
-    train.add_argument("--data", type=Path, required=True)
-    train.add_argument("--recipe", type=Path, required=True)
-    train.add_argument("--base", type=Path)
-    train.add_argument("--run-output", type=Path, required=True)
-    train.add_argument("--model-output", type=Path, required=True)
-    train.set_defaults(work=run_train)
-    measure = inner.add_parser("evaluate", help="measure a tuned model against its base")
-    measure.add_argument("--data", type=Path, required=True)
-    measure.add_argument("--recipe", type=Path, required=True)
-    measure.add_argument("--tuned", type=Path, required=True)
-    measure.add_argument("--base", type=Path)
-    measure.add_argument("--run-output", type=Path, required=True)
-    measure.set_defaults(work=run_evaluate)
-    return parser
-
-
 def run_train(args: argparse.Namespace) -> int:
     """Fine-tune in every process; the main one measures and saves."""
     from ...finetune import sft
 
     recipe = read_recipe(args.recipe, args.data)
     run = _run_folder(args.data)
-    progress = Told()
-    _base(recipe, run, args.base, progress)
-    made = sft.finetune(recipe, run, progress)
-    if made is None:  # another process of the job saves what all have learnt
+    progress = ProgressLines()
+    _find_base(recipe, run, args.base, progress)
+    manifest = sft.finetune(recipe, run, progress)
+    if manifest is None:  # the main process of the job saves what all have learnt
         return 0
-    run.write_manifest("model", made)
+    run.write_manifest("model", manifest)
     _evaluate(recipe, run, args.recipe, progress)
     _hand_over(run, args.run_output)
     progress(0, 0, "saving the MLflow model", always=True)
@@ -83,8 +76,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure a model that another job has tuned."""
     recipe = read_recipe(args.recipe, args.data)
     run = _run_folder(args.data)
-    progress = Told()
-    _base(recipe, run, args.base, progress)
+    progress = ProgressLines()
+    _find_base(recipe, run, args.base, progress)
     tuned = weights_in(args.tuned, run.path / "tuned")
     run.write_manifest("model", {"path": str(tuned)})
     _evaluate(recipe, run, args.recipe, progress)
@@ -92,8 +85,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-class Told:
-    """Progress as lines of the log, at most one in a second."""
+class ProgressLines:
+    """Progress as lines of the log, at most one in a second: the log is uploaded as it grows."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -108,7 +101,7 @@ class Told:
 
 
 def read_recipe(path: Path, folder: Path) -> Recipe:
-    """The recipe that was sent along; its paths count from the folder of the chats."""
+    """The recipe that was uploaded; its paths count from the folder of the chats."""
     content = json.loads(path.read_text(encoding="utf-8"))["recipe"]
     for section, key in (("base", "data"), ("evaluate", "canary"), ("evaluate", "probes")):
         values = content.get(section)
@@ -119,6 +112,8 @@ def read_recipe(path: Path, folder: Path) -> Recipe:
 
 def _run_folder(data: Path) -> Run:
     """The run folder of this node: its processes share it, those of another node have their own."""
+    # Azure ML sets AZUREML_RUN_ID to the job's name; a distributed job has NODE_RANK and LOCAL_RANK
+    # in each process.
     name = os.environ.get("AZUREML_RUN_ID")
     node = os.environ.get("NODE_RANK", "0")
     if name:
@@ -126,60 +121,56 @@ def _run_folder(data: Path) -> Run:
     else:
         path = Path(tempfile.mkdtemp(prefix="phi3-")) / "run"
     run = Run.open(path)
-    if _leads_node():
+    if _is_first_on_node():
         shutil.copytree(data / "data", run.path / "data", dirs_exist_ok=True)
     return run
 
 
-def _leads_node() -> bool:
+def _is_first_on_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _base(recipe: Recipe, run: Run, given: Path | None, progress: Told) -> None:
-    """Find the base model once on each node; the other processes wait for that."""
+def _find_base(recipe: Recipe, run: Run, uploaded: Path | None, progress: ProgressLines) -> None:
+    """Find the base model once on each node; the other processes wait for its manifest."""
     from ...finetune import prepare_base
 
-    failed = run.path / "base.failed"
-    if not _leads_node():
-        _await_base(run, failed)
+    failure = run.path / "base.failed"
+    if not _is_first_on_node():
+        ends = time.monotonic() + _BASE_WAIT
+        while run.manifest("base") is None:
+            if failure.exists():
+                raise StageError(failure.read_text(encoding="utf-8"))
+            if time.monotonic() > ends:
+                raise StageError("The base model was not there in time; see the log of process 0")
+            time.sleep(0.5)
         return
-    failed.unlink(missing_ok=True)  # of a try before this one
+    failure.unlink(missing_ok=True)  # of an earlier try: Azure ML may restart a job on its machine
     try:
-        if given is not None:
-            path = weights_in(given, run.path / "base-model")
-            made: dict[str, Any] = {"path": str(path), "made": "found", "summary": "the base model"}
+        if uploaded is None:
+            manifest = prepare_base(recipe, run, progress)
         else:
-            made = prepare_base(recipe, run, progress)
+            path = weights_in(uploaded, run.path / "base-model")
+            manifest = {"path": str(path), "made": "found", "summary": "the base model"}
     except Phi3TrainingError as error:
-        write_atomically(failed, str(error))
+        write_atomically(failure, str(error))
         raise
-    folder = run.path / str(made["path"])
-    # Hugging Face's cache names a folder after the commit that it holds.
+    folder = run.path / str(manifest["path"])
+    # Hugging Face's cache names a snapshot's folder after the commit that it holds.
     revision = folder.name if folder.parent.name == "snapshots" else None
-    run.write_manifest("base", {**made, "revision": revision})
+    run.write_manifest("base", {**manifest, "revision": revision})
 
 
-def _await_base(run: Run, failed: Path) -> None:
-    ends = time.monotonic() + _BASE_WAIT
-    while run.manifest("base") is None:
-        if failed.exists():
-            raise StageError(failed.read_text(encoding="utf-8"))
-        if time.monotonic() > ends:
-            raise StageError("The base model was not there in time; see the log of process 0")
-        time.sleep(0.5)
-
-
-def _evaluate(recipe: Recipe, run: Run, path: Path, progress: Told) -> None:
+def _evaluate(recipe: Recipe, run: Run, recipe_path: Path, progress: ProgressLines) -> None:
     """Measure; `asked` in the manifest says which questions the figures belong to."""
     from ...evaluate import evaluate
 
-    asked = json.loads(path.read_text(encoding="utf-8"))["asked"]
+    asked = json.loads(recipe_path.read_text(encoding="utf-8"))["asked"]
     run.write_manifest("metrics", {**evaluate(recipe, run, progress), "asked": asked})
 
 
 def _hand_over(run: Run, output: Path) -> None:
-    """Copy the small files; the manifests last, so that they are whole when they are there."""
-    for name in SMALL:
+    """Copy the small files; the manifests last, so that where they are the rest is complete."""
+    for name in SMALL_FILES:
         source = run.path / name
         if source.is_dir():
             shutil.copytree(source, output / name, dirs_exist_ok=True)
@@ -198,21 +189,23 @@ def _save_model(run: Run, output: Path) -> None:
     from phi3_training import mlflow_model
 
     from ...carried import copy_carried
-    from ...register import MLFLOW_MODEL, REQUIREMENTS
+    from .environments import MODEL_PACKAGES, pinned
 
-    model = run.path / str(run.require("model", "the job's training")["path"])
-    with tempfile.TemporaryDirectory(dir=run.path) as folder:
-        made, code = Path(folder) / "model", Path(folder) / "code"
-        copy_carried(code, MLFLOW_MODEL)
+    weights = run.path / str(run.require("model", "the job's training")["path"])
+    with tempfile.TemporaryDirectory(dir=run.path) as scratch:
+        code = Path(scratch) / "code"
+        copy_carried(code, mlflow_model.__name__)
+        saved = Path(scratch) / "model"  # MLflow refuses a folder that exists, and `output` does
         mlflow.pyfunc.save_model(
-            path=str(made),
+            path=str(saved),
             python_model=str(mlflow_model.__file__),
-            artifacts={"model": str(model)},
+            artifacts={"model": str(weights)},
             code_paths=[str(code / "phi3_training")],
-            pip_requirements=[*REQUIREMENTS, "pydantic>=2.11"],
+            # Given, because MLflow's own guess loads the model in another process.
+            pip_requirements=pinned(*MODEL_PACKAGES, "pydantic"),
             metadata={"made_by": "phi3-promptflow", "task": "chat-completion"},
         )
-        shutil.copytree(made, output, dirs_exist_ok=True)
+        shutil.copytree(saved, output, dirs_exist_ok=True)
 
 
 def weights_in(folder: Path, work: Path) -> Path:
@@ -220,17 +213,18 @@ def weights_in(folder: Path, work: Path) -> Path:
 
     Catalogue models keep weights and tokenizer apart; `work` then becomes both. Raises StageError.
     """
-    weights = _first(folder, ("*.safetensors",), "config.json")
+    # A catalogue model: data/model and data/tokenizer. One of our jobs: artifacts/model with both.
+    weights = _topmost(folder, "config.json", beside="*.safetensors")
     if weights is None:
         raise StageError(f"{folder.name} holds no weights: expected config.json and *.safetensors")
     names = ("tokenizer.json", "tokenizer.model")
     if any((weights / name).is_file() for name in names):
         return weights
-    tokens = next((found for name in names if (found := _first(folder, (), name))), None)
-    if tokens is None:
+    tokenizer = next((path for name in names if (path := _topmost(folder, name))), None)
+    if tokenizer is None:
         raise StageError(f"{folder.name} holds no tokenizer: expected tokenizer.json")
     work.mkdir(parents=True, exist_ok=True)
-    for source in (tokens, weights):  # weights last: their config.json counts
+    for source in (tokenizer, weights):  # weights last: theirs is the config.json that counts
         for path in source.iterdir():
             if path.is_file():
                 (work / path.name).unlink(missing_ok=True)
@@ -238,14 +232,10 @@ def weights_in(folder: Path, work: Path) -> Path:
     return work
 
 
-def _first(folder: Path, beside: Sequence[str], name: str) -> Path | None:
-    """The uppermost folder with a file `name` and files that fit `beside`."""
-    found = [
-        path.parent
-        for path in folder.rglob(name)
-        if all(any(path.parent.glob(pattern)) for pattern in beside)
-    ]
-    return min(found, key=lambda path: len(path.parts), default=None)
+def _topmost(folder: Path, name: str, beside: str = "*") -> Path | None:
+    """The topmost folder with a file `name` and a file that matches `beside`."""
+    parents = [path.parent for path in folder.rglob(name) if any(path.parent.glob(beside))]
+    return min(parents, key=lambda path: len(path.parts), default=None)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,75 @@
-"""Jobs: named before they are submitted, submitted once, gone on with after any interruption.
+"""Jobs: named before they are submitted, submitted once, resumed after interruption, followed.
 
-Reads and writes <run>/azure/jobs.json (which job does what for this run).
+Reads and writes <run>/azure/jobs.json (which job does what for this run) and writes
+<run>/azure/<purpose>.log (without secrets).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+from ... import console
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...run import Run, write_atomically
 from .clients import Clients, quiet_uploads
-from .failures import explained, stage_error
-from .follow import follow_job, status_of
-from .waiting import TRIES, look, passing
+from .failures import explained, message_of, scrub, stage_error
+from .in_job import ERROR, PROGRESS
+from .operations import TRIES, get_or_none, is_absent, is_transient
+
+if TYPE_CHECKING:
+    from azure.ai.ml.entities import Job
+    from azure.storage.blob import BlobProperties, ContainerClient
 
 log = logging.getLogger(__name__)
 
-TRAIN, EVALUATE = "train", "evaluate"
+Purpose = Literal["train", "evaluate"]
+TRAIN: Purpose = "train"
+EVALUATE: Purpose = "evaluate"
 WORKING = frozenset(
     ("notstarted", "queued", "preparing", "provisioning", "starting", "running", "finalizing")
 )
-_STAGES = {TRAIN: "model", EVALUATE: "metrics"}  # whose manifest names the job that was used
+_BAD_ENDS = {
+    "failed": "failed",
+    "canceled": "was cancelled",
+    "cancelled": "was cancelled",
+    "notresponding": "stopped responding (its machine may be gone)",
+    "paused": "was paused",
+}
+_STAGES: dict[Purpose, str] = {TRAIN: "model", EVALUATE: "metrics"}
+_SHOWN_LINES = 8  # last log lines in an error
+# Failed looks at the status in a row before phi3 gives up: a minute at the default 10 s each. The
+# job itself is not concerned.
+_PATIENCE = 6
+OUTPUT_STORE, LOG_STORE = "workspaceblobstore", "workspaceartifactstore"
+_DATASTORE_PATH = re.compile(r"datastores/(?P<store>[^/]+)/(?:paths/)?(?P<path>.+?)/?$")
+# The log of the first process of the first machine, which the SDK shows as well; then what there
+# is. A pipeline has only the second kind.
+_LOG_NAMES = (
+    re.compile(r"/user_logs/std_log(_process_0+)?\.txt$"),
+    re.compile(r"/user_logs/.*\.txt$"),
+    re.compile(r"/logs/azureml/.*\.txt$"),
+)
+# A refusal of the storage service: the SDK prints the body of any answer as if it were the log.
+_STORAGE_REFUSAL = re.compile(r"^\ufeff?<\?xml|^<Error>")
+# What the SDK prints before and after the log.
+_SDK_FRAME = re.compile(r"(RunId: |Streaming \S+$|Execution Summary$|=+$)")
 
 
 @dataclass(frozen=True)
-class Ticket:
+class JobRecord:
     """A job of this run: its name in Azure and the inputs that it was made for."""
 
     name: str
@@ -41,131 +78,450 @@ class Ticket:
     attempt: int
 
 
-def tickets(run: Run) -> dict[str, Ticket]:
-    """The run's jobs by what they are for."""
+def recorded_jobs(run: Run) -> dict[str, JobRecord]:
+    """The run's jobs by purpose. StageError where the file cannot be read."""
     path = run.path / "azure" / "jobs.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {purpose: Ticket(**item) for purpose, item in content.items()}
+        return {purpose: JobRecord(**item) for purpose, item in content.items()}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError):
         raise StageError(
-            f"{path} is not what phi3 wrote. A job may still work: look in the studio, cancel it "
-            "there, and delete the file"
+            f"{path} is not a file that phi3 wrote. A job may still be running: look in the "
+            "studio, cancel it there, and delete the file"
         ) from None
 
 
-def carry_out(
+def status_of(job: Job) -> str:
+    """The job's status in lower case: an enumeration in azure-ai-ml 1.35, a string before."""
+    status = getattr(job, "status", None)
+    return str(getattr(status, "value", status) or "").lower()
+
+
+def run_job(
     clients: Clients,
     run: Run,
-    purpose: str,
+    purpose: Purpose,
     fingerprint: str,
     route: str,
-    build: Callable[[str], Any],
+    build: Callable[[str], Job],
     progress: ProgressCallback,
     *,
     limit: float,
-) -> Any:
-    """The completed job for these inputs: the one that works or is done, else a new one.
+) -> Job:
+    """The completed job for these inputs: the recorded one, resumed, or a new one.
 
-    Raises StageError when it fails, is cancelled, or when another job of the run is still at work.
+    `build` makes the job to submit under a name; `limit` is in seconds. Raises StageError when the
+    job fails or is cancelled, or when another job of the run is still running.
     """
-    ticket, job = _known(clients, run, purpose, fingerprint)
-    if ticket is None:
-        ticket = _new_ticket(run, purpose, fingerprint, route)
+    record, job = _resumable(clients, run, purpose, fingerprint)
+    if record is None:
+        known = recorded_jobs(run)
+        attempt = known[purpose].attempt + 1 if purpose in known else 1
+        run_name = "".join(c if c.isalnum() else "-" for c in run.name.lower())[:40].strip("-")
+        # The random part keeps two clones with a run of the same name from sharing a job.
+        name = f"phi3-{purpose}-{run_name}-{attempt}-{secrets.token_hex(4)}"
+        record = JobRecord(name, fingerprint, route, attempt)
+        content = {key: asdict(item) for key, item in {**known, purpose: record}.items()}
+        # On disk before Azure sees the name: a process that is killed now finds the job again.
+        write_atomically(run.file("azure", "jobs.json"), json.dumps(content, indent=2) + "\n")
     if job is None:
-        progress(0, 0, f"submitting the job {ticket.name}")
-        job = _submit(clients, ticket, build)
+        progress(0, 0, f"submitting the job {record.name}")
+        job = _submit(clients, record.name, build)
     else:
-        progress(0, 0, f"going on with the job {ticket.name}")
+        progress(0, 0, f"resuming the job {record.name}")
     if status_of(job) != "completed":
-        job = follow_job(clients, run, purpose, ticket.name, progress, limit=limit)
+        job = follow_job(clients, run, purpose, record.name, progress, limit=limit)
     return job
 
 
-def _known(
-    clients: Clients, run: Run, purpose: str, fingerprint: str
-) -> tuple[Ticket | None, Any | None]:
-    """The ticket to go on with and its job; (ticket, None) was never submitted."""
-    ticket = tickets(run).get(purpose)
-    if ticket is None:
+def _resumable(
+    clients: Clients, run: Run, purpose: Purpose, fingerprint: str
+) -> tuple[JobRecord | None, Job | None]:
+    """The record to continue with and its job; (record, None) was never submitted."""
+    record = recorded_jobs(run).get(purpose)
+    if record is None:
         return None, None
-    job = look(lambda: clients.ml.jobs.get(ticket.name), f"Reading the job {ticket.name}")
-    same = ticket.fingerprint == fingerprint
-    if job is None:  # killed between the name and the call: the name is still good
-        return (ticket, None) if same else (None, None)
+    job = _find(clients, record.name)
+    same = record.fingerprint == fingerprint
+    if job is None:  # killed after the name was written, before the call: the name is unused
+        return (record, None) if same else (None, None)
     status = status_of(job)
     if status in WORKING or status == "cancelrequested":
         if not same:
             raise StageError(
-                f"The job {ticket.name} of this run still works ({status}), for other settings or "
-                f"chats. Wait for it with the settings it has, or end it: "
+                f"The job {record.name} of this run is still at work ({status}), for other "
+                "settings or chats. Wait for it with the settings it has, or end it: "
                 f"phi3 azure cancel --run {run.name}"
             )
-        return ticket, job
-    if status == "completed" and same and not _used(run, purpose, ticket):
-        return ticket, job
-    return None, None
+        return record, job
+    # A job that the stage has used already is not used again: to train again means a new job.
+    used = (run.manifest(_STAGES[purpose]) or {}).get("job") == record.name
+    return (record, job) if status == "completed" and same and not used else (None, None)
 
 
-def _used(run: Run, purpose: str, ticket: Ticket) -> bool:
-    """Whether the stage was done with this job: then doing it again means a new job."""
-    manifest = run.manifest(_STAGES[purpose]) or {}
-    return bool(manifest.get("job") == ticket.name)
-
-
-def _new_ticket(run: Run, purpose: str, fingerprint: str, route: str) -> Ticket:
-    """Draw a name and write it down, before Azure hears of it."""
-    known = tickets(run)
-    before = known.get(purpose)
-    attempt = 1 if before is None else before.attempt + 1
-    plain = "".join(c if c.isalnum() else "-" for c in run.name.lower())[:40].strip("-")
-    name = f"phi3-{purpose}-{plain}-{attempt}-{secrets.token_hex(4)}"
-    ticket = Ticket(name, fingerprint, route, attempt)
-    content = {key: asdict(item) for key, item in {**known, purpose: ticket}.items()}
-    write_atomically(run.file("azure", "jobs.json"), json.dumps(content, indent=2) + "\n")
-    return ticket
-
-
-def _submit(clients: Clients, ticket: Ticket, build: Callable[[str], Any]) -> Any:
-    """Submit under the name; a job that has it already is ours, from an answer that was lost."""
+def _submit(clients: Clients, name: str, build: Callable[[str], Job]) -> Job:
+    """Submit under the name. A job that already has it is ours: the answer to a PUT was lost."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    doing = f"Submitting the job {ticket.name}"
-    for left in reversed(range(TRIES)):
-        job = build(ticket.name)  # anew: a try that failed leaves one half resolved
+    job: Job | None
+    for tries_left in reversed(range(TRIES)):
+        body = build(name)  # built again each time: a failed try leaves it half resolved
         try:
             with quiet_uploads():
-                return clients.ml.jobs.create_or_update(job)
+                job = clients.ml.jobs.create_or_update(body)
         except (AzureError, MlException) as error:
-            there = _there(clients, ticket.name) if passing(error) else None
-            if there is not None:
-                return there
-            if not left or not passing(error):
-                raise stage_error(error, doing) from None
+            try:
+                job = _find(clients, name) if is_transient(error) else None
+            except StageError:  # Azure is in trouble; the next try will show
+                job = None
+            if job is None and not (tries_left and is_transient(error)):
+                raise stage_error(error, f"Submitting the job {name}") from None
+        if job is not None:
+            return job
         time.sleep(clients.poll.interval)
     raise AssertionError("unreachable")
 
 
-def _there(clients: Clients, name: str) -> Any | None:
-    """The job, if Azure has it."""
-    try:
-        return look(lambda: clients.ml.jobs.get(name), f"Reading the job {name}")
-    except StageError:  # Azure is in trouble; the next try will tell
-        return None
+def _find(clients: Clients, name: str) -> Job | None:
+    return get_or_none(lambda: clients.ml.jobs.get(name), f"Reading the job {name}")
 
 
 def cancel_all(clients: Clients, run: Run) -> list[str]:
-    """Cancel the run's jobs that still work; a line for each."""
+    """Cancel the run's jobs that are still at work; a line for each."""
     lines = []
-    for ticket in tickets(run).values():
-        doing = f"Cancelling the job {ticket.name}"
-        job = look(partial(clients.ml.jobs.get, ticket.name), doing)
+    for record in recorded_jobs(run).values():
+        doing = f"Cancelling the job {record.name}"
+        job = get_or_none(partial(clients.ml.jobs.get, record.name), doing)
         if job is None or status_of(job) not in WORKING:
             continue
         with explained(doing):
-            clients.ml.jobs.begin_cancel(ticket.name).wait(60)
-        lines.append(f"cancelled the job {ticket.name}")
+            # Enough to hear that Azure has accepted; the job ends in its own time.
+            clients.ml.jobs.begin_cancel(record.name).wait(60)
+        lines.append(f"cancelled the job {record.name}")
     return lines
+
+
+class LogTap:
+    """Takes what one thread prints about a job, line by line; other threads print as before."""
+
+    def __init__(self, stream: Any, file: IO[str], progress: ProgressCallback) -> None:
+        self._stream = stream
+        self._file = file
+        self._progress = progress
+        self._thread: int | None = None
+        self._rest = ""
+        self._closed = False
+        self._shown_links: set[str] = set()
+        self.ended = threading.Event()
+        self.line_count = 0
+        self.refused = False
+        self.sdk_error: str | None = None
+        self.last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
+        self.error: str | None = None
+        self.last_progress: tuple[int, int, str] = (0, 0, "")
+
+    def take_over(self) -> None:
+        """What this thread writes from now on is the job's."""
+        self._thread = threading.get_ident()
+
+    def close(self) -> None:
+        """The next write of the job's thread ends it."""
+        self._closed = True
+        self.ended.set()
+
+    def write(self, text: str) -> int:
+        """As a stream's."""
+        if threading.get_ident() != self._thread:
+            return int(self._stream.write(text))
+        if self._closed:
+            raise _ClosedError
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._take(line.rstrip())
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream's."""
+        if threading.get_ident() != self._thread:
+            self._stream.flush()
+        elif self._closed:
+            raise _ClosedError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _take(self, line: str) -> None:
+        if _STORAGE_REFUSAL.match(line):
+            raise _RefusedError
+        if not line:
+            return
+        if _SDK_FRAME.match(line):
+            self._file.write(line + "\n")
+            return
+        if line.startswith("Web View: "):  # printed at the beginning and at the end
+            if line not in self._shown_links:
+                console.note(line)
+            self._shown_links.add(line)
+            return
+        self.line_count += 1
+        if line.startswith(PROGRESS):
+            try:
+                done, total, text = json.loads(line.removeprefix(PROGRESS))
+                self.last_progress = (int(done), int(total), str(text))
+            except (ValueError, TypeError):
+                return
+            self._progress(*self.last_progress)
+            return
+        line = scrub(line)
+        if line.startswith(ERROR):
+            message = line.removeprefix(ERROR)
+            try:
+                self.error = str(json.loads(message))
+            except ValueError:
+                self.error = message.strip()
+            return
+        self._file.write(line + "\n")
+        self._file.flush()
+        self.last_lines.append(line)
+        console.note(line)
+
+
+class _ClosedError(Exception):
+    """Nobody reads the job's log any more."""
+
+
+class _RefusedError(Exception):
+    """The SDK may not read the log, and prints the refusal as if it were the log."""
+
+
+def follow_job(
+    clients: Clients,
+    run: Run,
+    purpose: Purpose,
+    name: str,
+    progress: ProgressCallback,
+    *,
+    limit: float,
+) -> Job:
+    """The job when it is completed. StageError for every other end; Ctrl-C leaves it running.
+
+    The SDK streams the log, without a time limit, and returns normally for a job that was cancelled
+    or stopped responding; so the status is polled beside it, in this thread.
+    """
+    resume = f"phi3 up --on azure --run {run.name}"
+    log_path = run.file("azure", f"{purpose}.log")
+    with log_path.open("w", encoding="utf-8") as file:
+        tap = LogTap(sys.stdout, file, progress)
+        with redirect_stdout(tap):
+            # A daemon: the SDK's stream cannot be stopped from outside, only by an exception from
+            # the tap at its next line, and phi3 must be able to exit before that.
+            stream = threading.Thread(target=_stream, args=(clients, name, tap), daemon=True)
+            stream.start()
+            try:
+                job = _until_done(clients, run, name, tap, progress, limit)
+                tap.ended.set()
+                # Two polls, and time to fetch the last lines.
+                stream.join(2 * clients.poll.job_interval + 10)
+            except KeyboardInterrupt:
+                console.note(f"The job {name} goes on in Azure, and bills until it ends.")
+                console.note(f"Resume: {resume}")
+                console.note(f"End it: phi3 azure cancel --run {run.name}")
+                raise
+            finally:
+                tap.close()
+    status = status_of(job)
+    if status == "completed":
+        return job
+    parts = [f"The job {name} {_BAD_ENDS.get(status, f'ended as {status}')}."]
+    reason = tap.error or tap.sdk_error
+    if reason:
+        parts.append(reason)
+    if tap.last_lines:
+        parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in tap.last_lines))
+    parts.append(
+        f"The whole log: {log_path}\n"
+        f"Fix what it names; then the same command starts a new job: {resume}"
+    )
+    raise StageError("\n".join(parts))
+
+
+def _until_done(
+    clients: Clients, run: Run, name: str, tap: LogTap, progress: ProgressCallback, limit: float
+) -> Job:
+    """Poll the status until the job has ended."""
+    from azure.core.exceptions import AzureError
+
+    resume = f"phi3 up --on azure --run {run.name}"
+    started, failures = time.monotonic(), 0
+    while True:
+        try:
+            job: Job = clients.ml.jobs.get(name)
+            failures = 0
+        except AzureError as error:
+            failures += 1
+            # A 404 counts as transient here: the job was there a moment ago.
+            if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
+                raise StageError(
+                    f"The job {name} goes on, but Azure does not answer how far it is: "
+                    f"{message_of(error)}. Resume: {resume}"
+                ) from None
+            time.sleep(clients.poll.job_interval)
+            continue
+        status = status_of(job)
+        if status == "completed" or status in _BAD_ENDS:
+            return job
+        seconds = time.monotonic() - started
+        done, total, text = tap.last_progress
+        progress(done, total, f"{status}, {seconds:.0f} s{': ' + text if text else ''}")
+        if seconds > limit:
+            raise StageError(
+                f"The job {name} is still {status} after {limit:.0f} s and may bill. Wait longer: "
+                f"{resume}; or end it: phi3 azure cancel --run {run.name}"
+            )
+        time.sleep(clients.poll.job_interval)
+
+
+def _stream(clients: Clients, name: str, tap: LogTap) -> None:
+    """Let the SDK print the log into the tap; where it cannot, read the log from the storage."""
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
+    tap.take_over()
+    for _ in range(3):  # after a network fault; the log then starts again from its beginning
+        try:
+            clients.ml.jobs.stream(name)
+        except _ClosedError:
+            return
+        except MlException as error:  # so the SDK says that the job failed
+            # Code and message of the job's error, as JSON inside a text.
+            match = re.search(r"\{.*\}", str(error), re.DOTALL)
+            try:
+                details = json.loads(match[0])["error"] if match else {}
+                tap.sdk_error = scrub(f"{details['code']}: {details['message']}")
+            except (ValueError, KeyError, TypeError):
+                tap.sdk_error = message_of(error)
+            break
+        except _RefusedError:
+            tap.refused = True
+            break
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            # The SDK signs the log's address with the store's account key, and fails like this
+            # where the service hands out a signature instead of the key.
+            log.info("the SDK cannot read the log of %s: %s", name, type(error).__name__)
+            tap.refused = True
+            break
+        except (AzureError, OSError) as error:
+            log.info("the log of %s is not available: %s", name, scrub(str(error)))
+            time.sleep(clients.poll.job_interval)
+        else:
+            break
+    if tap.refused or not tap.line_count:  # the SDK shows nothing of a job that has ended
+        _stream_from_storage(clients, name, tap)
+
+
+def _stream_from_storage(clients: Clients, name: str, tap: LogTap) -> None:
+    """The same without the SDK's help, until the job's end has been seen."""
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
+    seen = tap.line_count
+    while True:
+        is_last = tap.ended.is_set()
+        try:
+            lines = [line for line in _read_log(clients, name) if line.strip()]
+            tap.write("".join(f"{line}\n" for line in lines[seen:]))
+            seen = max(seen, len(lines))
+        except _ClosedError:
+            return
+        except (AzureError, MlException, OSError, ValueError, AttributeError, TypeError) as error:
+            log.info("the log of %s is not available: %s", name, scrub(str(error)))
+        if is_last:
+            return
+        tap.ended.wait(clients.poll.job_interval)
+
+
+def _read_log(clients: Clients, name: str) -> list[str]:
+    """The log so far, without a last line that is still being written."""
+    job = clients.ml.jobs.get(name)
+    default = (getattr(job, "outputs", None) or {}).get("default")
+    named = datastore_of(str(getattr(default, "path", None) or ""))
+    # Where Azure does not say: the folder that every job's own files go to.
+    store, prefix = named or (LOG_STORE, f"ExperimentRun/dcid.{name}")
+    container, blobs = open_store(clients, store, prefix)
+    names = sorted(str(blob.name) for blob in blobs)
+    for pattern in _LOG_NAMES:
+        for blob_name in names:
+            if pattern.search(blob_name):
+                # In full each time, as the SDK does.
+                content: bytes = container.download_blob(blob_name).readall()
+                text = content.decode("utf-8", "replace")
+                return text[: text.rfind("\n") + 1].splitlines()
+    return []
+
+
+def output_path(job_name: str, output: str) -> str:
+    """Where a job is asked to put an output of ours, so that it can be found without guessing."""
+    return f"azureml://datastores/{OUTPUT_STORE}/paths/phi3/{job_name}/{output}"
+
+
+def path_of_output(job: Job, output: str) -> str:
+    """Where an output is, as Azure says; where Azure does not say, as it was asked."""
+    named = str(getattr((getattr(job, "outputs", None) or {}).get(output), "path", None) or "")
+    return named if datastore_of(named) is not None else output_path(str(job.name), output)
+
+
+def datastore_of(path: str) -> tuple[str, str] | None:
+    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else.
+
+    Also None for a template such as `…/paths/azureml/${{name}}/…`, which Azure answers until it has
+    filled it in.
+    """
+    match = _DATASTORE_PATH.search(path)
+    return None if match is None or "${{" in path else (match["store"], match["path"])
+
+
+def open_store(
+    clients: Clients, store: str, prefix: str
+) -> tuple[ContainerClient, list[BlobProperties]]:
+    """A datastore's container and the blobs below `prefix`.
+
+    By the store's key or signature, kept in memory only; where a policy switches keys off (401,
+    403), by the sign-in, which then needs Storage Blob Data Reader.
+    """
+    from azure.core.exceptions import HttpResponseError
+
+    start = prefix.strip("/") + "/"
+    try:
+        container = _container(clients, store, with_key=True)
+        return container, list(container.list_blobs(name_starts_with=start))
+    except HttpResponseError as error:
+        if error.status_code not in (401, 403):
+            raise
+        container = _container(clients, store, with_key=False)
+        return container, list(container.list_blobs(name_starts_with=start))
+
+
+def _container(clients: Clients, store: str, *, with_key: bool) -> ContainerClient:
+    from azure.core.credentials import AzureSasCredential
+    from azure.storage.blob import ContainerClient, ExponentialRetry
+
+    datastore: Any = clients.ml.datastores.get(store, include_secrets=with_key)
+    secret = getattr(datastore, "credentials", None)
+    key, sas = getattr(secret, "account_key", None), getattr(secret, "sas_token", None)
+    credential: Any = clients.credential
+    if with_key and key:
+        credential = key
+    elif with_key and sas:
+        credential = AzureSasCredential(sas)
+    endpoint = getattr(datastore, "endpoint", None) or "core.windows.net"
+    return ContainerClient(
+        f"https://{datastore.account_name}.blob.{endpoint}",
+        datastore.container_name,
+        credential=credential,
+        # The storage SDK's default waits 15 s before its first retry.
+        retry_policy=ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=5),
+        logging_enable=False,
+    )

@@ -1,4 +1,4 @@
-"""Makes what is missing on Azure, from the resource group to the GPU cluster.
+"""Creates what is missing on Azure, from the resource group to the GPU cluster.
 
 Safe to repeat: every step looks first and says exists, created or failed. Quota comes first.
 """
@@ -8,29 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
-from ...recipe_azure import AzureSection
-from . import quota
+from ...recipe_azure import AzureSection, ComputeSection
+from ..base import Manifest
 from .clients import Clients
-from .cluster import ensure_cluster
-from .dependents import Dependents, dependents_of, ensure_dependents
-from .roles import grant, grants
-from .waiting import look, make, state_of
+from .operations import Outcome, create, get_or_none, state_of
+from .place import resource_tags
+from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
+from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
+if TYPE_CHECKING:
+    from azure.ai.ml.entities import Compute, Workspace
+
+# The cluster is left out once nothing is left to train or to measure.
 PARTS = ("workspace", "roles", "project", "cluster")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What became of one thing."""
+    """What became of one resource."""
 
     what: str
     name: str
-    state: str  # exists, created, failed or skipped
+    state: Outcome | Literal["failed", "skipped"]
     detail: str = ""
 
     def text(self) -> str:
@@ -53,46 +57,45 @@ class Provisioned:
         """Steps that Azure refused."""
         return [step for step in self.steps if step.state == "failed"]
 
-    def created(self) -> list[str]:
-        """What was made now."""
-        return [f"{step.what} {step.name}" for step in self.steps if step.state == "created"]
-
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What the run folder keeps of it: names and ids."""
-        made = self.created()
-        there = len(self.steps) - len(made)
+        created = [f"{step.what} {step.name}" for step in self.steps if step.state == "created"]
+        existed = len(self.steps) - len(created)
         return {
             "target": "azure",
             "steps": [asdict(step) for step in self.steps],
             "identity_id": self.identity_id,
             "principal_id": self.principal_id,
             **(asdict(self.dependents) if self.dependents else {}),
-            "summary": f"{len(made)} made, {there} there already",
-            "choices": [f"made: {name}" for name in made],
+            "summary": f"{len(created)} created, {existed} existed",
+            "choices": [f"created: {name}" for name in created],
         }
 
 
-Report = Callable[[Step], None]
+StepCallback = Callable[[Step], None]
 
 
 def provision(
     clients: Clients,
     recipe: Recipe,
     progress: ProgressCallback,
-    report: Report = lambda _step: None,
+    on_step: StepCallback = lambda _step: None,
     *,
     parts: Iterable[str] = PARTS,
 ) -> Provisioned:
-    """Make what is missing of `parts`. StageError that names every step that failed."""
-    work = _Work(clients, recipe, progress, report)
+    """Create what is missing of `parts`. StageError that names every step that failed."""
+    work = _Provisioning(clients, recipe, progress, on_step)
     wanted = set(parts)
+    # GPU families start with a quota of 0, so this is what stops most first runs: better now than
+    # after everything else was created.
     if "cluster" in wanted:
         work.check_quota()
     work.workspace()
-    if work.ready("workspace") and wanted & {"roles", "project"}:
+    if work.is_ready("workspace") and wanted & {"roles", "project"}:
         work.identity()
         if "project" in wanted:
             work.hub_and_project()
+        # Roles take minutes to act; the cluster and the training job give them that time.
         if "roles" in wanted:
             work.roles(with_project="project" in wanted)
     if "cluster" in wanted:
@@ -100,254 +103,277 @@ def provision(
     if work.done.failed:
         lines = "\n".join(f"  {step.text()}" for step in work.done.failed)
         raise StageError(
-            f"Not everything could be provisioned:\n{lines}\nWhat was made stays; after mending, "
-            "go on with the same command (phi3 azure provision shows every step)"
+            f"Not everything could be provisioned:\n{lines}\nWhat was created stays. Fix the above "
+            "and run the same command again (phi3 azure provision shows every step)"
         )
     return work.done
 
 
-class _Work:
-    """One pass over the steps."""
+class _Provisioning:
+    """One pass over the steps. A step that fails is noted; those that need it are left out."""
 
     def __init__(
-        self, clients: Clients, recipe: Recipe, progress: ProgressCallback, report: Report
+        self, clients: Clients, recipe: Recipe, progress: ProgressCallback, on_step: StepCallback
     ) -> None:
         self.clients = clients
-        self.place = clients.workplace
+        self.place = clients.place
         self.recipe = recipe
         self.progress = progress
-        self.report = report
+        self.on_step = on_step
+        self.tags = resource_tags(recipe.azure)
         self.done = Provisioned()
-        self.limit = clients.poll.provision_timeout
-        self.pause = clients.poll.interval
+        poll = clients.poll
+        self.create = partial(create, limit=poll.provision_timeout, pause=poll.interval)
 
-    def step(self, what: str, name: str, work: Callable[[], str]) -> bool:
-        """Do one step; whether what it makes is there afterwards."""
+    def step(self, what: str, name: str, work: Callable[[], Outcome]) -> bool:
+        """Do one step; whether what it makes exists afterwards."""
         self.progress(0, 0, f"{what} {name}")
         try:
-            found = Step(what, name, work())
+            step = Step(what, name, work())
         except StageError as error:
-            found = Step(what, name, "failed", " ".join(str(error).split()))
-        self.done.steps.append(found)
-        self.report(found)
-        return found.state != "failed"
+            step = Step(what, name, "failed", " ".join(str(error).split()))
+        self.done.steps.append(step)
+        self.on_step(step)
+        return step.state != "failed"
 
-    def ready(self, what: str) -> bool:
+    def is_ready(self, what: str) -> bool:
         """Whether the step about `what` went well."""
         return any(s.what == what and s.state in ("exists", "created") for s in self.done.steps)
 
     def check_quota(self) -> None:
         """Before anything is made: do the cluster and the endpoint fit into the quota?"""
         name = self.recipe.azure.compute.name
-        if look(lambda: self.clients.ml.compute.get(name), f"Looking for the cluster {name}"):
-            return  # what it uses is part of what is used
+        doing = f"Looking for the cluster {name}"
+        if get_or_none(lambda: self.clients.ml.compute.get(name), doing) is not None:
+            return  # its cores are part of what is used already
         self.progress(0, 0, "quota of the GPU family")
-        train, serve = quota.needs(self.clients, self.recipe)
-        # The cluster gives its cores back before the endpoint needs them.
-        short = quota.lacking([train]) + quota.lacking([serve], of_limit=True)
-        quota.refuse_lacking(short)
+        refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
 
     def workspace(self) -> None:
-        """The group, what the workspace consists of, and the workspace."""
-        place, ml = self.place, self.clients.subscription
-        doing = f"Looking for the workspace {place.workspace_name}"
-        found = look(lambda: ml.workspaces.get(place.workspace_name), doing)
-        if found is not None and not _being_deleted(found):
-            self._adopt(found)
-            return
-        if not self.step("resource group", place.resource_group, self._group):
-            return
-        made = ensure_dependents(self.clients, self._tags(), self.progress, self.step)
-        self.done.dependents = made
-        if made is not None:
-            self.step("workspace", place.workspace_name, self._make_workspace)
-
-    def _adopt(self, workspace: Any) -> None:
-        """A workspace that is there, by whomever, with what it has."""
-        place = self.place
-        self.step("resource group", place.resource_group, lambda: "exists")
-        found = dependents_of(workspace, place)
-        for what, name in found.named():
-            self.step(what, name, lambda: "exists")
-        self.done.dependents = found
-
-        def check() -> str:
-            where = str(workspace.location or place.location).replace(" ", "").lower()
-            if where == place.location:
-                return "exists"
-            raise StageError(
-                f"it is in {where}, not in {place.location}. Mend: set azure.location={where}"
-            )
-
-        self.step("workspace", place.workspace_name, check)
-
-    def _group(self) -> str:
-        groups, place = self.clients.resources.resource_groups, self.place
-        doing = f"Making the resource group {place.resource_group}"
-        found = look(lambda: groups.get(place.resource_group), doing)
-        if found is not None:
-            return "exists"
-        body: Any = {"location": place.location, "tags": self._tags()}
-        make(
-            doing,
-            lambda: groups.create_or_update(place.resource_group, body),
-            lambda: groups.get(place.resource_group),
-            self.progress,
-            limit=self.limit,
-            pause=self.pause,
-        )
-        return "created"
-
-    def _make_workspace(self) -> str:
+        """The group, what the workspace is made on, and the workspace."""
         from azure.ai.ml.entities import Workspace
 
-        made = self.done.dependents
-        assert made is not None  # noqa: S101 - `workspace` has just made them
-        body = Workspace(
-            name=self.place.workspace_name,
-            location=self.place.location,
-            resource_group=self.place.resource_group,
-            description="Made by phi3-promptflow",
-            tags=self._tags(),
-            **_untyped(made),
+        place = self.place
+        name = place.workspace_name
+        existing = _workspace(self.clients, "workspace", name)
+        if existing is not None:
+            # Whoever created it, it is used with the storage account and so on that it has.
+            adopted = dependents_of(existing, place)
+            self.done.dependents = adopted
+            for what, resource in (("resource group", place.resource_group), *adopted.named()):
+                self.step(what, resource, lambda: "exists")
+            # Azure answers the region's name as "eastus" or as "East US".
+            location = str(existing.location or place.location).replace(" ", "").lower()
+
+            def check_location() -> Outcome:
+                if location == place.location:
+                    return "exists"
+                raise StageError(
+                    f"it is in {location}, not in {place.location}. "
+                    f"Fix: set azure.location={location}"
+                )
+
+            self.step("workspace", name, check_location)
+            return
+        if not self.step("resource group", place.resource_group, self._resource_group):
+            return
+        dependents = ensure_dependents(self.clients, self.tags, self.progress, self.step)
+        self.done.dependents = dependents
+        if dependents is not None:
+            body = Workspace(
+                name=name,
+                location=place.location,
+                resource_group=place.resource_group,
+                description="Created by phi3-promptflow",
+                tags=self.tags,
+                **dependents.as_arguments(),
+            )
+            self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
+
+    def _resource_group(self) -> Outcome:
+        groups, name = self.clients.resources.resource_groups, self.place.resource_group
+        doing = f"Creating the resource group {name}"
+        if get_or_none(lambda: groups.get(name), doing) is not None:
+            return "exists"
+        body: Any = {"location": self.place.location, "tags": self.tags}
+        self.create(
+            doing,
+            lambda: groups.create_or_update(name, body),
+            lambda: groups.get(name),
+            self.progress,
         )
-        self._make("workspace", self.place.workspace_name, body)
         return "created"
 
-    def _make(self, what: str, name: str, body: Any) -> None:
-        """Workspace, hub and project are the same kind of thing to Azure."""
+    def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
+        """Workspace, hub and project are the same kind of resource to Azure."""
+        if _workspace(self.clients, what, name) is not None:
+            return "exists"
         workspaces = self.clients.subscription.workspaces
-        make(
-            f"Making the {what} {name}",
+        self.create(
+            f"Creating the {what} {name}",
             lambda: workspaces.begin_create(body),
             lambda: workspaces.get(name),
             self.progress,
-            limit=self.limit,
-            pause=self.pause,
         )
+        return "created"
 
     def identity(self) -> None:
         """The identity that the deployment runs as."""
-        place = self.place
+        group, name = self.place.resource_group, self.place.identity
+        operations = self.clients.identities.user_assigned_identities
+        doing = f"Creating the identity {name}"
+        body: Any = {"location": self.place.location, "tags": self.tags}
 
-        def ensure() -> str:
-            operations = self.clients.identities.user_assigned_identities
-            doing = f"Making the identity {place.identity}"
+        def ensure() -> Outcome:
+            read = partial(operations.get, group, name)
+            existing = get_or_none(read, doing)
+            start = partial(operations.create_or_update, group, name, body)
+            identity = existing
+            if identity is None:
+                identity = self.create(doing, start, read, self.progress)
+            self.done.identity_id, self.done.principal_id = identity.id, identity.principal_id
+            return "created" if existing is None else "exists"
 
-            def read() -> Any:
-                return operations.get(place.resource_group, place.identity)
-
-            found, state = look(read, doing), "exists"
-            if found is None:
-                body: Any = {"location": place.location, "tags": self._tags()}
-                found = make(
-                    doing,
-                    lambda: operations.create_or_update(place.resource_group, place.identity, body),
-                    read,
-                    self.progress,
-                    limit=self.limit,
-                    pause=self.pause,
-                )
-                state = "created"
-            self.done.identity_id, self.done.principal_id = found.id, found.principal_id
-            return state
-
-        self.step("identity", place.identity, ensure)
+        self.step("identity", name, ensure)
 
     def hub_and_project(self) -> None:
         """The Foundry hub, on the workspace's own storage and vault, and a project in it."""
         from azure.ai.ml.entities import Hub, Project
 
-        place, made = self.place, self.done.dependents
-        arguments = _untyped(made) if made is not None else {}
+        place, dependents = self.place, self.done.dependents
+        arguments = dependents.as_arguments() if dependents is not None else {}
+        # A project must be in its hub's region.
         common: dict[str, Any] = {
             "location": place.location,
             "resource_group": place.resource_group,
+            "tags": self.tags,
         }
-        hub = Hub(name=place.hub, tags=self._tags(), **common, **arguments)
-        if self.step("hub", place.hub, lambda: self._ensure("hub", place.hub, hub)):
-            project = Project(
-                name=place.project,
-                hub_id=place.workspace_id(place.hub),
-                tags=self._tags(),
-                **common,
-            )
-            self.step(
-                "project", place.project, lambda: self._ensure("project", place.project, project)
-            )
-
-    def _ensure(self, what: str, name: str, body: Any) -> str:
-        doing = f"Looking for the {what} {name}"
-        workspaces = self.clients.subscription.workspaces
-        found = look(lambda: workspaces.get(name), doing)
-        if found is not None and not _being_deleted(found):
-            return "exists"
-        self._make(what, name, body)
-        return "created"
+        # The same storage and vault as the workspace's: nothing that bills is made twice.
+        hub = Hub(name=place.hub, **common, **arguments)
+        project = Project(name=place.project, hub_id=place.workspace_id(place.hub), **common)
+        if self.step("hub", place.hub, partial(self._ensure_workspace, "hub", place.hub, hub)):
+            ensure = partial(self._ensure_workspace, "project", place.project, project)
+            self.step("project", place.project, ensure)
 
     def roles(self, *, with_project: bool) -> None:
         """What the identity may do."""
-        made, principal = self.done.dependents, self.done.principal_id
-        if made is None or principal is None:
+        dependents, principal = self.done.dependents, self.done.principal_id
+        if dependents is None or principal is None:
             return
         connections = [self.place.workspace_id()]
-        if with_project and self.ready("project"):
+        if with_project and self.is_ready("project"):
             connections.append(self.place.workspace_id(self.place.project))
-        for wanted in grants(
+        for grant in grants(
             principal,
+            dependents,
             group=self.place.group_scope,
-            storage=made.storage_account,
-            registry=made.container_registry,
             connections=connections,
             least_privilege=self.recipe.azure.least_privilege,
         ):
-            on = wanted.scope.rstrip("/").rsplit("/", 1)[-1]
-            self.step("role", f"{wanted.role} on {on}", partial(grant, self.clients, wanted))
+            self.step("role", grant.label, partial(ensure_grant, self.clients, grant))
 
     def cluster(self) -> None:
         """The GPU cluster; it bills only while it has nodes."""
         section = self.recipe.azure.compute
-        if not self.ready("workspace"):
+        if not self.is_ready("workspace"):
             self.done.steps.append(Step("cluster", section.name, "skipped", "no workspace"))
             return
         self.step(
             "cluster",
             section.name,
-            lambda: ensure_cluster(self.clients, section, self._tags(), self.progress),
+            lambda: ensure_cluster(self.clients, section, self.tags, self.progress),
         )
 
-    def _tags(self) -> dict[str, str]:
-        return {"created-by": "phi3-promptflow", **self.recipe.azure.tags}
+
+def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
+    """The workspace, hub or project; None where it does not exist or is being deleted."""
+    workspaces = clients.subscription.workspaces
+    workspace = get_or_none(lambda: workspaces.get(name), f"Looking for the {what} {name}")
+    return None if state_of(workspace) in ("deleting", "softdeleted") else workspace
 
 
-def _untyped(made: Dependents) -> dict[str, Any]:
-    """As keyword arguments of a class that takes many other kinds as well."""
-    return dict(made.as_arguments())
+def ensure_cluster(
+    clients: Clients, section: ComputeSection, tags: dict[str, str], progress: ProgressCallback
+) -> Outcome:
+    """Make sure of the GPU cluster; StageError, with what still bills, when it cannot be used."""
+    from azure.ai.ml.entities import AmlCompute
+
+    operations, name = clients.ml.compute, section.name
+    existing = get_or_none(lambda: operations.get(name), f"Looking for the cluster {name}")
+    # A failed one is put again. One that is being deleted refuses that with a 409 until it is gone,
+    # which `create` waits for.
+    if existing is not None and state_of(existing) not in ("failed", "deleting"):
+        _refuse_other_cluster(existing, section)
+        return "exists"
+    size = find_size(clients, section.size, "azure.compute.size")
+    if size.gpus < 1:
+        raise StageError(f"{size.name} has no GPU. Fix: set azure.compute.size to one that has")
+    body = AmlCompute(
+        name=name,
+        size=section.size,
+        # Low-priority machines are cheaper, and Azure may take them away in the middle of a job.
+        tier="low_priority" if section.tier == "LowPriority" else "dedicated",
+        min_instances=section.min_instances,
+        max_instances=section.max_instances,
+        idle_time_before_scale_down=section.idle_time_before_scale_down,  # seconds
+        location=clients.place.location,
+        tags=tags,
+    )
+    remains = (
+        "A failed cluster stays until it is deleted, and bills if it has nodes: "
+        f"az ml compute delete --name {name} --workspace-name {clients.place.workspace_name} "
+        f"--resource-group {clients.place.resource_group}"
+    )
+    try:
+        cluster = create(
+            f"Creating the cluster {name}",
+            lambda: operations.begin_create_or_update(body),
+            lambda: operations.get(name),
+            progress,
+            limit=clients.poll.provision_timeout,
+            pause=clients.poll.interval,
+        )
+    except StageError as error:
+        raise StageError(f"{error}. {remains}") from None
+    if state_of(cluster) == "failed":
+        raise StageError(f"Azure created the cluster in the state Failed. {remains}")
+    return "created"
 
 
-def _being_deleted(workspace: Any) -> bool:
-    return str(getattr(workspace, "provisioning_state", "")).lower() in ("deleting", "softdeleted")
+def _refuse_other_cluster(cluster: Compute, section: ComputeSection) -> None:
+    """StageError where the existing cluster is not what the recipe needs; it is not changed."""
+    size = str(getattr(cluster, "size", "") or "")
+    if size and size.lower() != section.size.lower():
+        raise StageError(
+            f"it has machines of size {size}, the recipe says {section.size}. Fix: set "
+            f"azure.compute.size={size}, or another azure.compute.name"
+        )
+    most = getattr(cluster, "max_instances", None)
+    if most is not None and int(most) < section.max_instances:
+        raise StageError(
+            f"it has at most {most} machines, the recipe says {section.max_instances}. Fix: set "
+            f"azure.compute.max_instances={most}, or another azure.compute.name"
+        )
 
 
-def standing(clients: Clients, section: AzureSection, *, parts: Iterable[str] = PARTS) -> bool:
-    """Whether what `provision` makes is still there; roles are taken to stand with their scopes."""
-    place, wanted = clients.workplace, set(parts)
+def is_provisioned(
+    clients: Clients, section: AzureSection, *, parts: Iterable[str] = PARTS
+) -> bool:
+    """Whether what `provision` makes still exists; roles are taken to exist with their scopes."""
+    place, wanted = clients.place, set(parts)
     names = [place.workspace_name]
     if "project" in wanted:
         names += [place.hub, place.project]
-    workspaces = clients.subscription.workspaces
-    for name in names:
-        doing = f"Looking for the workspace {name}"
-        found = look(partial(workspaces.get, name), doing)
-        if found is None or _being_deleted(found):
-            return False
+    if any(_workspace(clients, "workspace", name) is None for name in names):
+        return False
     if wanted & {"roles", "project"}:
         identities = clients.identities.user_assigned_identities
         read = partial(identities.get, place.resource_group, place.identity)
-        if look(read, f"Looking for the identity {place.identity}") is None:
+        if get_or_none(read, f"Looking for the identity {place.identity}") is None:
             return False
     if "cluster" in wanted:
         name = section.compute.name
-        cluster = look(lambda: clients.ml.compute.get(name), f"Looking for the cluster {name}")
+        doing = f"Looking for the cluster {name}"
+        cluster = get_or_none(lambda: clients.ml.compute.get(name), doing)
         return cluster is not None and state_of(cluster) not in ("failed", "deleting")
     return True

@@ -1,24 +1,31 @@
-"""Machine sizes: how many GPUs and cores, which quota family, and which exist no more.
+"""Machine sizes: GPUs, cores, price per hour, and the quota of cores that they need.
 
-What Azure lists for the region counts; the dated table here fills what it leaves out.
+What Azure lists for the region counts; the dated table here fills in what the list leaves out.
+Azure ML's quota is per family and region, and separate from the quota of virtual machines.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from ...console import ProgressCallback
 from ...errors import StageError
+from ...recipe import Recipe
+from ...recipe_azure import GPU_SIZE
 from .clients import Clients
-from .failures import explained
-
-TABLE_DATE = "2026-11-21"
+from .failures import code_of, explained, stage_error
+from .operations import wait_for
 
 
 @dataclass(frozen=True)
 class Size:
-    """One machine size. `extra_quota`: online deployments need a fifth more quota than they use."""
+    """One machine size.
+
+    `extra_quota`: online deployments need a fifth more quota than they use. `usd_per_hour`: None
+    where no source is known.
+    """
 
     name: str
     cores: int
@@ -26,24 +33,35 @@ class Size:
     family: str
     extra_quota: bool
     gpu: str = ""
+    usd_per_hour: float | None = None
 
 
+# GPUs, cores and families: Azure ML's "Managed online endpoints SKU list" and "VM sizes", as of
+# 2026-11-21. Family names are spelled as `usages` answers them; even their spaces differ.
+# For scale: a model of 3.8 billion parameters in bf16 takes 7.6 GB, so serving fits every GPU here;
+# a T4 has no bf16 and no flash attention 2. LoRA wants the 80 GB, which is also the smallest size
+# on the catalogue's list for fine-tuning.
+# Prices: US dollars per hour and machine, Linux, pay as you go, from the Azure Retail Prices API on
+# this date in this region. Only two sizes have a price that more than one source agrees on; for all
+# others the price page is named rather than a guess. Azure ML adds no charge of its own.
+PRICE_DATE, PRICE_REGION = "2026-11-09", "eastus"
+PRICE_PAGE = "https://azure.microsoft.com/pricing/details/machine-learning/"
+_HOURS_PER_MONTH = 730
 _A100, _H100 = "standardNCADSA100v4Family", "standardNCADSH100v5Family"
 _T4, _A10 = "standard NCASv3_T4 Family", "standardNVADSA10v5Family"
-_NDAS, _NDAMS = "standard NDASv4_A100 Family", "standard NDAMSv4_A100Family"
+_ND_A100_40, _ND_A100_80 = "standard NDASv4_A100 Family", "standard NDAMSv4_A100Family"
+_ND_H100 = "standardNDSH100v5Family"
 TABLE = {
     size.name.lower(): size
     for size in (
-        Size("Standard_NC24ads_A100_v4", 24, 1, _A100, False, "A100 80 GB"),
+        Size("Standard_NC24ads_A100_v4", 24, 1, _A100, False, "A100 80 GB", 3.673),
         Size("Standard_NC48ads_A100_v4", 48, 2, _A100, False, "A100 80 GB"),
         Size("Standard_NC96ads_A100_v4", 96, 4, _A100, False, "A100 80 GB"),
-        Size("Standard_NC40ads_H100_v5", 40, 1, _H100, False, "H100 94 GB"),
+        Size("Standard_NC40ads_H100_v5", 40, 1, _H100, False, "H100 94 GB", 6.98),
         Size("Standard_NC80adis_H100_v5", 80, 2, _H100, False, "H100 94 GB"),
-        Size("Standard_ND96asr_v4", 96, 8, _NDAS, False, "A100 40 GB"),
-        Size(
-            "Standard_ND96amsr_A100_v4", 96, 8, "standard NDAMSv4_A100Family", False, "A100 80 GB"
-        ),
-        Size("Standard_ND96isr_H100_v5", 96, 8, "standardNDSH100v5Family", False, "H100 80 GB"),
+        Size("Standard_ND96asr_v4", 96, 8, _ND_A100_40, False, "A100 40 GB"),
+        Size("Standard_ND96amsr_A100_v4", 96, 8, _ND_A100_80, False, "A100 80 GB"),
+        Size("Standard_ND96isr_H100_v5", 96, 8, _ND_H100, False, "H100 80 GB"),
         Size("Standard_NC4as_T4_v3", 4, 1, _T4, True, "T4 16 GB"),
         Size("Standard_NC8as_T4_v3", 8, 1, _T4, True, "T4 16 GB"),
         Size("Standard_NC16as_T4_v3", 16, 1, _T4, True, "T4 16 GB"),
@@ -53,6 +71,8 @@ TABLE = {
         Size("Standard_D12_v2", 4, 0, "standardDv2Family", True),
     )
 }
+# Azure's "Retired VM sizes" page. The V100 sizes are still the defaults of the catalogue's
+# fine-tuning pipeline, and still in Azure ML's own list of sizes for endpoints.
 _K80, _V100 = "K80, retired 2023-08-31", "V100, retired 2025-09-30"
 _P40, _P100 = "P40, retired 2023-08-31", "P100, retired 2023-08-31"
 RETIRED = {
@@ -61,54 +81,20 @@ RETIRED = {
     **{f"standard_nc{n}_v3": _V100 for n in ("6s", "12s", "24s", "24rs")},
     **{f"standard_nd{n}": _P40 for n in ("6s", "12s", "24s", "24rs")},
 }
+# All low-priority cores of a region are one pool, whatever their family.
+LOW_PRIORITY = "TotalLowPriorityCores"
 
 
 def refuse_retired(name: str, key: str) -> None:
-    """StageError for a size that exists no more; `key` is the recipe's key that names it."""
+    """StageError for a size that no longer exists; `key` is the recipe's key that names it."""
     if name.lower() in RETIRED:
         raise StageError(
-            f"{key} {name} does not exist any more ({RETIRED[name.lower()]}). "
-            f"Take another one: {key}=Standard_NC24ads_A100_v4"
+            f"{key} {name} no longer exists ({RETIRED[name.lower()]}). Use {key}={GPU_SIZE}"
         )
-
-
-def known_size(name: str) -> Size | None:
-    """The size as our table has it."""
-    return TABLE.get(name.lower())
-
-
-def find_size(clients: Clients, name: str, key: str) -> Size:
-    """The size as the region offers it. StageError when it does not."""
-    refuse_retired(name, key)
-    place = clients.workplace
-    with explained(f"Listing the machine sizes of {place.location}"):
-        offered = list(clients.subscription.compute.list_sizes(location=place.location))
-    for item in offered:
-        if str(item.name).lower() == name.lower():
-            return _size(item)
-    known = known_size(name)
-    if known is not None and not offered:
-        return known
-    like = sorted(str(item.name) for item in offered if _figures(item)[1])
-    raise StageError(
-        f"{key} {name} is not offered in {place.location}. GPU sizes there: "
-        f"{', '.join(like) or 'none'}. Choose one of them ({key}=…) or another azure.location"
-    )
-
-
-def gpus_in(clients: Clients, name: str, key: str) -> int:
-    """GPUs of one machine, at least one. StageError for a size without any."""
-    size = find_size(clients, name, key)
-    if size.gpus < 1:
-        raise StageError(
-            f"{key} {name} has no GPU, and fine-tuning needs one. Take {key}="
-            "Standard_NC24ads_A100_v4"
-        )
-    return size.gpus
 
 
 def refuse_outside(allowed: Iterable[str] | None, name: str, key: str, model: str) -> None:
-    """StageError unless the model's list of sizes has `name`; no list allows every size."""
+    """StageError unless the model's list of sizes has `name`; None allows every size."""
     refuse_retired(name, key)
     if allowed is None:
         return
@@ -120,29 +106,244 @@ def refuse_outside(allowed: Iterable[str] | None, name: str, key: str, model: st
         )
 
 
-def _size(item: Any) -> Size:
-    known = known_size(str(item.name))
-    cores, gpus = _figures(item)
-    family = getattr(item, "family", None) or (known.family if known else "")
-    return Size(
-        name=str(item.name),
-        cores=cores or (known.cores if known else 0),
-        gpus=gpus or (known.gpus if known else 0),
-        family=str(family),
-        extra_quota=known.extra_quota if known else _pays_extra(str(item.name)),
-        gpu=known.gpu if known else "",
+def find_size(clients: Clients, name: str, key: str) -> Size:
+    """The size as the region offers it. StageError when it does not."""
+    refuse_retired(name, key)
+    location = clients.place.location
+    with explained(f"Listing the machine sizes of {location}"):
+        offered = list(clients.subscription.compute.list_sizes(location=location))
+    known = TABLE.get(name.lower())
+    # "Manage and increase quotas" exempts NC A100 v4, NC H100 v5 and all ND sizes from the 20 %.
+    lower = name.lower()
+    is_exempt = lower.startswith("standard_nd") or lower.endswith(("_a100_v4", "_h100_v5"))
+    for item in offered:
+        if str(item.name).lower() != name.lower():
+            continue
+        cores, gpus = _cores_and_gpus(item)
+        return Size(
+            name=str(item.name),
+            cores=cores or (known.cores if known else 0),
+            gpus=gpus or (known.gpus if known else 0),
+            family=str(getattr(item, "family", None) or (known.family if known else "")),
+            extra_quota=known.extra_quota if known else not is_exempt,
+            gpu=known.gpu if known else "",
+            usd_per_hour=known.usd_per_hour if known else None,
+        )
+    if known is not None and not offered:
+        return known
+    with_gpu = sorted(str(item.name) for item in offered if _cores_and_gpus(item)[1])
+    raise StageError(
+        f"{key} {name} is not offered in {location}. GPU sizes there: "
+        f"{', '.join(with_gpu) or 'none'}. Choose one of them ({key}=…) or another azure.location"
     )
 
 
-def _figures(item: Any) -> tuple[int, int]:
-    """Cores and GPUs; their names differ between versions of the SDK."""
+def _cores_and_gpus(item: object) -> tuple[int, int]:
+    # azure-ai-ml 1.32 has `v_cp_us`; in 1.35 that is None, and the object keeps the wire's `vCPUs`.
     values = vars(item)
-    cores = values.get("v_cp_us") or values.get("vCPUs") or 0
-    return int(cores), int(values.get("gpus") or 0)
+    return int(values.get("v_cp_us") or values.get("vCPUs") or 0), int(values.get("gpus") or 0)
 
 
-def _pays_extra(name: str) -> bool:
-    """All NC A100 v4, NC H100 v5 and ND sizes are excepted from the 20 % rule."""
-    lower = name.lower()
-    excepted = lower.startswith("standard_nd") or lower.endswith(("_a100_v4", "_h100_v5"))
-    return not excepted
+def gpus_in(clients: Clients, name: str, key: str) -> int:
+    """GPUs of one machine, at least one. StageError for a size without any."""
+    size = find_size(clients, name, key)
+    if size.gpus < 1:
+        raise StageError(
+            f"{key} {name} has no GPU, and fine-tuning needs one. Use {key}={GPU_SIZE}"
+        )
+    return size.gpus
+
+
+@dataclass(frozen=True)
+class Price:
+    """What some machines cost together; `per_hour` (US dollars) is None where it is not known."""
+
+    size: str
+    count: int
+    region: str
+    per_hour: float | None
+
+    def text(self) -> str:
+        """A few words for a line of the plan or of the status."""
+        if self.per_hour is None:
+            return f"price of {self.size} not known here: see {PRICE_PAGE}"
+        month = self.per_hour * _HOURS_PER_MONTH
+        return (
+            f"{self.per_hour:.2f} USD per hour, {month:,.0f} per month if left on "
+            f"(list price of {PRICE_REGION}, {PRICE_DATE})"
+        )
+
+
+def price_of(size: str, count: int, region: str) -> Price:
+    """The price of `count` machines; known for the table's region alone."""
+    known = TABLE.get(size.lower())
+    each = known.usd_per_hour if known and region == PRICE_REGION else None
+    return Price(size, count, region, None if each is None else each * count)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Cores that one purpose needs of a family; `used` and `limit` None: Azure did not say."""
+
+    purpose: str
+    key: str
+    size: str
+    instances: int
+    family: str
+    cores: int
+    rule: str
+    used: int | None = None
+    limit: int | None = None
+
+    @property
+    def free(self) -> int | None:
+        """Cores that are left of the quota now."""
+        return None if self.limit is None else max(0, self.limit - (self.used or 0))
+
+    def text(self) -> str:
+        """One line for a person."""
+        has = "quota unknown" if self.limit is None else f"{self.used or 0} of {self.limit} used"
+        return (
+            f"{self.purpose}: {self.instances} x {self.size} needs {self.cores} cores of "
+            f"{self.family} ({self.rule}); {has}"
+        )
+
+
+def cores_needed(size: Size, instances: int, *, online: bool) -> tuple[int, str]:
+    """Cores that must be free, and why so many.
+
+    An online deployment needs quota for a fifth more machines than it has, rounded up, unless its
+    size is exempt: one T4 machine needs quota for two.
+    """
+    if online and size.extra_quota:
+        return math.ceil(1.2 * instances) * size.cores, "20 % more are reserved for upgrades"
+    if online:
+        return instances * size.cores, "this size is exempt from the 20 % reserve"
+    return instances * size.cores, "clusters need no reserve"
+
+
+def quota_needs(clients: Clients, recipe: Recipe) -> list[Need]:
+    """What the recipe's cluster and endpoint need, with what the subscription has."""
+    cluster, endpoint = recipe.azure.compute, recipe.azure.endpoint
+    usage = quota_usage(clients)
+    needs = []
+    for purpose, key, name, instances, online in (
+        ("training", "azure.compute.size", cluster.size, cluster.max_instances, False),
+        (
+            "endpoint",
+            "azure.endpoint.instance_type",
+            endpoint.instance_type,
+            endpoint.instance_count,
+            True,
+        ),
+    ):
+        size = find_size(clients, name, key)
+        cores, rule = cores_needed(size, instances, online=online)
+        low_priority = not online and cluster.tier == "LowPriority"
+        family = LOW_PRIORITY if low_priority else size.family
+        used, limit = usage.get(_family_key(family), (None, None))
+        needs.append(Need(purpose, key, size.name, instances, family, cores, rule, used, limit))
+    return needs
+
+
+def quota_usage(clients: Clients) -> dict[str, tuple[int, int]]:
+    """Cores (used, limit) of each family in the region; empty where one may not read them."""
+    from azure.core.exceptions import AzureError
+
+    location = clients.place.location
+    usage: dict[str, tuple[int, int]] = {}
+    try:
+        for item in clients.subscription.compute.list_usage(location=location):
+            # A plain dictionary in some versions of azure-ai-ml, an object in others.
+            name: object = item.name
+            value = name.get("value") if isinstance(name, dict) else getattr(name, "value", name)
+            # 1.35 leaves `current_value` None and keeps the wire's `currentValue`.
+            used = item.current_value
+            if used is None:
+                used = vars(item).get("currentValue")
+            if item.limit is not None:
+                usage[_family_key(str(value or ""))] = (int(used or 0), int(item.limit))
+    except AzureError as error:
+        if getattr(error, "status_code", None) == 403:
+            return {}
+        raise stage_error(error, f"Reading the quota of {location}") from None
+    return usage
+
+
+def _family_key(family: str) -> str:
+    """`usages` and `vmSizes` spell the same family with other spaces and capitals."""
+    return family.replace(" ", "").lower()
+
+
+def short_of_quota(needs: list[Need], *, of_limit: bool = False) -> list[Need]:
+    """Those that do not fit into what is free (or, with `of_limit`, into the whole limit)."""
+    return [
+        need
+        for need in needs
+        if need.limit is not None and need.cores > (need.limit if of_limit else need.free or 0)
+    ]
+
+
+def quota_shortage(needs: list[Need]) -> list[Need]:
+    """Those of the two needs that would stop `up`.
+
+    The cluster gives its cores back before the endpoint needs them, so the endpoint's need is held
+    against the limit, not against what is free now.
+    """
+    training, endpoint = needs
+    return short_of_quota([training]) + short_of_quota([endpoint], of_limit=True)
+
+
+def refuse_shortage(short: list[Need]) -> None:
+    """StageError that names every shortage and how to get more."""
+    if not short:
+        return
+    lines = "\n".join(f"  {need.text()}" for need in short)
+    most = max(short, key=lambda need: need.cores)
+    keys = ", ".join(dict.fromkeys(need.key for need in short))
+    raise StageError(
+        f"There is not enough quota, and nothing was created:\n{lines}\n"
+        f"Fix: ask for more: phi3 azure quota --request {(most.used or 0) + most.cores} "
+        f"(GPU families start at 0; an answer takes minutes to days), or take another size "
+        f"({keys}) or azure.location"
+    )
+
+
+def request_quota(clients: Clients, family: str, limit: int, progress: ProgressCallback) -> str:
+    """Ask for `limit` cores of a family in all; what Azure answered."""
+    from azure.core.exceptions import AzureError
+    from azure.mgmt.quota.models import (
+        CurrentQuotaLimitBase,
+        LimitObject,
+        QuotaProperties,
+        ResourceName,
+    )
+
+    place = clients.place
+    doing = f"Asking for {limit} cores of {family} in {place.location}"
+    scope = (
+        f"{place.subscription_scope.lstrip('/')}/providers/"
+        f"Microsoft.MachineLearningServices/locations/{place.location}"
+    )
+    body = CurrentQuotaLimitBase(
+        properties=QuotaProperties(limit=LimitObject(value=limit), name=ResourceName(value=family))
+    )
+    try:
+        poller = clients.quota.quota.begin_create_or_update(family, scope, body)
+        wait_for(poller, doing, progress, clients.poll.provision_timeout)
+    except AzureError as error:
+        code = (code_of(error) or "").lower()
+        if code in ("contactsupport", "quotanotavailableforresource", "requestthrottled"):
+            raise StageError(
+                f"{doing}: a person at Azure decides on this. Ask in the portal: Help + support > "
+                "Service and subscription limits (quotas) > Machine Learning service"
+            ) from None
+        raise stage_error(error, doing) from None
+    with explained(doing):
+        answer = clients.quota.quota.get(family, scope)
+    granted = getattr(getattr(answer.properties, "limit", None), "value", None)
+    if granted is None:
+        return "accepted; see it with: phi3 azure quota"
+    if int(granted) < limit:
+        return f"not granted yet: the limit is {granted}"
+    return f"granted: the limit is {granted}"

@@ -6,7 +6,8 @@ Reads and writes the run folder's manifests; signs in at the first call that nee
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,11 @@ from ...recipe_azure import AzureSection
 from ...run import Run
 from ..base import Access, Manifest, PlanLine
 from .clients import Clients
-from .place import place_of, section_of, settle
-from .provision import PARTS, Provisioned, Report, provision, standing
-from .workplace import find_workplace
+from .place import find_place, place_of, section_of, settle
+from .provision import PARTS, is_provisioned, provision
 
 # What the extra `azure` installs, one module of each package that is used.
-_NEEDED = (
+NEEDED_MODULES = (
     "azure.ai.ml",
     "azure.identity",
     "azure.mgmt.authorization",
@@ -47,14 +47,14 @@ class AzureTarget:
     def clients(self, recipe: Recipe) -> Clients:
         """The clients for the place that the recipe, the environment or config.json name."""
         if self._clients is None:
-            place = find_workplace(recipe.azure, os.environ, Path.cwd())
+            place = find_place(recipe.azure, os.environ, Path.cwd())
             self._clients = Clients(place, recipe.azure.poll)
         return self._clients
 
     def _of(self, run: Run) -> tuple[Clients, AzureSection]:
         """The clients for where the run is, and the section that it was made with."""
         section, place = section_of(run), place_of(run)
-        if self._clients is None or self._clients.workplace.workspace_id() != place.workspace_id():
+        if self._clients is None or self._clients.place.workspace_id() != place.workspace_id():
             credential = None if self._clients is None else self._clients.credential
             self._clients = Clients(place, section.poll, credential)
         return self._clients, section
@@ -67,37 +67,27 @@ class AzureTarget:
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would make and cost, and what would stop it."""
-        from .plan import plan
+        from .status import plan
 
         return plan(self.clients(recipe), recipe, run)
-
-    def provision(
-        self,
-        recipe: Recipe,
-        progress: ProgressCallback,
-        report: Report = lambda _step: None,
-        *,
-        parts: Iterable[str] = PARTS,
-    ) -> Provisioned:
-        """Make what is missing of `parts`; safe to repeat."""
-        return provision(self.clients(recipe), recipe, progress, report, parts=parts)
 
     def provide(
         self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
     ) -> Manifest:
-        """Provision what the rest of the journey needs; the manifest `azure`."""
+        """Provision what the rest of the journey needs; the manifest `azure`. Safe to repeat."""
         del run
-        return self.provision(recipe, progress, parts=_parts(trains)).manifest()
+        parts = _parts(trains)
+        return provision(self.clients(recipe), recipe, progress, parts=parts).manifest()
 
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
-        """Whether it is still there."""
+        """Whether it still exists."""
         del run
-        return standing(self.clients(recipe), recipe.azure, parts=_parts(trains))
+        return is_provisioned(self.clients(recipe), recipe.azure, parts=_parts(trains))
 
     def place_inputs(self, recipe: Recipe, stage: str) -> Any:
         """What a stage depends on here: its part of the `azure:` section."""
         section = recipe.azure
-        kept: dict[str, Any] = {
+        by_stage: dict[str, Any] = {
             "azure": section.model_dump(
                 mode="json", exclude={"train", "endpoint", "poll", "tags", "tenant_id"}
             ),
@@ -107,7 +97,7 @@ class AzureTarget:
                 mode="json", exclude={"keep_deployments", "name"}
             ),
         }
-        return kept.get(stage)
+        return by_stage.get(stage)
 
     def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
         """Say which model is tuned, and by which route."""
@@ -116,7 +106,7 @@ class AzureTarget:
         return prepare_base(self.clients(recipe), recipe, run, progress)
 
     def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Fine-tune in a job, or go on with the one that runs."""
+        """Fine-tune in a job, or resume the one that runs."""
         from .train import finetune
 
         return finetune(self.clients(recipe), recipe, run, progress)
@@ -129,43 +119,43 @@ class AzureTarget:
 
     def register(self, recipe: Recipe, run: Run) -> Manifest:
         """Register the job's model in the workspace."""
-        from .registering import register
+        from .register import register
 
         return register(self.clients(recipe), recipe, run)
 
     def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Bring the registered model up behind the run's endpoint."""
-        from .serving import deploy
+        """Bring the registered model up at the run's endpoint."""
+        from .deploy import deploy
 
         return deploy(self.clients(recipe), recipe, run, progress)
 
     def is_up(self, run: Run) -> bool:
         """Whether the run's deployment is well and has the traffic."""
-        from .standing import endpoint_state
+        from .status import endpoint_state
 
-        return bool(endpoint_state(self._of(run)[0], run)["state"] == "up")
+        return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:
         """Whether the run's connections still lead to its endpoint."""
-        from .connecting import is_connected
+        from .prompt_flow import is_connected
 
         return is_connected(self._of(run)[0], run)
 
     def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
         """Write the Prompt flow connections here, in the workspace and in the project."""
-        from .connecting import connect
+        from .prompt_flow import connect
 
         return connect(self.clients(recipe), recipe, run, progress)
 
     def connections(self, run: Run) -> dict[str, Any]:
-        """Prompt flow's connection objects, each read where it lies."""
-        from .connecting import connections
+        """Prompt flow's connection objects, each read from where it is."""
+        from .prompt_flow import stored_connections
 
-        return connections(self._of(run)[0], run)
+        return stored_connections(self._of(run)[0], run)
 
     def access(self, run: Run) -> Access:
         """How to reach the run's endpoint; the key is fetched now."""
-        from .serving import access_to
+        from .deploy import access_to
 
         endpoint = run.require("endpoint", f"phi3 up --on azure --run {run.name}")
         return access_to(self._of(run)[0], endpoint["endpoint_name"])
@@ -175,8 +165,8 @@ class AzureTarget:
         return self.access(run).key
 
     def status(self, run: Run) -> Manifest:
-        """What stands in the run's workspace, and what bills."""
-        from .standing import status
+        """What exists in the run's workspace, and what bills."""
+        from .status import status
 
         return status(self._of(run)[0], run)
 
@@ -186,9 +176,9 @@ class AzureTarget:
 
     def all_of(self, run: Run) -> list[str]:
         """What `remove` with "all" would delete."""
-        from .everything import all_names
+        from .teardown import names_of_everything
 
-        return all_names(self._of(run)[0])
+        return names_of_everything(self._of(run)[0])
 
     def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
         """Delete and wait; the receipt."""
@@ -199,23 +189,23 @@ class AzureTarget:
 
     def push(self, run: Run, bundle: Bundle, to: str, progress: ProgressCallback) -> list[Manifest]:
         """Make a flow of the bundle in the workspace, the project, or both."""
-        from .pushing import push
+        from .prompt_flow import push_flow
 
         clients, _section = self._of(run)
-        place = clients.workplace
+        place = clients.place
         named = {"workspace": [place.workspace_name], "project": [place.project]}
         workspaces = named.get(to, [place.workspace_name, place.project])
-        return push(clients, run, bundle, workspaces, progress)
+        return [asdict(push_flow(clients, run, bundle, name, progress)) for name in workspaces]
 
 
-def refuse_without_extra() -> None:
+def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:
     """Raise MissingExtraError where a package of the extra `azure` is not installed."""
-    for module in _NEEDED:
+    for module in modules:
         try:
-            found = find_spec(module)
+            spec = find_spec(module)
         except ModuleNotFoundError:  # a parent package is missing
-            found = None
-        if found is None:
+            spec = None
+        if spec is None:
             raise MissingExtraError(module, "azure")
 
 

@@ -1,6 +1,8 @@
 """`down` on Azure: deletes what bills, waits for each, and says what is gone and what is left.
 
-Reads <run>/azure/made.json and Azure; strikes what is gone and drops the manifests that named it.
+Reads <run>/azure/made.json and Azure; takes what is gone off the list and deletes the manifests
+that named it. With "all" also the workspace and everything that phi3 made for it, by its tag
+created-by; what carries no such tag is left alone and reported.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from ... import promptflow_store
 from ...console import ProgressCallback
@@ -17,259 +19,366 @@ from ...errors import MissingExtraError, StageError
 from ...recipe_azure import AzureSection
 from ...run import Run
 from .clients import Clients
-from .connections import delete_connection
-from .endpoints import OWNER_TAG, delete_deployment, shares
-from .everything import remove_everything
+from .deploy import DeploymentId, delete_deployment, traffic_shares
 from .failures import explained
-from .inventory import take
 from .jobs import cancel_all
-from .names import endpoint_name
-from .place import Made, noted, strike
-from .removing import remove
-from .waiting import look, state_of
+from .operations import delete, get_or_none, state_of
+from .place import (
+    RUN_TAG,
+    RunResource,
+    endpoint_name,
+    forget,
+    made_by_phi3,
+    recorded_resources,
+)
+from .prompt_flow import delete_connection
+from .resources import DELETION_ORDER, IDENTITY, SOFT_DELETED, dependents_of, grants
+from .status import take_inventory
+
+if TYPE_CHECKING:
+    from azure.ai.ml.entities import OnlineEndpoint
 
 log = logging.getLogger(__name__)
 
 
+class _Tagged(Protocol):
+    @property
+    def tags(self) -> dict[str, str] | None: ...
+
+
 @dataclass
 class Receipt:
-    """What became of each thing."""
+    """What became of each resource, in lines for people."""
 
-    ended: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    soft: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
+    soft_deleted: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def lines(self, billing: list[str]) -> list[str]:
         """For people, in the order of what matters."""
-        told = [*self.ended, *(f"deleted: {item}" for item in self.gone)]
-        told = told or ["deleted: nothing was there"]
-        told += [f"left alone: {item}" for item in self.kept]
-        told += [f"soft-deleted: {item}" for item in self.soft]
-        told += [f"FAILED: {item}" for item in self.failed]
-        told += [f"still bills: {item}" for item in billing]
+        lines = [*self.cancelled, *(f"deleted: {item}" for item in self.deleted)]
+        lines = lines or ["deleted: nothing (nothing existed)"]
+        lines += [f"left alone: {item}" for item in self.left_alone]
+        lines += [f"soft-deleted: {item}" for item in self.soft_deleted]
+        lines += [f"FAILED: {item}" for item in self.failed]
+        lines += [f"still bills: {item}" for item in billing]
         if not billing:
-            told.append("still bills: nothing by the hour")
-        return told
+            lines.append("still bills: nothing by the hour")
+        return lines
 
 
 def remove_run(
     clients: Clients, section: AzureSection, run: Run, only: str, progress: ProgressCallback
 ) -> list[str]:
-    """Delete what `only` names of the run's things; the receipt.
+    """Delete what `only` names of the run's resources; the receipt.
 
+    `only`: "run" (endpoint, cluster, connections, jobs), "failed" (deployments and cluster in that
+    state), "idle" (also deployments without traffic) or "all" (also the workspace).
     Raises StageError with the receipt when something could not be deleted.
     """
-    receipt = Receipt()
-    work = _Teardown(clients, section, run, progress, receipt)
+    work = _Teardown(clients, section, run, progress)
+    receipt = work.receipt
     if only == "failed":
-        work.each(work.failed, work.cluster_that_failed)
+        work.each(work.failed_deployments, work.failed_cluster)
     elif only == "idle":
-        work.each(work.failed, work.idle, work.cluster_that_failed)
+        work.each(work.failed_deployments, work.idle_deployments, work.failed_cluster)
     else:
-        work.each(work.jobs, work.connections, work.endpoint, work.cluster)
+        # Jobs hold the cluster, so they end first. Connections go while the list of what the run
+        # has made still names the endpoints that they must lead to.
+        work.each(work.jobs, work.connections, work.endpoints, work.cluster)
+    # Not after a failure: the workspace is where the rest could still be looked at and deleted.
     if only == "all" and not receipt.failed:
         work.each(work.everything)
+    billing: list[str] = []
     if only == "all" and not receipt.failed:
-        left = []
         # Job, model and workspace are gone: the next `up` begins with the prepared chats.
         for name in ("azure.json", "model.json", "registration.json", "azure/jobs.json"):
             (run.path / name).unlink(missing_ok=True)
     else:
-        left = _left(clients, run)
-    told = receipt.lines(left)
+        inventory = take_inventory(clients, run)
+        billing = inventory.billing()
+        billing += [f"perhaps: {what} could not be read" for what in inventory.unknown]
+        if inventory.group_exists:
+            billing.append(
+                "storage account, container registry and logs of the workspace, little (--all)"
+            )
+    lines = receipt.lines(billing)
     if receipt.failed:
-        raise StageError("Not everything could be deleted:\n" + "\n".join(f"  {x}" for x in told))
-    return told
+        raise StageError("Not everything could be deleted:\n" + "\n".join(f"  {x}" for x in lines))
+    return lines
 
 
-def _left(clients: Clients, run: Run) -> list[str]:
-    """What bills now, and what a look at it could not tell."""
-    found = take(clients, run)
-    unknown = [f"perhaps: {what} could not be read" for what in found.unknown]
-    little = "storage account, container registry and logs of the workspace, little (--all)"
-    return [*found.billing(), *unknown, *([little] if found.stands else [])]
+def names_of_everything(clients: Clients) -> list[str]:
+    """What `remove_run` with "all" looks at, besides the run's own resources."""
+    place = clients.place
+    return [
+        f"project {place.project}",
+        f"hub {place.hub}",
+        f"workspace {place.workspace_name}",
+        *(f"{kind.what} {kind.name(place)}" for kind in DELETION_ORDER),
+        f"resource group {place.resource_group}, if nothing else is in it",
+    ]
 
 
 class _Teardown:
-    """One pass. Each thing's failure is kept, and the rest goes on."""
+    """One pass. Each failure goes on the receipt, and the rest is deleted all the same."""
 
     def __init__(
-        self,
-        clients: Clients,
-        section: AzureSection,
-        run: Run,
-        progress: ProgressCallback,
-        receipt: Receipt,
+        self, clients: Clients, section: AzureSection, run: Run, progress: ProgressCallback
     ) -> None:
         self.clients = clients
         self.section = section
         self.run = run
         self.progress = progress
-        self.receipt = receipt
+        self.receipt = Receipt()
 
     def each(self, *steps: Callable[[], None]) -> None:
-        """Every step, also after one that could not: what bills must not wait for the rest."""
+        """Every step, also after one that failed: what bills must not wait for the rest."""
         for step in steps:
             try:
                 step()
             except StageError as error:
                 self.receipt.failed.append(" ".join(str(error).split()))
 
-    def everything(self) -> None:
-        """The workspace and all that was made for it."""
-        receipt = self.receipt
-        remove_everything(
-            self.clients, self.section, self.progress, receipt.gone, receipt.kept, receipt.soft
+    def _delete(self, what: str, start: Callable[[], object], read: Callable[[], object]) -> bool:
+        poll = self.section.poll
+        return delete(
+            f"Deleting the {what}",
+            start,
+            read,
+            self.progress,
+            limit=poll.delete_timeout,
+            pause=poll.interval,
         )
+
+    def _try(self, what: str, work: Callable[[], bool]) -> bool:
+        """Whether `what` is gone now; a failure goes on the receipt."""
+        try:
+            existed = work()
+        except StageError as error:
+            self.receipt.failed.append(f"{what}: {' '.join(str(error).split())}")
+            return False
+        if existed:
+            self.receipt.deleted.append(what)
+        return True
+
+    def _keeps(self, what: str, resource: _Tagged) -> bool:
+        """Whether it is not phi3's; then it goes on the receipt as left alone."""
+        if made_by_phi3(resource.tags):
+            return False
+        self.receipt.left_alone.append(f"{what}: phi3 did not create it")
+        return True
 
     def jobs(self) -> None:
         """The run's jobs that still work: they would hold the cluster, and bill on it."""
-        self.receipt.ended += cancel_all(self.clients, self.run)
+        self.receipt.cancelled += cancel_all(self.clients, self.run)
 
-    def endpoint(self) -> None:
-        """The run's endpoint with all its deployments; of somebody else's only our deployments."""
-        named = {made.name for made in noted(self.run, "endpoint")}
+    def connections(self) -> None:
+        """The run's connections in workspace and project: their key opens nothing any more."""
+        for resource in recorded_resources(self.run, "connection"):
+            work = partial(
+                delete_connection,
+                self.clients,
+                resource.parent,
+                resource.name,
+                self._endpoint_names(),
+            )
+            if self._try(f"connection {resource.name} in {resource.parent}", work):
+                forget(self.run, resource)
+
+    def _endpoint_names(self) -> set[str]:
+        """Every endpoint that the run may have made or deployed to."""
+        # The derived name as well, should made.json be lost; the endpoint's tag then says whose.
+        made = {resource.name for resource in recorded_resources(self.run, "endpoint")}
+        derived = endpoint_name(self.section, self.clients.place, self.run)
+        return made | self._deployed_to() | {derived}
+
+    def _deployed_to(self) -> set[str]:
+        return {resource.parent for resource in recorded_resources(self.run, "deployment")}
+
+    def _find_endpoint(self, name: str) -> OnlineEndpoint | None:
+        operations = self.clients.ml.online_endpoints
+        return get_or_none(lambda: operations.get(name), f"Looking for the endpoint {name}")
+
+    def endpoints(self) -> None:
+        """The run's endpoint with all its deployments; of somebody else's only our deployments.
+
+        Where all of that is gone, so is the connection on this machine, and the manifests of the
+        stages that have to be done again.
+        """
+        made = {resource.name for resource in recorded_resources(self.run, "endpoint")}
         deployed_to = self._deployed_to()
-        for name in sorted(self._endpoints()):
-            found = self._look(name)
-            if found is None:
-                strike(self.run, Made("endpoint", name))
-            elif name in named or (found.tags or {}).get(OWNER_TAG) == self.run.name:
-                self._delete_endpoint(name)
+        operations = self.clients.ml.online_endpoints
+        for name in sorted(self._endpoint_names()):
+            endpoint = self._find_endpoint(name)
+            if endpoint is None:  # deleted in the studio, or never created
+                forget(self.run, RunResource("endpoint", name))
+            elif name in made or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
+                work = partial(
+                    self._delete,
+                    f"endpoint {name}",
+                    partial(operations.begin_delete, name),
+                    partial(operations.get, name),
+                )
+                if self._try(f"endpoint {name} and its deployments", work):
+                    forget(self.run, RunResource("endpoint", name))
             elif name in deployed_to:
-                self._leave(name, found)
-        if not self.receipt.failed:
-            self._forget_local()
-
-    def _forget_local(self) -> None:
-        """The connection on this machine, if it still leads there, and the stages' manifests."""
+                self.receipt.left_alone.append(f"endpoint {name}: phi3 did not create it")
+                self._delete_deployments(name, traffic_shares(endpoint.traffic))
+        if self.receipt.failed:
+            return
         connection = self.run.manifest("connection")
-        if connection is not None:
+        if connection is not None:  # the one on this machine, if it still leads there
+            name = connection["name"]
             try:
-                leads_to, _key = promptflow_store.read_connection(connection["name"])
-                if leads_to == connection["endpoint"]:
-                    promptflow_store.delete_connection(connection["name"])
-                    self.receipt.gone.append(f"connection {connection['name']} on this machine")
+                url, _key = promptflow_store.read_connection(name)
+                if url == connection["endpoint"]:
+                    promptflow_store.delete_connection(name)
+                    self.receipt.deleted.append(f"connection {name} on this machine")
             except (promptflow_store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine stays: %s", error)
         for stage in ("answer", "connection", "endpoint"):
             (self.run.path / f"{stage}.json").unlink(missing_ok=True)
 
-    def _endpoints(self) -> set[str]:
-        """Every endpoint that the run may have made or deployed to."""
-        found = {made.name for made in noted(self.run, "endpoint")}
-        return (
-            found
-            | self._deployed_to()
-            | {endpoint_name(self.section, self.clients.workplace, self.run)}
-        )
-
-    def _deployed_to(self) -> set[str]:
-        return {made.parent for made in noted(self.run, "deployment")}
-
-    def _look(self, name: str) -> Any | None:
-        return look(
-            lambda: self.clients.ml.online_endpoints.get(name), f"Looking for the endpoint {name}"
-        )
-
-    def _delete_endpoint(self, name: str) -> None:
-        operations = self.clients.ml.online_endpoints
-        done = self._try(
-            f"endpoint {name} and its deployments",
-            lambda: remove(
-                f"Deleting the endpoint {name}",
-                lambda: operations.begin_delete(name),
-                lambda: operations.get(name),
-                self.progress,
-                limit=self.section.poll.delete_timeout,
-                pause=self.section.poll.interval,
-            ),
-        )
-        if done:
-            strike(self.run, Made("endpoint", name))
-
-    def _leave(self, name: str, endpoint: Any) -> None:
-        """An endpoint that the run did not make: its own deployments there that serve nobody."""
-        self.receipt.kept.append(f"endpoint {name}: phi3 did not make it")
-        self._delete_idle(name, shares(endpoint.traffic))
-
-    def _delete_idle(self, name: str, traffic: dict[str, int], *, failed: bool = False) -> None:
-        operations = self.clients.ml.online_deployments
-        ours = {made.name for made in noted(self.run, "deployment") if made.parent == name}
-        with explained(f"Listing the deployments of {name}"):
-            there = [(str(item.name), state_of(item)) for item in operations.list(name)]
-        for deployment, state in there:
-            if deployment not in ours or (failed and state != "failed"):
-                continue
-            if traffic.get(deployment):
-                self.receipt.kept.append(
-                    f"deployment {deployment} of {name}: it has {traffic[deployment]} % of the "
-                    "traffic"
-                )
-                continue
-            if self._try(f"deployment {deployment} of {name}", self._deleter(name, deployment)):
-                strike(self.run, Made("deployment", deployment, name))
-
-    def _deleter(self, endpoint: str, name: str) -> Any:
-        return lambda: delete_deployment(self.clients, self.section, endpoint, name, self.progress)
-
-    def idle(self) -> None:
-        """The run's deployments without traffic."""
-        for name in sorted(self._deployed_to()):
-            found = self._look(name)
-            if found is not None:
-                self._delete_idle(name, shares(found.traffic))
-
-    def failed(self) -> None:
+    def failed_deployments(self) -> None:
         """The run's deployments that failed."""
+        self._delete_without_traffic(only_failed=True)
+
+    def idle_deployments(self) -> None:
+        """The run's deployments without traffic."""
+        self._delete_without_traffic(only_failed=False)
+
+    def _delete_without_traffic(self, *, only_failed: bool) -> None:
         for name in sorted(self._deployed_to()):
-            found = self._look(name)
-            if found is not None:
-                self._delete_idle(name, shares(found.traffic), failed=True)
+            endpoint = self._find_endpoint(name)
+            if endpoint is not None:
+                shares = traffic_shares(endpoint.traffic)
+                self._delete_deployments(name, shares, only_failed=only_failed)
 
-    def cluster_that_failed(self) -> None:
+    def _delete_deployments(
+        self, endpoint: str, shares: dict[str, int], *, only_failed: bool = False
+    ) -> None:
+        """The run's deployments of an endpoint; Azure refuses to delete one that has traffic."""
+        ours = {
+            resource.name
+            for resource in recorded_resources(self.run, "deployment")
+            if resource.parent == endpoint
+        }
+        with explained(f"Listing the deployments of {endpoint}"):
+            listed = self.clients.ml.online_deployments.list(endpoint)
+            states = {str(item.name): state_of(item) for item in listed}
+        for name, state in states.items():
+            if name not in ours or (only_failed and state != "failed"):
+                continue
+            what = f"deployment {name} of {endpoint}"
+            if shares.get(name):
+                self.receipt.left_alone.append(f"{what}: it has {shares[name]} % of the traffic")
+                continue
+            target = DeploymentId(endpoint, name)
+            work = partial(delete_deployment, self.clients, self.section, target, self.progress)
+            if self._try(what, work):
+                forget(self.run, RunResource("deployment", name, endpoint))
+
+    def failed_cluster(self) -> None:
         """The cluster, if it failed: it stays so until it is deleted."""
-        self.cluster(failed=True)
+        self.cluster(only_failed=True)
 
-    def cluster(self, *, failed: bool = False) -> None:
+    def cluster(self, *, only_failed: bool = False) -> None:
         """The cluster, where phi3 made it."""
         name, operations = self.section.compute.name, self.clients.ml.compute
-        found = look(lambda: operations.get(name), f"Looking for the cluster {name}")
-        if found is None or (failed and state_of(found) != "failed"):
+        what = f"cluster {name}"
+        cluster = get_or_none(lambda: operations.get(name), f"Looking for the {what}")
+        if cluster is None or (only_failed and state_of(cluster) != "failed"):
             return
-        if (found.tags or {}).get("created-by") != "phi3-promptflow":
-            self.receipt.kept.append(f"cluster {name}: phi3 did not make it")
-            return
-        self._try(
-            f"cluster {name}",
-            lambda: remove(
-                f"Deleting the cluster {name}",
-                lambda: operations.begin_delete(name),
-                lambda: operations.get(name),
-                self.progress,
-                limit=self.section.poll.delete_timeout,
-                pause=self.section.poll.interval,
-            ),
+        if not self._keeps(what, cluster):
+            start, read = partial(operations.begin_delete, name), partial(operations.get, name)
+            self._try(what, partial(self._delete, what, start, read))
+
+    def everything(self) -> None:
+        """The workspace and all that was made for it. StageError at the first refusal."""
+        place, receipt = self.clients.place, self.receipt
+        self._roles()
+        workspaces = self.clients.subscription.workspaces
+        # A hub that has projects cannot be deleted, so the project goes first.
+        for kind_name, name in (
+            ("project", place.project),
+            ("hub", place.hub),
+            ("workspace", place.workspace_name),
+        ):
+            what = f"{kind_name} {name}"
+            read_workspace = partial(workspaces.get, name)
+            workspace = get_or_none(read_workspace, f"Looking for the {what}")
+            if workspace is not None and not self._keeps(what, workspace):
+                # Permanently: a soft-deleted workspace keeps its name, and could not be brought
+                # back anyway without the storage account and the vault, which go next.
+                start = partial(
+                    workspaces.begin_delete,
+                    name,
+                    delete_dependent_resources=False,
+                    permanently_delete=True,
+                )
+                self._delete(what, start, read_workspace)
+                receipt.deleted.append(what)
+        resources = self.clients.resources.resources
+        for kind in DELETION_ORDER:
+            name, arm_id = kind.name(place), kind.id(place)
+            what = f"{kind.what} {name}"
+            read = partial(resources.get_by_id, arm_id, api_version=kind.api_version)
+            resource = get_or_none(read, f"Looking for the {what}")
+            if resource is None or self._keeps(what, resource):
+                continue
+            start = partial(resources.begin_delete_by_id, arm_id, api_version=kind.api_version)
+            if self._delete(what, start, read):
+                receipt.deleted.append(what)
+                if kind.what in SOFT_DELETED:
+                    receipt.soft_deleted.append(
+                        f"{what}: {SOFT_DELETED[kind.what].format(name=name)}"
+                    )
+        self._group()
+
+    def _roles(self) -> None:
+        """The identity's role assignments; they would outlive it as entries without a name."""
+        place = self.clients.place
+        identities = self.clients.identities.user_assigned_identities
+        identity = get_or_none(
+            lambda: identities.get(place.resource_group, place.identity),
+            f"Looking for the {IDENTITY.what} {place.identity}",
         )
+        if identity is None:
+            return
+        workspaces, name = self.clients.subscription.workspaces, place.workspace_name
+        workspace = get_or_none(lambda: workspaces.get(name), f"Looking for the workspace {name}")
+        operations = self.clients.authorization.role_assignments
+        for grant in grants(
+            str(identity.principal_id),
+            dependents_of(workspace, place),
+            group=place.group_scope,
+            connections=[place.workspace_id(), place.workspace_id(place.project)],
+            least_privilege=self.section.least_privilege,
+        ):
+            take = partial(operations.delete, grant.scope, grant.name)
+            # None also where the scope itself is gone.
+            if get_or_none(take, f"Taking the role {grant.label} from the identity") is not None:
+                self.receipt.deleted.append(f"role {grant.label}")
 
-    def connections(self) -> None:
-        """The run's connections in workspace and project: their key opens nothing any more."""
-        for made in noted(self.run, "connection"):
-            work = partial(
-                delete_connection, self.clients, made.parent, made.name, self._endpoints()
+    def _group(self) -> None:
+        """The group, where phi3 made it and nothing is left in it."""
+        name = self.clients.place.resource_group
+        what = f"resource group {name}"
+        groups = self.clients.resources.resource_groups
+        group = get_or_none(lambda: groups.get(name), f"Looking for the {what}")
+        if group is None or self._keeps(what, group):
+            return
+        with explained(f"Listing what is in the {what}"):
+            listed = self.clients.resources.resources.list_by_resource_group(name)
+            names = [str(item.name) for item in listed]
+        # Deleting a group deletes all that is in it, somebody else's resources included.
+        if names:
+            self.receipt.left_alone.append(
+                f"{what}: it still holds {', '.join(names[:5])}; "
+                f"az group delete --name {name} deletes all"
             )
-            if self._try(f"connection {made.name} in {made.parent}", work):
-                strike(self.run, made)
-
-    def _try(self, what: str, work: Any) -> bool:
-        """Do it; whether it is gone. A failure goes on the receipt."""
-        try:
-            was_there = work()
-        except StageError as error:
-            self.receipt.failed.append(f"{what}: {' '.join(str(error).split())}")
-            return False
-        if was_there is not False:
-            self.receipt.gone.append(what)
-        return True
+        elif self._delete(what, partial(groups.begin_delete, name), partial(groups.get, name)):
+            self.receipt.deleted.append(what)

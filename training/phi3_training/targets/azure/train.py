@@ -1,39 +1,158 @@
 """The stages `base`, `finetune` and `evaluate` on Azure: one interface over both routes.
 
-Reads the prepared chats; writes <run>/azure/ and brings the job's small files back to where a run
-on this machine has them.
+Chooses the route and says why. Reads the prepared chats; writes <run>/azure/ and brings the job's
+small files back to where a run on this machine has them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
 
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
 from ...run import Run, fingerprint, write_atomically
-from . import job_route, pipeline_route
+from ..base import Manifest
 from .clients import Clients
-from .follow import status_of
-from .in_job import MANIFESTS, SMALL
-from .jobs import EVALUATE, TRAIN, carry_out
-from .outputs import fetch, place_of_output
-from .routes import Choice, choose
-from .staging import stage
+from .command_job import (
+    MODEL_OUTPUT,
+    RUN_OUTPUT,
+    evaluate_job,
+    local_base,
+    machines_of,
+    settings_digest,
+    stage_inputs,
+    train_job,
+)
+from .failures import explained
+from .in_job import MANIFESTS, SMALL_FILES
+from .jobs import (
+    EVALUATE,
+    TRAIN,
+    Purpose,
+    datastore_of,
+    open_store,
+    output_path,
+    path_of_output,
+    run_job,
+    status_of,
+)
+from .pipeline_job import (
+    ARCHIVED,
+    PIPELINE_OUTPUT,
+    FoundationModel,
+    find_foundation_model,
+    pipeline_job,
+    prepare_pipeline,
+)
+from .sizes import refuse_outside, refuse_retired
 
-Manifest = dict[str, Any]
+if TYPE_CHECKING:
+    from azure.ai.ml import Input
+    from azure.ai.ml.entities import Job
+
+Route = Literal["pipeline", "job"]
+_LARGEST = 512 * 2**20  # bytes; a larger file of a job stays in Azure
+# What a manifest has from being written in the job; the run folder's own stamps replace it.
+_STAMPS = frozenset(("version", "stage", "seconds", "fingerprint", "done_id", "path"))
+
+
+@dataclass(frozen=True)
+class RouteChoice:
+    """The route, its reason, and the catalogue's model (route `pipeline` only)."""
+
+    route: Route
+    reason: str
+    foundation: FoundationModel | None = None
+
+
+def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
+    """The route. StageError for a pipeline that the recipe asks for and that is not possible.
+
+    `auto` takes the pipeline where the catalogue still keeps the model and allows the size.
+    """
+    train, size = recipe.azure.train, recipe.azure.compute.size
+    # First, whatever the route: Azure would refuse the size only when the cluster is created.
+    refuse_retired(size, "azure.compute.size")
+    if train.route == "job":
+        return RouteChoice("job", "azure.train.route says so")
+    is_asked_for = train.route == "pipeline"
+    model = recipe.model.name_or_path
+    name = train.foundation_model.name
+    if name is None and not recipe.model.is_tiny and local_base(recipe) is None:
+        name = model.rsplit("/", 1)[-1]  # a Hugging Face id without its owner
+    if name is None:
+        reason = f"{model} is not in Azure's catalogue"
+        if is_asked_for:
+            raise StageError(
+                f"azure.train.route=pipeline tunes a catalogue model, and {reason}. Name one "
+                "(azure.train.foundation_model.name=Phi-4-mini-instruct), or use "
+                "azure.train.route=job"
+            )
+        return RouteChoice("job", reason)
+    if not is_asked_for:
+        settings, data = recipe.finetune, recipe.data
+        only_ours = [
+            text
+            for is_set, text in (
+                (settings.method in ("qlora", "dora"), f"finetune.method={settings.method}"),
+                (settings.packing, "finetune.packing"),
+                (settings.loss is not None, f"finetune.loss={settings.loss}"),
+                (bool(data.replay), "data.replay"),
+                (data.casual_copies, "data.casual_copies"),
+                (data.rewordings > 0, "data.rewordings"),
+                (settings.neftune_noise_alpha is not None, "finetune.neftune_noise_alpha"),
+                (recipe.model.revision is not None, "model.revision"),
+            )
+            if is_set
+        ]
+        if only_ours:
+            reason = f"the catalogue's pipeline does not know {', '.join(only_ours)}"
+            return RouteChoice("job", reason)
+        if name.lower() in ARCHIVED:
+            return RouteChoice("job", f"{name} is {ARCHIVED[name.lower()]}")
+
+    # Up to here the recipe alone has decided, and nothing was sent.
+    foundation = find_foundation_model(clients, train.foundation_model, name)
+    if foundation is None:
+        reason = f"the registry {train.foundation_model.registry_name} has no model {name}"
+        if train.foundation_model.version != "latest":
+            reason += f" version {train.foundation_model.version}"
+        if is_asked_for:
+            raise StageError(
+                f"azure.train.route=pipeline is not possible: {reason}. Set another "
+                "azure.train.foundation_model, or use azure.train.route=job"
+            )
+        return RouteChoice("job", reason)
+    if is_asked_for:
+        refuse_outside(foundation.allowed, size, "azure.compute.size", foundation.name)
+        warning = f", although it is {foundation.archived}" if foundation.archived else ""
+        return RouteChoice("pipeline", f"azure.train.route says so{warning}", foundation)
+    if foundation.archived:
+        return RouteChoice("job", f"{foundation.name} is {foundation.archived}")
+    try:
+        refuse_outside(foundation.allowed, size, "azure.compute.size", foundation.name)
+    except StageError as error:
+        return RouteChoice("job", f"the catalogue's pipeline is not possible: {error}")
+    return RouteChoice(
+        "pipeline",
+        f"{foundation.name} version {foundation.version} is in the catalogue and takes {size}",
+        foundation,
+    )
 
 
 def prepare_base(
     clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
 ) -> Manifest:
-    """Which model is tuned, and by which route; nothing is fetched here, the job does that."""
+    """Which model is tuned, and by which route; nothing is downloaded here, the job does that."""
     del run
     progress(0, 0, "choosing the route")
-    choice = choose(clients, recipe)
+    choice = choose_route(clients, recipe)
     name = recipe.model.name_or_path
     model = "a tiny Phi-3, made in the job" if recipe.model.is_tiny else name
     if choice.foundation is not None:
@@ -52,67 +171,71 @@ def prepare_base(
 def finetune(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
     """Fine-tune in a job and wait for it; the manifest `model`."""
     progress(0, 0, "choosing the route")
-    choice = choose(clients, recipe)
-    if choice.route == "pipeline":
-        return _pipeline(clients, recipe, run, choice, progress)
-    return _job(clients, recipe, run, choice, progress)
+    choice = choose_route(clients, recipe)
+    if choice.foundation is not None:
+        return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress)
+    return _by_command_job(clients, recipe, run, choice, progress)
 
 
-def _job(
-    clients: Clients, recipe: Recipe, run: Run, choice: Choice, progress: ProgressCallback
+def _by_command_job(
+    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: ProgressCallback
 ) -> Manifest:
-    machines = job_route.machines_of(clients, recipe)
-    data = stage(recipe, run, machines.all_processes).learnt
-    job = carry_out(
+    machines = machines_of(clients, recipe)
+    training_data = stage_inputs(recipe, run, machines.all_processes).training_data
+    job = run_job(
         clients,
         run,
         TRAIN,
-        fingerprint(["job", job_route.inputs_digest(recipe), data]),
+        fingerprint(["job", settings_digest(recipe), training_data]),
         "job",
-        lambda name: job_route.train_job(clients, recipe, run, name, machines),
+        lambda name: train_job(clients, recipe, run, name, machines),
         progress,
         limit=_limit(recipe),
     )
-    made = _bring_back(clients, run, job, TRAIN, progress)
-    model = made.get("model") or {}
-    base = made.get("base") or {}
-    size = recipe.azure.compute.size
-    many = f", {machines.all_processes} processes" if machines.all_processes > 1 else ""
+    manifests = _bring_back(clients, run, job, TRAIN, progress)
+    model, base = manifests.get("model") or {}, manifests.get("base") or {}
+    processes = machines.all_processes
+    many = f", {processes} processes" if processes > 1 else ""
     return {
         **{key: value for key, value in model.items() if key not in _STAMPS},
-        **_common(job, choice, job_route.MODEL),
+        **_job_entries(job, choice, MODEL_OUTPUT),
         "summary": f"job {job.name}: {model.get('summary', 'completed')}",
         "base_revision": base.get("revision"),
         "settings": {**(model.get("settings") or {}), "route": "job"},
         "choices": [
             f"route job: {choice.reason}",
-            f"{machines.instances} x {size}{many}",
+            f"{machines.instances} x {recipe.azure.compute.size}{many}",
             *model.get("choices", []),
         ],
     }
 
 
-def _pipeline(
-    clients: Clients, recipe: Recipe, run: Run, choice: Choice, progress: ProgressCallback
+def _by_pipeline(
+    clients: Clients,
+    recipe: Recipe,
+    run: Run,
+    choice: RouteChoice,
+    foundation: FoundationModel,
+    progress: ProgressCallback,
 ) -> Manifest:
-    foundation = choice.foundation
-    assert foundation is not None  # noqa: S101 - `choose` gives one with every pipeline
-    prepared = pipeline_route.prepare(clients, recipe, foundation)
-    data = stage(recipe, run).learnt
-    digest: list[Any] = [foundation.id, prepared.parameters.values, recipe.azure.compute.size]
+    prepared = prepare_pipeline(clients, recipe, foundation)
+    training_data = stage_inputs(recipe, run).training_data
+    size = recipe.azure.compute.size
+    # With the component's version: `latest` may have moved on since the job was submitted.
+    digest: list[object] = [foundation.id, prepared.parameters.values, size]
     digest += [str(prepared.component.version), recipe.azure.train.instance_count]
-    job = carry_out(
+    job = run_job(
         clients,
         run,
         TRAIN,
-        fingerprint(["pipeline", digest, data]),
+        fingerprint(["pipeline", digest, training_data]),
         "pipeline",
-        lambda name: pipeline_route.pipeline_job(recipe, run, name, foundation, prepared),
+        lambda name: pipeline_job(recipe, run, name, foundation, prepared),
         progress,
         limit=_limit(recipe),
     )
     return {
-        **_common(job, choice, pipeline_route.OUTPUT),
+        **_job_entries(job, choice, PIPELINE_OUTPUT),
         "summary": f"pipeline {job.name}: {prepared.display_name}",
         "display_name": prepared.display_name,
         "base_revision": foundation.version,
@@ -121,16 +244,14 @@ def _pipeline(
         "choices": [
             f"route pipeline: {choice.reason}",
             f"sizes for fine-tuning: {foundation.allowed_from}",
-            f"{prepared.gpus} GPUs in each {recipe.azure.compute.size}",
+            f"{prepared.gpus} GPUs in each {size}",
             *prepared.parameters.lines(),
         ],
     }
 
 
-_STAMPS = frozenset(("version", "stage", "seconds", "fingerprint", "done_id", "path"))
-
-
-def _common(job: Any, choice: Choice, output: str) -> Manifest:
+def _job_entries(job: Job, choice: RouteChoice, output: str) -> Manifest:
+    """What the manifest `model` says of the job, on both routes."""
     foundation = choice.foundation
     name = str(job.name)
     return {
@@ -140,7 +261,7 @@ def _common(job: Any, choice: Choice, output: str) -> Manifest:
         "path": "azure/train",
         "output": output,
         "model_output": f"azureml://jobs/{name}/outputs/{output}",
-        "output_path": place_of_output(job, output),
+        "output_path": path_of_output(job, output),
         "model_type": "mlflow_model",
         "studio_url": getattr(job, "studio_url", None),
         "foundation_model": None
@@ -150,99 +271,84 @@ def _common(job: Any, choice: Choice, output: str) -> Manifest:
 
 
 def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-    """The figures of both models: those that the training job measured, else from a job for it."""
+    """The figures of both models: those that the training job measured, else from a second job."""
+    from azure.ai.ml import Input
+
+    # Our trainer's job measures as well. The catalogue's pipeline does not: version 0.0.82 still
+    # takes compute_model_evaluation, and has no evaluation step any more.
     model = run.require("model", "phi3 train --on azure")
-    asked = stage(recipe, run).asked
-    measured = _measured(run, model, asked)
+    questions = stage_inputs(recipe, run).questions
+    measured = _measured_in_training(run, str(model["job"]), questions)
     if measured is not None:
         return measured
-    job = carry_out(
+    # By its path in the store: azureml://jobs/… is a source for models, not for a job's inputs.
+    tuned = Input(type="mlflow_model", path=model["output_path"])
+    foundation, folder = model.get("foundation_model"), local_base(recipe)
+    base: Input | None = None  # the job finds the base by its Hugging Face name
+    if foundation:
+        base = Input(type="mlflow_model", path=foundation["id"])
+    elif folder is not None:
+        base = Input(type="uri_folder", path=str(folder))
+    job = run_job(
         clients,
         run,
         EVALUATE,
-        fingerprint(["evaluate", model["job"], asked]),
+        fingerprint(["evaluate", model["job"], questions]),
         "job",
-        lambda name: job_route.evaluate_job(
-            clients, recipe, run, name, _tuned(model), _base_model(recipe, model)
-        ),
+        lambda name: evaluate_job(clients, recipe, run, name, tuned, base),
         progress,
         limit=_limit(recipe),
     )
-    made = _bring_back(clients, run, job, EVALUATE, progress)
-    if "metrics" not in made:
-        raise _no_manifest(job, "metrics")
-    return made["metrics"]
+    manifests = _bring_back(clients, run, job, EVALUATE, progress)
+    if "metrics" not in manifests:
+        raise StageError(
+            f"The job {job.name} ({status_of(job)}) wrote no metrics.json; look at its log in "
+            "the studio, then try again: phi3 up --on azure --again evaluate"
+        )
+    return manifests["metrics"]
 
 
-def _metrics(content: Manifest, job: str) -> Manifest:
-    kept = {key: value for key, value in content.items() if key not in _STAMPS}
-    return {**kept, "target": "azure", "job": job}
-
-
-def _measured(run: Run, model: Manifest, asked: str) -> Manifest | None:
-    """What came back with the training job, if it was asked the same and is still there."""
-    kept = run.path / "azure" / TRAIN
+def _measured_in_training(run: Run, job: str, questions: str) -> Manifest | None:
+    """What came back with the training job, if it answered the same questions and is still here."""
+    path = run.path / "azure" / TRAIN / "metrics.json"
     try:
-        content: Manifest = json.loads((kept / "metrics.json").read_text(encoding="utf-8"))
+        content: Manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = content.get("job") == model["job"] and content.get("asked") == asked
-    if not same or not (run.path / content["rows"]).is_file():
+    is_same = content.get("job") == job and content.get("asked") == questions
+    if not is_same or not (run.path / content["rows"]).is_file():
         return None
-    if (run.manifest("metrics") or {}).get("job") not in (None, model["job"]):
-        return None  # the rows in the run folder are those of another job
+    # After another job has measured, the rows in the run folder are that job's.
+    if (run.manifest("metrics") or {}).get("job") not in (None, job):
+        return None
     return content
 
 
-def _tuned(model: Manifest) -> Any:
-    from azure.ai.ml import Input
-
-    # By its place in the store: a job's output is a source for models, not for inputs.
-    return Input(type="mlflow_model", path=model["output_path"])
-
-
-def _base_model(recipe: Recipe, model: Manifest) -> Any | None:
-    """The catalogue's model, or a folder of weights; else the job finds the base by its name."""
-    from azure.ai.ml import Input
-
-    foundation = model.get("foundation_model")
-    if foundation:
-        return Input(type="mlflow_model", path=foundation["id"])
-    folder = Path(recipe.model.name_or_path).expanduser()
-    if not recipe.model.is_tiny and folder.is_dir():
-        return Input(type="uri_folder", path=str(folder.resolve()))
-    return None
-
-
 def _bring_back(
-    clients: Clients, run: Run, job: Any, purpose: str, progress: ProgressCallback
+    clients: Clients, run: Run, job: Job, purpose: Purpose, progress: ProgressCallback
 ) -> dict[str, Manifest]:
-    """Fetch the job's small files; the manifests that it wrote."""
-    kept = run.file("azure", purpose, ".keep").parent
+    """Fetch the job's small files to where later stages look for them; the job's manifests."""
+    # Apart from the run's own files, which stay as they are until all of the new ones are here.
     fetched = run.file("azure", f"{purpose}-files", ".keep").parent
-    fetch(clients, job, job_route.RUN, fetched, progress)
-    made = {
+    fetch_output(clients, job, RUN_OUTPUT, fetched, progress)
+    manifests: dict[str, Manifest] = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((fetched / MANIFESTS).glob("*.json"))
     }
-    if "metrics" in made:
-        made["metrics"] = _metrics(made["metrics"], str(job.name))
-    for name, content in made.items():
-        write_atomically(kept / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    _settle(fetched, run)
-    return made
-
-
-def _settle(fetched: Path, run: Run) -> None:
-    """Move the files to where the later stages look for them."""
-    for name in SMALL:
+    if "metrics" in manifests:
+        metrics = {k: v for k, v in manifests["metrics"].items() if k not in _STAMPS}
+        manifests["metrics"] = {**metrics, "target": "azure", "job": str(job.name)}
+    for name, content in manifests.items():
+        path = run.file("azure", purpose, f"{name}.json")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+    for name in SMALL_FILES:
         source, target = fetched / name, run.path / name
-        if not source.exists():
-            continue
-        _remove(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.replace(target)
+        if source.exists():
+            _remove(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
     _remove(fetched)
+    return manifests
 
 
 def _remove(path: Path) -> None:
@@ -252,13 +358,65 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _no_manifest(job: Any, name: str) -> StageError:
-    return StageError(
-        f"The job {job.name} ({status_of(job)}) brought no {name}.json back; look at its log in "
-        "the studio, then try again: phi3 up --on azure --again evaluate"
-    )
+def fetch_output(
+    clients: Clients, job: Job, output: str, folder: Path, progress: ProgressCallback
+) -> None:
+    """Copy the files of a job's output over `folder`. StageError when there are none.
+
+    Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a named
+    output and say nothing of it. Its download is only the last resort.
+    """
+    doing = f"Fetching the output {output} of the job {job.name}"
+    # Inside the folder, so on the same disk, and gone again whatever happens.
+    with TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+        content = Path(temporary)
+        with explained(doing):
+            count = 0
+            asked = output_path(str(job.name), output)
+            for path in dict.fromkeys((path_of_output(job, output), asked)):
+                place = datastore_of(path)
+                if place and not count:
+                    count = _download_blobs(clients, *place, content, progress)
+        if not count:
+            with explained(doing):
+                clients.ml.jobs.download(
+                    str(job.name), output_name=output, download_path=str(content)
+                )
+            inner = content / "named-outputs" / output
+            content = inner if inner.is_dir() else content
+        if not any(path.is_file() for path in content.rglob("*")):
+            raise StageError(
+                f"The job {job.name} is completed, but its output {output} is empty. Look at the "
+                "job in the studio; train again with: phi3 up --on azure --again finetune"
+            )
+        shutil.copytree(content, folder, dirs_exist_ok=True)
+
+
+def _download_blobs(
+    clients: Clients, store: str, prefix: str, folder: Path, progress: ProgressCallback
+) -> int:
+    """Download every blob below `prefix`; how many there were."""
+    start = prefix.strip("/") + "/"
+    container, blobs = open_store(clients, store, prefix)
+    count = 0
+    for blob in blobs:
+        relative = Path(str(blob.name).removeprefix(start))
+        # A store with a hierarchical namespace (Data Lake) lists its folders as empty blobs.
+        is_folder = (blob.metadata or {}).get("hdi_isfolder") == "true"
+        # The names come from a job, which anybody with the workspace may have written to.
+        if is_folder or relative.is_absolute() or ".." in relative.parts:
+            continue
+        if (blob.size or 0) > _LARGEST:
+            continue
+        count += 1
+        progress(count, len(blobs), f"fetching {relative}")
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            container.download_blob(blob.name).readinto(file)
+    return count
 
 
 def _limit(recipe: Recipe) -> float:
-    """The job ends itself at its own limit; waiting for a machine comes on top."""
+    """Seconds to wait for a job. It ends itself at its own limit; 4 hours more for a machine."""
     return recipe.azure.train.timeout_minutes * 60.0 + 4 * 3600.0

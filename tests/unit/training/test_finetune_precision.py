@@ -1,0 +1,47 @@
+"""In which numbers frozen weights are multiplied on a CPU: decided by recipe, model and CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phi3_training.finetune.precision import cpu_frozen_dtype
+from phi3_training.recipe import Recipe, load_recipe
+
+RECIPE = Path(__file__).parents[3] / "training/recipes/phi3-mini-lora.yaml"
+AMX = frozenset({"amx_bf16", "avx512_bf16"})
+REAL = 135_000_000
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(RECIPE, overrides)
+
+
+@pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16"])
+def test_bfloat16_where_the_cpu_multiplies_it(flag: str) -> None:
+    dtype, reason = cpu_frozen_dtype(recipe(), REAL, "phi3", frozenset({"fpu", flag}))
+    assert dtype == "bfloat16"
+    assert flag in reason
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parameters", "model_type", "flags", "words"),
+    [
+        ([], REAL, "phi3", frozenset({"avx512f"}), "neither amx_bf16 nor avx512_bf16"),
+        ([], 850_000, "phi3", AMX, "so small a model"),
+        ([], REAL, "llama", AMX, "a Phi-3 with sdpa"),
+        (["model.attn_implementation=eager"], REAL, "phi3", AMX, "a Phi-3 with sdpa"),
+        (["model.dtype=float32"], REAL, "phi3", AMX, "as the recipe says"),
+        (["finetune.method=dora"], REAL, "phi3", AMX, "a lora that one process learns"),
+        (["finetune.method=full"], REAL, "phi3", AMX, "a lora that one process learns"),
+        (["finetune.num_processes=2"], REAL, "phi3", AMX, "a lora that one process learns"),
+        (["finetune.loss=contrastive"], REAL, "phi3", AMX, "a lora that one process learns"),
+    ],
+)
+def test_float32_everywhere_else(
+    overrides: list[str], parameters: int, model_type: str, flags: frozenset[str], words: str
+) -> None:
+    dtype, reason = cpu_frozen_dtype(recipe(*overrides), parameters, model_type, flags)
+    assert dtype == "float32"
+    assert words in reason

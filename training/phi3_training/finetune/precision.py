@@ -1,0 +1,54 @@
+"""In which numbers a training on a CPU multiplies by the frozen weights, and why.
+
+Reads the kernel's list of what the CPU can do; writes nothing and imports no torch, so that the
+memory plan decides by the same function as the training.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from ..recipe import Recipe
+
+Frozen = Literal["float32", "bfloat16"]
+
+# Below it a step is bound by calls rather than by products, and float32 costs nothing.
+SMALL_MODEL = 50_000_000
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_frozen_dtype(
+    recipe: Recipe, parameters: int, model_type: str, flags: frozenset[str] | None = None
+) -> tuple[Frozen, str]:
+    """The number type of the frozen base while an adapter learns on a CPU, and the reason.
+
+    bfloat16 only for what dense.py computes (it keeps sums, norms and the adapter in float32), and
+    only where the CPU multiplies it in hardware: elsewhere it is slower than float32. `flags` are
+    the CPU's features, those of this machine unless given. What is merged and served stays float32.
+    """
+    settings = recipe.finetune
+    if recipe.model.dtype != "auto":
+        return "float32", "as the recipe says"
+    if settings.method != "lora" or settings.loss or settings.num_processes > 1:
+        return "float32", "exact; bfloat16 is used for a lora that one process learns"
+    if model_type != "phi3" or recipe.model.attn_implementation not in (None, "sdpa"):
+        return "float32", "exact; bfloat16 is used for a Phi-3 with sdpa attention"
+    if parameters < SMALL_MODEL:
+        return "float32", "exact, and no slower for so small a model"
+    found = cpu_flags() if flags is None else flags
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in found:
+            return "bfloat16", f"the CPU multiplies it in hardware ({flag}); the adapter is float32"
+    return "float32", "exact, and the fastest this CPU has (neither amx_bf16 nor avx512_bf16)"
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, by Linux's names; empty on other systems."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())

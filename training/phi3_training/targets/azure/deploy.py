@@ -1,0 +1,503 @@
+"""The stage `deploy`: a deployment beside the old ones, asked through its header, then the traffic.
+
+Reads the manifests `model` and `registration`; writes `endpoint` and <run>/azure/serve, copies of
+the package's sources that Azure ML uploads once per content. An endpoint that exists is never
+deleted to make room, and keeps its traffic until the new deployment has answered. The key stays in
+memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phi3_tool import ChatReply
+from phi3_tool.entra import SCOPE
+from phi3_tool.errors import (
+    EndpointNotFoundError,
+    EndpointTimeoutError,
+    ModelError,
+    Phi3Error,
+    ServiceError,
+    ThrottledError,
+)
+
+from ...console import ProgressCallback
+from ...errors import StageError
+from ...recipe import Recipe
+from ...recipe_azure import AzureSection
+from ...run import Run
+from ..base import Access, Manifest
+from .clients import Clients, quiet_uploads
+from .environments import serving_environment
+from .failures import explained, scrub
+from .operations import Outcome, create, delete, get_or_none, state_of, without_dots
+from .place import (
+    RUN_TAG,
+    RunResource,
+    deployment_name,
+    endpoint_name,
+    forget,
+    record,
+    recorded_resources,
+)
+from .resources import IDENTITY
+from .sizes import find_size, refuse_retired
+
+if TYPE_CHECKING:
+    from azure.ai.ml.entities import (
+        ManagedOnlineDeployment,
+        OnlineDeployment,
+        OnlineEndpoint,
+    )
+
+log = logging.getLogger(__name__)
+
+SCRIPT = "score.py"
+_SCRIPT_TEXT = '''"""Azure ML's entry: init() and run() of the served model."""
+
+from phi3_training.serve.azure_score import init, run
+
+__all__ = ["init", "run"]
+'''
+# Of phi3_training only what serving reads: a change elsewhere uploads and deploys nothing new.
+_SERVING_PARTS = (
+    "__init__.py",
+    "py.typed",
+    "errors.py",
+    "run.py",
+    "prompt.py",
+    "prompt_parts.py",
+    "serve",
+)
+LOG_LINES = 80  # of each container, in deployment.log
+_SHOWN_LINES = 20  # of them, in an error
+_TRAFFIC_TRIES = 3
+# Seconds that a new deployment may take for its first answer after Azure calls it ready.
+_SMOKE_SECONDS = 300.0
+# What a deployment that has only just come up may answer for a moment.
+_NOT_READY_YET = (
+    EndpointNotFoundError,
+    EndpointTimeoutError,
+    ModelError,
+    ServiceError,
+    ThrottledError,
+)
+
+
+@dataclass(frozen=True)
+class DeploymentId:
+    """A deployment's name and that of its endpoint."""
+
+    endpoint: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A registered model, and the route by which it was tuned."""
+
+    name: str
+    version: str
+    route: str
+
+
+def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    """Bring the registered model up; the manifest `endpoint`."""
+    section = recipe.azure
+    settings = section.endpoint
+    registration = run.require("registration", "phi3 register --on azure")
+    route = run.require("model", "phi3 train --on azure")["route"]
+    model = ServedModel(registration["model"], str(registration["model_version"]), route)
+    refuse_retired(settings.instance_type, "azure.endpoint.instance_type")
+    find_size(clients, settings.instance_type, "azure.endpoint.instance_type")
+    target = DeploymentId(
+        endpoint_name(section, clients.place, run),
+        deployment_name(section, model.name, model.version),
+    )
+    endpoint, is_new = ensure_endpoint(clients, section, run, target.endpoint, progress)
+    before = traffic_shares(endpoint.traffic)
+    ensure_deployment(clients, section, run, target, model, progress)
+    access = access_to(clients, target.endpoint)
+    reply = _first_answer(clients, access, target, recipe.ask, progress)
+    move_traffic(clients, section, target.endpoint, {target.name: 100}, progress)
+    idle = _delete_surplus(clients, section, run, target, progress)
+    choices = [
+        f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment was "
+        "asked through its header before it got the traffic",
+        f"{settings.instance_count} x {settings.instance_type} bills until it is deleted: "
+        "phi3 down --on azure",
+    ]
+    if idle:
+        choices.append(
+            f"without traffic, but billing: {', '.join(idle)}; delete: phi3 down --on azure --idle"
+        )
+    return {
+        "target": "azure",
+        "endpoint": access.endpoint,
+        "endpoint_name": target.endpoint,
+        "deployment": target.name,
+        "engine": f"{settings.instance_count} x {settings.instance_type}",
+        "auth_mode": settings.auth_mode,
+        "instance_type": settings.instance_type,
+        "instance_count": settings.instance_count,
+        "traffic": {target.name: 100},
+        "traffic_before": before,
+        "smoke": {"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
+        "choices": choices,
+    }
+
+
+def ensure_endpoint(
+    clients: Clients, section: AzureSection, run: Run, name: str, progress: ProgressCallback
+) -> tuple[OnlineEndpoint, bool]:
+    """The endpoint, and whether it was created now. StageError if it cannot be used."""
+    from azure.ai.ml.entities import (
+        IdentityConfiguration,
+        ManagedIdentityConfiguration,
+        ManagedOnlineEndpoint,
+    )
+
+    wanted = section.endpoint.auth_mode
+    operations = clients.ml.online_endpoints
+    existing = get_or_none(lambda: operations.get(name), f"Looking for the endpoint {name}")
+    if existing is not None and state_of(existing) == "succeeded":
+        auth_mode = str(existing.auth_mode).lower()
+        if auth_mode != wanted:
+            raise StageError(
+                f"The endpoint {name} exists with the sign-in {auth_mode}, the recipe asks for "
+                f"{wanted}, and Azure cannot change it: set azure.endpoint.auth_mode={auth_mode}, "
+                "or another azure.endpoint.name"
+            )
+        return existing, False
+    if existing is None:
+        record(run, RunResource("endpoint", name))
+    # A user-assigned identity has its roles before the first deployment pulls image and model; the
+    # endpoint's own would get them only now, and roles take minutes to act.
+    identity = ManagedIdentityConfiguration(resource_id=IDENTITY.id(clients.place))
+    entity = ManagedOnlineEndpoint(
+        name=name,
+        auth_mode=wanted,
+        description=f"Phi-3 of the run {run.name}",
+        tags={**section.tags, RUN_TAG: run.name},
+        identity=IdentityConfiguration(type="user_assigned", user_assigned_identities=[identity]),
+    )
+    with without_dots():
+        endpoint = create(
+            f"Creating the endpoint {name}",
+            lambda: operations.begin_create_or_update(entity),
+            lambda: operations.get(name),
+            progress,
+            limit=section.poll.deploy_timeout,
+            pause=section.poll.interval,
+        )
+    return endpoint, True
+
+
+def ensure_deployment(
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    target: DeploymentId,
+    model: ServedModel,
+    progress: ProgressCallback,
+) -> Outcome:
+    """Create the deployment, without traffic.
+
+    StageError with the end of its log, and with what bills now.
+    """
+    operations = clients.ml.online_deployments
+
+    read = partial(operations.get, target.name, target.endpoint)
+    existing: OnlineDeployment | None = get_or_none(
+        read, f"Looking for the deployment {target.name}"
+    )
+    if existing is not None and state_of(existing) == "succeeded":
+        # A name that the recipe sets may hold another version; a derived one names its version.
+        held = str(getattr(existing, "model", "") or "").lower()
+        arm_id = f"/models/{model.name}/versions/{model.version}".lower()
+        if not held or held.endswith((arm_id, f":{model.name}:{model.version}".lower())):
+            return "exists"
+    if existing is not None and state_of(existing) == "failed":
+        # It bills, and does not recover by itself. It answers nobody, so nothing is lost.
+        delete_deployment(clients, section, target, progress)
+    record(run, RunResource("deployment", target.name, target.endpoint))
+    entity = deployment_entity(section, run, target, model)
+    try:
+        with without_dots(), quiet_uploads():
+            create(
+                f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
+                lambda: operations.begin_create_or_update(entity),
+                read,
+                progress,
+                limit=section.poll.deploy_timeout,
+                pause=section.poll.interval,
+            )
+    except StageError as error:
+        raise StageError(_with_log(clients, run, target, str(error))) from None
+    return "created"
+
+
+def deployment_entity(
+    section: AzureSection, run: Run, target: DeploymentId, model: ServedModel
+) -> ManagedOnlineDeployment:
+    """The body of the deployment, as the SDK's entity.
+
+    A model of our own job brings scoring script and environment; a model of the pipeline is served
+    by the image that its MLmodel file names.
+    """
+    from azure.ai.ml.entities import (
+        CodeConfiguration,
+        ManagedOnlineDeployment,
+        OnlineRequestSettings,
+        ProbeSettings,
+    )
+
+    settings = section.endpoint
+    own: dict[str, Any] = {}
+    if model.route == "job":
+        own = {
+            "code_configuration": CodeConfiguration(
+                code=str(code_folder(run)), scoring_script=SCRIPT
+            ),
+            "environment": serving_environment(section),
+            "environment_variables": {
+                "PHI3_CONCURRENCY": str(settings.max_concurrent_requests_per_instance),
+                # Azure's inference server ends a worker after this many seconds; it must outlive
+                # the longest request that the front door waits for.
+                "WORKER_TIMEOUT": str(settings.request_timeout_ms // 1000 + 30),
+            },
+        }
+    return ManagedOnlineDeployment(
+        name=target.name,
+        endpoint_name=target.endpoint,
+        model=f"azureml:{model.name}:{model.version}",
+        instance_type=settings.instance_type,
+        instance_count=settings.instance_count,
+        # "Managed online deployment YAML reference": a request may take 5 s by default and 180 s at
+        # most. Beyond twice the concurrent requests of all instances the front door answers 429.
+        request_settings=OnlineRequestSettings(
+            request_timeout_ms=settings.request_timeout_ms,
+            max_concurrent_requests_per_instance=settings.max_concurrent_requests_per_instance,
+        ),
+        liveness_probe=ProbeSettings(**settings.liveness_probe.model_dump()),
+        readiness_probe=ProbeSettings(**settings.readiness_probe.model_dump()),
+        app_insights_enabled=settings.app_insights_enabled,
+        tags={**section.tags, RUN_TAG: run.name},
+        **own,
+    )
+
+
+def code_folder(run: Run) -> Path:
+    """Write what a deployment of our own model runs: our package and a scoring script."""
+    folder = run.path / "azure" / "serve"
+    if folder.exists():
+        shutil.rmtree(folder)
+    package = Path(__file__).resolve().parents[2]
+    for name in _SERVING_PARTS:
+        source, copy = package / name, folder / package.name / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(source, copy, ignore=ignored)
+        else:
+            shutil.copyfile(source, copy)
+    (folder / SCRIPT).write_text(_SCRIPT_TEXT, encoding="utf-8")
+    return folder
+
+
+def _with_log(clients: Clients, run: Run, target: DeploymentId, message: str) -> str:
+    """The failure, the end of the container's log, and what bills now."""
+    operations = clients.ml.online_deployments
+    try:
+        read = partial(operations.get, target.name, target.endpoint)
+        exists = get_or_none(read, f"Looking for the deployment {target.name}") is not None
+    except StageError:  # it may exist, and then it bills
+        exists = True
+    if not exists:
+        return f"{message}\nNo deployment {target.name} was created: nothing new bills."
+    text = _read_log(clients, target)
+    if text:
+        path = run.file("azure", "deployment.log")
+        path.write_text(text + "\n", encoding="utf-8")
+        shown = "\n".join(f"  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
+        message += f"\nThe end of its log (more in {path}):\n{shown}"
+    return (
+        f"{message}\nThe deployment {target.name} stays in {target.endpoint} as it is and bills "
+        f"until it is deleted: phi3 down --on azure --failed --run {run.name}. "
+        "`phi3 up` replaces it."
+    )
+
+
+def _read_log(clients: Clients, target: DeploymentId) -> str:
+    """The containers' last lines, without secrets; '' where there are none."""
+    from azure.core.exceptions import AzureError
+
+    parts = []
+    # The first container downloads the model, the second runs the scoring script.
+    for container in ("storage-initializer", "inference-server"):
+        try:
+            parts.append(
+                clients.ml.online_deployments.get_logs(
+                    target.name, target.endpoint, lines=LOG_LINES, container_type=container
+                )
+            )
+        except AzureError as error:
+            log.info("no log of the %s: %s", container, type(error).__name__)
+    return scrub("\n".join(part.strip() for part in parts if part.strip()))
+
+
+def access_to(clients: Clients, name: str) -> Access:
+    """URL and key of an endpoint; with Entra sign-in no key, but where a fresh token comes from."""
+    with explained(f"Reading the endpoint {name}"):
+        endpoint = clients.ml.online_endpoints.get(name)
+        url = str(endpoint.scoring_uri or "")
+        if not url:
+            raise StageError(f"The endpoint {name} has no address yet: it is {state_of(endpoint)}")
+        if str(endpoint.auth_mode).lower() == "aad_token":
+            # The audience is Azure ML's own (ml.azure.com), not ARM's.
+            credential = clients.credential
+            return Access(url, token_provider=lambda: str(credential.get_token(SCOPE).token))
+        keys = clients.ml.online_endpoints.get_keys(name)
+        key = getattr(keys, "primary_key", None) or getattr(keys, "access_token", None)
+        if not key:
+            raise StageError(f"The endpoint {name} gives no key; look at its authentication")
+        return Access(url, key=str(key))
+
+
+def _first_answer(
+    clients: Clients,
+    access: Access,
+    target: DeploymentId,
+    question: str,
+    progress: ProgressCallback,
+) -> ChatReply:
+    """One answer of the new deployment, before it gets any traffic. StageError without one."""
+    ends = time.monotonic() + _SMOKE_SECONDS
+    # 200 s: a little more than Azure lets a request take (180 s). The client names the deployment
+    # in the header azureml-model-deployment, which goes past the traffic rules. (The SDK's `invoke`
+    # would keep that header for all later calls of the process.)
+    with access.client(deployment=target.name, max_retries=2, deadline=200.0) as client:
+        while True:
+            try:
+                messages = [{"role": "user", "content": question}]
+                # Short, and the same each time.
+                return client.chat(messages, temperature=0.0, max_new_tokens=64)
+            except Phi3Error as error:
+                # A status of 200 means that the model itself answered, and not with text.
+                may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
+                if time.monotonic() > ends or not may_settle:
+                    text = _read_log(clients, target)
+                    lines = "".join(f"\n  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
+                    log_end = f"\nThe end of its log:{lines}" if lines else ""
+                    raise StageError(
+                        f"The deployment {target.name} of {target.endpoint} is up but gives no "
+                        f"answer, so it gets no traffic: {error}{log_end}\nIt bills until it is "
+                        "deleted: phi3 down --on azure --idle"
+                    ) from None
+                progress(0, 0, f"asking {target.name}: not ready yet ({type(error).__name__})")
+            time.sleep(clients.poll.interval)
+
+
+def move_traffic(
+    clients: Clients,
+    section: AzureSection,
+    endpoint_name: str,
+    wanted: Mapping[str, int],
+    progress: ProgressCallback,
+) -> bool:
+    """Give each deployment its share in percent; False where they have it already.
+
+    Raises StageError for shares that Azure would refuse, before anything is sent.
+    """
+    operations = clients.ml.online_endpoints
+    for _ in range(_TRAFFIC_TRIES):
+        with explained(f"Reading the endpoint {endpoint_name}"):
+            endpoint = operations.get(endpoint_name)
+            listed = clients.ml.online_deployments.list(endpoint_name)
+            deployments = [str(item.name) for item in listed]
+        check_traffic(wanted, deployments)
+        if traffic_shares(endpoint.traffic) == traffic_shares(wanted):
+            return False
+        # The SDK's update is a PUT of the whole endpoint, so the one just read is sent back.
+        endpoint.traffic = {name: wanted.get(name, 0) for name in deployments}
+        with without_dots():
+            updated = create(
+                f"Giving the traffic of {endpoint_name} to {', '.join(traffic_shares(wanted))}",
+                partial(operations.begin_create_or_update, endpoint),
+                lambda: operations.get(endpoint_name),
+                progress,
+                limit=section.poll.deploy_timeout,
+                pause=section.poll.interval,
+            )
+        # After a lost answer `create` finds an endpoint that is well, with the old traffic or new.
+        if traffic_shares(updated.traffic) == traffic_shares(wanted):
+            return True
+    raise StageError(
+        f"The endpoint {endpoint_name} does not take its new traffic; it keeps the old. "
+        "Run the same command again"
+    )
+
+
+def traffic_shares(traffic: Mapping[str, int] | None) -> dict[str, int]:
+    """The deployments that get any traffic, and how many percent."""
+    return {str(name): int(share) for name, share in (traffic or {}).items() if share}
+
+
+def check_traffic(wanted: Mapping[str, int], deployments: list[str]) -> None:
+    """Refuse shares of deployments that do not exist, and sums other than 0 and 100."""
+    shares = traffic_shares(wanted)
+    missing = [name for name in shares if name not in deployments]
+    if missing:
+        raise StageError(
+            f"There is no deployment {', '.join(missing)} to take traffic; "
+            f"deployments: {', '.join(deployments) or 'none'}"
+        )
+    total = sum(shares.values())
+    if total not in (0, 100):
+        raise StageError(f"The shares of traffic must add up to 100, not {total}")
+
+
+def _delete_surplus(
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    target: DeploymentId,
+    progress: ProgressCallback,
+) -> list[str]:
+    """Delete the run's oldest deployments beyond those to keep; what is left without traffic."""
+    with explained(f"Listing the deployments of {target.endpoint}"):
+        listed = clients.ml.online_deployments.list(target.endpoint)
+        existing = {str(item.name) for item in listed}
+    others = existing - {target.name}
+    ours = [
+        resource.name
+        for resource in recorded_resources(run, "deployment")
+        if resource.parent == target.endpoint and resource.name in others
+    ]
+    surplus = ours[: max(0, len(ours) + 1 - section.endpoint.keep_deployments)]
+    for name in surplus:
+        delete_deployment(clients, section, DeploymentId(target.endpoint, name), progress)
+        forget(run, RunResource("deployment", name, target.endpoint))
+    return sorted(others - set(surplus))
+
+
+def delete_deployment(
+    clients: Clients, section: AzureSection, target: DeploymentId, progress: ProgressCallback
+) -> bool:
+    """Delete a deployment that gets no traffic, and wait until it is gone; False if none was."""
+    operations = clients.ml.online_deployments
+    return delete(
+        f"Deleting the deployment {target.name}",
+        lambda: operations.begin_delete(target.name, target.endpoint),
+        lambda: operations.get(target.name, target.endpoint),
+        progress,
+        limit=section.poll.delete_timeout,
+        pause=section.poll.interval,
+    )

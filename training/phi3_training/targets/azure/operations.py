@@ -1,0 +1,260 @@
+"""Calls that take minutes on Azure: reads, creates and deletes with progress, a limit and retries.
+
+After a transient fault (409 while something else changes, a lost poll, a reset connection) it looks
+at what exists before it tries again, so that nothing is created twice. The SDKs' own retries of
+single requests are set in clients.py.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+from ... import console
+from ...console import ProgressCallback
+from ...errors import StageError
+from .failures import code_of, explained, stage_error
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Outcome = Literal["exists", "created"]  # of making sure that something is there
+TRIES = 4
+# Tries after a 409 alone. There are more of them, because an endpoint or a cluster that is being
+# changed refuses every other change for minutes: 30 tries are 5 minutes at the default pause of
+# 10 s, and each of them first waits for the change that it can see.
+CONFLICTS = 30
+_GOOD = ("succeeded", "unknown", "")  # a resource group, for one, may have no state at all
+_BAD = ("failed", "canceled", "cancelled")
+# Codes of a 409 that waiting does not cure: a name is taken, a right or a registration is missing.
+_LASTING_CONFLICTS = {
+    "roleassignmentexists",
+    "vaultalreadyexists",
+    "storageaccountalreadytaken",
+    "storageaccountalreadyexists",
+    "alreadyinuse",
+    "missingsubscriptionregistration",
+    "scopelocked",
+    "workspacesoftdeleted",
+}
+
+
+@runtime_checkable
+class Poller(Protocol):
+    """What this module needs of azure-core's LROPoller."""
+
+    def done(self) -> bool:
+        """Whether the operation has ended."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end; raises what went wrong."""
+        ...
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed in a moment."""
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import (
+        ClientAuthenticationError,
+        HttpResponseError,
+        ServiceRequestError,
+        ServiceResponseError,
+    )
+
+    if isinstance(error, ClientAuthenticationError):
+        return False  # a refused sign-in does not pass by waiting
+    if isinstance(error, MlException):
+        # azure-ai-ml reports a reset during an upload as "fields are invalid", and keeps the class
+        # of the original error only in the text.
+        return "azure.core.exceptions.Service" in str(error)
+    if isinstance(error, (ServiceRequestError, ServiceResponseError)):
+        return True
+    if not isinstance(error, HttpResponseError):
+        return False
+    if (code_of(error) or "").lower() in _LASTING_CONFLICTS:
+        return False
+    status = error.status_code or 0
+    # 409 and 412: something else changed the resource meanwhile. azure-core repeats 408, 429 and
+    # 5xx of GET and PUT by itself, and of a POST only 500, 503 and 504; here it has given up.
+    return status in (408, 409, 412, 429) or status >= 500
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether Azure said that the resource, or what contains it, does not exist."""
+    status = getattr(error, "status_code", None)
+    if status == 404:
+        return True
+    return (code_of(error) or "").lower() in ("resourcenotfound", "resourcegroupnotfound")
+
+
+def get_or_none(read: Callable[[], T], doing: str) -> T | None:
+    """What `read` returns; None when it does not exist. StageError for every other refusal."""
+    from azure.core.exceptions import HttpResponseError
+
+    with explained(doing):
+        try:
+            return read()
+        except HttpResponseError as error:
+            if is_absent(error):
+                return None
+            raise
+
+
+def state_of(resource: object) -> str:
+    """The provisioning state, in lower case; '' where there is none."""
+    state = getattr(resource, "provisioning_state", None)
+    if state is None:  # a generic ARM resource has it among its properties
+        properties = getattr(resource, "properties", None)
+        if isinstance(properties, dict):
+            state = properties.get("provisioningState")
+    # A plain string in azure-ai-ml 1.32, an enumeration in 1.35.
+    return str(getattr(state, "value", state) or "").lower()
+
+
+def wait_for(poller: Poller, text: str, progress: ProgressCallback, limit: float) -> None:
+    """Wait for a long-running operation: raises what it raises, StageError after `limit` seconds.
+
+    `poller.result(timeout)` is no way to wait: for an endpoint it ends in an AttributeError while
+    the operation still runs (azure-ai-ml 1.32 and 1.35).
+    """
+    started = time.monotonic()
+    while not poller.done():
+        poller.wait(1.0)  # only how often progress is shown; the poller asks Azure at its own pace
+        seconds = time.monotonic() - started
+        progress(0, 0, f"{text}, {seconds:.0f} s")
+        if seconds > limit and not poller.done():
+            raise StageError(
+                f"{text}: not done after {limit:.0f} s. Azure may still be working on it; "
+                "look with: phi3 status --on azure, and resume with the same command"
+            )
+    poller.wait()
+
+
+def create(
+    doing: str,
+    start: Callable[[], object],
+    read: Callable[[], T],
+    progress: ProgressCallback,
+    *,
+    limit: float,
+    pause: float,
+) -> T:
+    """Start an operation, wait for it, and return what `read` then finds.
+
+    After a transient fault it first looks whether the resource exists or is being made.
+    `limit` and `pause` are in seconds. Raises StageError when the tries or the time are used up.
+    """
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError, HttpResponseError
+
+    ends = time.monotonic() + limit
+    tries, conflicts = TRIES, CONFLICTS
+    while True:
+        try:
+            operation = start()
+            if isinstance(operation, Poller):
+                with _noted_on_interrupt(doing):
+                    wait_for(operation, doing, progress, max(1.0, ends - time.monotonic()))
+            return read()
+        except (AzureError, MlException) as error:
+            # A poll that answers 404: the operation's record is lost, not the resource.
+            lost_poll = isinstance(error, HttpResponseError) and error.status_code == 404
+            if getattr(error, "status_code", None) == 409 and conflicts:
+                conflicts -= 1
+            else:
+                tries -= 1
+            if not tries or time.monotonic() > ends or not (is_transient(error) or lost_poll):
+                raise stage_error(error, doing) from None
+            log.info("%s: trying again after %s", doing, type(error).__name__)
+        with _noted_on_interrupt(doing):
+            while (resource := get_or_none(read, doing)) is not None:
+                state = state_of(resource)
+                if state in _GOOD:
+                    return resource
+                if state in _BAD:
+                    break
+                if time.monotonic() > ends:
+                    raise StageError(
+                        f"{doing}: still {state} when the time was up; resume with the same command"
+                    )
+                progress(0, 0, f"{doing}: {state}")
+                time.sleep(pause)
+        progress(0, 0, f"{doing}: trying again")
+        time.sleep(pause)
+
+
+@contextmanager
+def _noted_on_interrupt(doing: str) -> Iterator[None]:
+    """Ctrl-C ends the waiting, not the operation: say so, because what it creates may bill."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.note(f"{doing}: Azure continues, and what it creates may bill.")
+        console.note("See what exists: phi3 status --on azure")
+        console.note("Delete it:       phi3 down --on azure")
+        raise
+
+
+def delete(
+    doing: str,
+    start: Callable[[], object],
+    read: Callable[[], object],
+    progress: ProgressCallback,
+    *,
+    limit: float,
+    pause: float,
+) -> bool:
+    """Delete and wait until `read` finds nothing; False where nothing existed.
+
+    Raises StageError when the tries or the time are used up; what is left then still bills.
+    """
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
+    if get_or_none(read, doing) is None:
+        return False
+    ends = time.monotonic() + limit
+    tries, conflicts = TRIES, CONFLICTS
+    while tries:
+        try:
+            with without_dots():
+                operation = start()
+                if isinstance(operation, Poller):
+                    wait_for(operation, doing, progress, max(1.0, ends - time.monotonic()))
+        except (AzureError, MlException) as error:
+            if getattr(error, "status_code", None) == 409 and conflicts:
+                conflicts -= 1
+                tries += 1
+            if not is_absent(error) and not (tries > 1 and is_transient(error)):
+                raise stage_error(error, doing) from None
+        tries -= 1
+        while (resource := get_or_none(read, doing)) is not None and state_of(
+            resource
+        ) == "deleting":
+            if time.monotonic() > ends:
+                raise StageError(
+                    f"{doing}: still being deleted when the time was up; "
+                    "see: phi3 status --on azure"
+                )
+            progress(0, 0, f"{doing}: being deleted")
+            time.sleep(pause)
+        if resource is None:
+            return True
+        progress(0, 0, f"{doing}: trying again")
+        time.sleep(pause)
+    raise StageError(
+        f"{doing}: it still exists after {TRIES} tries and may still bill. Run the same command "
+        "again in a few minutes, or delete it in the studio"
+    )
+
+
+@contextmanager
+def without_dots() -> Iterator[None]:
+    """azure-ai-ml prints a dot on standard output at each poll, and an empty line at the end."""
+    with redirect_stdout(io.StringIO()):
+        yield
