@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 RECIPE = str(PROJECT / "training/recipes/phi3-small.yaml")
 # Few rows and epochs: whether it learns enough is the recipe's own evaluation, see docs/models.md.
-SHORT = ["finetune.num_train_epochs=3", "evaluate.max_rows=12", "evaluate.max_new_tokens=24"]
+SHORT = ["finetune.max_steps=40", "evaluate.max_rows=12", "evaluate.max_new_tokens=24"]
 SHORT += ["finetune.save_seconds=2", "data.validation=[]", "data.validation_share=0.2"]
 SEARCH = """\
 metric: final_loss
@@ -113,7 +113,7 @@ def test_it_is_served_and_answers_through_the_flow(trained: Laptop) -> None:
 
 
 def test_a_named_adapter_trains_beside_it(trained: Laptop) -> None:
-    words = ["data.train=chats.jsonl", *SHORT, "finetune.num_train_epochs=1"]
+    words = ["data.train=chats.jsonl", *SHORT, "finetune.max_steps=4"]
     done = phi3(trained, "train", RECIPE, *words, "--adapter", "second")
     assert done.returncode == 0, done.stderr
     merged = phi3(trained, "adapters", "--merge", "second", "--run", "phi3-small")
@@ -123,7 +123,7 @@ def test_a_named_adapter_trains_beside_it(trained: Laptop) -> None:
 
 def test_a_search_tries_two_rates(trained: Laptop) -> None:
     (trained.work / "search.yaml").write_text(SEARCH, "utf-8")
-    words = ["data.train=chats.jsonl", *SHORT, "finetune.num_train_epochs=1", "--run", "searched"]
+    words = ["data.train=chats.jsonl", *SHORT, "finetune.max_steps=4", "--run", "searched"]
     done = phi3(trained, "train", RECIPE, *words, "--search", "search.yaml")
     assert done.returncode == 0, done.stderr
     assert (trained.work / "runs/searched/search/best.yaml").is_file()

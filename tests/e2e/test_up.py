@@ -70,7 +70,7 @@ def test_chat_conversation(journey: Journey) -> None:
 
     assert done.returncode == 0, done.stderr
     assert str(manifest(journey, "answer")["answer"]) in done.stdout
-    assert done.stdout.count("Phi-3:") == 2
+    assert done.stdout.count("Model:") == 2
 
 
 def test_env_is_enough_for_every_command(journey: Journey, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class FinetuneSection(Section):
     adapter: Name | None = None
     learning_rate: Rate = 2e-4
     num_train_epochs: Positive = 3
+    max_steps: Positive | None = None
     per_device_train_batch_size: Positive = 4
     gradient_accumulation_steps: Positive = 1
     lora_r: Positive = 16

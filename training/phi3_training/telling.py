@@ -133,6 +133,11 @@ class Set:
         return frozenset(w for w in words if w not in self.asked_common and w not in _STOP_WORDS)
 
 
+def vocabulary(text: str) -> frozenset[str]:
+    """The words and values of a text, as they are compared."""
+    return _read(text).vocabulary
+
+
 def names_in(text: str) -> frozenset[str]:
     """Words with a capital inside a sentence."""
     return _read(text).names

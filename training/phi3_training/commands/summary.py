@@ -32,7 +32,7 @@ def show_summary(journey: Journey) -> None:
     before = metrics.get("ask", {})
     if before.get("question") == answer["question"]:
         console.out.print(f"Before:   {before['before'] or '(nothing)'}", markup=False)
-    console.out.print(f"Phi-3:    {answer['answer']}", markup=False, style="bold green")
+    console.out.print(f"After:    {answer['answer']}", markup=False, style="bold green")
     console.out.print()
     console.out.print("Next, type:", style="bold")
     for command, why in _next_steps(journey):

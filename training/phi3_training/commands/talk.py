@@ -175,7 +175,7 @@ def _converse(
             return 0
         if not question:
             return 0
-        console.out.print("Phi-3: ", end="", style="bold green")
+        console.out.print("Model: ", end="", style="bold green")
         messages = to_messages(history, question, args.system, max_tokens=room)
         answer = _stream(client, messages, parameters)
         history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})

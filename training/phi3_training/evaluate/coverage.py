@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..data.facts import MOST_COMPARED, Chat, teachers
 from ..run import Run
+from ..telling import vocabulary
 from .figures import Row
 from .questions import Question, read_chats
 from .rows import asked_in
@@ -26,7 +27,12 @@ def remarks(rows: Sequence[Row], run: Run) -> list[str]:
 def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     asked = [row for row in rows if row["part"] == "validation" and row["expected"]]
     found = teachers([_of_row(row) for row in asked], [_of_question(one) for one in trained])
-    new = [row for row, known in zip(asked, found, strict=True) if not known]
+    answers = [vocabulary(one.expected) for one in trained]
+    new = [
+        row
+        for row, known in zip(asked, found, strict=True)
+        if not known and not _spoken_of(row, answers)
+    ]
     if not new or not trained:
         return []
     wrong = [row for row in new if not row["after_right"]] or new
@@ -43,6 +49,18 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     ]
 
 
+def _spoken_of(row: Row, answers: Sequence[frozenset[str]]) -> bool:
+    """Whether one training answer has the figures of what is expected, or most of its words.
+
+    Less than teaching it: an answer that says more, or the same in other words, is not missing.
+    """
+    told = set(row.get("telling", ()))
+    figures = {word for word in told if any(sign.isdigit() for sign in word)}
+    if figures:
+        return any(figures <= words for words in answers)
+    return bool(told) and any(2 * len(told & words) >= len(told) for words in answers)
+
+
 def _not_learnt(rows: Sequence[Row]) -> list[str]:
     trained = [row for row in rows if row["part"] == "train" and row["after_right"] is not None]
     if not trained:
@@ -52,8 +70,8 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"The trained questions themselves are only {share:.0%} right: train longer "
-        "(finetune.num_train_epochs), with a higher finetune.learning_rate or finetune.lora_r, "
-        "or take a larger model (model.name_or_path)."
+        "(finetune.max_steps where it is set, else finetune.num_train_epochs), with a higher "
+        "finetune.learning_rate or finetune.lora_r, or take a larger model (model.name_or_path)."
     ]
 
 

@@ -23,7 +23,7 @@ CHAT_PARTS = ("validation", "train", "replay")
 PARTS = {
     "validation": "held-out chats, never trained on",
     "train": "chats it was fine-tuned on",
-    "replay": "chats it knew before",
+    "replay": "older chats mixed in",
     "canary": "general questions",
     "probes": "requests to refuse",
 }

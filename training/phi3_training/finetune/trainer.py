@@ -172,6 +172,7 @@ def _arguments(
         output_dir=str(output),
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps or -1,  # -1: as the epochs say
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         neftune_noise_alpha=settings.neftune_noise_alpha,

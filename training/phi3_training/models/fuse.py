@@ -7,6 +7,7 @@ Reads a loaded model or a folder; writes a model folder.
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import StageError
+from ..quiet import captured_output
 
 # Prompt tokens on which both readings of the weights are compared, a few ids spread over the
 # vocabulary: enough to reach every matrix, and every position offset of a rotary pair.
@@ -101,7 +103,8 @@ def convert(source: Path, target: Path) -> float:
         eos_token_id=list(chat.stop_token_ids), pad_token_id=chat.pad_token_id
     )
     with new_folder(target) as folder:
-        phi3.save_pretrained(folder)
+        with captured_output(io.StringIO()):  # transformers' progress bar
+            phi3.save_pretrained(folder)
         copy_tokenizer(source, folder)
     return difference
 

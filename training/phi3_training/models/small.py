@@ -161,7 +161,8 @@ def _write(gguf: Path, target: Path) -> None:
             eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
             pad_token_id=ids["<|endoftext|>"],
         )
-        phi3.save_pretrained(folder)
+        with captured_output(io.StringIO()):
+            phi3.save_pretrained(folder)
         (folder / "README.md").write_text(_CARD, encoding="utf-8")
 
 

@@ -106,6 +106,8 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
                 (bool(data.replay), "data.replay"),
                 (data.casual_copies, "data.casual_copies"),
                 (data.rewordings > 0, "data.rewordings"),
+                (settings.max_steps is not None, "finetune.max_steps"),
+                (settings.adapter_weight < 1.0, "finetune.adapter_weight"),
                 (settings.neftune_noise_alpha is not None, "finetune.neftune_noise_alpha"),
                 (recipe.model.revision is not None, "model.revision"),
             )
