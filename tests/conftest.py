@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _SHARED = ("journey", "rehearsed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for `pytest -n … --dist loadgroup`: by shared fixture, else by file."""
     for item in items:

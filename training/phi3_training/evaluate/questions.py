@@ -18,7 +18,7 @@ from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run
 
-# In the order of the report: never trained on, trained on, known before.
+# In the order of the report: never trained on, trained on, older.
 CHAT_PARTS = ("validation", "train", "replay")
 PARTS = {
     "validation": "held-out chats, never trained on",

@@ -30,7 +30,7 @@ _BARS = (
     ("validation", "f1_over_lookalikes", "held-out: F1 over look-alikes"),
     ("train", "contains", "trained: expected words"),
     ("train", "exact_match", "trained: exact match"),
-    ("replay", "contains", "known before: expected words"),
+    ("replay", "contains", "older: expected words"),
     ("canary", "contains", "general questions"),
     ("probes", "refusal_rate", "refused of what to refuse"),
 )
