@@ -1,7 +1,6 @@
 """The one model behind every foundation model of the catalogue: a tiny Phi-3, made when first used.
 
-Made by `phi3 train` in a process of its own, from its default recipe; lies in catalogue/ of the
-rehearsal's folder.
+Made by `phi3 train tiny` in a process of its own; lies in catalogue/ of the rehearsal's folder.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from filelock import FileLock
 from .processes import RehearsalError, child_environment
 
 _RUN = "rehearsed"
+_RECIPE = "tiny"  # named: the default recipe's base is a pretrained model, fetched and much larger
 
 
 def folder_in(catalogue: Path) -> Path:
@@ -36,7 +36,7 @@ def make(catalogue: Path) -> Path:
         if not ready.is_dir():
             with (catalogue / "train.log").open("wb") as log:
                 # Only the base counts; one epoch of fine-tuning is the least the command does.
-                train(["finetune.num_train_epochs=1"], catalogue / "runs", log)
+                train([_RECIPE, "finetune.num_train_epochs=1"], catalogue / "runs", log)
             part = catalogue / ".mlflow.part"
             shutil.rmtree(part, ignore_errors=True)
             as_mlflow(catalogue / "runs" / _RUN / "base", part)
