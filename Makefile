@@ -23,10 +23,15 @@ $(VENV)/.azure: $(VENV)/.up constraints/azure.txt
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure]'
 	@touch $@
 
+# What `make rehearse` needs on top: an Azure of your own.
+$(VENV)/.rehearsal: $(VENV)/.azure
+	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal]'
+	@touch $@
+
 # What the tests and checks need on top, the Azure half included.
 $(VENV)/.dev: $(VENV)/.up constraints/azure.txt
 	@echo "Installing the test tools …"
-	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,dev]'
+	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal,dev]'
 	@touch $@
 
 up: $(VENV)/.up
@@ -35,7 +40,7 @@ up: $(VENV)/.up
 down: $(VENV)/.up
 	@$(BIN)/phi3 down
 
-rehearse: $(VENV)/.azure
+rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse
 
 test: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""One distribution, two import packages: phi3_tool (light) and phi3_training (extras)."""
+"""One distribution, three import packages: phi3_tool (light), phi3_training and phi3_rehearsal."""
 
 import re
 from pathlib import Path
@@ -63,6 +63,14 @@ AZURE = [
     "azure-storage-blob>=12.20",
     "promptflow-azure>=1.18.5,<2",  # goes with promptflow
 ]
+# An Azure of one's own to try `--on azure` against; no job and no model ever needs it.
+REHEARSAL = [
+    "trustme>=1.2",  # below: its certificates lack what Python 3.13 checks by default
+    "cryptography>=42",  # seals the secrets in its state
+    "psutil>=5.9",
+    "PyYAML>=6.0",
+    FILELOCK,
+]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",  # two processes: the suite waits more than it computes
@@ -100,13 +108,15 @@ setup(
     package_dir={
         "phi3_tool": "tools/phi3_tool",
         "phi3_training": "training/phi3_training",
+        "phi3_rehearsal": "training/phi3_rehearsal",
         **SHIPPED_PACKAGES,
     },
     packages=find_packages("tools", include=["phi3_tool*"])
-    + find_packages("training", include=["phi3_training*"])
+    + find_packages("training", include=["phi3_training*", "phi3_rehearsal*"])
     + list(SHIPPED_PACKAGES),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
+        "phi3_rehearsal": ["py.typed"],
         "phi3_training": [
             "py.typed",
             "evaluate/report.css",
@@ -123,6 +133,7 @@ setup(
         "qlora": QLORA,
         "tensorboard": TENSORBOARD,
         "azure": AZURE,
+        "rehearsal": REHEARSAL,
         "dev": DEV,
     },
     entry_points={

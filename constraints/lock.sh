@@ -15,6 +15,6 @@ lock() { # NAME EXTRAS WORDS
     } > "constraints/$1.txt"
 }
 lock local flow,local,dev laptop
-lock azure flow,local,azure,dev whole
+lock azure flow,local,azure,rehearsal,dev whole
 # What of it an Azure ML job gets.
 "$work/azure/bin/python" constraints/trainer.py

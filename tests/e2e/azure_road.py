@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phi3_training.rehearsal import Rehearsal, start
+from phi3_rehearsal import Rehearsal, start
 
 from .conftest import Laptop
 

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
-from phi3_training.rehearsal import held
+from phi3_rehearsal import held
 
 from .azure_road import RUN, Road
 
@@ -266,13 +266,13 @@ def test_secrets_are_nowhere(road: Road) -> None:
 
 def _keys(road: Road) -> list[str]:
     """The keys of the endpoints and of the storage account, as the rehearsed Azure has them."""
-    from phi3_training.rehearsal.cloud import Cloud
-    from phi3_training.rehearsal.endpoints import KIND, key_of
-    from phi3_training.rehearsal.storage import account_key
+    from phi3_rehearsal.cloud import Cloud
+    from phi3_rehearsal.endpoints import KEYS, KIND, key_of
+    from phi3_rehearsal.storage import account_key
 
     cloud = Cloud(road.rehearsal.folder)
     endpoints = cloud.children("/subscriptions", KIND)
-    keys = [key_of(cloud, doc, which) for doc in endpoints for which in doc["_keys"]]
+    keys = [key_of(cloud, doc, which) for doc in endpoints for which in KEYS]
     place = road.manifest("place")
     return [*keys, account_key(cloud, str(place["storage_account"]))]
 

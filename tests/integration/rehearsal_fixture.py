@@ -12,7 +12,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from azure.ai.ml import MLClient
 
-from phi3_training.rehearsal import Rehearsal
+from phi3_rehearsal import Rehearsal
 
 ARM = "https://management.azure.com"
 GROUP, WORKSPACE, REGION = "rg-tests", "ws-tests", "eastus"

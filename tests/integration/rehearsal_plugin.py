@@ -17,14 +17,14 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from azure.identity import EnvironmentCredential
 from tests.integration.rehearsal_fixture import Azure, provision
 
-from phi3_training.rehearsal import Rehearsal, foundation, start
+from phi3_rehearsal import Rehearsal, start, tiny_model
 
 
 @pytest.fixture(scope="session")
 def rehearsed(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
     """A rehearsed Azure whose catalogue has the taught model."""
     folder: Path = tmp_path_factory.mktemp("rehearsal") / "azure"
-    foundation.as_mlflow(taught.model_dir, folder / "catalogue" / "mlflow")
+    tiny_model.as_mlflow(taught.model_dir, folder / "catalogue" / "mlflow")
     rehearsal = start(folder)
     yield rehearsal
     rehearsal.close()

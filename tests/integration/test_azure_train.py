@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 
-from phi3_training import rehearsal
+import phi3_rehearsal as rehearsal
 from phi3_training.cli import main
 from phi3_training.data import prepare
 from phi3_training.errors import StageError
@@ -307,7 +307,8 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_reported
 ) -> None:
     words = [
         "azure.train.route=pipeline",
-        "azure.train.foundation_model={name: Phi-4, version: 8}",
+        # Its defaults hold learning_rate_min and _max, which the component does not take.
+        "azure.train.foundation_model={name: Phi-4-mini-instruct, version: 1}",
     ]
     recipe = load_recipe(recipe_file, [*POLLS, *words])
     run = _prepared(recipe, tmp_path / "piped")
@@ -327,7 +328,7 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_reported
     sent = json.loads((azure.folder / "jobs" / name / "job.json").read_text())["inputs"]
     assert sent.keys() <= INPUTS.keys()
     assert not sent.keys() & {"learning_rate_min", "learning_rate_max"}
-    literal = {key: item["literal"] for key, item in sent.items() if "literal" in item}
+    literal = {key: item["literal"] for key, item in sent.items() if item["literal"] is not None}
     assert literal["learning_rate"] == "5e-06"  # the model's own
     assert literal["deepspeed_stage"] == "2"
     assert literal["apply_lora"] == "true"

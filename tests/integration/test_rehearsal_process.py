@@ -14,12 +14,14 @@ import psutil
 import pytest
 import requests
 
-pytest.importorskip("cryptography", reason="the extra `azure` is not installed")
+pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
+from phi3_rehearsal import Rehearsal, find, run_inside, start, stop
 from phi3_training.cli import main
-from phi3_training.rehearsal import Rehearsal, find, folder_of, run_inside, start, stop
+from phi3_training.commands.rehearse import azure_folder as folder_of
 
 GROUP = "/subscriptions/5ab5c817-0000-4000-8000-5ab5c8170000/resourceGroups/rg-kept"
+PHI3 = (sys.executable, "-m", "phi3_training.cli")
 LOGIN = "https://login.microsoftonline.com"
 
 
@@ -175,19 +177,19 @@ def test_no_secret_is_written_down(runs: Path) -> None:
 
 
 def test_a_command_runs_inside(runs: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The child is `phi3` itself, with the variables; its exit status is handed on."""
-    assert run_inside(["recipes", "-o", "json"], folder_of(runs)) == 0
+    """The child has the variables; its exit status is handed on."""
+    assert run_inside([*PHI3, "recipes", "-o", "json"], folder_of(runs)) == 0
     assert "phi3-tiny.yaml" in capfd.readouterr().out
-    assert run_inside(["no-such-command"], folder_of(runs)) == 2
+    assert run_inside([*PHI3, "no-such-command"], folder_of(runs)) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's own")
 def test_a_killed_command_takes_its_other_half_along() -> None:
     script = (
         "import subprocess, sys\n"
-        "from phi3_training.rehearsal.inside import _ends_with_parent\n"
+        "from phi3_rehearsal.control import ends_with_parent\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],\n"
-        "                         preexec_fn=_ends_with_parent())\n"
+        "                         preexec_fn=ends_with_parent())\n"
         "print(child.pid, flush=True)\n"
         "child.wait()\n"
     )

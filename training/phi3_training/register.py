@@ -6,13 +6,17 @@ run/mlflow/ (the model as an MLflow pyfunc that answers chats).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .carried import copy_carried
 from .mlflow_store import experiment_of, quiet_mlflow, tracking_uri
 from .run import Run
 
+# The module that answers for a registered model; with what it imports, all of our code in there.
+MLFLOW_MODEL = "phi3_training.mlflow_model"
 # What the registered model needs to load; named here because MLflow's own guess imports the model.
 REQUIREMENTS = ["torch==2.13.0", "transformers>=5.20,<6", "tokenizers>=0.22", "jinja2>=3.1"]
 
@@ -24,8 +28,10 @@ def register(name: str, run: Run) -> dict[str, Any]:
     """
     model = run.require("model", "phi3 train")
     metrics = run.require("metrics", "phi3 evaluate")
-    with quiet_mlflow():
+    with quiet_mlflow(), tempfile.TemporaryDirectory(prefix="phi3-model-") as code:
         import mlflow
+
+        copy_carried(Path(code), MLFLOW_MODEL)
 
         mlflow.set_tracking_uri(tracking_uri(run))
         _client, experiment_id = experiment_of(name, run)
@@ -36,7 +42,7 @@ def register(name: str, run: Run) -> dict[str, Any]:
                 name="model",
                 python_model=str(Path(__file__).with_name("mlflow_model.py")),
                 artifacts={"model": str(run.path / model["path"])},
-                code_paths=[str(Path(__file__).parent)],
+                code_paths=[str(Path(code, "phi3_training"))],
                 pip_requirements=REQUIREMENTS,
                 registered_model_name=name,
             )

@@ -95,7 +95,7 @@ def test_other_questions_are_no_other_training(recipe: Recipe, run: Run) -> None
     assert after.questions != before.questions
 
 
-def test_the_code_is_both_packages_and_nothing_compiled(run: Run) -> None:
+def test_the_code_is_of_both_packages_and_nothing_compiled(run: Run) -> None:
     folder = stage_code(run)
     assert (folder / "phi3_training" / "targets" / "azure" / "in_job.py").is_file()
     assert (folder / "phi3_tool" / "client.py").is_file()

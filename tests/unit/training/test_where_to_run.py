@@ -65,7 +65,7 @@ def test_the_stages_of_both_targets() -> None:
         (["up", "--on", "azure", "--rehearse"], {"on": "azure"}, "up RECIPE --on azure RUNS"),
         (["up", "a.yaml", "--rehearse"], {"words": ["a.yaml"]}, "up a.yaml RUNS --on azure"),
         (["up", "--rehearse", "k.l=2"], {"words": ["k.l=2"]}, "up RECIPE k.l=2 RUNS --on azure"),
-        (["up", "--run", "r", "--reh"], {"run": "r"}, "up --run r RUNS"),
+        (["up", "--run", "r", "--rehearse"], {"run": "r"}, "up --run r RUNS"),
         (["azure", "provision", "--rehearse"], {"on": "azure"}, "azure provision RECIPE RUNS"),
     ],
 )

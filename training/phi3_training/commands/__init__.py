@@ -15,7 +15,7 @@ from . import (
     journey,
     models,
     recipes,
-    rehearsing,
+    rehearse,
     stages,
     standing,
     talk,
@@ -23,5 +23,5 @@ from . import (
 
 COMMANDS = (
     *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, init, recipes, models, azure, rehearsing),
+    *(flow, export, doctor, init, recipes, models, azure, rehearse),
 )

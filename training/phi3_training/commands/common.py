@@ -28,6 +28,7 @@ def add_command(
         description=help_text[0].upper() + help_text[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form")
     parser.add_argument("--yes", action="store_true", help="ask nothing")

@@ -10,12 +10,10 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import phi3_tool
-
+from ...carried import carried_files
 from ...errors import StageError
 from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 MODULE = "phi3_training.targets.azure.in_job"
 MODEL_OUTPUT, RUN_OUTPUT = "model", "run"
-_CODE_SUFFIXES = (".py", ".css", ".txt", ".yaml", ".typed")
 
 
 def data_files(run: Run) -> dict[str, Path]:
@@ -101,13 +98,10 @@ def content_hash(folder: Path, *patterns: str) -> str:
 
 
 def stage_code(run: Run) -> Path:
-    """The folder with our two packages, as this machine runs them."""
+    """The folder with what of our packages the job runs, as this machine has it."""
     folder = _emptied(run.path / "azure" / "code")
-    ours = Path(str(files("phi3_training")))
-    for package in (ours, Path(phi3_tool.__file__).parent):
-        for path in sorted(package.rglob("*")):
-            if path.suffix in _CODE_SUFFIXES and "__pycache__" not in path.parts:
-                _copy(path, folder / package.name / path.relative_to(package))
+    for name, path in carried_files(MODULE).items():
+        _copy(path, folder / name)
     return folder
 
 

@@ -186,20 +186,21 @@ def _save_model(run: Run, output: Path) -> None:
     """The merged model as an MLflow model that loads without this project installed."""
     import mlflow
 
-    import phi3_tool
     from phi3_training import mlflow_model
 
+    from ...carried import copy_carried
     from .environments import MODEL_PACKAGES, pinned
 
-    package = Path(mlflow_model.__file__).parent
     weights = run.path / str(run.require("model", "the job's training")["path"])
     with tempfile.TemporaryDirectory(dir=run.path) as scratch:
+        code = Path(scratch) / "code"
+        copy_carried(code, mlflow_model.__name__)
         saved = Path(scratch) / "model"  # MLflow refuses a folder that exists, and `output` does
         mlflow.pyfunc.save_model(
             path=str(saved),
             python_model=str(mlflow_model.__file__),
             artifacts={"model": str(weights)},
-            code_paths=[str(package), str(Path(phi3_tool.__file__).parent)],
+            code_paths=[str(code / "phi3_training")],
             # Given, because MLflow's own guess loads the model in another process.
             pip_requirements=pinned(*MODEL_PACKAGES, "pydantic"),
             metadata={"made_by": "phi3-promptflow", "task": "chat-completion"},

@@ -1,9 +1,9 @@
-"""Faults that are injected on demand: which call or resource they befall, how, and how often.
+"""Injected faults: which call or resource they happen to, how, and how often.
 
-Reads and writes faults.json in the rehearsal's folder, so that a running rehearsal learns of them.
+Reads and writes faults.json in the rehearsal's folder, where a running rehearsal sees them.
 
-    PUT */onlineEndpoints/* 429 retry-after=1 times=2    an answer in the service's place
-    PUT */jobs/* reset                                   the connection is cut, nothing was done
+    PUT */onlineEndpoints/* 429 retry-after=1 times=2    this answer instead of the service's
+    PUT */jobs/* reset                                   the connection breaks, nothing was done
     PUT */jobs/* reset-after                             it was done, the answer is lost
     GET */operationsStatus/* lost times=1                a poll that finds nothing (404)
     * */deployments/* failed code=…                      the operation or the job fails
@@ -17,13 +17,14 @@ import json
 import os
 import shlex
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import UsageError
-from ..run import write_atomically
+from .processes import UsageError, write_atomically
 from .wire import AzureError, Json, Request
 
+# Code and message that Azure Resource Manager sends with each status.
 _CODES = {
     400: ("BadRequest", "The request is invalid."),
     401: ("ExpiredAuthenticationToken", "The access token has expired."),
@@ -37,12 +38,22 @@ _CODES = {
     503: ("ServiceUnavailable", "The service is not available."),
     504: ("GatewayTimeout", "The gateway did not answer in time."),
 }
-_KINDS = ("reset", "reset-after", "lost", "failed", "slow", "quota")
+# Kinds that happen to the work on a resource; the others happen to one call.
+_ON_RESOURCES = ("failed", "slow", "quota")
+_KINDS = ("reset", "reset-after", "lost", *_ON_RESOURCES)
+# What may follow a fault: the field that it sets, and its type.
+_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "times": ("left", int),
+    "seconds": ("seconds", float),
+    "retry-after": ("retry_after", str),
+    "code": ("code", str),
+    "message": ("message", str),
+}
 
 
 @dataclass
 class Fault:
-    """One fault. `left` counts down; at 0 it is over."""
+    """One fault. `left` counts down to 0."""
 
     method: str
     path: str
@@ -56,7 +67,10 @@ class Fault:
     @classmethod
     def parse(cls, text: str) -> Fault:
         """Read `METHOD PATH KIND [name=value …]`; raises UsageError."""
-        words = shlex.split(text)
+        try:
+            words = shlex.split(text)
+        except ValueError:  # a quotation mark without its partner
+            words = []
         if len(words) < 3 or (words[2] not in _KINDS and not words[2].isdigit()):
             kinds = ", ".join(_KINDS)
             raise UsageError(
@@ -65,21 +79,17 @@ class Fault:
             )
         fault = cls(words[0].upper(), words[1], words[2])
         for word in words[3:]:
-            fault._set(word)
+            name, _, value = word.partition("=")
+            try:
+                field, convert = _OPTIONS[name]
+                setattr(fault, field, convert(value))
+            except (KeyError, ValueError):
+                raise UsageError(
+                    f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
+                ) from None
         return fault
 
-    def _set(self, word: str) -> None:
-        name, _, value = word.partition("=")
-        fields = {"times": int, "seconds": float, "retry-after": str, "code": str, "message": str}
-        try:
-            converted = fields[name](value)
-        except (KeyError, ValueError):
-            raise UsageError(
-                f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
-            ) from None
-        setattr(self, {"times": "left", "retry-after": "retry_after"}.get(name, name), converted)
-
-    def shown(self) -> str:
+    def as_typed(self) -> str:
         """The fault as it is typed."""
         more = {"times": self.left, "seconds": self.seconds, "retry-after": self.retry_after}
         more |= {"code": self.code, "message": self.message}
@@ -87,12 +97,12 @@ class Fault:
         return shlex.join([self.method, self.path, self.kind, *words])
 
     def fits(self, method: str, path: str) -> bool:
-        """Whether it is still to happen to this call."""
+        """Whether it is still to happen to this call or resource."""
         named = self.method in ("*", method)
         return self.left > 0 and named and fnmatch.fnmatch(path.lower(), self.path.lower())
 
     def error(self) -> AzureError:
-        """The answer in the service's place."""
+        """The answer instead of the service's."""
         status = 404 if self.kind == "lost" else int(self.kind)
         code, message = _CODES.get(status, ("InjectedFault", "An injected fault."))
         headers = {"Retry-After": self.retry_after} if self.retry_after else {}
@@ -107,50 +117,51 @@ class Faults:
         self._lock = threading.Lock()
 
     def add(self, text: str) -> Fault:
-        """Add a fault; raises UsageError when it is none."""
+        """Add a fault; raises UsageError when the text is none."""
         fault = Fault.parse(text)
         with self._lock:
             self._write([*self._read(), fault])
         return fault
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all."""
         with self._lock:
             self._path.unlink(missing_ok=True)
 
-    def all(self) -> list[Fault]:
+    def pending(self) -> list[Fault]:
         """Those that are still to happen."""
         return [fault for fault in self._read() if fault.left > 0]
 
     def of_call(self, request: Request) -> Fault | None:
-        """The fault that befalls this call, used up by one."""
-        wanted = ("failed", "slow", "quota")
-        where = request.host + request.path
-        return self._take(lambda f: f.kind not in wanted and f.fits(request.method, where))
+        """The fault that is to happen to this call; it counts down by one."""
+        path = request.host + request.path
+        return self._take(lambda f: f.kind not in _ON_RESOURCES and f.fits(request.method, path))
 
     def slowness(self, arm_id: str, kind: str) -> float:
-        """Seconds by which an operation on the resource (or the job) is slowed down."""
-        method = _method_of(kind)
-        fault = self._take(lambda f: f.kind == "slow" and f.fits(method, arm_id))
+        """Seconds by which an operation on the resource (or the job) takes longer."""
+        fault = self._of_resource(arm_id, kind, "slow")
         return fault.seconds if fault else 0.0
 
     def failure(self, arm_id: str, kind: str) -> Json | None:
         """The error with which the operation (or the job) ends, if it is to fail."""
-        method = _method_of(kind)
-        fault = self._take(lambda f: f.kind in ("failed", "quota") and f.fits(method, arm_id))
+        fault = self._of_resource(arm_id, kind, "failed", "quota")
         if fault is None:
             return None
-        quota = fault.kind == "quota"
-        code = fault.code or ("OutOfQuota" if quota else "InternalServerError")
-        said = "Not enough quota available." if quota else "The operation failed (injected)."
-        return {"code": code, "message": fault.message or said}
+        if fault.kind == "quota":
+            code, message = "OutOfQuota", "Not enough quota available."
+        else:
+            code, message = "InternalServerError", "The operation failed (injected)."
+        return {"code": fault.code or code, "message": fault.message or message}
 
-    def _take(self, wanted: object) -> Fault | None:
-        assert callable(wanted)  # noqa: S101 - for mypy
+    def _of_resource(self, arm_id: str, kind: str, *faults: str) -> Fault | None:
+        method = "DELETE" if kind == "delete" else "PUT"  # the call that begins the operation
+        return self._take(lambda f: f.kind in faults and f.fits(method, arm_id))
+
+    def _take(self, chosen: Callable[[Fault], bool]) -> Fault | None:
         with self._lock:
             faults = self._read()
             for fault in faults:
-                if wanted(fault):
+                if chosen(fault):
                     fault.left -= 1
                     self._write([f for f in faults if f.left > 0])
                     return fault
@@ -165,12 +176,7 @@ class Faults:
         write_atomically(self._path, json.dumps([asdict(f) for f in faults], indent=1))
 
 
-def _method_of(kind: str) -> str:
-    """The call that begins an operation of that kind."""
-    return "DELETE" if kind == "delete" else "PUT"
-
-
 def from_environment() -> list[str]:
-    """The faults of $PHI3_REHEARSAL_FAULTS, one per line or semicolon."""
+    """The faults of $PHI3_REHEARSAL_FAULTS, one per line or separated by semicolons."""
     text = os.environ.get("PHI3_REHEARSAL_FAULTS", "")
     return [line.strip() for line in text.replace(";", "\n").splitlines() if line.strip()]

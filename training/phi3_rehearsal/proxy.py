@@ -1,28 +1,30 @@
 """The HTTP proxy that ends TLS itself and hands every request to the rehearsed Azure.
 
-Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine.
+Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine. Only
+who is told to trust ca.pem, the certificate of the rehearsal's own authority, believes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
+import os
 import socket
 import ssl
 import struct
 import threading
 from collections.abc import Iterator
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .authority import Authority
-from .cloud import Cloud
-from .signin import check_token
-from .wire import AzureError, Reply, Request, find_route
+import trustme
+
+from .cloud import Cloud, router
+from .identity import check_token
+from .wire import AzureError, Reply, Request
 
 _log = logging.getLogger(__name__)
 _IDLE_SECONDS = 300.0
@@ -81,8 +83,14 @@ class _Connection(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.rfile = self.connection.makefile("rb", -1)
-        self.wfile = _Writer(self.connection)
+        self.wfile = self.connection.makefile("wb")
         self.close_connection = False
+
+    def handle_expect_100(self) -> bool:
+        """Let the client send its body: the writer is buffered, so say it at once."""
+        answered = super().handle_expect_100()
+        self.wfile.flush()
+        return answered
 
     def _serve(self) -> None:
         request = self._request()
@@ -120,21 +128,20 @@ class _Connection(BaseHTTPRequestHandler):
         cloud = self.server.cloud
         fault = cloud.faults.of_call(request)
         if fault and fault.kind == "reset":
-            cloud.journal(request.method, request.host, request.path, "reset")
+            cloud.journal(request, "reset")
             raise _CutError
         if fault and fault.kind != "reset-after":
             reply = fault.error().reply()
         else:
             reply = _dispatch(cloud, request)
-        lost = " answer lost" if fault and fault.kind == "reset-after" else ""
-        noted = f"{reply.status}{lost}" if lost else reply.status
-        cloud.journal(request.method, request.host, request.path, noted)
+        lost = fault is not None and fault.kind == "reset-after"
+        cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status)
         if lost:
             raise _CutError
         return reply
 
     def _send(self, reply: Reply) -> None:
-        self.send_response(reply.status, _phrase(reply.status))
+        self.send_response(reply.status)
         body = reply.body
         if isinstance(body, dict | list):
             body = json.dumps(body).encode()
@@ -152,6 +159,7 @@ class _Connection(BaseHTTPRequestHandler):
             self.end_headers()
             for piece in filter(None, body):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
 
@@ -171,29 +179,12 @@ class _Connection(BaseHTTPRequestHandler):
         """Nothing: the journal has every call, without its query."""
 
 
-class _Writer(io.BufferedIOBase):
-    """What http.server writes to: the TLS socket, unbuffered."""
-
-    def __init__(self, connection: ssl.SSLSocket) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def writable(self) -> bool:
-        """Yes."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Send it all."""
-        self._connection.sendall(data)
-        return len(data)
-
-
 def _dispatch(cloud: Cloud, request: Request) -> Reply:
-    found = find_route(request)
-    if found is None:
+    match = router.find(request)
+    if match is None:
         text = f"The rehearsal does not know {request.method} https://{request.host}{request.path}"
         return AzureError(501, "NotRehearsed", text).reply()
-    route, request.args = found
+    route, request.args = match
     try:
         check_token(cloud, request, route.audience)
         if not route.locked:
@@ -208,8 +199,33 @@ def _dispatch(cloud: Cloud, request: Request) -> Reply:
         return error.reply()
 
 
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+# --- the certificate authority ---
+
+
+class Authority:
+    """Hands out TLS contexts that present a certificate for any host name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca_file = folder / "ca.pem"
+        key_file = folder / "ca.key"
+        if self.ca_file.is_file() and key_file.is_file():
+            self._ca = trustme.CA.from_pem(self.ca_file.read_bytes(), key_file.read_bytes())
+        else:
+            self._ca = trustme.CA(organization_name="phi3 rehearsal, not Azure")
+            folder.mkdir(parents=True, exist_ok=True)
+            key_file.unlink(missing_ok=True)
+            descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(self._ca.private_key_pem.bytes())
+            self._ca.cert_pem.write_to_path(self.ca_file)
+        self._contexts: dict[str, ssl.SSLContext] = {}
+        self._lock = threading.Lock()
+
+    def context(self, host: str) -> ssl.SSLContext:
+        """The server side of TLS for `host`."""
+        with self._lock:
+            if host not in self._contexts:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                self._ca.issue_cert(host).configure_cert(context)
+                self._contexts[host] = context
+            return self._contexts[host]

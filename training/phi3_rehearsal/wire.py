@@ -1,7 +1,7 @@
 """Requests, replies, errors and the routing table of the rehearsed Azure. Reads and writes nothing.
 
-A service module declares its calls with `@route(method, host, path)`; whatever no route fits is
-answered with 501, naming method and path.
+A service module declares its calls with `@route(method, host, path)` of cloud.py; whatever no
+route fits is answered with 501, naming method and path.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
-
-if TYPE_CHECKING:
-    from .cloud import Cloud
 
 Json = dict[str, Any]
 
@@ -44,7 +41,7 @@ class Request:
 
     @property
     def query(self) -> dict[str, str]:
-        """The query; names in lower case, as Azure does not tell them apart."""
+        """The query; names in lower case, because Azure ignores case in them."""
         pairs = parse_qsl(urlsplit(self.target).query, keep_blank_values=True)
         return {name.lower(): value for name, value in pairs}
 
@@ -82,18 +79,15 @@ class AzureError(Exception):
         message: str,
         *,
         details: list[Json] | None = None,
-        target: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
-        self.details, self.target, self.headers = details or [], target, headers or {}
+        self.details, self.headers = details or [], headers or {}
 
     def error(self) -> Json:
-        """The inner object: code, message, and what else there is."""
+        """The inner object: code, message, and details if there are any."""
         more: Json = {"details": self.details} if self.details else {}
-        if self.target:
-            more["target"] = self.target
         return {"code": self.code, "message": self.message, **more}
 
     def reply(self) -> Reply:
@@ -103,8 +97,8 @@ class AzureError(Exception):
 
 def asset_id(text: object) -> str:
     """An asset's id as ARM writes it: `azureml:/subscriptions/…` loses its scheme."""
-    found = str(text or "")
-    return found if found.startswith("azureml://") else found.removeprefix("azureml:")
+    value = str(text or "")
+    return value if value.startswith("azureml://") else value.removeprefix("azureml:")
 
 
 def not_found(what: str, name: str) -> AzureError:
@@ -117,53 +111,60 @@ def bad(message: str, code: str = "UserError", **more: Any) -> AzureError:
     return AzureError(400, code, message, **more)
 
 
-Handler = Callable[["Cloud", Request], Reply]
+State = TypeVar("State")
+Handler = Callable[[State, Request], Reply]
 
 
-@dataclass(frozen=True)
-class Route:
+@dataclass
+class Route(Generic[State]):
     """One call that is answered. `audience` is whom the bearer token must be for; "" is anybody."""
 
     method: str
     host: re.Pattern[str]
     path: re.Pattern[str]
-    handler: Handler
+    handler: Handler[State]
     audience: str
     locked: bool
 
 
-_routes: list[Route] = []
+class Router(Generic[State]):
+    """The calls that are answered, each by a function of the state and the request."""
 
+    def __init__(self) -> None:
+        self._routes: list[Route[State]] = []
 
-def route(
-    method: str, host: str, path: str, *, audience: str = "management", locked: bool = True
-) -> Callable[[Handler], Handler]:
-    """Answer `method` on `host` and `path` with the decorated function.
+    def route(
+        self,
+        method: str,
+        host: str,
+        path: str,
+        *,
+        audience: str = "management",
+        locked: bool = True,
+    ) -> Callable[[Handler[State]], Handler[State]]:
+        """Answer `method` on `host` and `path` with the decorated function.
 
-    `{name}` stands for one part of host or path, `{name*}` for any rest, `{name:a|b}` for one of
-    these. `locked` handlers run one at a time and what they change is saved after them; the others
-    see to that themselves.
-    """
+        `{name}` stands for one part of host or path, `{name*}` for any rest, `{name:a|b}` for one
+        of these. `locked` handlers run one at a time and what they change is saved after them; the
+        others see to that themselves.
+        """
 
-    def register(handler: Handler) -> Handler:
-        patterns = _pattern(host, "."), _pattern(path, "/")
-        _routes.append(Route(method, *patterns, handler, audience, locked))
-        return handler
+        def register(handler: Handler[State]) -> Handler[State]:
+            patterns = _pattern(host, "."), _pattern(path, "/")
+            self._routes.append(Route(method, *patterns, handler, audience, locked))
+            return handler
 
-    return register
+        return register
 
-
-def find_route(request: Request) -> tuple[Route, dict[str, str]] | None:
-    """The first route that fits, with its arguments."""
-    path = request.path.rstrip("/") or "/"
-    for candidate in _routes:
-        if candidate.method != request.method:
-            continue
-        host = candidate.host.fullmatch(request.host)
-        fits = host and candidate.path.fullmatch(path)
-        if host and fits:
-            return candidate, {**host.groupdict(), **fits.groupdict()}
-    return None
+    def find(self, request: Request) -> tuple[Route[State], dict[str, str]] | None:
+        """The first route that fits, with its arguments."""
+        path = request.path.rstrip("/") or "/"
+        for route in self._routes:
+            host = route.method == request.method and route.host.fullmatch(request.host)
+            rest = host and route.path.fullmatch(path)
+            if host and rest:
+                return route, {**host.groupdict(), **rest.groupdict()}
+        return None
 
 
 def _pattern(template: str, separator: str) -> re.Pattern[str]:

@@ -5,7 +5,6 @@ subprocess.run([...], env={**os.environ, **rehearsal.env})
 rehearsal.close()                  # what it knows stays in the folder
 """
 
-from .control import Rehearsal, calls, find, folder_of, held, start, stop
-from .inside import run_inside
+from .control import Rehearsal, calls, find, held, run_inside, start, stop
 
-__all__ = ["Rehearsal", "calls", "find", "folder_of", "held", "run_inside", "start", "stop"]
+__all__ = ["Rehearsal", "calls", "find", "held", "run_inside", "start", "stop"]

@@ -1,0 +1,251 @@
+"""Who may do what: sign-in as Microsoft Entra ID does it, managed identities, role assignments.
+
+Tokens are signed with the rehearsal's seed. Of the roles only what an online deployment needs is
+enforced: pulling images and reading blobs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import time
+import uuid
+from urllib.parse import parse_qsl
+
+from .cloud import Cloud, check_location, listed, need_group, on_get, public, route
+from .offers import ROLES
+from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
+
+# The made-up service principal that the caller signs in as, and its id in role assignments.
+TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
+CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
+CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
+LOGIN = "login.microsoftonline.com"
+_TOKEN_SECONDS = 3600
+# Whom a token must be for, by the names that `route` uses.
+_MANAGEMENT = ("https://management.azure.com", "https://management.core.windows.net")
+AUDIENCES = {
+    "management": _MANAGEMENT,
+    "regional": (*_MANAGEMENT, "https://ml.azure.com"),
+    "ml": ("https://ml.azure.com",),
+    "storage": ("https://storage.azure.com",),
+}
+
+
+@route("GET", LOGIN, "/{tenant}/v2.0/.well-known/openid-configuration", audience="")
+def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
+    """Where to get a token."""
+    base = f"https://{LOGIN}/{request.args['tenant']}"
+    paths = {
+        "token_endpoint": "oauth2/v2.0/token",
+        "authorization_endpoint": "oauth2/v2.0/authorize",
+        "device_authorization_endpoint": "oauth2/v2.0/devicecode",
+        "issuer": "v2.0",
+        "jwks_uri": "discovery/v2.0/keys",
+    }
+    return Reply(200, {name: f"{base}/{path}" for name, path in paths.items()})
+
+
+@route("POST", LOGIN, "/{tenant}/oauth2/v2.0/token", audience="")
+def sign_in(cloud: Cloud, request: Request) -> Reply:
+    """A token for the service principal, if its secret is right."""
+    form = dict(parse_qsl(request.body.decode("utf-8", "replace")))
+    if form.get("grant_type") != "client_credentials":
+        text = "AADSTS70003: The app requested an unsupported grant type."
+        return Reply(400, {"error": "unsupported_grant_type", "error_description": text})
+    secret, own = form.get("client_secret", "").encode(), client_secret(cloud).encode()
+    if form.get("client_id") != CLIENT or not hmac.compare_digest(secret, own):
+        text = "AADSTS7000215: Invalid client secret provided."
+        return Reply(401, {"error": "invalid_client", "error_description": text})
+    audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
+    now = int(time.time())
+    claims = {"aud": audience, "tid": request.args["tenant"], "appid": CLIENT, "oid": CALLER}
+    times = {"iat": now, "nbf": now - 60, "exp": now + _TOKEN_SECONDS}
+    text = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode({**claims, **times})}"
+    token = f"{text}.{_signature(cloud, text)}"
+    answer = {"token_type": "Bearer", "expires_in": _TOKEN_SECONDS, "access_token": token}
+    return Reply(200, answer, {"Cache-Control": "no-store"})
+
+
+def client_secret(cloud: Cloud) -> str:
+    """The secret of the made-up service principal."""
+    return cloud.derive("client-secret")
+
+
+def claims_of(cloud: Cloud, value: str) -> Json | None:
+    """The claims of a token that was signed here and has not expired; None for others."""
+    text, _, signature = value.rpartition(".")
+    if not text or not hmac.compare_digest(signature.encode(), _signature(cloud, text).encode()):
+        return None
+    part = text.split(".")[1]
+    claims: Json = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims if claims["exp"] > time.time() else None
+
+
+def check_token(cloud: Cloud, request: Request, audience: str) -> None:
+    """Raise AzureError (401) unless the call carries a token for `audience`."""
+    if not audience:
+        return
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not value:
+        text = "The 'Authorization' header is missing or invalid."
+        raise AzureError(401, "AuthenticationFailed", text)
+    claims = claims_of(cloud, value)
+    if claims is None:
+        text = "The access token is invalid or has expired."
+        raise AzureError(401, "ExpiredAuthenticationToken", text)
+    wanted = AUDIENCES[audience]
+    if claims["aud"].rstrip("/") not in wanted:
+        text = f"The access token has the wrong audience '{claims['aud']}'; expected '{wanted[0]}'."
+        raise AzureError(401, "InvalidAuthenticationTokenAudience", text)
+
+
+def _encode(value: Json) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+def _signature(cloud: Cloud, text: str) -> str:
+    key = cloud.derive("token-signature").encode()
+    digest = hmac.new(key, text.encode(), hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+# --- user-assigned identities and role assignments ---
+
+_UAI = GROUP + "/providers/Microsoft.ManagedIdentity/userAssignedIdentities/{name}"
+_UAI_KIND = "Microsoft.ManagedIdentity/userAssignedIdentities"
+_ROLE = "/{scope*}/providers/Microsoft.Authorization/roleAssignments"
+_ROLE_KIND = "Microsoft.Authorization/roleAssignments"
+_GUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+@route("PUT", ARM, _UAI)
+def put_identity(cloud: Cloud, request: Request) -> Reply:
+    """Make a user-assigned identity."""
+    need_group(cloud, request)
+    name, body = request.args["name"], request.json()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{2,127}", name):
+        raise bad(f"The identity name '{name}' is invalid.", "InvalidResourceName")
+    arm_id = request.id(_UAI)
+    before = cloud.get(arm_id)
+    document = {
+        "location": check_location(body.get("location")),
+        "tags": body.get("tags") or {},
+        "properties": {
+            "tenantId": TENANT,
+            "principalId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"principal {arm_id.lower()}")),
+            "clientId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"client {arm_id.lower()}")),
+        },
+    }
+    return Reply(200 if before else 201, public(cloud.put(arm_id, _UAI_KIND, document)))
+
+
+on_get(_UAI, lambda cloud, request: cloud.need(request.id(_UAI), _UAI_KIND))
+
+
+@route("DELETE", ARM, _UAI)
+def delete_identity(cloud: Cloud, request: Request) -> Reply:
+    """Delete it; its role assignments stay and name nobody, as on Azure."""
+    return cloud.delete_now(request.id(_UAI))
+
+
+@route("PUT", ARM, _ROLE + "/{guid}")
+def put_assignment(cloud: Cloud, request: Request) -> Reply:
+    """Assign a role; the same assignment is refused under another name (a GUID)."""
+    scope, guid = "/" + request.args["scope"], request.args["guid"]
+    given = request.json().get("properties") or {}
+    if not _GUID.fullmatch(guid):
+        text = (
+            f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID."
+        )
+        raise bad(text, "InvalidRoleAssignmentId")
+    if len(scope.split("/")) > 3:
+        cloud.need(scope, "scope")
+    role = str(given.get("roleDefinitionId", "")).rsplit("/", 1)[-1].lower()
+    if role not in ROLES:
+        raise bad(f"The role definition '{role}' does not exist.", "RoleDefinitionDoesNotExist")
+    principal = given.get("principalId", "")
+    known = {
+        str(doc["properties"].get("principalId") or (doc.get("identity") or {}).get("principalId"))
+        for doc in cloud.children("/subscriptions")
+        if doc["type"] != _ROLE_KIND
+    }
+    # The SDK sends "User" where the caller says nothing.
+    if given.get("principalType") in (None, "User") and principal in known:
+        text = f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different "
+        raise bad(text + "from specified PrinciaplType 'User'.", "UnmatchedPrincipalType")
+
+    def role_and_principal(properties: Json) -> list[str]:
+        values = (str(properties[key]) for key in ("roleDefinitionId", "principalId"))
+        return [value.rsplit("/", 1)[-1].lower() for value in values]
+
+    for other in cloud.children(scope + "/providers/Microsoft.Authorization", _ROLE_KIND):
+        same = role_and_principal(other["properties"]) == role_and_principal(given)
+        if other["name"].lower() == guid.lower():
+            if same:
+                return Reply(200, public(other))
+            text = "Tenant ID, application ID, principal ID, and scope are not allowed to be "
+            raise AzureError(409, "RoleAssignmentUpdateNotPermitted", text + "updated.")
+        if same:
+            text = "The role assignment already exists. The ID of the existing role assignment is "
+            text += other["name"].replace("-", "") + "."
+            raise AzureError(409, "RoleAssignmentExists", text)
+    properties = {
+        "roleDefinitionId": given["roleDefinitionId"],
+        "principalId": given["principalId"],
+        "principalType": given.get("principalType") or "User",
+        "scope": scope,
+    }
+    return Reply(
+        201,
+        public(cloud.put(request.id(_ROLE + "/{guid}"), _ROLE_KIND, {"properties": properties})),
+    )
+
+
+def _need_assignment(cloud: Cloud, request: Request) -> Json:
+    arm_id = request.id(_ROLE + "/{guid}")
+    text = f"The role assignment '{arm_id}' is not found."
+    return cloud.need(arm_id, code="RoleAssignmentNotFound", message=text)
+
+
+on_get(_ROLE + "/{guid}", _need_assignment)
+
+
+@route("DELETE", ARM, _ROLE + "/{guid}")
+def delete_assignment(cloud: Cloud, request: Request) -> Reply:
+    """Take a role away."""
+    assignment = cloud.get(request.id(_ROLE + "/{guid}"))
+    if assignment is None:
+        return Reply(204)
+    cloud.delete(assignment["id"])
+    return Reply(200, public(assignment))
+
+
+@route("GET", ARM, _ROLE)
+def list_assignments(cloud: Cloud, request: Request) -> Reply:
+    """Those at, above and (without `atScope()`) below a scope."""
+    scope = "/" + request.args["scope"].lower()
+    query = request.query.get("$filter", "")
+    wanted = re.search(r"(?:principalId|assignedTo)\D{1,6}?'?\(?'?([0-9a-f-]{36})", query)
+    docs = []
+    for doc in cloud.children("/subscriptions", _ROLE_KIND):
+        own = doc["properties"]["scope"].lower()
+        below = own.startswith(scope) and "atScope()" not in query
+        near = (scope + "/").startswith(own.rstrip("/") + "/") or below
+        if near and (not wanted or doc["properties"]["principalId"] == wanted.group(1)):
+            docs.append(doc)
+    return listed(docs)
+
+
+def roles_of(cloud: Cloud, principal: str, scope: str) -> set[str]:
+    """The names of the roles that `principal` has at `scope` or above."""
+    names = set()
+    for doc in cloud.children("/subscriptions", _ROLE_KIND):
+        properties = doc["properties"]
+        own = properties["scope"].lower().rstrip("/") + "/"
+        if properties["principalId"] == principal and (scope.lower() + "/").startswith(own):
+            names.add(ROLES[properties["roleDefinitionId"].rsplit("/", 1)[-1].lower()])
+    return names
