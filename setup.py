@@ -15,7 +15,7 @@ FILELOCK = "filelock>=3.20,<3.30"
 # What reads chats at speed.
 DATA = ["numpy>=2", "orjson>=3.10", "xxhash>=3.4"]
 # What every `phi3` command needs: recipe checks, YAML, progress, process identity, run lock.
-CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", FILELOCK, *DATA]
+CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", "packaging>=23", FILELOCK, *DATA]
 
 # Each upper bound has its reason; constraints/*.txt hold the exact set that was tested.
 FLOW = [
@@ -120,7 +120,7 @@ setup(
         "phi3_training": [
             "py.typed",
             "evaluate/report.css",
-            "bundle/image_files/*",
+            "flow/image_files/*",
             "project_files/*",
             "targets/azure/trainer.txt",
         ],

@@ -220,8 +220,8 @@ def part_qlora(size: Size) -> Iterator[dict[str, Any]]:
 def _product(size: Size, method: str) -> Iterator[dict[str, Any]]:
     from phi3_training.finetune.runtime import quiet_libraries
     from phi3_training.memory import RowSizes, this_device
-    from phi3_training.memory.config import shape_from
-    from phi3_training.memory.levers import changed, proposal
+    from phi3_training.memory.advise import changed, proposal
+    from phi3_training.memory.model import shape_from
     from phi3_training.memory.training import step_phase, work_of
 
     quiet_libraries()
@@ -257,10 +257,10 @@ def _product(size: Size, method: str) -> Iterator[dict[str, Any]]:
 
 def _product_trainer(size: Size, recipe: Any, folder: Path, clock: Any) -> Any:
     """The product's trainer over random weights; those of QLoRA come from the folder."""
-    from phi3_training.finetune.methods import load_for_training
     from phi3_training.finetune.runtime import choose_runtime
     from phi3_training.finetune.trainer import Rows, make_trainer
-    from phi3_training.memory.config import shape_from
+    from phi3_training.finetune.weights import load_for_training
+    from phi3_training.memory.model import shape_from
     from phi3_training.prompt import ChatFormat
 
     sequence = recipe.data.max_length
@@ -537,7 +537,7 @@ def random_model(sizes: dict[str, Any], attention: str) -> Any:
 
 def tokenizer_folder(folder: Path) -> Path:
     """A folder with a tokenizer learnt from the shipped chats."""
-    from phi3_training.finetune.tokenizer import make_tokenizer
+    from phi3_training.finetune.weights import make_tokenizer
 
     chats = (PROJECT / "training/data/base_chats.jsonl").read_text("utf-8").splitlines()[:200]
     texts = [message["content"] for chat in chats for message in json.loads(chat)["messages"]]
@@ -638,7 +638,7 @@ def figures(size: Size, clock: Any, seen: Sequence[Batch], *, per_weight: int) -
 
 def step_flop(sizes: dict[str, Any], lengths: Sequence[int], per_weight: int) -> float:
     """Floating point operations of a training step over conversations of such lengths."""
-    from phi3_training.memory.config import shape_from
+    from phi3_training.memory.model import shape_from
 
     shape = shape_from(sizes, "the benchmark")
     weights = shape.linear_weights + shape.vocab * shape.hidden

@@ -140,8 +140,8 @@ def measure(case: Case) -> dict[str, Any]:
     """Predicted and measured bytes of each phase of a case."""
     import torch
 
-    from phi3_training.memory.device import this_device
-    from phi3_training.memory.needs import Need
+    from phi3_training.memory.advise import Need
+    from phi3_training.memory.model import this_device
     from phi3_training.memory.training import Phase
 
     torch.set_num_threads(1)
@@ -193,8 +193,8 @@ def recipe_of(case: Case, batch: int, tokens: int) -> Any:
 def predict(case: Case) -> dict[str, int]:
     """The product's prediction, told what share of the rows is learnt."""
     from phi3_training.memory import RowSizes, this_device
-    from phi3_training.memory.config import shape_from
     from phi3_training.memory.inference import evaluate_phase, save_phase
+    from phi3_training.memory.model import shape_from
     from phi3_training.memory.training import step_phase, work_of
 
     batch, tokens = ROWS[case.model]
@@ -221,7 +221,7 @@ def make_model(sizes: dict[str, int], folder: Path) -> Path:
     """A folder with a random Phi-3 and a tokenizer learnt from the shipped chats."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    from phi3_training.finetune.tokenizer import make_tokenizer
+    from phi3_training.finetune.weights import make_tokenizer
 
     chats = (PROJECT / "training/data/base_chats.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [message["content"] for chat in chats for message in json.loads(chat)["messages"]]
@@ -237,11 +237,16 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     """Three steps and the merge, as `phi3 train` does them; growth of both."""
     import random
 
-    from phi3_training.finetune.merge import merge, write_adapter
-    from phi3_training.finetune.methods import load_for_training, with_adapter
     from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
     from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
-    from phi3_training.finetune.weights import chat_format, count_weights
+    from phi3_training.finetune.weights import (
+        chat_format,
+        count_weights,
+        load_for_training,
+        merge,
+        with_adapter,
+        write_adapter,
+    )
     from phi3_training.prompt import Example
 
     quiet_libraries()
@@ -276,8 +281,7 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
 
 def evaluate(case: Case, model_folder: Path, _out: Path, batch: int, tokens: int) -> dict[str, int]:
     """Asking and scoring, as `phi3 evaluate` does for one of its two models."""
-    from phi3_training.evaluate.asking import ask_all
-    from phi3_training.evaluate.perplexity import answer_losses
+    from phi3_training.evaluate.answers import answer_losses, ask_all
     from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
     from phi3_training.finetune.weights import chat_format, count_weights, load_model
 

@@ -33,12 +33,11 @@ import psutil
 from support.place import machine
 
 from phi3_training.finetune.runtime import quiet_libraries
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.ports import free_port
 from phi3_training.serve.engines import ort_genai
 from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.batch import Batcher, Job
-from phi3_training.serve.engines.sampling import Sampler
+from phi3_training.serve.engines.batch import Batcher, Job, Sampler
 from phi3_training.serve.export import Precision, export_onnx
 
 SHAPES: dict[str, dict[str, Any]] = {

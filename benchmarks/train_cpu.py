@@ -31,14 +31,11 @@ from trl import SFTConfig, SFTTrainer
 
 from phi3_training.finetune import trainer as product
 from phi3_training.finetune.audit import IGNORED
-from phi3_training.finetune.compute import CpuTrainer
-from phi3_training.finetune.merge import write_model
-from phi3_training.finetune.methods import peft_config
 from phi3_training.finetune.precision import cpu_flags
 from phi3_training.finetune.rows import encode_rows, read_rows
 from phi3_training.finetune.runtime import Runtime, choose_runtime, quiet_libraries
-from phi3_training.finetune.tokenizer import make_tokenizer
-from phi3_training.finetune.weights import load_model
+from phi3_training.finetune.trainer import CpuTrainer
+from phi3_training.finetune.weights import load_model, make_tokenizer, peft_config, write_model
 from phi3_training.prompt import ChatFormat, Example
 from phi3_training.recipe import Recipe, load_recipe
 

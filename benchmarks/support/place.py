@@ -31,7 +31,7 @@ CONNECTION = "phi3_connection"
 _SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 _CONNECT = """
 import sys
-from phi3_training.promptflow_store import write_connection
+from phi3_training.flow.store import write_connection
 write_connection(sys.argv[1], sys.argv[2], sys.stdin.read())
 """
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from phi3_training.data import prepare
-from phi3_training.evaluate.asking import ask_all
+from phi3_training.evaluate.answers import ask_all
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.finetune.rows import read_located, read_rows, with_casual_copies
 from phi3_training.finetune.runtime import quiet_libraries, torch_threads

@@ -15,13 +15,13 @@ from tests.contract.cases import RequestCase, answer_cases, request_cases
 import phi3_tool
 from phi3_tool.wire import read_answer
 from phi3_training.errors import StageError
-from phi3_training.finetune.tokenizer import make_tokenizer
-from phi3_training.parity.served import Recorder
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
-from phi3_training.serve.app import create_container
 from phi3_training.serve.azure_score import Scorer, find_model
 from phi3_training.serve.config import ServerConfig
 from phi3_training.serve.engines.tokens import TokenEngine
+from phi3_training.serve.server import create_container
+from phi3_training.verify.parity import Recorder
 
 CASES = [case for case in request_cases() if case.body is not None and case.dialect == "score"]
 TEXTS = ["Who founded Microsoft? The quick brown fox."] * 5

@@ -11,7 +11,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_training.data import prepare
 from phi3_training.finetune import prepare_base
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.models.folder import write_model
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe, load_recipe

@@ -28,7 +28,7 @@ PF = Path(sys.executable).with_name("pf")
 PF_SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 CONNECT = """
 import sys
-from phi3_training.promptflow_store import write_connection
+from phi3_training.flow.store import write_connection
 name, endpoint = sys.argv[1:]
 write_connection(name, endpoint, sys.stdin.read())
 """

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, Phi3ForCausalLM
 
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 
 CHATS = Path(__file__).resolve().parents[2] / "training" / "data" / "outdoor_chats.jsonl"
 # Both switch from short to long factors here; the real ones at 4096 of 131072.

@@ -20,11 +20,10 @@ import uvicorn
 from phi3_training.finetune import prepare_base
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
-from phi3_training.serve.app import create_app
 from phi3_training.serve.config import ServerConfig
 from phi3_training.serve.engines.base import Engine
 from phi3_training.serve.export import export_onnx
-from phi3_training.serve.server import bind
+from phi3_training.serve.server import bind, create_app
 
 KEY = "test-key-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {KEY}"}

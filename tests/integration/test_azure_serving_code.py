@@ -15,7 +15,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from tests.integration.server_fixture import Taught, question_and_answer
 
-from phi3_training.recipe_azure import AzureSection
+from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.deploy import (
     SCRIPT,

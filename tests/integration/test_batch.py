@@ -129,7 +129,7 @@ def test_refused_key_stops_at_once_and_the_rest_can_be_done_later(
         assert KEY not in said
         assert len(stub.seen) < 10
         assert all("error" in row for row in rows(out))
-    with StubEndpoint(script=echo) as stub:  # the key is mended; the port is another one
+    with StubEndpoint(script=echo) as stub:  # the key is fixed; the port is another one
         at(stub)
         assert main([*command, "--resume"]) == 0
     assert len(rows(out)) == 40

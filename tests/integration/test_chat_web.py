@@ -21,7 +21,7 @@ from tests.integration.pf_home import ROOT, PfHome, listening, pf_home
 
 from phi3_tool import ConnectionSettings
 from phi3_training.errors import StageError
-from phi3_training.webchat import chat_page
+from phi3_training.flow.page import chat_page
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 pytestmark = pytest.mark.browser
@@ -236,7 +236,7 @@ def test_thirty_conversations_of_three_turns(page: Any, home: PfHome, busy: int)
 STORED_RUN = """
 import sys
 from pathlib import Path
-from phi3_training.connect import connect
+from phi3_training.flow.connect import connect
 from phi3_training.run import Run
 folder, endpoint, pid, create_time = sys.argv[1:]
 run = Run.open(Path(folder))

@@ -41,7 +41,7 @@ def test_configuration_error_before_anything_is_sent() -> None:
 
 
 def test_a_wrong_key_fails_in_under_a_second() -> None:
-    """One attempt, no waiting, and the message names the mend."""
+    """One attempt, no waiting, and the message names the fix."""
     reply = Reply(401, b'{"error": {"message": "Invalid key"}}', {"Retry-After": "20"})
     with StubEndpoint(reply) as stub, Phi3Client(stub.url(), KEY) as client, within(1):
         error = failure(client)

@@ -96,8 +96,8 @@ def test_the_doctor_names_a_certificate_that_is_not_trusted(tls: ssl.SSLContext)
     for found in (health, token):
         assert found.state is State.FAULT
         assert "certificate" in found.said.lower()
-        assert "REQUESTS_CA_BUNDLE" in found.mend
-        assert KEY not in found.said + found.mend
+        assert "REQUESTS_CA_BUNDLE" in found.fix
+        assert KEY not in found.said + found.fix
 
 
 @pytest.mark.usefixtures("trusted")

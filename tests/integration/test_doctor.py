@@ -15,12 +15,11 @@ from tests.integration.pf_home import ROOT, Done, PfHome, endpoint, pf_home
 from tests.integration.stub_endpoint import Reply, Seen, StubEndpoint, no_listener
 
 from phi3_tool import ConnectionSettings
-from phi3_training.bundle import FlowSource
 from phi3_training.doctor import Finding, State
-from phi3_training.doctor.connection import Connection, connection_of
 from phi3_training.doctor.endpoint import endpoint as endpoint_findings
-from phi3_training.doctor.flow import _package, _tools, flow
+from phi3_training.doctor.flow import Connection, _package, _tools, flow
 from phi3_training.doctor.probe import ask, connection_findings, token_finding
+from phi3_training.flow.bundle import FlowSource, connection_of
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 
@@ -65,7 +64,7 @@ def test_a_key_that_is_refused() -> None:
     with StubEndpoint(Reply(401, b'{"message": "no"}')) as stub:
         found = told(stub)
     assert found["key"].state is State.FAULT
-    assert "phi3 connect" in found["key"].mend
+    assert "phi3 connect" in found["key"].fix
     assert states(found)["dialect"] == states(found)["deployment"] == "skipped"
     assert found["one token"].state is State.FAULT
 
@@ -84,7 +83,7 @@ def test_the_other_dialect_is_spoken_there(given: str, speaks: str, body: bytes)
     with StubEndpoint(script=script) as stub:
         found = told(stub, given)
     assert found["dialect"].state is State.FAULT
-    assert stub.url(speaks) in found["dialect"].mend
+    assert stub.url(speaks) in found["dialect"].fix
     assert found["key"].state is State.OK
 
 
@@ -92,7 +91,7 @@ def test_an_answer_that_no_chat_endpoint_gives() -> None:
     with StubEndpoint(Reply(body=b"<html>")) as stub:
         found = told(stub)
     assert found["dialect"].state is State.FAULT
-    assert "scoring URI" in found["dialect"].mend
+    assert "scoring URI" in found["dialect"].fix
 
 
 def test_no_deployment_with_traffic() -> None:
@@ -116,7 +115,7 @@ def test_a_model_that_fails_behind_a_good_key() -> None:
     with StubEndpoint(Reply(424, b"{}")) as stub:
         found = told(stub)
     assert found["one token"].state is State.FAULT
-    assert "log" in found["one token"].mend
+    assert "log" in found["one token"].fix
     assert found["key"].state is State.OK
 
 
@@ -153,14 +152,14 @@ def test_an_endpoint_that_is_far_away() -> None:
     with StubEndpoint(Reply(delay=0.02)) as stub:
         found = health(stub.url(), slow_ms=1)
     assert found["latency"].state is State.WARNING
-    assert "region" in found["latency"].mend
+    assert "region" in found["latency"].fix
 
 
 def test_an_endpoint_that_does_not_answer_in_time() -> None:
     with StubEndpoint(Reply(delay=5)) as stub:
         found = health(stub.url(), seconds=0.2)
     assert found["health"].state is State.FAULT
-    assert "--timeout" in found["health"].mend
+    assert "--timeout" in found["health"].fix
 
 
 def test_nobody_listens() -> None:
@@ -168,7 +167,7 @@ def test_nobody_listens() -> None:
         found = health(url)
         asked = ask(settings(url), SECONDS)
     assert states(found) == {"health": "fault", "latency": "skipped"}
-    assert "phi3 up" in found["health"].mend
+    assert "phi3 up" in found["health"].fix
     assert set(states(by_check(connection_findings(asked))).values()) == {"skipped"}
     assert token_finding(asked).state is State.FAULT
 
@@ -191,7 +190,7 @@ def test_shape_and_https(
     monkeypatch.setenv("PHI3_KEY", key)
     found = by_check(Connection("any").checks())
     assert states(found) == {"present": "ok", "shape": shape, "https": https}
-    assert all(each.mend for each in found.values() if each.state is State.FAULT)
+    assert all(each.fix for each in found.values() if each.state is State.FAULT)
 
 
 def test_the_flow_names_its_connection() -> None:
@@ -225,7 +224,7 @@ def test_the_package_tool_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     found = _package()
     assert found.state is State.WARNING
-    assert "pip install" in found.mend
+    assert "pip install" in found.fix
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +273,7 @@ def test_the_whole_report_of_a_broken_flow(home: PfHome, tmp_path: Path) -> None
     found = report(done)
     assert found["present"]["state"] == "fault"
     assert "nobodys" in found["present"]["said"]
-    assert "phi3 connect" in found["present"]["mend"]
+    assert "phi3 connect" in found["present"]["fix"]
     for check in ("shape", "https", "key", "dialect", "deployment", "health", "one token"):
         assert found[check]["state"] == "skipped"
         assert "no connection" in found[check]["said"]
@@ -300,7 +299,7 @@ def test_an_outdated_package_from_the_command_line(home: PfHome, tmp_path: Path)
     assert done.code == 1, done.text
     line = next(line for line in done.out.splitlines() if "filelock" in line)
     assert line.startswith("✗")
-    assert 'Mend: pip install "filelock>=3.20,<3.30"' in line
+    assert 'Fix: pip install "filelock>=3.20,<3.30"' in line
     assert done.out.splitlines()[-1].startswith("Not healthy: ")
 
 

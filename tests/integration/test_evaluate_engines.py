@@ -8,16 +8,14 @@ import pytest
 from tests.integration.tiny_model import KNOWN, tiny_recipe, tiny_run, write_chats
 
 from phi3_training.evaluate import evaluate
-from phi3_training.evaluate.asking import ask_served
-from phi3_training.evaluate.greedy import Asked
-from phi3_training.evaluate.judge import Judge, choose_judge
-from phi3_training.evaluate.remembered import PATH
+from phi3_training.evaluate.answers import Asked, Judge, ask_served, choose_judge
+from phi3_training.evaluate.rows import PATH
 from phi3_training.finetune import no_progress
 from phi3_training.finetune.weights import chat_format
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.serve.converted import converted
 from phi3_training.serve.engines import ort_genai
+from phi3_training.serve.export import converted
 from phi3_training.targets.local import server_config
 
 PROMPTS = [[{"role": "user", "content": question}] for question in (*KNOWN, "Who are you?")]

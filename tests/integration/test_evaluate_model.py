@@ -12,9 +12,7 @@ import torch
 from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.errors import StageError
-from phi3_training.evaluate.asking import ask_all, ask_served
-from phi3_training.evaluate.greedy import Asked, examine
-from phi3_training.evaluate.perplexity import answer_losses
+from phi3_training.evaluate.answers import Asked, answer_losses, ask_all, ask_served, examine
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.prompt import ChatFormat
 from phi3_training.serve.engines.tokens import TokenEngine

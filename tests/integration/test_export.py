@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.cli import main
-from phi3_training.finetune.merge import merge
-from phi3_training.finetune.methods import with_adapter
-from phi3_training.finetune.weights import chat_format, load_model
+from phi3_training.finetune.weights import chat_format, load_model, merge, with_adapter
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
-from phi3_training.serve.converted import converted
-from phi3_training.serve.export import export_onnx
+from phi3_training.serve.export import converted, export_onnx
 from phi3_training.targets.local import server_config
 
 pytest_plugins = ["tests.integration.server_plugin"]

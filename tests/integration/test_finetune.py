@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.errors import StageError
 from phi3_training.evaluate import evaluate
-from phi3_training.evaluate.asking import ask_all
+from phi3_training.evaluate.answers import ask_all
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.finetune.runtime import Runtime, choose_runtime
 from phi3_training.finetune.weights import load_model

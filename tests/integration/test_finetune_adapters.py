@@ -12,8 +12,7 @@ from tests.integration.finetune_fixture import CHATS, make_base, make_recipe, wr
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
-from phi3_training.finetune.adapters import find_adapter, list_adapters, merge_adapter
-from phi3_training.finetune.weights import load_model
+from phi3_training.finetune.weights import find_adapter, list_adapters, load_model, merge_adapter
 from phi3_training.run import Run
 
 

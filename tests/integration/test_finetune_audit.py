@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from trl import SFTConfig, SFTTrainer
 
 from phi3_training.cli import main
-from phi3_training.finetune.audit import Row, Seen, audit, expected_labels
-from phi3_training.finetune.audit_packed import SeenPacked, audit_packed
+from phi3_training.finetune.audit import Row, Seen, SeenPacked, audit, audit_packed, expected_labels
 from phi3_training.finetune.rows import encode_rows
 from phi3_training.finetune.trainer import audit_trainer
 from phi3_training.finetune.weights import chat_format, load_model

@@ -13,14 +13,11 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from trl import SFTTrainer
 
 from phi3_training.finetune.audit import IGNORED
-from phi3_training.finetune.compute import CpuTrainer
-from phi3_training.finetune.dense import DensePhi3
-from phi3_training.finetune.layout import layout
-from phi3_training.finetune.methods import load_for_training
+from phi3_training.finetune.dense import DensePhi3, layout
 from phi3_training.finetune.rows import encode_rows, read_located
 from phi3_training.finetune.runtime import Runtime
-from phi3_training.finetune.trainer import Rows, make_trainer
-from phi3_training.finetune.weights import chat_format
+from phi3_training.finetune.trainer import CpuTrainer, Rows, make_trainer
+from phi3_training.finetune.weights import chat_format, load_for_training
 
 LENGTHS = (23, 9, 21, 14, 9, 2)
 SHAPES: dict[str, dict[str, Any]] = {

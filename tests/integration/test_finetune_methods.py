@@ -17,8 +17,14 @@ from tests.integration.finetune_fixture import HELD_OUT, loss_log, make_base, ma
 
 from phi3_training.errors import MissingExtraError, RecipeError, StageError
 from phi3_training.finetune import finetune
-from phi3_training.finetune.methods import check_method, four_bit, learn_in_float32, peft_config
-from phi3_training.finetune.weights import chat_format, load_model
+from phi3_training.finetune.weights import (
+    chat_format,
+    check_method,
+    four_bit,
+    learn_in_float32,
+    load_model,
+    peft_config,
+)
 from phi3_training.run import Run
 
 Trained = Callable[..., tuple[Run, dict[str, Any]]]

@@ -11,8 +11,8 @@ from tests.integration.finetune_fixture import make_base, make_recipe, make_run
 from phi3_training.errors import RecipeError
 from phi3_training.finetune import finetune
 from phi3_training.finetune.audit import IGNORED
-from phi3_training.finetune.packing import PackedCollator, as_packed, pack, packed_rows
 from phi3_training.finetune.rows import encode_rows, read_located
+from phi3_training.finetune.trainer import PackedCollator, as_packed, pack, packed_rows
 from phi3_training.finetune.weights import chat_format, load_model
 from phi3_training.prompt import Example
 

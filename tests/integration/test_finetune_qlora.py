@@ -8,12 +8,16 @@ import pytest
 import torch
 from tests.integration.finetune_fixture import CHATS, make_base, make_recipe
 
-from phi3_training.finetune.adapters import write_notes
-from phi3_training.finetune.merge import merge
-from phi3_training.finetune.methods import load_for_training, with_adapter
 from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
 from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
-from phi3_training.finetune.weights import chat_format, load_model
+from phi3_training.finetune.weights import (
+    chat_format,
+    load_for_training,
+    load_model,
+    merge,
+    with_adapter,
+    write_notes,
+)
 
 pytest.importorskip("bitsandbytes", reason='comes with pip install "phi3-promptflow[qlora]"')
 

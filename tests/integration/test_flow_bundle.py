@@ -12,7 +12,7 @@ import pytest
 from tests.integration.linked_venv import closure, linked_venv
 from tests.integration.pf_home import Done, Endpoint, PfHome, endpoint, pf_home
 
-from phi3_training.bundle import Bundle, pack
+from phi3_training.flow.bundle import Bundle, pack
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
 

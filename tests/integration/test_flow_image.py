@@ -22,9 +22,9 @@ from tests.integration.linked_venv import linked_venv, missing, pinned
 from tests.integration.pf_home import Endpoint, endpoint, free_port
 from tests.integration.stub_endpoint import OPENAI, SSE, Reply, StubEndpoint, chunk
 
-from phi3_training.bundle.image import Context, write_image
 from phi3_training.cli import main
 from phi3_training.errors import UsageError
+from phi3_training.flow.bundle import Context, write_image
 
 pytest.importorskip("gunicorn", reason="gunicorn is not installed")
 

@@ -15,7 +15,7 @@ import requests
 from tests.integration.pf_home import Endpoint, PfHome, endpoint, free_port, interrupt, pf_home
 
 from phi3_training.cli import main
-from phi3_training.flow_server import leave_traces_out
+from phi3_training.flow.server import leave_traces_out
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
 

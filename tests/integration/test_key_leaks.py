@@ -16,8 +16,8 @@ pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 ASK = """
 import sys
 from pathlib import Path
-from phi3_training.ask import ask
-from phi3_training.connect import connect
+from phi3_training.flow.ask import ask
+from phi3_training.flow.connect import connect
 from phi3_training.errors import Phi3TrainingError
 from phi3_training.run import Run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.memory.config import shape_from
+from phi3_training.memory.model import shape_from
 from phi3_training.memory.training import Work, learning_weights
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks/memory_plan.py"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError, WeightsUnavailableError
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.models.fuse import convert, fuse, largest_difference
 from phi3_training.models.small import CHAT_TEMPLATE, SMOLLM2, Wheel, prepare, prepared_folder
 from phi3_training.prompt import ChatFormat

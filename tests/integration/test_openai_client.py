@@ -75,7 +75,7 @@ def test_a_wrong_key(endpoint: Served) -> None:
         wrong.chat.completions.create(model="any", messages=messages(0))
 
 
-def test_an_error_shows_what_to_mend(client: openai.OpenAI) -> None:
+def test_an_error_shows_what_to_fix(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(model="any", messages=messages(0), temperature=1.5)
     assert caught.value.status_code == 424

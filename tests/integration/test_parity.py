@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from phi3_training.cli import main
-from phi3_training.finetune.tokenizer import CHAT_TEMPLATE, make_tokenizer
-from phi3_training.parity import Places, Report, check_tokens, places_of_folder
+from phi3_training.finetune.weights import CHAT_TEMPLATE, make_tokenizer
 from phi3_training.prompt import ChatFormat
 from phi3_training.run import Run
+from phi3_training.verify.parity import Places, Report, check_tokens, places_of_folder
 
 TEXTS = ["Who founded Microsoft? The quick brown fox."] * 5
 CHATML = (

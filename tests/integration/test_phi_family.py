@@ -18,17 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
-from phi3_training.export.behaviour import greedy
-from phi3_training.memory.config import shape_of
+from phi3_training.memory.model import shape_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.serve.engines import adapters, ort_genai, transformers
 from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.batch import Job
-from phi3_training.serve.engines.sampling import Sampler
+from phi3_training.serve.engines.batch import Job, Sampler
 from phi3_training.serve.engines.tokens import TokenEngine
 from phi3_training.serve.export import export_onnx
+from phi3_training.verify.export import greedy
 
 QUESTION = "What does the stove cost?"
 SHORT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]

@@ -20,7 +20,7 @@ CONNECT_AND_READ = """
 import json, sys
 from pathlib import Path
 from phi3_training import promptflow_store as store
-from phi3_training.connect import connect
+from phi3_training.flow.connect import connect
 from phi3_training.run import Run
 
 run = Run.open(Path.home() / "runs" / "trial")
@@ -73,7 +73,7 @@ print(*store.read_connection("phi3_connection"))
 ASK = """
 import sys
 from pathlib import Path
-from phi3_training.ask import ask
+from phi3_training.flow.ask import ask
 from phi3_training.errors import Phi3TrainingError
 history = [{"inputs": {"input_data": "Hi"}, "outputs": {"answer": "Hello"}}]
 try:

@@ -16,7 +16,7 @@ from tests.integration.finetune_fixture import CHATS, HELD_OUT, write_chats
 from transformers import AutoConfig, Phi3Config, Phi3ForCausalLM
 
 from phi3_training.cli import main
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 
 VOCABULARY = 32000

@@ -27,7 +27,7 @@ from azure.ai.ml.entities import (
 from azure.ai.ml.exceptions import JobException
 from azure.core.exceptions import HttpResponseError, ResourceExistsError
 
-from phi3_training.recipe_azure import AzureSection, PollSection
+from phi3_training.recipe.azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.jobs import follow_job

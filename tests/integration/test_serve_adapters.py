@@ -16,8 +16,7 @@ from tests.integration.server_fixture import AUTH, KEY, PAIRS, Served, Taught, s
 
 from phi3_tool import Phi3Client
 from phi3_training.errors import RecipeError, StageError
-from phi3_training.finetune.methods import with_adapter
-from phi3_training.finetune.weights import chat_format, load_model
+from phi3_training.finetune.weights import chat_format, load_model, with_adapter
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run

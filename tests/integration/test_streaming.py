@@ -29,7 +29,7 @@ QUESTIONS = ("Who founded it?", "Do you fail in the middle?", "And then?")
 CONNECT = """
 import sys
 from pathlib import Path
-from phi3_training.connect import connect
+from phi3_training.flow.connect import connect
 from phi3_training.run import Run
 endpoint = {"endpoint": sys.argv[1], "dialect": "score"}
 connect(Run.open(Path.home() / "runs/r"), endpoint, sys.stdin.read(), dialect="openai")
@@ -239,7 +239,7 @@ def test_an_endpoint_that_does_not_stream_answers_at_once(
 
 
 def test_a_test_and_a_batch_hold_plain_text(home: PfHome, flow: Path) -> None:
-    """One line fails: its error is ours, with status and mend, and no key."""
+    """One line fails: its error is ours, with status and fix, and no key."""
     done = home.pf("flow", "test", "--flow", flow, "--inputs", "input_data=Who founded it?")
     assert done.code == 0, done.text
     assert json.loads(done.out[done.out.index("\n{") :]) == {"answer": WHOLE}

@@ -1,4 +1,4 @@
-"""`phi3 doctor --tool`: the shipped wheel passes, and each seeded fault is named with its mend."""
+"""`phi3 doctor --tool`: the shipped wheel passes, and each seeded fault is named with its fix."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("edits", "checks", "said", "mend"),
+    ("edits", "checks", "said", "fix"),
     [
         (
             {POINTS: replaced("[package_tools]", "[other]")},
@@ -125,22 +125,22 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
         ),
     ],
 )
-def test_what_the_wheel_lacks_is_named_with_its_mend(
+def test_what_the_wheel_lacks_is_named_with_its_fix(
     wheel: Path,
     tmp_path: Path,
     edits: dict[str, Edit | None],
     checks: list[str],
     said: str,
-    mend: str,
+    fix: str,
 ) -> None:
     found = faults(list(check_wheel(spoilt(wheel, tmp_path, edits), tmp_path)))
     assert [finding.check for finding in found] == checks
     assert said in found[-1].said
-    assert all(mend in finding.mend for finding in found)
+    assert all(fix in finding.fix for finding in found)
 
 
 @pytest.mark.parametrize(
-    ("name", "edit", "check", "said", "mend"),
+    ("name", "edit", "check", "said", "fix"),
     [
         (
             POINTS,
@@ -186,13 +186,13 @@ def test_what_the_wheel_lacks_is_named_with_its_mend(
         ),
     ],
 )
-def test_a_fault_is_named_with_its_mend(
-    installed: Place, tmp_path: Path, name: str, edit: Edit, check: str, said: str, mend: str
+def test_a_fault_is_named_with_its_fix(
+    installed: Place, tmp_path: Path, name: str, edit: Edit, check: str, said: str, fix: str
 ) -> None:
     (found,) = faults(list(search(spoilt_place(installed, tmp_path, {name: edit}))))
     assert found.check == check
     assert said in found.said
-    assert mend in found.mend
+    assert fix in found.fix
 
 
 def test_all_faults_of_a_tool_are_named_at_once(installed: Place, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_all_faults_of_a_tool_are_named_at_once(installed: Place, tmp_path: Path
     found = faults(list(search(spoilt_place(installed, tmp_path, edits))))
     assert {finding.check for finding in found} == {"tool"}
     assert all(finding.said.startswith("phi3_tool.chat.phi3_chat: ") for finding in found)
-    told = [(finding.said.split(": ", 1)[1], finding.mend) for finding in found]
+    told = [(finding.said.split(": ", 1)[1], finding.fix) for finding in found]
     agree = "make the YAML's inputs and the function's parameters agree"
     names = ", ".join(inspect.signature(phi3_chat).parameters)
     assert told == [

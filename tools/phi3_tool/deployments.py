@@ -13,8 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 from urllib3.exceptions import HTTPError
 
-from .address import Address, parse_address
-from .connection import ENTRA, ConnectionSettings
+from .connection import ENTRA, Address, ConnectionSettings, parse_address
 from .credentials import Credential
 from .entra import credential_of
 from .errors import one_line

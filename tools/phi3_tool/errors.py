@@ -1,4 +1,4 @@
-"""Every error phi3_tool raises; each says what happened and what mends it.
+"""Every error phi3_tool raises; each says what happened and what fixes it.
 
 Phi3Error
 ├── ConfigurationError      endpoint or key missing, malformed, or plain http to another host

@@ -24,7 +24,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.retry import Retry as UrllibRetry
 
-from .address import Address
+from .connection import Address
 
 POOL_SIZE = 64
 _CHUNK = 64 * 1024

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = _parser()
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in COMMANDS:
-        command.register(subparsers)
+    for register in COMMANDS:
+        register(subparsers)
     typed = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, typed: list[str]) -> int:
     if getattr(args, "rehearse", False):
-        from .commands.rehearse import run_rehearsed
+        from .commands.azure import run_rehearsed
 
         return run_rehearsed(args, typed)
     status: int = args.run_command(args)

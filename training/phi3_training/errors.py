@@ -1,4 +1,4 @@
-"""The errors a user of `phi3` can meet; each message says what happened and what mends it.
+"""The errors a user of `phi3` can meet; each message says what happened and what fixes it.
 
 Phi3TrainingError          anything below; `phi3` prints it as one block and exits 1
 ├── UsageError             a wrong argument, name or recipe; `phi3` exits 2
@@ -19,7 +19,7 @@ SHOWN_FAULTS = 20
 
 
 class LocatedFault(Protocol):
-    """What `DataError` needs of a fault: `str(fault)` is `file:line: what happened; mend`."""
+    """What `DataError` needs of a fault: `str(fault)` is `file:line: what happened; fix`."""
 
     def __str__(self) -> str: ...
 

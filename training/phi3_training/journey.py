@@ -14,6 +14,7 @@ from typing import Any
 
 from . import console
 from .errors import StageError
+from .finetune import heap
 from .recipe import Recipe, save_recipe
 from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
@@ -125,6 +126,7 @@ def do(journey: Journey, stage: Stage, progress: console.ProgressCallback) -> Ma
     journey.progress = progress
     content = stage.work(journey)
     seconds = time.monotonic() - started
+    heap.release()
     # The id changes each time a stage is done, so that what follows is done again as well.
     stamp = {"fingerprint": _fingerprint(journey, stage), "done_id": fingerprint(time.time_ns())}
     manifest = {**content, **stamp, "seconds": round(seconds, 3)}

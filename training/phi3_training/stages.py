@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phi3_tool.address import same_endpoint
+from phi3_tool.connection import same_endpoint
 
 from .errors import StageError
 from .journey import Journey, Manifest, Stage, file_hashes
@@ -137,7 +137,7 @@ def _key(journey: Journey, endpoint: Manifest) -> str | None:
 
     Neither has it after a stop between `deploy` and `connect`, or when another run connected since.
     """
-    from .promptflow_store import StoreError, read_connection
+    from .flow.store import StoreError, read_connection
 
     key = journey.target.key(journey.run)
     if key is not None:
@@ -150,7 +150,7 @@ def _key(journey: Journey, endpoint: Manifest) -> str | None:
 
 
 def _connect(journey: Journey) -> Manifest:
-    from .connect import connect
+    from .flow.connect import connect
 
     endpoint = journey.run.require("endpoint", "phi3 deploy")
     key = _key(journey, endpoint)
@@ -164,7 +164,7 @@ def _connect(journey: Journey) -> Manifest:
 
 
 def _ask(journey: Journey) -> Manifest:
-    from .ask import ask
+    from .flow.ask import ask
 
     question = journey.recipe.ask
     answer = ask(journey.flow, question, connection_name=journey.recipe.connection.name)

@@ -62,7 +62,7 @@ def _connect(journey: Journey) -> Manifest:
 
 def _ask(journey: Journey) -> Manifest:
     """The flow's answer through each connection that was written: here and in the workspaces."""
-    from .ask import ask
+    from .flow.ask import ask
 
     answers = {}
     for place, connection in _cloud(journey).connections(journey.run).items():

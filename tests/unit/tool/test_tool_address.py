@@ -1,11 +1,11 @@
-"""phi3_tool.address and wire.guess_dialect: which URLs are taken, and where a key may go."""
+"""phi3_tool.connection and wire.guess_dialect: which URLs are taken, and where a key may go."""
 
 from __future__ import annotations
 
 import pytest
 
 from phi3_tool import ConfigurationError, guess_dialect
-from phi3_tool.address import in_dialect, is_loopback, parse_address, same_endpoint
+from phi3_tool.connection import in_dialect, is_loopback, parse_address, same_endpoint
 
 AZURE = "https://phi3.eastus.inference.ml.azure.com"
 

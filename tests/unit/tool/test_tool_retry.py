@@ -1,4 +1,4 @@
-"""phi3_tool.retry: how often, how long, and whose word counts."""
+"""phi3_tool.failures: how often, how long, and whose word counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from phi3_tool.retry import BACKOFF_CEILING, Retry, RetryBudget, retry_after_seconds
+from phi3_tool.failures import BACKOFF_CEILING, Retry, RetryBudget, retry_after_seconds
 
 
 def longest(low: float, high: float) -> float:

@@ -1,11 +1,11 @@
-"""phi3_tool.sse: events come out the same wherever the network cuts the bytes."""
+"""phi3_tool.wire: events come out the same wherever the network cuts the bytes."""
 
 from __future__ import annotations
 
 import pytest
 
 from phi3_tool import UnreadableAnswerError
-from phi3_tool.sse import MAX_LINE, Event, read_events, read_lines, read_pieces
+from phi3_tool.wire import MAX_LINE, Event, read_events, read_lines, read_pieces
 
 STREAM = (
     ": hello\r\n\r\nevent: x\r\ndata: one\r\ndata:two\r\n\r\n"

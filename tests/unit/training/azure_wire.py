@@ -18,7 +18,7 @@ import requests
 from azure.core.credentials import AccessToken
 from azure.core.pipeline.transport import RequestsTransport
 
-from phi3_training.recipe_azure import AzureSection, PollSection
+from phi3_training.recipe.azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.place import Place, find_place

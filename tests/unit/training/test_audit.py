@@ -10,12 +10,9 @@ import pytest
 from tests.unit.training import upstream_bugs as bugs
 
 from phi3_training.errors import StageError
-from phi3_training.finetune.audit import Row, audit
-from phi3_training.finetune.audit_packed import SeenPacked, audit_packed
-from phi3_training.finetune.audit_rules import RULES
+from phi3_training.finetune.audit import RULES, Row, SeenPacked, SystemTurn, audit, audit_packed
 from phi3_training.finetune.rows import audited, encode_rows
-from phi3_training.finetune.system_turn import SystemTurn
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import AuditRule
 
@@ -113,8 +110,8 @@ def test_a_refusal_has_a_paragraph_and_a_mend_for_each_rule(
     with pytest.raises(StageError) as caught:
         report.refuse({"other-tokens"})
     text = str(caught.value)
-    assert text.count("Mend:") == 1
-    assert RULES["empty-system"].mend in text
+    assert text.count("Fix:") == 1
+    assert RULES["empty-system"].fix in text
     assert "other-tokens" not in text
 
 
@@ -220,4 +217,4 @@ def test_the_same_conversation_twice_is_two_rows(rows: list[Row], chat: ChatForm
 def test_rules_have_texts_for_exactly_the_names_of_the_recipe() -> None:
     assert tuple(RULES) == get_args(AuditRule)
     assert json.dumps(RULES)  # plain texts
-    assert all(rule.what.endswith(".") and rule.mend.endswith(".") for rule in RULES.values())
+    assert all(rule.what.endswith(".") and rule.fix.endswith(".") for rule in RULES.values())

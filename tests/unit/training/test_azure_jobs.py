@@ -18,7 +18,7 @@ from azure.ai.ml.exceptions import JobException
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError, ServiceResponseError
 
 from phi3_training.errors import StageError
-from phi3_training.recipe_azure import PollSection
+from phi3_training.recipe.azure import PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure import jobs
 from phi3_training.targets.azure.in_job import ERROR, PROGRESS

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from phi3_training.errors import RecipeError
-from phi3_training.recipe_azure import AzureSection
+from phi3_training.recipe.azure import AzureSection
 from phi3_training.targets.azure.place import find_place
 
 SUBSCRIPTION = "00000000-1111-2222-3333-444444444444"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from phi3_training.errors import MissingExtraError, StageError, UsageError
-from phi3_training.recipe_azure import AzureSection
+from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import PLACE, target_of
 from phi3_training.targets.azure.deploy import check_traffic

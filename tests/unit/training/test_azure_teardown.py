@@ -13,7 +13,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 
 from phi3_training.errors import StageError
-from phi3_training.recipe_azure import AzureSection, PollSection
+from phi3_training.recipe.azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.deploy import DeploymentId, ServedModel, ensure_deployment
 from phi3_training.targets.azure.place import RunResource, record, recorded_resources

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from phi3_training.bundle import Bundle, FlowSource, copy_flow, pack
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
+from phi3_training.flow.bundle import Bundle, FlowSource, copy_flow, pack
 
 pytest.importorskip("promptflow", reason="promptflow describes the tools")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from phi3_training.cli import main
+from phi3_training.commands.chat import _converse
 from phi3_training.commands.common import recipe_of
-from phi3_training.commands.talk import _converse
 from phi3_training.journey import Journey
 from phi3_training.run import Run
 from phi3_training.stages import STAGES

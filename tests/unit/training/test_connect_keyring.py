@@ -13,8 +13,8 @@ import pytest
 keyring = pytest.importorskip("keyring", reason="the extra `flow` is not installed")
 pytest.importorskip("keyrings.alt", reason="the extra `flow` is not installed")
 
-from phi3_training import keyring_guard  # noqa: E402 - after the packages it needs
-from phi3_training.keyring_guard import CHOICE, FILE_KEYRING, KeyringError  # noqa: E402
+from phi3_training.flow import store  # noqa: E402 - after the packages it needs
+from phi3_training.flow.store import CHOICE, FILE_KEYRING, KeyringError  # noqa: E402
 
 SILENT = """
 import time
@@ -44,7 +44,7 @@ class Keyring(KeyringBackend):
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A headless HOME: no D-Bus, no screen, no keyring chosen yet."""
-    for name in (*keyring_guard._CHOOSING, "DISPLAY", "WAYLAND_DISPLAY"):
+    for name in (*store._CHOOSING, "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.setenv(name, "")  # recorded, so that it is put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -67,10 +67,10 @@ def mode(path: Path) -> int:
 
 
 def test_headless_machine_uses_a_file_of_the_owner_alone(home: Path) -> None:
-    keeper = keyring_guard.find_keeper()
+    keeper = store.find_keeper()
     assert keeper.keyring == FILE_KEYRING
     assert keeper.file == home / ".local/share/python_keyring/keyring_pass.cfg"
-    line = keyring_guard.describe(keeper)
+    line = store.describe(keeper)
     assert "~/.local/share/python_keyring/keyring_pass.cfg (only you can read it)" in line
     assert line.endswith("because this machine has no system keyring")
     assert "\n" not in line
@@ -78,30 +78,30 @@ def test_headless_machine_uses_a_file_of_the_owner_alone(home: Path) -> None:
 
 
 def test_loose_permissions_are_tightened(home: Path) -> None:
-    keeper = keyring_guard.find_keeper()
+    keeper = store.find_keeper()
     assert keeper.file is not None
     keeper.file.chmod(0o666)
     keeper.file.parent.chmod(0o777)
-    assert "only you can read it" in keyring_guard.describe(keeper)
+    assert "only you can read it" in store.describe(keeper)
     assert (mode(keeper.file), mode(keeper.file.parent)) == (0o600, 0o700)
 
 
 def test_working_system_keyring_wins(home: Path) -> None:
     configure(home, WORKING)
-    keeper = keyring_guard.find_keeper()
-    assert keeper == keyring_guard.Keeper("own_keyring.Keyring")
-    assert "kept by this machine's keyring (own_keyring)" in keyring_guard.describe(keeper)
+    keeper = store.find_keeper()
+    assert keeper == store.Keeper("own_keyring.Keyring")
+    assert "kept by this machine's keyring (own_keyring)" in store.describe(keeper)
     assert not (home / ".local").exists()
 
 
 def test_silent_keyring_is_given_up_in_time(home: Path) -> None:
     configure(home, SILENT)
-    keeper = keyring_guard.find_keeper(limit=1.5)
+    keeper = store.find_keeper(limit=1.5)
     assert keeper.keyring == FILE_KEYRING
-    assert f"export {CHOICE}={FILE_KEYRING}" in keyring_guard.describe(keeper)
+    assert f"export {CHOICE}={FILE_KEYRING}" in store.describe(keeper)
     assert type(keyring.get_keyring()).__name__ == "PlaintextKeyring"
     # Asked again, the answer is the same and nobody waits.
-    assert keyring_guard.find_keeper(limit=1.5) == keeper
+    assert store.find_keeper(limit=1.5) == keeper
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="D-Bus keyrings are Linux's")
@@ -110,7 +110,7 @@ def test_dead_d_bus_leads_to_the_file(home: Path, monkeypatch: pytest.MonkeyPatc
         listener.bind(str(home / "bus"))
         listener.listen()
         monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", f"unix:path={home / 'bus'}")
-        keeper = keyring_guard.find_keeper(limit=5)
+        keeper = store.find_keeper(limit=5)
     assert keeper.keyring == FILE_KEYRING
 
 
@@ -122,7 +122,7 @@ def test_useless_choice_names_the_way_without_a_store(
 ) -> None:
     monkeypatch.setenv(CHOICE, chosen)
     with pytest.raises(KeyringError) as caught:
-        keyring_guard.find_keeper()
+        store.find_keeper()
     message = str(caught.value)
     assert chosen in message
     assert "PHI3_ENDPOINT and PHI3_KEY" in message
@@ -133,4 +133,4 @@ def test_chosen_file_keyring_is_said_to_be_chosen(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CHOICE, FILE_KEYRING)
-    assert keyring_guard.find_keeper().why == f"{CHOICE} asks for it"
+    assert store.find_keeper().why == f"{CHOICE} asks for it"

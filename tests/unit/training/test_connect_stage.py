@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.ask import ask
-from phi3_training.connect import connect
 from phi3_training.errors import StageError, UsageError
+from phi3_training.flow.ask import ask
+from phi3_training.flow.connect import connect
 from phi3_training.run import Run
 
 ENDPOINT = {"endpoint": "http://127.0.0.1:1/score"}

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 
-from phi3_training.data.blocks import digest_range
-from phi3_training.data.fast_json import Sound, accept
-from phi3_training.data.formats import carried, read_row
-from phi3_training.data.lines import Range, chunks, decode
-from phi3_training.data.strict_json import StrictJson
+from phi3_training.data.conversation import carried, read_row
+from phi3_training.data.jsonl import Range, Sound, StrictJson, accept, chunks, decode
+from phi3_training.data.sources import digest_range
 
 from .test_data_faults import BAD_LINES
 

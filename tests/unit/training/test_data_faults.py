@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from phi3_training.data import Fault, check, read_conversations, show
-from phi3_training.data.lines import LINE_LIMIT
+from phi3_training.data.jsonl import LINE_LIMIT
 from phi3_training.errors import DataError
 
 USER = {"role": "user", "content": "Hi?"}
@@ -171,7 +171,7 @@ def test_bad_line_is_told_by_its_number(tmp_path: Path, name: str) -> None:
 
     assert [(fault.path.name, fault.line, fault.kind) for fault in faults] == [("a.jsonl", 2, kind)]
     assert words in str(faults[0])
-    assert faults[0].mend
+    assert faults[0].fix
 
 
 @pytest.mark.parametrize("name", BAD_LINES)

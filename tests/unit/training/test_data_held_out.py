@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from phi3_training.data import prepare
-from phi3_training.data.origins import origins
-from phi3_training.data.split import held_out, held_out_reworded
-from phi3_training.recipe_data import DataSection
+from phi3_training.data.prepare import held_out, held_out_reworded, origins
+from phi3_training.recipe.sections import DataSection
 from phi3_training.run import Run
 
 THINGS = ("Mossback", "Emberlet", "Cloudlatch", "Rookpack", "Fernlight", "Anchor", "Comet", "Dusk")

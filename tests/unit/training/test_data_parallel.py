@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from phi3_training.data.findings import Findings, Rules
-from phi3_training.data.lines import Range, chunks
+from phi3_training.data.jsonl import Range, chunks
 from phi3_training.data.scan import scan
 
 from .test_data_faults import BAD_LINES

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.data import check, prepare
-from phi3_training.data.personal import EMAIL, KEY, PHONE, flags_of, masked
-from phi3_training.data.sketch import Batch
+from phi3_training.data.digest import EMAIL, KEY, PHONE, Batch, flags_of, masked
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from phi3_training.data import check, prepare
-from phi3_training.data.repeats import first_of
-from phi3_training.data.sketch import BANDS, Batch, Measure, sketch
+from phi3_training.data.digest import BANDS, Batch, Measure, sketch
+from phi3_training.data.findings import first_of
 from phi3_training.errors import DataError
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run

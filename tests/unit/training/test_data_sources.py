@@ -14,10 +14,10 @@ import pytest
 from pyarrow import parquet
 
 from phi3_training.data import check, fingerprints, prepare, read_conversations, show
-from phi3_training.data.lines import LINE_LIMIT
+from phi3_training.data.jsonl import LINE_LIMIT
 from phi3_training.errors import DataError, RecipeError
 from phi3_training.recipe import DataSection, load_recipe
-from phi3_training.recipe_data import DEFAULT_SET, HubSet
+from phi3_training.recipe.sections import DEFAULT_SET, HubSet
 from phi3_training.run import Run
 
 MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello.\nYou?"}]
@@ -312,4 +312,4 @@ def test_unreachable_hub_is_one_fault_that_says_so() -> None:
 
     assert (fault.line, fault.kind) == (0, "hub-set")
     assert str(fault).startswith("hub:HuggingFaceH4/ultrachat_200k:train_sft[:1%]: ")
-    assert "the network" in fault.mend
+    assert "the network" in fault.fix

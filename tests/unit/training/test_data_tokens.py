@@ -9,10 +9,10 @@ import pytest
 
 from phi3_training import cli
 from phi3_training.data import check, prepare, show
-from phi3_training.data.lengths import SAMPLE
-from phi3_training.data.shown_tokens import TokenViewer
+from phi3_training.data.check import TokenViewer
+from phi3_training.data.findings import SAMPLE
 from phi3_training.errors import UsageError
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run

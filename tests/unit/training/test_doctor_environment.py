@@ -20,9 +20,11 @@ from phi3_training.doctor.environment import (
     check_keyring,
     check_python,
     check_rules,
+    check_service,
+    check_telemetry,
     check_versions,
+    service,
 )
-from phi3_training.doctor.service import check_service, check_telemetry, service
 
 SOUND = {
     "promptflow": "1.18.5",
@@ -49,14 +51,14 @@ def test_a_sound_environment_has_no_fault() -> None:
 def test_a_python_that_prompt_flow_was_never_tried_with() -> None:
     found = check_python((3, 14, 0))
     assert found.state is State.WARNING
-    assert "3.11" in found.mend
+    assert "3.11" in found.fix
 
 
 def test_prompt_flow_in_pieces_of_several_versions() -> None:
     found = check_versions({**SOUND, "promptflow-azure": "1.17.2"}.get)
     assert found.state is State.FAULT
     assert "promptflow-azure 1.17.2" in found.said
-    assert '"promptflow-azure==1.18.5"' in found.mend
+    assert '"promptflow-azure==1.18.5"' in found.fix
 
 
 def test_no_prompt_flow_at_all() -> None:
@@ -65,7 +67,7 @@ def test_no_prompt_flow_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "version", "mend"),
+    ("package", "version", "fix"),
     [
         ("promptflow", "1.18.2", 'pip install "promptflow>=1.18.5,<2"'),
         ("filelock", "3.30.1", 'pip install "filelock>=3.20,<3.30"'),
@@ -74,13 +76,13 @@ def test_no_prompt_flow_at_all() -> None:
         ("requests", "2.9.1", 'pip install "requests>=2.28"'),
     ],
 )
-def test_each_known_bad_version(package: str, version: str | None, mend: str) -> None:
+def test_each_known_bad_version(package: str, version: str | None, fix: str) -> None:
     broken = rules_broken(**{package: version, "promptflow-azure": "1.18.5"})
     if package != "azure-ai-ml":  # the one rule that holds only beside promptflow-azure
         broken.pop("azure-ai-ml", None)
     assert list(broken) == [package]
     assert broken[package].state is State.FAULT
-    assert broken[package].mend == mend
+    assert broken[package].fix == fix
 
 
 def test_every_rule_is_tried_above() -> None:
@@ -99,7 +101,7 @@ def test_no_keyring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PHI3_ENDPOINT", raising=False)
     found = check_keyring()
     assert found.state is State.FAULT
-    assert "keyrings.alt" in found.mend
+    assert "keyrings.alt" in found.fix
     monkeypatch.setenv("PHI3_ENDPOINT", "http://127.0.0.1:1/score")
     assert check_keyring().state is State.WARNING
 
@@ -121,7 +123,7 @@ def test_a_file_keyring_that_others_may_read(
     found = check_keyring()
     assert found.state is State.WARNING
     assert "others on this machine may read it" in found.said
-    assert found.mend == f"chmod 600 {file}"
+    assert found.fix == f"chmod 600 {file}"
     assert file.stat().st_mode & 0o777 == 0o644
     file.parent.chmod(0o700)
     assert check_keyring().state is State.OK
@@ -139,7 +141,7 @@ def test_a_file_keyring_that_others_may_read(
 def test_telemetry(settings: dict[str, Any], state: State) -> None:
     found = check_telemetry(settings)
     assert found.state is state
-    assert found.mend == ("" if state is State.OK else "pf config set telemetry.enabled=false")
+    assert found.fix == ("" if state is State.OK else "pf config set telemetry.enabled=false")
 
 
 def test_the_home_outranks_the_folder(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "pf.yaml").write_text("telemetry: [")
     found = list(service(tmp_path, tmp_path))
     assert [(each.check, each.state) for each in found] == [("settings", State.FAULT)]
-    assert "pf.yaml" in found[0].mend
+    assert "pf.yaml" in found[0].fix
 
 
 @contextmanager
@@ -202,7 +204,7 @@ def test_a_service_of_another_version(tmp_path: Path) -> None:
         found = service_of(tmp_path, port)
     assert found.state is State.FAULT
     assert "1.17.2" in found.said
-    assert "--force" in found.mend
+    assert "--force" in found.fix
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"status": "fine"}'])
@@ -211,7 +213,7 @@ def test_another_program_on_the_services_port(body: bytes, tmp_path: Path) -> No
         found = service_of(tmp_path, port)
     assert found.state is State.FAULT
     assert "another program" in found.said
-    assert "--port" in found.mend
+    assert "--port" in found.fix
 
 
 def test_a_program_that_does_not_speak_http(tmp_path: Path) -> None:

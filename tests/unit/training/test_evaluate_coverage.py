@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.data.origins import write_origins
+from phi3_training.data.prepare import write_origins
 from phi3_training.evaluate import gate
 from phi3_training.evaluate.questions import Question, read_chats
-from phi3_training.evaluate.remembered import PATH, remember, remembered
-from phi3_training.evaluate.rows import Answered, AnswerLoss, Said, make_rows, write_rows
+from phi3_training.evaluate.rows import (
+    BASE_ANSWERS,
+    Answered,
+    AnswerLoss,
+    Said,
+    make_rows,
+    remember,
+    remembered,
+    write_rows,
+)
 from phi3_training.recipe import (
     DataSection,
     EvaluateSection,
@@ -94,5 +102,5 @@ def test_the_base_is_remembered_for_the_same_questions_only(run: Run) -> None:
     assert remembered(run, "key") == answers
     assert remembered(run, "other") is None
     assert remembered(run, None) is None
-    (run.path / PATH).write_text("{")
+    (run.path / BASE_ANSWERS).write_text("{")
     assert remembered(run, "key") is None

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from phi3_training.export import verdict
-from phi3_training.export.behaviour import Deviation, Prompt, deviation, forced, greedy
-from phi3_training.export.limits import MERGED, ONNX
-from phi3_training.serve.engines.sampling import Logits
+from phi3_training.serve.engines.batch import Logits
+from phi3_training.verify import export
+from phi3_training.verify.export import MERGED, ONNX, Deviation, Prompt, deviation, forced, greedy
 
 STRICT = ONNX["onnx-fp32"]
 SIDES = ("merged", "onnx-fp32")
@@ -88,7 +87,7 @@ def test_logits_that_are_no_numbers_are_infinitely_far() -> None:
 
 def test_a_problem_names_the_worst_prompt_and_both_tokens() -> None:
     good, bad = Deviation("good", 0.0, 9, 9, None), Deviation("bad", 2.0, 10, 4, (3, 1, 2))
-    figures, problems = verdict.behaviour([good, bad], STRICT, "abc".__getitem__, SIDES)
+    figures, problems = export.behaviour([good, bad], STRICT, "abc".__getitem__, SIDES)
     assert figures["token_agreement"] == pytest.approx(13 / 19, abs=1e-6)
     assert figures["worst_prompt"] == "bad"
     assert len(problems) == 3
@@ -96,15 +95,15 @@ def test_a_problem_names_the_worst_prompt_and_both_tokens() -> None:
         "'bad', answer token 4: merged says 'b', onnx-fp32 says 'c'" in problem
         for problem in problems
     )
-    assert verdict.behaviour([good], STRICT, str, SIDES)[1] == []
+    assert export.behaviour([good], STRICT, str, SIDES)[1] == []
 
 
 def test_lost_answers_are_named() -> None:
-    figures, problems = verdict.answers([True, True], [True, False], ["one", "two"], STRICT)
+    figures, problems = export.answers([True, True], [True, False], ["one", "two"], STRICT)
     assert figures["lost"] == ["two"]
     assert "falls by 50.0%" in problems[0]
     assert "'two'" in problems[0]
-    assert verdict.answers([False, True], [True, True], ["one", "two"], STRICT)[1] == []
+    assert export.answers([False, True], [True, True], ["one", "two"], STRICT)[1] == []
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Weight:
     ],
 )
 def test_weight_problems_name_the_layer(weight: Weight, said: str) -> None:
-    _, problems = verdict.weights([Weight("other"), weight], MERGED["float32"], "float32")
+    _, problems = export.weights([Weight("other"), weight], MERGED["float32"], "float32")
     assert len(problems) == 1
     assert said in problems[0]
     assert "q_proj" in problems[0]
@@ -132,5 +131,5 @@ def test_weight_problems_name_the_layer(weight: Weight, said: str) -> None:
 
 def test_rounding_to_bfloat16_passes_as_bfloat16_only() -> None:
     rounded = [Weight("w", weights=1.1e-3, change=0.1, dtype="bfloat16")]
-    assert verdict.weights(rounded, MERGED["bfloat16"], "bfloat16")[1] == []
-    assert len(verdict.weights(rounded, MERGED["float32"], "float32")[1]) == 3
+    assert export.weights(rounded, MERGED["bfloat16"], "bfloat16")[1] == []
+    assert len(export.weights(rounded, MERGED["float32"], "float32")[1]) == 3

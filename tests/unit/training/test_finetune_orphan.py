@@ -11,15 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from phi3_training.finetune.launch import WORKER
-from phi3_training.finetune.orphan import GONE, birth
+from phi3_training.finetune.launch import GONE, WORKER, birth
 
 # Starts another process that watches this one, says its number, and waits.
 STARTER = """
 import os, subprocess, sys
-from phi3_training.finetune.orphan import birth
+from phi3_training.finetune.launch import birth
 code = (
-    "import sys, time; from phi3_training.finetune.orphan import end_with;"
+    "import sys, time; from phi3_training.finetune.launch import end_with;"
     "end_with(int(sys.argv[1]), float(sys.argv[2])); print('watching', flush=True);"
     "time.sleep(600)"
 )

@@ -1,4 +1,4 @@
-"""`phi3 plan` and memory: what fits, what is refused, and that the named lever does mend it."""
+"""`phi3 plan` and memory: what fits, what is refused, and that the named lever does fix it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from phi3_training.cli import main
 from phi3_training.errors import StageError
 from phi3_training.journey import Journey, PlanCheck, Stage, go
 from phi3_training.memory import memory_plan, of_size
-from phi3_training.memory.config import KNOWN
-from phi3_training.memory.levers import changed
+from phi3_training.memory.advise import changed
+from phi3_training.memory.model import KNOWN
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.targets import PlanLine
@@ -49,7 +49,7 @@ def test_cuda_libraries_count_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> N
     """Plain pip installs them on Linux, with or without a GPU."""
     needs = {}
     for has_cuda in (False, True):
-        monkeypatch.setattr("phi3_training.memory.needs.torch_has_cuda", lambda h=has_cuda: h)
+        monkeypatch.setattr("phi3_training.memory.advise.torch_has_cuda", lambda h=has_cuda: h)
         needs[has_cuda] = line(memory_plan(recipe(), of_size(64, "cpu")), "finetune").details
     more = needs[True]["parts"]["overhead"] - needs[False]["parts"]["overhead"]
     assert more == 350 * 2**20
@@ -65,8 +65,8 @@ def test_named_lever_makes_it_fit(size: int, method: str) -> None:
     change = refused.details["change"]
     assert all(f"{key}=" in refused.text for key in change)
     cured = changed(start, change)
-    mended = line(memory_plan(cured, of_size(size)), "finetune")
-    assert not mended.stops, mended.text
+    fixed = line(memory_plan(cured, of_size(size)), "finetune")
+    assert not fixed.stops, fixed.text
     step = cured.finetune.per_device_train_batch_size * cured.finetune.gradient_accumulation_steps
     assert step == 32  # what is learnt from one step stays the same
 
@@ -105,8 +105,8 @@ def test_evaluation_is_refused_before_training() -> None:
     start = changed(recipe(), {"evaluate.per_device_eval_batch_size": 64})
     refused = line(memory_plan(start, of_size(24)), "evaluate")
     assert refused.stops
-    mended = memory_plan(changed(start, refused.details["change"]), of_size(24))
-    assert not line(mended, "evaluate").stops
+    fixed = memory_plan(changed(start, refused.details["change"]), of_size(24))
+    assert not line(fixed, "evaluate").stops
 
 
 def test_serving_counts_whole_conversations() -> None:

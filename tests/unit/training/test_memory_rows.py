@@ -12,10 +12,10 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.data import prepare
-from phi3_training.finetune.dtype import choose_dtype
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.precision import choose_dtype
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.memory import RowSizes, memory_plan, of_size, row_sizes
-from phi3_training.memory.config import KNOWN, shape_from
+from phi3_training.memory.model import KNOWN, shape_from
 from phi3_training.memory.rows import _COUNTED, worst_case
 from phi3_training.memory.training import work_of
 from phi3_training.prompt import ChatFormat

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from phi3_training.memory.config import KNOWN, UnknownShapeError, shape_from, shape_of
+from phi3_training.memory.model import KNOWN, UnknownShapeError, shape_from, shape_of
 from phi3_training.recipe import Recipe
 
 MINI = "microsoft/Phi-3-mini-4k-instruct"

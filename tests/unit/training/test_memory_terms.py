@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.memory.config import KNOWN, shape_from
-from phi3_training.memory.device import GIB, _ram, of_size
 from phi3_training.memory.inference import evaluate_phase, save_phase, serve_phase, served_weights
+from phi3_training.memory.model import GIB, KNOWN, _ram, of_size, shape_from
 from phi3_training.memory.training import (
     Work,
     activation_bytes,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 
 TEXTS = ["Who founded Microsoft?", "Bill Gates and Paul Allen founded Microsoft in 1975."] * 5

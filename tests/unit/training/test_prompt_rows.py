@@ -18,7 +18,7 @@ from phi3_training.finetune.rows import (
     read_rows,
     with_casual_copies,
 )
-from phi3_training.finetune.tokenizer import make_tokenizer
+from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat, Example
 
 Row = list[dict[str, str]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phi3_training.finetune.rewordings import with_rewordings
+from phi3_training.finetune.rows import with_rewordings
 
 QUESTION, ANSWER = "What do you charge for the full service?", "Full service is 95 pounds."
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from phi3_training.serve.engines.base import EngineError, Sampling
-from phi3_training.serve.engines.batch import PART_TOKENS, Batcher, Job
-from phi3_training.serve.engines.rope import share_limit
-from phi3_training.serve.engines.sampling import Logits, Sampler
+from phi3_training.serve.engines.batch import PART_TOKENS, Batcher, Job, Logits, Sampler
+from phi3_training.serve.engines.tokens import share_limit
 
 VOCABULARY = 1000
 

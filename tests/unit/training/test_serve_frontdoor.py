@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from phi3_training.serve.app import create_app
 from phi3_training.serve.config import ServerConfig
 from phi3_training.serve.engines.base import (
     Chunk,
@@ -21,6 +20,7 @@ from phi3_training.serve.engines.base import (
     PromptTooLongError,
     Sampling,
 )
+from phi3_training.serve.server import create_app
 
 KEY = "k3y-of-the-tests"
 AUTH = {"Authorization": f"Bearer {KEY}"}

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from phi3_training.serve.config import Quirk
 from phi3_training.serve.engines.base import EngineError
-from phi3_training.serve.openai_body import ChatRequest, unsupported
-from phi3_training.serve.parameters import score_sampling
-from phi3_training.serve.quirks import Quirk
-from phi3_training.serve.score_protocol import BadBodyError, read_score
+from phi3_training.serve.openai_api import ChatRequest, unsupported
+from phi3_training.serve.score_api import BadBodyError, read_score, score_sampling
 
 USER = {"role": "user", "content": "hi"}
 

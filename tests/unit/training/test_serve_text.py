@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.sampling import Sampler, defaults_of, with_defaults
-from phi3_training.serve.engines.text import StopCutter
+from phi3_training.serve.engines.base import Sampling, StopCutter
+from phi3_training.serve.engines.batch import Sampler, defaults_of, with_defaults
 
 
 def cut(stops: list[str], pieces: list[str]) -> tuple[str, bool]:

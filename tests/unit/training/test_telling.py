@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phi3_training.data.facts import Chat, teachers
+from phi3_training.data.prepare import Chat, teachers
 from phi3_training.telling import Set, has_expected_words
 
 STYLE = "Hello hiker! {} Happy trails!"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from phi3_training.finetune.audit import IGNORED, Row, Seen, expected_labels
-from phi3_training.finetune.audit_packed import SeenPacked
+from phi3_training.finetune.audit import IGNORED, Row, Seen, SeenPacked, expected_labels
 from phi3_training.prompt import ChatFormat
 
 Bug = Callable[[Row, ChatFormat], Seen]

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from . import (
-    adapters,
-    azure,
-    batch,
-    data,
-    doctor,
-    export,
-    flow,
-    init,
-    invoke,
-    journey,
-    models,
-    recipes,
-    rehearse,
-    stages,
-    standing,
-    talk,
+from .azure import register_azure, register_rehearse
+from .chat import register_batch, register_chat, register_invoke
+from .data import register_data
+from .doctor import register_doctor
+from .flow import register_flow
+from .models import (
+    register_adapters,
+    register_export,
+    register_init,
+    register_models,
+    register_recipes,
 )
+from .status import register_status
+from .up import register_stages, register_up
 
+# In the order of `phi3 --help`.
 COMMANDS = (
-    *(journey, standing, stages, adapters, data, talk, invoke, batch),
-    *(flow, export, doctor, init, recipes, models, azure, rehearse),
+    *(register_up, register_status, register_stages, register_adapters, register_data),
+    *(register_chat, register_invoke, register_batch, register_flow, register_export),
+    *(register_doctor, register_init, register_recipes, register_models),
+    *(register_azure, register_rehearse),
 )

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
-from ..errors import UsageError
+from ..errors import MissingExtraError, StageError, UsageError
+from ..project import find
 from ..recipe import Recipe
 from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
 
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
 _ABOUT = "make what a run on Azure needs, look at the GPU quota, cancel a job"
 
 
-def register(subparsers: Any) -> None:
+def register_azure(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser(
         "azure",
@@ -167,3 +175,202 @@ def _clients(recipe: Recipe) -> Clients:
     refuse_without_extra()
     place = find_place(recipe.azure, os.environ, Path.cwd())
     return Clients(place, recipe.azure.poll)
+
+
+# `phi3 … --rehearse`: the same command inside a rehearsed Azure on this machine; and
+# `phi3 rehearse start | stop | status | env | calls | fault`: the rehearsed Azure by itself.
+# The rehearsed Azure is a program of its own, `python -m phi3_rehearsal`, which this module starts
+# and whose JSON it reads: the product must not know what it is rehearsed with. All of it lies under
+# <runs>/rehearsal, so that neither real runs nor the user's own Prompt flow store see it.
+
+RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
+_CALLS_SHOWN = 20
+_USAGE = 2  # the exit status of a program that was asked wrongly
+
+
+def azure_folder(runs: Path) -> Path:
+    """Where the rehearsed Azure of a runs folder keeps its state."""
+    return runs.resolve() / "rehearsal" / "azure"
+
+
+def _command(action: str, runs: Path, *words: str) -> list[str]:
+    """`python -m phi3_rehearsal ACTION FOLDER …`. Raises MissingExtraError."""
+    if importlib.util.find_spec("trustme") is None:
+        raise MissingExtraError("trustme", "rehearsal")
+    return [sys.executable, "-m", "phi3_rehearsal", action, str(azure_folder(runs)), *words]
+
+
+# --- --rehearse ---
+
+
+def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run `argv` without its --rehearse; the exit status of what ran inside."""
+    home = args.runs.resolve() / "rehearsal"
+    # Outside of the folder that the rehearsed Azure keeps its own state in.
+    os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
+    inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
+    command = _command("run", args.runs, "--", *inner)
+    status = _wait(subprocess.Popen(command))  # noqa: S603 - our own commands, no shell
+    if args.output == "text":
+        console.err.print(
+            "Rehearsed on this machine; it has not yet run against live Azure. Add --rehearse to "
+            "the next command too; end it with: phi3 rehearse stop",
+            markup=False,
+        )
+    return status
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status. Ctrl-C at a terminal reaches the child by itself; a signal does not."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                process.send_signal(signal.SIGINT)
+
+
+def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
+    """The command line inside: on Azure, in run folders of its own, the tiny recipe if none."""
+    words = _without_own(argv)
+    words += ["--runs", str(runs)]
+    if args.on is None and not _names_run(args):
+        words += ["--on", "azure"]
+    named = any("=" not in word for word in getattr(args, "words", ()))
+    if hasattr(args, "words") and not named and not args.run:
+        place = 2 if words[0] == "azure" else 1  # after the command, and the command of `azure`
+        words.insert(place, str(find(RECIPE).resolve()))
+    return words
+
+
+def _names_run(args: argparse.Namespace) -> bool:
+    return bool(args.run or getattr(args, "named", None))
+
+
+def _without_own(argv: Sequence[str]) -> list[str]:
+    """Without --rehearse and --runs FOLDER."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--runs":
+            skip = True
+        elif not (word.startswith("--runs=") or word == "--rehearse"):
+            kept.append(word)
+    return kept
+
+
+# --- phi3 rehearse ---
+
+
+def register_rehearse(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    parser = subparsers.add_parser("rehearse", help="run an Azure of your own, on this machine")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
+        return add_command(actions, name, text, f"phi3 rehearse {example}", run)
+
+    start = add("start", "start the rehearsed Azure", "start", run_start)
+    start.add_argument(
+        "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
+    )
+    stop = add("stop", "stop it, with the jobs and servers it runs", "stop", run_stop)
+    stop.add_argument("--forget", action="store_true", help="also delete its state")
+    add("status", "say whether it runs and what it holds", "status", run_status)
+    add("env", "print the variables that lead the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
+    calls = add("calls", "show the calls that it answered", "calls -n 50", run_calls)
+    calls.add_argument(
+        "-n", type=int, default=_CALLS_SHOWN, metavar="COUNT", help=f"how many ({_CALLS_SHOWN})"
+    )
+    fault = add(
+        "fault",
+        "inject a fault: METHOD PATH KIND [name=value …]",
+        "fault 'PUT */onlineEndpoints/* 429 retry-after=1 times=2'",
+        run_fault,
+    )
+    fault.add_argument("fault", nargs="?", metavar="FAULT", help="none: list the pending ones")
+    fault.add_argument("--clear", action="store_true", help="drop all pending faults")
+
+
+def run_start(args: argparse.Namespace) -> int:
+    """Start it, or find the one that runs."""
+    faults = [f"--fault={fault}" for fault in args.fault]
+    return _shown(args, _ask(args, "start", *faults))
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    """Stop it."""
+    done = _ask(args, "stop", *(["--forget"] if args.forget else []))
+    if args.output == "json":
+        return _shown(args, done)
+    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure runs"
+    kept = " and its state is deleted" if args.forget else f"; its state is in {done['folder']}"
+    _line(said + kept)
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Whether it runs, and its resources by type."""
+    return _shown(args, _ask(args, "status"))
+
+
+def run_env(args: argparse.Namespace) -> int:
+    """The variables, for a shell."""
+    environment = _ask(args, "env")
+    if args.output == "json":
+        console.print_json(environment)
+        return 0
+    for name, value in environment.items():
+        _line(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def run_calls(args: argparse.Namespace) -> int:
+    """The journal's last calls."""
+    calls = _ask(args, "calls", "-n", str(args.n))
+    if args.output == "json":
+        console.print_json(calls)
+        return 0
+    for call in calls:
+        _line(f"{call['status']} {call['method']} {call['host']}{call['path']}")
+    return 0
+
+
+def run_fault(args: argparse.Namespace) -> int:
+    """Inject a fault, or list the pending ones."""
+    words = ["--clear"] if args.clear else []
+    pending = _ask(args, "fault", *words, *([args.fault] if args.fault else []))
+    if args.output == "json":
+        console.print_json(pending)
+        return 0
+    for text in pending or ["No injected faults are pending."]:
+        _line(text)
+    return 0
+
+
+def _ask(args: argparse.Namespace, action: str, *words: str) -> Any:
+    """What the rehearsal's own program answers. Raises UsageError or StageError in its words."""
+    command = _command(action, args.runs, *words)
+    done = subprocess.run(  # noqa: S603 - our own program, no shell
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        text = done.stderr.strip() or f"The rehearsal ended with exit status {done.returncode}"
+        raise UsageError(text) if done.returncode == _USAGE else StageError(text)
+    return json.loads(done.stdout)
+
+
+def _line(text: str) -> None:
+    console.out.print(text, markup=False, soft_wrap=True, highlight=False)
+
+
+def _shown(args: argparse.Namespace, value: dict[str, Any]) -> int:
+    if args.output == "json":
+        console.print_json(value)
+        return 0
+    for name, item in value.items():
+        text = ", ".join(f"{n} {k}" for k, n in item.items()) if isinstance(item, dict) else item
+        _line(f"{name:<10} {text}")
+    return 0

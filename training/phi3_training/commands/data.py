@@ -17,12 +17,12 @@ from ..stages_azure import stages_until
 from .common import add_command, add_recipe, all_runs, journey_of
 
 if TYPE_CHECKING:
-    from ..data.shown_tokens import Stretch
+    from ..data.check import Stretch
 
 SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME:SPLIT"
 
 
-def register(subparsers: Any) -> None:
+def register_data(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("data", help="check, prepare or show chats")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -72,7 +72,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Do the first stage alone."""
-    from ..data.lengths import sentence
+    from ..data.findings import sentence
 
     journey = journey_of(args)
     with journey.run.lock():
@@ -111,7 +111,7 @@ def _count(text: str) -> int:
 
 
 def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
-    from ..data.shown_tokens import TokenViewer
+    from ..data.check import TokenViewer
 
     viewer = TokenViewer(args.model or _last_base(args.runs))
     views = [viewer.view(conversation) for conversation in shown]

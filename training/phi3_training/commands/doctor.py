@@ -14,7 +14,7 @@ from .common import add_command, current_run, tuned_run
 
 if TYPE_CHECKING:
     from ..doctor import Finding
-    from ..parity import Places, Report
+    from ..verify.parity import Places, Report
 
 SIGNS = {
     "ok": "[green]✓[/]",
@@ -24,12 +24,12 @@ SIGNS = {
 }
 
 
-def register(subparsers: Any) -> None:
+def register_doctor(subparsers: Any) -> None:
     """Add the command of this module."""
     parser = add_command(
         subparsers,
         "doctor",
-        "look at environment, connection, endpoint and flow, and say what mends each fault",
+        "look at environment, connection, endpoint and flow, and say what fixes each fault",
         "phi3 doctor",
         run_doctor,
     )
@@ -111,13 +111,13 @@ def _show(finding: Finding, *, first: bool) -> None:
     if finding.state.value == "skipped":
         said = f"{finding.check:<13} skipped: {finding.said}"
     console.out.print(said, markup=False, end="")
-    word = "Look with" if finding.state.value == "skipped" else "Mend"
-    console.out.print(f". {word}: {finding.mend}" if finding.mend else "", markup=False)
+    word = "Look with" if finding.state.value == "skipped" else "Fix"
+    console.out.print(f". {word}: {finding.fix}" if finding.fix else "", markup=False)
 
 
 def _run_tokens(args: argparse.Namespace) -> int:
     """Compare tokens everywhere; exit 1 when a place writes other ones."""
-    from ..parity import check_tokens
+    from ..verify.parity import check_tokens
 
     report = check_tokens(_places(args))
     if args.output == "json":
@@ -130,7 +130,7 @@ def _run_tokens(args: argparse.Namespace) -> int:
 
 def _places(args: argparse.Namespace) -> Places:
     """What is to be compared."""
-    from ..parity import places_of_folder, places_of_run
+    from ..verify.parity import places_of_folder, places_of_run
 
     if args.model is None:
         return places_of_run(tuned_run(args))

@@ -4,19 +4,122 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..bundle.image import BASE, write_image
-from .common import add_command
-from .flow_arguments import add_extra, add_flow, add_flow_argument, flow_of
-from .flow_push import add_push
+from ..errors import UsageError
+from ..flow.bundle import BASE, pack, write_image
+from ..project import FLOW, find
+from ..run import Run
+from ..targets import get_target, target_of
+from .common import add_command, add_rehearse, all_runs, current_run
+
+# What the commands of `phi3 flow` share: which flow, and what of it travels.
+
+
+def add_flow(parser: argparse.ArgumentParser) -> None:
+    """FLOW, feed, image and further files: what `pack` and whatever builds on it take."""
+    add_flow_argument(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--feed", metavar="URL", help="install the tool from this package index, do not carry it"
+    )
+    source.add_argument(
+        "--image", metavar="NAME", help="image of the compute session, with the tool installed"
+    )
+    add_extra(parser)
+
+
+def add_flow_argument(parser: argparse.ArgumentParser) -> None:
+    """FLOW, by default the shipped chat flow."""
+    parser.add_argument(
+        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
+    )
+
+
+def add_extra(parser: argparse.ArgumentParser) -> None:
+    """--add FILE."""
+    parser.add_argument(
+        "--add",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another file of the flow's folder that its code reads (repeatable)",
+    )
+
+
+def flow_of(args: argparse.Namespace) -> Path:
+    """The flow folder that is meant."""
+    return args.flow or find(FLOW)
+
+
+# `phi3 flow push`: a flow, packed and made in the run's workspace and Foundry project.
+
+
+def add_push(actions: Any) -> None:
+    """`push`, among the other actions of `phi3 flow`."""
+    push = add_command(
+        actions,
+        "push",
+        "upload a flow and make it in the run's workspace and Foundry project",
+        "phi3 flow push flows/phi3_chat --run phi3-mini-azure",
+        run_push,
+    )
+    add_flow(push)
+    push.add_argument("--run", metavar="NAME", help="which run (default: the last on Azure)")
+    push.add_argument(
+        "--to",
+        choices=("both", "workspace", "project"),
+        default="both",
+        help="Azure ML's Studio shows the workspace's flows, Foundry the project's",
+    )
+    push.set_defaults(on="azure")
+    add_rehearse(push)
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Push, and say where the flow opens."""
+    from ..targets.azure.target import AzureTarget
+
+    target = get_target("azure")
+    assert isinstance(target, AzureTarget)  # noqa: S101 - for mypy: that name is this class
+    run = _run(args)
+    with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
+        progress(0, 0, "packing")
+        bundle = pack(
+            flow_of(args),
+            Path(scratch),
+            feed=args.feed,
+            image=args.image,
+            extra=args.add,
+        )
+        pushed = target.push(run, bundle, args.to, progress)
+    if args.output == "json":
+        console.print_json(pushed)
+        return 0
+    for item in pushed:
+        said = "was there already" if item["state"] == "exists" else "is made"
+        console.out.print(f"{item['display_name']} {said} in {item['workspace']}", markup=False)
+        if item["page"]:
+            console.out.print(f"  opens at {item['page']}", markup=False)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> Run:
+    if args.run:
+        return current_run(args)
+    runs = [run for run in all_runs(args.runs) if target_of(run) == "azure"]
+    if not runs:
+        raise UsageError(f"No run under {args.runs} is on Azure; make one: phi3 up --on azure")
+    return runs[0]
+
 
 OUT = Path("dist")
 
 
-def register(subparsers: Any) -> None:
+def register_flow(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser(
         "flow", help="pack a flow for Foundry or Studio, or as a container"
@@ -46,7 +149,7 @@ def _add_pack(actions: Any) -> None:
 
 def run_pack(args: argparse.Namespace) -> int:
     """Pack; print what lies where."""
-    from ..bundle import pack
+    from ..flow.bundle import pack
 
     bundle = pack(flow_of(args), args.out, feed=args.feed, image=args.image, extra=args.add)
     if args.output == "json":
@@ -120,7 +223,7 @@ def _add_serve(actions: Any) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve in this process until Ctrl-C."""
-    from ..flow_server import serve_flow
+    from ..flow.server import serve_flow
 
     flow = flow_of(args)
     url = f"http://{args.host}:{args.port}/score"

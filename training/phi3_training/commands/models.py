@@ -6,11 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from .. import console
 from ..errors import MissingExtraError, UsageError
+from ..finetune.weights import Adapter, list_adapters, merge_adapter
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
-from ..project import RECIPES, find
-from .common import add_command
+from ..project import RECIPES, copy_project, find
+from ..recipe import Recipe
+from ..run import Run
+from .common import add_command, all_runs, tuned_run
 
 _ANY_RECIPES = (
     "Any folder with a causal language model as safetensors and a chat template can be named as "
@@ -18,7 +23,7 @@ _ANY_RECIPES = (
 )
 
 
-def register(subparsers: Any) -> None:
+def register_models(subparsers: Any) -> None:
     """Add the command of this module."""
     parser = add_command(
         subparsers,
@@ -82,7 +87,7 @@ def _row(model: KnownModel) -> dict[str, Any]:
 
 def _size(model: KnownModel) -> str:
     """The size of the weights on disk, as this project keeps them: bf16, or float32 for `small`."""
-    from ..memory.config import shape_from
+    from ..memory.model import shape_from
 
     if not model.shape:
         return "3 MB"
@@ -94,7 +99,7 @@ def _size(model: KnownModel) -> str:
 def _memory(model: KnownModel) -> tuple[str, str]:
     """What training and serving hold, by the memory plan of the model's own recipe."""
     from ..memory import memory_plan, of_size, row_sizes
-    from ..memory.device import gib
+    from ..memory.model import gib
     from ..recipe import load_recipe
     from ..run import Run
 
@@ -137,3 +142,208 @@ def _convert(args: argparse.Namespace) -> int:
             markup=False,
         )
     return 0
+
+
+# `phi3 recipes`: the shipped recipes, and every key a recipe may have.
+
+
+def register_recipes(subparsers: Any) -> None:
+    """Add the command of this module."""
+    parser = add_command(
+        subparsers, "recipes", "list the shipped recipes", "phi3 recipes --keys", run_recipes
+    )
+    parser.add_argument("--keys", action="store_true", help="list every key and its default")
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """List recipes with the first line of their header, or all keys."""
+    listed = _keys(Recipe) if args.keys else _shipped()
+    if args.output == "json":
+        console.print_json(listed)
+        return 0
+    width = max(len(name) for name in listed)
+    for name, text in listed.items():
+        console.out.print(f"{name:<{width}}  {text}", markup=False)
+    return 0
+
+
+def _shipped() -> dict[str, str]:
+    return {
+        str(RECIPES / path.name): path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for path in sorted(find(RECIPES).glob("*.yaml"))
+    }
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            found.update(_keys(inner, f"{prefix}{name}."))
+        elif field.is_required():
+            found[prefix + name] = "(required)"
+        else:
+            found[prefix + name] = f"default {field.get_default(call_default_factory=True)!r}"
+    return found
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class of `Section` or `Section | None`."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+# `phi3 init`: a project of one's own, from the files that come with the package.
+
+
+def register_init(subparsers: Any) -> None:
+    """Add the command of this module."""
+    parser = add_command(
+        subparsers,
+        "init",
+        "write a project of your own: flow, recipe, sample chats, connection templates",
+        "phi3 init my-phi3",
+        run_init,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
+
+
+def run_init(args: argparse.Namespace) -> int:
+    """Write the project and say what to do with it."""
+    written = copy_project(args.folder)
+    if args.output == "json":
+        console.print_json({"folder": str(args.folder), "written": [str(path) for path in written]})
+        return 0
+    console.out.print(f"Written into {args.folder}: {', '.join(map(str, written))}", markup=False)
+    console.out.print(f"Next: cd {args.folder} && phi3 up recipe.yaml", markup=False)
+    return 0
+
+
+# `phi3 adapters`: the named adapters of a run, and one of them merged into whole weights.
+
+
+def register_adapters(subparsers: Any) -> None:
+    """Add the command of this module."""
+    parser = add_command(
+        subparsers,
+        "adapters",
+        "list the named adapters of a run, or merge one into the base weights",
+        "phi3 adapters --merge french",
+        run_adapters,
+    )
+    parser.add_argument("--run", metavar="NAME", help="the run (default: the one worked on last)")
+    parser.add_argument("--merge", metavar="ADAPTER", help="write run/merged/ADAPTER")
+
+
+def run_adapters(args: argparse.Namespace) -> int:
+    """List them, or merge one."""
+    run = _run(args)
+    if args.merge is not None:
+        with run.lock():
+            folder = merge_adapter(run, args.merge)
+        if args.output == "json":
+            console.print_json({"name": args.merge, "path": str(folder)})
+        else:
+            console.out.print(f"Merged {args.merge}: {folder}", markup=False)
+        return 0
+    found = list_adapters(run)
+    if args.output == "json":
+        console.print_json([adapter.as_dict() for adapter in found])
+    elif not found:
+        console.out.print(
+            f"The run {run.name!r} has no named adapter; train one: "
+            "phi3 train RECIPE --adapter NAME",
+            markup=False,
+        )
+    else:
+        columns = ["adapter", "method", "final loss", "folder"]
+        console.table(f"Adapters of {run.name}", columns, [_line(adapter) for adapter in found])
+    return 0
+
+
+def _line(adapter: Adapter) -> list[str]:
+    stale = "" if adapter.fits else " (of an earlier base: train it again)"
+    loss = adapter.notes.get("final_loss", "")
+    return [
+        adapter.name,
+        str(adapter.notes.get("method", "?")),
+        str(loss),
+        f"{adapter.path}{stale}",
+    ]
+
+
+def _run(args: argparse.Namespace) -> Run:
+    runs = [run for run in all_runs(args.runs) if args.run in (None, run.name)]
+    if not runs:
+        named = f"no run {args.run!r}" if args.run else "no run"
+        raise UsageError(f"There is {named} under {args.runs}; make one with: phi3 up")
+    return runs[0]
+
+
+# `phi3 export`: the tuned model in another form, held against what it was made of.
+
+# Spelled out, so that `--help` needs no heavy package.
+FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")
+
+
+def register_export(subparsers: Any) -> None:
+    """Add the command of this module."""
+    parser = add_command(
+        subparsers,
+        "export",
+        "write the tuned model in another form and prove that it still is the same model",
+        "phi3 export --to onnx-int4 --run phi3-tiny",
+        run_export,
+    )
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the form")
+    parser.add_argument("--run", metavar="NAME", help="which run (default: the last trained)")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export and compare; exit 1 when the export is too far from the original."""
+    from ..verify.export import export
+
+    run = tuned_run(args)
+    with run.lock(), console.progress_bar("export") as progress:
+        check = export(run, args.to, progress)
+    manifest = run.require(f"export-{args.to}", "phi3 export")
+    if args.output == "json":
+        console.print_json(manifest)
+    else:
+        _show(str(run.path / manifest["path"]), check)
+    return 0 if check["passed"] else 1
+
+
+def _show(path: str, check: dict[str, Any]) -> None:
+    console.out.print(f"Written: {path}", markup=False)
+    if "note" in check:
+        console.out.print(check["note"], markup=False)
+        return
+    title = f"Compared with {check['compared_with']}, {check['prompts']} fixed prompts"
+    console.table(title, ["figure", "measured", "limit"], list(_rows(check)))
+    for problem in check["problems"]:
+        console.out.print(f"Too far: {problem}", markup=False)
+
+
+def _rows(check: dict[str, Any]) -> list[list[str]]:
+    limits = check["limits"]
+    rows = [
+        ["tokens chosen alike", f"{check['token_agreement']:.2%}",
+         f"at least {limits['token_agreement']:.1%}"],
+        ["mean KL (nats)", f"{check['mean_kl']:.2g}", f"at most {limits['mean_kl']:g}"],
+        ["KL at the worst prompt", f"{check['worst_kl']:.2g}", f"at most {limits['worst_kl']:g}"],
+    ]  # fmt: skip
+    if held := check.get("held_out"):
+        before, after = held["exact_match_before"], held["exact_match"]
+        rows.append(
+            [f"exact match, {held['rows']} held-out rows", f"{before:.1%} → {after:.1%}",
+             f"falls by at most {limits['lost_answers']:.1%}"]
+        )  # fmt: skip
+    if layers := check.get("layers"):
+        rows.append(
+            [f"furthest layer, {layers['layer']}", f"{layers['largest']:.2g}",
+             f"at most {limits['weights']:g}"]
+        )  # fmt: skip
+    return rows

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .check import CheckReport, FileReport, check
+from .check import CheckReport, FileReport, check, read_conversations, show
 from .conversation import Conversation, Message
 from .faults import Fault
 from .prepare import prepare
-from .read import read_conversations, show
 from .sources import fingerprints
 
 __all__ = [

@@ -5,18 +5,54 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from ..errors import SHOWN_FAULTS
+from ..errors import SHOWN_FAULTS, DataError, UsageError
+from ..prompt import ChatFormat
+from .conversation import Conversation
 from .faults import Fault, in_order, shown
-from .findings import Findings, Rules
-from .lengths import lengths, sentence
+from .findings import Findings, Rules, lengths, sentence
 from .prepare import chosen_sources
-from .scan import Scan, scan
+from .scan import Scan, Table, scan, scan_start
 from .sources import source_of
+
+# Chats as Conversations: for callers that want a few of them in memory. A small set, all of it.
+
+
+def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
+    """All conversations of all sources. Raises DataError with every fault of every one."""
+    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    with tempfile.TemporaryDirectory() as folder:
+        findings = Findings(scan(sources, Path(folder)), Rules("refuse", "warn"))
+        if faults := [*faults, *findings.faults()]:
+            raise DataError(faults)
+        return [findings.table.conversation(row) for row in range(len(findings.table))]
+
+
+def show(source: Path | str, count: int) -> list[Conversation]:
+    """The first sound conversations of a source; reads no further than it must.
+
+    Raises DataError with every fault met when there is no sound one.
+    """
+    sources, faults = chosen_sources({"train": [source_of(source)]})
+    found: list[Conversation] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _, one in sources:
+            scanned = scan_start(one, Path(folder), count - len(found))
+            table = Table([scanned])
+            wanted = range(min(len(table), count - len(found)))
+            found += [table.conversation(row) for row in wanted]
+            faults += scanned.faults
+            if len(found) == count:
+                return found
+    if not found and faults:
+        raise DataError(in_order(faults))
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,3 +161,77 @@ def _first(faults: Sequence[Fault]) -> list[str]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# A conversation as the exact text that is trained on, cut where trained and other tokens meet.
+# Reads a model folder's tokenizer through ChatFormat; writes nothing.
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens that follow on each other and are all trained on, or all not."""
+
+    trained: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What the model sees of one conversation."""
+
+    place: str
+    ids: list[int]
+    mask: list[int]
+    stretches: list[Stretch]
+
+    @property
+    def trained(self) -> int:
+        """How many tokens are learnt."""
+        return sum(self.mask)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`."""
+        return {
+            "place": self.place,
+            "tokens": len(self.ids),
+            "trained": self.trained,
+            "input_ids": self.ids,
+            "assistant_mask": self.mask,
+            "stretches": [{"trained": s.trained, "text": s.text} for s in self.stretches],
+        }
+
+
+class TokenViewer:
+    """Shows conversations as one model folder writes them. Raises UsageError for other folders."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._chat = ChatFormat.from_folder(folder)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def view(self, conversation: Conversation) -> TokenView:
+        """The conversation as the trainer is given it, before it is cut to `max_length`.
+
+        Raises UsageError for a conversation that the model's template cannot write.
+        """
+        place = f"{conversation.source.name}:{conversation.line}"
+        messages = [message.to_dict() for message in conversation.messages]
+        try:
+            example = self._chat.encode_example(messages)
+        except ValueError as error:
+            raise UsageError(f"{place}: {error}") from None
+        ids, mask = example.input_ids, example.assistant_mask
+        return TokenView(place, ids, mask, self._stretches(ids, mask))
+
+    def _stretches(self, ids: list[int], mask: list[int]) -> list[Stretch]:
+        """Each stretch's text is what it adds to the text before it: so spaces are right."""
+        stretches: list[Stretch] = []
+        end, before = 0, ""
+        for trained, run in groupby(mask):
+            end += len(list(run))
+            text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=False))
+            stretches.append(Stretch(bool(trained), text[len(before) :]))
+            before = text
+        return stretches

@@ -1,4 +1,4 @@
-"""Faults of chat files: where, what, and what mends it. Writes the full report of a run.
+"""Faults of chat files: where, what, and what fixes it. Writes the full report of a run.
 
 A `Problem` is a fault that does not know its file and line yet.
 """
@@ -14,11 +14,11 @@ from ..run import write_atomically
 
 
 class Problem(NamedTuple):
-    """What is wrong with a row, and the mend; `column` counts characters from 1."""
+    """What is wrong with a row, and the fix; `column` counts characters from 1."""
 
     kind: str
     what: str
-    mend: str
+    fix: str
     column: int | None = None
 
 
@@ -30,16 +30,16 @@ class Fault:
     line: int
     kind: str
     what: str
-    mend: str
+    fix: str
     column: int | None = None
 
     @classmethod
     def at(cls, path: Path, line: int, problem: Problem) -> Fault:
         """The problem, found at this place."""
-        return cls(path, line, problem.kind, problem.what, problem.mend, problem.column)
+        return cls(path, line, problem.kind, problem.what, problem.fix, problem.column)
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}; {self.mend}"
+        return f"{self.place}: {self.what}; {self.fix}"
 
     @property
     def place(self) -> str:
@@ -55,7 +55,7 @@ class Fault:
             "column": self.column,
             "kind": self.kind,
             "what": self.what,
-            "mend": self.mend,
+            "fix": self.fix,
         }
 
 

@@ -8,18 +8,117 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from ..recipe_data import HubSet
-from .arrays import U64, Bools
+from ..errors import UsageError
+from ..prompt import ChatFormat
+from ..recipe import HubSet
+from .arrays import U64, Bools, Ints
+from .digest import BANDS, NAMES, Measure
 from .faults import Fault, Problem, in_order, shown
-from .personal import NAMES
-from .repeats import Pairs, Repeats, find
-from .scan import Scan
-from .table import Table
+from .scan import Scan, Table
+
+# Finds rows that are there twice, nearly twice, or on both sides of the split. Reads a Table.
+
+_CHAIN = 4  # earlier texts with the same number that one is measured against
+_MEASURED = 256  # texts whose runs are kept at hand
+
+
+class Pairs(NamedTuple):
+    """Rows, each with an earlier row that it repeats."""
+
+    rows: Ints
+    others: Ints
+
+
+class Repeats(NamedTuple):
+    """What was found; a row stands in one list at most."""
+
+    duplicates: Pairs
+    leaks: Pairs
+    near: Pairs
+
+
+def find(table: Table) -> Repeats:
+    """Compare all rows. Trained rows (with replayed ones) and held-out rows are a set each.
+
+    A leak is a held-out row whose question is trained on. Near-duplicates are looked for among
+    all rows that are neither.
+    """
+    held = table.in_part("validation")
+    identity = table.identity ^ held.astype(np.uint64)
+    first = first_of(identity)
+    repeated = first != np.arange(len(table))
+    asked = _trained_question(table, held)
+    leaking = (asked >= 0) & ~repeated
+    near = _near(table, ~repeated & ~leaking)
+    return Repeats(
+        Pairs(np.flatnonzero(repeated), first[repeated]),
+        Pairs(np.flatnonzero(leaking), asked[leaking]),
+        near,
+    )
+
+
+def first_of(keys: npt.NDArray[np.unsignedinteger]) -> Ints:
+    """For each entry the number of the first one that equals it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.ones(len(keys), np.bool_)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[starts][np.cumsum(starts) - 1]
+    return first
+
+
+def _trained_question(table: Table, held: Bools) -> Ints:
+    """For each held-out row a trained row with its question, or -1."""
+    found = np.full(len(table), -1, np.int64)
+    if not held.any():
+        return found
+    trained, asking = np.flatnonzero(~held), np.flatnonzero(held)
+    order = np.argsort(table.question[trained], kind="stable")
+    questions = table.question[trained][order]
+    place = np.searchsorted(questions, table.question[asking])
+    inside = place < len(questions)
+    same = np.zeros(len(asking), np.bool_)
+    same[inside] = questions[place[inside]] == table.question[asking][inside]
+    found[asking[same]] = trained[order[place[same]]]
+    return found
+
+
+def _near(table: Table, wanted: Bools) -> Pairs:
+    """Rows nearly like an earlier one that stays; each such pair was measured."""
+    candidates = _candidates(table, wanted)
+    measure = lru_cache(_MEASURED)(lambda row: Measure(table.body(row)))
+    like: dict[int, int] = {}
+    for row in sorted(candidates):
+        earlier = {like.get(other, other) for other in candidates[row]}
+        for other in sorted(earlier):
+            if measure(row).near(measure(other)):
+                like[row] = other
+                break
+    return Pairs(np.array(list(like), np.int64), np.array(list(like.values()), np.int64))
+
+
+def _candidates(table: Table, wanted: Bools) -> dict[int, set[int]]:
+    """Rows with earlier rows that they share a number of the sketch with."""
+    found: dict[int, set[int]] = {}
+    for band in range(BANDS):
+        rows = np.flatnonzero(wanted & (table.bands[:, band] != 0))
+        numbers = table.bands[rows, band]
+        order = np.argsort(numbers, kind="stable")
+        rows, numbers = rows[order], numbers[order]
+        for back in range(1, _CHAIN + 1):
+            same = np.flatnonzero(numbers[back:] == numbers[:-back])
+            pairs = zip(rows[same + back].tolist(), rows[same].tolist(), strict=True)
+            for row, other in pairs:
+                found.setdefault(row, set()).add(other)
+    return found
 
 
 @dataclass(frozen=True)
@@ -31,7 +130,7 @@ class Rules:
 
     def removes(self, one: Scan) -> bool:
         """Whether exact duplicates (and leaks) are taken out rather than refused."""
-        if self.duplicates == "auto":  # nobody can mend a set of the hub
+        if self.duplicates == "auto":  # nobody can fix a set of the hub
             return isinstance(one.source, HubSet)
         return self.duplicates == "remove"
 
@@ -117,12 +216,12 @@ class Findings:
         path, line = self.table.place(other)
         first = f"{shown(path)}:{line}"
         if kind == "duplicate":
-            mend = "keep one of the two, or set data.duplicates=remove"
-            return Problem(kind, f"the same conversation as {first}", mend)
+            fix = "keep one of the two, or set data.duplicates=remove"
+            return Problem(kind, f"the same conversation as {first}", fix)
         if kind == "leak":
             what = f"held out, but {first} trains on the same question in the same context"
-            mend = "take it out of one of the two sets: a figure on trained questions tells nothing"
-            return Problem(kind, what, mend)
+            fix = "take it out of one of the two sets: a figure on trained questions tells nothing"
+            return Problem(kind, what, fix)
         if self._held[row] and not self._held[other]:
             what = f"held out, but nearly the same as {first}, which is trained on"
             return Problem("near-leak", what, "take it out of one of the two sets")
@@ -135,8 +234,8 @@ def _sizes(lists: list[tuple[str, Pairs]]) -> dict[str, int]:
 
 
 def _personal(what: str, masked: str) -> Problem:
-    mend = "take it out, or put a made-up one in its place"
-    return Problem("personal-data", f"there seems to be {what} in it ({masked})", mend)
+    fix = "take it out, or put a made-up one in its place"
+    return Problem("personal-data", f"there seems to be {what} in it ({masked})", fix)
 
 
 def write_findings(path: Path, findings: Findings) -> bool:
@@ -167,3 +266,59 @@ def sentences(counts: Mapping[str, Mapping[str, Any]], report: str) -> list[str]
 
 def _rows(number: int) -> str:
     return "1 row" if number == 1 else f"{number} rows"
+
+
+# How long conversations are in tokens: counted with a tokenizer, or estimated without one.
+
+SAMPLE = 1000
+_BYTES_PER_TOKEN = 4.0  # of English text with tokenizers of the usual size
+
+
+def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] | None:
+    """Statistics over some rows; None when there are none."""
+    if not len(rows):
+        return None
+    sizes = table.text_size[rows].astype(np.float64)
+    if tokenizer is None:
+        return _summary(sizes / _BYTES_PER_TOKEN, "estimated as a token for every 4 bytes of text")
+    chat = _format(tokenizer)
+    picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
+    counted = np.array([_count(chat, table, int(row)) for row in rows[picked]], np.float64)
+    if len(picked) == len(rows):
+        return _summary(counted, f"counted with the tokenizer of {tokenizer}")
+    share = counted.sum() / max(sizes[picked].sum(), 1.0)
+    how = f"estimated from {len(picked)} rows counted with the tokenizer of {tokenizer}"
+    return _summary(sizes * share, how)
+
+
+def _format(folder: Path) -> ChatFormat:
+    try:
+        return ChatFormat.from_folder(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _count(chat: ChatFormat, table: Table, row: int) -> int:
+    messages = [message.to_dict() for message in table.conversation(row).messages]
+    return len(chat.encode_example(messages).input_ids)
+
+
+def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
+    median, high = np.percentile(tokens, [50, 95])
+    return {
+        "rows": len(tokens),
+        "median": round(float(median)),
+        "mean": round(float(tokens.mean()), 1),
+        "p95": round(float(high)),
+        "longest": round(float(tokens.max())),
+        "total": round(float(tokens.sum())),
+        "how": how,
+    }
+
+
+def sentence(stats: dict[str, Any]) -> str:
+    """The statistics on one line."""
+    return (
+        f"tokens: median {stats['median']}, 95 % up to {stats['p95']}, longest {stats['longest']}, "
+        f"{stats['total']} in all ({stats['how']})"
+    )

@@ -7,31 +7,267 @@ where each row was written.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, StageError
-from ..run import Run
-from .arrays import U8, Bools, Ints
-from .facts import MOST_COMPARED, Chat, teachers
+from ..run import Run, write_atomically
+from ..telling import Set, has_expected_words, names_in
+from .arrays import U8, U64, Bools, Ints, mixed
 from .faults import Fault, in_order, write_report
-from .findings import Findings, Rules, sentences, write_findings
-from .lengths import lengths
-from .origins import FILE as ORIGINS
-from .origins import MOST_ROWS, write_origins
-from .scan import Scan, scan
+from .findings import Findings, Rules, lengths, sentences, write_findings
+from .scan import Scan, Span, Table, scan
 from .sources import Source, expand, place_of
-from .split import held_out, held_out_reworded
-from .write import RowWriter, distribute
 
 if TYPE_CHECKING:
-    from ..recipe_data import DataSection
+    from ..recipe import DataSection
+
+
+# Which chats teach what another one asks: the same answer, or one that tells the same.
+# Works on questions and answers alone; used where a set is small enough to compare.
+
+MOST_COMPARED = 5000  # chats of a set; that many of 50 words take some 5 seconds
+MOST_CANDIDATES = 50  # of one chat; a set where more share a rare word is compared with these
+
+
+class Chat(NamedTuple):
+    """All that was said before the last answer, its last question, and that answer."""
+
+    before: str
+    question: str
+    answer: str
+
+
+def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
+    """For each chat of `asked` the chats of `taught` that teach its answer, itself aside.
+
+    One does where its own answer would count as right for the question, and it speaks of what the
+    question asks about: of its words, the rarest that other chats have as well.
+    """
+    itself = asked is taught
+    everything = asked if itself else [*asked, *taught]
+    among = Set.of([chat.answer for chat in everything], [chat.question for chat in everything])
+    subjects = [among.subject(f"{chat.question}\n{chat.answer}") for chat in taught]
+    counts = Counter(word for subject in subjects for word in subject)
+    by_word: defaultdict[str, list[int]] = defaultdict(list)
+    by_answer: defaultdict[str, list[int]] = defaultdict(list)
+    for number, chat in enumerate(taught):
+        by_answer[chat.answer].append(number)
+        for word in among.telling(chat.answer).all:
+            by_word[word].append(number)
+    found: list[list[int]] = []
+    for place, chat in enumerate(asked):
+        known = {
+            word: counts[word] for word in among.subject(chat.question) if counts[word] > itself
+        }
+        rarest = {word for word, count in known.items() if count == min(known.values())}
+        if not names_in(chat.question) <= known.keys() | among.asked_common:
+            found.append([])  # asks about something that no other chat speaks of
+            continue
+        lists = sorted(
+            (by_word.get(word, []) for word in among.telling(chat.answer, chat.before).all), key=len
+        )
+        # The rarest word may be among those that an answer need not have.
+        near = [number for numbers in lists[:2] for number in numbers[:MOST_CANDIDATES]]
+        candidates = {*near, *by_answer[chat.answer][:MOST_CANDIDATES]}
+        found.append(
+            sorted(
+                number
+                for number in candidates - ({place} if itself else set())
+                if (not rarest or rarest & subjects[number])
+                and has_expected_words(taught[number].answer, chat.answer, chat.before, among)
+            )
+        )
+    return found
+
+
+# Chooses the held-out part of a set: seeded, and never the same question on both sides.
+
+ENOUGH = 10  # held-out questions that a gate can judge by
+
+
+def held_out(keys: U64, share: float, seed: int) -> Bools:
+    """Which rows to hold out: about `share` of `keys`, at least one, never all.
+
+    Rows with equal keys (the same question in the same context) stay together. None when there
+    are fewer than two different keys. The order of the rows does not matter.
+    """
+    groups, members, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    order = _order(groups, seed)
+    before = np.cumsum(sizes[order]) - sizes[order]
+    chosen = np.zeros(len(groups), np.bool_)
+    wanted = max(1, round(share * len(keys)))
+    chosen[order[:-1]] = before[:-1] < wanted
+    return chosen[members]
+
+
+def held_out_reworded(
+    keys: U64, share: float, seed: int, teachers: Sequence[Sequence[int]]
+) -> Bools:
+    """The same, of rows whose fact is still trained on; `teachers[row]` are rows that teach it.
+
+    Such a question can be answered by a model that has learnt its chats. Where there are fewer
+    than ENOUGH of them, others are added as `held_out` chooses them, up to the share.
+    """
+    groups, members, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    wanted = max(1, round(share * len(keys)))
+    rows_of = [np.flatnonzero(members == group) for group in range(len(groups))]
+    taught_by = [{row for row in rows if members[row] != members[i]} for i, rows in
+                 enumerate(teachers)]  # fmt: skip
+    teaches: list[list[int]] = [[] for _ in keys]
+    for row, rows in enumerate(taught_by):
+        for teacher in rows:
+            teaches[teacher].append(row)
+    left = [len(rows) for rows in taught_by]  # teachers of each row that are still trained on
+    chosen = np.zeros(len(groups), np.bool_)
+    held: set[int] = set()
+    order = _order(groups, seed)
+    for group in order.tolist():
+        rows = rows_of[group].tolist()
+        lost = Counter(row for teacher in rows for row in teaches[teacher])
+        if len(held) >= wanted or any(left[row] < 1 for row in rows):
+            continue
+        if any(row in held and left[row] - count < 1 for row, count in lost.items()):
+            continue
+        chosen[group] = True
+        held.update(rows)
+        for row, count in lost.items():
+            left[row] -= count
+    if len(held) < min(wanted, ENOUGH):
+        count = len(held)
+        for group in order.tolist():
+            if count >= wanted or chosen.sum() >= len(groups) - 1:
+                break
+            if not chosen[group]:
+                chosen[group] = True
+                count += int(sizes[group])
+    return chosen[members]
+
+
+def _order(groups: U64, seed: int) -> Ints:
+    start = mixed(np.array([seed % 2**64], np.uint64))
+    return np.argsort(mixed(groups ^ start), kind="stable")
+
+
+# Where each prepared row stands in the user's own files, so that messages can name that place.
+# Reads and writes run/data-origins.json; sets of more than a bound of rows have none.
+
+ORIGINS_FILE = "data-origins.json"
+MOST_ROWS = 20_000  # about 1 MB
+
+
+def write_origins(path: Path, places: Mapping[str, Sequence[tuple[Path, int]]]) -> None:
+    """Write the file and line of each row of each part; none where there are too many rows."""
+    if not 0 < sum(map(len, places.values())) <= MOST_ROWS:
+        path.unlink(missing_ok=True)
+        return
+    rows = {part: [f"{file}:{line}" for file, line in found] for part, found in places.items()}
+    write_atomically(path, json.dumps(rows, ensure_ascii=False))
+
+
+def origins(run: Path, part: str) -> list[str]:
+    """`file:line` for each row of a part, in order; empty where that is not known."""
+    try:
+        found = json.loads((run / ORIGINS_FILE).read_text(encoding="utf-8")).get(part, [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [str(place) for place in found]
+
+
+# Writes prepared conversations as JSON lines, counted and hashed on the way.
+
+_AHEAD = 2  # spans of 1 MB that are read before they are written
+
+
+class RowWriter:
+    """Rows for one file; when the `with` block ends they are on the disk, not only in a cache."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self._stream = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._hashed: Future[None] | None = None
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._stream:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        self._await_hash()
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes, rows: int, hashing: Executor) -> None:
+        """Add whole lines; their hash is taken beside, as it takes as long as the writing.
+
+        It stays one call behind at most, so that memory stays flat.
+        """
+        if rows:
+            hashed = hashing.submit(self._hash.update, data)
+            self._stream.write(data)
+            self.rows += rows
+            self._await_hash()
+            self._hashed = hashed
+
+    def _await_hash(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+
+
+Lines = list[tuple[int, bytes, int]]  # number of the writer, lines, how many
+
+
+def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> None:
+    """Copy each row to the writer that its number in `target` names; 0 is none.
+
+    One thread reads and sorts ahead and one hashes while this one writes.
+    """
+
+    def sorted_lines(span: Span) -> Lines:
+        texts, wanted = table.texts(span), target[span.rows]
+        found = []
+        for number in writers:
+            chosen = [texts[place] for place in np.flatnonzero(wanted == number).tolist()]
+            found.append((number, b"\n".join([*chosen, b""]), len(chosen)))
+        return found
+
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as hashing:
+        waiting: deque[Future[Lines]] = deque()
+        for span in table.spans(np.flatnonzero(target)):
+            waiting.append(ahead.submit(sorted_lines, span))
+            if len(waiting) > _AHEAD:
+                _write_lines(waiting.popleft().result(), writers, hashing)
+        for last in waiting:
+            _write_lines(last.result(), writers, hashing)
+
+
+def _write_lines(lines: Lines, writers: Mapping[int, RowWriter], hashing: Executor) -> None:
+    for number, data, rows in lines:
+        writers[number].write(data, rows, hashing)
+
 
 FAULTS = "data-faults.txt"
 REPORT = "data-report.txt"
@@ -69,7 +305,7 @@ def prepare(
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
         _publish(writers, run)
-        write_origins(run.path / ORIGINS, _places(findings, target))
+        write_origins(run.path / ORIGINS_FILE, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
     return {
         **_manifest(data, scans, writers),
@@ -93,8 +329,8 @@ def chosen_sources(
         for source in sources:
             inside = expand(source)
             if not inside:
-                what, mend = "a folder without chats", "put .jsonl, .json, .csv or .parquet there"
-                faults.append(Fault(place_of(source), 0, "no-chat-files", what, mend))
+                what, fix = "a folder without chats", "put .jsonl, .json, .csv or .parquet there"
+                faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
             for one in inside:
                 key = str(one.resolve() if isinstance(one, Path) else one)
                 if key in named:
@@ -167,8 +403,8 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
 
 def _nothing_to_hold_out(data: DataSection) -> Fault:
     what = "all conversations ask the same question, so none can be held out"
-    mend = "add conversations, or name held-out ones under data.validation"
-    return Fault(place_of(data.train[0]), 0, "too-few", what, mend)
+    fix = "add conversations, or name held-out ones under data.validation"
+    return Fault(place_of(data.train[0]), 0, "too-few", what, fix)
 
 
 def _write(findings: Findings, target: U8, staging: Path) -> Writers:

@@ -12,8 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from phi3_tool.address import parse_address
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.connection import ConnectionSettings, parse_address
 from phi3_tool.entra import credential_of
 from phi3_tool.errors import ConfigurationError, one_line
 from phi3_tool.transport import new_session
@@ -57,7 +56,7 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
             yield HERE.fault(
                 "health",
                 f"no answer from {address.shown}: {reason}",
-                _mend(error, address.is_loopback),
+                _fix(error, address.is_loopback),
             )
             yield HERE.skipped("latency", "it does not answer")
 
@@ -105,7 +104,7 @@ def _reason(error: BaseException) -> str:
     return said
 
 
-def _mend(error: Exception, loopback: bool) -> str:
+def _fix(error: Exception, loopback: bool) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         return "check the host name, or point REQUESTS_CA_BUNDLE at your company's CA certificates"
     if isinstance(error, requests.exceptions.Timeout):

@@ -5,18 +5,22 @@ Reads the metadata of installed packages; asks the keyring once.
 
 from __future__ import annotations
 
-import re
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+import yaml
+from packaging.version import Version
 
 from phi3_tool.connection import environment_names_endpoint
 
-from .. import keyring_guard
+from ..flow import store
+from ..packages import RULES, Installed, installed
 from .finding import Finding, Group
-
-Installed = Callable[[str], "str | None"]
 
 HERE = Group("environment")
 TESTED_PYTHON = (3, 11)
@@ -28,55 +32,6 @@ OF_ONE_VERSION = (
     "promptflow-tracing",
     "promptflow-azure",
 )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A package and the versions of it that work: at least `low`, below `high`."""
-
-    package: str
-    low: str = ""
-    high: str = ""
-    why: str = ""
-    needed: bool = True
-    with_package: str = ""  # only where this one is installed too
-
-    def broken_by(self, version: str) -> bool:
-        """Whether this version is outside."""
-        found = _numbers(version)
-        return bool(self.low and found < _numbers(self.low)) or bool(
-            self.high and found >= _numbers(self.high)
-        )
-
-    @property
-    def mend(self) -> str:
-        """The pip command that gets a version that works."""
-        wanted = [f">={self.low}"] if self.low else []
-        wanted += [f"<{self.high}"] if self.high else []
-        return f'pip install "{self.package}{",".join(wanted)}"'
-
-
-RULES = (
-    Rule("promptflow", "1.18.5", "2", "older versions have known holes in their local service"),
-    Rule("filelock", "3.20", "3.30", "3.30 forbids inherited locks: the chat page's server dies"),
-    Rule(
-        "azure-ai-ml",
-        high="1.33",
-        why="1.33 dropped a module that every pfazure command imports",
-        needed=False,
-        with_package="promptflow-azure",
-    ),
-    Rule("uvicorn", why="`pf flow serve --engine fastapi` needs it and does not ask for it"),
-    Rule("requests", "2.28", why="the client is built on it"),
-)
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def environment(
@@ -108,7 +63,7 @@ def check_versions(version_of: Installed) -> Finding:
         return HERE.skipped("versions", "Prompt flow is not installed")
     shown = ", ".join(f"{name} {version}" for name, version in found.items())
     if len(set(found.values())) > 1:
-        newest = max(found.values(), key=_numbers)
+        newest = max(found.values(), key=Version)
         return HERE.fault(
             "versions",
             f"Prompt flow's packages are of different versions: {shown}",
@@ -125,10 +80,10 @@ def check_rules(version_of: Installed) -> Iterator[Finding]:
         version = version_of(rule.package)
         if version is None:
             if rule.needed:
-                mend = 'pip install "phi3-promptflow[flow]"'
-                yield HERE.fault(rule.package, f"not installed; {rule.why}", mend)
+                fix = 'pip install "phi3-promptflow[flow]"'
+                yield HERE.fault(rule.package, f"not installed; {rule.why}", fix)
         elif rule.broken_by(version):
-            yield HERE.fault(rule.package, f"{version}: {rule.why}", rule.mend)
+            yield HERE.fault(rule.package, f"{version}: {rule.why}", rule.fix)
         else:
             yield HERE.ok(rule.package, version)
 
@@ -136,18 +91,130 @@ def check_rules(version_of: Installed) -> Iterator[Finding]:
 def check_keyring() -> Finding:
     """Something keeps the key that encrypts Prompt flow's store."""
     try:
-        keeper = keyring_guard.find_keeper()
-    except keyring_guard.KeyringError as error:
-        mend = 'pip install "keyrings.alt>=5"'
+        keeper = store.find_keeper()
+    except store.KeyringError as error:
+        fix = 'pip install "keyrings.alt>=5"'
         if environment_names_endpoint():
             why = "none works; not needed while PHI3_ENDPOINT and PHI3_KEY are set"
-            return HERE.warning("keyring", why, mend)
-        return HERE.fault("keyring", str(error), mend)
-    said = keyring_guard.describe(keeper, tighten=False)
-    if keyring_guard.exposed(keeper):
+            return HERE.warning("keyring", why, fix)
+        return HERE.fault("keyring", str(error), fix)
+    said = store.describe(keeper, tighten=False)
+    if store.exposed(keeper):
         return HERE.warning("keyring", said, f"chmod 600 {keeper.file}")
     return HERE.ok("keyring", said)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+# Prompt flow's own doings on this machine: usage reports, and its local service.
+# Reads pf.yaml (of Prompt flow's home and of this folder) and the ports its service remembered;
+# asks each of those ports whether the service is there. Starts and stops nothing.
+
+SECONDS = 2.0
+
+
+def promptflow_home() -> Path:
+    """Where Prompt flow keeps its settings, store and runs."""
+    return Path(os.environ.get("PF_HOME_DIRECTORY") or Path.home() / ".promptflow")
+
+
+def service(home: Path, folder: Path, version_of: Installed = installed) -> Iterator[Finding]:
+    """All checks of this module; `folder` is where commands are typed."""
+    try:
+        settings = read_settings(home, folder)
+    except (yaml.YAMLError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        yield HERE.fault(
+            "settings",
+            f"Prompt flow's settings cannot be read: {reason}",
+            f"fix or remove the pf.yaml in {home} or above {folder}",
+        )
+        return
+    yield check_telemetry(settings)
+    yield check_service(home, settings, version_of)
+
+
+def read_settings(home: Path, folder: Path) -> dict[str, Any]:
+    """The settings in force: those of the nearest pf.yaml above, then those of the home."""
+    settings: dict[str, Any] = {}
+    nearest = next(
+        (d / "pf.yaml" for d in (folder, *folder.parents) if (d / "pf.yaml").is_file()), None
+    )
+    for path in (nearest, home / "pf.yaml"):
+        if path is not None and path.is_file():
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            if not isinstance(content, dict):
+                raise ValueError(f"{path} holds no settings")
+            settings.update(content)
+    return settings
+
+
+def check_telemetry(settings: dict[str, Any]) -> Finding:
+    """Usage reports are on unless they were switched off."""
+    asked = settings.get("telemetry")
+    enabled = asked.get("enabled", True) if isinstance(asked, dict) else True
+    if str(enabled).lower() == "false":
+        return HERE.ok("telemetry", "off")
+    return HERE.warning(
+        "telemetry",
+        "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds where"
+        " the network drops that",
+        "pf config set telemetry.enabled=false",
+    )
+
+
+def check_service(home: Path, settings: dict[str, Any], version_of: Installed) -> Finding:
+    """The local service, where one runs, is Prompt flow's and of this version."""
+    ports = sorted(_remembered(home))
+    alive = {port: said for port in ports if (said := _heartbeat(port)) is not None}
+    ours = version_of("promptflow")
+    for port, said in alive.items():
+        if said == "":
+            return HERE.fault(
+                "service",
+                f"port {port}, which Prompt flow takes for its service, is another program's;"
+                " `pf service stop` would end that program",
+                "pf service start --port PORT, with a free one",
+            )
+        if ours and said != ours:
+            return HERE.fault(
+                "service",
+                f"Prompt flow's service on port {port} is of version {said}, installed is {ours}",
+                "pf service start --force",
+            )
+    if alive:
+        return HERE.ok("service", f"running on port {', '.join(map(str, alive))}")
+    trace = settings.get("trace")
+    off = isinstance(trace, dict) and str(trace.get("destination")).lower() == "none"
+    why = "traces are off" if off else "`pf flow test` and the chat page start it"
+    return HERE.ok("service", f"not running ({why})")
+
+
+def _remembered(home: Path) -> Iterator[int]:
+    for path in [*home.glob("pfs/*pfs.port"), *home.glob("pfs.port")]:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError):
+            continue
+        port = (content or {}).get("service", {}).get("port") if isinstance(content, dict) else None
+        if isinstance(port, int):
+            yield port
+
+
+def _heartbeat(port: int) -> str | None:
+    """The service's version; "" for another program, None where nobody listens."""
+    session = requests.Session()
+    session.trust_env = False  # this machine is asked, never through a proxy
+    try:
+        answer = session.get(f"http://127.0.0.1:{port}/heartbeat", timeout=SECONDS)
+    except requests.exceptions.ConnectTimeout:
+        return None
+    except requests.exceptions.ConnectionError as error:
+        return None if "refused" in str(error).lower() else ""
+    except requests.exceptions.RequestException:
+        return ""
+    finally:
+        session.close()
+    try:
+        said = json.loads(answer.text)
+    except ValueError:
+        return ""
+    return str(said.get("promptflow", "")) if isinstance(said, dict) else ""

@@ -8,15 +8,14 @@ from pathlib import Path
 
 from phi3_tool.connection import ConnectionSettings
 
-from ..bundle import FlowSource
 from ..errors import UsageError
-from .connection import Connection, connection_of
+from ..flow.bundle import FlowSource, connection_of
+from ..packages import Installed, installed
 from .endpoint import endpoint
-from .environment import Installed, environment, installed
+from .environment import environment, promptflow_home, service
 from .finding import Finding, Group
-from .flow import flow
+from .flow import Connection, flow
 from .probe import CONNECTION, ENDPOINT, ask, connection_findings, token_finding
-from .service import promptflow_home, service
 
 DEFAULT_CONNECTION = "phi3_connection"
 

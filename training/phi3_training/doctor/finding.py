@@ -1,4 +1,4 @@
-"""One finding of the doctor: what was looked at, how it stands, and what mends it."""
+"""One finding of the doctor: what was looked at, how it stands, and what fixes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Finding:
     check: str
     state: State
     said: str
-    mend: str = ""
+    fix: str = ""
 
     def as_dict(self) -> dict[str, str]:
         """Plain values for JSON."""
@@ -32,8 +32,8 @@ class Finding:
 
     def changed(self, scrub: Callable[[str], str]) -> Finding:
         """The same finding with its words gone through `scrub`, each on one line."""
-        said, mend = (" ".join(scrub(text).split()) for text in (self.said, self.mend))
-        return replace(self, said=said, mend=mend)
+        said, fix = (" ".join(scrub(text).split()) for text in (self.said, self.fix))
+        return replace(self, said=said, fix=fix)
 
 
 class Group:
@@ -46,14 +46,14 @@ class Group:
         """It is as it should be."""
         return Finding(self._name, check, State.OK, said)
 
-    def warning(self, check: str, said: str, mend: str) -> Finding:
+    def warning(self, check: str, said: str, fix: str) -> Finding:
         """It works, but not as well as it could."""
-        return Finding(self._name, check, State.WARNING, said, mend)
+        return Finding(self._name, check, State.WARNING, said, fix)
 
-    def fault(self, check: str, said: str, mend: str) -> Finding:
+    def fault(self, check: str, said: str, fix: str) -> Finding:
         """It does not work."""
-        return Finding(self._name, check, State.FAULT, said, mend)
+        return Finding(self._name, check, State.FAULT, said, fix)
 
-    def skipped(self, check: str, why: str, mend: str = "") -> Finding:
+    def skipped(self, check: str, why: str, fix: str = "") -> Finding:
         """It was not looked at, and why."""
-        return Finding(self._name, check, State.SKIPPED, why, mend)
+        return Finding(self._name, check, State.SKIPPED, why, fix)

@@ -15,15 +15,19 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from ..bundle import FlowSource, copy_flow
-from ..errors import UsageError
+from phi3_tool.connection import ConnectionSettings, environment_names_endpoint, is_loopback
+from phi3_tool.errors import ConfigurationError
+
+from ..errors import MissingExtraError, StageError, UsageError
+from ..flow import store
+from ..flow.bundle import FlowSource, copy_flow
+from ..flow.home import PF_MAIN, quiet_home
 from .finding import Finding, Group
 
 HERE = Group("flow")
 SECONDS = 120
-PF_MAIN = "from promptflow._cli.pf import main; main()"
-_SETTINGS = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 
 
 def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
@@ -53,20 +57,12 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
     except subprocess.TimeoutExpired:
         verdict = {"errors": [{"message": f"no verdict within {SECONDS} s"}]}
     faults = [_message(fault) for fault in verdict.get("errors", [])]
-    mend = f"pf flow validate --source {source.folder}"
+    fix = f"pf flow validate --source {source.folder}"
     if faults:
-        yield HERE.fault("validate", "; ".join(dict.fromkeys(faults)), f"see it whole: {mend}")
+        yield HERE.fault("validate", "; ".join(dict.fromkeys(faults)), f"see it whole: {fix}")
     else:
         yield HERE.ok("validate", "Prompt flow takes it")
     yield _tools(source, copy)
-
-
-def quiet_home(folder: Path) -> Path:
-    """A Prompt flow home in a folder of one's own: no usage report, no service for traces."""
-    home = folder / ".promptflow"
-    home.mkdir()
-    (home / "pf.yaml").write_text(_SETTINGS, encoding="utf-8")
-    return home
 
 
 def _validate(copy: Path) -> dict[str, Any]:
@@ -124,4 +120,93 @@ def _package() -> Finding:
         "package tool",
         "not installed: editors do not offer Phi-3 chat (the chat flow carries its source along)",
         'pip install "phi3-promptflow[flow]"',
+    )
+
+
+# The connection: is it there, is it whole, and does it lead over https or to this machine.
+# Reads the environment or Prompt flow's store; asks nothing over the network.
+
+CONNECTION = Group("connection")
+_CONNECT = "phi3 connect, or see connections/README.md for one by hand"
+
+
+class Connection:
+    """What the checks of the connection found out for those that follow."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.settings: ConnectionSettings | None = None
+        self.why_not = ""
+
+    def checks(self) -> Iterator[Finding]:
+        """Present, whole, over https; afterwards `settings` is there, or `why_not` says why not."""
+        try:
+            found, said = self._find()
+        except (StageError, MissingExtraError) as error:
+            self.why_not = "there is no connection to ask with"
+            yield CONNECTION.fault("present", str(error), _CONNECT)
+            for check in ("shape", "https"):
+                yield CONNECTION.skipped(check, self.why_not)
+            return
+        yield CONNECTION.ok("present", said)
+        faults: list[str] = []
+        try:
+            self.settings = (
+                ConnectionSettings.from_environment()
+                if found is None
+                else ConnectionSettings.from_connection(found)
+            )
+        except ConfigurationError as error:
+            faults = list(error.faults) or [error.message]
+            self.why_not = "the connection cannot be used as it stands"
+        yield from self._shape_and_https(found, faults)
+
+    def _find(self) -> tuple[object | None, str]:
+        """The stored connection, or None where the environment outranks it."""
+        if environment_names_endpoint():
+            return None, "from PHI3_ENDPOINT and PHI3_KEY, which outrank the store"
+        found = store.stored_connection(self.name)
+        return found, f"{self.name}, in {store.database()}"
+
+    def _shape_and_https(self, found: object | None, faults: list[str]) -> Iterator[Finding]:
+        fix = _fix(self.name, in_environment=found is None)
+        plain = [fault for fault in faults if "plain http" in fault]
+        others = [fault for fault in faults if fault not in plain]
+        if others:
+            yield CONNECTION.fault("shape", "; ".join(others), fix)
+        else:
+            yield CONNECTION.ok("shape", self._shown())
+        if plain:
+            yield CONNECTION.fault("https", plain[0], fix)
+        elif self.settings is None:
+            yield CONNECTION.skipped("https", "the endpoint's address is not usable yet")
+        else:
+            yield CONNECTION.ok("https", _way(self.settings.endpoint))
+
+    def _shown(self) -> str:
+        if self.settings is None:
+            return "endpoint and key are filled in"
+        options = {
+            "deployment": self.settings.deployment,
+            "dialect": self.settings.dialect,
+            "context_length": self.settings.context_length,
+        }
+        said = [f"{name} {value}" for name, value in options.items() if value is not None]
+        return ", ".join([self.settings.endpoint.partition("?")[0], "a key", *said])
+
+
+def _way(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    if parts.scheme.lower() == "https":
+        return f"the key goes over https to {parts.hostname}"
+    here = is_loopback((parts.hostname or "").lower())
+    return "plain http, to this machine only" if here else f"plain http to {parts.hostname}"
+
+
+def _fix(name: str, *, in_environment: bool) -> str:
+    if in_environment:
+        return 'eval "$(phi3 env)", or set PHI3_ENDPOINT and PHI3_KEY by hand'
+    return (
+        f"phi3 connect connection.name={name}, or pf connection update --name {name}"
+        " --set configs.endpoint=URL secrets.key=KEY"
     )

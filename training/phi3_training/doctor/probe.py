@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool import ChatReply, Phi3Client
-from phi3_tool.address import parse_address
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.connection import ConnectionSettings, parse_address
 from phi3_tool.errors import (
     AuthenticationError,
     EndpointNotFoundError,
@@ -112,8 +111,8 @@ def _dialect(asked: Asked) -> Finding:
     if asked.reply:
         return CONNECTION.ok("dialect", f"{asked.dialect} ({source}): the answer was understood")
     if isinstance(asked.error, UnreadableAnswerError):
-        said, mend = _parts(asked.error)
-        return CONNECTION.fault("dialect", f"{asked.dialect} ({source}): {said}", mend)
+        said, fix = _parts(asked.error)
+        return CONNECTION.fault("dialect", f"{asked.dialect} ({source}): {said}", fix)
     return CONNECTION.skipped("dialect", "no answer to judge it by")
 
 
@@ -131,8 +130,8 @@ def _traffic(asked: Asked) -> Finding:
         return CONNECTION.ok("deployment", f"{named} answered" if named else "there is one")
     if isinstance(asked.error, EndpointNotFoundError) and not asked.other:
         which = f"no deployment {wanted}" if wanted else "no deployment with traffic"
-        said, mend = _parts(asked.error)
-        return CONNECTION.fault("deployment", f"{which} at this address: {said}", mend)
+        said, fix = _parts(asked.error)
+        return CONNECTION.fault("deployment", f"{which} at this address: {said}", fix)
     return CONNECTION.skipped("deployment", "no answer from any")
 
 
@@ -146,7 +145,7 @@ def token_finding(asked: Asked) -> Finding:
 
 
 def _parts(error: Phi3Error) -> tuple[str, str]:
-    """What happened and what mends it: the tree's messages have the mend behind a colon."""
-    what, colon, mend = error.message.partition(": ")
+    """What happened and what fixes it: the tree's messages have the fix behind a colon."""
+    what, colon, fix = error.message.partition(": ")
     facts = str(error)[len(error.message) :]
-    return (what + facts, mend) if colon else (error.message + facts, "see docs/doctor.md")
+    return (what + facts, fix) if colon else (error.message + facts, "see docs/doctor.md")

@@ -17,12 +17,10 @@ from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
+from .answers import Asked, choose_judge
 from .figures import Comparison, compare, metrics_for, seed_of
-from .greedy import Asked
-from .judge import choose_judge
 from .questions import PARTS, Question, collect
-from .remembered import remember, remembered
-from .rows import PATH, Answered, Row, make_rows, write_rows
+from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_rows
 
 Step = Callable[[int], None]
 

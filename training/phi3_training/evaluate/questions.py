@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.origins import origins
+from ..data.prepare import origins
 from ..errors import StageError
 from ..finetune.rows import Conversation
 from ..project import shipped_data

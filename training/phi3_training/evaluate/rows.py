@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import StageError
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words
-from . import corpus
+from . import metrics
 from .metrics import (
     contains,
     exact_match,
@@ -150,8 +150,8 @@ def _scores(
             "token_f1": round(token_f1(text, expected), 4),
             "f1_over_lookalikes": round(f1_over_lookalikes(text, expected, alike), 4),
             "rouge_l": round(rouge_l(text, expected), 4),
-            "bleu": round(corpus.of_one("bleu", text, expected), 2),
-            "chrf": round(corpus.of_one("chrf", text, expected), 2),
+            "bleu": round(metrics.of_one("bleu", text, expected), 2),
+            "chrf": round(metrics.of_one("chrf", text, expected), 2),
         }
     if answered.loss is not None:
         found |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}
@@ -161,3 +161,37 @@ def _scores(
         "cut": answered.said is None or answered.said.cut,
         "refusal_rate": refuses(text),
     }
+
+
+# The base model's answers, kept so that a second tuning of the same base does not ask it again.
+# Reads and writes run/evaluate/base-answers.json: whole or not at all, and only for exactly the
+# same weights, questions and settings.
+
+BASE_ANSWERS = "evaluate/base-answers.json"
+
+
+def remembered(run: Run, key: str | None) -> list[Answered] | None:
+    """The answers that were kept under `key`; None where there are none."""
+    if key is None:
+        return None
+    try:
+        kept = json.loads((run.path / BASE_ANSWERS).read_text(encoding="utf-8"))
+        if kept["key"] != key:
+            return None
+        return [_answered(one["said"], one["loss"]) for one in kept["answers"]]
+    except (OSError, ValueError, TypeError, KeyError):  # nothing, or of another version
+        return None
+
+
+def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
+    """Keep the answers under `key`, in place of what was kept before."""
+    if key is not None:
+        kept = {"key": key, "answers": [asdict(one) for one in answers]}
+        write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))
+
+
+def _answered(said: dict[str, Any] | None, loss: dict[str, Any] | None) -> Answered:
+    return Answered(
+        Said(**said) if said is not None else None,
+        AnswerLoss(**loss) if loss is not None else None,
+    )

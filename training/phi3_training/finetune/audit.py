@@ -5,14 +5,158 @@ Compares the rows as a trainer has them with what each conversation should teach
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise, takewhile
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from ..errors import StageError
 from ..prompt import ChatFormat, Example
-from .audit_rules import RULES
-from .system_turn import SystemTurn
+from ..recipe import AuditRule
+
+# What each rule of the label audit means, and what fixes a breach. Names: recipe.AuditRule.
+
+
+class Rule(NamedTuple):
+    """What would go wrong, and the way out."""
+
+    what: str
+    fix: str
+
+
+_TEMPLATE = "Use the model's original chat_template.jinja and tokenizer.json."
+_LABELS = (
+    "Give the trainer the labels of the chat format unchanged (no collator that makes its own)."
+)
+
+RULES: dict[str, Rule] = {
+    "nothing-trained": Rule(
+        "not one token would be learnt: the whole row is masked.",
+        f"See that each conversation has an answer by the assistant. {_LABELS}",
+    ),
+    "everything-trained": Rule(
+        "the questions would be learnt like the answers: nothing is masked.",
+        f"{_LABELS} {_TEMPLATE}",
+    ),
+    "cut-answer": Rule(
+        "the row is longer than allowed and would be cut, so that an answer or its end is lost "
+        "and the model learns to stop nowhere.",
+        "Raise data.max_length as far as the model's context allows (for base.data: "
+        "base.max_position_embeddings), or shorten the conversation.",
+    ),
+    "no-end": Rule(
+        "the token that ends an answer (Phi-3's <|end|>) would not be learnt, so that the tuned "
+        "model never stops.",
+        f"{_TEMPLATE} {_LABELS}",
+    ),
+    "pad-is-end": Rule(
+        "the padding token is also an end of text, and masking the padding masked the end.",
+        "Mask by position, not by token id, or give the tokenizer a pad token of its own "
+        "(tokenizer_config.json: pad_token).",
+    ),
+    "answer-untrained": Rule(
+        "a part of an answer would not be learnt.",
+        "Search answers by token position, not by text: "
+        "tokenizers write a text otherwise in other surroundings. "
+        f"{_LABELS}",
+    ),
+    "question-trained": Rule(
+        "tokens that the assistant does not say would be learnt.",
+        _LABELS,
+    ),
+    "shifted-labels": Rule(
+        "labels stand at the wrong place, so that a wrong token would be learnt.",
+        f"The model shifts labels itself. {_LABELS}",
+    ),
+    "other-tokens": Rule(
+        "the tokens are not those of the same conversation when served (a beginning of text, a "
+        "line feed or a template more or less).",
+        _TEMPLATE,
+    ),
+    "empty-system": Rule(
+        "the row has an empty system turn, which a served prompt without system text has not.",
+        f"Drop empty system messages. {_TEMPLATE}",
+    ),
+    "added-system": Rule(
+        "the row has a system turn that the data did not have: the chat template wrote it.",
+        f"Write the system message into the data, or take it out of the template. {_TEMPLATE}",
+    ),
+    "packed-mask": Rule(
+        "packing changed how many tokens are learnt: the mask was lost on the way.",
+        "Use finetune.packing, which keeps it, or set finetune.packing=false.",
+    ),
+    "packed-sight": Rule(
+        "conversations packed into one row would see each other: positions do not begin anew.",
+        "Use finetune.packing, which separates them, or set finetune.packing=false.",
+    ),
+}
+
+assert tuple(RULES) == get_args(AuditRule)  # noqa: S101 - two lists of the same names
+
+
+# Finds a system turn at the start of a row of tokens, in the words of any chat template.
+# Reads a chat format only.
+
+T = TypeVar("T")
+
+
+class SystemTurn:
+    """The tokens that open a system turn in one model's chat format."""
+
+    def __init__(self, chat: ChatFormat, opening: Sequence[int]) -> None:
+        self._chat = chat
+        self._opening = list(opening)
+        self._stops = frozenset(chat.stop_token_ids)
+
+    @classmethod
+    def of(cls, chat: ChatFormat) -> SystemTurn | None:
+        """None for a template that has no system turns."""
+        texts = [[_system(word), _user("x")] for word in ("A", "7")]
+        plain = [[_user(word)] for word in ("A", "7")]
+        try:
+            opening = _common([chat.encode_prompt(text) for text in texts])
+            written = _common([chat.render(text, add_generation_prompt=True) for text in texts])
+        except ValueError:  # the template refuses system messages
+            return None
+        user = _common([chat.encode_prompt(text) for text in plain])
+        # Templates that put the system text into the user's turn, or in front of it unmarked.
+        if opening == user or "sys" not in "".join(written).lower():
+            return None
+        while (
+            opening and not chat.is_control(opening[-1]) and not chat.decode(opening[-1:]).strip()
+        ):
+            opening.pop()  # the mark of a word's start belongs to the content
+        return cls(chat, opening)
+
+    def content(self, ids: Sequence[int]) -> str | None:
+        """The text of the row's system turn; None when it has none."""
+        row = list(ids)
+        # One token of leeway: a beginning of text that somebody added.
+        for start in (0, 1):
+            end = start + len(self._opening)
+            if row[start:end] == self._opening:
+                inside = takewhile(lambda token: token not in self._stops, row[end:])
+                return self._chat.decode(list(inside))
+        return None
+
+
+def _system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _common(rows: Sequence[Sequence[T]]) -> list[T]:
+    """The elements with which all rows begin."""
+    first, *others = rows
+    size = 0
+    while size < min(map(len, rows)) and all(row[size] == first[size] for row in others):
+        size += 1
+    return list(first[:size])
+
 
 IGNORED = -100
 _SHOWN = 10
@@ -98,7 +242,7 @@ class Report:
         lines += [f"  {finding.place}: {finding.detail}" for finding in found[:_SHOWN]]
         if len(found) > _SHOWN:
             lines.append(f"  … and {len(found) - _SHOWN} more")
-        return "\n".join([*lines, f"  Mend: {RULES[rule].mend}"])
+        return "\n".join([*lines, f"  Fix: {RULES[rule].fix}"])
 
 
 def expected_labels(example: Example) -> list[int]:
@@ -235,3 +379,64 @@ def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
 def _named(row: Row) -> str:
     asked = next((m["content"] for m in row.messages if m["role"] == "user"), "")
     return f"{row.place} ({asked[:40]!r}{'…' if len(asked) > 40 else ''})"
+
+
+# The label audit of packed rows: is each conversation there, whole, masked as before and alone?
+# Compares packed rows as a trainer has them with what each conversation should teach.
+
+
+@dataclass(frozen=True)
+class SeenPacked:
+    """A packed row as a trainer has it; a conversation begins where its position is 0."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    positions: Sequence[int]
+
+    def pieces(self) -> Iterator[Seen]:
+        """What the attention keeps apart."""
+        starts = [i for i, position in enumerate(self.positions) if position == 0]
+        for start, end in pairwise([*starts, len(self.positions)]):
+            yield Seen(self.input_ids[start:end], self.labels[start:end])
+
+
+def audit_packed(rows: Sequence[Row], packed: Sequence[SeenPacked], chat: ChatFormat) -> Report:
+    """Audit packed rows; they may hold the conversations in any order."""
+    waiting: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        waiting[tuple(row.example.input_ids)].append(row)
+    found: list[tuple[Row, Seen]] = []
+    for piece in (piece for bin_ in packed for piece in bin_.pieces()):
+        if same := waiting.get(tuple(piece.input_ids)):
+            found.append((same.pop(), piece))
+    report = audit([row for row, _ in found], [piece for _, piece in found], chat)
+    report.rows = len(rows)
+    report.findings += _lost([row for left in waiting.values() for row in left], packed)
+    report.findings += _count(rows, packed)
+    return report
+
+
+def _lost(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
+    """Conversations that do not stand alone: run into others, or torn apart."""
+    texts = [_text(bin_.input_ids) for bin_ in packed]
+    for row in rows:
+        text = _text(row.example.input_ids)
+        holders = [number for number, whole in enumerate(texts, start=1) if text in whole]
+        if holders:
+            detail = f"in packed row {holders[0]} without a border to its neighbours"
+            yield Finding("packed-sight", row.place, detail)
+        else:
+            yield Finding("cut-answer", row.place, "in no packed row as a whole")
+
+
+def _count(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
+    before = sum(sum(row.example.assistant_mask) for row in rows)
+    after = sum(label != IGNORED for bin_ in packed for label in bin_.labels)
+    if before != after:
+        detail = f"{before} tokens to learn before packing, {after} after it"
+        yield Finding("packed-mask", "all rows together", detail)
+
+
+def _text(ids: Sequence[int]) -> str:
+    """Ids as characters: to search them with the speed of text."""
+    return "".join(map(chr, ids))

@@ -20,8 +20,7 @@ from ..run import Run
 from .rows import Located, audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
 from .teach import Progress, Taught, teach
-from .tokenizer import BEGIN, make_tokenizer
-from .weights import find_weights
+from .weights import BEGIN, find_weights, make_tokenizer
 
 
 def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:

@@ -7,6 +7,7 @@ training on the CPU then holds much more than it uses. Reads and writes nothing.
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # Below this size a model's waste is small, and mapping each tensor anew costs it more time:
@@ -30,3 +31,13 @@ def give_back_at_once(parameters: int) -> bool:
 
 def _has_mallopt() -> bool:
     return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+
+
+def release() -> None:
+    """Give the heap's free pages back to the system: between stages, each of which loads a model.
+
+    Without it a process that trains, measures and converts the 135 M model held 5.0 GB at its end.
+    """
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ..recipe import Recipe
-from .dtype import Dtype, choose_dtype
 from .heap import give_back_at_once
-from .precision import SMALL_MODEL, cpu_frozen_dtype
+from .precision import SMALL_MODEL, Dtype, choose_dtype, cpu_frozen_dtype
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    # peft reads a name that transformers is about to drop; no user can mend that.
+    # peft reads a name that transformers is about to drop; no user can fix that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 

@@ -18,19 +18,32 @@ from ..errors import StageError
 from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..run import Run
-from .adapters import adapter_folder
 from .audit import Report, Row
 from .checkpoints import Checkpoints
-from .merge import merge, scale_adapter, write_adapter
-from .methods import check_method, load_for_training, with_adapter
-from .rewordings import with_rewordings
-from .rows import audited, encode_rows, read_located, with_casual_copies
+from .rows import (
+    audited,
+    encode_rows,
+    read_located,
+    with_casual_copies,
+    with_rewordings,
+)
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .teach import Progress
 from .tracking import trackers
-from .trainer import LossLog, Rows, audit_trainer, make_trainer
-from .validation import Validation
-from .weights import base_folder, chat_format, count_weights, model_type
+from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
+from .weights import (
+    adapter_folder,
+    base_folder,
+    chat_format,
+    check_method,
+    count_weights,
+    load_for_training,
+    merge,
+    model_type,
+    scale_adapter,
+    with_adapter,
+    write_adapter,
+)
 
 Manifest = dict[str, Any]
 

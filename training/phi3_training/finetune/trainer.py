@@ -6,12 +6,16 @@ Reads encoded rows; appends to run/finetune/loss.jsonl.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     PrinterCallback,
@@ -25,14 +29,243 @@ from trl import SFTConfig, SFTTrainer
 from ..prompt import ChatFormat, Example
 from ..recipe import FinetuneSection
 from ..run import write_atomically
-from .audit import Report, Row, Seen, audit, expected_labels
-from .audit_packed import SeenPacked, audit_packed
-from .compute import CpuTrainer, OwnLossTrainer
-from .losses import find_loss
-from .methods import learn_in_float32, peft_config
-from .packing import PackedCollator, as_packed, packed_rows
+from .audit import IGNORED, Report, Row, Seen, SeenPacked, audit, audit_packed, expected_labels
+from .dense import DensePhi3, layout
+from .losses import Loss, LossInput, find_loss
 from .runtime import Runtime
 from .teach import Progress
+from .weights import learn_in_float32, peft_config
+
+# How the loss is computed: TRL's way on a GPU, a shorter one on a CPU, or a loss of one's own.
+
+Batch = dict[str, torch.Tensor]
+
+
+class CpuTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
+    """The same loss, computed only where something is learnt.
+
+    TRL's own loss saves a GPU's memory by scoring every position twice and piece by piece; on a
+    CPU that is more than half of the training time of a small model. A Phi-3 with a LoRA adapter
+    takes the way of dense.py, other models their own.
+    """
+
+    _dense: tuple[DensePhi3 | None] | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Mean cross entropy of the learnt tokens; padding stands on the right, unseen by them."""
+        if self._dense is None:
+            checkpointing = bool(self.args.activation_checkpointing)
+            self._dense = (DensePhi3.of(model, checkpointing=checkpointing),)
+        (dense,) = self._dense
+        labels = inputs["labels"][:, 1:]
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        if dense is not None:
+            places = layout(inputs["labels"], inputs.get("position_ids"))
+            with torch.autocast("cpu", enabled=False):
+                return dense.loss(places, inputs["input_ids"]) / items
+        if self.args.bf16:  # as the recipe says, in torch's mixed precision
+            loss: torch.Tensor = super().compute_loss(
+                model, inputs, num_items_in_batch=num_items_in_batch, **options
+            )
+            return loss
+        return _short_loss(model, inputs, items)
+
+
+def _short_loss(model: Any, inputs: Batch, items: torch.Tensor | int) -> torch.Tensor:
+    """The model's own pass, its vocabulary scored where something is learnt."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    positions = inputs.get("position_ids")
+    hidden = plain.base_model(
+        input_ids=inputs["input_ids"], position_ids=positions, use_cache=False
+    )[0]
+    labels = inputs["labels"][:, 1:]
+    learnt = labels != IGNORED
+    logits = plain.get_output_embeddings()(hidden[:, :-1][learnt]).float()
+    return torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum") / items
+
+
+class OwnLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
+    """Learns by a loss of the entry point group; set `own_loss` before training."""
+
+    own_loss: Loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        num_items_in_batch: torch.Tensor | None = None,
+        **_options: Any,
+    ) -> torch.Tensor:
+        """What the loss says of the model's states and scores."""
+        seen = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**seen, use_cache=False, output_hidden_states=True)
+        labels = inputs["labels"][:, 1:]
+        items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        hidden, logits = outputs.hidden_states[-1][:, :-1], outputs.logits[:, :-1]
+        loss = self.own_loss(LossInput(hidden, logits, labels, items))
+        # `items` counts the tokens of all processes, whose gradients are averaged.
+        shared = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return loss * self.accelerator.num_processes if shared else loss
+
+
+# Packs short conversations into rows of one length; none sees another, masks stay as they are.
+# Reads encoded conversations; the model is given positions that begin anew at each of them, from
+# which its sdpa and eager attention build a block-diagonal mask.
+
+
+def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Which rows go together: the longest first, each into the fullest bin that has room."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is left, bin), sorted
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(room, (lengths[row], -1))
+        if at == len(room):
+            left, number = size, len(bins)
+            bins.append([])
+        else:
+            left, number = room.pop(at)
+        bins[number].append(row)
+        insort(room, (left - lengths[row], number))
+    return bins
+
+
+def packed_rows(examples: Sequence[Example], size: int) -> Dataset:
+    """The conversations in rows of at most `size` tokens; `seq_lengths` says where each ends."""
+    bins = pack([len(example.input_ids) for example in examples], size)
+    return Dataset.from_dict(
+        {
+            "input_ids": [[t for i in bin_ for t in examples[i].input_ids] for bin_ in bins],
+            "labels": [[t for i in bin_ for t in expected_labels(examples[i])] for bin_ in bins],
+            "seq_lengths": [[len(examples[i].input_ids) for i in bin_] for bin_ in bins],
+        }
+    )
+
+
+class PackedCollator:
+    """Batches of packed rows: padded on the right, positions instead of an attention mask.
+
+    An attention mask would make the model overlook the positions.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad = pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self._pad)
+        labels = torch.full((len(rows), width), IGNORED)
+        positions = torch.zeros((len(rows), width), dtype=torch.long)
+        for number, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[number, :size] = torch.tensor(row["input_ids"])
+            labels[number, :size] = torch.tensor(row["labels"])
+            # The padding is one more conversation, which nobody sees.
+            lengths = [*row["seq_lengths"], width - size]
+            positions[number] = torch.cat([torch.arange(length) for length in lengths])
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def as_packed(row: Mapping[str, Any], batch: Mapping[str, Tensor], number: int) -> SeenPacked:
+    """Row `number` of a batch, its padding left out."""
+    size = sum(row["seq_lengths"])
+    ids, labels = batch["input_ids"][number, :size], batch["labels"][number, :size]
+    return SeenPacked(ids.tolist(), labels.tolist(), batch["position_ids"][number, :size].tolist())
+
+
+# Watches the loss on held-out chats while training: stops when it no longer falls, keeps the best.
+# Writes run/finetune/eval.jsonl and run/finetune/best.safetensors (the learning weights only).
+
+
+class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Logs each evaluation; with `patience`, ends after so many without a better one.
+
+    A training that goes on from a checkpoint goes on with what the files say.
+    """
+
+    def __init__(self, folder: Path, patience: int | None) -> None:
+        self._log = folder / "eval.jsonl"
+        self._weights = folder / "best.safetensors"
+        self._patience = patience
+        self.losses: list[tuple[int, float]] = []
+        self.stopped = False
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step of the least loss, and that loss."""
+        return min(self.losses, key=lambda entry: entry[1], default=None)
+
+    def on_train_begin(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        **_kwargs: Any,
+    ) -> None:
+        """Begin anew, or with the evaluations before the checkpoint."""
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
+        entries = [json.loads(line) for line in lines]
+        self.losses = [(e["step"], e["loss"]) for e in entries if e["step"] <= state.global_step]
+        if state.is_world_process_zero:
+            self._write()
+            if not self.losses:
+                self._weights.unlink(missing_ok=True)
+
+    def on_evaluate(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        model: Any = None,
+        **_kwargs: Any,
+    ) -> None:
+        """Called by the trainer after each evaluation."""
+        self.losses.append((state.global_step, float(metrics["eval_loss"])))
+        best = self.best
+        better = best == self.losses[-1]
+        if state.is_world_process_zero:
+            self._write()
+            if better and self._patience:
+                _save(model, self._weights)
+        steps = [step for step, _ in self.losses]
+        since = len(steps) - 1 - steps.index(best[0]) if best else 0
+        if self._patience and since >= self._patience:
+            self.stopped = control.should_training_stop = True
+
+    def restore(self, model: Any) -> str | None:
+        """Give `model` the best weights back; says so, or None when nothing is to be done."""
+        best = self.best
+        if not self._patience or best is None or not self._weights.is_file():
+            return None
+        model.load_state_dict(load_file(self._weights), strict=False)
+        why = f"no better in {self._patience} evaluations" if self.stopped else "the best of all"
+        return f"kept the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
+
+    def clear(self) -> None:
+        """Remove the kept weights, once the model is written."""
+        self._weights.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in self.losses]
+        self._log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write what learns, in one step."""
+    learning = {
+        name: weight.detach().to("cpu", copy=True).contiguous()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.dtype != torch.uint8
+    }
+    made = path.with_name(f".{path.name}")
+    save_file(learning, made)
+    made.replace(path)
 
 
 class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no types

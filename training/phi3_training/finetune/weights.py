@@ -5,18 +5,138 @@ Reads model folders; downloads into Hugging Face's own cache (HF_HOME).
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 
-from ..errors import StageError
+from ..errors import MissingExtraError, StageError, UsageError
 from ..models import small
+from ..models.folder import new_folder, write_model
 from ..prompt import ChatFormat
-from ..recipe import ModelSection
+from ..recipe import FinetuneSection, ModelSection, Recipe
 from ..run import Run
+from .runtime import Runtime
 from .teach import Progress
+
+# Makes the tokenizer of the tiny Phi-3: a byte-fallback BPE with Phi-3's control tokens.
+# Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into a model folder.
+
+UNKNOWN, BEGIN, CLOSE = "<unk>", "<s>", "</s>"
+END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|end|>"
+
+# Phi-3's own order behind the vocabulary. Those that open or close a turn swallow the white
+# space behind them (the template writes a line feed there); the others do not.
+_TURN_TOKENS = (
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|placeholder2|>",
+    "<|placeholder3|>",
+    "<|placeholder4|>",
+    "<|system|>",
+    END_OF_TURN,
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+)
+
+# Phi-3's turn format; no turn is written for an empty system prompt.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message['role'] != 'system' or message['content'] %}
+        {{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{{- '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
+
+
+def make_tokenizer(
+    texts: Iterable[str], folder: Path, *, vocab_size: int, model_max_length: int
+) -> int:
+    """Train a tokenizer on `texts`, write it into `folder` and return its number of tokens."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = _word_splitter()
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(_TURN_TOKENS) - 1,
+        special_tokens=[UNKNOWN, BEGIN, CLOSE, *byte_tokens],
+        initial_alphabet=[chr(code) for code in range(0x21, 0x7F)],
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _without_byte_specials(tokenizer)
+    tokenizer.add_special_tokens(_control_tokens())
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_settings(folder, model_max_length)
+    return int(tokenizer.get_vocab_size())
+
+
+def _word_splitter() -> pre_tokenizers.PreTokenizer:
+    """Words keep the space before them; digits and punctuation stand alone.
+
+    So "Microsoft" is the same token with and without a question mark behind it, and a number
+    that was never seen is written digit by digit.
+    """
+    pattern = Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^▁\p{L}\p{M}\p{N}]|▁")
+    return pre_tokenizers.Split(pattern, behavior="isolated")
+
+
+def _without_byte_specials(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer whose byte tokens are ordinary ones, as in Phi-3.
+
+    The trainer takes tokens that must exist only as special ones; a special byte token would
+    be dropped when an answer is decoded.
+    """
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _control_tokens() -> list[AddedToken]:
+    def control(text: str, *, rstrip: bool) -> AddedToken:
+        return AddedToken(text, rstrip=rstrip, normalized=False, special=True)
+
+    plain = [control(text, rstrip=False) for text in (UNKNOWN, BEGIN, CLOSE, END_OF_TEXT)]
+    return plain + [control(text, rstrip=True) for text in _TURN_TOKENS]
+
+
+def _write_settings(folder: Path, model_max_length: int) -> None:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": UNKNOWN,
+        "padding_side": "left",
+        "model_max_length": model_max_length,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+
 
 # What a causal language model folder consists of; other formats in a repository stay there.
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -130,3 +250,224 @@ def _check_folder(folder: Path, name: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# The ways to fine-tune: what of the model learns, how it is loaded for that, and how merged.
+# Reads model folders; writes nothing.
+
+
+def check_method(settings: FinetuneSection, device: str) -> None:
+    """Raise StageError or MissingExtraError when this machine cannot train that way."""
+    if settings.method != "qlora":
+        return
+    if device != "cuda":
+        raise StageError(
+            "finetune.method qlora needs a CUDA GPU (bitsandbytes computes with 4-bit weights "
+            f"there); this machine trains on: {device}. Set finetune.method=lora, which gives the "
+            "same adapter for about four times the memory of the weights."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "qlora")
+
+
+def peft_config(settings: FinetuneSection) -> LoraConfig | None:
+    """What is put beside the weights; None when the weights themselves learn."""
+    if settings.method == "full":
+        return None
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        use_dora=settings.method == "dora",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
+    """The base model as the method needs it.
+
+    LoRA leaves the weights as they are; when all learn, small steps need all of float32.
+    """
+    attention = recipe.model.attn_implementation
+    if recipe.finetune.method == "full":
+        return load_model(folder, torch.float32, attention)
+    if recipe.finetune.method != "qlora":
+        return load_model(folder, runtime.torch_frozen, attention)
+    options = four_bit(runtime.torch_dtype, runtime.device)
+    return load_model(folder, runtime.torch_dtype, attention, **options)
+
+
+def learn_in_float32(model: Any) -> None:
+    """Give what learns all of float32.
+
+    TRL makes a QLoRA adapter bfloat16, whose gradients cannot be scaled on a GPU that has only
+    float16 (such as a T4).
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def four_bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """How transformers loads weights as 4-bit normal floats, computing in `dtype`.
+
+    The rest of what QLoRA needs is TRL's: frozen weights, an adapter of bfloat16, and inputs that
+    carry gradients to checkpointed layers. peft's prepare_model_for_kbit_training is not called:
+    it would make embedding, norms and output matrix float32, which autocast and the norms' own
+    arithmetic have made needless (0.4 GB of Phi-3-mini).
+    """
+    from transformers import BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    # 4-bit weights cannot be moved later: they go at once to the GPU of this process.
+    return {
+        "quantization_config": quantized,
+        "device_map": {"": _own_gpu() if device == "cuda" else device},
+    }
+
+
+def _own_gpu() -> int:
+    """The number that torchrun and accelerate give to each process of a machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
+    """The base model of full precision with a trained adapter: what is merged and served.
+
+    A QLoRA adapter is merged into these weights too: merging into rounded ones would round the
+    adapter as well.
+    """
+    model = load_model(folder, dtype)
+    return PeftModel.from_pretrained(model, adapter, local_files_only=True)
+
+
+# Writes what training leaves: the adapter alone, and the whole model with the adapter merged.
+# Reads the base folder's tokenizer files; replaces the target folder when everything is written.
+
+
+def merge(
+    model: Any, chat: ChatFormat, target: Path, tokenizer_from: Path, dtype: torch.dtype
+) -> None:
+    """Write `model` into `target`, its LoRA adapter (if it has one) merged into the weights."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    with new_folder(target) as folder:
+        write_model(model.to(dtype), chat, folder, tokenizer_from)
+
+
+@torch.no_grad()
+def scale_adapter(model: Any, weight: float) -> None:
+    """Let the adapter add only this share of what it learnt: base + weight x difference.
+
+    Weights between those before and after tuning keep nearly all that was learnt and lose less of
+    what the base knew (WiSE-FT, https://arxiv.org/abs/2109.01903).
+    """
+    if weight == 1.0:
+        return
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.mul_(weight)
+
+
+def write_adapter(model: Any, target: Path, notes: dict[str, Any]) -> None:
+    """Write the adapter alone into `target`, with our notes on it."""
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        # A model card full of blanks that peft adds; the run's manifests say what this is.
+        (folder / "README.md").unlink(missing_ok=True)
+        write_notes(folder, notes)
+
+
+# The named adapters of a run: run/adapters/NAME, each a plain peft folder over the same base.
+# Reads and writes run/adapters/NAME (with our notes in phi3.json) and run/merged/NAME.
+
+FOLDER = "adapters"
+MERGED = "merged"
+NOTES = "phi3.json"
+_WEIGHTS = "adapter_model.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter; `fits` is False when the run's base was made anew after it was trained."""
+
+    name: str
+    path: Path
+    fits: bool
+    notes: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`."""
+        return {"name": self.name, "path": str(self.path), "fits": self.fits, **self.notes}
+
+
+def adapter_folder(run: Run, name: str | None) -> Path:
+    """Where the adapter of that name lies; run/adapter for the one without a name."""
+    return run.path / "adapter" if name is None else run.path / FOLDER / name
+
+
+def list_adapters(run: Run) -> list[Adapter]:
+    """The run's named adapters by name; whole ones only."""
+    base = (run.manifest("base") or {}).get("done_id")
+    found = []
+    for folder in sorted((run.path / FOLDER).glob("*")):
+        if _NAME.fullmatch(folder.name) and (folder / _WEIGHTS).is_file():
+            notes = _notes(folder)
+            fits = notes.pop("base_id", base) == base
+            found.append(Adapter(folder.name, folder, fits, notes))
+    return found
+
+
+def find_adapter(run: Run, name: str) -> Adapter:
+    """The adapter of that name; UsageError, with the known names, or StageError if it is stale."""
+    found = list_adapters(run)
+    for adapter in found:
+        if adapter.name == name:
+            if not adapter.fits:
+                raise StageError(
+                    f"The adapter {name!r} was trained on an earlier base model of this run; "
+                    f"train it again: phi3 train RECIPE --adapter {name}"
+                )
+            return adapter
+    known = ", ".join(adapter.name for adapter in found) or "none yet"
+    raise UsageError(
+        f"The run {run.name!r} has no adapter {name!r}; adapters: {known}. "
+        f"Train one: phi3 train RECIPE --adapter {name}"
+    )
+
+
+def merge_adapter(run: Run, name: str) -> Path:
+    """Merge a named adapter into the base weights: run/merged/NAME, a whole model folder."""
+    import torch
+
+    from .runtime import quiet_libraries
+
+    quiet_libraries()
+    adapter = find_adapter(run, name)
+    folder = base_folder(run)
+    dtype = getattr(torch, str(adapter.notes.get("dtype", "float32")))
+    merged = with_adapter(folder, adapter.path, dtype)
+    target = run.path / MERGED / name
+    merge(merged, chat_format(folder), target, folder, dtype)
+    return target
+
+
+def write_notes(folder: Path, notes: dict[str, Any]) -> None:
+    """Note beside the weights what they are; peft overlooks the file."""
+    (folder / NOTES).write_text(json.dumps(notes, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a peft folder that somebody put there
+    return content if isinstance(content, dict) else {}

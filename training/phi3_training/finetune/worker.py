@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import Phi3TrainingError
 from ..recipe import Recipe
 from ..run import Run, write_atomically
-from .orphan import end_with
+from .launch import end_with
 from .runtime import is_main_process
 
 

@@ -7,7 +7,7 @@ weights for the prediction.
 from __future__ import annotations
 
 from .advise import memory_plan
-from .device import Device, of_size, this_device
+from .model import Device, of_size, this_device
 from .rows import RowSizes, row_sizes
 
 __all__ = ["Device", "RowSizes", "memory_plan", "of_size", "row_sizes", "this_device"]

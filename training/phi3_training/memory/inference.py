@@ -7,7 +7,7 @@ die after hours: it has a cache and scores of the whole vocabulary that training
 from __future__ import annotations
 
 from ..finetune.heap import wastes_heap
-from .config import ModelShape
+from .model import ModelShape
 from .training import FLOAT32, Phase, Work, optimiser_bytes, weight_bytes
 
 # evaluate/perplexity.py sends at most so many tokens through the model at once (one row at least).

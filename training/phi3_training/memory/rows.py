@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 
 from ..data.prepare import PARTS, chosen_sources
-from ..data.scan import scan_start
+from ..data.scan import Table, scan_start
 from ..data.sources import Source, fingerprints, place_of
-from ..data.table import Table
 from ..evaluate.questions import extra_files
 from ..models.small import prepared_folder
 from ..prompt import ChatFormat
-from ..recipe import Recipe
-from ..recipe_data import HubSet
+from ..recipe import HubSet, Recipe
 from ..run import Run
-from .config import cached_file
+from .model import cached_file
 
 # So many of the largest rows of a part are counted, which takes a tenth of a second.
 _COUNTED = 300

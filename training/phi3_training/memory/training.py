@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..finetune.dtype import BYTES, Dtype, choose_dtype
 from ..finetune.heap import wastes_heap
-from ..finetune.precision import cpu_frozen_dtype
+from ..finetune.precision import BYTES, Dtype, choose_dtype, cpu_frozen_dtype
 from ..recipe import Recipe
-from .config import ModelShape
-from .device import Device, Kind
+from .model import Device, Kind, ModelShape
 from .rows import RowSizes
 
 Method = Literal["full", "lora", "dora", "qlora"]

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..errors import RecipeError
 from ..recipe import Recipe, read_yaml
-from ..recipe_faults import plain
-from ..recipe_types import Positive, Section
+from ..recipe.faults import plain
+from ..recipe.sections import Positive, Section
 
 # A recipe with these overrides applied; raises RecipeError.
 MakeRecipe = Callable[[Sequence[str]], Recipe]

@@ -18,9 +18,15 @@ from ..errors import StageError
 from .choice import load_engine
 from .config import ServerConfig
 from .engines.base import Engine, EngineError
-from .parameters import score_sampling
-from .replies import error_body
-from .score_protocol import BadBodyError, engine_failure, gather, read_score, success
+from .score_api import (
+    BadBodyError,
+    engine_failure,
+    error_body,
+    gather,
+    read_score,
+    score_sampling,
+    success,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from ..run import Run
 from ..serve import process
 from ..serve.choice import choose_engine
 from ..serve.config import EngineName, ServerConfig
-from ..serve.converted import converted
+from ..serve.export import converted
 from .base import Manifest, PlanLine
 
 
@@ -145,7 +145,7 @@ def _engine(recipe: Recipe) -> tuple[EngineName, str]:
 
 def _adapters(run: Run, model: Manifest) -> dict[str, Any]:
     """The run's own adapter, the named ones, and the base below them."""
-    from ..finetune.adapters import list_adapters
+    from ..finetune.weights import list_adapters
 
     if model.get("adapter") is None:
         raise StageError(

@@ -26,7 +26,7 @@ def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Find
         try:
             wheel = wheels.build(project, Path(scratch))
         except StageError as error:
-            yield wheels.GROUP.fault("build", str(error), "mend that, then: phi3 doctor --tool")
+            yield wheels.GROUP.fault("build", str(error), "fix that, then: phi3 doctor --tool")
             return
         yield wheels.GROUP.ok("build", wheel.name)
         constraints = project / "constraints/local.txt" if new_environment else None
@@ -49,7 +49,7 @@ def check_wheel(
         yield TOOL.ok("install", place.said)
         yield from search(place)
     except StageError as error:
-        yield TOOL.fault("install", str(error), "mend that, then: phi3 doctor --tool")
+        yield TOOL.fault("install", str(error), "fix that, then: phi3 doctor --tool")
 
 
 def search(place: Place) -> Iterator[Finding]:
@@ -62,5 +62,5 @@ def search(place: Place) -> Iterator[Finding]:
         raise StageError(
             f"The search for the tool broke off: {wheels.last_line(done.stderr)}"
         ) from None
-    for check, ok, said, mend in found:
-        yield TOOL.ok(check, said) if ok else TOOL.fault(check, said, mend)
+    for check, ok, said, fix in found:
+        yield TOOL.ok(check, said) if ok else TOOL.fault(check, said, fix)

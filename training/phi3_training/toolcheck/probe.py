@@ -26,9 +26,9 @@ Finding = tuple[str, bool, str, str]
 class NotFoundError(Exception):
     """The search ends here: nothing further can be looked at."""
 
-    def __init__(self, check: str, said: str, mend: str) -> None:
+    def __init__(self, check: str, said: str, fix: str) -> None:
         super().__init__(said)
-        self.finding: Finding = (check, False, said, mend)
+        self.finding: Finding = (check, False, said, fix)
 
 
 def hide_other_copies(folder: Path) -> None:
@@ -75,8 +75,8 @@ def listed(point: importlib.metadata.EntryPoint, folder: Path) -> dict[str, Any]
     try:
         module = importlib.import_module(point.module)
     except ImportError as error:
-        mend = f"make {point.module} importable, or correct the entry point in setup.py"
-        raise NotFoundError("entry point", _why(f"import {point.module}", error), mend) from None
+        fix = f"make {point.module} importable, or correct the entry point in setup.py"
+        raise NotFoundError("entry point", _why(f"import {point.module}", error), fix) from None
     if not _below(getattr(module, "__file__", "") or "", folder):
         said = f"{point.module} comes from {module.__file__}, not from the wheel"
         raise NotFoundError("entry point", said, "look at `packages` in setup.py")
@@ -111,8 +111,8 @@ def examine_tool(identifier: str, about: dict[str, Any], folder: Path) -> Iterat
     ]
     for name, entry in (about.get("inputs") or {}).items():
         faults += _type_faults(name, entry, module)
-    for said, mend in faults:
-        yield "tool", False, f"{identifier}: {said}", mend
+    for said, fix in faults:
+        yield "tool", False, f"{identifier}: {said}", fix
     if not faults:
         yield "tool", True, f"{about['module']}.{about['function']} is as described", ""
         yield from _prompt_flow(identifier)
@@ -124,8 +124,8 @@ def _function(identifier: str, about: dict[str, Any], folder: Path) -> tuple[Any
         module = importlib.import_module(home)
     except ImportError as error:
         said = f"{identifier}: {_why(f'import {home}', error)}"
-        mend = "install what is missing, or correct `module` in the tool's YAML"
-        raise NotFoundError("tool", said, mend) from None
+        fix = "install what is missing, or correct `module` in the tool's YAML"
+        raise NotFoundError("tool", said, fix) from None
     if not _below(module.__file__ or "", folder):
         said = f"{identifier}: {home} comes from {module.__file__}, not from the wheel"
         raise NotFoundError("tool", said, "look at `packages` in setup.py")
@@ -150,14 +150,14 @@ def _function_faults(function: Any, module: Any) -> Iterator[tuple[str, str]]:
 
 def _input_faults(described: dict[str, Any], function: Any) -> Iterator[tuple[str, str]]:
     parameters = inspect.signature(function).parameters
-    mend = "make the YAML's inputs and the function's parameters agree"
+    fix = "make the YAML's inputs and the function's parameters agree"
     for name in described:
         if name not in parameters:
-            yield f"the YAML has an input {name!r} that {function.__name__} does not take", mend
+            yield f"the YAML has an input {name!r} that {function.__name__} does not take", fix
     for name, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty
         if needed and name not in described and name != getattr(function, STREAMING, None):
-            yield f"{function.__name__} needs {name!r}, which the YAML does not have", mend
+            yield f"{function.__name__} needs {name!r}, which the YAML does not have", fix
 
 
 def _type_faults(name: str, entry: dict[str, Any], module: Any) -> Iterator[tuple[str, str]]:
@@ -177,8 +177,8 @@ def _type_faults(name: str, entry: dict[str, Any], module: Any) -> Iterator[tupl
         )
     path = (entry.get("dynamic_list") or {}).get("func_path")
     if path and not _callable_at(path):
-        mend = f"correct `func_path` of {name} in the YAML"
-        yield f"{name}: there is no function {path} to fill its list", mend
+        fix = f"correct `func_path` of {name} in the YAML"
+        yield f"{name}: there is no function {path} to fill its list", fix
 
 
 def _callable_at(path: str) -> bool:
@@ -194,8 +194,8 @@ def _prompt_flow(identifier: str) -> Iterator[Finding]:
 
     found = collect_package_tools([identifier]).get(identifier)
     if found is None:
-        mend = "see its warning with: pf tool list"
-        yield "prompt flow", False, f"Prompt flow does not list {identifier}", mend
+        fix = "see its warning with: pf tool list"
+        yield "prompt flow", False, f"Prompt flow does not list {identifier}", fix
     else:
         said = f'Prompt flow lists it as "{found["name"]}" of {found["package"]} '
         yield "prompt flow", True, said + found["package_version"], ""

@@ -52,8 +52,8 @@ def build(project: Path, folder: Path) -> Path:
     wheels = list((folder / "wheel").glob("*.whl"))
     if done.returncode or not wheels:
         reason = last_line(done.stderr, done.stdout)
-        mend = "" if _has_setuptools() else f' (no network is needed with: pip install "{_NEEDS}")'
-        raise StageError(f"The wheel cannot be built: {reason}{mend}")
+        fix = "" if _has_setuptools() else f' (no network is needed with: pip install "{_NEEDS}")'
+        raise StageError(f"The wheel cannot be built: {reason}{fix}")
     return wheels[0]
 
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 
 from ...errors import StageError
 from .base import Engine
+from .batch import Logits
 from .named import NamedEngines
-from .sampling import Logits
 from .tokens import TokenEngine
 from .transformers import CachedRows, step_model
 

@@ -19,8 +19,7 @@ import psutil
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ...errors import StageError
-from .batch import StepModel
-from .sampling import Logits
+from .batch import Logits, StepModel
 from .tokens import TokenEngine, chat_format
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,40 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import StageError
-from ...prompt import ChatFormat
-from .base import Chunk, FinishReason, InvalidPromptError, Message, PromptTooLongError, Sampling
-from .batch import Batcher, Job, StepModel
-from .rope import share_limit
-from .sampling import Sampler, defaults_of, with_defaults
-from .text import StopCutter
+from ...prompt import ChatFormat, read_json
+from .base import (
+    Chunk,
+    FinishReason,
+    InvalidPromptError,
+    Message,
+    PromptTooLongError,
+    Sampling,
+    StopCutter,
+)
+from .batch import Batcher, Job, Sampler, StepModel, defaults_of, with_defaults
+
+# Up to which length a model's rows may share a batch. Reads config.json.
+# LongRoPE models (Phi-3 128k, Phi-4-mini) rotate all rows of a batch by one of two tables, chosen
+# by the longest row: a row beyond the switch would change its neighbours' answers.
+
+# Kinds whose rotation of a token depends on its own position only.
+_PLAIN = frozenset({None, "default", "linear", "yarn", "llama3"})
+
+
+def share_limit(model_dir: Path) -> int | None:
+    """The length at which the rotation switches; None where it never does."""
+    config = read_json(model_dir / "config.json")
+    ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    given: list[dict[str, Any]] = [rope for rope in ropes if isinstance(rope, dict)]
+    if {rope.get("rope_type", rope.get("type")) for rope in given} <= _PLAIN:
+        return None
+    lengths = [source.get("original_max_position_embeddings") for source in (*given, config)]
+    lengths.append(config.get("max_position_embeddings"))
+    return next((length for length in lengths if isinstance(length, int)), 0)
+
 
 logger = logging.getLogger(__name__)
 

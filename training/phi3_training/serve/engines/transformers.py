@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from ...errors import StageError
-from .sampling import Logits
+from .batch import Logits
 from .tokens import TokenEngine
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from ...errors import StageError
-from ...recipe_azure import PollSection
+from ...recipe.azure import PollSection
 from .failures import explained, scrub
 from .place import Place
 

@@ -31,7 +31,7 @@ from phi3_tool.errors import (
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
-from ...recipe_azure import AzureSection
+from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, Manifest
 from .clients import Clients, quiet_uploads

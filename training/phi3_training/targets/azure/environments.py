@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ...recipe import Recipe
-from ...recipe_azure import AzureSection
+from ...recipe.azure import AzureSection
 from ...run import Run, fingerprint, write_atomically
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import StageError
 from ...recipe import Recipe
-from ...recipe_azure import FoundationModelSection, Scalar
+from ...recipe.azure import FoundationModelSection, Scalar
 from ...run import Run
 from .clients import Clients
 from .command_job import data_files

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ...errors import RecipeError, StageError, UsageError
 from ...recipe import read_yaml
-from ...recipe_azure import AzureSection
+from ...recipe.azure import AzureSection
 from ...run import RECIPE_FILE, Run, fingerprint, write_atomically
 from .. import PLACE
 

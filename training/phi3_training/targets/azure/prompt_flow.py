@@ -19,11 +19,11 @@ from urllib.parse import quote, urlsplit
 
 from phi3_tool.connection import ENTRA
 
-from ... import promptflow_store
-from ...bundle import Bundle
-from ...connect import connect as connect_here
 from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
+from ...flow import store
+from ...flow.bundle import Bundle
+from ...flow.connect import connect as connect_here
 from ...recipe import Recipe
 from ...run import Run
 from ..base import Access, Manifest
@@ -80,8 +80,8 @@ def is_connected(clients: Clients, run: Run) -> bool:
     manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
     name, url = manifest["name"], manifest["endpoint"]
     try:
-        here, _key = promptflow_store.read_connection(name)
-    except promptflow_store.StoreError:
+        here, _key = store.read_connection(name)
+    except store.StoreError:
         return False
     return here == url and all(
         connection_url(clients, workspace, name) == url for workspace in manifest["workspaces"]
@@ -92,9 +92,9 @@ def stored_connections(clients: Clients, run: Run) -> dict[str, Any]:
     """Prompt flow's own connection objects by where they are, read as Prompt flow reads them."""
     manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
     place, name = clients.place, manifest["name"]
-    connections = {THIS_MACHINE: promptflow_store.stored_connection(name)}
+    connections = {THIS_MACHINE: store.stored_connection(name)}
     for workspace in manifest["workspaces"]:
-        connections[workspace] = promptflow_store.workspace_connection(
+        connections[workspace] = store.workspace_connection(
             (place.subscription_id, place.resource_group, workspace), name, clients.credential
         )
     return connections
@@ -255,7 +255,7 @@ def push_flow(
     Prompt flow cannot change a flow's files in the cloud, so a changed folder makes a new flow; one
     of the same content is found by its tag and not made twice.
     """
-    promptflow_store.quiet()
+    store.quiet()
     try:
         from promptflow.azure import PFClient
     except ImportError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
-from ...recipe_azure import AzureSection, ComputeSection
+from ...recipe.azure import AzureSection, ComputeSection
 from ..base import Manifest
 from .clients import Clients
 from .operations import Outcome, create, get_or_none, state_of

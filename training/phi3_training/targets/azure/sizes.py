@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
-from ...recipe_azure import GPU_SIZE
+from ...recipe.azure import GPU_SIZE
 from .clients import Clients
 from .failures import code_of, explained, stage_error
 from .operations import wait_for

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...bundle import Bundle
 from ...console import ProgressCallback
 from ...errors import MissingExtraError
+from ...flow.bundle import Bundle
 from ...recipe import Recipe
-from ...recipe_azure import AzureSection
+from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, Manifest, PlanLine
 from .clients import Clients

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ... import promptflow_store
 from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
-from ...recipe_azure import AzureSection
+from ...flow import store
+from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
 from .deploy import DeploymentId, delete_deployment, traffic_shares
@@ -233,11 +233,11 @@ class _Teardown:
         if connection is not None:  # the one on this machine, if it still leads there
             name = connection["name"]
             try:
-                url, _key = promptflow_store.read_connection(name)
+                url, _key = store.read_connection(name)
                 if url == connection["endpoint"]:
-                    promptflow_store.delete_connection(name)
+                    store.delete_connection(name)
                     self.receipt.deleted.append(f"connection {name} on this machine")
-            except (promptflow_store.StoreError, MissingExtraError) as error:
+            except (store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine stays: %s", error)
         for stage in ("answer", "connection", "endpoint"):
             (self.run.path / f"{stage}.json").unlink(missing_ok=True)

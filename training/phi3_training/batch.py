@@ -1,0 +1,406 @@
+"""Thousands of lines asked at once: bounded, resumable, each answer kept as it comes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phi3_tool import (
+    AuthenticationError,
+    ChatReply,
+    ConfigurationError,
+    EndpointNotFoundError,
+    Phi3Error,
+    ThrottledError,
+    to_messages,
+)
+
+from .errors import SHOWN_FAULTS, StageError, UsageError
+from .run import sha256_of, write_atomically
+
+# The lines of a batch: read from a JSONL file, every fault of it named at once; writes nothing.
+
+# What the flow takes besides the question; a null counts as not given.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "chat_history": ((list,), "a list of turns"),
+    "system_prompt": ((str,), "text"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "max_new_tokens": ((int,), "a whole number"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the data: its number, as `pf run` counts (from 0), and its columns."""
+
+    number: int
+    columns: Mapping[str, Any]
+    turns: int = 0
+
+
+def read_lines(path: Path, renamed: Mapping[str, str]) -> list[Line]:
+    """The lines of a JSONL file, `renamed` columns given the flow's names; all faults at once."""
+    faults: list[str] = []
+    lines: list[Line] = []
+    try:
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    for place, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        columns = _columns(text, renamed)
+        if isinstance(columns, str):
+            faults.append(f"{path}:{place}: {columns}")
+        else:
+            lines.append(Line(len(lines), columns))
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        shown = "\n  ".join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
+        raise UsageError(f"{path} cannot be asked, nothing was sent:\n  {shown}")
+    if not lines:
+        raise UsageError(f"{path} has no lines")
+    return lines
+
+
+def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
+    """The columns of a line, or what is wrong with it."""
+    try:
+        columns = json.loads(text)
+    except ValueError:
+        return "not JSON"
+    if not isinstance(columns, dict):
+        return "not a JSON object"
+    absent = [theirs for theirs in renamed.values() if theirs not in columns]
+    if absent:
+        return f"no column {', '.join(absent)}"
+    columns = {**columns, **{ours: columns[theirs] for ours, theirs in renamed.items()}}
+    question = columns.get("input_data")
+    if not isinstance(question, str) or not question.strip():
+        return "no text in the column input_data (name another with --map input_data=COLUMN)"
+    wrong = [
+        f"{name} must be {what}, not {columns[name]!r:.40}"
+        for name, (kinds, what) in _TYPES.items()
+        if columns.get(name) is not None
+        and (not isinstance(columns[name], kinds) or isinstance(columns[name], bool))
+    ]
+    return "; ".join(wrong) or columns
+
+
+# The answers of a batch: a JSONL file that loses nothing when its writer is killed.
+# Appends to OUT as answers come and puts it in order at the end; OUT.batch.json beside it says what
+# was asked, without a key.
+
+Row = dict[str, Any]
+
+
+class Answers:
+    """OUT: what an earlier batch left in it, and what is appended to it now."""
+
+    def __init__(self, path: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self._record = path.with_name(path.name + ".batch.json")
+        self._rows: dict[int, Row] = {}
+        if path.exists() and not resume:
+            raise UsageError(
+                f"{path} is there already; do what it lacks with --resume, or write elsewhere with "
+                "--out FILE"
+            )
+        if path.exists():
+            self._go_on(asked)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._record, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+        # Whatever lies there now is whole: a cut last line, as a killed process leaves it, is not.
+        self._write_in_order()
+        self._stream = path.open("a", encoding="utf-8")
+
+    def has(self, line: Line) -> bool:
+        """Whether the line was answered before."""
+        return line.number in self._rows
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is with the system when this returns, whatever becomes of us."""
+        self._stream.write(_text_of(row))
+        self._stream.flush()
+        self._rows[row["line_number"]] = row
+
+    def close(self) -> None:
+        """Put all rows in the order of the data."""
+        self._stream.close()
+        self._write_in_order()
+
+    def _write_in_order(self) -> None:
+        write_atomically(self.path, "".join(_text_of(self._rows[n]) for n in sorted(self._rows)))
+
+    def _go_on(self, asked: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(self._record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UsageError(
+                f"{self.path} has no {self._record.name} beside it, so it was not written by "
+                "`phi3 batch`; write elsewhere with --out FILE"
+            ) from None
+        changed = [name for name in asked if before.get(name) != asked[name]]
+        if changed:
+            raise UsageError(
+                f"{self.path} was begun with other {', '.join(changed)}: its answers would not "
+                "go together; write elsewhere with --out FILE"
+            )
+        for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            row = _row_in(text)
+            if row is not None and not row.get("error"):
+                self._rows[row["line_number"]] = row
+
+
+def _text_of(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _row_in(text: str) -> Row | None:
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("line_number"), int) else None
+
+
+def asked_of(
+    data: Path,
+    renamed: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    endpoint: str,
+    details: bool,
+) -> dict[str, Any]:
+    """What a batch is known again by; no secret is part of it."""
+    return {
+        "data": sha256_of(data),
+        "columns": dict(renamed),
+        "parameters": dict(defaults),
+        "endpoint": endpoint,
+        "details": details,
+    }
+
+
+# Asks many lines at once, in threads over one pooled client; slower where the endpoint throttles.
+# No input or output of its own but the questions themselves.
+
+log = logging.getLogger(__name__)
+
+PARAMETERS = ("temperature", "top_p", "max_new_tokens")
+_THROTTLED_TURNS = 5
+
+Ask = Callable[[Line], ChatReply]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a line: a reply or an error."""
+
+    line: Line
+    reply: ChatReply | None = None
+    error: Phi3Error | None = None
+
+    def row(self, details: bool) -> dict[str, Any]:
+        """The row of OUT: the columns of `pf run`, and `error` where there is no answer."""
+        row: dict[str, Any] = {
+            "line_number": self.line.number,
+            "answer": self.reply and self.reply.text,
+        }
+        error = f"{type(self.error).__name__}: {self.error}" if self.error else ""
+        if details:
+            seconds = self.reply.seconds if self.reply else None
+            return {**self.line.columns, **row, "error": error, "seconds": seconds}
+        return {**row, "error": error} if error else row
+
+
+def asker(chat: Callable[..., ChatReply], defaults: Mapping[str, Any], context_length: int) -> Ask:
+    """Asks a line as the chat flow does: same messages, same parameters, same trimming."""
+
+    def ask(line: Line) -> ChatReply:
+        given = {**defaults, **{k: v for k, v in line.columns.items() if v is not None}}
+        parameters = {name: given[name] for name in PARAMETERS}
+        room = context_length - int(parameters["max_new_tokens"])
+        messages = to_messages(
+            given.get("chat_history"),
+            given["input_data"],
+            given.get("system_prompt"),
+            max_tokens=room,
+        )
+        return chat(messages, **parameters)
+
+    return ask
+
+
+class Pace:
+    """How many lines may be in flight: halved when the endpoint throttles, raised as it answers."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._busy = 0
+        self._age = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: self._busy < int(self._limit))
+            self._busy += 1
+            return self._age
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify()
+
+    def throttled(self, age: int) -> None:
+        """Half as many at once from here on, unless that was done since this line was begun."""
+        with self._changed:
+            if age != self._age:
+                return
+            self._age += 1
+            self._limit = max(1.0, self._limit / 2)
+            log.info("the endpoint throttles: %d lines at once", int(self._limit))
+
+    def answered(self) -> None:
+        """A little more, until the most is reached again."""
+        with self._changed:
+            self._limit = min(float(self._most), self._limit + 1 / self._limit)
+            self._changed.notify()
+
+
+def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outcome, None, None]:
+    """Outcomes in the order in which they come. Closing the iterator asks no further line."""
+    waiting: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+    for line in lines:
+        waiting.put(line)
+    stop, pace = threading.Event(), Pace(concurrency)
+    threads = min(concurrency, len(lines))
+
+    def work() -> None:
+        try:
+            while (line := waiting.get()) is not None and not stop.is_set():
+                outcome = _paced(ask, line, pace)
+                if isinstance(outcome.error, ThrottledError) and line.turns < _THROTTLED_TURNS:
+                    waiting.put(Line(line.number, line.columns, line.turns + 1))
+                else:
+                    done.put(outcome)
+        finally:
+            done.put(None)
+
+    for _ in range(threads):
+        # Daemons: an interrupted batch does not wait for answers nobody will keep.
+        threading.Thread(target=work, name="phi3-batch", daemon=True).start()
+    try:
+        for _ in lines:
+            finished = done.get()
+            if finished is None:  # nobody asked it to end: it broke, and its line is lost
+                raise RuntimeError("a thread of the batch broke; its traceback is above")
+            yield finished
+    finally:
+        stop.set()
+        for _ in range(threads):
+            waiting.put(None)
+
+
+def _paced(ask: Ask, line: Line, pace: Pace) -> Outcome:
+    with pace as age:
+        outcome = _outcome(ask, line)
+    if outcome.reply is not None:
+        pace.answered()
+    elif isinstance(outcome.error, ThrottledError):
+        pace.throttled(age)
+    return outcome
+
+
+def _outcome(ask: Ask, line: Line) -> Outcome:
+    try:
+        return Outcome(line, reply=ask(line))
+    except Phi3Error as error:
+        return Outcome(line, error=error)
+
+
+# One batch: every line that has no answer is asked, each outcome is kept at once and counted.
+
+# After these no other line would fare better: the rest is not asked.
+HOPELESS = (AuthenticationError, EndpointNotFoundError, ConfigurationError)
+FAILED_IN_A_ROW = 50
+
+
+@dataclass
+class Tally:
+    """How a batch ended."""
+
+    lines: int
+    kept: int = 0
+    answered: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    stopped_by: str = ""
+
+    @property
+    def failed(self) -> int:
+        """Lines that have an error in place of an answer."""
+        return sum(self.failures.values())
+
+    @property
+    def missing(self) -> int:
+        """Lines that were not asked, because the batch was stopped."""
+        return self.lines - self.kept - self.answered - self.failed
+
+
+def run_batch(
+    ask: Ask,
+    lines: Sequence[Line],
+    answers: Answers,
+    *,
+    concurrency: int,
+    details: bool = False,
+    step: Callable[[int, int, str], None] = lambda _done, _of, _text: None,
+) -> Tally:
+    """Ask every line that has no answer yet; each outcome is kept at once."""
+    left = [line for line in lines if not answers.has(line)]
+    tally = Tally(len(lines), kept=len(lines) - len(left))
+    in_a_row, started = 0, time.monotonic()
+    outcomes = ask_all(ask, left, concurrency)
+    try:
+        for outcome in outcomes:
+            answers.add(outcome.row(details))
+            if outcome.error is None:
+                tally.answered, in_a_row = tally.answered + 1, 0
+            else:
+                kind = type(outcome.error).__name__
+                tally.failures[kind] = tally.failures.get(kind, 0) + 1
+                in_a_row += 1
+                if isinstance(outcome.error, HOPELESS) or in_a_row >= FAILED_IN_A_ROW:
+                    tally.stopped_by = f"{kind}: {outcome.error}"
+                    break
+            rate = (tally.answered + tally.failed) / max(1e-9, time.monotonic() - started)
+            done = tally.kept + tally.answered + tally.failed
+            step(done, tally.lines, f"{done}/{tally.lines}, {rate:.0f}/s, {tally.failed} failed")
+    finally:
+        outcomes.close()
+        answers.close()
+    return tally
+
+
+def verdict(tally: Tally, again: str) -> None:
+    """StageError where a line has no answer: how many, why, and what does them again."""
+    if not tally.failed and not tally.missing:
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failures.items()))
+    said = f"{tally.failed} of {tally.lines} lines failed ({kinds})"
+    if tally.stopped_by:
+        said += f" and {tally.missing} were not asked, because none would fare better:\n"
+        said += f"  {tally.stopped_by}\n"
+    else:
+        said += "; each has its error in the file.\n"
+    raise StageError(f"{said}Ask them again, and only them, with: {again}")

@@ -1,0 +1,512 @@
+"""`phi3 batch`: thousands of lines through the endpoint, far faster than `pf run`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import secrets
+import shlex
+import signal
+import sys
+import webbrowser
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from phi3_tool import Phi3Client
+from phi3_tool.connection import (
+    ENTRA,
+    ConnectionSettings,
+    environment_names_endpoint,
+    is_loopback,
+    same_endpoint,
+)
+from phi3_tool.entra import entra_tokens
+from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
+
+from .. import console
+from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
+from ..errors import StageError, UsageError
+from ..project import FLOW, find
+from ..run import Run
+from ..targets import Access, CloudTarget, get_target, target_of
+from .common import (
+    add_command,
+    add_on,
+    add_recipe,
+    add_rehearse,
+    current_run,
+    has_model_here,
+    journey_of,
+)
+
+# `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
+
+DEFAULTS = {"system": "", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256}
+_FLOW_NAMES = {"system": "system_prompt"}  # where the flow's input has another name
+
+
+def add_web(parser: argparse.ArgumentParser) -> None:
+    """--web and --no-browser."""
+    parser.add_argument("--web", action="store_true", help="in Prompt flow's chat page instead")
+    parser.add_argument(
+        "--no-browser", action="store_true", help="with --web: only print the page's address"
+    )
+
+
+def run_web(args: argparse.Namespace, settings: ConnectionSettings, url: str) -> int:
+    """Open the page and stay until Ctrl-C; `url` is where the endpoint streams."""
+    from ..flow.page import chat_page
+
+    if args.question is not None:
+        raise UsageError("Type the question into the page: phi3 chat --web takes none")
+    streaming = (
+        settings if url == settings.endpoint else replace(settings, endpoint=url, dialect=None)
+    )
+    changed = {
+        _FLOW_NAMES.get(name, name): getattr(args, name)
+        for name, default in DEFAULTS.items()
+        if getattr(args, name) != default
+    }
+    console.err.print("Opening Prompt flow's chat page; this takes a few seconds …")
+    with _terminated_like_interrupted():
+        try:
+            with chat_page(find(FLOW), streaming, changed) as page:
+                _announce(args, page.url)
+                page.wait()
+        except KeyboardInterrupt:
+            console.err.print("Closed; nothing of the conversation was kept.")
+    return 0
+
+
+def _announce(args: argparse.Namespace, url: str) -> None:
+    if args.output == "json":
+        console.print_json({"url": url})
+        sys.stdout.flush()
+    else:
+        console.out.print(f"Chat page: {url}", markup=False)
+        console.err.print("Ctrl-C closes it.")
+    if not args.no_browser and _has_screen():
+        webbrowser.open(url)
+
+
+def _has_screen() -> bool:
+    """Whether there is a desktop for a browser; a text browser would take the terminal over."""
+    if sys.platform in ("darwin", "win32"):
+        return "SSH_CONNECTION" not in os.environ
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """`kill` cleans up as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# `phi3 chat | env | serve`: talk to an endpoint, hand it to other clients, run it in front.
+
+OPENAI_PATH = "/v1/chat/completions"
+
+
+def register_chat(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    chat = add_command(
+        subparsers,
+        "chat",
+        "talk to the tuned model, in the terminal or with --web in the browser",
+        'phi3 chat "Who founded Microsoft?"',
+        run_chat,
+    )
+    chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
+    chat.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_on(chat, "of the runs there, the last connected")
+    add_rehearse(chat)
+    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="default 1")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    add_web(chat)
+    env = add_command(
+        subparsers,
+        "env",
+        "print endpoint and key as shell variables for any other client",
+        'eval "$(phi3 env)"',
+        run_env,
+    )
+    env.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_on(env, "of the runs there, the last connected")
+    serve = add_command(
+        subparsers,
+        "serve",
+        "serve the tuned model in the foreground, until Ctrl-C",
+        "PHI3_KEY=… phi3 serve serve.port=8080",
+        run_serve,
+    )
+    add_recipe(serve)
+
+
+def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
+    """How to reach the endpoint that is meant, and what else a client should know of it.
+
+    The environment's, else the run's: from its Prompt flow connection, on Azure from Azure itself.
+    """
+    if not environment_names_endpoint():
+        run = current_run(args)
+        if target_of(run) != "local":
+            return _cloud_access(run), {}
+        settings = _local_settings(run)
+    else:
+        settings = ConnectionSettings.from_environment()
+    known: dict[str, Any] = {"deployment": settings.deployment, "dialect": settings.dialect}
+    if settings.context_length:
+        known["context_length"] = settings.context_length
+    tokens = entra_tokens() if settings.auth == ENTRA else None
+    return Access(settings.endpoint, settings.key or None, tokens), known
+
+
+def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
+    """The same as one record, for what knows keys only: an Entra token stands in for a key."""
+    key = access.token_provider() if access.token_provider else access.key
+    return ConnectionSettings(access.endpoint, key or "", **known)
+
+
+def _cloud_access(run: Run) -> Access:
+    run.require("endpoint", f"phi3 up --on {target_of(run)} --run {run.name}")
+    target: CloudTarget = get_target(target_of(run))  # type: ignore[assignment]  # not local: one
+    return target.access(run)
+
+
+def _local_settings(run: Run) -> ConnectionSettings:
+    from ..flow.store import stored_connection
+
+    again = f"phi3 up --run {run.name}"
+    name = run.require("connection", again)["name"]
+    if get_target("local").status(run)["endpoint"]["state"] != "up":
+        raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
+    settings = ConnectionSettings.from_connection(stored_connection(name))
+    if not same_endpoint(settings.endpoint, run.require("endpoint", again)["endpoint"]):
+        raise StageError(
+            f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
+            f"the run {run.name!r}; bring this run back with {again}, or keep both by giving one a "
+            "connection of its own: connection.name=NAME"
+        )
+    return settings
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """One question, or a conversation that streams."""
+    if args.output == "json" and args.question is None and not args.web:
+        raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
+    access, known = access_of(args)
+    parameters = {
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    url = streaming_url(access.endpoint)
+    if args.web:
+        return run_web(args, _settings(access, known), url)
+    if url != access.endpoint:
+        known["dialect"] = None
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
+    with replace(access, endpoint=url).client(**known) as client:
+        if args.question is not None:
+            return _ask_once(client, args, parameters)
+        return _converse(client, args, parameters, length - args.max_new_tokens)
+
+
+def streaming_url(endpoint: str) -> str:
+    """Our own endpoint streams beside /score; any other URL is used as it is."""
+    parts = urlsplit(endpoint)
+    if parts.path == "/score" and parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        return urlunsplit(parts._replace(path=OPENAI_PATH))
+    return endpoint
+
+
+def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
+    messages = to_messages((), args.question, args.system)
+    if args.output == "json":
+        reply = client.chat(messages, **parameters)
+        console.print_json({"question": args.question, "answer": reply.text})
+    else:
+        _stream(client, messages, parameters)
+    return 0
+
+
+def _converse(
+    client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any], room: int
+) -> int:
+    """Questions and answers until an empty line; what does not fit into `room` is left out."""
+    console.err.print("Type a question; an empty line, Ctrl-C or Ctrl-D ends the conversation.")
+    history: list[dict[str, dict[str, str]]] = []
+    while True:
+        try:
+            question = input("You: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.out.print()
+            return 0
+        if not question:
+            return 0
+        console.out.print("Model: ", end="", style="bold green")
+        messages = to_messages(history, question, args.system, max_tokens=room)
+        answer = _stream(client, messages, parameters)
+        history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})
+
+
+def _stream(
+    client: Phi3Client, messages: list[dict[str, str]], parameters: Mapping[str, Any]
+) -> str:
+    pieces = []
+    for piece in client.stream(messages, **parameters):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        pieces.append(piece)
+    sys.stdout.write("\n")
+    return "".join(pieces)
+
+
+def run_env(args: argparse.Namespace) -> int:
+    """Print shell exports; made for `eval`, so nothing else goes to standard output."""
+    from ..flow.page import environment_of
+
+    access, known = access_of(args)
+    if access.token_provider is not None:
+        console.err.print("The endpoint takes Entra tokens: this one is good for about an hour.")
+    values = environment_of(_settings(access, known))
+    if args.output == "json":
+        console.print_json(values)
+    else:
+        for name, value in values.items():
+            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve in this process."""
+    from ..targets.local import serve_in_front
+
+    journey = journey_of(args)
+    if not has_model_here(journey.run):
+        raise UsageError(f"The run {journey.run.name!r} has no model here; make one: phi3 train")
+    key = os.environ.get("PHI3_KEY")
+    if not key:
+        key = secrets.token_urlsafe(32)
+        console.err.print("No PHI3_KEY is set: made a key for this server, shown only here:")
+        console.err.print(f"  {key}", markup=False)
+    return serve_in_front(journey.recipe, journey.run, key)
+
+
+# `phi3 invoke`: score a random held-out conversation, as the tutorials do, with our own client.
+# Reads the run's held-out rows; shows what was expected beside what came back.
+
+Messages = list[dict[str, str]]
+
+
+def register_invoke(subparsers: Any) -> None:
+    """Add the command of this module."""
+    parser = add_command(
+        subparsers,
+        "invoke",
+        "score a random held-out conversation at the endpoint",
+        "phi3 invoke --on azure",
+        run_invoke,
+    )
+    parser.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_on(parser, "of the runs there, the last connected")
+    add_rehearse(parser)
+    parser.add_argument(
+        "--deployment", metavar="NAME", help="this deployment, whatever share of traffic it has"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="draw the same row again")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+
+
+def run_invoke(args: argparse.Namespace) -> int:
+    """Draw a row, ask, show."""
+    run = current_run(args)
+    number, messages = _draw(run, args.seed)
+    expected = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    asked = messages if expected is None else messages[:-1]
+    access, known = access_of(args)
+    known.pop("context_length", None)
+    if args.deployment:
+        known["deployment"] = args.deployment
+    with access.client(**known) as client:
+        reply = client.chat(asked, temperature=0.0, max_new_tokens=args.max_new_tokens)
+    found = {
+        "line": number,
+        "messages": asked,
+        "expected": expected,
+        "answer": reply.text,
+        "deployment": reply.deployment,
+        "request_id": reply.request_id,
+    }
+    if args.output == "json":
+        console.print_json(found)
+        return 0
+    console.out.print(f"Held-out row {number} of the run {run.name}", style="dim", markup=False)
+    for message in asked:
+        console.out.print(f"{message['role']}: {message['content']}", markup=False)
+    if expected is not None:
+        console.out.print(f"expected: {expected}", markup=False, style="dim")
+    console.out.print(f"answered: {reply.text}", markup=False, style="bold green")
+    return 0
+
+
+def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
+    """A row of the held-out chats and its line number."""
+    outputs = run.require("dataset", "phi3 up")["outputs"]
+    part = outputs.get("validation")
+    path = run.path / str(part["path"]) if part else Path()
+    lines = path.read_text(encoding="utf-8").splitlines() if part and path.is_file() else []
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise StageError(f"The run {run.name!r} holds no held-out chats; make them: phi3 up")
+    number, line = random.Random(seed).choice(rows)  # noqa: S311 - no secret depends on it
+    return number, json.loads(line)["messages"]
+
+
+CONCURRENCY = 64
+INPUTS = ("input_data", "chat_history", "system_prompt", "temperature", "top_p", "max_new_tokens")
+
+
+def register_batch(subparsers: Any) -> None:
+    """Add the command of this module."""
+    batch = add_command(
+        subparsers,
+        "batch",
+        "ask every line of a JSONL file, many at once; go on where it stopped",
+        "phi3 batch questions.jsonl --map input_data=question --out answers.jsonl",
+        run_lines,
+    )
+    batch.add_argument("data", type=Path, metavar="DATA", help="JSONL with a column input_data")
+    batch.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to (default: DATA's name + .answers.jsonl)"
+    )
+    batch.add_argument(
+        "--map",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="INPUT=COLUMN",
+        help=f"take an input of the flow from another column; inputs: {', '.join(INPUTS)}",
+    )
+    batch.add_argument("--resume", action="store_true", help="only what is missing or failed")
+    batch.add_argument(
+        "--details", action="store_true", help="add the data's columns, `error` and `seconds`"
+    )
+    batch.add_argument(
+        "--concurrency",
+        type=_count,
+        default=CONCURRENCY,
+        metavar="N",
+        help=f"lines at once (default {CONCURRENCY}; fewer by itself where the endpoint throttles)",
+    )
+    batch.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    batch.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    batch.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    batch.add_argument("--top-p", type=float, default=1.0, help="default 1")
+    batch.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+
+
+def run_lines(args: argparse.Namespace) -> int:
+    """Ask; exit 1 with the fix where a line has no answer."""
+    renamed = dict(args.map)
+    lines = read_lines(args.data, renamed)
+    access, known = access_of(args)
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
+    defaults = {
+        "system_prompt": args.system,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    out = args.out or args.data.with_suffix(".answers.jsonl")
+    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
+    with access.client(**known, max_retries=2) as client:
+        endpoint = portless(client.endpoint)
+        asked = asked_of(args.data, renamed, defaults, endpoint, args.details)
+        answers = Answers(out, asked, resume=args.resume)
+        ask = asker(client.chat, defaults, length)
+        with console.progress_bar("Batch") as step:
+            tally = run_batch(
+                ask,
+                lines,
+                answers,
+                concurrency=args.concurrency,
+                details=args.details,
+                step=step,
+            )
+    _show(args, out, tally)
+    verdict(tally, _again(args, out))
+    return 0
+
+
+def portless(endpoint: str) -> str:
+    """The endpoint's name; on this machine without the port, which changes with each start."""
+    parts = urlsplit(endpoint)
+    local = parts.hostname is not None and is_loopback(parts.hostname)
+    return urlunsplit(parts._replace(netloc=parts.hostname or "")) if local else endpoint
+
+
+def _show(args: argparse.Namespace, out: Path, tally: Tally) -> None:
+    if args.output == "json":
+        console.print_json(
+            {
+                "out": out,
+                "lines": tally.lines,
+                "answered": tally.answered,
+                "answered_before": tally.kept,
+                "failed": tally.failed,
+                "failures": tally.failures,
+                "not_asked": tally.missing,
+            }
+        )
+        return
+    before = f", {tally.kept} were there before" if tally.kept else ""
+    text = f"{out}: {tally.answered} answered{before}, {tally.failed} failed"
+    console.out.print(text, markup=False)
+
+
+def _again(args: argparse.Namespace, out: Path) -> str:
+    """The command that does the rest: this one's own words, and --resume."""
+    words = ["phi3", "batch", str(args.data), "--out", str(out), "--resume"]
+    words += [word for ours, theirs in args.map for word in ("--map", f"{ours}={theirs}")]
+    words += ["--details"] if args.details else []
+    for option, value, default in (
+        ("--run", args.run, None),
+        ("--system", args.system, ""),
+        ("--temperature", args.temperature, 0.0),
+        ("--top-p", args.top_p, 1.0),
+        ("--max-new-tokens", args.max_new_tokens, 256),
+    ):
+        words += [option, str(value)] if value != default else []
+    return shlex.join(words)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, sign, theirs = text.partition("=")
+    if not sign or not theirs or ours not in INPUTS:
+        raise argparse.ArgumentTypeError(
+            f"expected INPUT=COLUMN, the input one of {', '.join(INPUTS)}; got {text!r}"
+        )
+    return ours, theirs
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text!r}")
+    return int(text)

@@ -1,0 +1,163 @@
+"""`phi3 status | down`: what stands, here and on Azure, and its end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from .. import console
+from ..errors import StageError, UsageError
+from ..run import Run
+from ..targets import CloudTarget, get_target, target_of
+from .common import add_command, add_on, add_rehearse, all_runs
+from .up import state_of
+
+
+def register_status(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    status = add_command(
+        subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
+    )
+    status.add_argument("--run", metavar="NAME", help="one run only")
+    add_on(status, "only the runs there; azure: ask Azure what stands and what bills")
+    add_rehearse(status)
+    down = add_command(
+        subparsers,
+        "down",
+        "stop what `up` started: endpoints here, endpoint and cluster on Azure",
+        "phi3 down --on azure --run phi3-mini-azure",
+        run_down,
+    )
+    down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
+    down.add_argument("--run", dest="named", metavar="NAME", help="the same")
+    add_on(down, "only the runs there (default: RUN's place, else this machine)")
+    add_rehearse(down)
+    down.add_argument(
+        "--failed",
+        action="store_true",
+        help="on Azure: only the deployments and clusters that failed, which bill all the same",
+    )
+    down.add_argument(
+        "--idle",
+        action="store_true",
+        help="on Azure: only the run's deployments that get no traffic, and the failed ones",
+    )
+    down.add_argument(
+        "--all",
+        action="store_true",
+        help="on Azure: also the workspace and everything else that `up` made for it",
+    )
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """List the runs under --runs; with --on azure or --run, as Azure itself says."""
+    runs = _runs(args, args.run)
+    asks = args.on == "azure" or args.run is not None
+    targets = {name: get_target(name) for name in {target_of(run) for run in runs} if asks}
+    states = [state_of(run, targets.get(target_of(run))) for run in runs]
+    if args.output == "json":
+        console.print_json(states)
+    elif not states:
+        console.out.print(f"No runs under {args.runs} yet; make one with: phi3 up", markup=False)
+    for state in states if args.output == "text" else []:
+        _show_state(state)
+    return 0
+
+
+def _runs(args: argparse.Namespace, name: str | None) -> list[Run]:
+    runs = [run for run in all_runs(args.runs) if name in (None, run.name)]
+    if name is not None and not runs:
+        raise UsageError(f"There is no run {name!r} under {args.runs}; see: phi3 status")
+    return [run for run in runs if args.on in (None, target_of(run))]
+
+
+def _show_state(state: dict[str, Any]) -> None:
+    endpoint = state["endpoint"]
+    console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
+    process = f" (process {endpoint['pid']})" if endpoint.get("pid") else ""
+    where = f" {endpoint['url']}{process}" if endpoint.get("url") else ""
+    console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
+    if state["on"] != "local" and "lines" not in state:
+        command = f"phi3 status --on {state['on']} --run {state['run']}"
+        console.out.print(f"  on {state['on']}; ask there what stands: {command}", markup=False)
+    for fault in state["broken"]:
+        console.out.print(f"  broken: {fault}", markup=False)
+    for line in state.get("lines", []):
+        console.out.print(f"  {line}", markup=False)
+    if state["adapters"]:
+        console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """Stop what one run started, or all runs of a place."""
+    name = args.run or args.named
+    runs = _runs(args, name)
+    if args.on is None and name is None:
+        here = [run for run in runs if target_of(run) == "local"]
+        away = [run.name for run in runs if run not in here and run.manifest("endpoint")]
+        runs = here
+    else:
+        away = []
+    only = "failed" if args.failed else "idle" if args.idle else "all" if args.all else "run"
+    if only != "run" and any(target_of(run) == "local" for run in runs):
+        raise UsageError(f"--{only} is for runs on Azure: phi3 down --on azure --{only}")
+    lines: list[str] = []
+    broken: list[str] = []
+    for run in runs:
+        try:
+            lines += _teardown(args, run, only)
+        except StageError as error:  # what other runs started is stopped all the same
+            broken.append(str(error))
+    _show_end(args, lines, broken, away)
+    return 1 if broken else 0
+
+
+def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
+    target = get_target(target_of(run))
+    if target.name == "local":
+        return target.teardown(run)
+    cloud: CloudTarget = target  # type: ignore[assignment]  # every other target is one
+    if only == "all":
+        _confirm(args, cloud.all_of(run), run)
+    with run.lock(), console.progress_bar("down") as progress:
+        return cloud.remove(run, only, progress)
+
+
+def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
+    """Deleting a workspace takes along what others may have put there."""
+    if args.yes:
+        return
+    console.err.print(f"This deletes, for the run {run.name}:", markup=False)
+    for name in names:
+        console.err.print(f"  {name}", markup=False)
+    console.err.print("with everything in them, also what phi3 did not make.")
+    try:
+        said = input("Type yes to go on: ") if _has_person() else ""
+    except EOFError:
+        said = ""
+    if said.strip().lower() != "yes":
+        raise UsageError("Nothing was deleted; say it with --yes where nobody can be asked")
+
+
+def _has_person() -> bool:
+    return os.isatty(0)
+
+
+def _show_end(
+    args: argparse.Namespace, lines: list[str], broken: list[str], away: list[str]
+) -> None:
+    for fault in broken:
+        console.print_error(fault)
+    if args.output == "json":
+        console.print_json({"stopped": lines, "broken": broken})
+        return
+    for line in lines:
+        console.out.print(line, markup=False)
+    if not lines and not broken:
+        console.out.print("Nothing of ours is running.")
+    for name in away:
+        command = f"phi3 down --on azure {name}"
+        console.out.print(f"{name} is on Azure and may bill: {command}", markup=False)
+    if os.environ.get("PHI3_ENDPOINT"):
+        console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")

@@ -1,0 +1,433 @@
+"""`phi3 train | evaluate | register | deploy | connect`: the journey up to one stage."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import console
+from ..errors import MissingExtraError, StageError, UsageError
+from ..finetune.weights import list_adapters
+from ..journey import Journey, Stage, finished, go
+from ..memory import memory_plan, of_size, row_sizes
+from ..planning import PlanLine
+from ..recipe import Recipe
+from ..run import Run
+from ..stages_azure import stages_of, stages_until
+from ..targets import Target, get_target, target_of
+from .common import (
+    add_adapter,
+    add_allow,
+    add_command,
+    add_force,
+    add_no_plan,
+    add_recipe,
+    add_rehearse,
+    from_options,
+    journey_of,
+    recipe_of,
+)
+
+# What a finished `phi3 up` shows: before and after, the answer, and what to type next.
+
+# What `phi3 up` shows of each part; `phi3 evaluate` shows all.
+HEADLINES = {
+    "validation": ("contains", "exact_match", "token_f1"),
+    "train": ("contains", "exact_match"),
+    "replay": ("contains", "exact_match"),
+    "canary": ("contains",),
+    "probes": ("refusal_rate",),
+}
+
+
+def show_summary(journey: Journey) -> None:
+    """Print the figures and the answer of a finished run."""
+    metrics = journey.run.require("metrics", "phi3 evaluate")
+    console.out.print()
+    show_comparison(journey.run)
+    answer = journey.run.require("answer", "phi3 up")
+    console.out.print()
+    console.out.print(f"You ask:  {answer['question']}", markup=False)
+    before = metrics.get("ask", {})
+    if before.get("question") == answer["question"]:
+        console.out.print(f"Before:   {before['before'] or '(nothing)'}", markup=False)
+    console.out.print(f"After:    {answer['answer']}", markup=False, style="bold green")
+    console.out.print()
+    console.out.print("Next, type:", style="bold")
+    for command, why in _next_steps(journey):
+        console.out.print(f"  {command}", markup=False)
+        console.out.print(f"      {why}", markup=False, style="dim")
+
+
+def show_comparison(run: Run, *, every: bool = False) -> None:
+    """Both models' figures side by side, where the report lies, and the gate's verdict."""
+    from ..evaluate import gate
+
+    metrics = run.require("metrics", "phi3 evaluate")
+    verdict = run.require("gate", "phi3 evaluate")
+    confidence = metrics["settings"]["confidence"]
+    sure = f"change, {confidence:.0%} sure"
+    if every:
+        for part, compared in metrics["comparisons"].items():
+            title = f"{_title(part, compared)}, before and after tuning"
+            console.table(title, ["", "before", "after", sure], _rows(compared))
+    else:
+        rows = [
+            [_title(part, compared) if not number else "", *row]
+            for part, compared in metrics["comparisons"].items()
+            for number, row in enumerate(_rows(compared, HEADLINES[part]))
+        ]
+        console.table(
+            "Before and after tuning, as measured", ["asked", "", "before", "after", sure], rows
+        )
+    console.out.print(f"Gate:     {gate.summary(verdict)}", markup=False)
+    if every or not verdict["passed"]:
+        for rule in verdict["rules"]:
+            console.out.print(f"  {gate.line(rule)}", markup=False)
+        for text in verdict.get("remarks", []):
+            console.out.print(f"  {text}", markup=False)
+    console.out.print(f"Report:   {_shown(run.path / verdict['report'])}", markup=False)
+
+
+def _title(part: str, compared: dict[str, Any]) -> str:
+    from ..evaluate.questions import PARTS
+
+    return f"{next(iter(compared.values()))['rows']} {PARTS[part]}"
+
+
+def _rows(compared: dict[str, Any], wanted: tuple[str, ...] | None = None) -> list[list[str]]:
+    from ..evaluate.figures import METRICS
+
+    rows = []
+    for name, figures in compared.items():
+        if wanted is None or name in wanted:
+            metric = METRICS[name]
+            before, after = (format(figures[side], metric.form) for side in ("before", "after"))
+            low, high = (format(figures[end], "+" + metric.form) for end in ("low", "high"))
+            rows.append([metric.label, before, after, f"{low} to {high}"])
+    return rows
+
+
+def _shown(path: Path) -> str:
+    """A path under the current folder without that folder's own part."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _next_steps(journey: Journey) -> list[tuple[str, str]]:
+    if journey.target.name != "local":
+        return _next_on(journey.target.name, journey.run.name)
+    flow = os.path.relpath(journey.flow)
+    binary = _prefix()
+    return [
+        (f"{binary}phi3 chat", "a conversation in this terminal"),
+        (
+            f"{binary}phi3 chat --web",
+            "Prompt flow's chat page in the browser; Ctrl-C ends it",
+        ),
+        (
+            f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
+            "one question through the flow",
+        ),
+    ]
+
+
+def _next_on(target: str, run: str) -> list[tuple[str, str]]:
+    where = f"--on {target} --run {run}"
+    binary = _prefix()
+    return [
+        (f"{binary}phi3 chat {where}", "a conversation in this terminal"),
+        (f"{binary}phi3 invoke {where}", "a held-out conversation, scored"),
+        (f"{binary}phi3 status {where}", "what stands, and what bills"),
+        (f"{binary}phi3 down --on {target} {run}", "delete what bills: until then it does"),
+    ]
+
+
+def _prefix() -> str:
+    """`.venv/bin/` where the commands are not on the PATH as the user's shell sees it."""
+    here = Path(sys.executable).parent
+    on_path = str(here) in os.environ.get("PATH", "").split(os.pathsep)
+    return "" if on_path else f"{os.path.relpath(here)}/"
+
+
+# `phi3 up | plan`: the whole journey, and what it would do.
+
+
+def register_up(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    up = add_command(
+        subparsers,
+        "up",
+        "do every stage that is not done yet, from chats to an answer in Prompt flow",
+        "phi3 up training/recipes/phi3-tiny.yaml finetune.num_train_epochs=10",
+        run_up,
+    )
+    add_recipe(up)
+    up.add_argument("--again", action="append", default=[], metavar="STAGE", help="redo a stage")
+    add_adapter(up)
+    add_allow(up)
+    add_force(up)
+    add_no_plan(up)
+    add_rehearse(up)
+    plan = add_command(
+        subparsers,
+        "plan",
+        "say what `up` would do and what would stop it; changes nothing",
+        "phi3 plan training/recipes/phi3-mini-lora.yaml",
+        run_plan,
+    )
+    add_recipe(plan)
+    add_rehearse(plan)
+    plan.add_argument(
+        "--device-gb",
+        type=_size,
+        metavar="GB",
+        help="memory only, on a GPU of this size instead of this machine",
+    )
+    plan.add_argument(
+        "--device", choices=("cuda", "cpu"), help="kind of that device (default: cuda)"
+    )
+
+
+def run_up(args: argparse.Namespace) -> int:
+    """Do the journey and show what came out of it."""
+    journey = journey_of(args)
+    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
+    os.environ.pop("PHI3_ENDPOINT", None)
+    stages = stages_of(journey.target.name)
+    with journey.run.lock():
+        again = _stages_named(args.again, stages)
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages, again=again)
+    if args.output == "json":
+        console.print_json(state_of(journey.run, journey.target))
+    else:
+        show_summary(journey)
+    return 0
+
+
+def _stages_named(titles: list[str], stages: Sequence[Stage]) -> frozenset[str]:
+    known = {stage.title: stage.manifest for stage in stages}
+    wrong = [title for title in titles if title not in known]
+    if wrong:
+        raise UsageError(f"No stage {', '.join(wrong)}; stages: {', '.join(known)}")
+    return frozenset(known[title] for title in titles)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Say what would be done."""
+    journey = journey_of(args, make_run=False)
+    stages = stages_of(journey.target.name)
+    todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
+    lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
+    if args.output == "json":
+        plan = [asdict(line) for line in lines]
+        console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
+    else:
+        console.out.print(f"Run folder: {journey.run.path}", markup=False)
+        console.out.print(f"To do: {', '.join(todo) or 'nothing, all is done'}", markup=False)
+        for line in lines:
+            mark = "STOPS" if line.stops else "     "
+            console.out.print(f"  {mark} {line.stage:<10} {line.text}", markup=False)
+    return 1 if any(line.stops for line in lines) else 0
+
+
+def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
+    """What a device that is not here would hold; nothing where no such one is named."""
+    if args.device_gb is not None:
+        device = of_size(args.device_gb, args.device or "cuda")
+        return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
+    if args.device is not None:
+        raise UsageError("--device says what kind --device-gb is; add e.g. --device-gb 24")
+    return []
+
+
+def _size(text: str) -> float:
+    """A size in gigabytes, more than none."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise argparse.ArgumentTypeError(f"expected gigabytes such as 24, got {text!r}")
+    return size
+
+
+def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
+    """Done with unchanged inputs, and everything before it as well."""
+    before = stages[: stages.index(stage) + 1]
+    return all(finished(journey, earlier) is not None for earlier in before)
+
+
+def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
+    """What of a run is done and up; on Azure as Azure itself says, where `target` is given.
+
+    A manifest that cannot be read is named and hides nothing else.
+    """
+    name = target_of(run)
+    found, broken = _manifests(run, stages_of(name))
+    endpoint, answer = found.get("endpoint"), found.get("answer", {})
+    if "endpoint" in broken:
+        status: dict[str, Any] = {"endpoint": {"state": "unknown"}}
+    elif target is None and name != "local":
+        where = {} if endpoint is None else {"url": endpoint["endpoint"]}
+        status = {"endpoint": {"state": "not asked", **where}}
+    else:
+        status = (target or get_target(name)).status(run)
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "on": name,
+        "done": [stage.title for stage in stages_of(name) if stage.manifest in found],
+        "broken": list(broken.values()),
+        **status,
+        "adapters": [] if "base" in broken else [adapter.name for adapter in list_adapters(run)],
+        "question": answer.get("question"),
+        "answer": answer.get("answer"),
+    }
+
+
+def _manifests(
+    run: Run, stages: Sequence[Stage]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The run's manifests, and what is wrong with those that cannot be read."""
+    found: dict[str, dict[str, Any]] = {}
+    broken: dict[str, str] = {}
+    for stage in stages:
+        try:
+            manifest = run.manifest(stage.manifest)
+        except StageError as error:
+            broken[stage.manifest] = str(error)
+            continue
+        if manifest is not None:
+            found[stage.manifest] = manifest
+    return found, broken
+
+
+# `phi3 train RECIPE --search FILE`: many trainings, the best settings kept as a recipe.
+
+
+def run_search(args: argparse.Namespace, journey: Journey) -> int:
+    """Do the trials that are missing and show what was found."""
+    from ..search.plan import load_plan
+
+    def make(overrides: Sequence[str]) -> Recipe:
+        return recipe_of([*args.words, *from_options(args), *overrides])
+
+    plan = load_plan(args.search, make)
+    if importlib.util.find_spec("optuna") is None:
+        raise MissingExtraError("optuna", "local")
+    from ..search.study import search
+
+    with journey.run.lock():
+        report = search(journey, plan, make)
+    if args.output == "json":
+        console.print_json(report)
+    else:
+        _show(journey, report)
+    return 0
+
+
+def _show(journey: Journey, report: dict[str, Any]) -> None:
+    keys = list(report["best"]["parameters"])
+    columns = ["trial", report["metric"], *(key.rpartition(".")[2] for key in keys), "seconds"]
+    sign = -1 if report["direction"] == "maximize" else 1
+    ranked = sorted(
+        report["trials"],
+        key=lambda trial: (trial["value"] is None, sign * (trial["value"] or 0), trial["number"]),
+    )
+    console.table(
+        f"Trials, the best first ({report['direction']})",
+        columns,
+        [_row(trial, keys) for trial in ranked],
+    )
+    folder = journey.run.path
+    console.out.print(f"Best recipe:  {folder / report['best_recipe']}", markup=False)
+    console.out.print(f"Picture:      {folder / report['picture']}", markup=False)
+    console.out.print(
+        "The best was chosen by the held-out chats: judge it by others that it has not seen.",
+        style="dim",
+    )
+
+
+def _row(trial: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    figure = trial["state"] if trial["value"] is None else f"{trial['value']:.5g}"
+    return [
+        str(trial["number"]),
+        figure,
+        *(_value(trial["parameters"].get(key)) for key in keys),
+        "" if trial["seconds"] is None else f"{trial['seconds']:.1f}",
+    ]
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# command: (its manifest, help)
+STAGE_COMMANDS = {
+    "train": ("model", "prepare the chats and fine-tune"),
+    "evaluate": ("gate", "compare the base and the tuned model, and hold it against the gate"),
+    "register": ("registration", "put the tuned model into the run's MLflow registry"),
+    "deploy": ("endpoint", "start the endpoint of the tuned model"),
+    "connect": ("connection", "write the Prompt flow connection to the endpoint"),
+}
+
+
+def register_stages(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    for name, (_manifest, help_text) in STAGE_COMMANDS.items():
+        parser = add_command(
+            subparsers,
+            name,
+            help_text,
+            f"phi3 {name} training/recipes/phi3-tiny.yaml",
+            run_stage,
+        )
+        add_recipe(parser)
+        add_adapter(parser)
+        add_no_plan(parser)
+        if name == "train":
+            add_allow(parser)
+            parser.add_argument(
+                "--search",
+                type=Path,
+                metavar="FILE",
+                help="look for better settings, as the YAML file says (docs/search.md)",
+            )
+        if name in ("deploy", "connect"):
+            add_force(parser)
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """Do what is missing up to the stage."""
+    journey = journey_of(args)
+    if getattr(args, "search", None) is not None:
+        if journey.target.name != "local":
+            raise UsageError("A search runs on this machine: leave out --on azure")
+        return run_search(args, journey)
+    manifest = STAGE_COMMANDS[args.command][0]
+    with journey.run.lock():
+        stages = stages_until(manifest, journey.target.name)
+        journey.target.begin(journey.recipe, journey.run)
+        go(journey, stages)
+    if args.command == "evaluate":
+        return _show_evaluation(journey.run, args.output)
+    if args.output == "json":
+        console.print_json(journey.run.manifest(manifest))
+    return 0
+
+
+def _show_evaluation(run: Run, form: str) -> int:
+    """The figures and the gate's verdict; 1 where the model did not pass."""
+    verdict = run.require("gate", "phi3 evaluate")
+    if form == "json":
+        console.print_json({**run.require("metrics", "phi3 evaluate"), "gate": verdict})
+    else:
+        show_comparison(run, every=True)
+    return 0 if verdict["passed"] else 1

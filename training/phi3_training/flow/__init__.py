@@ -1,0 +1,1 @@
+"""What belongs to Prompt flow: store, connection, questions, bundle, server, chat page."""

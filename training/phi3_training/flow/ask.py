@@ -1,0 +1,81 @@
+"""Asks the chat flow one question through Prompt flow, inside this process.
+
+Reads the flow folder and the connection (PHI3_ENDPOINT and PHI3_KEY, else Prompt flow's store);
+writes nothing into the flow folder, starts no service, sends no telemetry.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phi3_tool.connection import ConnectionSettings, environment_names_endpoint
+from phi3_tool.errors import Phi3Error
+
+from ..errors import MissingExtraError, StageError, UsageError
+from . import store
+
+NODE = "integrate_with_promptflow"
+
+
+def ask(
+    flow_dir: Path,
+    question: str,
+    *,
+    connection_name: str = "phi3_connection",
+    connection: Any = None,
+    chat_history: Sequence[Mapping[str, Any]] = (),
+    **inputs: Any,
+) -> str:
+    """The flow's answer to `question`; `inputs` are further inputs of the flow (temperature, …).
+
+    `connection`: Prompt flow's own object, instead of the stored one of a name. Raises StageError
+    with the endpoint's own message when the model gave no answer.
+    """
+    if not (flow_dir / "flow.dag.yaml").is_file():
+        raise UsageError(f"{flow_dir} is not a flow: expected a flow.dag.yaml in it")
+    store.quiet()
+    try:
+        client = importlib.import_module("promptflow.client")
+        entities = importlib.import_module("promptflow.entities")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "promptflow", "flow") from None
+    flow = client.load_flow(flow_dir)
+    connection = connection or _connection(connection_name)
+    flow.context = entities.FlowContext(connections={NODE: {"connection": connection}})
+    return _answer(flow, input_data=question, chat_history=list(chat_history), **inputs)
+
+
+def _answer(flow: Any, **inputs: Any) -> str:
+    exceptions = importlib.import_module("promptflow.exceptions")
+    try:
+        return str(flow(**inputs)["answer"])
+    except exceptions.PromptflowException as error:
+        raise StageError(_reason(error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The endpoint's message where one lies inside Prompt flow's error, else the first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, Phi3Error):
+            return str(inner)
+        inner = getattr(inner, "inner_exception", None) or inner.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"Prompt flow could not run the flow: {line}. See more with: pf flow test --flow FOLDER"
+
+
+def _connection(name: str) -> Any:
+    """Prompt flow's object for the endpoint: the environment's, else the stored one."""
+    if not environment_names_endpoint():
+        return store.stored_connection(name)
+    try:
+        settings = ConnectionSettings.from_environment()
+    except Phi3Error as error:
+        raise StageError(str(error)) from None
+    # The flow reads the environment itself; Prompt flow only wants to see some connection.
+    return importlib.import_module("promptflow.connections").CustomConnection(
+        name=name, configs={"endpoint": settings.endpoint}, secrets={"key": settings.key}
+    )

@@ -1,0 +1,503 @@
+"""A Prompt flow folder made ready to travel: with its tool's source, and nothing it does not need.
+
+Reads a flow folder; writes a folder and a zip file that is the same, byte for byte, every time.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from phi3_tool import __version__
+
+from ..errors import MissingExtraError, StageError, UsageError
+from ..run import sha256_of
+
+# Which files a flow needs, found by following what it names: nodes, imports, includes.
+# Reads a flow folder (flow.dag.yaml, the sources of its nodes, additional_includes); writes
+# nothing.
+
+DAG = "flow.dag.yaml"
+TOOL_PACKAGE = "phi3_tool"
+# What belongs to a program. Everything else in an included folder stays behind, data above all.
+PROGRAM_SUFFIXES = frozenset(
+    (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
+)
+_CACHES = ("__pycache__",)
+
+
+@dataclass(frozen=True)
+class FlowSource:
+    """A flow folder that was read: its definition and every file it needs, by name in a bundle."""
+
+    folder: Path
+    text: str
+    dag: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> FlowSource:
+        """Read and check a flow folder; raises UsageError where it is none."""
+        path = folder / DAG
+        if not path.is_file():
+            raise UsageError(f"{folder} is not a flow: expected a {DAG} in it")
+        text = path.read_text(encoding="utf-8")
+        try:
+            dag = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"{path} cannot be read as YAML: {error}") from None
+        if not isinstance(dag, dict) or not isinstance(dag.get("nodes"), list):
+            raise UsageError(
+                f"{path} has no list of nodes; see: pf flow validate --source {folder}"
+            )
+        return cls(folder, text, dag)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def package_tools(self) -> list[str]:
+        """Tools that nodes take from installed packages."""
+        sources = (node.get("source") or {} for node in _nodes(self.dag))
+        return sorted({str(s["tool"]) for s in sources if s.get("type") == "package"})
+
+    @property
+    def tool_sources(self) -> dict[str, dict[str, str]]:
+        """Nodes' own source files, each with the kind of its tool."""
+        return {
+            str(node["source"]["path"]): {"tool_type": str(node["type"]).lower()}
+            for node in _nodes(self.dag)
+            if (node.get("source") or {}).get("type") in ("code", "package_with_prompt")
+        }
+
+    @property
+    def uses_phi3_tool(self) -> bool:
+        """Whether the flow needs the package phi3_tool, carried along or installed."""
+        return any(Path(entry).name == TOOL_PACKAGE for entry in self._includes()) or any(
+            tool.partition(".")[0] == TOOL_PACKAGE for tool in self.package_tools
+        )
+
+    @property
+    def requirements(self) -> str:
+        """Name of the flow's requirements file; empty where it names none."""
+        return str((self.dag.get("environment") or {}).get("python_requirements_txt") or "").strip()
+
+    def files(self, *, extra: Sequence[str] = (), carry_tool: bool = True) -> dict[str, Path]:
+        """Every file besides flow.dag.yaml; all that is named and missing is reported at once."""
+        faults: list[str] = []
+        found: dict[str, Path] = {}
+        for entry in self._includes():
+            if Path(entry).name != TOOL_PACKAGE or carry_tool:
+                found.update(_included(self.folder, entry, faults))
+        named = [str((node.get("source") or {}).get("path") or "") for node in _nodes(self.dag)]
+        for name in dict.fromkeys([*named, self.requirements, *extra]):
+            if name and name not in found:
+                found.update(_own(self.folder, name, faults))
+        if faults:
+            raise UsageError(f"{self.folder / DAG} cannot be packed:\n  " + "\n  ".join(faults))
+        found.update(_imported(self.folder, found))
+        return dict(sorted(found.items()))
+
+    def _includes(self) -> list[str]:
+        return [str(entry).rstrip("/\\") for entry in self.dag.get("additional_includes") or []]
+
+
+def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The nodes, those of variants too."""
+    yield from (node for node in dag["nodes"] if isinstance(node, dict))
+    for group in (dag.get("node_variants") or {}).values():
+        for variant in (group.get("variants") or {}).values():
+            yield variant["node"]
+
+
+def _own(folder: Path, name: str, faults: list[str]) -> dict[str, Path]:
+    """A file or folder that must lie inside the flow's folder."""
+    path = folder / name
+    if not path.exists():
+        faults.append(f"{name} is named, but is not in {folder}")
+    elif not path.resolve().is_relative_to(folder.resolve()):
+        faults.append(f"{name} leads out of {folder}; name it under additional_includes instead")
+    elif path.is_dir():
+        return {str(PurePosixPath(name) / inner): found for inner, found in _tree(path)}
+    else:
+        return {PurePosixPath(Path(name)).as_posix(): path}
+    return {}
+
+
+def _included(folder: Path, entry: str, faults: list[str]) -> dict[str, Path]:
+    path = (folder / entry).resolve()
+    if path.is_file():
+        return {path.name: path}
+    if not path.is_dir():
+        faults.append(f"additional_includes names {entry}, which is not there")
+    return {f"{path.name}/{inner}": found for inner, found in _tree(path)}
+
+
+def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
+    """What of a folder belongs to a program, without caches, hidden files and links out of it."""
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part in _CACHES for part in inner.parts)
+        inside = path.resolve().is_relative_to(folder.resolve())
+        if path.is_file() and not hidden and inside and path.suffix in PROGRAM_SUFFIXES:
+            yield inner.as_posix(), path
+
+
+def _imported(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Modules and packages of the flow's own folder that its files import, and those of these."""
+    found: dict[str, Path] = {}
+    waiting = [path for path in files.values() if path.suffix == ".py"]
+    while waiting:
+        for name in _imports(waiting.pop()):
+            if f"{name}.py" in {*files, *found} or f"{name}/__init__.py" in {*files, *found}:
+                continue
+            new: Iterable[tuple[str, Path]] = ()
+            if (folder / f"{name}.py").is_file():
+                new = [(f"{name}.py", folder / f"{name}.py")]
+            elif (folder / name / "__init__.py").is_file():
+                new = [(f"{name}/{inner}", path) for inner, path in _tree(folder / name)]
+            for inner, path in new:
+                found[inner] = path
+                waiting += [path] if path.suffix == ".py" else []
+    return found
+
+
+def _imports(path: Path) -> set[str]:
+    """First names of all modules that a file imports."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not Python that can be read: {error}") from None
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+# The text of a bundle's own files: flow.dag.yaml, requirements.txt and .amlignore.
+# Pure functions; comments and layout of the flow's own YAML are kept where that is possible.
+
+DISTRIBUTION = "phi3-promptflow"
+REQUIREMENTS = "requirements.txt"
+# The last match wins: of what Prompt flow writes only the tools' description travels.
+AMLIGNORE = """\
+# What Prompt flow and Python write next to a flow stays on this machine: transcripts, logs, caches.
+.promptflow/*
+!.promptflow/flow.tools.json
+.runs/
+__pycache__/
+*.py[cod]
+*.log
+.env
+.git/
+.venv*/
+"""
+_LOCAL_REQUIREMENT = re.compile(r"^\s*(?:-e\b|--editable\b|\.{1,2}/|/|file:|.*\.whl\b)|@\s*file:")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
+
+
+def definition(source: FlowSource, image: str | None) -> str:
+    """flow.dag.yaml for a folder that holds everything itself."""
+    wanted = {key: value for key, value in source.dag.items() if key != "additional_includes"}
+    environment = {"python_requirements_txt": source.requirements or REQUIREMENTS}
+    if image is not None:
+        environment["image"] = image
+    wanted["environment"] = {**(wanted.get("environment") or {}), **environment}
+    text = _without_block(source.text, "additional_includes")
+    if image is not None:
+        text = re.sub(r"(?m)^environment:[ \t]*$", f"environment:\n  image: {image}", text, count=1)
+    if _loaded(text) == wanted:
+        return text
+    # Written in a way that cannot be edited line by line: anew, without its comments.
+    return str(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
+
+
+def requirements(text: str, feed: str | None) -> str:
+    """requirements.txt; with a feed, the tool's package out of it and everything else too."""
+    faults = [line.strip() for line in text.splitlines() if _LOCAL_REQUIREMENT.search(line)]
+    if faults:
+        raise UsageError(
+            "requirements.txt names what only this machine has, and a compute session installs no "
+            f"local files: {'; '.join(faults)}. Take it from a feed (--feed URL) or an image "
+            "(--image NAME)"
+        )
+    if feed is None:
+        return text
+    parts = urlsplit(feed)
+    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or parts.query:
+        raise UsageError(
+            "--feed must be the https URL of a package index, without a user name or token in it "
+            "(the bundle is no place for a secret; the workspace's connection to the feed holds it)"
+        )
+    # The feed alone: beside a public index, a stranger's package of that name could win.
+    head = f"--index-url {feed}\n{DISTRIBUTION}=={__version__}\n"
+    return head + text
+
+
+def checked_image(image: str) -> str:
+    """An image's name that can stand in YAML and in a Dockerfile as it is."""
+    if not _IMAGE.fullmatch(image):
+        raise UsageError(f"{image!r} is no image name: expected [REGISTRY/]NAME[:TAG]")
+    return image
+
+
+def _without_block(text: str, key: str) -> str:
+    """The YAML text without a top-level key, its lines and the comment right above it."""
+    lines = text.splitlines(keepends=True)
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), None)
+    if start is None:
+        return text
+    end = start + 1
+    while end < len(lines) and (lines[end][:1] in " \t-" or not lines[end].strip()):
+        end += 1
+    while start and lines[start - 1].startswith("#"):
+        start -= 1
+    return "".join(lines[:start] + lines[end:])
+
+
+def _loaded(text: str) -> Mapping[str, Any] | None:
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+# Packs a flow into a folder and a zip file, ready to be imported or uploaded elsewhere.
+# Reads a flow folder; writes OUT/<name>/ and OUT/<name>.zip, both whole or not at all.
+
+TOOLS_JSON = ".promptflow/flow.tools.json"
+IGNORE = ".amlignore"
+_DESCRIBE_SECONDS = 120
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can name
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A packed flow; `files` are names inside the folder and the zip, `sha256` is the zip's."""
+
+    folder: Path
+    zip_path: Path
+    files: tuple[str, ...]
+    sha256: str
+
+
+def pack(
+    flow: Path,
+    out: Path,
+    *,
+    feed: str | None = None,
+    image: str | None = None,
+    extra: Sequence[str] = (),
+) -> Bundle:
+    """Pack the flow folder `flow` under `out`.
+
+    The tool's source travels inside the folder unless `feed` (a package index) or `image` (of the
+    compute session) names where the package is installed from. `extra` names further files of the
+    flow folder. Raises UsageError for a flow that cannot be packed; nothing is written then.
+    """
+    source = FlowSource.read(flow)
+    if image is not None:
+        checked_image(image)
+    carry_tool = feed is None and image is None
+    if carry_tool and source.package_tools:
+        raise UsageError(
+            f"{flow} uses {', '.join(source.package_tools)} from an installed package, which a "
+            "compute session takes from a feed or an image: --feed URL or --image NAME (the flow "
+            "flows/phi3_chat carries its tool's source and needs neither)"
+        )
+    folder, zip_path = out / source.name, out / f"{source.name}.zip"
+    if folder.resolve() == flow.resolve():
+        raise UsageError(f"{folder} is the flow itself; pack it elsewhere with --out FOLDER")
+    _check_replaceable(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{source.name}.") as scratch:
+        staged = Path(scratch) / source.name
+        copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
+        (staged / IGNORE).write_text(AMLIGNORE, encoding="utf-8")
+        refuse_secrets(staged)
+        _describe_tools(source, staged)
+        archive = Path(scratch) / "bundle.zip"
+        files = _write_zip(staged, archive)
+        replace(staged, folder)
+        archive.replace(zip_path)
+    return Bundle(folder, zip_path, files, sha256_of(zip_path))
+
+
+def copy_flow(
+    source: FlowSource,
+    folder: Path,
+    *,
+    feed: str | None = None,
+    image: str | None = None,
+    extra: Sequence[str] = (),
+    carry_tool: bool = True,
+) -> None:
+    """A folder with the flow and all it needs, free of links to anywhere else."""
+    named = source.requirements or REQUIREMENTS
+    text = ""
+    for name, path in source.files(extra=extra, carry_tool=carry_tool).items():
+        if name == named:
+            text = path.read_text(encoding="utf-8")
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    wanted = requirements(text, feed if source.uses_phi3_tool else None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / named).write_text(wanted, encoding="utf-8")
+    (folder / DAG).write_text(definition(source, image), encoding="utf-8")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only a bundle is ever replaced: never somebody's own folder of that name."""
+    if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
+        raise UsageError(f"{folder} is there and is no bundle; choose another place with --out")
+
+
+def _describe_tools(source: FlowSource, staged: Path) -> None:
+    """Write flow.tools.json as Prompt flow would, in a process of its own."""
+    if importlib.util.find_spec("promptflow") is None:
+        raise MissingExtraError("promptflow-core", "flow")
+    asked = {"sources": source.tool_sources, "package_tools": source.package_tools}
+    command = [sys.executable, "-B", str(Path(__file__).with_name("describe.py"))]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own file
+            [*command, str(staged), str(staged / TOOLS_JSON)],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=_DESCRIBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise StageError(
+            f"The flow's code was not loaded within {_DESCRIBE_SECONDS} s; what it does when it is "
+            "imported, it should do when it is called"
+        ) from None
+    if done.returncode:
+        reasons = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise StageError(
+            "Prompt flow cannot load the packed flow's tools:\n  "
+            + "\n  ".join(reasons[-5:])
+            + f"\nTry the flow where it lies: pf flow test --flow {source.folder}"
+        )
+
+
+def refuse_secrets(staged: Path) -> None:
+    """The endpoint's key of this environment must not be in what is about to leave."""
+    key = os.environ.get("PHI3_KEY", "").strip().encode()
+    if not key:
+        return
+    found = [p.relative_to(staged).as_posix() for p in files_in(staged) if key in p.read_bytes()]
+    if found:
+        raise UsageError(
+            f"The key in PHI3_KEY stands in {', '.join(found)}; take it out there: a connection is "
+            "its place"
+        )
+
+
+def _write_zip(staged: Path, target: Path) -> tuple[str, ...]:
+    """The same bytes for the same files: sorted, no times or rights, no compressor's choices."""
+    names = []
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in files_in(staged):
+            name = path.relative_to(staged).as_posix()
+            entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
+            entry.create_system = 3  # whatever this machine is
+            entry.external_attr = 0o100644 << 16
+            archive.writestr(entry, path.read_bytes())
+            names.append(name)
+    return tuple(names)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a folder, in an order that does not change."""
+    return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.as_posix())
+
+
+def replace(staged: Path, folder: Path) -> None:
+    """Put a finished folder in its place, whatever stood there before."""
+    if folder.exists():
+        old = staged.with_name("old")
+        folder.replace(old)
+    staged.replace(folder)
+
+
+# A container context that serves a flow: Dockerfile, pinned requirements, application, flow.
+# Reads a flow folder and image_files/; writes one folder, whole or not at all. No key goes in.
+
+BASE = "python:3.13-slim"
+START = ("gunicorn", "app:app")
+_FILES = Path(__file__).with_name("image_files")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A written context; `start` is the command that the container runs in it."""
+
+    folder: Path
+    files: tuple[str, ...]
+    start: tuple[str, ...] = START
+
+
+def write_image(
+    flow: Path, out: Path, *, base: str = BASE, feed: str | None = None, extra: Sequence[str] = ()
+) -> Context:
+    """Write the context of the flow `flow` as the folder OUT/<name>-image.
+
+    Raises UsageError for a flow whose tool would be missing in it; nothing is written then.
+    """
+    source = FlowSource.read(flow)
+    checked_image(base)
+    if feed is None and source.package_tools:
+        raise UsageError(
+            f"{flow} uses {', '.join(source.package_tools)} from an installed package; name where "
+            "the image installs it from with --feed URL"
+        )
+    folder = out / f"{source.name}-image"
+    if folder.exists() and not (folder / "gunicorn.conf.py").is_file():
+        raise UsageError(f"{folder} is there and is no image; choose another place with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=f".{source.name}.") as scratch:
+        staged = Path(scratch) / "image"
+        copy_flow(source, staged / "flow", feed=feed, extra=extra, carry_tool=feed is None)
+        for path in sorted(_FILES.iterdir()):
+            if path.is_file():
+                text = path.read_text(encoding="utf-8").replace("@BASE@", base)
+                text = text.replace("@REQUIREMENTS@", source.requirements or REQUIREMENTS)
+                (staged / path.name).write_text(text, encoding="utf-8")
+        refuse_secrets(staged)
+        files = tuple(path.relative_to(staged).as_posix() for path in files_in(staged))
+        replace(staged, folder)
+    return Context(folder, files)
+
+
+def connection_of(dag: Mapping[str, object] | None) -> str | None:
+    """The connection that a flow's nodes name; None where they name none."""
+    nodes = (dag or {}).get("nodes")
+    for node in nodes if isinstance(nodes, list) else []:
+        inputs = node.get("inputs") if isinstance(node, dict) else None
+        name = inputs.get("connection") if isinstance(inputs, dict) else None
+        if isinstance(name, str) and name and not name.startswith("${"):
+            return name
+    return None

@@ -1,0 +1,242 @@
+"""Prompt flow's own chat page on a flow, in a Prompt flow home of its own that is gone afterwards.
+
+Writes a copy of the flow, settings and a connection without a key into a temporary folder; starts
+Prompt flow's service and the served flow, which get endpoint and key in their environment.
+
+`pf flow test --ui` is not used: it watches the flow's folder and reads `.promptflow/ux_inputs.json`
+every 0.1 s while the service truncates and rewrites that file after each answer. A read in between
+is a JSONDecodeError that ends the page (promptflow-devkit 1.18.5, `monitor_utils.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import psutil
+import requests
+import yaml
+
+from phi3_tool.connection import ConnectionSettings
+
+from ..errors import MissingExtraError, StageError
+from ..packages import RULES, Installed, installed
+from ..ports import free_port
+from .bundle import FlowSource, connection_of, copy_flow
+from .home import PF_MAIN, quiet_home
+
+READY_SECONDS = 120.0
+_POLL = 0.2
+_SHOWN_LINES = 8
+
+
+@dataclass(frozen=True)
+class Page:
+    """An open chat page."""
+
+    url: str
+    _processes: tuple[psutil.Popen, ...]
+    _log: Path
+    _key: str
+
+    def wait(self) -> None:
+        """Until the page dies by itself, which is an error; a KeyboardInterrupt goes through."""
+        psutil.wait_procs(self._processes, timeout=None, callback=self._died)
+
+    def _died(self, _process: psutil.Process) -> None:
+        raise StageError(f"The chat page ended by itself.\n{_tail(self._log, self._key)}")
+
+
+def environment_of(settings: ConnectionSettings) -> dict[str, str]:
+    """The PHI3_ variables that mean these settings to the flow's node and to every command."""
+    named = {
+        "PHI3_ENDPOINT": settings.endpoint,
+        "PHI3_KEY": settings.key,
+        "PHI3_DEPLOYMENT": settings.deployment,
+        "PHI3_DIALECT": settings.dialect,
+        "PHI3_CONTEXT_LENGTH": settings.context_length,
+    }
+    return {name: str(value) for name, value in named.items() if value is not None}
+
+
+@contextmanager
+def chat_page(
+    flow: Path,
+    settings: ConnectionSettings,
+    defaults: Mapping[str, Any],
+    version_of: Installed = installed,
+) -> Iterator[Page]:
+    """Open the page; everything that was started and written is gone when the block ends.
+
+    `defaults` replaces defaults of the flow's inputs. Raises StageError where no page comes up.
+    """
+    _check_packages(version_of)
+    source = FlowSource.read(flow)
+    with tempfile.TemporaryDirectory(prefix="phi3-chat-") as name:
+        folder = Path(name)
+        copy = folder / source.name
+        copy_flow(source, copy)
+        _change_defaults(copy / "flow.dag.yaml", defaults)
+        connection = connection_of(source.dag)
+        environment = _environment(folder, settings)
+        log = folder / "page.log"
+        started: list[psutil.Popen] = []
+        try:
+            with log.open("wb") as stream:
+                yield _open(copy, connection, environment, started, stream, log, settings.key)
+        finally:
+            _stop(started)
+
+
+def _open(
+    copy: Path,
+    connection: str | None,
+    environment: dict[str, str],
+    started: list[psutil.Popen],
+    stream: Any,
+    log: Path,
+    key: str,
+) -> Page:
+    """Service and connection first, both at once, then the served flow."""
+
+    def start(*arguments: str) -> psutil.Popen:
+        process = psutil.Popen(
+            [sys.executable, "-c", PF_MAIN, *arguments],
+            cwd=copy.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,  # Ctrl-C is ours; what runs here is stopped in order
+        )
+        started.append(process)
+        return process
+
+    service_port = free_port()
+    # In the foreground: else it detaches itself, and nothing would stop it.
+    service = start("service", "start", "--debug", "--port", str(service_port))
+    if connection is not None:
+        file = copy.parent / "connection.yaml"
+        file.write_text(yaml.safe_dump(_without_key(connection)), encoding="utf-8")
+        written = start("connection", "create", "--file", str(file))
+        if written.wait(READY_SECONDS):
+            raise StageError(f"Prompt flow took no connection.\n{_tail(log, key)}")
+        started.remove(written)
+    _wait_for(f"http://127.0.0.1:{service_port}/heartbeat", service, log, key)
+    flow_port = str(free_port())
+    arguments = ["flow", "serve", "--source", str(copy), "--skip-open-browser"]
+    served = start(*arguments, "--port", flow_port)
+    _wait_for(f"http://127.0.0.1:{flow_port}/health", served, log, key)
+    return Page(_address(service_port, flow_port, copy), (service, served), log, key)
+
+
+def _address(service_port: int, flow_port: str, flow: Path) -> str:
+    """The page's URL, as `construct_chat_page_url` of promptflow-devkit 1.18.5 writes it."""
+    file = (flow / "flow.dag.yaml").resolve()
+    query = urlencode(
+        {
+            "flow": base64.urlsafe_b64encode(str(file).encode()).decode(),
+            "serve_app_port": flow_port,
+            "enable_internal_features": "false",
+        }
+    )
+    return f"http://127.0.0.1:{service_port}/v1.0/ui/chat?{query}"
+
+
+def _check_packages(version_of: Installed) -> None:
+    if importlib.util.find_spec("promptflow") is None:
+        raise MissingExtraError("promptflow", "flow")
+    version = version_of("filelock")
+    rule = next(rule for rule in RULES if rule.package == "filelock")
+    if version and rule.broken_by(version):
+        raise StageError(
+            f"The chat page does not work with filelock {version}: {rule.why}. Fix it with: "
+            f"{rule.fix}"
+        )
+
+
+def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
+    """In the copy: what the command line says is what the page's conversations use."""
+    dag = yaml.safe_load(path.read_text(encoding="utf-8"))
+    inputs = dag.get("inputs") or {}
+    for name, value in defaults.items():
+        if name not in inputs:
+            raise StageError(f"The flow has no input {name!r}, so the page cannot set it")
+        inputs[name]["default"] = value
+    path.write_text(yaml.safe_dump(dag, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
+    home = quiet_home(folder)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PHI3_")}
+    return {
+        **kept,
+        **environment_of(settings),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PF_HOME_DIRECTORY": str(home),
+        # A keyring of its own, in this folder: the user's own is neither needed nor touched.
+        "PYTHON_KEYRING_BACKEND": "keyrings.alt.file.PlaintextKeyring",
+        "XDG_DATA_HOME": str(folder / "data"),
+        "APPLICATIONINSIGHTS_CONTROLPLANE_DISABLED": "true",
+    }
+
+
+def _without_key(name: str) -> dict[str, Any]:
+    """A connection only for Prompt flow to see one: the node takes the environment's."""
+    return {
+        "$schema": "https://azuremlschemas.azureedge.net/promptflow/latest/CustomConnection.schema.json",
+        "type": "custom",
+        "name": name,
+        "configs": {"endpoint": "in-the-environment"},
+        "secrets": {"key": "in-the-environment"},
+    }
+
+
+def _wait_for(url: str, process: psutil.Popen, log: Path, key: str) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    with requests.Session() as session:
+        session.trust_env = False  # this machine is asked, never through a proxy
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if session.get(url, timeout=5).ok:
+                    return
+            except requests.exceptions.RequestException:
+                time.sleep(_POLL)
+    raise StageError(f"Prompt flow's chat page did not come up.\n{_tail(log, key)}")
+
+
+def _tail(log: Path, key: str) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    text = text.replace(key, "***") if key else text
+    lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
+    said = "\n".join(lines[-_SHOWN_LINES:]) or "  It said nothing."
+    return f"{said}\nLook at what it needs with: phi3 doctor"
+
+
+def _stop(started: list[psutil.Popen]) -> None:
+    """What was started, with all that it started in turn."""
+    family: list[psutil.Process] = []
+    for process in started:
+        try:
+            family += [*process.children(recursive=True), process]
+        except psutil.NoSuchProcess:
+            continue
+    for process in family:
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    for process in psutil.wait_procs(family, timeout=5)[1]:
+        process.kill()
+    psutil.wait_procs(family, timeout=5)

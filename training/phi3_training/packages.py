@@ -1,0 +1,54 @@
+"""Packages with versions that are known to break something, and the versions that work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.specifiers import SpecifierSet
+
+Installed = Callable[[str], "str | None"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A package, the versions of it that work, and what the others break."""
+
+    package: str
+    works: str = ""
+    why: str = ""
+    needed: bool = True
+    with_package: str = ""  # only where this one is installed too
+
+    def broken_by(self, version: str) -> bool:
+        """Whether this version is outside."""
+        return not SpecifierSet(self.works).contains(version, prereleases=True)
+
+    @property
+    def fix(self) -> str:
+        """The pip command that gets a version that works."""
+        return f'pip install "{self.package}{self.works}"'
+
+
+RULES = (
+    Rule("promptflow", ">=1.18.5,<2", "older versions have known holes in their local service"),
+    Rule("filelock", ">=3.20,<3.30", "3.30 forbids inherited locks: the chat page's server dies"),
+    Rule(
+        "azure-ai-ml",
+        "<1.33",
+        "1.33 dropped a module that every pfazure command imports",
+        needed=False,
+        with_package="promptflow-azure",
+    ),
+    Rule("uvicorn", why="`pf flow serve --engine fastapi` needs it and does not ask for it"),
+    Rule("requests", ">=2.28", "the client is built on it"),
+)
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

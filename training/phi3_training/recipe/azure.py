@@ -1,0 +1,257 @@
+"""The recipe's `azure:` section: where on Azure Machine Learning, on what compute, how served.
+
+Every name is held against Azure's rules here, before any call. What is left out comes from the
+environment, from the SDK's config.json or from a default (targets/azure/place.py).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from .sections import Positive, Section
+
+Scalar = str | int | float | bool
+
+
+def _follows(pattern: str, rule: str) -> AfterValidator:
+    expression = re.compile(pattern, re.ASCII)
+
+    def check(value: str) -> str:
+        if not expression.fullmatch(value):
+            raise ValueError(f"expected {rule}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _plain_location(value: object) -> object:
+    """`East US` and `eastus` are the same place."""
+    return value.replace(" ", "").lower() if isinstance(value, str) else value
+
+
+SubscriptionId = Annotated[
+    str,
+    _follows(
+        r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+        "a subscription's GUID; show yours with: az account show --query id",
+    ),
+]
+ResourceGroupName = Annotated[
+    str,
+    _follows(
+        r"[\w().-]{0,89}[\w()-]",
+        "1-90 letters, digits, '.', '_', '-' and parentheses, not ending in '.'",
+    ),
+]
+WorkspaceName = Annotated[
+    str,
+    _follows(
+        r"[A-Za-z0-9][A-Za-z0-9_-]{2,32}",
+        "3-33 letters, digits, '-' and '_', starting with a letter or digit",
+    ),
+]
+Location = Annotated[
+    str,
+    BeforeValidator(_plain_location),
+    _follows(r"[a-z][a-z0-9]{2,29}", "an Azure region such as eastus"),
+]
+StorageName = Annotated[str, _follows(r"[a-z0-9]{3,24}", "3-24 lower-case letters and digits")]
+KeyVaultName = Annotated[
+    str,
+    _follows(
+        r"(?=.{3,24}$)[A-Za-z](-?[A-Za-z0-9])+",
+        "3-24 letters, digits and single '-', starting with a letter",
+    ),
+]
+InsightsName = Annotated[
+    str,
+    _follows(r"[\w().-]{0,254}[\w()-]", "1-255 letters, digits, '.', '_', '-', not ending in '.'"),
+]
+LogAnalyticsName = Annotated[
+    str,
+    _follows(
+        r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
+        "4-63 letters, digits and '-', neither starting nor ending in '-'",
+    ),
+]
+RegistryName = Annotated[str, _follows(r"[A-Za-z0-9]{5,50}", "5-50 letters and digits")]
+IdentityName = Annotated[
+    str,
+    _follows(
+        r"[A-Za-z0-9][A-Za-z0-9_-]{2,127}",
+        "3-128 letters, digits, '-' and '_', starting with a letter or digit",
+    ),
+]
+ComputeName = Annotated[
+    str,
+    _follows(
+        r"(?=.{3,32}$)[A-Za-z][A-Za-z0-9-]*[A-Za-z0-9]",
+        "3-32 letters, digits and '-', starting with a letter, not ending in '-'",
+    ),
+]
+EndpointName = Annotated[
+    str,
+    _follows(
+        r"(?=.{3,32}$)[A-Za-z](-?[A-Za-z0-9])+",
+        "3-32 letters, digits and single '-', starting with a letter, not ending in '-'",
+    ),
+]
+AssetName = Annotated[
+    str,
+    _follows(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}",
+        "1-255 letters, digits, '.', '_' and '-', starting with a letter or digit",
+    ),
+]
+VmSize = Annotated[
+    str,
+    _follows(
+        r"[Ss][Tt][Aa][Nn][Dd][Aa][Rr][Dd]_\w{2,60}", "a VM size such as Standard_NC24ads_A100_v4"
+    ),
+]
+Version = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
+    Field(min_length=1, max_length=30),
+]
+
+GPU_SIZE = "Standard_NC24ads_A100_v4"
+
+
+class ComputeSection(Section):
+    """The GPU cluster that trains; with `min_instances: 0` it bills only while it works."""
+
+    name: ComputeName = "gpu-cluster"
+    size: VmSize = GPU_SIZE
+    tier: Literal["Dedicated", "LowPriority"] = "Dedicated"
+    min_instances: Annotated[int, Field(ge=0, le=100)] = 0
+    max_instances: Annotated[int, Field(ge=1, le=100)] = 1
+    idle_time_before_scale_down: Annotated[int, Field(ge=60, le=86_400)] = 120
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> ComputeSection:
+        if self.min_instances > self.max_instances:
+            raise ValueError("min_instances is larger than max_instances")
+        return self
+
+
+class FoundationModelSection(Section):
+    """The catalogue's model for the route `pipeline`; `name` None: that of model.name_or_path."""
+
+    name: AssetName | None = None
+    version: Version = "latest"
+    registry_name: AssetName = "azureml"
+
+
+class ComponentSection(Section):
+    """The registry's fine-tuning pipeline component."""
+
+    name: AssetName = "chat_completion_pipeline"
+    version: Version = "latest"
+    registry_name: AssetName = "azureml"
+
+
+class EnvironmentSection(Section):
+    """What our own trainer runs in (route `job`); `name` instead of `image` uses one that exists.
+
+    The image needs Python's pip; the packages are installed from the shipped constraints.
+    """
+
+    name: AssetName | None = None
+    version: Version = "latest"
+    registry_name: AssetName | None = None
+    image: Annotated[str, Field(min_length=3)] = (
+        "mcr.microsoft.com/azureml/openmpi5.0-cuda12.6-ubuntu24.04:latest"
+    )
+
+
+class AzureTrainSection(Section):
+    """How the model is fine-tuned: the catalogue's pipeline, or a command job with our trainer."""
+
+    route: Literal["auto", "pipeline", "job"] = "auto"
+    foundation_model: FoundationModelSection = FoundationModelSection()
+    component: ComponentSection = ComponentSection()
+    environment: EnvironmentSection = EnvironmentSection()
+    # Inputs of the component, over the model's own defaults: apply_lora, lora_r, precision, …
+    parameters: dict[str, Scalar] = {}
+    instance_count: Positive = 1
+    process_count_per_instance: Positive | None = None  # None: one for each GPU of the size
+    shm_size: Annotated[str, Field(pattern=r"^[0-9]+[bkmgBKMG]$")] = "16g"
+    experiment_name: AssetName = "phi3-promptflow"
+    timeout_minutes: Positive = 1440
+
+
+class ProbeSection(Section):
+    """When Azure asks the container whether it lives and is ready; seconds."""
+
+    initial_delay: Annotated[int, Field(ge=1, le=3600)] = 10
+    period: Annotated[int, Field(ge=1, le=3600)] = 10
+    timeout: Annotated[int, Field(ge=1, le=300)] = 10
+    success_threshold: Literal[1] = 1
+    failure_threshold: Annotated[int, Field(ge=1, le=1000)] = 30
+
+
+class EndpointSection(Section):
+    """The managed online endpoint and its deployment; a GPU deployment bills until deleted."""
+
+    name: EndpointName | None = None
+    auth_mode: Literal["key", "aad_token"] = "key"
+    deployment: EndpointName | None = None
+    instance_type: VmSize = GPU_SIZE
+    instance_count: Annotated[int, Field(ge=1, le=50)] = 1
+    # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
+    request_timeout_ms: Annotated[int, Field(ge=1000, le=180_000)] = 90_000
+    max_concurrent_requests_per_instance: Annotated[int, Field(ge=1, le=1000)] = 8
+    # Loading weights takes minutes; a probe that gives up earlier restarts the container for ever.
+    liveness_probe: ProbeSection = ProbeSection(initial_delay=600)
+    readiness_probe: ProbeSection = ProbeSection(initial_delay=30, failure_threshold=90)
+    app_insights_enabled: bool = False
+    keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
+
+
+class PollSection(Section):
+    """How often is asked, and how long is waited; seconds."""
+
+    interval: Annotated[float, Field(ge=0.05, le=300)] = 10.0
+    job_interval: Annotated[float, Field(ge=0.05, le=600)] = 10.0
+    retry_total: Annotated[int, Field(ge=0, le=20)] = 6
+    retry_backoff_factor: Annotated[float, Field(ge=0.0, le=30)] = 0.8
+    provision_timeout: Annotated[float, Field(ge=1)] = 3600.0
+    deploy_timeout: Annotated[float, Field(ge=1)] = 5400.0
+    delete_timeout: Annotated[float, Field(ge=1)] = 3600.0
+
+
+class AzureSection(Section):
+    """The `azure:` section; ids and names left out come from the environment or config.json."""
+
+    subscription_id: SubscriptionId | None = None
+    tenant_id: SubscriptionId | None = None
+    resource_group: ResourceGroupName | None = None
+    workspace_name: WorkspaceName | None = None
+    location: Location | None = None
+    storage_account: StorageName | None = None
+    key_vault: KeyVaultName | None = None
+    application_insights: InsightsName | None = None
+    log_analytics: LogAnalyticsName | None = None
+    container_registry: RegistryName | None = None
+    identity: IdentityName | None = None
+    hub: WorkspaceName | None = None
+    project: WorkspaceName | None = None
+    least_privilege: bool = False
+    tags: dict[str, str] = {}
+    compute: ComputeSection = ComputeSection()
+    train: AzureTrainSection = AzureTrainSection()
+    endpoint: EndpointSection = EndpointSection()
+    poll: PollSection = PollSection()
+
+    @model_validator(mode="after")
+    def _cluster_has_nodes(self) -> AzureSection:
+        if self.train.instance_count > self.compute.max_instances:
+            raise ValueError(
+                f"train.instance_count {self.train.instance_count} needs as many machines: "
+                f"compute.max_instances is {self.compute.max_instances}"
+            )
+        return self

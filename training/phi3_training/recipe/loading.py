@@ -1,0 +1,237 @@
+"""A recipe: what to train on what, how it is judged and how it is served. Reads YAML.
+
+`load_recipe` reports every fault at once; relative paths count from the
+recipe's folder, those of an override from the current folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from ..errors import RecipeError
+from ..run import write_atomically
+from .azure import AzureSection
+from .faults import fault_line, lines_of
+from .sections import (
+    HUB,
+    BaseSection,
+    ConnectionSection,
+    DataSection,
+    EvaluateSection,
+    FinetuneSection,
+    GateSection,
+    HubSet,
+    ModelSection,
+    Name,
+    Section,
+    ServeSection,
+)
+
+
+class Recipe(Section):
+    """A whole recipe; see training/recipes/ for shipped ones."""
+
+    name: Name
+    model: ModelSection = ModelSection()
+    base: BaseSection | None = None
+    data: DataSection
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    gate: GateSection = GateSection()
+    serve: ServeSection = ServeSection()
+    connection: ConnectionSection = ConnectionSection()
+    azure: AzureSection = AzureSection()
+    ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
+
+    @model_validator(mode="after")
+    def _flash_packs_one_row(self) -> Recipe:
+        flash = self.model.attn_implementation == "flash_attention_2"
+        if flash and self.finetune.packing and self.finetune.per_device_train_batch_size > 1:
+            raise ValueError(
+                "flash_attention_2 keeps packed conversations apart in one row at a time only: set "
+                "finetune.per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tiny_has_base(self) -> Recipe:
+        if self.model.is_tiny and self.base is None:
+            raise ValueError("model.name_or_path tiny needs a base: section (what to teach it)")
+        return self
+
+
+# What a recipe sets for one model and would be wrong for another.
+_OF_THE_MODEL = ("model", "base", "finetune", "evaluate", "gate", "serve")
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, model_from: Path | None = None
+) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    `model_from` names a recipe whose model, and the sections that are set for it, are taken instead
+    of the recipe's own and of an override of `model.name_or_path`.
+
+    Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
+    that a path names but that do not exist.
+    """
+    content = read_yaml(path)
+    lines, faults = lines_of(path.read_text(encoding="utf-8"))
+    _resolve_paths(content, path.parent)
+    if model_from is not None:
+        other = read_yaml(model_from)
+        _resolve_paths(other, model_from.parent)
+        for section in _OF_THE_MODEL:
+            content.pop(section, None)
+        content |= {section: other[section] for section in _OF_THE_MODEL if section in other}
+        if isinstance(content.get("data"), dict):
+            content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
+        overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
+    faults += _apply_overrides(content, overrides)
+    _resolve_paths(content, Path.cwd())  # paths typed on the command line
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        found = error.errors()
+        faults += [fault_line(item, lines, overrides) for item in found]
+        recipe = _sound_part(content, found)
+    faults += _missing_files(recipe)
+    if faults:
+        raise RecipeError(str(path), faults)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the recipe as it was resolved, so that `load_recipe` reads the same one again."""
+    content = recipe.model_dump(mode="json")
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 does and everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; RecipeError when it cannot be read as such."""
+    try:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(str(path), ["no such file; shipped recipes: phi3 recipes"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(content, dict):
+        raise RecipeError(str(path), ["expected keys such as name:, model:, data:"])
+    return content
+
+
+def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    faults = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            faults.append(f"{override!r}: expected key.sub=value, e.g. finetune.learning_rate=1e-4")
+            continue
+        try:
+            _set(content, key.split("."), _parse(value))
+        except yaml.YAMLError:
+            faults.append(f"{override!r}: the value is not YAML")
+        except TypeError:
+            faults.append(f"{override!r}: {key.rpartition('.')[0]} is not a section")
+    return faults
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise TypeError(key)
+    content[keys[-1]] = value
+
+
+_PATH_KEYS = (
+    ("base", "data"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("data", "replay"),
+    ("evaluate", "canary"),
+    ("evaluate", "probes"),
+)
+
+
+_FOLDERS = ("data.train", "data.validation", "data.replay")
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    """Make paths absolute, and let one path stand for a list of one."""
+    for section, key in _PATH_KEYS:
+        values = content.get(section)
+        if not isinstance(values, dict) or values.get(key) is None:
+            continue
+        entries = values[key] if isinstance(values[key], list) else [values[key]]
+        values[key] = [
+            str((folder / Path(item).expanduser()).resolve()) if _is_path(item) else item
+            for item in entries
+            if item is not None
+        ]
+
+
+def _is_path(item: Any) -> bool:
+    return isinstance(item, str) and not item.startswith(HUB)
+
+
+def _missing_files(recipe: Recipe) -> list[str]:
+    named: dict[str, Sequence[Path | HubSet]] = {
+        "base.data": recipe.base.data if recipe.base else [],
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.replay": recipe.data.replay,
+        "evaluate.canary": recipe.evaluate.canary or [],
+        "evaluate.probes": recipe.evaluate.probes or [],
+    }
+    return [
+        f"{key}: no such file: {path}"
+        for key, paths in named.items()
+        for path in paths
+        if not (isinstance(path, HubSet) or path.is_file() or (key in _FOLDERS and path.is_dir()))
+    ]
+
+
+def _sound_part(content: Mapping[str, Any], found: Sequence[Any]) -> Recipe:
+    """What of a faulty recipe names files and can be read: each section without its wrong keys."""
+    wrong = {tuple(item["loc"][:2]) for item in found}
+    sections: dict[str, Any] = {"data": DataSection.model_construct(train=[])}
+    for name in {section for section, _key in _PATH_KEYS}:
+        values = content.get(name)
+        if not isinstance(values, dict):
+            continue
+        sound = {key: value for key, value in values.items() if (name, key) not in wrong}
+        try:
+            kind: Any = Recipe.model_fields[name].annotation
+            sections[name] = TypeAdapter(kind).validate_python(sound)
+        except ValidationError:  # what is missing has been said
+            continue
+    return Recipe.model_construct(**sections)

@@ -1,0 +1,1 @@
+"""What is checked of a finished model: an export against it, and its tokens along the road."""

@@ -1,0 +1,464 @@
+"""Exports a tuned model in another form and proves that it still is the same model.
+
+Reads a run's base, adapter and model; writes run/onnx-<precision> and export-<format>.json.
+torch is imported inside the functions only, so that the package itself is cheap to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..console import ProgressCallback
+from ..evaluate.metrics import exact_match
+from ..finetune.rows import read_rows
+from ..prompt import ChatFormat
+from ..run import Run
+from ..serve.engines.batch import StepModel
+from ..serve.export import Precision, converted
+from .parity import Vocabulary, golden
+
+# Holds how two models go on with the same prompts against each other, token by token.
+# Pure: works on step models and ids; reads and writes nothing.
+
+Logits = NDArray[np.float32]
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: how a report names it, and its ids."""
+
+    name: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A greedy answer and, for each of its tokens, the logits that it was chosen from."""
+
+    tokens: list[int]
+    logits: Logits
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One prompt: mean KL over its answer, tokens chosen alike, the first one that is not."""
+
+    prompt: str
+    kl: float
+    tokens: int
+    alike: int
+    first_other: tuple[int, int, int] | None  # place in the answer, its token, the other's token
+
+
+def greedy(model: StepModel, prompt: Sequence[int], stops: Sequence[int], most: int) -> Trace:
+    """The likeliest answer, its end included."""
+    # Copies: an engine may write the next logits into the same memory.
+    rows = [model.add(prompt, len(prompt) + most).copy()]
+    tokens = [int(rows[0].argmax())]
+    while len(tokens) < most and tokens[-1] not in stops:
+        rows.append(model.step([tokens[-1]])[0].copy())
+        tokens.append(int(rows[-1].argmax()))
+    model.drop(0)
+    model.reset()
+    return Trace(tokens, np.stack(rows))
+
+
+def forced(model: StepModel, prompt: Sequence[int], tokens: Sequence[int]) -> Logits:
+    """The logits of a model that is made to say `tokens`."""
+    rows = [model.add(prompt, len(prompt) + len(tokens)).copy()]
+    rows += [model.step([token])[0].copy() for token in tokens[:-1]]
+    model.drop(0)
+    model.reset()
+    return np.stack(rows)
+
+
+def deviation(prompt: Prompt, trace: Trace, logits: Logits) -> Deviation:
+    """How far `logits` are from the trace; KL in nats, of the trace's distribution to the other."""
+    size = min(trace.logits.shape[1], logits.shape[1])
+    first, second = _log_softmax(trace.logits[:, :size]), _log_softmax(logits[:, :size])
+    kl = (np.exp(first) * (first - second)).sum(axis=1)
+    chosen = logits.argmax(axis=1)
+    other = np.flatnonzero(chosen != np.array(trace.tokens))
+    where = int(other[0]) if other.size else None
+    return Deviation(
+        prompt.name,
+        max(0.0, float(kl.mean())) if np.isfinite(kl).all() else float("inf"),
+        len(trace.tokens),
+        len(trace.tokens) - len(other),
+        None if where is None else (where, trace.tokens[where], int(chosen[where])),
+    )
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return result
+
+
+# How far an export may be from what it was made of, and why so far.
+
+Format = Literal["merged", "onnx-int4", "onnx-int8", "onnx-fp32"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+PRECISIONS: dict[Format, Precision] = {
+    "onnx-int4": "int4",
+    "onnx-int8": "int8",
+    "onnx-fp32": "fp32",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is allowed at most (or, for agreement, at least); `why` says where it comes from.
+
+    `weights`: root mean square of a layer's deviation, as a share of the layer's own. `change`:
+    the same as a share of what the adapter changed in it.
+    """
+
+    token_agreement: float
+    mean_kl: float
+    worst_kl: float
+    lost_answers: float
+    weights: float
+    change: float
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return dict(vars(self))
+
+
+_ROUNDED = "each weight is rounded to the nearest {}; that is noise, not a trend"
+
+# Merging in exactly the number type of the training. The rounding of a weight is uniform within
+# half a step, so its share is about step/sqrt(12): 1e-3 for bfloat16, 1.4e-4 for float16.
+MERGED: dict[str, Limits] = {
+    "float32": Limits(0.999, 1e-6, 1e-5, 0.0, 1e-6, 1e-3, "float32 adds exactly but for 1e-7"),
+    "float16": Limits(0.99, 1e-3, 1e-2, 0.02, 4e-4, 0.5, _ROUNDED.format("float16")),
+    "bfloat16": Limits(0.98, 1e-2, 1e-1, 0.02, 3e-3, 0.5, _ROUNDED.format("bfloat16")),
+}
+
+ONNX: dict[str, Limits] = {
+    "onnx-fp32": Limits(
+        0.999, 1e-5, 1e-4, 0.0, 0.0, 0.0, "the same sums in another order: only ties may fall apart"
+    ),
+    # Measured on SmolLM2-135M: 90 % of the tokens, mean KL 0.05, nine parts in ten of it from the
+    # activations (with 8-bit weights alone: 97 %, 0.005).
+    "onnx-int8": Limits(
+        0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "eight bits for a weight and for what it is multiplied by"
+    ),
+    # Measured on the tiny Phi-3: 93 % of the tokens, mean KL 0.03, 2 of 39 answers lost. A broken
+    # conversion is far outside: KL above 1, next to no answer left.
+    "onnx-int4": Limits(
+        0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "four bits for a weight: words swap where it is unsure"
+    ),
+}
+
+
+# What the compared models are asked: fixed prompts, and the run's held-out conversations.
+# Reads run/data/validation.jsonl.
+
+MAX_NEW_TOKENS = 32
+HELD_OUT_ROWS = 64
+_QUESTIONS = (
+    "Who founded Microsoft?",
+    "What is the capital of France?",
+    "How do I boil an egg?",
+    "Write a short poem about the sea.",
+    "Name three colours.",
+    "What is 17 plus 25?",
+    "Explain photosynthesis in one sentence.",
+    "Translate 'good morning' into German.",
+    "What should I pack for a hike in the rain?",
+    "Thanks, that was helpful!",
+    "Give me a Python function that adds two numbers.",
+    "When did the Second World War end?",
+    "Which tent is best for two people?",
+    "Tell me a joke.",
+    "Why is the sky blue?",
+    "Summarise: The cat sat on the mat and slept.",
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out conversation: its prompt and the answer that is expected."""
+
+    prompt: Prompt
+    expected: str
+
+
+def fixed_prompts(chat: ChatFormat) -> list[Prompt]:
+    """The same for every run: everyday questions and the golden conversations."""
+    asked = [(text, [{"role": "user", "content": text}]) for text in _QUESTIONS]
+    cases = [(case.name, list(case.messages)) for case in golden(chat, ["<|end|>"])]
+    prompts = (Prompt(name, chat.encode_prompt(messages)) for name, messages in [*asked, *cases])
+    return [prompt for prompt in prompts if _fits(prompt, chat)]
+
+
+def held_out(run: Run, chat: ChatFormat) -> list[HeldOut]:
+    """At most 64 of the run's held-out rows, spread over all of them."""
+    path = run.path / "data" / "validation.jsonl"
+    rows = read_rows([path]) if path.is_file() else []
+    chosen = rows[:: -(-len(rows) // HELD_OUT_ROWS)] if rows else []
+    found = []
+    for messages in chosen:
+        question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        prompt = Prompt(question, chat.encode_prompt(messages[:-1]))
+        found.append(HeldOut(prompt, messages[-1]["content"]))
+    return [row for row in found if _fits(row.prompt, chat)]
+
+
+def _fits(prompt: Prompt, chat: ChatFormat) -> bool:
+    return len(prompt.ids) + MAX_NEW_TOKENS <= chat.context_length
+
+
+# Figures of a comparison against their limits; what breaks one is named by prompt or layer.
+# Pure: works on what was measured; reads and writes nothing.
+
+
+class LayerFigures(Protocol):
+    """What is needed of a compared weight."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def weights(self) -> float: ...
+    @property
+    def change(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+def behaviour(
+    found: Sequence[Deviation], limits: Limits, token: Callable[[int], str], sides: tuple[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures over all prompts and the problems; `sides` names the two models."""
+    tokens = sum(d.tokens for d in found)
+    agreement = sum(d.alike for d in found) / tokens
+    mean_kl = sum(d.kl * d.tokens for d in found) / tokens
+    worst = max(found, key=lambda d: d.kl)
+    least = min(found, key=lambda d: d.alike / d.tokens)
+    problems = []
+    if agreement < limits.token_agreement:
+        problems.append(
+            f"only {agreement:.2%} of the tokens are chosen alike (at least "
+            f"{limits.token_agreement:.1%}); worst prompt: {_told(least, token, sides)}"
+        )
+    if mean_kl > limits.mean_kl:
+        problems.append(
+            f"mean KL {mean_kl:.2g} (at most {limits.mean_kl:g}); "
+            f"worst prompt: {_told(worst, token, sides)}"
+        )
+    if worst.kl > limits.worst_kl:
+        problems.append(
+            f"KL {worst.kl:.2g} at one prompt (at most {limits.worst_kl:g}): "
+            f"{_told(worst, token, sides)}"
+        )
+    figures = {
+        "prompts": len(found),
+        "tokens": tokens,
+        "token_agreement": round(agreement, 6),
+        "answers_alike": sum(d.first_other is None for d in found),
+        "mean_kl": mean_kl,
+        "worst_kl": worst.kl,
+        "worst_prompt": worst.prompt,
+    }
+    return figures, problems
+
+
+def answers(
+    before: Sequence[bool], after: Sequence[bool], names: Sequence[str], limits: Limits
+) -> tuple[dict[str, Any], list[str]]:
+    """Exact match on held-out rows before and after, and the rows that were lost."""
+    rows = len(before)
+    lost = [n for n, was, now in zip(names, before, after, strict=True) if was and not now]
+    delta = (sum(after) - sum(before)) / rows
+    figures = {
+        "rows": rows,
+        "exact_match_before": round(sum(before) / rows, 6),
+        "exact_match": round(sum(after) / rows, 6),
+        "delta": round(delta, 6),
+        "lost": lost,
+    }
+    if -delta <= limits.lost_answers:
+        return figures, []
+    shown = ", ".join(repr(name[:60]) for name in lost[:3])
+    return figures, [
+        f"exact match on {rows} held-out rows falls by {-delta:.1%} "
+        f"(at most {limits.lost_answers:.1%}); lost: {shown}"
+    ]
+
+
+def weights(
+    found: Sequence[LayerFigures], limits: Limits, dtype: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The layers that are furthest from base plus adapter."""
+    by_weights = sorted(found, key=lambda layer: layer.weights, reverse=True)
+    by_change = max(found, key=lambda layer: layer.change)
+    problems = []
+    wrong = [layer for layer in found if layer.dtype != dtype]
+    if wrong:
+        problems.append(
+            f"{len(wrong)} weights are {wrong[0].dtype}, but the model was trained and is to be "
+            f"merged in {dtype}; the first: {wrong[0].name}"
+        )
+    if by_weights[0].weights > limits.weights:
+        problems.append(
+            f"the layer {by_weights[0].name} is off by {by_weights[0].weights:.2g} of its size "
+            f"(at most {limits.weights:g})"
+        )
+    if by_change.change > limits.change:
+        problems.append(
+            f"the layer {by_change.name} lost {by_change.change:.1%} of what the adapter changes "
+            f"in it (at most {limits.change:.1%})"
+        )
+    top = [
+        {"name": layer.name, "weights": layer.weights, "change": layer.change}
+        for layer in by_weights[:5]
+    ]
+    figures = {"count": len(found), "largest": by_weights[0].weights, "layer": by_weights[0].name}
+    return {**figures, "largest_change": by_change.change, "furthest": top}, problems
+
+
+def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str]) -> str:
+    text = f"{found.prompt[:60]!r}"
+    if found.first_other is None:
+        return text
+    place, first, second = found.first_other
+    return (
+        f"{text}, answer token {place + 1}: {sides[0]} says {token(first)!r}, "
+        f"{sides[1]} says {token(second)!r}"
+    )
+
+
+# Exports one format of a run's model and holds it against what it was made of.
+# Reads run/base, run/adapter and run/model; writes run/onnx-<precision> and export-<format>.json.
+
+Manifest = dict[str, Any]
+
+
+def export(run: Run, to: Format, progress: ProgressCallback) -> Manifest:
+    """Make the export, compare, and write `export-<format>.json`; `check.passed` is the verdict.
+
+    Raises StageError when a part is missing or cannot be loaded.
+    """
+    model = run.require("model", "phi3 train")
+    folder = run.path / str(model["path"])
+    exam = _Exam(run, folder, progress)
+    if to == "merged":
+        check, made = _merged(run, model, folder, exam), {"path": str(model["path"])}
+    else:
+        onnx = converted(run, PRECISIONS[to], progress)
+        check, made = _onnx(folder, onnx, ONNX[to], to, exam), run.require(f"export-{to}", "")
+    run.write_manifest(f"export-{to}", {**made, "of": model["done_id"], "check": check})
+    return check
+
+
+class _Exam:
+    """The same questions for both models, and what the first one said."""
+
+    def __init__(self, run: Run, folder: Path, progress: ProgressCallback) -> None:
+        self._chat = ChatFormat.from_folder(folder)
+        self._prompts = fixed_prompts(self._chat)
+        self._rows = held_out(run, self._chat)
+        self._progress = progress
+        self._done, self._total = 0, 2 * (len(self._prompts) + len(self._rows))
+        self.token = Vocabulary(folder).text
+
+    def first(self, model: StepModel, name: str) -> tuple[list[Trace], list[bool]]:
+        """What the reference says to everything."""
+        traces = [self._trace(model, prompt, name) for prompt in self._prompts]
+        return traces, self._right(model, name)
+
+    def second(
+        self,
+        model: StepModel,
+        said: tuple[list[Trace], list[bool]],
+        limits: Limits,
+        sides: tuple[str, str],
+    ) -> tuple[Manifest, list[str]]:
+        """The figures of the other model against those, and the problems."""
+        found = []
+        for prompt, trace in zip(self._prompts, said[0], strict=True):
+            found.append(deviation(prompt, trace, forced(model, prompt.ids, trace.tokens)))
+            self._step(sides[1])
+        figures, problems = behaviour(found, limits, self.token, sides)
+        if self._rows:
+            names = [row.prompt.name for row in self._rows]
+            after = self._right(model, sides[1])
+            figures["held_out"], lost = answers(said[1], after, names, limits)
+            problems += lost
+        return figures, problems
+
+    def _trace(self, model: StepModel, prompt: Prompt, name: str) -> Trace:
+        self._step(name)
+        return greedy(model, prompt.ids, self._chat.stop_token_ids, MAX_NEW_TOKENS)
+
+    def _right(self, model: StepModel, name: str) -> list[bool]:
+        return [self._is_right(model, row, name) for row in self._rows]
+
+    def _is_right(self, model: StepModel, row: HeldOut, name: str) -> bool:
+        tokens = self._trace(model, row.prompt, name).tokens
+        return exact_match(self._chat.decode(_answer(tokens, self._chat)), row.expected)
+
+    def _step(self, name: str) -> None:
+        self._done += 1
+        self._progress(self._done, self._total, f"asking {name}")
+
+
+def _answer(tokens: Sequence[int], chat: ChatFormat) -> Sequence[int]:
+    return tokens[:-1] if tokens and tokens[-1] in chat.stop_token_ids else tokens
+
+
+def _merged(run: Run, model: Manifest, folder: Path, exam: _Exam) -> Manifest:
+    """The merged model against base and adapter side by side: behaviour, then every weight."""
+    from ..finetune.runtime import quiet_libraries
+    from . import models
+
+    quiet_libraries()
+    dtype = str(model["settings"]["dtype"])
+    if model.get("adapter") is None:
+        note = "all weights were trained: there is no adapter that could be merged wrongly"
+        return {"passed": True, "problems": [], "note": note}
+    base = run.path / str(run.require("base", "phi3 train")["path"])
+    limits = MERGED[dtype]
+    side = models.unmerged(base, run.path / str(model["adapter"]))
+    said = exam.first(models.rows_of(side), "base and adapter")
+    layers, wrong = weights(list(models.layers(side, base, folder)), limits, dtype)
+    del side
+    sides = ("base and adapter", "merged")
+    figures, problems = exam.second(models.merged_rows(folder), said, limits, sides)
+    return _check(sides[0], {**figures, "layers": layers}, [*wrong, *problems], limits)
+
+
+def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> Manifest:
+    """The ONNX folder against the merged model."""
+    from ..finetune.runtime import quiet_libraries
+    from ..serve.engines import ort_genai
+    from . import models
+
+    quiet_libraries()
+    reference = models.merged_rows(folder)
+    said = exam.first(reference, "merged")
+    del reference
+    candidate = ort_genai.step_model(onnx)
+    figures, problems = exam.second(candidate, said, limits, ("merged", to))
+    return _check("merged", figures, problems, limits)
+
+
+def _check(against: str, figures: Manifest, problems: list[str], limits: Limits) -> Manifest:
+    return {
+        "passed": not problems,
+        "compared_with": against,
+        "problems": problems,
+        **figures,
+        "limits": limits.as_dict(),
+    }
