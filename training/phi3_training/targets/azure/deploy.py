@@ -28,6 +28,7 @@ from phi3_tool.errors import (
     ThrottledError,
 )
 
+from ...carried import copy_carried
 from ...console import ProgressCallback
 from ...errors import StageError
 from ...recipe import Recipe
@@ -66,16 +67,7 @@ from phi3_training.serve.azure_score import init, run
 
 __all__ = ["init", "run"]
 '''
-# Of phi3_training only what serving reads: a change elsewhere uploads and deploys nothing new.
-_SERVING_PARTS = (
-    "__init__.py",
-    "py.typed",
-    "errors.py",
-    "run.py",
-    "prompt.py",
-    "prompt_parts.py",
-    "serve",
-)
+_SCORING = "phi3_training.serve.azure_score"
 LOG_LINES = 80  # of each container, in deployment.log
 _SHOWN_LINES = 20  # of them, in an error
 _TRAFFIC_TRIES = 3
@@ -295,19 +287,11 @@ def deployment_entity(
 
 
 def code_folder(run: Run) -> Path:
-    """Write what a deployment of our own model runs: our package and a scoring script."""
+    """Write what a deployment of our own model runs: a scoring script and those of our files."""
     folder = run.path / "azure" / "serve"
     if folder.exists():
         shutil.rmtree(folder)
-    package = Path(__file__).resolve().parents[2]
-    for name in _SERVING_PARTS:
-        source, copy = package / name, folder / package.name / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(source, copy, ignore=ignored)
-        else:
-            shutil.copyfile(source, copy)
+    copy_carried(folder, _SCORING)
     (folder / SCRIPT).write_text(_SCRIPT_TEXT, encoding="utf-8")
     return folder
 
