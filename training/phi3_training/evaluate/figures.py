@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import metrics
+from . import corpus
 
 Row = Mapping[str, Any]
 Side = Literal["before", "after"]
@@ -70,11 +70,11 @@ def _perplexity_columns(rows: Sequence[Row], side: Side) -> Numbers:
     return np.array([(0.0, 0.0) if nll is None else (nll, count) for nll, count in pairs])
 
 
-def _corpus(name: metrics.Name, label: str) -> Metric:
+def _corpus(name: corpus.Name, label: str) -> Metric:
     def columns(rows: Sequence[Row], side: Side) -> Numbers:
-        return metrics.statistics(name, [r[side] for r in rows], [r["expected"] for r in rows])
+        return corpus.statistics(name, [r[side] for r in rows], [r["expected"] for r in rows])
 
-    return Metric(name, label, columns, lambda sums: metrics.score(name, sums), form=".1f")
+    return Metric(name, label, columns, lambda sums: corpus.score(name, sums), form=".1f")
 
 
 def _ratio(sums: Numbers) -> Numbers:

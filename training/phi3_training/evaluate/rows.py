@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import StageError
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words
-from . import metrics
+from . import corpus
 from .metrics import (
     contains,
     exact_match,
@@ -150,8 +150,8 @@ def _scores(
             "token_f1": round(token_f1(text, expected), 4),
             "f1_over_lookalikes": round(f1_over_lookalikes(text, expected, alike), 4),
             "rouge_l": round(rouge_l(text, expected), 4),
-            "bleu": round(metrics.of_one("bleu", text, expected), 2),
-            "chrf": round(metrics.of_one("chrf", text, expected), 2),
+            "bleu": round(corpus.of_one("bleu", text, expected), 2),
+            "chrf": round(corpus.of_one("chrf", text, expected), 2),
         }
     if answered.loss is not None:
         found |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}

@@ -108,7 +108,7 @@ def _open(
     log: Path,
     key: str,
 ) -> Page:
-    """Service and connection first, both at once, then the served flow."""
+    """The connection, then the service, then the served flow."""
 
     def start(*arguments: str) -> psutil.Popen:
         process = psutil.Popen(
@@ -123,16 +123,16 @@ def _open(
         started.append(process)
         return process
 
-    service_port = free_port()
-    # In the foreground: else it detaches itself, and nothing would stop it.
-    service = start("service", "start", "--debug", "--port", str(service_port))
-    if connection is not None:
+    if connection is not None:  # before the service: both rewrite pf.yaml, and each may read half
         file = copy.parent / "connection.yaml"
         file.write_text(yaml.safe_dump(_without_key(connection)), encoding="utf-8")
         written = start("connection", "create", "--file", str(file))
         if written.wait(READY_SECONDS):
             raise StageError(f"Prompt flow took no connection.\n{_tail(log, key)}")
         started.remove(written)
+    service_port = free_port()
+    # In the foreground: else it detaches itself, and nothing would stop it.
+    service = start("service", "start", "--debug", "--port", str(service_port))
     _wait_for(f"http://127.0.0.1:{service_port}/heartbeat", service, log, key)
     flow_port = str(free_port())
     arguments = ["flow", "serve", "--source", str(copy), "--skip-open-browser"]
