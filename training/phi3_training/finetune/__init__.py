@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import StageError
+from ..manifests import BaseManifest, ModelManifest
 from ..recipe import Recipe
 from ..run import Run
 from .spinning import import_torch_without_spinning
@@ -26,7 +26,7 @@ def no_progress(_done: int, _total: int, _text: str) -> None:
     """Shows nothing: for callers without a display."""
 
 
-def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> BaseManifest:
     """Make the tiny Phi-3, or find the weights that the recipe names; the manifest `base`."""
     import_torch_without_spinning()
     from . import base
@@ -34,7 +34,7 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> 
     return base.prepare_base(recipe, run, progress)
 
 
-def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> ModelManifest:
     """Fine-tune the base model on the prepared chats; the manifest `model`."""
     import_torch_without_spinning()
     if recipe.finetune.num_processes > 1:

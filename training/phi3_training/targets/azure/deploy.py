@@ -31,15 +31,17 @@ from phi3_tool.errors import (
 from ...carried import copy_carried
 from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
-from ..base import Access, Manifest
+from ..base import Access
 from .clients import Clients, quiet_uploads
 from .environments import serving_environment
 from .failures import explained, scrub
 from .operations import Outcome, create, delete, get_or_none, state_of, without_dots
 from .place import (
+    AZURE,
     RUN_TAG,
     RunResource,
     deployment_name,
@@ -100,13 +102,15 @@ class ServedModel:
     route: str
 
 
-def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-    """Bring the registered model up; the manifest `endpoint`."""
+def deploy(
+    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
+) -> EndpointManifest:
+    """Bring the registered model up."""
     section = recipe.azure
     settings = section.endpoint
-    registration = run.require("registration", "phi3 register --on azure")
-    route = run.require("model", "phi3 train --on azure")["route"]
-    model = ServedModel(registration["model"], str(registration["model_version"]), route)
+    registration = run.require(RegistrationManifest)
+    route = run.require(ModelManifest).route
+    model = ServedModel(registration.model, registration.model_version, route)
     refuse_retired(settings.instance_type, "azure.endpoint.instance_type")
     find_size(clients, settings.instance_type, "azure.endpoint.instance_type")
     target = DeploymentId(
@@ -130,20 +134,20 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallbac
         choices.append(
             f"without traffic, but billing: {', '.join(idle)}; delete: phi3 down --on azure --idle"
         )
-    return {
-        "target": "azure",
-        "endpoint": access.endpoint,
-        "endpoint_name": target.endpoint,
-        "deployment": target.name,
-        "engine": f"{settings.instance_count} x {settings.instance_type}",
-        "auth_mode": settings.auth_mode,
-        "instance_type": settings.instance_type,
-        "instance_count": settings.instance_count,
-        "traffic": {target.name: 100},
-        "traffic_before": before,
-        "smoke": {"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
-        "choices": choices,
-    }
+    return EndpointManifest(
+        target=AZURE,
+        endpoint=access.endpoint,
+        endpoint_name=target.endpoint,
+        deployment=target.name,
+        engine=f"{settings.instance_count} x {settings.instance_type}",
+        auth_mode=settings.auth_mode,
+        instance_type=settings.instance_type,
+        instance_count=settings.instance_count,
+        traffic={target.name: 100},
+        traffic_before=before,
+        smoke={"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
+        choices=choices,
+    )
 
 
 def ensure_endpoint(

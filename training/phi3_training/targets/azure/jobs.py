@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from ... import console
 from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import MetricsManifest, ModelManifest
 from ...run import Run, write_atomically
 from .clients import Clients, quiet_uploads
 from .failures import explained, message_of, scrub, stage_error
@@ -48,7 +49,10 @@ _BAD_ENDS = {
     "notresponding": "stopped responding (its machine may be gone)",
     "paused": "was paused",
 }
-_STAGES: dict[Purpose, str] = {TRAIN: "model", EVALUATE: "metrics"}
+_STAGES: dict[Purpose, type[ModelManifest | MetricsManifest]] = {
+    TRAIN: ModelManifest,
+    EVALUATE: MetricsManifest,
+}
 _SHOWN_LINES = 8  # last log lines in an error
 # Failed looks at the status in a row before phi3 gives up: a minute at the default 10 s each. The
 # job itself is not concerned.
@@ -157,7 +161,8 @@ def _resumable(
             )
         return record, job
     # A job that the stage has used already is not used again: to train again means a new job.
-    used = (run.manifest(_STAGES[purpose]) or {}).get("job") == record.name
+    stage = run.read(_STAGES[purpose])
+    used = stage is not None and stage.job == record.name
     return (record, job) if status == "completed" and same and not used else (None, None)
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import ProvisionManifest
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
-from ..base import Manifest
 from .clients import Clients
 from .operations import Outcome, create, get_or_none, state_of
-from .place import resource_tags
+from .place import AZURE, resource_tags
 from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
@@ -57,19 +57,19 @@ class Provisioned:
         """Steps that Azure refused."""
         return [step for step in self.steps if step.state == "failed"]
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> ProvisionManifest:
         """What the run folder keeps of it: names and ids."""
         created = [f"{step.what} {step.name}" for step in self.steps if step.state == "created"]
         existed = len(self.steps) - len(created)
-        return {
-            "target": "azure",
-            "steps": [asdict(step) for step in self.steps],
-            "identity_id": self.identity_id,
-            "principal_id": self.principal_id,
+        return ProvisionManifest(
+            target=AZURE,
+            steps=[asdict(step) for step in self.steps],
+            identity_id=self.identity_id,
+            principal_id=self.principal_id,
             **(asdict(self.dependents) if self.dependents else {}),
-            "summary": f"{len(created)} created, {existed} existed",
-            "choices": [f"created: {name}" for name in created],
-        }
+            summary=f"{len(created)} created, {existed} existed",
+            choices=[f"created: {name}" for name in created],
+        )
 
 
 StepCallback = Callable[[Step], None]
