@@ -53,7 +53,7 @@ def train_ours(recipe: Recipe, run: Run) -> tuple[float, dict[str, Any], Path]:
     """The product's own stage, from loading the base to the written model."""
     started = time.perf_counter()
     manifest = finetune(recipe, run)
-    return time.perf_counter() - started, manifest, run.path / manifest["path"]
+    return time.perf_counter() - started, manifest, run.path / manifest.path
 
 
 def train_baseline(recipe: Recipe, run: Run) -> tuple[float, Path]:
@@ -128,11 +128,11 @@ def compare(folder: Path, epochs: int) -> tuple[Result, Result]:
     """Make chats and base once, then train both ways one after the other."""
     recipe = load_recipe(RECIPE, [f"finetune.num_train_epochs={epochs}"])
     run = Run.open(folder / "run")
-    run.write_manifest("dataset", prepare(recipe.data, run))
-    run.write_manifest("base", prepare_base(recipe, run))
+    run.write(prepare(recipe.data, run))
+    run.write(prepare_base(recipe, run))
     with torch_threads(1):
         seconds, manifest, model = train_ours(recipe, run)
-        tokens, answers = manifest["tokens"] * epochs, manifest["learnt_tokens"] * epochs
+        tokens, answers = manifest.tokens * epochs, manifest.learnt_tokens * epochs
         ours = Result(seconds, tokens, answers, exact_match(model, run))
         seconds, model = train_baseline(recipe, run)
         theirs = Result(seconds, tokens, answers, exact_match(model, run))
