@@ -20,7 +20,7 @@ Figure = int | float  # counts stay whole numbers on the disk
 class Part(BaseModel):
     """A part of a manifest."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class Manifest(Part):

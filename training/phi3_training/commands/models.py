@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from .. import console
 from ..errors import MissingExtraError, UsageError
-from ..finetune.weights import Adapter, list_adapters, merge_adapter
 from ..manifests import EXPORTS, ExportCheck, Limits
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..run import Run
 from .common import add_command, all_runs, tuned_run
+
+if TYPE_CHECKING:
+    from ..finetune.weights import Adapter
 
 _ANY_RECIPES = (
     "Any folder with a causal language model as safetensors and a chat template can be named as "
@@ -240,6 +242,8 @@ def register_adapters(subparsers: Any) -> None:
 
 def run_adapters(args: argparse.Namespace) -> int:
     """List them, or merge one."""
+    from ..finetune.weights import list_adapters, merge_adapter
+
     run = _run(args)
     if args.merge is not None:
         with run.lock():

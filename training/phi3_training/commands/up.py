@@ -13,7 +13,6 @@ from typing import Any
 
 from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
-from ..finetune.weights import list_adapters
 from ..journey import Journey, Stage, finished, go
 from ..manifests import (
     AnswerManifest,
@@ -281,6 +280,8 @@ def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
 
     A manifest that cannot be read is named and hides nothing else.
     """
+    from ..finetune.weights import list_adapters
+
     name, here = target_of(run), is_here(run)
     done: list[str] = []
     broken: dict[type[Manifest], str] = {}
