@@ -10,9 +10,9 @@ from tests.integration.tiny_model import KNOWN, tiny_recipe, tiny_run, write_cha
 from phi3_training.evaluate import evaluate
 from phi3_training.evaluate.answers import Asked, Judge, ask_served, choose_judge
 from phi3_training.evaluate.rows import PATH
-from phi3_training.finetune import no_progress
 from phi3_training.finetune.weights import chat_format
 from phi3_training.manifests import BaseManifest, ModelManifest
+from phi3_training.progress import no_progress
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.serve.engines import ort_genai

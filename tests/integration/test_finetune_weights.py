@@ -17,9 +17,10 @@ from tests.integration.tiny_model import (
 )
 
 from phi3_training.errors import DataError, StageError
-from phi3_training.finetune import no_progress, prepare_base
+from phi3_training.finetune import prepare_base
 from phi3_training.finetune.weights import find_weights, load_model
 from phi3_training.models.folder import new_folder
+from phi3_training.progress import no_progress
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import BaseSection, ModelSection
 from phi3_training.run import Run

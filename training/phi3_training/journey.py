@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ from . import console
 from .errors import StageError
 from .finetune import heap
 from .manifests import Manifest
+from .progress import Progress, no_progress
 from .recipe import Recipe, save_recipe
 from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
@@ -37,7 +38,7 @@ class Journey:
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
     again: frozenset[type[Manifest]] = frozenset()  # of the stages that are done in any case
-    progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
+    progress: Progress = no_progress
 
     @property
     def in_cloud(self) -> bool:
@@ -133,7 +134,7 @@ def finished(journey: Journey, stage: Stage[M]) -> M | None:
     return manifest if stage.still_good(journey, manifest) else None
 
 
-def do(journey: Journey, stage: Stage[M], progress: console.ProgressCallback) -> M:
+def do(journey: Journey, stage: Stage[M], progress: Progress) -> M:
     """Do a stage in any case and write its manifest."""
     started = time.monotonic()
     journey.progress = progress

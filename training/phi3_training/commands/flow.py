@@ -11,6 +11,7 @@ from typing import Any
 from .. import console
 from ..errors import UsageError
 from ..flow.bundle import BASE, pack, write_image
+from ..progress import note
 from ..project import FLOW, find
 from ..run import Run
 from ..targets import is_here
@@ -86,7 +87,7 @@ def run_push(args: argparse.Namespace) -> int:
     target = AzureTarget()
     run = _run(args)
     with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
-        progress(0, 0, "packing")
+        note(progress, "packing")
         bundle = pack(
             flow_of(args),
             Path(scratch),

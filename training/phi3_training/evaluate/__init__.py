@@ -5,8 +5,8 @@ Reads run/data/*.jsonl and both models; writes run/evaluate/rows.jsonl.
 
 from __future__ import annotations
 
-from ..finetune import Progress, no_progress
 from ..manifests import MetricsManifest
+from ..progress import Progress, no_progress
 from ..recipe import Recipe
 from ..run import Run
 

@@ -26,11 +26,11 @@ from transformers import DynamicCache
 from phi3_tool import EndpointTimeoutError, Phi3Client, Phi3Error
 
 from ..errors import StageError
-from ..finetune import no_progress
 from ..finetune.rows import Conversation
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
 from ..manifests import BaseManifest
+from ..progress import no_progress
 from ..prompt import ChatFormat, Example
 from ..recipe import Recipe
 from ..run import Run, fingerprint

@@ -9,12 +9,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
-from ..finetune import Progress
 from ..finetune.rows import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder
 from ..manifests import Asked as AskedBoth
 from ..manifests import Figure, MetricsManifest, ModelManifest, Resampling
+from ..progress import Progress
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
 from .answers import Asked, choose_judge

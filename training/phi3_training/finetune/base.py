@@ -15,12 +15,13 @@ from ..data import read_conversations
 from ..manifests import BaseManifest
 from ..models.catalogue import known
 from ..models.folder import new_folder, write_model
+from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
 from .rows import Located, audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
-from .teach import Progress, Taught, teach
+from .teach import Taught, teach
 from .weights import BEGIN, find_weights, make_tokenizer
 
 
@@ -33,7 +34,7 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
     quiet_libraries()
     if recipe.base is not None and recipe.model.is_tiny:
         return _make_tiny(recipe, recipe.base, run, progress)
-    progress(0, 0, f"looking for {recipe.model.name_or_path}")
+    note(progress, f"looking for {recipe.model.name_or_path}")
     folder = find_weights(recipe.model, progress)
     name = known(recipe.model.name_or_path)
     what = f"{name.what}, licence {name.license}; " if name is not None else ""

@@ -20,10 +20,10 @@ import psutil
 from ..errors import StageError
 from ..manifests import ModelManifest
 from ..ports import free_port
+from ..progress import Progress
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
 from .runtime import device
-from .teach import Progress
 
 # Ends a training process whose starter is gone: after `kill -9` nobody else tells it.
 # Reads the table of processes; writes nothing.

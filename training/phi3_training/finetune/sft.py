@@ -16,6 +16,7 @@ import torch
 
 from ..errors import StageError
 from ..manifests import BaseManifest, ModelManifest
+from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..run import Run
@@ -29,7 +30,6 @@ from .rows import (
     with_rewordings,
 )
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
-from .teach import Progress
 from .tracking import trackers
 from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
 from .weights import (
@@ -54,7 +54,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     learnt from as they are, when memory does not suffice, or when the loss is no number any more.
     """
     quiet_libraries()
-    progress(0, 0, "reading chats and weights")
+    note(progress, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
     runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))

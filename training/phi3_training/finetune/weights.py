@@ -23,11 +23,11 @@ from ..errors import MissingExtraError, StageError, UsageError
 from ..manifests import BaseManifest
 from ..models import small
 from ..models.folder import new_folder, write_model
+from ..progress import Progress
 from ..prompt import ChatFormat
 from ..recipe import FinetuneSection, ModelSection, Recipe
 from ..run import Run
 from .runtime import Runtime
-from .teach import Progress
 
 # Makes the tokenizer of the tiny Phi-3: a byte-fallback BPE with Phi-3's control tokens.
 # Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into a model folder.

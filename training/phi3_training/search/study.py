@@ -20,10 +20,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import console
-from ..console import ProgressCallback
 from ..errors import DataError, RecipeError, StageError, UsageError
 from ..journey import Journey, PlanCheck, do, finished, go
 from ..manifests import BaseManifest, DatasetManifest, MetricsManifest, ModelManifest
+from ..progress import Progress
 from ..recipe import Recipe
 from ..run import Run, fingerprint
 from ..stages import stages_until
@@ -59,7 +59,7 @@ def trial_journey(whole: Journey, recipe: Recipe, number: int) -> Journey:
     return replace(whole, recipe=recipe, run=run)
 
 
-def measure(journey: Journey, metric: str, progress: ProgressCallback, watch: Watch) -> float:
+def measure(journey: Journey, metric: str, progress: Progress, watch: Watch) -> float:
     """Train (and evaluate, if the metric needs it) what is not done yet; the metric's value.
 
     Raises what the stages and `watch` raise, and StageError when there is no such figure.
@@ -97,7 +97,7 @@ def _take_chats(whole: Run, run: Run) -> None:
     run.write(manifest)
 
 
-def _watched(progress: ProgressCallback, run: Run, watch: Watch) -> ProgressCallback:
+def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
     """`progress` that also hands over each new held-out loss that training logs."""
     log = run.path / "finetune" / "eval.jsonl"
     told: set[int] = set()

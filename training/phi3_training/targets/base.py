@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from phi3_tool import Phi3Client
 
-from ..console import ProgressCallback
 from ..manifests import (
     AnswerManifest,
     BaseManifest,
@@ -22,6 +21,7 @@ from ..manifests import (
     RegistrationManifest,
 )
 from ..planning import PlanLine as PlanLine
+from ..progress import Progress
 from ..recipe import Recipe
 from ..run import Run
 
@@ -61,15 +61,15 @@ class Target(Protocol):
         """What the result of a stage depends on: `shared`, and what counts at this target."""
         ...
 
-    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> BaseManifest:
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
         """Make or find the model that is tuned, or say which one it is."""
         ...
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ModelManifest:
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         """Fine-tune on the prepared chats."""
         ...
 
-    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> MetricsManifest:
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Measure both models; the rows are in the run folder afterwards."""
         ...
 
@@ -77,7 +77,7 @@ class Target(Protocol):
         """Put the tuned model into the target's registry."""
         ...
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> EndpointManifest:
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Bring up an endpoint that answers (url, no key)."""
         ...
 
@@ -85,7 +85,7 @@ class Target(Protocol):
         """Whether the run's endpoint answers, and can still be connected to."""
         ...
 
-    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ConnectionManifest:
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
         """Write the Prompt flow connections that lead to the endpoint."""
         ...
 
@@ -93,9 +93,7 @@ class Target(Protocol):
         """Whether the run's connections still lead to its endpoint; another run may have them."""
         ...
 
-    def ask(
-        self, flow: Path, recipe: Recipe, run: Run, progress: ProgressCallback
-    ) -> AnswerManifest:
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer of the flow to the recipe's question, through each connection."""
         ...
 
@@ -116,7 +114,7 @@ class CloudTarget(Target, Protocol):
     """A target away from this machine: what it makes bills, and is asked for over the network."""
 
     def provide(
-        self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
+        self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
     ) -> ProvisionManifest:
         """See that all that the journey needs is there.
 
@@ -136,7 +134,7 @@ class CloudTarget(Target, Protocol):
         """What `remove` with "all" would delete."""
         ...
 
-    def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
+    def remove(self, run: Run, only: str, progress: Progress) -> list[str]:
         """Delete what bills and wait for it; the receipt, a line for each thing.
 
         `only`: "run" (endpoint and cluster), "failed", "idle" or "all".

@@ -13,7 +13,6 @@ from typing import Any
 
 from phi3_tool.connection import same_endpoint
 
-from ..console import ProgressCallback
 from ..errors import StageError
 from ..manifests import (
     AnswerManifest,
@@ -26,6 +25,7 @@ from ..manifests import (
     RegistrationManifest,
 )
 from ..memory import memory_plan, row_sizes, this_device
+from ..progress import Progress, no_progress, note
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
@@ -68,19 +68,19 @@ class LocalTarget:
         del recipe, stage
         return shared
 
-    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> BaseManifest:
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
         """Make the tiny model, or find weights."""
         from ..finetune import prepare_base
 
         return prepare_base(recipe, run, progress)
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ModelManifest:
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         """Fine-tune in this process."""
         from ..finetune import finetune
 
         return finetune(recipe, run, progress)
 
-    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> MetricsManifest:
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Ask both models in this process."""
         from ..evaluate import evaluate
 
@@ -92,7 +92,7 @@ class LocalTarget:
 
         return register(recipe.name, run)
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> EndpointManifest:
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Start the endpoint of this run, on the port it had before where that is free.
 
         An endpoint of this run that still answers is stopped when the new one does, unless the
@@ -104,7 +104,7 @@ class LocalTarget:
         if port_is_in_use:
             self.teardown(run)
         key = os.environ.get("PHI3_KEY") or secrets.token_urlsafe(32)
-        progress(0, 0, "waiting for the endpoint to answer")
+        note(progress, "waiting for the endpoint to answer")
         started = process.start(
             config,
             key=key,
@@ -136,7 +136,7 @@ class LocalTarget:
             and self._known_key(recipe, run, endpoint) is not None
         )
 
-    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ConnectionManifest:
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
         """Write the connection into Prompt flow's store on this machine."""
         from ..flow.connect import connect
 
@@ -155,9 +155,7 @@ class LocalTarget:
         del run
         return True
 
-    def ask(
-        self, flow: Path, recipe: Recipe, run: Run, progress: ProgressCallback
-    ) -> AnswerManifest:
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer through the stored connection."""
         from ..flow.ask import ask
 
@@ -212,9 +210,7 @@ def _lives(endpoint: EndpointManifest) -> bool:
     return process.alive(endpoint.pid, endpoint.create_time)
 
 
-def server_config(
-    recipe: Recipe, run: Run, progress: ProgressCallback
-) -> tuple[ServerConfig, str, str]:
+def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerConfig, str, str]:
     """What the server needs to serve this run's model, the engine and the reason for it.
 
     Converts the model to ONNX where the engine wants it and that has not been done yet.
@@ -266,7 +262,7 @@ def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
     from ..serve.server import log_to_stderr, serve
 
     log_to_stderr()  # tells where it listens
-    config, _engine, _reason = server_config(recipe, run, lambda _done, _total, _text: None)
+    config, _engine, _reason = server_config(recipe, run, no_progress)
     serve(config, key=key, upstream_key=os.environ.pop("PHI3_UPSTREAM_KEY", None))
     return 0
 

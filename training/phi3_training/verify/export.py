@@ -14,7 +14,6 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..console import ProgressCallback
 from ..evaluate.metrics import exact_match
 from ..finetune.rows import read_rows
 from ..manifests import (
@@ -26,6 +25,7 @@ from ..manifests import (
     MergedExport,
     ModelManifest,
 )
+from ..progress import Progress
 from ..prompt import ChatFormat
 from ..run import Run
 from ..serve.engines.batch import StepModel
@@ -331,7 +331,7 @@ def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str])
 # Reads run/base, run/adapter and run/model; writes run/onnx-<precision> and export-<format>.json.
 
 
-def export(run: Run, to: Format, progress: ProgressCallback) -> ExportCheck:
+def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
     """Make the export, compare, and write `export-<format>.json`; `passed` is the verdict.
 
     Raises StageError when a part is missing or cannot be loaded.
@@ -352,7 +352,7 @@ def export(run: Run, to: Format, progress: ProgressCallback) -> ExportCheck:
 class _Exam:
     """The same questions for both models, and what the first one said."""
 
-    def __init__(self, run: Run, folder: Path, progress: ProgressCallback) -> None:
+    def __init__(self, run: Run, folder: Path, progress: Progress) -> None:
         self._chat = ChatFormat.from_folder(folder)
         self._prompts = fixed_prompts(self._chat)
         self._rows = held_out(run, self._chat)

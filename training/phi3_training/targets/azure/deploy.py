@@ -29,9 +29,9 @@ from phi3_tool.errors import (
 )
 
 from ...carried import copy_carried
-from ...console import ProgressCallback
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
@@ -102,9 +102,7 @@ class ServedModel:
     route: str
 
 
-def deploy(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> EndpointManifest:
+def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
     """Bring the registered model up."""
     section = recipe.azure
     settings = section.endpoint
@@ -151,7 +149,7 @@ def deploy(
 
 
 def ensure_endpoint(
-    clients: Clients, section: AzureSection, run: Run, name: str, progress: ProgressCallback
+    clients: Clients, section: AzureSection, run: Run, name: str, progress: Progress
 ) -> tuple[OnlineEndpoint, bool]:
     """The endpoint, and whether it was created now. StageError if it cannot be used."""
     from azure.ai.ml.entities import (
@@ -202,7 +200,7 @@ def ensure_deployment(
     run: Run,
     target: DeploymentId,
     model: ServedModel,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> Outcome:
     """Create the deployment, without traffic.
 
@@ -364,7 +362,7 @@ def _first_answer(
     access: Access,
     target: DeploymentId,
     question: str,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
@@ -389,7 +387,7 @@ def _first_answer(
                         f"answer, so it gets no traffic: {error}{log_end}\nIt bills until it is "
                         "deleted: phi3 down --on azure --idle"
                     ) from None
-                progress(0, 0, f"asking {target.name}: not ready yet ({type(error).__name__})")
+                note(progress, f"asking {target.name}: not ready yet ({type(error).__name__})")
             time.sleep(clients.poll.interval)
 
 
@@ -398,7 +396,7 @@ def move_traffic(
     section: AzureSection,
     endpoint_name: str,
     wanted: Mapping[str, int],
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> bool:
     """Give each deployment its share in percent; False where they have it already.
 
@@ -457,7 +455,7 @@ def _delete_surplus(
     section: AzureSection,
     run: Run,
     target: DeploymentId,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> list[str]:
     """Delete the run's oldest deployments beyond those to keep; what is left without traffic."""
     with explained(f"Listing the deployments of {target.endpoint}"):
@@ -477,7 +475,7 @@ def _delete_surplus(
 
 
 def delete_deployment(
-    clients: Clients, section: AzureSection, target: DeploymentId, progress: ProgressCallback
+    clients: Clients, section: AzureSection, target: DeploymentId, progress: Progress
 ) -> bool:
     """Delete a deployment that gets no traffic, and wait until it is gone; False if none was."""
     operations = clients.ml.online_deployments

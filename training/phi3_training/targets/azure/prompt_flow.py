@@ -19,12 +19,12 @@ from urllib.parse import quote, urlsplit
 
 from phi3_tool.connection import ENTRA
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
 from ...flow import store
 from ...flow.bundle import Bundle
 from ...flow.connect import connect as connect_here
 from ...manifests import ConnectionManifest, EndpointManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...run import Run
 from ..base import Access
@@ -51,9 +51,7 @@ CONTENT_TAG = "phi3_content"
 Body = Mapping[str, Any]  # a connection as ARM's JSON has it
 
 
-def connect(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> ConnectionManifest:
+def connect(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
     """Write all three connections, read back the two in Azure."""
     endpoint = run.require(EndpointManifest)
     name = recipe.connection.name
@@ -63,7 +61,7 @@ def connect(
     here = connect_here(EndpointManifest(endpoint=access.endpoint), access.key, name)
     states = {}
     for workspace in (clients.place.workspace_name, clients.place.project):
-        progress(0, 0, f"connection {name} in {workspace}")
+        note(progress, f"connection {name} in {workspace}")
         record(run, RunResource("connection", name, workspace))
         states[workspace] = write_connection(clients, workspace, name, access)
     choices = [
@@ -247,7 +245,7 @@ class PushedFlow:
 
 
 def push_flow(
-    clients: Clients, run: Run, bundle: Bundle, workspace: str, progress: ProgressCallback
+    clients: Clients, run: Run, bundle: Bundle, workspace: str, progress: Progress
 ) -> PushedFlow:
     """Make the flow in a workspace or project.
 
@@ -260,7 +258,7 @@ def push_flow(
     except ImportError as error:
         raise MissingExtraError(error.name or "promptflow-azure", "flow,azure") from None
     name = bundle.folder.name
-    progress(0, 0, f"flow {name} into {workspace}")
+    note(progress, f"flow {name} into {workspace}")
     open_client = partial(PFClient, ml_client=clients.ml_of(workspace))
     client = _in_our_words(f"Opening Prompt flow in {workspace}", open_client)
     doing = f"Pushing the flow {name} into {workspace}"

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...console import ProgressCallback
 from ...errors import StageError
 from ...manifests import ProvisionManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
@@ -78,7 +78,7 @@ StepCallback = Callable[[Step], None]
 def provision(
     clients: Clients,
     recipe: Recipe,
-    progress: ProgressCallback,
+    progress: Progress,
     on_step: StepCallback = lambda _step: None,
     *,
     parts: Iterable[str] = PARTS,
@@ -113,7 +113,7 @@ class _Provisioning:
     """One pass over the steps. A step that fails is noted; those that need it are left out."""
 
     def __init__(
-        self, clients: Clients, recipe: Recipe, progress: ProgressCallback, on_step: StepCallback
+        self, clients: Clients, recipe: Recipe, progress: Progress, on_step: StepCallback
     ) -> None:
         self.clients = clients
         self.place = clients.place
@@ -127,7 +127,7 @@ class _Provisioning:
 
     def step(self, what: str, name: str, work: Callable[[], Outcome]) -> bool:
         """Do one step; whether what it makes exists afterwards."""
-        self.progress(0, 0, f"{what} {name}")
+        note(self.progress, f"{what} {name}")
         try:
             step = Step(what, name, work())
         except StageError as error:
@@ -146,7 +146,7 @@ class _Provisioning:
         doing = f"Looking for the cluster {name}"
         if get_or_none(lambda: self.clients.ml.compute.get(name), doing) is not None:
             return  # its cores are part of what is used already
-        self.progress(0, 0, "quota of the GPU family")
+        note(self.progress, "quota of the GPU family")
         refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
 
     def workspace(self) -> None:
@@ -293,7 +293,7 @@ def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
 
 
 def ensure_cluster(
-    clients: Clients, section: ComputeSection, tags: dict[str, str], progress: ProgressCallback
+    clients: Clients, section: ComputeSection, tags: dict[str, str], progress: Progress
 ) -> Outcome:
     """Make sure of the GPU cluster; StageError, with what still bills, when it cannot be used."""
     from azure.ai.ml.entities import AmlCompute

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError
 from ...flow.bundle import Bundle
 from ...manifests import (
@@ -26,6 +25,7 @@ from ...manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
+from ...progress import Progress, no_progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
@@ -88,7 +88,7 @@ class AzureTarget:
         return plan(self.clients(recipe), recipe, run)
 
     def provide(
-        self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
+        self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
     ) -> ProvisionManifest:
         """Provision what the rest of the journey needs. Safe to repeat."""
         del run
@@ -117,19 +117,19 @@ class AzureTarget:
         }
         return [shared, own.get(stage)]
 
-    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> BaseManifest:
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
         """Say which model is tuned, and by which route."""
         from .train import prepare_base
 
         return prepare_base(self.clients(recipe), recipe, run, progress)
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ModelManifest:
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         """Fine-tune in a job, or resume the one that runs."""
         from .train import finetune
 
         return finetune(self.clients(recipe), recipe, run, progress)
 
-    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> MetricsManifest:
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Bring back what was measured in a job."""
         from .train import evaluate
 
@@ -141,7 +141,7 @@ class AzureTarget:
 
         return register(self.clients(recipe), recipe, run)
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> EndpointManifest:
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Bring the registered model up at the run's endpoint."""
         from .deploy import deploy
 
@@ -160,22 +160,20 @@ class AzureTarget:
 
         return is_connected(self._of(run)[0], run)
 
-    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> ConnectionManifest:
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
         """Write the Prompt flow connections here, in the workspace and in the project."""
         from .prompt_flow import connect
 
         return connect(self.clients(recipe), recipe, run, progress)
 
-    def ask(
-        self, flow: Path, recipe: Recipe, run: Run, progress: ProgressCallback
-    ) -> AnswerManifest:
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer through each connection that was written: here and in the workspaces."""
         from ...flow.ask import ask
         from .prompt_flow import stored_connections
 
         answers = {}
         for place, connection in stored_connections(self._of(run)[0], run).items():
-            progress(0, 0, f"asking through the connection of {place}")
+            note(progress, f"asking through the connection of {place}")
             answers[place] = ask(flow, recipe.ask, connection=connection)
         return AnswerManifest(
             question=recipe.ask,
@@ -202,7 +200,7 @@ class AzureTarget:
 
     def teardown(self, run: Run) -> list[str]:
         """Delete the run's endpoint and cluster."""
-        return self.remove(run, "run", lambda _done, _total, _text: None)
+        return self.remove(run, "run", no_progress)
 
     def all_of(self, run: Run) -> list[str]:
         """What `remove` with "all" would delete."""
@@ -210,16 +208,14 @@ class AzureTarget:
 
         return names_of_everything(self._of(run)[0])
 
-    def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
+    def remove(self, run: Run, only: str, progress: Progress) -> list[str]:
         """Delete and wait; the receipt."""
         from .teardown import remove_run
 
         clients, section = self._of(run)
         return remove_run(clients, section, run, only, progress)
 
-    def push(
-        self, run: Run, bundle: Bundle, to: str, progress: ProgressCallback
-    ) -> list[dict[str, Any]]:
+    def push(self, run: Run, bundle: Bundle, to: str, progress: Progress) -> list[dict[str, Any]]:
         """Make a flow of the bundle in the workspace, the project, or both."""
         from .prompt_flow import push_flow
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
 from ...flow import store
 from ...manifests import (
@@ -24,6 +23,7 @@ from ...manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
+from ...progress import Progress
 from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
@@ -78,7 +78,7 @@ class Receipt:
 
 
 def remove_run(
-    clients: Clients, section: AzureSection, run: Run, only: str, progress: ProgressCallback
+    clients: Clients, section: AzureSection, run: Run, only: str, progress: Progress
 ) -> list[str]:
     """Delete what `only` names of the run's resources; the receipt.
 
@@ -135,7 +135,7 @@ class _Teardown:
     """One pass. Each failure goes on the receipt, and the rest is deleted all the same."""
 
     def __init__(
-        self, clients: Clients, section: AzureSection, run: Run, progress: ProgressCallback
+        self, clients: Clients, section: AzureSection, run: Run, progress: Progress
     ) -> None:
         self.clients = clients
         self.section = section

@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from ...console import ProgressCallback
 from ...errors import StageError
 from ...manifests import BaseManifest, Foundation, MetricsManifest, ModelManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...run import Run, fingerprint, write_atomically
 from .clients import Clients
@@ -146,12 +146,10 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
     )
 
 
-def prepare_base(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> BaseManifest:
+def prepare_base(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
     """Which model is tuned, and by which route; nothing is downloaded here, the job does that."""
     del run
-    progress(0, 0, "choosing the route")
+    note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     name = recipe.model.name_or_path
     model = "a tiny Phi-3, made in the job" if recipe.model.is_tiny else name
@@ -168,11 +166,9 @@ def prepare_base(
     )
 
 
-def finetune(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> ModelManifest:
+def finetune(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
     """Fine-tune in a job and wait for it."""
-    progress(0, 0, "choosing the route")
+    note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     if choice.foundation is not None:
         return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress)
@@ -180,7 +176,7 @@ def finetune(
 
 
 def _by_command_job(
-    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: ProgressCallback
+    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: Progress
 ) -> ModelManifest:
     machines = machines_of(clients, recipe)
     training_data = stage_inputs(recipe, run, machines.all_processes).training_data
@@ -222,7 +218,7 @@ def _by_pipeline(
     run: Run,
     choice: RouteChoice,
     foundation: FoundationModel,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> ModelManifest:
     prepared = prepare_pipeline(clients, recipe, foundation)
     training_data = stage_inputs(recipe, run).training_data
@@ -276,9 +272,7 @@ def _of_job(job: Job, choice: RouteChoice, output: str) -> ModelManifest:
     )
 
 
-def evaluate(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> MetricsManifest:
+def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     """The figures of both models: those that the training job measured, else from a second job."""
     from azure.ai.ml import Input
 
@@ -335,9 +329,7 @@ def _brought(run: Run, purpose: Purpose) -> Run:
     return Run(run.path / "azure" / purpose)
 
 
-def _bring_back(
-    clients: Clients, run: Run, job: Job, purpose: Purpose, progress: ProgressCallback
-) -> Run:
+def _bring_back(clients: Clients, run: Run, job: Job, purpose: Purpose, progress: Progress) -> Run:
     """Fetch the job's small files to where later stages look for them; the job's manifests."""
     # Apart from the run's own files, which stay as they are until all of the new ones are here.
     fetched = run.file("azure", f"{purpose}-files", ".keep").parent
@@ -365,9 +357,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def fetch_output(
-    clients: Clients, job: Job, output: str, folder: Path, progress: ProgressCallback
-) -> None:
+def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress: Progress) -> None:
     """Copy the files of a job's output over `folder`. StageError when there are none.
 
     Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a named
@@ -400,7 +390,7 @@ def fetch_output(
 
 
 def _download_blobs(
-    clients: Clients, store: str, prefix: str, folder: Path, progress: ProgressCallback
+    clients: Clients, store: str, prefix: str, folder: Path, progress: Progress
 ) -> int:
     """Download every blob below `prefix`; how many there were."""
     start = prefix.strip("/") + "/"
