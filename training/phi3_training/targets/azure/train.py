@@ -336,6 +336,7 @@ def _bring_back(clients: Clients, run: Run, job: Job, purpose: Purpose, progress
     fetch_output(clients, job, RUN_OUTPUT, fetched, progress)
     brought = _brought(run, purpose)
     metrics = Run(fetched / MANIFESTS).read(MetricsManifest)
+    _remove(brought.path)  # an earlier job's
     for path in sorted((fetched / MANIFESTS).glob("*.json")):
         write_atomically(brought.file(path.name), path.read_text(encoding="utf-8"))
     if metrics is not None:
