@@ -11,6 +11,7 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.finetune.weights import CHAT_TEMPLATE, make_tokenizer
+from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.run import Run
 from phi3_training.verify.parity import Places, Report, check_tokens, places_of_folder
@@ -183,8 +184,8 @@ def test_doctor_exits_1_and_shows_the_token(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run.open(places.model.parent)
-    run.write_manifest("base", {"path": "base"})
-    run.write_manifest("model", {"path": "model"})
+    run.write(BaseManifest(path="base"))
+    run.write(ModelManifest(path="model"))
     command = ["doctor", "--tokens", "--run", "r", "--runs", str(run.path.parent)]
     assert main(command) == 0
     assert "tokens: the same everywhere" in capsys.readouterr().out

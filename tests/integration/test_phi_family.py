@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
+from phi3_training.manifests import ModelManifest, OnnxFp32Export
 from phi3_training.memory.model import shape_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
@@ -45,11 +46,11 @@ class Tuned:
 
     @property
     def model(self) -> Path:
-        return self.run.path / str(self.run.require("model", "")["path"])
+        return self.run.path / self.run.require(ModelManifest).path
 
     @property
     def onnx(self) -> Path:
-        return self.run.path / str(self.run.require("export-onnx-fp32", "")["path"])
+        return self.run.path / self.run.require(OnnxFp32Export).path
 
 
 @pytest.fixture(scope="module", params=[PHI35, PHI4], ids=lambda family: family.name)
@@ -136,7 +137,7 @@ def test_the_memory_plan_counts_every_weight_once(tuned: Tuned) -> None:
 def test_lora_learns_and_the_audit_passes(tuned: Tuned) -> None:
     losses = [line["loss"] for line in loss_log(tuned.run) if "loss" in line]
     assert losses[-1] < losses[0] / 4
-    audited = tuned.run.require("model", "")["audit"]
+    audited = tuned.run.require(ModelManifest).audit
     assert audited["allowed_findings"] == {}
     assert audited["trained_share"]["least"] > 0
 

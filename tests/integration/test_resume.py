@@ -21,6 +21,7 @@ from tests.integration.small_run import (
 )
 
 from phi3_training.finetune.checkpoints import SEAL
+from phi3_training.manifests import ModelManifest
 from phi3_training.run import Run
 
 # What the kills are spread over; each draws on other states that have to be restored.
@@ -84,7 +85,7 @@ def test_a_kill_at_a_random_step_changes_nothing(
     assert len(losses(run)) < len(expected)
     train_apart(run, WAYS[way])
     assert_same(losses(run), expected)
-    resumed = [text for text in Run(run).require("model", "")["choices"] if "went on" in text]
+    resumed = [text for text in Run(run).require(ModelManifest).choices if "went on" in text]
     assert len(resumed) == 1
     assert not (run / "finetune" / "checkpoints").exists()
 
@@ -117,7 +118,7 @@ def test_a_kill_while_a_checkpoint_is_written(
             break
     assert last.name == "checkpoint-20"
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert "behind step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -166,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = copy_of(killed, f"damaged-{damage.__name__}")
     damage(checkpoints(run)[-1])
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert "behind step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -176,7 +177,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_other_settings_do_not_take_the_checkpoint(other: list[str], killed: Path) -> None:
     run = copy_of(killed, f"other-{other[0]}".replace("=", "-"))
     train_apart(run, other)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "went on" not in str(Run(run).require(ModelManifest).choices)
     assert [step for step, _ in losses(run)] == list(range(1, 57))
 
 
@@ -185,7 +186,7 @@ def test_other_chats_do_not_take_the_checkpoint(killed: Path) -> None:
     path = run / "data" / "train.jsonl"
     path.write_text(path.read_text().replace("euros", "crowns"))
     train_apart(run)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "went on" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
@@ -195,7 +196,7 @@ def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
     content[-4] ^= 1
     weights.write_bytes(bytes(content))
     train_apart(run)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "went on" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_how_often_is_saved_may_change_in_between(
@@ -203,7 +204,7 @@ def test_how_often_is_saved_may_change_in_between(
 ) -> None:
     run = copy_of(killed, "other-saving")
     train_apart(run, ["finetune.save_steps=9", "finetune.save_total_limit=1"])
-    assert "behind step 20" in str(Run(run).require("model", "")["choices"])
+    assert "behind step 20" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -237,7 +238,7 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     kill_when(run, [], lambda: bool(list(run.glob("finetune/checkpoints/*/checkpoint-56/" + SEAL))))
     shutil.rmtree(run / "model", ignore_errors=True)
     train_apart(run)
-    assert "behind step 56" in str(Run(run).require("model", "")["choices"])
+    assert "behind step 56" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
 

@@ -18,6 +18,7 @@ from tests.integration.small_search import SEARCH, SETTINGS, journey_of, run_sea
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
 from phi3_training.journey import go
+from phi3_training.manifests import BaseManifest
 from phi3_training.recipe import load_recipe
 from phi3_training.stages import stages_until
 
@@ -36,7 +37,7 @@ def trained(run: Path) -> dict[str, str]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose chats and base are those of the recipe."""
     run = make_small_run(tmp_path_factory.mktemp("search"))
-    go(journey_of(run, SETTINGS), stages_until("base"))
+    go(journey_of(run, SETTINGS), stages_until(BaseManifest))
     return run
 
 

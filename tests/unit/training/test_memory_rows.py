@@ -57,7 +57,7 @@ def recipe_of(train: Path, model: Path | str, **sections: dict[str, Any]) -> Rec
 
 
 def prepared(recipe: Recipe, run: Run) -> None:
-    run.write_manifest("dataset", prepare(recipe.data, run))
+    run.write(prepare(recipe.data, run))
 
 
 def tokens(run: Run, model: Path) -> list[tuple[int, int]]:

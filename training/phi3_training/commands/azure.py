@@ -108,7 +108,7 @@ def run_provision(args: argparse.Namespace) -> int:
     with console.progress_bar("provision") as progress:
         done = provision(clients, recipe, progress, report)
     if args.output == "json":
-        console.print_json(done.manifest())
+        console.print_json(done.manifest().as_json())
     return 0
 
 

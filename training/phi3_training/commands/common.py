@@ -11,11 +11,12 @@ from typing import Any, get_args
 from .. import console
 from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
+from ..manifests import ModelManifest
 from ..models import small
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
-from ..targets import get_target, target_of
+from ..targets import HERE, get_target, is_here, target_of
 
 
 def add_command(
@@ -51,7 +52,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RECIPE | key=value",
         help="the recipe (default: that of --run, else "
-        f"{DEFAULT_RECIPES['local']}) and keys to change",
+        f"{DEFAULT_RECIPES[HERE]}) and keys to change",
     )
     parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
     add_on(parser, "where to run (default: where --run was made, else local)")
@@ -135,7 +136,7 @@ def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe
         except WeightsUnavailableError as error:
             console.note(f"{error.reason}. The tiny model is taken instead.")
             return recipe_of(words, on, instead=find(TINY_RECIPE))
-    if on == "local":
+    if on == HERE:
         return recipe
     folder = str(small.prepared_folder())
     return recipe.model_copy(
@@ -148,13 +149,13 @@ def where_to_run(args: argparse.Namespace) -> str:
     if args.on is None and args.run:
         check_run_name(args.run)
         args.on = target_of(Run(args.runs.resolve() / args.run))
-    args.on = args.on or "local"
+    args.on = args.on or HERE
     return str(args.on)
 
 
 def run_name(recipe: Recipe, on: str) -> str:
     """The recipe's name; on Azure it ends in -azure, so that it is no local run of the recipe."""
-    if on == "local" or recipe.name.endswith("-azure"):
+    if on == HERE or recipe.name.endswith("-azure"):
         return recipe.name
     return f"{recipe.name[:58]}-azure"
 
@@ -187,7 +188,7 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
     return words if named or not kept.is_file() else [str(kept), *words]
 
 
-def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = None) -> Recipe:
+def recipe_of(words: Sequence[str], on: str = HERE, instead: Path | None = None) -> Recipe:
     """Load the recipe: the first word that is no override, or the default one of the target.
 
     `instead` is a recipe whose model, and all that is set for that model, takes the place of the
@@ -242,7 +243,7 @@ def tuned_run(args: argparse.Namespace) -> Run:
 
 def has_model_here(run: Run) -> bool:
     """Whether the tuned model lies in the run folder; one tuned on Azure stays there."""
-    return run.manifest("model") is not None and target_of(run) == "local"
+    return run.read(ModelManifest) is not None and is_here(run)
 
 
 def _last_change(path: Path) -> float:

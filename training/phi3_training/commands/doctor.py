@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import UsageError
+from ..manifests import ConnectionManifest
 from ..project import FLOW, find
 from .common import add_command, current_run, tuned_run
 
@@ -101,7 +102,7 @@ def _connection(args: argparse.Namespace) -> str | None:
         name: str | None = args.connection
         return name
     run = current_run(args)
-    return str(run.require("connection", f"phi3 connect --run {run.name}")["name"])
+    return run.require(ConnectionManifest).name
 
 
 def _show(finding: Finding, *, first: bool) -> None:

@@ -316,7 +316,7 @@ def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
     }
 
 
-def sentence(stats: dict[str, Any]) -> str:
+def sentence(stats: Mapping[str, Any]) -> str:
     """The statistics on one line."""
     return (
         f"tokens: median {stats['median']}, 95 % up to {stats['p95']}, longest {stats['longest']}, "

@@ -18,11 +18,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, StageError
+from ..manifests import DatasetManifest, Prepared
+from ..manifests import Source as Input
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
 from .arrays import U8, U64, Bools, Ints, mixed
@@ -280,7 +282,7 @@ Writers = dict[str, RowWriter]
 
 def prepare(
     data: DataSection, run: Run, *, tokenizer: Path | None = None, workers: int | None = None
-) -> dict[str, Any]:
+) -> DatasetManifest:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
     `tokenizer` is a model folder to count tokens with. Raises DataError with every fault of
@@ -307,15 +309,30 @@ def prepare(
         _publish(writers, run)
         write_origins(run.path / ORIGINS_FILE, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
-    return {
-        **_manifest(data, scans, writers),
-        **findings.counts(),
-        "report": REPORT if listed else None,
-        "tokens": stats,
-        "held_out": taught,
-        "choices": _choices(data, findings, writers, taught),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    order = [part for part in ("train", "validation", "replay") if part in writers]
+    counts = findings.counts()
+    return DatasetManifest(
+        inputs={
+            part: [_input(one) for one in scans if one.part == part]
+            for part in order
+            if any(one.part == part for one in scans)
+        },
+        outputs={
+            part: Prepared(
+                path=f"{FOLDER}/{part}.jsonl", sha256=writers[part].sha256, rows=writers[part].rows
+            )
+            for part in order
+        },
+        seed=data.seed,
+        settings=data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
+        removed=counts["removed"],
+        warnings=counts["warnings"],
+        report=REPORT if listed else None,
+        tokens=stats,
+        held_out=taught,
+        choices=_choices(data, findings, writers, taught),
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def chosen_sources(
@@ -449,35 +466,14 @@ def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]
     }
 
 
-def _manifest(data: DataSection, scans: Sequence[Scan], writers: Writers) -> dict[str, Any]:
-    order = [part for part in ("train", "validation", "replay") if part in writers]
-    return {
-        "inputs": {
-            part: [_input(one) for one in scans if one.part == part]
-            for part in order
-            if any(one.part == part for one in scans)
-        },
-        "outputs": {
-            part: {
-                "path": f"{FOLDER}/{part}.jsonl",
-                "sha256": writers[part].sha256,
-                "rows": writers[part].rows,
-            }
-            for part in order
-        },
-        "seed": data.seed,
-        "settings": data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
-    }
-
-
-def _input(one: Scan) -> dict[str, Any]:
-    return {
-        "path": str(one.path),
-        "sha256": one.sha256,
-        "bytes": one.size,
-        "rows": one.rows,
-        "formats": dict(one.formats),
-    }
+def _input(one: Scan) -> Input:
+    return Input(
+        path=str(one.path),
+        sha256=one.sha256,
+        bytes=one.size,
+        rows=one.rows,
+        formats=dict(one.formats),
+    )
 
 
 def _choices(

@@ -26,10 +26,11 @@ from transformers import DynamicCache
 from phi3_tool import EndpointTimeoutError, Phi3Client, Phi3Error
 
 from ..errors import StageError
-from ..finetune import no_progress
 from ..finetune.rows import Conversation
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
+from ..manifests import BaseManifest
+from ..progress import no_progress
 from ..prompt import ChatFormat, Example
 from ..recipe import Recipe
 from ..run import Run, fingerprint
@@ -516,12 +517,12 @@ class Judge:
 
     def base_key(self, asked: Sequence[Asked]) -> str | None:
         """What the base model's answers depend on; None where its weights have no id."""
-        base = self.run.require("base", "phi3 train")
-        if "done_id" not in base:
+        base_id = self.run.require(BaseManifest).done_id
+        if base_id is None:
             return None
         limit = self.recipe.evaluate.max_new_tokens
         prompts = [one.whole for one in asked]
-        return fingerprint([base["done_id"], self.engine, self.precision, limit, prompts])
+        return fingerprint([base_id, self.engine, self.precision, limit, prompts])
 
     def examine(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
         """The answers and losses of a model that is not to be served."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..manifests import Comparison as Comparison
 from . import corpus
 
 Row = Mapping[str, Any]
@@ -38,22 +39,6 @@ class Metric:
     def sign(self) -> int:
         """-1 where less is better."""
         return -1 if self.better == "lower" else 1
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A metric of both models on the same rows; intervals are percentiles of the resamples."""
-
-    rows: int
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    before_low: float
-    before_high: float
-    after_low: float
-    after_high: float
 
 
 def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> Metric:

@@ -5,12 +5,12 @@ Reads run/evaluate/rows.jsonl; its verdict is the manifest `gate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from ..data.prepare import MOST_COMPARED, Chat, teachers
 from ..errors import StageError
+from ..manifests import GateManifest, GatePassage, RuleVerdict
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
@@ -95,32 +95,33 @@ FEWEST_ROWS = 5  # with fewer, resampling says nothing about rows that were not 
 _NAMED_ROWS = 5
 _SHOWN = 70  # characters of a text in a message
 
-Verdict = dict[str, Any]
-Told = Mapping[str, Any]
 
+def check(recipe: Recipe, run: Run) -> GateManifest:
+    """Hold the evaluated rows of a run against the recipe's gate; the manifest, without a report.
 
-def check(recipe: Recipe, run: Run) -> Verdict:
-    """Hold the evaluated rows of a run against the recipe's gate; the manifest `gate`."""
+    Raises StageError where the rows are not there.
+    """
     rows = read_rows(run)
     verdict = decide(rows, recipe.gate, recipe.evaluate)
     # A figure says that a model is not good enough; these say why, and what to do.
-    return {**verdict, "remarks": [] if verdict["passed"] else remarks(rows, run)}
+    why = [] if verdict.passed else remarks(rows, run)
+    return verdict.model_copy(update={"remarks": why})
 
 
-def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> Verdict:
+def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> GateManifest:
     """Whether every rule holds; each rule with its interval and, if it fails, its worst rows."""
     rules = [
         *(_judged("min_gain", rule, rows, settings) for rule in gate.min_gain),
         *(_judged("max_regression", rule, rows, settings) for rule in gate.max_regression),
         *(_judged("max_refusal_change", rule, rows, settings) for rule in gate.max_refusal_change),
     ]
-    return {"passed": all(rule["passed"] for rule in rules), "rules": rules}
+    return GateManifest(passed=all(rule.passed for rule in rules), rules=rules)
 
 
-def summary(verdict: Told) -> str:
+def summary(verdict: GateManifest) -> str:
     """The verdict in a few words."""
-    failed = sum(not rule["passed"] for rule in verdict["rules"])
-    count = len(verdict["rules"])
+    failed = sum(not rule.passed for rule in verdict.rules)
+    count = len(verdict.rules)
     if not count:
         return "passed: the recipe asks nothing of the model"
     return (
@@ -130,21 +131,21 @@ def summary(verdict: Told) -> str:
     )
 
 
-def line(rule: Told) -> str:
+def line(rule: RuleVerdict) -> str:
     """One rule and how it came out, for people."""
-    mark = "passed" if rule["passed"] else "FAILED"
-    return f"{mark} {rule['kind']}: {rule['reason']}"
+    mark = "passed" if rule.passed else "FAILED"
+    return f"{mark} {rule.kind}: {rule.reason}"
 
 
-def refusal(run_name: str, verdict: Verdict, report: str) -> str:
+def refusal(run_name: str, verdict: GateManifest, report: str) -> str:
     """Why a model is not deployed, the rows that sank it, and what to do."""
     lines = [f"The model of run {run_name!r} did not pass the gate, so it is not deployed:"]
-    for rule in verdict["rules"]:
-        if rule["passed"]:
+    for rule in verdict.rules:
+        if rule.passed:
             continue
-        lines.append(f"  {rule['kind']}: {rule['reason']}")
-        lines += [f"    {_row_line(row)}" for row in rule["rows_named"]]
-    lines += [f"  {text}" for text in verdict.get("remarks", [])]
+        lines.append(f"  {rule.kind}: {rule.reason}")
+        lines += [f"    {_row_line(row)}" for row in rule.rows_named]
+    lines += [f"  {text}" for text in verdict.remarks]
     lines += [
         f"Side by side in the report: {report}",
         "Improve the chats or the recipe (gate: in docs/evaluation.md) and train again, "
@@ -153,18 +154,18 @@ def refusal(run_name: str, verdict: Verdict, report: str) -> str:
     return "\n".join(lines)
 
 
-def require_passed(run: Run, *, force: bool) -> Verdict:
+def require_passed(run: Run, *, force: bool) -> GatePassage:
     """What the endpoint's manifest says of the gate. Raises StageError unless passed or forced."""
-    verdict = run.require("gate", "phi3 evaluate")
-    failed = [line(rule) for rule in verdict["rules"] if not rule["passed"]]
-    if not verdict["passed"] and not force:
-        raise StageError(refusal(run.name, verdict, str(run.path / verdict["report"])))
-    return {"passed": verdict["passed"], "forced": bool(failed), "failed": failed}
+    verdict = run.require(GateManifest)
+    failed = [line(rule) for rule in verdict.rules if not rule.passed]
+    if not verdict.passed and not force:
+        raise StageError(refusal(run.name, verdict, str(run.path / verdict.report)))
+    return GatePassage(passed=verdict.passed, forced=bool(failed), failed=failed)
 
 
 def _judged(
     kind: str, rule: GateRule | RefusalRule, rows: Sequence[Row], settings: EvaluateSection
-) -> Verdict:
+) -> RuleVerdict:
     metric = METRICS[rule.metric]
     chosen = [row for row in rows if row["part"] == rule.part and _measured(row, metric)]
     head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
@@ -173,7 +174,9 @@ def _judged(
             f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows, too few to decide; "
             f"expected {FEWEST_ROWS} or more (or drop the rule: gate.{kind}=[])"
         )
-        return {**head, "passed": False, "reason": reason, "rows_named": []}
+        return RuleVerdict.model_validate(
+            {**head, "passed": False, "reason": reason, "rows_named": []}
+        )
     compared = compare(
         chosen,
         [metric],
@@ -184,7 +187,8 @@ def _judged(
     passed, demand = _CHECKS[kind](compared, rule.value, metric)
     named = [] if passed else _worst(chosen, metric, kind)
     reason = f"{_told(compared, metric, rule)}; {demand}"
-    return {**head, **asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    told = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    return RuleVerdict.model_validate({**head, **told})
 
 
 def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:

@@ -12,8 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
+from ..manifests import (
+    Comparison,
+    GateManifest,
+    MetricsManifest,
+    ModelManifest,
+    Resampling,
+)
 from ..run import Run, write_atomically
 from .figures import METRICS, Row
 from .gate import summary
@@ -138,17 +144,17 @@ _BARS = (
 )
 
 
-def write(run: Run, verdict: Mapping[str, Any]) -> str:
+def write(run: Run, verdict: GateManifest) -> str:
     """Write the page; its path inside the run folder."""
-    metrics = run.require("metrics", "phi3 evaluate")
-    model = run.require("model", "phi3 train")
+    metrics = run.require(MetricsManifest)
+    model = run.require(ModelManifest)
     page = _page(run.name, model, metrics, verdict, read_rows(run), _losses(run, model))
     write_atomically(run.path / PATH, page)
     return PATH
 
 
-def _losses(run: Run, model: Mapping[str, Any]) -> list[float]:
-    path = run.path / str(model.get("loss_log", "finetune/loss.jsonl"))
+def _losses(run: Run, model: ModelManifest) -> list[float]:
+    path = run.path / model.loss_log
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -157,18 +163,18 @@ def _losses(run: Run, model: Mapping[str, Any]) -> list[float]:
 
 def _page(
     name: str,
-    model: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    verdict: Mapping[str, Any],
+    model: ModelManifest,
+    metrics: MetricsManifest,
+    verdict: GateManifest,
     rows: Sequence[Row],
     losses: Sequence[float],
 ) -> str:
     style = files(__package__).joinpath("report.css").read_text("utf-8")
-    comparisons = metrics["comparisons"]
-    confidence = metrics["settings"]["confidence"]
+    comparisons = metrics.comparisons
+    confidence = metrics.settings.confidence
     sections = [
         _section("Gate", _verdict(verdict)),
-        _section("Before and after", _bars(comparisons), _interval_note(metrics["settings"])),
+        _section("Before and after", _bars(comparisons), _interval_note(metrics.settings)),
         _section("Training loss", f"<figure>{loss_curve(losses)}</figure>"),
         _section("Every figure", *(_table(p, comparisons[p], confidence) for p in comparisons)),
         _section(
@@ -184,7 +190,7 @@ def _page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{title}</h1>\n<p>{html.escape(str(model.get('summary', '')))}</p>\n"
+        f"<h1>{title}</h1>\n<p>{html.escape(model.summary)}</p>\n"
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -194,49 +200,49 @@ def _section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _verdict(verdict: Mapping[str, Any]) -> str:
-    kind = "passed" if verdict["passed"] else "failed"
+def _verdict(verdict: GateManifest) -> str:
+    kind = "passed" if verdict.passed else "failed"
     rules = "".join(
-        f'<li class="{"passed" if rule["passed"] else "failed"}">'
-        f"<b>{rule['kind']}</b> {html.escape(rule['reason'])}</li>"
-        for rule in verdict["rules"]
+        f'<li class="{"passed" if rule.passed else "failed"}">'
+        f"<b>{rule.kind}</b> {html.escape(rule.reason)}</li>"
+        for rule in verdict.rules
     )
-    why = "".join(f"<p>{html.escape(text)}</p>" for text in verdict.get("remarks", []))
+    why = "".join(f"<p>{html.escape(text)}</p>" for text in verdict.remarks)
     return f'<p class="badge {kind}">{html.escape(summary(verdict))}</p>\n<ul>{rules}</ul>{why}'
 
 
-def _bars(comparisons: Mapping[str, Any]) -> str:
+def _bars(comparisons: Mapping[str, Mapping[str, Comparison]]) -> str:
     rows = []
     for part, metric, label in _BARS:
         c = comparisons.get(part, {}).get(metric)
         if c is not None:
-            was = Bar(c["before"], c["before_low"], c["before_high"])
-            rows.append((label, was, Bar(c["after"], c["after_low"], c["after_high"])))
+            was = Bar(c.before, c.before_low, c.before_high)
+            rows.append((label, was, Bar(c.after, c.after_low, c.after_high)))
     key = '<p class="key"><i class="before"></i> base model <i class="after"></i> tuned model</p>'
     return f"{key}<figure>{before_after(rows)}</figure>"
 
 
-def _interval_note(settings: Mapping[str, Any]) -> str:
+def _interval_note(settings: Resampling) -> str:
     return (
-        f"<p>Whiskers and ranges: {settings['confidence']:.0%} intervals of a paired bootstrap, "
-        f"{settings['resamples']} resamples of the rows, seed {settings['seed']}.</p>"
+        f"<p>Whiskers and ranges: {settings.confidence:.0%} intervals of a paired bootstrap, "
+        f"{settings.resamples} resamples of the rows, seed {settings.seed}.</p>"
     )
 
 
-def _table(part: str, figures: Mapping[str, Any], confidence: float) -> str:
+def _table(part: str, figures: Mapping[str, Comparison], confidence: float) -> str:
     lines = []
     for name, c in figures.items():
         metric = METRICS[name]
-        gain = metric.sign * c["change"]
-        surely = c["low"] > 0 or c["high"] < 0
+        gain = metric.sign * c.change
+        surely = c.low > 0 or c.high < 0
         kind = "" if metric.better == "neither" or not surely else "up" if gain > 0 else "down"
-        cells = (format(c[key], metric.form) for key in ("before", "after"))
-        change, low, high = (format(c[key], "+" + metric.form) for key in ("change", "low", "high"))
+        cells = (format(value, metric.form) for value in (c.before, c.after))
+        change, low, high = (format(n, "+" + metric.form) for n in (c.change, c.low, c.high))
         lines.append(
             f"<tr><th>{metric.label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}"
             f'<td class="{kind}">{change}</td><td>{low} … {high}</td></tr>'
         )
-    count = next(iter(figures.values()))["rows"]
+    count = next(iter(figures.values())).rows
     return (
         f"<h3>{count} {PARTS[part]}</h3>\n<table><thead><tr><th></th><th>before</th>"
         f"<th>after</th><th>change</th><th>{confidence:.0%} interval</th></tr></thead>"

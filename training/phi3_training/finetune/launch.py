@@ -14,16 +14,16 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from ..errors import StageError
+from ..manifests import ModelManifest
 from ..ports import free_port
+from ..progress import Progress
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
 from .runtime import device
-from .teach import Progress
 
 # Ends a training process whose starter is gone: after `kill -9` nobody else tells it.
 # Reads the table of processes; writes nothing.
@@ -70,7 +70,7 @@ WORKER = "phi3_training.finetune.worker"
 _END = 10  # seconds for the processes to leave when they are told to
 
 
-def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
     """Start the processes and wait for them; the manifest of the main one.
 
     Raises StageError with what stopped them.
@@ -93,18 +93,17 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     if "error" in answer:
         raise StageError(str(answer["error"]))
     if status == 0 and recipe.finetune.machine_rank > 0:
-        return {
-            "path": "finetune",
-            "summary": f"machine {recipe.finetune.machine_rank} has done its part; "
+        return ModelManifest(
+            path="finetune",
+            summary=f"machine {recipe.finetune.machine_rank} has done its part; "
             "the model is on machine 0",
-        }
+        )
     if status != 0 or "manifest" not in answer:
         raise StageError(
             f"The {recipe.finetune.num_processes} training processes ended with status {status}. "
             f"What they said: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
         )
-    manifest: dict[str, Any] = answer["manifest"]
-    return manifest
+    return ModelManifest.model_validate(answer["manifest"])
 
 
 def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:

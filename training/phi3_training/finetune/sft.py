@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from ..errors import StageError
+from ..manifests import BaseManifest, ModelManifest
+from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..run import Run
-from .audit import Report, Row
+from .audit import Row
 from .checkpoints import Checkpoints
 from .rows import (
     audited,
@@ -28,7 +30,6 @@ from .rows import (
     with_rewordings,
 )
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
-from .teach import Progress
 from .tracking import trackers
 from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
 from .weights import (
@@ -45,17 +46,15 @@ from .weights import (
     write_adapter,
 )
 
-Manifest = dict[str, Any]
 
-
-def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
-    """Train, merge and save; the manifest `model` with its `path`.
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | None:
+    """Train, merge and save; the manifest with its `path`.
 
     None in all but the main one of several processes. Raises StageError when the chats cannot be
     learnt from as they are, when memory does not suffice, or when the loss is no number any more.
     """
     quiet_libraries()
-    progress(0, 0, "reading chats and weights")
+    note(progress, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
     runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
@@ -101,42 +100,32 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         saves.clear()
     del model, trainer, trained
     _free_gpu_memory()
-    choices = [
-        *runtime.choices,
-        *saves.choices(),
-        *report.choices(),
-        *([kept] if kept else []),
-    ]
-    return {**_manifest(recipe, runtime, counts, report, figures), "choices": choices}
-
-
-def _manifest(
-    recipe: Recipe,
-    runtime: Runtime,
-    counts: dict[str, int],
-    report: Report,
-    figures: dict[str, Any],
-) -> Manifest:
     settings = recipe.finetune
     named = f" as adapter {settings.adapter}" if settings.adapter else ""
-    folder = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
-    return {
-        "path": "model",
-        "adapter": None if settings.method == "full" else folder,
-        "summary": f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
+    adapter = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
+    return ModelManifest(
+        path="model",
+        adapter=None if settings.method == "full" else adapter,
+        summary=f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
         f"{figures['parameters'] / 1e6:.2f} M weights, final loss {figures['final_loss']:.3f}",
-        "loss_log": "finetune/loss.jsonl",
-        "conversations": counts,
-        "audit": report.manifest(settings.allow),
+        loss_log="finetune/loss.jsonl",
+        conversations=counts,
+        audit=report.manifest(settings.allow),
         **figures,
-        "settings": {
+        settings={
             **settings.model_dump(mode="json"),
             "device": runtime.device,
             "dtype": runtime.dtype,
             "frozen_dtype": runtime.frozen,
             "num_threads": runtime.threads,
         },
-    }
+        choices=[
+            *runtime.choices,
+            *saves.choices(),
+            *report.choices(),
+            *([kept] if kept else []),
+        ],
+    )
 
 
 def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
@@ -219,7 +208,7 @@ def _save(
         scale_adapter(model, settings.adapter_weight)
         notes = {
             "method": settings.method,
-            "base_id": run.require("base", "phi3 train").get("done_id"),
+            "base_id": run.require(BaseManifest).done_id,
             "dtype": runtime.dtype,
             "final_loss": figures["final_loss"],
         }

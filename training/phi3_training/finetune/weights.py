@@ -20,13 +20,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 
 from ..errors import MissingExtraError, StageError, UsageError
+from ..manifests import BaseManifest
 from ..models import small
 from ..models.folder import new_folder, write_model
+from ..progress import Progress
 from ..prompt import ChatFormat
 from ..recipe import FinetuneSection, ModelSection, Recipe
 from ..run import Run
 from .runtime import Runtime
-from .teach import Progress
 
 # Makes the tokenizer of the tiny Phi-3: a byte-fallback BPE with Phi-3's control tokens.
 # Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into a model folder.
@@ -144,8 +145,7 @@ _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt
 
 def base_folder(run: Run) -> Path:
     """The folder of the base model of this run."""
-    manifest = run.require("base", "phi3 train")
-    return run.path / str(manifest["path"])
+    return run.path / run.require(BaseManifest).path
 
 
 def chat_format(folder: Path) -> ChatFormat:
@@ -416,7 +416,8 @@ def adapter_folder(run: Run, name: str | None) -> Path:
 
 def list_adapters(run: Run) -> list[Adapter]:
     """The run's named adapters by name; whole ones only."""
-    base = (run.manifest("base") or {}).get("done_id")
+    manifest = run.read(BaseManifest)
+    base = None if manifest is None else manifest.done_id
     found = []
     for folder in sorted((run.path / FOLDER).glob("*")):
         if _NAME.fullmatch(folder.name) and (folder / _WEIGHTS).is_file():

