@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from .. import processes
 from ..errors import StageError
 from ..run import write_atomically
 from .config import ServerConfig
@@ -25,8 +26,6 @@ _MODULE = "phi3_training.serve"
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 2.0
 _SHOWN_LINES = 12
-# The system rounds the moment a process was created; two processes with one pid lie further apart.
-_SAME_SECONDS = 1.0
 
 # Children of this process: kept so that their end can be collected.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -86,33 +85,19 @@ def stop(pid: int, create_time: float, timeout: float = 40.0) -> bool:
     if process is None:
         _collect(pid)
         return False
-    try:
-        process.terminate()
-        try:
-            process.wait(timeout)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(timeout)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:
-        raise StageError(
-            f"The endpoint's process {pid} does not end, not even by SIGKILL"
-        ) from None
+    if not processes.end([process], timeout):
+        raise StageError(f"The endpoint's process {pid} does not end, not even by SIGKILL")
     _collect(pid)
     return True
 
 
 def _find(pid: int, create_time: float) -> psutil.Process | None:
     """The process, if pid, moment of creation and command line all fit."""
+    process = processes.find(pid, create_time)
     try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - create_time) < _SAME_SECONDS
-        if same and process.status() != psutil.STATUS_ZOMBIE and _MODULE in process.cmdline():
-            return process
+        return process if process is not None and _MODULE in process.cmdline() else None
     except psutil.Error:
-        pass
-    return None
+        return None
 
 
 def _collect(pid: int) -> None:
