@@ -120,6 +120,7 @@ setup(
         "phi3_training": [
             "py.typed",
             "evaluate/report.css",
+            "evaluate/report.html",
             "flow/image_files/*",
             "project_files/*",
             "targets/azure/trainer.txt",
