@@ -25,6 +25,7 @@ from transformers import DynamicCache
 
 from phi3_tool import EndpointTimeoutError, Phi3Client, Phi3Error
 
+from ..engine import choose_engine
 from ..errors import StageError
 from ..finetune import no_progress
 from ..finetune.rows import Conversation
@@ -33,7 +34,6 @@ from ..finetune.weights import chat_format, count_weights, load_model
 from ..prompt import ChatFormat, Example
 from ..recipe import Recipe
 from ..run import Run, fingerprint
-from ..serve.choice import choose_engine
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.tokens import share_limit
@@ -554,11 +554,11 @@ class Judge:
             )
 
     def _by_endpoint(self, onnx: Path, asked: Sequence[Asked], step: Step) -> list[Said | None]:
-        from ..serve.engines import ort_genai
+        from ..serve.engines import onnxruntime
 
         settings = self.recipe.evaluate
         at_once = settings.per_device_eval_batch_size
-        engine = ort_genai.load(onnx, slots=at_once, num_threads=self.recipe.finetune.num_threads)
+        engine = onnxruntime.load(onnx, slots=at_once, num_threads=self.recipe.finetune.num_threads)
         chat = chat_format(onnx)
         # Like lengths together, so that rows of one batch end together.
         order = sorted(range(len(asked)), key=lambda i: len(chat.encode_prompt(asked[i].prompt)))
@@ -597,14 +597,12 @@ class Judge:
 
 def choose_judge(recipe: Recipe, run: Run) -> Judge:
     """The judge for a recipe, on this machine."""
-    served, _reason = choose_engine(
-        "transformers" if recipe.serve.adapters else recipe.serve.engine
-    )
-    if served == "ort-genai" and recipe.serve.precision == "int4":
-        return Judge(recipe, run, "ort-genai", "int4", "as it will be served")
+    served, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
+    if served == "onnxruntime" and recipe.serve.precision == "int4":
+        return Judge(recipe, run, "onnxruntime", "int4", "as it will be served")
     runtime = choose_runtime(recipe, 0)
     if runtime.device != "cpu":
         return Judge(recipe, run, "transformers", runtime.dtype, f"on this {runtime.device}")
     same = "the same tokens as the fp32 conversion that is served"
-    reason = same if served == "ort-genai" else "as it will be served"
+    reason = same if served == "onnxruntime" else "as it will be served"
     return Judge(recipe, run, "transformers", "fp32", reason)

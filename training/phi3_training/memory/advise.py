@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from ..engine import choose_engine
 from ..planning import PlanLine
 from ..recipe import Recipe
-from ..serve.choice import choose_engine
 from .inference import convert_phase, evaluate_phase, row_bytes, save_phase, serve_phase
 from .model import (
     GIB,
@@ -289,7 +289,10 @@ def _evaluation(plan: Planner) -> PlanLine:
 def _serving(plan: Planner) -> list[PlanLine]:
     """The endpoint starts when training has ended, so what is in use now does not count."""
     recipe, shape, device = plan.recipe, plan.shape, plan.device
-    engine, precision = _engine(recipe, device), recipe.serve.precision
+    # Of a device that is not here all that is known is whether it is a GPU.
+    gpu = None if device.is_here and device.kind != "cuda" else device.kind == "cuda"
+    engine, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters, gpu=gpu)
+    precision = recipe.serve.precision
     compute = compute_bytes(recipe, device)
     # Not the training's rows: a served conversation grows with every turn.
     tokens = min(shape.context, recipe.data.max_length + recipe.serve.max_new_tokens)
@@ -300,7 +303,7 @@ def _serving(plan: Planner) -> list[PlanLine]:
         return PlanLine("deploy", text, True, _details(need, shape))
 
     lines = []
-    if engine == "ort-genai":
+    if engine == "onnxruntime":
         need = Need(convert_phase(shape, precision), device)
         if need.total > device.total:
             text = f"converting the model to ONNX ({precision}), {need}"
@@ -308,7 +311,7 @@ def _serving(plan: Planner) -> list[PlanLine]:
     need = Need(serve_phase(shape, precision, engine, compute, tokens), device)
     text = f"{need} with one conversation of {tokens:,} tokens"
     if need.total > device.total:
-        smaller = precision == "fp32" and engine == "ort-genai"
+        smaller = precision == "fp32" and engine == "onnxruntime"
         lever = "serve.precision=int4" if smaller else "take a larger device"
         return [*lines, refusal(need, text, lever)]
     row = row_bytes(shape, engine, compute, tokens)
@@ -334,15 +337,6 @@ def _difference(recipe: Recipe, changes: Changes) -> dict[str, Any]:
 def _words(changes: Changes) -> str:
     """As they are typed on the command line."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-
-
-def _engine(recipe: Recipe, device: Device) -> str:
-    """The engine that serves on that device."""
-    if recipe.serve.engine != "auto":
-        return recipe.serve.engine
-    if device.kind == "cuda" or recipe.serve.adapters:
-        return "transformers"
-    return choose_engine("auto")[0] if device.is_here else "ort-genai"
 
 
 def _details(need: Need, shape: ModelShape) -> dict[str, Any]:

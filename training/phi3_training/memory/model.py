@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import psutil
 
+from ..engine import has_gpu
 from ..models.catalogue import CATALOGUE
 from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
-from ..serve.choice import has_gpu
 
 # The sizes of a model, from its config alone: a recipe's base section, config.json, or our table.
 # Reads config.json in a folder or in the Hugging Face cache; never the network, never weights.

@@ -1,4 +1,4 @@
-"""Converts a model folder to the ONNX folder that the `ort-genai` engine serves.
+"""Converts a model folder to the ONNX folder that the `onnxruntime` engine serves.
 
 Reads a Hugging Face model folder; writes model.onnx, genai_config.json and a copy of the chat
 format's files. The folder appears whole or not at all; nothing is fetched.
@@ -207,7 +207,7 @@ def _quantised(
 
 
 def converted(run: Run, precision: Precision, progress: ProgressCallback) -> Path:
-    """The folder, ready for the `ort-genai` engine."""
+    """The folder, ready for the `onnxruntime` engine."""
     model = run.require("model", "phi3 train")
     name = f"onnx-{precision}"
     folder = run.path / name

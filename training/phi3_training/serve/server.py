@@ -28,10 +28,10 @@ from ..errors import Phi3TrainingError, UsageError
 from ..processes import start_time
 from ..run import write_atomically
 from .asgi import App
-from .choice import load_engine
 from .config import Quirks, ServerConfig
 from .engines.base import Engine
 from .frontdoor import FrontDoor
+from .loading import load_engine
 from .openai_api import add_openai
 from .score_api import add_score, error_body, swagger
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..console import ProgressCallback
+from ..engine import choose_engine
 from ..errors import StageError
 from ..memory import memory_plan, row_sizes, this_device
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
-from ..serve.choice import choose_engine
-from ..serve.config import EngineName, ServerConfig
+from ..serve.config import ServerConfig
 from ..serve.export import converted
 from .base import Manifest, PlanLine
 
@@ -36,7 +36,7 @@ class LocalTarget:
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
-        engine, reason = _engine(recipe)
+        engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
         model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
@@ -122,25 +122,19 @@ def server_config(
     Converts the model to ONNX where the engine wants it and that has not been done yet.
     """
     model = run.require("model", "phi3 train")
-    engine, reason = _engine(recipe)
+    engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
     settings = recipe.serve.model_dump(exclude={"precision", "adapters"})
     settings["engine"] = engine
     if recipe.serve.adapters:
         settings.update(_adapters(run, model))
     settings["model_dir"] = run.path / model["path"]
-    if engine == "ort-genai":
+    if engine == "onnxruntime":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
     before = run.manifest("endpoint") or {}
     settings["port"] = recipe.serve.port or _free_again(before.get("port", 0))
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
-
-
-def _engine(recipe: Recipe) -> tuple[EngineName, str]:
-    if recipe.serve.adapters:
-        return "transformers", "it serves the run's adapters by name"
-    return choose_engine(recipe.serve.engine)
 
 
 def _adapters(run: Run, model: Manifest) -> dict[str, Any]:

@@ -442,14 +442,14 @@ def _merged(run: Run, model: Manifest, folder: Path, exam: _Exam) -> Manifest:
 def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> Manifest:
     """The ONNX folder against the merged model."""
     from ..finetune.runtime import quiet_libraries
-    from ..serve.engines import ort_genai
+    from ..serve.engines import onnxruntime
     from . import models
 
     quiet_libraries()
     reference = models.merged_rows(folder)
     said = exam.first(reference, "merged")
     del reference
-    candidate = ort_genai.step_model(onnx)
+    candidate = onnxruntime.step_model(onnx)
     figures, problems = exam.second(candidate, said, limits, ("merged", to))
     return _check("merged", figures, problems, limits)
 

@@ -429,7 +429,7 @@ def places_of_folder(folder: Path) -> Places:
 def _with_onnx(base: Path, model: Path, candidates: Sequence[Path]) -> Places:
     onnx = tuple(path for path in candidates if (path / "genai_config.json").is_file())
     missing = "no ONNX folder yet; make one with: phi3 export --to onnx-fp32"
-    return Places(base, model, onnx, {} if onnx else {"engine ort-genai": missing})
+    return Places(base, model, onnx, {} if onnx else {"engine onnxruntime": missing})
 
 
 def check_tokens(places: Places) -> Report:
@@ -449,7 +449,7 @@ def check_tokens(places: Places) -> Report:
         report.places.append(_reference(title, folder, cases, rows, names))
     for name, folder, settings, routes in (
         ("transformers", places.model, "generation_config.json", _ROUTES + _SCRIPT),
-        *(("ort-genai", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
+        *(("onnxruntime", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
     ):
         report.places += asyncio.run(_engine(name, folder, cases, rows, names, routes))
         report.places.append(_stops(folder / settings, rows, names))
