@@ -37,6 +37,7 @@ from ..run import Run, fingerprint
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.tokens import share_limit
+from ..serve.engines.transformers import kept_rows, pad_left
 from ..serve.export import converted, export_onnx
 from ..serve.server import bind, create_app
 from .rows import Answered, AnswerLoss, Said
@@ -79,19 +80,29 @@ def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[
 
 @torch.inference_mode()
 def _batch_losses(model: Any, examples: Sequence[Example], pad: int) -> list[AnswerLoss]:
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), width), pad)
-    seen = torch.zeros((len(examples), width), dtype=torch.long)
-    learnt = torch.zeros((len(examples), width), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        seen[row, :length] = 1
-        learnt[row, :length] = torch.tensor(example.assistant_mask, dtype=torch.bool)
-    ids, seen, learnt = ids.to(model.device), seen.to(model.device), learnt.to(model.device)
+    rows = [(example.input_ids, example.assistant_mask) for example in examples]
+    ids, seen, learnt = _padded(rows, pad, model.device)
     logits = model(input_ids=ids, attention_mask=seen).logits
     # The first token follows nothing.
     return marked_losses(logits[:, :-1], ids[:, 1:], learnt[:, 1:])
+
+
+def _padded(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids padded on the right, what of them is there (1), and what of them is marked (bool).
+
+    Each row is its ids and, as long, which of them are marked.
+    """
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    padded = torch.full(shape, pad)
+    seen = torch.zeros(shape, dtype=torch.long)
+    marked = torch.zeros(shape, dtype=torch.bool)
+    for number, (ids, mask) in enumerate(rows):
+        padded[number, : len(ids)] = torch.tensor(ids)
+        seen[number, : len(ids)] = 1
+        marked[number, : len(ids)] = torch.tensor(mask, dtype=torch.bool)
+    return padded.to(device), seen.to(device), marked.to(device)
 
 
 def marked_losses(
@@ -261,15 +272,7 @@ class _Writer:
     @torch.inference_mode()
     def read(self, rows: Sequence[_Row]) -> None:
         """Read new rows, prompts and expected answers together; they join those being answered."""
-        width = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), width), self._pad)
-        seen = torch.zeros((len(rows), width), dtype=torch.long)
-        marked = torch.zeros((len(rows), width), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            seen[number, : len(row.ids)] = 1
-            marked[number, : len(row.ids)] = torch.tensor(row.mask, dtype=torch.bool)
-        ids, seen, marked = (one.to(self._device) for one in (ids, seen, marked))
+        ids, seen, marked = _padded([(row.ids, row.mask) for row in rows], self._pad, self._device)
         # Logits are the widest thing here: only from the first position that is looked at.
         first = min(min(row.prompt, (*row.mask, 1).index(1)) for row in rows) - 1
         cache = DynamicCache()
@@ -278,7 +281,7 @@ class _Writer:
             attention_mask=seen,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=width - first,
+            logits_to_keep=ids.shape[1] - first,
         ).logits
         losses = marked_losses(logits[:, :-1], ids[:, first + 1 :], marked[:, first + 1 :])
         chosen = logits.argmax(dim=-1).tolist()
@@ -310,7 +313,7 @@ class _Writer:
         mask = (columns >= starts).long()
         places = (columns - starts).clamp(min=0)
         chosen = torch.tensor(open_rows, device=self._device)
-        old_mask = _pad_left(self._mask, 1, width)
+        old_mask = pad_left(self._mask, 1, width)
         for number, layer in enumerate(cache.layers):
             for name in ("keys", "values"):
                 states = getattr(layer, name)[chosen]
@@ -318,7 +321,7 @@ class _Writer:
                 states = states.gather(2, index)
                 if self.rows:
                     mine = getattr(self._cache.layers[number], name)
-                    states = torch.cat([_pad_left(mine, 2, width), states])
+                    states = torch.cat([pad_left(mine, 2, width), states])
                 setattr(layer, name, states)
         self._cache = cache
         self._mask = torch.cat([old_mask, mask]) if self.rows else mask
@@ -357,21 +360,7 @@ class _Writer:
             self._cache = None
             self._mask = self._mask[:0, :0]
             return
-        self._mask = self._mask[kept]
-        first = int(self._mask.argmax(dim=1).min())
-        self._mask = self._mask[:, first:]
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[kept][:, :, first:]
-            layer.values = layer.values[kept][:, :, first:]
-
-
-def _pad_left(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
-    missing = width - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+        self._mask = kept_rows(self._mask, self._cache, kept)
 
 
 def _by_index(rows: Sequence[_Row], count: int) -> list[_Row | None]:
