@@ -205,7 +205,10 @@ def all_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         return []
     runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
-    return [Run(path.resolve()) for path in sorted(runs, key=_last_change, reverse=True)]
+    runs.sort(
+        key=lambda run: max(file.stat().st_mtime for file in run.glob("*.json")), reverse=True
+    )
+    return [Run(path.resolve()) for path in runs]
 
 
 def current_run(args: argparse.Namespace) -> Run:
@@ -243,7 +246,3 @@ def tuned_run(args: argparse.Namespace) -> Run:
 def has_model_here(run: Run) -> bool:
     """Whether the tuned model lies in the run folder; one tuned on Azure stays there."""
     return run.manifest("model") is not None and target_of(run) == "local"
-
-
-def _last_change(path: Path) -> float:
-    return max(item.stat().st_mtime for item in path.glob("*.json"))

@@ -92,7 +92,9 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
             console.out.print(f"  {gate.line(rule)}", markup=False)
         for text in verdict.get("remarks", []):
             console.out.print(f"  {text}", markup=False)
-    console.out.print(f"Report:   {_shown(run.path / verdict['report'])}", markup=False)
+    report, here = run.path / verdict["report"], Path.cwd()
+    shown = report.relative_to(here) if report.is_relative_to(here) else report
+    console.out.print(f"Report:   {shown}", markup=False)
 
 
 def _title(part: str, compared: dict[str, Any]) -> str:
@@ -112,11 +114,6 @@ def _rows(compared: dict[str, Any], wanted: tuple[str, ...] | None = None) -> li
             low, high = (format(figures[end], "+" + metric.form) for end in ("low", "high"))
             rows.append([metric.label, before, after, f"{low} to {high}"])
     return rows
-
-
-def _shown(path: Path) -> str:
-    """A path under the current folder without that folder's own part."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _next_steps(journey: Journey) -> list[tuple[str, str]]:
@@ -223,7 +220,10 @@ def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
     stages = stages_of(journey.target.name)
-    todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
+    todo: list[str] = []
+    for stage in stages:  # what comes after something to do is to be done again
+        if todo or finished(journey, stage) is None:
+            todo.append(stage.title)
     lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
     if args.output == "json":
         plan = [asdict(line) for line in lines]
@@ -256,12 +256,6 @@ def _size(text: str) -> float:
     if not 0 < size < 1e6:
         raise argparse.ArgumentTypeError(f"expected gigabytes such as 24, got {text!r}")
     return size
-
-
-def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
-    """Done with unchanged inputs, and everything before it as well."""
-    before = stages[: stages.index(stage) + 1]
-    return all(finished(journey, earlier) is not None for earlier in before)
 
 
 def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:

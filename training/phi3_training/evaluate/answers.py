@@ -189,7 +189,11 @@ def examine(
             step(1)
         else:
             rows.append(row)
-    _losses_apart(model, chat, asked, rows, losses)
+    together = {row.index for row in rows if len(row.ids) > row.prompt}
+    apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
+    found = answer_losses(model, chat, [asked[i].whole for i in apart])
+    for index, loss in zip(apart, found, strict=True):
+        losses[index] = loss
     writer = _Writer(model, chat, losses)
     # Like lengths together: less padding, and a batch of questions of one form ends together.
     waiting = deque(sorted(rows, key=lambda row: (row.alone, len(row.ids))))
@@ -197,10 +201,11 @@ def examine(
         while waiting and (batch := _next_batch(waiting, len(writer.rows), at_once)):
             writer.read(batch)
         step(writer.write())
-    return [
-        Answered(_said(chat, row), loss)
-        for row, loss in zip(_by_index(rows, len(asked)), losses, strict=True)
-    ]
+    said: list[Said | None] = [None] * len(asked)
+    for row in rows:
+        text = chat.decode(row.said[:-1] if row.ended else row.said)
+        said[row.index] = Said(text, cut=not row.ended)
+    return [Answered(*pair) for pair in zip(said, losses, strict=True)]
 
 
 def _row(
@@ -221,21 +226,6 @@ def _row(
     if list(example.input_ids[: len(prompt)]) == list(prompt):
         row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
     return row
-
-
-def _losses_apart(
-    model: Any,
-    chat: ChatFormat,
-    asked: Sequence[Asked],
-    rows: Sequence[_Row],
-    losses: list[AnswerLoss | None],
-) -> None:
-    """Losses of the questions that are not read together with their expected answer."""
-    together = {row.index for row in rows if len(row.ids) > row.prompt}
-    apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
-    found = answer_losses(model, chat, [asked[i].whole for i in apart])
-    for index, loss in zip(apart, found, strict=True):
-        losses[index] = loss
 
 
 def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
@@ -361,20 +351,6 @@ class _Writer:
             self._mask = self._mask[:0, :0]
             return
         self._mask = kept_rows(self._mask, self._cache, kept)
-
-
-def _by_index(rows: Sequence[_Row], count: int) -> list[_Row | None]:
-    found: list[_Row | None] = [None] * count
-    for row in rows:
-        found[row.index] = row
-    return found
-
-
-def _said(chat: ChatFormat, row: _Row | None) -> Said | None:
-    if row is None:
-        return None
-    text = chat.decode(row.said[:-1] if row.ended else row.said)
-    return Said(text, cut=not row.ended)
 
 
 # Asks many questions: a served engine over HTTP, or loaded weights directly.

@@ -18,7 +18,7 @@ from ..finetune.weights import base_folder
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
 from .answers import Asked, choose_judge
-from .figures import Comparison, compare, metrics_for, seed_of
+from .figures import compare, metrics_for, seed_of
 from .questions import PARTS, Question, collect
 from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_rows
 
@@ -137,15 +137,11 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]
             seed=seed_of(part, settings.seed),
         )
         for side in ("before", "after"):
-            found[side][part] = _side(chosen, compared, side)
+            figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
+            correct = sum(row[f"{side}_right"] is True for row in chosen)
+            found[side][part] = {"rows": len(chosen), "correct": correct, **figures}
         found["comparisons"][part] = {name: asdict(c) for name, c in compared.items()}
     return found
-
-
-def _side(rows: Sequence[Row], compared: dict[str, Comparison], side: str) -> dict[str, Any]:
-    figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
-    correct = sum(row[f"{side}_right"] is True for row in rows)
-    return {"rows": len(rows), "correct": correct, **figures}
 
 
 def _remarks(rows: Sequence[Row], now: _Examined) -> list[str]:

@@ -83,7 +83,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
                 model, folder, data, recipe.finetune, runtime, callbacks, saves.folder
             )
         except ValueError as error:
-            raise _unfit(error) from None
+            raise StageError(
+                f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
+                "Check finetune.target_modules (all-linear always fits)."
+            ) from None
         # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
         _train(trainer, recipe, log, saves.newest())
@@ -100,7 +103,9 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         _save(trained, recipe, run, chat, runtime, figures)
         saves.clear()
     del model, trainer, trained
-    _free_gpu_memory()
+    gc.collect()
+    if torch.cuda.is_available():  # evaluation loads two more models in this process
+        torch.cuda.empty_cache()
     choices = [
         *runtime.choices,
         *saves.choices(),
@@ -162,13 +167,6 @@ def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Ro
     return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
 
 
-def _free_gpu_memory() -> None:
-    """Evaluation loads two more models in this process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _check_one_gpu(recipe: Recipe) -> None:
     count = torch.cuda.device_count()
     if count > 1 and recipe.finetune.num_processes == 1:
@@ -176,13 +174,6 @@ def _check_one_gpu(recipe: Recipe) -> None:
             f"{count} GPUs are visible and one process is to train. Use all of them: "
             f"finetune.num_processes={count}; or name one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
-
-
-def _unfit(error: ValueError) -> StageError:
-    return StageError(
-        f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
-        "Check finetune.target_modules (all-linear always fits)."
-    )
 
 
 def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:

@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..data.prepare import PARTS, chosen_sources
 from ..data.scan import Table, scan_start
-from ..data.sources import Source, fingerprints, place_of
+from ..data.sources import fingerprints, place_of
 from ..evaluate.questions import extra_files
 from ..models.small import prepared_folder
 from ..prompt import ChatFormat
@@ -90,7 +89,8 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     """
     parts, place = _prepared(recipe, run), "the prepared chats"
     if parts is None:
-        hub = [s for s in _sources(recipe) if isinstance(s, HubSet)]
+        data = recipe.data
+        hub = [s for s in (*data.train, *data.replay, *data.validation) if isinstance(s, HubSet)]
         if hub:
             return worst_case(recipe, f"{hub[0]} is read when the chats are prepared")
         parts, place = _unprepared(recipe)
@@ -111,10 +111,12 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
 
 def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    base = run.manifest("base")
-    if base is not None and _is_base_of(base, recipe):
-        return _with_tokenizer(run.path / str(base["path"]))
-    named = recipe.model.name_or_path
+    named, base = recipe.model.name_or_path, run.manifest("base")
+    if base is not None:
+        # An earlier recipe of that name may have had another base.
+        made_of = base.get("settings", {}).get("name_or_path")
+        if made_of == named or (made_of is None and recipe.model.is_tiny):
+            return _with_tokenizer(run.path / str(base["path"]))
     folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
     if folder is not None and folder.is_dir():
         return _with_tokenizer(folder)
@@ -124,16 +126,6 @@ def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
 
 def _with_tokenizer(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
-
-
-def _is_base_of(manifest: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
-    named = manifest.get("settings", {}).get("name_or_path")
-    return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
-
-
-def _sources(recipe: Recipe) -> list[Source]:
-    return [*recipe.data.train, *recipe.data.replay, *recipe.data.validation]
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:

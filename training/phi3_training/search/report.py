@@ -16,7 +16,6 @@ import yaml
 
 from ..errors import StageError
 from ..journey import Journey
-from ..recipe import Recipe
 from ..run import write_atomically
 from .plan import Choices, MakeRecipe, SearchPlan, overrides_of
 
@@ -105,8 +104,14 @@ def write_report(
         remarks = [f"  {trial.folder}: {trial.remark}" for trial in trials]
         raise StageError("No trial came to a figure:\n" + "\n".join(remarks))
     folder = journey.run.path / "search"
-    recipe = make(overrides_of(best.parameters))
-    write_atomically(folder / "best.yaml", _header(plan, best, len(trials)) + _as_yaml(recipe))
+    header = (
+        f"# Trial {best.number}, the best of {len(trials)}: {plan.metric} {best.value:.5g} "
+        f"({plan.direction}).\n# Run:  phi3 up THIS_FILE\n"
+    )
+    # What the recipe says, not what it leaves to the defaults; paths are absolute.
+    recipe = make(overrides_of(best.parameters)).model_dump(mode="json", exclude_unset=True)
+    body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "best.yaml", header + body)
     draw(plan, trials, best, folder / "report.svg")
     content = {
         "metric": plan.metric,
@@ -118,16 +123,3 @@ def write_report(
     }
     write_atomically(folder / "report.json", json.dumps(content, indent=2) + "\n")
     return content
-
-
-def _header(plan: SearchPlan, best: Finished, count: int) -> str:
-    return (
-        f"# Trial {best.number}, the best of {count}: {plan.metric} {best.value:.5g} "
-        f"({plan.direction}).\n# Run:  phi3 up THIS_FILE\n"
-    )
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    """What the recipe says, not what it leaves to the defaults; paths are absolute."""
-    content = recipe.model_dump(mode="json", exclude_unset=True)
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -66,7 +66,8 @@ def start(
     try:
         status = _wait(process, status_file, config, log_path, wait_seconds)
     except BaseException:  # Ctrl-C too: a server that nobody knows of must not stay
-        _end(process)
+        process.kill()
+        process.wait()
         raise
     _children[process.pid] = process
     port = int(status["port"])
@@ -169,11 +170,6 @@ def _wait(
         f"The endpoint did not answer within {wait_seconds:.0f} seconds and was stopped."
         f"{_last_lines(log_path)}"
     )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
 
 
 def _reachable(host: str) -> str:

@@ -403,19 +403,17 @@ class _Exam:
         return greedy(model, prompt.ids, self._chat.stop_token_ids, MAX_NEW_TOKENS)
 
     def _right(self, model: StepModel, name: str) -> list[bool]:
-        return [self._is_right(model, row, name) for row in self._rows]
-
-    def _is_right(self, model: StepModel, row: HeldOut, name: str) -> bool:
-        tokens = self._trace(model, row.prompt, name).tokens
-        return exact_match(self._chat.decode(_answer(tokens, self._chat)), row.expected)
+        found = []
+        for row in self._rows:
+            tokens = self._trace(model, row.prompt, name).tokens
+            ended = tokens and tokens[-1] in self._chat.stop_token_ids
+            answer = self._chat.decode(tokens[:-1] if ended else tokens)
+            found.append(exact_match(answer, row.expected))
+        return found
 
     def _step(self, name: str) -> None:
         self._done += 1
         self._progress(self._done, self._total, f"asking {name}")
-
-
-def _answer(tokens: Sequence[int], chat: ChatFormat) -> Sequence[int]:
-    return tokens[:-1] if tokens and tokens[-1] in chat.stop_token_ids else tokens
 
 
 def _merged(run: Run, model: Manifest, folder: Path, exam: _Exam) -> Manifest:

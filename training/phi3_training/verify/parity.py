@@ -329,13 +329,12 @@ async def flow_asks(engine: Engine, messages: Messages) -> str:
 
 async def script_asks(engine: Engine, messages: Messages) -> str:
     """The same body, to the script that an Azure deployment runs."""
-    body = json.dumps(_flow_body(messages))
-    return _why_ended(await asyncio.to_thread(_through_script, engine, body))
 
+    def run() -> dict[str, Any]:
+        with Scorer(engine) as scorer:
+            return scorer.run(json.dumps(_flow_body(messages)))
 
-def _through_script(engine: Engine, body: str) -> dict[str, Any]:
-    with Scorer(engine) as scorer:
-        return scorer.run(body)
+    return _why_ended(await asyncio.to_thread(run))
 
 
 def _flow_body(messages: Messages) -> dict[str, Any]:
@@ -445,7 +444,10 @@ def check_tokens(places: Places) -> Report:
             cases.append(case)
     report = Report(len(cases))
     report.places.append(_trainer(chat, cases, rows, names))
-    for title, folder in _distinct({"trained from": places.trained_from, "tuned": places.model}):
+    folders = {"trained from": places.trained_from.resolve()}
+    if places.model.resolve() not in folders.values():
+        folders["tuned"] = places.model.resolve()
+    for title, folder in folders.items():
         report.places.append(_reference(title, folder, cases, rows, names))
     for name, folder, settings, routes in (
         ("transformers", places.model, "generation_config.json", _ROUTES + _SCRIPT),
@@ -456,11 +458,6 @@ def check_tokens(places: Places) -> Report:
     report.places.append(asyncio.run(_upstream(cases)))
     report.places += [Place(name, skipped=reason) for name, reason in places.notes.items()]
     return report
-
-
-def _distinct(folders: dict[str, Path]) -> list[tuple[str, Path]]:
-    named = {folder.resolve(): title for title, folder in reversed(folders.items())}
-    return [(title, folder) for folder, title in reversed(named.items())]
 
 
 def _chat(folder: Path) -> ChatFormat:
@@ -514,7 +511,8 @@ def _reference(
             except TemplateRefusalError as error:
                 place.differences.append(Difference(case.name, f"refused: {error}"))
                 continue
-            _note(place, first_difference(case.name, wanted, ids, names, what))
+            difference = first_difference(case.name, wanted, ids, names, what)
+            place.differences += [difference] if difference else []
     return place
 
 
@@ -591,8 +589,3 @@ async def _upstream(cases: Sequence[Case]) -> Place:
             what = f"passes on {list(passed)}, asked {list(case.spoken)}"
             place.differences.append(Difference(case.name, what[:300]))
     return place
-
-
-def _note(place: Place, difference: Difference | None) -> None:
-    if difference is not None:
-        place.differences.append(difference)

@@ -37,7 +37,10 @@ def step_model(
 ) -> CachedRows:
     """The folder's weights, ready to step; raises StageError when it holds no model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or _dtype_for(device)
+    if dtype is None and device.type == "cuda":
+        # bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it.
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = dtype or torch.float32
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
@@ -47,22 +50,11 @@ def step_model(
             "train it again with: phi3 train"
         ) from None
     if device.type == "cpu":
-        torch.set_num_threads(num_threads or _threads_for(model))
+        small = sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL
+        cores = 1 if small else psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(num_threads or cores)
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
     return CachedRows(model.to(device).eval())
-
-
-def _threads_for(model: Any) -> int:
-    if sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL:
-        return 1
-    return psutil.cpu_count(logical=False) or 1
-
-
-def _dtype_for(device: torch.device) -> torch.dtype:
-    """bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 class CachedRows:
