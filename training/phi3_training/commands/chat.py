@@ -166,7 +166,9 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
     if not environment_names_endpoint():
         run = current_run(args)
         if target_of(run) != "local":
-            return _cloud_access(run), {}
+            run.require("endpoint", f"phi3 up --on {target_of(run)} --run {run.name}")
+            target: CloudTarget = get_target(target_of(run))  # type: ignore[assignment]  # not local
+            return target.access(run), {}
         settings = _local_settings(run)
     else:
         settings = ConnectionSettings.from_environment()
@@ -181,12 +183,6 @@ def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
     """The same as one record, for what knows keys only: an Entra token stands in for a key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
-
-
-def _cloud_access(run: Run) -> Access:
-    run.require("endpoint", f"phi3 up --on {target_of(run)} --run {run.name}")
-    target: CloudTarget = get_target(target_of(run))  # type: ignore[assignment]  # not local: one
-    return target.access(run)
 
 
 def _local_settings(run: Run) -> ConnectionSettings:

@@ -143,14 +143,12 @@ def check_characters(place: str, value: str) -> list[Problem]:
     if value.isascii() and value.replace("\n", "").isprintable():
         return []  # nearly every text, in a fraction of the time
     unfit = _UNFIT.search(value)
-    return [_unfit_character(place, unfit)] if unfit else []
-
-
-def _unfit_character(place: str, match: re.Match[str]) -> Problem:
-    code = ord(match.group())
+    if unfit is None:
+        return []
+    code = ord(unfit.group())
     name = "half of a surrogate pair" if code >= 0xD800 else "the control character"
-    what = f"{place} holds {name} U+{code:04X} at character {match.start() + 1}"
-    return Problem("control-character", what, "remove it")
+    what = f"{place} holds {name} U+{code:04X} at character {unfit.start() + 1}"
+    return [Problem("control-character", what, "remove it")]
 
 
 def check_order(roles: Sequence[str]) -> list[Problem]:

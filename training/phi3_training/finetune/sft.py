@@ -64,7 +64,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     rows, counts = _rows(recipe, run, chat)
     limit = min(recipe.data.max_length, chat.context_length)
     rows, report = audited(chat, rows, limit, recipe.finetune.allow)
-    held_out = _held_out(recipe, run, chat, limit)
+    held_out: list[Row] = []
+    if recipe.finetune.eval_steps is not None:
+        located = read_located(run.path / "data" / "validation.jsonl", run.path)
+        held_out, _ = audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)
     learnt = [row.example for row in rows]
     with torch_threads(runtime.threads):
         model = load_for_training(folder, recipe, runtime)
@@ -157,14 +160,6 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
         "rewordings": len(rows) - len(casual),
         "replay": len(replay),
     }
-
-
-def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Row]:
-    """The chats that are looked at while training; none unless the recipe asks for it."""
-    if recipe.finetune.eval_steps is None:
-        return []
-    located = read_located(run.path / "data" / "validation.jsonl", run.path)
-    return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
 
 
 def _check_one_gpu(recipe: Recipe) -> None:

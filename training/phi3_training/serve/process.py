@@ -110,6 +110,11 @@ def _collect(pid: int) -> None:
 def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]:
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     command = [sys.executable, "-m", _MODULE, "--config", str(settings), "--key-stdin"]
+    # A session of its own: closing the terminal or Ctrl-C there does not reach it.
+    detached: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
+        detached = {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
     try:
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,
@@ -118,8 +123,7 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
             stderr=descriptor,
             cwd=log_path.parent,
             env=_environment(),
-            # A session of its own: closing the terminal or Ctrl-C there does not reach it.
-            **_detached(),
+            **detached,
         )
     finally:
         os.close(descriptor)
@@ -130,13 +134,6 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
     except OSError:  # it ended at once; `_wait` says why
         pass
     return process
-
-
-def _detached() -> dict[str, Any]:
-    if os.name == "nt":
-        flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
-        return {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
-    return {"start_new_session": True}
 
 
 def _environment() -> dict[str, str]:

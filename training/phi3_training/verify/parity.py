@@ -28,7 +28,7 @@ from ..serve.azure_score import Scorer
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.batch import Logits
-from ..serve.engines.tokens import TokenEngine
+from ..serve.engines.tokens import TokenEngine, chat_format
 from ..serve.engines.upstream import Upstream
 from ..serve.server import create_container
 
@@ -433,7 +433,7 @@ def _with_onnx(base: Path, model: Path, candidates: Sequence[Path]) -> Places:
 
 def check_tokens(places: Places) -> Report:
     """Compare all places over the golden set. Raises StageError for a folder without a format."""
-    chat = _chat(places.trained_from)
+    chat = chat_format(places.trained_from)
     names = Vocabulary(places.trained_from)
     rows, cases = [], []
     for case in golden(chat, names.literals()):
@@ -458,13 +458,6 @@ def check_tokens(places: Places) -> Report:
     report.places.append(asyncio.run(_upstream(cases)))
     report.places += [Place(name, skipped=reason) for name, reason in places.notes.items()]
     return report
-
-
-def _chat(folder: Path) -> ChatFormat:
-    try:
-        return ChatFormat.from_folder(folder)
-    except ValueError as error:
-        raise StageError(str(error)) from None
 
 
 def _trainer(
