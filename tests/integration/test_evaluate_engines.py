@@ -15,7 +15,7 @@ from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.progress import no_progress
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.serve.engines import ort_genai
+from phi3_training.serve.engines import onnxruntime
 from phi3_training.serve.export import converted
 from phi3_training.targets.local import server_config
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def recipe_of(run: Run, precision: str, **sections: Any) -> Recipe:
     return tiny_recipe(
         run.path / "data" / "train.jsonl",
-        serve={"engine": "ort-genai", "precision": precision},
+        serve={"engine": "onnxruntime", "precision": precision},
         evaluate={"max_new_tokens": 24, "canary": [], "probes": [], "resamples": 100},
         **sections,
     )
@@ -56,7 +56,7 @@ def test_weights_answer_as_the_fp32_conversion_that_is_served(run: Run) -> None:
 
     onnx = converted(run, "fp32", no_progress)
     served = ask_served(
-        ort_genai.load(onnx, slots=8), chat_format(onnx), PROMPTS, max_new_tokens=24, at_once=8
+        onnxruntime.load(onnx, slots=8), chat_format(onnx), PROMPTS, max_new_tokens=24, at_once=8
     )
     assert judge.precision == "fp32"
     assert [one.said for one in ours] == served
@@ -68,7 +68,7 @@ def test_an_int4_endpoint_is_judged_by_its_own_conversion(run: Run) -> None:
     metrics = evaluate(recipe, run)
 
     assert metrics.answered_by["precision"] == "int4"
-    assert metrics.answered_by["engine"] == "ort-genai"
+    assert metrics.answered_by["engine"] == "onnxruntime"
     # Base and tuned model are the same here, and converted in the same way.
     assert metrics.before == metrics.after
     assert metrics.after["train"]["perplexity"] > 0

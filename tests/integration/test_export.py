@@ -146,9 +146,9 @@ def test_an_onnx_export_passes_and_is_served(run: Run, precision: str) -> None:
     (run.path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = run.path / "recipe.yaml"
     recipe.write_text("name: r\nmodel: {name_or_path: base}\ndata: {train: chats.jsonl}\n")
-    asked = ["serve.engine=ort-genai", f"serve.precision={precision}"]
+    asked = ["serve.engine=onnxruntime", f"serve.precision={precision}"]
     config, engine, _ = server_config(load_recipe(recipe, asked), run, no_progress)
-    assert (engine, config.onnx_dir) == ("ort-genai", graph.parent)
+    assert (engine, config.onnx_dir) == ("onnxruntime", graph.parent)
     assert graph.stat().st_mtime_ns == before, "an export is not made twice"
 
 

@@ -45,7 +45,7 @@ SETTINGS = {
     "lora_r": 32,
     "lora_alpha": 64,
 }
-CPU = Runtime("cpu", "float32", 1, ())
+CPU = Runtime("cpu", "float32", "float32", 1, ())
 
 
 @dataclass

@@ -23,7 +23,7 @@ from phi3_training.memory.model import shape_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.serve.engines import adapters, ort_genai, transformers
+from phi3_training.serve.engines import adapters, onnxruntime, transformers
 from phi3_training.serve.engines.base import Sampling
 from phi3_training.serve.engines.batch import Job, Sampler
 from phi3_training.serve.engines.tokens import TokenEngine
@@ -166,21 +166,21 @@ def test_the_onnx_engine_says_what_transformers_says(
     most = 24
     # All of it on one side of the border.
     assert len(ids) + most <= BORDER if messages is SHORT else len(ids) > BORDER
-    ours = greedy(ort_genai.step_model(tuned.onnx), ids, stops, most)
+    ours = greedy(onnxruntime.step_model(tuned.onnx), ids, stops, most)
     theirs = greedy(transformers.step_model(tuned.model, dtype=torch.float32), ids, stops, most)
     assert ours.tokens == theirs.tokens == own_greedy(tuned.model, ids, most, stops)
     assert abs(ours.logits - theirs.logits).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["ort-genai", "transformers"])
+@pytest.mark.parametrize("name", ["onnxruntime", "transformers"])
 def test_an_answer_that_crosses_the_border_is_read_again(tuned: Tuned, name: str) -> None:
     """Each token is what the model says to all before it at once: no key keeps the old factors."""
     chat = ChatFormat.from_folder(tuned.model)
     ids = chat.encode_prompt([{"role": "user", "content": "the kettle costs 14 euros, " * 3}])
     most = BORDER - len(ids) + 12
     assert 12 < most < 50
-    load = ort_genai.load if name == "ort-genai" else transformers.load
-    engine = load(tuned.onnx if name == "ort-genai" else tuned.model, slots=2)
+    load = onnxruntime.load if name == "onnxruntime" else transformers.load
+    engine = load(tuned.onnx if name == "onnxruntime" else tuned.model, slots=2)
     said = asyncio.run(said_by(engine, ids, most))
     model = AutoModelForCausalLM.from_pretrained(tuned.model, dtype=torch.float32)
     with torch.inference_mode():
@@ -206,7 +206,7 @@ def test_positions_matter_in_these_models(tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_it_answers_over_http(tuned: Tuned) -> None:
-    engine = ort_genai.load(tuned.onnx, slots=4)
+    engine = onnxruntime.load(tuned.onnx, slots=4)
     try:
         with served(engine) as server:
             known = server.post("/score", ask(CHATS[2][0]["content"])).json()["output"]

@@ -21,8 +21,8 @@ from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
-from phi3_training.serve.choice import load_engine
 from phi3_training.serve.config import ServerConfig
+from phi3_training.serve.loading import load_engine
 from phi3_training.targets.local import server_config
 
 pytest_plugins = ["tests.integration.server_plugin"]
@@ -180,7 +180,7 @@ def test_runs_that_cannot_serve_adapters_say_why(run: Run, tmp_path: Path) -> No
     with pytest.raises(StageError, match="no named adapter"):
         server_config(recipe, whole, lambda _done, _total, _text: None)
     with pytest.raises(RecipeError, match="transformers only"):
-        load_recipe(run.path / "recipe.yaml", ["serve.engine=ort-genai"])
+        load_recipe(run.path / "recipe.yaml", ["serve.engine=onnxruntime"])
 
 
 def test_an_adapter_of_another_model_is_named(config: ServerConfig, tmp_path: Path) -> None:

@@ -459,7 +459,8 @@ class Phi3Client:
             body = _read_up_to(response, MAX_ANSWER_BYTES)
             response.close()
         except (requests.RequestException, HTTPError, OSError) as error:
-            _close(response)
+            if response is not None:
+                response.close()
             return transport_failure(
                 error, call, self._address, self._limits, answering=response is not None
             )
@@ -561,8 +562,3 @@ def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
                 return
     except (requests.RequestException, HTTPError, OSError):
         log.debug("the connection of a finished stream is not used again")
-
-
-def _close(response: requests.Response | None) -> None:
-    if response is not None:
-        response.close()

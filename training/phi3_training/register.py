@@ -7,6 +7,7 @@ run/mlflow/ (the model as an MLflow pyfunc that answers chats).
 from __future__ import annotations
 
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from .manifests import (
     RegistrationManifest,
 )
 from .mlflow_store import experiment_of, quiet_mlflow, tracking_uri
+from .packages import MODEL_PACKAGES
 from .run import Run
 
 # The module that answers for a registered model; with what it imports, all of our code in there.
 MLFLOW_MODEL = "phi3_training.mlflow_model"
-# What the registered model needs to load; named here because MLflow's own guess imports the model.
-REQUIREMENTS = ["torch==2.13.0", "transformers>=5.20,<6", "tokenizers>=0.22", "jinja2>=3.1"]
 
 
 def register(name: str, run: Run) -> RegistrationManifest:
@@ -49,7 +49,10 @@ def register(name: str, run: Run) -> RegistrationManifest:
                 python_model=str(Path(__file__).with_name("mlflow_model.py")),
                 artifacts={"model": str(run.path / model.path)},
                 code_paths=[str(Path(code, "phi3_training"))],
-                pip_requirements=REQUIREMENTS,
+                # Named because MLflow's own guess imports the model; without torch's `+cpu`.
+                pip_requirements=[
+                    f"{name}=={version(name).partition('+')[0]}" for name in MODEL_PACKAGES
+                ],
                 registered_model_name=name,
             )
     return RegistrationManifest(

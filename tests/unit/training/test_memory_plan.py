@@ -305,7 +305,7 @@ def test_processes_of_a_cpu_share_its_memory() -> None:
 
 
 def test_conversion_that_cannot_be_done_is_refused_with_its_lever() -> None:
-    start = changed(recipe(), {"serve.precision": "int4", "serve.engine": "ort-genai"})
+    start = changed(recipe(), {"serve.precision": "int4", "serve.engine": "onnxruntime"})
     lines = memory_plan(start, of_size(16, "cpu"))
     (refused,) = [x for x in lines if x.details.get("phase") == "convert"]
     assert refused.stops

@@ -206,7 +206,10 @@ def all_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         return []
     runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
-    return [Run(path.resolve()) for path in sorted(runs, key=_last_change, reverse=True)]
+    runs.sort(
+        key=lambda run: max(file.stat().st_mtime for file in run.glob("*.json")), reverse=True
+    )
+    return [Run(path.resolve()) for path in runs]
 
 
 def current_run(args: argparse.Namespace) -> Run:

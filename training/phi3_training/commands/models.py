@@ -160,7 +160,15 @@ def register_recipes(subparsers: Any) -> None:
 
 def run_recipes(args: argparse.Namespace) -> int:
     """List recipes with the first line of their header, or all keys."""
-    listed = _keys(Recipe) if args.keys else _shipped()
+    if args.keys:
+        listed = _keys(Recipe)
+    else:
+        paths = sorted(find(RECIPES).glob("*.yaml"))
+        headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
+        listed = {
+            str(RECIPES / path.name): header.lstrip("# ")
+            for path, header in zip(paths, headers, strict=True)
+        }
     if args.output == "json":
         console.print_json(listed)
         return 0
@@ -168,13 +176,6 @@ def run_recipes(args: argparse.Namespace) -> int:
     for name, text in listed.items():
         console.out.print(f"{name:<{width}}  {text}", markup=False)
     return 0
-
-
-def _shipped() -> dict[str, str]:
-    return {
-        str(RECIPES / path.name): path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for path in sorted(find(RECIPES).glob("*.yaml"))
-    }
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:

@@ -134,15 +134,11 @@ def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
         console.err.print(f"  {name}", markup=False)
     console.err.print("with everything in them, also what phi3 did not make.")
     try:
-        said = input("Type yes to go on: ") if _has_person() else ""
+        said = input("Type yes to go on: ") if os.isatty(0) else ""
     except EOFError:
         said = ""
     if said.strip().lower() != "yes":
         raise UsageError("Nothing was deleted; say it with --yes where nobody can be asked")
-
-
-def _has_person() -> bool:
-    return os.isatty(0)
 
 
 def _show_end(

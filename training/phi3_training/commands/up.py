@@ -101,7 +101,9 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
             console.out.print(f"  {gate.line(rule)}", markup=False)
         for text in verdict.remarks:
             console.out.print(f"  {text}", markup=False)
-    console.out.print(f"Report:   {_shown(run.path / verdict.report)}", markup=False)
+    report, here = run.path / verdict.report, Path.cwd()
+    shown = report.relative_to(here) if report.is_relative_to(here) else report
+    console.out.print(f"Report:   {shown}", markup=False)
 
 
 def _title(part: str, compared: Mapping[str, Comparison]) -> str:
@@ -123,11 +125,6 @@ def _rows(
             low, high = (format(n, "+" + metric.form) for n in (figures.low, figures.high))
             rows.append([metric.label, before, after, f"{low} to {high}"])
     return rows
-
-
-def _shown(path: Path) -> str:
-    """A path under the current folder without that folder's own part."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _next_steps(journey: Journey) -> list[tuple[str, str]]:

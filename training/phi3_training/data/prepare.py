@@ -296,13 +296,18 @@ def prepare(
         faults += findings.faults()
         target = _targets(data, findings)
         if not faults and not data.validation and not (target == _number("validation")).any():
-            faults = [_nothing_to_hold_out(data)]
+            what = "all conversations ask the same question, so none can be held out"
+            fix = "add conversations, or name held-out ones under data.validation"
+            faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
         if faults:
             faults = in_order(faults)
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
         writers = _write(findings, target, staging)
-        _refuse_changed(scans)
+        # Rows were copied after all were checked: their source must still be the same.
+        for one in scans:
+            if one.has_changed():
+                raise StageError(f"{one.path} was changed while it was read; prepare again")
         listed = write_findings(run.path / REPORT, findings)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
@@ -418,12 +423,6 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     return {"reworded": reworded, "new": len(held) - reworded}
 
 
-def _nothing_to_hold_out(data: DataSection) -> Fault:
-    what = "all conversations ask the same question, so none can be held out"
-    fix = "add conversations, or name held-out ones under data.validation"
-    return Fault(place_of(data.train[0]), 0, "too-few", what, fix)
-
-
 def _write(findings: Findings, target: U8, staging: Path) -> Writers:
     with ExitStack() as stack:
         writers = {
@@ -434,13 +433,6 @@ def _write(findings: Findings, target: U8, staging: Path) -> Writers:
         numbered = {_number(part): writer for part, writer in writers.items()}
         distribute(findings.table, target, numbered)
     return writers
-
-
-def _refuse_changed(scans: Sequence[Scan]) -> None:
-    """Rows are copied from their source after all were checked: it must still be the same."""
-    for one in scans:
-        if one.has_changed():
-            raise StageError(f"{one.path} was changed while it was read; prepare again")
 
 
 def _publish(writers: Writers, run: Run) -> None:

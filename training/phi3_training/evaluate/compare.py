@@ -13,12 +13,12 @@ from ..finetune.rows import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder
 from ..manifests import Asked as AskedBoth
-from ..manifests import Figure, MetricsManifest, ModelManifest, Resampling
+from ..manifests import Comparison, Figure, MetricsManifest, ModelManifest, Resampling
 from ..progress import Progress
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
 from .answers import Asked, choose_judge
-from .figures import Comparison, compare, metrics_for, seed_of
+from .figures import compare, metrics_for, seed_of
 from .questions import PARTS, Question, collect
 from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_rows
 

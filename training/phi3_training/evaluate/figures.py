@@ -98,7 +98,8 @@ UNREFERENCED = ("refusal_rate", "words", "cut")  # what needs no expected answer
 def metrics_for(rows: Sequence[Row]) -> list[Metric]:
     """The metrics that these rows can be measured by."""
     if any(row["expected"] for row in rows):
-        return [m for m in METRICS.values() if m.name != "perplexity" or _has_losses(rows)]
+        has_losses = any(row["after_scores"].get("nll") is not None for row in rows)
+        return [m for m in METRICS.values() if m.name != "perplexity" or has_losses]
     named = ["contains"] if any(row.get("accept") for row in rows) else []
     return [METRICS[name] for name in (*named, *UNREFERENCED)]
 
@@ -152,7 +153,3 @@ def _weights(rows: int, resamples: int, seed: Any) -> Iterator[Numbers]:
     for first in range(0, resamples, block):
         size = min(block, resamples - first)
         yield random.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
-
-
-def _has_losses(rows: Sequence[Row]) -> bool:
-    return any(row["after_scores"].get("nll") is not None for row in rows)

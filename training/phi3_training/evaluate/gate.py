@@ -33,12 +33,21 @@ def remarks(rows: Sequence[Row], run: Run) -> list[str]:
 
 def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     asked = [row for row in rows if row["part"] == "validation" and row["expected"]]
-    found = teachers([_of_row(row) for row in asked], [_of_question(one) for one in trained])
+    chats = [
+        Chat(
+            asked_in([*row["earlier_turns"], {"role": "user", "content": row["question"]}]),
+            row["question"],
+            row["expected"],
+        )
+        for row in asked
+    ]
+    known = [Chat(asked_in(q.prompt), q.prompt[-1]["content"], q.expected) for q in trained]
+    found = teachers(chats, known)
     answers = [vocabulary(one.expected) for one in trained]
     new = [
         row
-        for row, known in zip(asked, found, strict=True)
-        if not known and not _spoken_of(row, answers)
+        for row, teacher in zip(asked, found, strict=True)
+        if not teacher and not _spoken_of(row, answers)
     ]
     if not new or not trained:
         return []
@@ -80,15 +89,6 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
         "(finetune.max_steps where it is set, else finetune.num_train_epochs), with a higher "
         "finetune.learning_rate or finetune.lora_r, or take a larger model (model.name_or_path)."
     ]
-
-
-def _of_row(row: Row) -> Chat:
-    turns = [*row["earlier_turns"], {"role": "user", "content": row["question"]}]
-    return Chat(asked_in(turns), row["question"], row["expected"])
-
-
-def _of_question(one: Question) -> Chat:
-    return Chat(asked_in(one.prompt), one.prompt[-1]["content"], one.expected)
 
 
 FEWEST_ROWS = 5  # with fewer, resampling says nothing about rows that were not drawn
@@ -167,7 +167,9 @@ def _judged(
     kind: str, rule: GateRule | RefusalRule, rows: Sequence[Row], settings: EvaluateSection
 ) -> RuleVerdict:
     metric = METRICS[rule.metric]
-    chosen = [row for row in rows if row["part"] == rule.part and _measured(row, metric)]
+    key = "nll" if metric.name == "perplexity" else metric.name
+    chosen = [row for row in rows if row["part"] == rule.part]
+    chosen = [row for row in chosen if row["after_scores"].get(key) is not None]
     head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
     if len(chosen) < FEWEST_ROWS:
         reason = (
@@ -226,11 +228,6 @@ def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) ->
 
 def _form(value: float, metric: Metric, sign: str = "") -> str:
     return format(value, sign + metric.form)
-
-
-def _measured(row: Row, metric: Metric) -> bool:
-    key = "nll" if metric.name == "perplexity" else metric.name
-    return row["after_scores"].get(key) is not None
 
 
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:

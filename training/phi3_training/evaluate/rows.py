@@ -178,7 +178,13 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
         kept = json.loads((run.path / BASE_ANSWERS).read_text(encoding="utf-8"))
         if kept["key"] != key:
             return None
-        return [_answered(one["said"], one["loss"]) for one in kept["answers"]]
+        return [
+            Answered(
+                Said(**one["said"]) if one["said"] is not None else None,
+                AnswerLoss(**one["loss"]) if one["loss"] is not None else None,
+            )
+            for one in kept["answers"]
+        ]
     except (OSError, ValueError, TypeError, KeyError):  # nothing, or of another version
         return None
 
@@ -188,10 +194,3 @@ def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
     if key is not None:
         kept = {"key": key, "answers": [asdict(one) for one in answers]}
         write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))
-
-
-def _answered(said: dict[str, Any] | None, loss: dict[str, Any] | None) -> Answered:
-    return Answered(
-        Said(**said) if said is not None else None,
-        AnswerLoss(**loss) if loss is not None else None,
-    )

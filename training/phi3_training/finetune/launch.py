@@ -15,8 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
+from .. import processes
 from ..errors import StageError
 from ..manifests import ModelManifest
 from ..ports import free_port
@@ -26,15 +25,9 @@ from ..run import Run, write_atomically
 from .runtime import device
 
 # Ends a training process whose starter is gone: after `kill -9` nobody else tells it.
-# Reads the table of processes; writes nothing.
 
 GONE = 3  # exit status of a process that ended for this reason
 _EVERY = 0.5  # seconds
-
-
-def birth(pid: int) -> float:
-    """When a process began: with its number, what tells it from a later one of that number."""
-    return float(psutil.Process(pid).create_time())
 
 
 def end_with(pid: int, born: float) -> None:
@@ -45,7 +38,7 @@ def end_with(pid: int, born: float) -> None:
     parent = os.getppid()
 
     def check() -> None:
-        if not _lives(pid, born) or os.getppid() != parent:
+        if processes.find(pid, born) is None or os.getppid() != parent:
             os._exit(GONE)  # at once: threads of torch may wait for processes that ended as well
 
     def watch() -> None:
@@ -55,15 +48,6 @@ def end_with(pid: int, born: float) -> None:
 
     check()
     threading.Thread(target=watch, name="phi3-orphan", daemon=True).start()
-
-
-def _lives(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        # A killed process that nobody has waited for yet is still listed.
-        return bool(process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 WORKER = "phi3_training.finetune.worker"
@@ -85,7 +69,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         "recipe": recipe.model_dump(mode="json"),
         "run": str(run.path),
         "result": str(result),
-        "launcher": [os.getpid(), birth(os.getpid())],
+        "launcher": [os.getpid(), processes.start_time(os.getpid())],
     }
     write_atomically(plan, json.dumps(body))
     status = _follow(command(recipe.finetune, where, plan), log, progress)

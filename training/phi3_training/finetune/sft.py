@@ -63,7 +63,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     rows, counts = _rows(recipe, run, chat)
     limit = min(recipe.data.max_length, chat.context_length)
     rows, report = audited(chat, rows, limit, recipe.finetune.allow)
-    held_out = _held_out(recipe, run, chat, limit)
+    held_out: list[Row] = []
+    if recipe.finetune.eval_steps is not None:
+        located = read_located(run.path / "data" / "validation.jsonl", run.path)
+        held_out, _ = audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)
     learnt = [row.example for row in rows]
     with torch_threads(runtime.threads):
         model = load_for_training(folder, recipe, runtime)
@@ -82,7 +85,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
                 model, folder, data, recipe.finetune, runtime, callbacks, saves.folder
             )
         except ValueError as error:
-            raise _unfit(error) from None
+            raise StageError(
+                f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
+                "Check finetune.target_modules (all-linear always fits)."
+            ) from None
         # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
         _train(trainer, recipe, log, saves.newest())
@@ -99,7 +105,9 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         _save(trained, recipe, run, chat, runtime, figures)
         saves.clear()
     del model, trainer, trained
-    _free_gpu_memory()
+    gc.collect()
+    if torch.cuda.is_available():  # evaluation loads two more models in this process
+        torch.cuda.empty_cache()
     settings = recipe.finetune
     named = f" as adapter {settings.adapter}" if settings.adapter else ""
     adapter = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
@@ -143,21 +151,6 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
     }
 
 
-def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Row]:
-    """The chats that are looked at while training; none unless the recipe asks for it."""
-    if recipe.finetune.eval_steps is None:
-        return []
-    located = read_located(run.path / "data" / "validation.jsonl", run.path)
-    return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
-
-
-def _free_gpu_memory() -> None:
-    """Evaluation loads two more models in this process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _check_one_gpu(recipe: Recipe) -> None:
     count = torch.cuda.device_count()
     if count > 1 and recipe.finetune.num_processes == 1:
@@ -165,13 +158,6 @@ def _check_one_gpu(recipe: Recipe) -> None:
             f"{count} GPUs are visible and one process is to train. Use all of them: "
             f"finetune.num_processes={count}; or name one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
-
-
-def _unfit(error: ValueError) -> StageError:
-    return StageError(
-        f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
-        "Check finetune.target_modules (all-linear always fits)."
-    )
 
 
 def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:

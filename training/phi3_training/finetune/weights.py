@@ -326,16 +326,13 @@ def four_bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    # 4-bit weights cannot be moved later: they go at once to the GPU of this process.
+    # 4-bit weights cannot be moved later: they go at once to the GPU of this process, whose number
+    # torchrun and accelerate give it.
+    own_gpu = int(os.environ.get("LOCAL_RANK", "0"))
     return {
         "quantization_config": quantized,
-        "device_map": {"": _own_gpu() if device == "cuda" else device},
+        "device_map": {"": own_gpu if device == "cuda" else device},
     }
-
-
-def _own_gpu() -> int:
-    """The number that torchrun and accelerate give to each process of a machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:

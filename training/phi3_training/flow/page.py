@@ -30,6 +30,7 @@ import yaml
 
 from phi3_tool.connection import ConnectionSettings
 
+from .. import processes
 from ..errors import MissingExtraError, StageError
 from ..packages import RULES, Installed, installed
 from ..ports import free_port
@@ -96,7 +97,7 @@ def chat_page(
             with log.open("wb") as stream:
                 yield _open(copy, connection, environment, started, stream, log, settings.key)
         finally:
-            _stop(started)
+            processes.end(started, seconds=5)
 
 
 def _open(
@@ -222,21 +223,3 @@ def _tail(log: Path, key: str) -> str:
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
     said = "\n".join(lines[-_SHOWN_LINES:]) or "  It said nothing."
     return f"{said}\nLook at what it needs with: phi3 doctor"
-
-
-def _stop(started: list[psutil.Popen]) -> None:
-    """What was started, with all that it started in turn."""
-    family: list[psutil.Process] = []
-    for process in started:
-        try:
-            family += [*process.children(recursive=True), process]
-        except psutil.NoSuchProcess:
-            continue
-    for process in family:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    for process in psutil.wait_procs(family, timeout=5)[1]:
-        process.kill()
-    psutil.wait_procs(family, timeout=5)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.prepare import PARTS, chosen_sources
 from ..data.scan import Table, scan_start
-from ..data.sources import Source, fingerprints, place_of
+from ..data.sources import fingerprints, place_of
 from ..evaluate.questions import extra_files
 from ..manifests import BaseManifest, DatasetManifest
 from ..models.small import prepared_folder
@@ -90,7 +90,8 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     """
     parts, place = _prepared(recipe, run), "the prepared chats"
     if parts is None:
-        hub = [s for s in _sources(recipe) if isinstance(s, HubSet)]
+        data = recipe.data
+        hub = [s for s in (*data.train, *data.replay, *data.validation) if isinstance(s, HubSet)]
         if hub:
             return worst_case(recipe, f"{hub[0]} is read when the chats are prepared")
         parts, place = _unprepared(recipe)
@@ -130,10 +131,6 @@ def _is_base_of(manifest: BaseManifest, recipe: Recipe) -> bool:
     """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
     named = manifest.settings.get("name_or_path")
     return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
-
-
-def _sources(recipe: Recipe) -> list[Source]:
-    return [*recipe.data.train, *recipe.data.replay, *recipe.data.validation]
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:

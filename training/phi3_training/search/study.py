@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from .. import console
 from ..errors import DataError, RecipeError, StageError, UsageError
@@ -141,16 +141,26 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
     """
     go(journey, stages_until(BaseManifest))
     study = _open(journey, plan)
-    _close_cut_trials(study)
+    # A trial that a killed process left running is none: its values are proposed again.
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
     while len(done := finished_trials(study)) < plan.trials:
         _run_trial(journey, plan, make, study, len(done) + 1)
-        _keep_best(journey.run, study)
+        done = finished_trials(study)
+        best = best_of(done, maximize=plan.direction == "maximize")
+        for other in done:
+            if other is not best:
+                drop_weights(journey.run.path / other.folder)
     return write_report(journey, plan, make, finished_trials(study))
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
     """What came of each trial that was not cut short, in the order of proposal."""
-    kept = [trial for trial in study.get_trials(deepcopy=False) if _counts(trial)]
+    kept = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
+    ]
     return [
         Finished(
             number=number,
@@ -257,24 +267,6 @@ def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
         return trial.suggest_int(key, parameter.low, parameter.high, step=step, log=parameter.log)
     found: FloatRange = parameter
     return trial.suggest_float(key, found.low, found.high, step=found.step, log=found.log)
-
-
-def _close_cut_trials(study: optuna.Study) -> None:
-    """A trial that a killed process left running is none: its values are proposed again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _counts(trial: FrozenTrial) -> bool:
-    return trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
-
-
-def _keep_best(run: Run, study: optuna.Study) -> None:
-    done = finished_trials(study)
-    best = best_of(done, maximize=study.direction == optuna.study.StudyDirection.MAXIMIZE)
-    for trial in done:
-        if trial is not best:
-            drop_weights(run.path / trial.folder)
 
 
 def _short(value: Value) -> str:

@@ -1,4 +1,4 @@
-"""Converts a model folder to the ONNX folder that the `ort-genai` engine serves.
+"""Converts a model folder to the ONNX folder that the `onnxruntime` engine serves.
 
 Reads a Hugging Face model folder; writes model.onnx, genai_config.json and a copy of the chat
 format's files. The folder appears whole or not at all; nothing is fetched.
@@ -208,7 +208,7 @@ def _quantised(
 
 
 def converted(run: Run, precision: Precision, progress: Progress) -> Path:
-    """The folder, ready for the `ort-genai` engine."""
+    """The folder, ready for the `onnxruntime` engine."""
     model = run.require(ModelManifest)
     name = f"onnx-{precision}"
     folder = run.path / name
@@ -264,7 +264,9 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
         for name in _COPIED:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, built / name)
-        _replace(out_dir, built, Path(scratch) / "old")
+        if out_dir.exists():
+            out_dir.rename(Path(scratch) / "old")
+        built.rename(out_dir)
     size = sum(file.stat().st_size for file in out_dir.iterdir())
     seconds = round(time.monotonic() - started, 2)
     logger.info("converted %s to %s (%s, %d bytes)", model_dir, out_dir, precision, size)
@@ -302,7 +304,11 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
 
             common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))
             options = builder.parse_extra_options(*common, list(_OPTIONS))
-            _mark_windows(options["hf_details"]["hf_config"])
+            config = options["hf_details"]["hf_config"]
+            # Say which layers attend to a window: all of them, where the configuration has one.
+            # The builder looks only at `layer_types`, which Phi-3 does not have.
+            if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+                config.layer_types = ["sliding_attention"] * config.num_hidden_layers
             builder.create_model(*common, **options)
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxruntime-genai", "local") from None
@@ -313,18 +319,3 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
             f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
             "Serve it without conversion with: serve.engine=transformers"
         ) from None
-
-
-def _mark_windows(config: Any) -> None:
-    """Say which layers attend to a window: all of them, where Phi-3's configuration has one.
-
-    The builder looks only at `layer_types`, which Phi-3 does not have, and would leave it out.
-    """
-    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-
-
-def _replace(target: Path, new: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    new.rename(target)

@@ -13,6 +13,7 @@ from typing import Any
 
 from phi3_tool.connection import same_endpoint
 
+from ..engine import choose_engine
 from ..errors import StageError
 from ..manifests import (
     AnswerManifest,
@@ -29,8 +30,7 @@ from ..progress import Progress, no_progress, note
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
-from ..serve.choice import choose_engine
-from ..serve.config import EngineName, ServerConfig
+from ..serve.config import ServerConfig
 from ..serve.export import converted
 from .base import PlanLine
 
@@ -53,7 +53,7 @@ class LocalTarget:
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
-        engine, reason = _engine(recipe)
+        engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
         model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
@@ -216,13 +216,13 @@ def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerC
     Converts the model to ONNX where the engine wants it and that has not been done yet.
     """
     model = run.require(ModelManifest)
-    engine, reason = _engine(recipe)
+    engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
     settings = recipe.serve.model_dump(exclude={"precision", "adapters"})
     settings["engine"] = engine
     if recipe.serve.adapters:
         settings.update(_adapters(run, model))
     settings["model_dir"] = run.path / model.path
-    if engine == "ort-genai":
+    if engine == "onnxruntime":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
     before = run.read(EndpointManifest)
     last = 0 if before is None else before.port or 0
@@ -230,12 +230,6 @@ def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerC
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
-
-
-def _engine(recipe: Recipe) -> tuple[EngineName, str]:
-    if recipe.serve.adapters:
-        return "transformers", "it serves the run's adapters by name"
-    return choose_engine(recipe.serve.engine)
 
 
 def _adapters(run: Run, model: ModelManifest) -> dict[str, Any]:

@@ -390,11 +390,13 @@ class _Exam:
         return greedy(model, prompt.ids, self._chat.stop_token_ids, MAX_NEW_TOKENS)
 
     def _right(self, model: StepModel, name: str) -> list[bool]:
-        return [self._is_right(model, row, name) for row in self._rows]
-
-    def _is_right(self, model: StepModel, row: HeldOut, name: str) -> bool:
-        tokens = self._trace(model, row.prompt, name).tokens
-        return exact_match(self._chat.decode(_answer(tokens, self._chat)), row.expected)
+        found = []
+        for row in self._rows:
+            tokens = self._trace(model, row.prompt, name).tokens
+            ended = tokens and tokens[-1] in self._chat.stop_token_ids
+            answer = self._chat.decode(tokens[:-1] if ended else tokens)
+            found.append(exact_match(answer, row.expected))
+        return found
 
     def _step(self, name: str) -> None:
         self._done += 1
@@ -429,14 +431,14 @@ def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> Export
 def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> ExportCheck:
     """The ONNX folder against the merged model."""
     from ..finetune.runtime import quiet_libraries
-    from ..serve.engines import ort_genai
+    from ..serve.engines import onnxruntime
     from . import models
 
     quiet_libraries()
     reference = models.merged_rows(folder)
     said = exam.first(reference, "merged")
     del reference
-    candidate = ort_genai.step_model(onnx)
+    candidate = onnxruntime.step_model(onnx)
     figures, problems = exam.second(candidate, said, limits, ("merged", to))
     return _check("merged", figures, problems, limits)
 

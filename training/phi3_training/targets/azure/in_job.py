@@ -190,7 +190,8 @@ def _save_model(run: Run, output: Path) -> None:
     from phi3_training import mlflow_model
 
     from ...carried import copy_carried
-    from .environments import MODEL_PACKAGES, pinned
+    from ...packages import MODEL_PACKAGES
+    from .environments import pinned
 
     weights = run.path / run.require(ModelManifest).path
     with tempfile.TemporaryDirectory(dir=run.path) as scratch:
