@@ -1,6 +1,6 @@
 """What becomes of repeated rows, and what else is worth a warning. Reads scans and their Table.
 
-Faults stop the work, removed rows are left out and listed, warnings are only told.
+Faults stop the run, removed rows are left out and listed, warnings are only reported.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Rules:
         return self.duplicates == "remove"
 
     def removes_near(self, one: Scan) -> bool:
-        """Whether near-duplicates are taken out rather than told."""
+        """Whether near-duplicates are removed rather than reported."""
         if self.near_duplicates == "auto":
             return isinstance(one.source, HubSet)
         return self.near_duplicates == "remove"
@@ -220,11 +220,11 @@ class Findings:
             return Problem(kind, f"the same conversation as {first}", fix)
         if kind == "leak":
             what = f"held out, but {first} trains on the same question in the same context"
-            fix = "take it out of one of the two sets: a figure on trained questions tells nothing"
+            fix = "remove it from one of the two sets: a score on trained questions means nothing"
             return Problem(kind, what, fix)
         if self._held[row] and not self._held[other]:
             what = f"held out, but nearly the same as {first}, which is trained on"
-            return Problem("near-leak", what, "take it out of one of the two sets")
+            return Problem("near-leak", what, "remove it from one of the two sets")
         what = f"nearly the same conversation as {first}"
         return Problem(kind, what, "keep one of the two, or set data.near_duplicates=remove")
 
@@ -234,8 +234,8 @@ def _sizes(lists: list[tuple[str, Pairs]]) -> dict[str, int]:
 
 
 def _personal(what: str, masked: str) -> Problem:
-    fix = "take it out, or put a made-up one in its place"
-    return Problem("personal-data", f"there seems to be {what} in it ({masked})", fix)
+    fix = "remove it, or replace it with a made-up one"
+    return Problem("personal-data", f"it seems to contain {what} ({masked})", fix)
 
 
 def write_findings(path: Path, findings: Findings) -> bool:
@@ -280,7 +280,7 @@ def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] 
         return None
     sizes = table.text_size[rows].astype(np.float64)
     if tokenizer is None:
-        return _summary(sizes / _BYTES_PER_TOKEN, "estimated as a token for every 4 bytes of text")
+        return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
     chat = _format(tokenizer)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
     counted = np.array([_count(chat, table, int(row)) for row in rows[picked]], np.float64)
@@ -319,6 +319,6 @@ def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
 def sentence(stats: dict[str, Any]) -> str:
     """The statistics on one line."""
     return (
-        f"tokens: median {stats['median']}, 95 % up to {stats['p95']}, longest {stats['longest']}, "
-        f"{stats['total']} in all ({stats['how']})"
+        f"tokens: median {stats['median']}, 95th percentile {stats['p95']}, longest "
+        f"{stats['longest']}, total {stats['total']} ({stats['how']})"
     )

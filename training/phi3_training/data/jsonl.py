@@ -188,24 +188,24 @@ def byte_order_mark() -> Problem:
 def blank(count: int) -> Problem:
     """The fault of blank lines with conversations after them."""
     what = "a blank line" if count == 1 else f"{count} blank lines"
-    return Problem("blank-line", f"{what} between conversations", "take blank lines out")
+    return Problem("blank-line", f"{what} between conversations", "remove the blank lines")
 
 
 def crlf(count: int) -> Problem:
-    """The one fault of a file with Windows line ends, told at its first such line."""
+    """The one fault of a file with Windows line endings, reported at its first such line."""
     lines = "1 line ends" if count == 1 else f"{count} lines end"
     return Problem(
         "crlf",
-        f"{lines} with CRLF (Windows line ends), this is the first",
-        "save the file with LF line ends, e.g. with: sed -i 's/\\r$//' FILE",
+        f"{lines} with CRLF (Windows line endings), first here",
+        "save the file with LF line endings, e.g. with: sed -i 's/\\r$//' FILE",
     )
 
 
 def _too_long(line: Line) -> Problem:
     return Problem(
         "line-too-long",
-        f"a line of {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB",
-        "split the conversation, or check that line ends are not missing",
+        f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB",
+        "split the conversation, or check for missing line endings",
     )
 
 
@@ -290,7 +290,7 @@ def _repeated(key: str) -> Problem:
     return Problem(
         "repeated-key",
         f"the key {key!r} occurs twice in one object",
-        "keep one of them: which one counts is left to chance",
+        "keep one of them: JSON does not define which one counts",
     )
 
 
@@ -307,13 +307,13 @@ def _broken(text: str, error: json.JSONDecodeError) -> Problem:
 
 def _unreadable(why: str) -> Problem:
     return Problem(
-        "broken-json", f"JSON that cannot be read: {why}", 'write {"messages": […]} as plain JSON'
+        "broken-json", f"unreadable JSON: {why}", 'write {"messages": […]} as plain JSON'
     )
 
 
 _PLAIN_KEYS = {"messages", *CARRIED}
 _OPEN, _CLOSE = b"{}"
-# Python refuses integers of 4300 digits, or of fewer if told so, but never of fewer than 640.
+# Python refuses integers of more than 4300 digits, or a lower limit if set, but never below 640.
 _DIGITS = bytes(48 if 48 <= byte < 58 else 120 for byte in range(256))
 _LONG_NUMBER = b"0" * 640
 
@@ -329,7 +329,7 @@ class Sound(NamedTuple):
 
     @classmethod
     def of(cls, form: str, messages: Sequence[Message], extra: Mapping[str, Any]) -> Sound:
-        """A row that must be written anew."""
+        """A row that must be rewritten."""
         texts = [message.content for message in messages]
         written = encode({"messages": [message.to_dict() for message in messages], **extra})
         return cls(form, texts, messages[0].role == "system", join(texts), written)

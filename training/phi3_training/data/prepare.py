@@ -329,12 +329,12 @@ def chosen_sources(
         for source in sources:
             inside = expand(source)
             if not inside:
-                what, fix = "a folder without chats", "put .jsonl, .json, .csv or .parquet there"
+                what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
                 faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
             for one in inside:
                 key = str(one.resolve() if isinstance(one, Path) else one)
                 if key in named:
-                    what = f"named twice, by data.{named[key]} and data.{part}"
+                    what = f"named twice, under data.{named[key]} and data.{part}"
                     faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
                     continue
                 named[key] = part
@@ -403,7 +403,7 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
 
 def _nothing_to_hold_out(data: DataSection) -> Fault:
     what = "all conversations ask the same question, so none can be held out"
-    fix = "add conversations, or name held-out ones under data.validation"
+    fix = "add conversations, or name a file of held-out ones under data.validation"
     return Fault(place_of(data.train[0]), 0, "too-few", what, fix)
 
 
@@ -423,7 +423,7 @@ def _refuse_changed(scans: Sequence[Scan]) -> None:
     """Rows are copied from their source after all were checked: it must still be the same."""
     for one in scans:
         if one.has_changed():
-            raise StageError(f"{one.path} was changed while it was read; prepare again")
+            raise StageError(f"{one.path} changed while it was being read; run the command again")
 
 
 def _publish(writers: Writers, run: Run) -> None:
@@ -493,7 +493,7 @@ def _choices(
         )
         if taught is not None:
             lines.append(
-                f"of the held-out questions {taught['reworded']} reword what a training chat "
-                f"answers, {taught['new']} ask for something that none answers"
+                f"held-out questions: {taught['reworded']} reword what a training chat answers, "
+                f"{taught['new']} ask for something that no training chat answers"
             )
     return [*lines, *sentences(findings.counts(), REPORT)]
