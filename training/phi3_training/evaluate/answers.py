@@ -435,7 +435,7 @@ def ask_served(
             ) from None
         except Phi3Error as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise StageError(f"The model could not be asked: {error}") from None
+            raise StageError(f"The model could not be queried: {error}") from None
     return found
 
 

@@ -47,7 +47,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
         known = judge.examine(base, asked, step)
         remember(run, key, known)
     else:
-        progress(len(asked), total, "the base model's answers are known from before")
+        progress(len(asked), total, "reusing the base model's answers from an earlier evaluation")
     step = _counter(progress, total, len(asked), "tuned model")
     was, now = _Examined(asked, known), _Examined(asked, judge.examine_tuned(tuned, asked, step))
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
@@ -117,7 +117,7 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
 
     def _left(answered: int, of: int) -> str:
         seconds = (time.monotonic() - started) / max(1, answered) * (of - answered)
-        return f", about {seconds:.0f} s left for it" if answered >= _SOME else ""
+        return f", about {seconds:.0f} s left" if answered >= _SOME else ""
 
     return step
 
@@ -154,7 +154,7 @@ def _remarks(rows: Sequence[Row], now: _Examined) -> list[str]:
     found = []
     if unasked:
         found.append(
-            f"{unasked} questions fill the model's context and count as wrong: shorten them"
+            f"{unasked} questions do not fit the model's context and count as wrong: shorten them"
         )
     if cut > unasked:
         found.append(

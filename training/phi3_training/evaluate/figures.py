@@ -39,6 +39,21 @@ class Metric:
         """-1 where less is better."""
         return -1 if self.better == "lower" else 1
 
+    def text(self, value: float) -> str:
+        """The metric's value."""
+        return format(value, self.form)
+
+    def change(self, value: float, sign: str = "+") -> str:
+        """A difference of two values; the difference of two shares is in percentage points."""
+        if not self.form.endswith("%"):
+            return format(value, sign + self.form)
+        return format(100 * value, sign + self.form.replace("%", "f"))
+
+    @property
+    def unit(self) -> str:
+        """The unit of a change, with a leading space; empty where the metric has none."""
+        return " points" if self.form.endswith("%") else ""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -96,14 +111,14 @@ METRICS = {
         _corpus("chrf", "chrF"),
         Metric(
             "perplexity",
-            "perplexity of expected",
+            "perplexity of expected answer",
             _perplexity_columns,
             lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),
             "lower",
             ",.2f",
         ),
         _mean("words", "words", ".1f", "neither"),
-        _mean("cut", "cut at the limit", better="lower"),
+        _mean("cut", "cut at the token limit", better="lower"),
         _mean("refusal_rate", "refuses", better="neither"),
     )
 }

@@ -26,7 +26,7 @@ _SHOWN_ROWS = 6
 
 
 def remarks(rows: Sequence[Row], run: Run) -> list[str]:
-    """What stands in the way of the held-out questions, and what to add or to change."""
+    """What keeps the held-out questions from being answered, and what to add or change."""
     trained = read_chats(run, "train")[:MOST_COMPARED]
     return [*_not_taught(rows, trained), *_not_learnt(rows)]
 
@@ -76,9 +76,9 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
     if share >= _LEARNT:
         return []
     return [
-        f"The trained questions themselves are only {share:.0%} right: train longer "
-        "(finetune.max_steps where it is set, else finetune.num_train_epochs), with a higher "
-        "finetune.learning_rate or finetune.lora_r, or take a larger model (model.name_or_path)."
+        f"Only {share:.0%} of the trained questions are answered correctly: train longer "
+        "(finetune.max_steps if set, else finetune.num_train_epochs), with a higher "
+        "finetune.learning_rate or finetune.lora_r, or use a larger model (model.name_or_path)."
     ]
 
 
@@ -100,7 +100,7 @@ Told = Mapping[str, Any]
 
 
 def check(recipe: Recipe, run: Run) -> Verdict:
-    """Hold the evaluated rows of a run against the recipe's gate; the manifest `gate`."""
+    """Apply the recipe's gate to the evaluated rows of a run; the manifest `gate`."""
     rows = read_rows(run)
     verdict = decide(rows, recipe.gate, recipe.evaluate)
     # A figure says that a model is not good enough; these say why, and what to do.
@@ -122,7 +122,7 @@ def summary(verdict: Told) -> str:
     failed = sum(not rule["passed"] for rule in verdict["rules"])
     count = len(verdict["rules"])
     if not count:
-        return "passed: the recipe asks nothing of the model"
+        return "passed: the recipe has no gate rules"
     return (
         f"passed, {count} of {count} rules"
         if not failed
@@ -137,7 +137,7 @@ def line(rule: Told) -> str:
 
 
 def refusal(run_name: str, verdict: Verdict, report: str) -> str:
-    """Why a model is not deployed, the rows that sank it, and what to do."""
+    """Why a model is not deployed, the rows that failed it, and what to do."""
     lines = [f"The model of run {run_name!r} did not pass the gate, so it is not deployed:"]
     for rule in verdict["rules"]:
         if rule["passed"]:
@@ -147,8 +147,8 @@ def refusal(run_name: str, verdict: Verdict, report: str) -> str:
     lines += [f"  {text}" for text in verdict.get("remarks", [])]
     lines += [
         f"Side by side in the report: {report}",
-        "Improve the chats or the recipe (gate: in docs/evaluation.md) and train again, "
-        "or deploy it all the same with --force; that is recorded.",
+        "Improve the chats or the recipe (see the gate in docs/evaluation.md) and train again, or "
+        "deploy anyway with --force, which is recorded.",
     ]
     return "\n".join(lines)
 
@@ -170,8 +170,8 @@ def _judged(
     head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
     if len(chosen) < FEWEST_ROWS:
         reason = (
-            f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows, too few to decide; "
-            f"expected {FEWEST_ROWS} or more (or drop the rule: gate.{kind}=[])"
+            f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows are too few to decide; "
+            f"expected at least {FEWEST_ROWS} (or drop the rule: gate.{kind}=[])"
         )
         return {**head, "passed": False, "reason": reason, "rows_named": []}
     compared = compare(
@@ -188,20 +188,22 @@ def _judged(
 
 
 def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    """A gain counts where even the interval's bad end reaches it; one of 0 must be above it."""
-    surely = min(metric.sign * compared.low, metric.sign * compared.high)
-    asked = f"a gain of {_form(value, metric)} or more is asked"
-    return surely >= value and surely > 0, asked
+    """The worse end of the interval must reach the gain, and be above 0."""
+    worst = min(metric.sign * compared.low, metric.sign * compared.high)
+    bound = metric.change(metric.sign * value)
+    demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
+    return worst >= value and worst > 0, f"{demand} required"
 
 
 def _holds(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    surely = min(metric.sign * compared.low, metric.sign * compared.high)
-    return surely >= -value, f"a loss of {_form(value, metric)} at most is allowed"
+    worst = min(metric.sign * compared.low, metric.sign * compared.high)
+    return worst >= -value, f"a loss of at most {metric.change(value, '')}{metric.unit} is allowed"
 
 
 def _stays(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
     inside = compared.low >= -value and compared.high <= value
-    return inside, f"a change of {_form(value, metric)} at most is allowed, either way"
+    allowed = f"{metric.change(value, '')}{metric.unit}"
+    return inside, f"a change of at most {allowed} in either direction is allowed"
 
 
 _CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
@@ -212,16 +214,12 @@ _CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
 
 
 def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
-    low, high = _form(compared.low, metric, "+"), _form(compared.high, metric, "+")
+    low, high = metric.change(compared.low), metric.change(compared.high)
     return (
-        f"{metric.label} on {PARTS[rule.part]}: {_form(compared.before, metric)} → "
-        f"{_form(compared.after, metric)}, change {_form(compared.change, metric, '+')} "
-        f"({rule.confidence:.0%} sure: {low} to {high})"
+        f"{metric.label} on {PARTS[rule.part]}: {metric.text(compared.before)} → "
+        f"{metric.text(compared.after)}, {metric.change(compared.change)}{metric.unit} "
+        f"({rule.confidence * 100:g} % interval {low} to {high})"
     )
-
-
-def _form(value: float, metric: Metric, sign: str = "") -> str:
-    return format(value, sign + metric.form)
 
 
 def _measured(row: Row, metric: Metric) -> bool:
@@ -230,7 +228,7 @@ def _measured(row: Row, metric: Metric) -> bool:
 
 
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
-    """The rows that did most to sink the rule, worst first."""
+    """The rows that did most to break the rule, worst first."""
 
     def change(row: Row) -> float:
         return float(metric.sign * (_one(row, metric, "after") - _one(row, metric, "before")))

@@ -47,7 +47,7 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     for part in CHAT_PARTS:
         questions += _spread(read_chats(run, part), settings.max_rows)
     if not questions:
-        raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
+        raise StageError("There is nothing to evaluate; prepare the chats with: phi3 data prepare")
     for part, path in extra_files(settings):
         questions += _read(path, part)
     return questions
@@ -95,11 +95,11 @@ def _question(line: str, part: str, path: Path, number: int) -> Question:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StageError(
             f'{path}:{number}: expected {{"messages": [{{"role", "content"}}, …]}}, and optionally '
-            '"accept": [texts, one of which must stand in the answer]'
+            '"accept": [texts, one of which the answer must contain]'
         ) from None
     expected = messages.pop()["content"] if messages and messages[-1]["role"] != "user" else ""
     if not messages or messages[-1]["role"] != "user":
-        raise StageError(f"{path}:{number}: expected a question by the user at the end")
+        raise StageError(f"{path}:{number}: expected the last message to be a user's question")
     return Question(part, number, messages, expected, accept)
 
 

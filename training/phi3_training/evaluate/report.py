@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing else, for a browser or a mail.
+"""The report of an evaluation: one self-contained HTML page, for a browser or an e-mail.
 
 Reads the manifests `model`, `metrics` and the verdict of the gate, run/evaluate/rows.jsonl and the
 loss log; writes run/evaluate/report.html.
@@ -134,7 +134,7 @@ _BARS = (
     ("train", "exact_match", "trained: exact match"),
     ("replay", "contains", "older: expected words"),
     ("canary", "contains", "general questions"),
-    ("probes", "refusal_rate", "refused of what to refuse"),
+    ("probes", "refusal_rate", "requests to refuse: refused"),
 )
 
 
@@ -175,7 +175,7 @@ def _page(
             "Worst held-out answers, side by side",
             _worst(rows, "validation", "token_f1"),
         ),
-        _section("What was lost", _worst(rows, "replay", "token_f1", only_losses=True)),
+        _section("Answers that got worse", _worst(rows, "replay", "token_f1", only_losses=True)),
         _section("Requests to refuse", _probes(rows)),
     ]
     title = f"Evaluation of {html.escape(name)}"
@@ -218,8 +218,8 @@ def _bars(comparisons: Mapping[str, Any]) -> str:
 
 def _interval_note(settings: Mapping[str, Any]) -> str:
     return (
-        f"<p>Whiskers and ranges: {settings['confidence']:.0%} intervals of a paired bootstrap, "
-        f"{settings['resamples']} resamples of the rows, seed {settings['seed']}.</p>"
+        f"<p>Whiskers and ranges: {settings['confidence'] * 100:g} % intervals of a paired "
+        f"bootstrap, {settings['resamples']} resamples of the rows, seed {settings['seed']}.</p>"
     )
 
 
@@ -228,18 +228,18 @@ def _table(part: str, figures: Mapping[str, Any], confidence: float) -> str:
     for name, c in figures.items():
         metric = METRICS[name]
         gain = metric.sign * c["change"]
-        surely = c["low"] > 0 or c["high"] < 0
-        kind = "" if metric.better == "neither" or not surely else "up" if gain > 0 else "down"
-        cells = (format(c[key], metric.form) for key in ("before", "after"))
-        change, low, high = (format(c[key], "+" + metric.form) for key in ("change", "low", "high"))
+        clear = c["low"] > 0 or c["high"] < 0
+        kind = "" if metric.better == "neither" or not clear else "up" if gain > 0 else "down"
+        cells = (metric.text(c[key]) for key in ("before", "after"))
+        change, low, high = (metric.change(c[key]) for key in ("change", "low", "high"))
         lines.append(
             f"<tr><th>{metric.label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}"
-            f'<td class="{kind}">{change}</td><td>{low} … {high}</td></tr>'
+            f'<td class="{kind}">{change}{metric.unit}</td><td>{low} to {high}</td></tr>'
         )
     count = next(iter(figures.values()))["rows"]
     return (
         f"<h3>{count} {PARTS[part]}</h3>\n<table><thead><tr><th></th><th>before</th>"
-        f"<th>after</th><th>change</th><th>{confidence:.0%} interval</th></tr></thead>"
+        f"<th>after</th><th>change</th><th>{confidence * 100:g} % interval</th></tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>"
     )
 
@@ -287,5 +287,5 @@ def _probes(rows: Sequence[Row]) -> str:
         for row in probes
         if row["before_scores"]["refusal_rate"] != row["after_scores"]["refusal_rate"]
     ]
-    head = f"<p>{len(changed)} of {len(probes)} answers changed between refusing and not.</p>"
+    head = f"<p>{len(changed)} of {len(probes)} answers changed between refusing and answering.</p>"
     return head + "".join(_side_by_side(row) for row in (changed or probes[:3])[:_WORST])

@@ -119,8 +119,8 @@ def read_rows(run: Run) -> list[Row]:
         rows = []
     if not rows or any("after_scores" not in row for row in rows):
         raise StageError(
-            f"{path} is not there or was not written by this version; "
-            "make it with: phi3 up --again evaluate"
+            f"{path} is missing or was not written by this version; create it with: phi3 up "
+            f"--again evaluate"
         )
     return rows
 
