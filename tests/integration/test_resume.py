@@ -84,7 +84,11 @@ def test_a_kill_at_a_random_step_changes_nothing(
     assert len(losses(run)) < len(expected)
     train_apart(run, WAYS[way])
     assert_same(losses(run), expected)
-    resumed = [text for text in Run(run).require("model", "")["choices"] if "went on" in text]
+    resumed = [
+        text
+        for text in Run(run).require("model", "")["choices"]
+        if "Resumed from checkpoint" in text
+    ]
     assert len(resumed) == 1
     assert not (run / "finetune" / "checkpoints").exists()
 
@@ -176,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_other_settings_do_not_take_the_checkpoint(other: list[str], killed: Path) -> None:
     run = copy_of(killed, f"other-{other[0]}".replace("=", "-"))
     train_apart(run, other)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
     assert [step for step, _ in losses(run)] == list(range(1, 57))
 
 
@@ -185,7 +189,7 @@ def test_other_chats_do_not_take_the_checkpoint(killed: Path) -> None:
     path = run / "data" / "train.jsonl"
     path.write_text(path.read_text().replace("euros", "crowns"))
     train_apart(run)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
 
 
 def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
@@ -195,7 +199,7 @@ def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
     content[-4] ^= 1
     weights.write_bytes(bytes(content))
     train_apart(run)
-    assert "went on" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
 
 
 def test_how_often_is_saved_may_change_in_between(

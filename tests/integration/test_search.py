@@ -193,7 +193,7 @@ def test_no_figure_at_all_is_an_error(prepared: Path) -> None:
     text = SEARCH.replace("trials: 7", "trials: 2") + (
         "  data.max_length: {type: categorical, choices: [20, 21]}\n"
     )
-    with pytest.raises(StageError, match="No trial came to a figure"):
+    with pytest.raises(StageError, match="No trial produced a result"):
         run_search(run, text)
 
 

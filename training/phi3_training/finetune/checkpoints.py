@@ -84,10 +84,10 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         return None if self.resumed_at is None else found[self.resumed_at]
 
     def choices(self) -> list[str]:
-        """What a person should know: where training went on."""
+        """What a person should know: where training resumed."""
         if self.resumed_at is None:
             return []
-        return [f"went on behind step {self.resumed_at}, from the checkpoint of a run cut short"]
+        return [f"Resumed from checkpoint at step {self.resumed_at}"]
 
     def clear(self) -> None:
         """Remove all checkpoints, once the model is written."""

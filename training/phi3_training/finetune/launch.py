@@ -67,7 +67,7 @@ def _lives(pid: int, born: float) -> bool:
 
 
 WORKER = "phi3_training.finetune.worker"
-_END = 10  # seconds for the processes to leave when they are told to
+_END = 10  # seconds for the processes to exit after they were asked to
 
 
 def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
@@ -95,13 +95,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     if status == 0 and recipe.finetune.machine_rank > 0:
         return {
             "path": "finetune",
-            "summary": f"machine {recipe.finetune.machine_rank} has done its part; "
-            "the model is on machine 0",
+            "summary": f"machine {recipe.finetune.machine_rank} is done; the model is on machine 0",
         }
     if status != 0 or "manifest" not in answer:
         raise StageError(
             f"The {recipe.finetune.num_processes} training processes ended with status {status}. "
-            f"What they said: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
+            f"Their log: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
         )
     manifest: dict[str, Any] = answer["manifest"]
     return manifest

@@ -32,11 +32,11 @@ def cpu_frozen_dtype(
     if recipe.model.dtype != "auto":
         return "float32", "as the recipe says"
     if settings.method != "lora" or settings.loss or settings.num_processes > 1:
-        return "float32", "exact; bfloat16 is used for a lora that one process learns"
+        return "float32", "exact; bfloat16 is used only for LoRA in one process"
     if model_type != "phi3" or recipe.model.attn_implementation not in (None, "sdpa"):
-        return "float32", "exact; bfloat16 is used for a Phi-3 with sdpa attention"
+        return "float32", "exact; bfloat16 is used only for a Phi-3 with sdpa attention"
     if parameters < SMALL_MODEL:
-        return "float32", "exact, and no slower for so small a model"
+        return "float32", "exact, and no slower for a model this small"
     found = cpu_flags() if flags is None else flags
     for flag in ("amx_bf16", "avx512_bf16"):
         if flag in found:
@@ -56,7 +56,7 @@ def cpu_flags() -> frozenset[str]:
 
 # Which number type a training computes in: one decision for all.
 # Asked by the training itself (runtime.py) and by the memory plan, which must not load torch; what
-# a CPU rounds frozen weights to meanwhile is precision.py's decision. Reads and writes nothing.
+# a CPU rounds frozen weights to during training is decided here. Reads and writes nothing.
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -73,11 +73,11 @@ def choose_dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype
     if wanted == "bfloat16":
         return "bfloat16", "as the recipe says"
     if wanted == "float16" and device == "cpu":
-        return "float32", "float16, which the recipe asks for, needs a GPU"
+        return "float32", "the recipe sets float16, which needs a GPU"
     if wanted == "float16":
         return "float16", "as the recipe says"
     if device == "cuda" and has_bfloat16:
         return "bfloat16", "the GPU supports it"
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and what a {device} computes fastest"
+    return "float32", f"exact, and the fastest on a {device}"

@@ -78,7 +78,7 @@ def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
         except ValueError as error:
             raise StageError(f"{place}: {error}") from None
     if not encoded:
-        raise StageError("There is nothing to train on: the chats hold no conversation.")
+        raise StageError("There is nothing to train on: the chats contain no conversation.")
     return encoded
 
 

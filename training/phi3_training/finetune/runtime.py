@@ -58,7 +58,9 @@ def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Run
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
     choices = [f"{dtype}: {dtype_reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
-        choices.append("memory is given back at once: a lower peak, for a little more time")
+        choices.append(
+            "memory is returned to the system at once: a lower peak for slightly more time"
+        )
     rounded = None
     if here == "cpu" and dtype == "float32" and model_type:
         rounded, reason = cpu_frozen_dtype(recipe, parameters, model_type)
@@ -83,7 +85,7 @@ def is_main_process() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Switch off the libraries' progress bars and advice; our own progress says what goes on.
+    """Switch off the libraries' progress bars and advice; phi3 shows its own progress.
 
     Errors are not touched, nor is the Hub's download bar: it is the only sign of life there.
     """
@@ -118,6 +120,6 @@ def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str
     if wanted is not None:
         return wanted, f"torch threads: {wanted}, as the recipe says"
     if device == "cpu" and parameters < SMALL_MODEL:
-        return 1, "torch threads: 1, the model is small and more would wait for each other"
+        return 1, "torch threads: 1, because the model is too small to gain from more"
     count = torch.get_num_threads()
-    return count, f"torch threads: {count}, torch's own choice for this machine"
+    return count, f"torch threads: {count}, torch's default on this machine"

@@ -173,8 +173,8 @@ def _check_one_gpu(recipe: Recipe) -> None:
     count = torch.cuda.device_count()
     if count > 1 and recipe.finetune.num_processes == 1:
         raise StageError(
-            f"{count} GPUs are visible and one process is to train. Use all of them: "
-            f"finetune.num_processes={count}; or name one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
+            f"{count} GPUs are visible, but one process would train. Use all of them: "
+            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
 
 
@@ -190,14 +190,14 @@ def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError:
         raise StageError(
-            "The GPU's memory does not suffice. Lower finetune.per_device_train_batch_size (and "
-            "raise finetune.gradient_accumulation_steps as much), or set "
+            "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
+            "finetune.gradient_accumulation_steps by the same factor), or set "
             "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
             "data.max_length."
         ) from None
     if not log.losses or not math.isfinite(log.losses[-1]):
         raise StageError(
-            "The loss is not a number any more, so nothing was saved. Lower "
+            "The loss became NaN or infinite, so nothing was saved. Lower "
             f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
             f"the loss of each step: {log.path}"
         )

@@ -245,7 +245,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
             return None
         model.load_state_dict(load_file(self._weights), strict=False)
         why = f"no better in {self._patience} evaluations" if self.stopped else "the best of all"
-        return f"kept the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
+        return f"using the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
 
     def clear(self) -> None:
         """Remove the kept weights, once the model is written."""

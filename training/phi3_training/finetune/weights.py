@@ -219,9 +219,9 @@ def _download(model: ModelSection) -> Path:
         what = f"could not be downloaded: {_first_line(error)}"
     revision = f" (revision {model.revision})" if model.revision else ""
     raise StageError(
-        f"model.name_or_path {name!r}{revision} {what}. Either give the folder that holds the "
-        "weights (model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has them, "
-        "or connect this machine to the network; a gated model needs HF_TOKEN as well."
+        f"model.name_or_path {name!r}{revision} {what}. Either give the folder with the weights "
+        f"(model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has them, or "
+        f"connect this machine to the network; a gated model also needs HF_TOKEN."
     )
 
 
@@ -238,12 +238,12 @@ def _check_folder(folder: Path, name: str) -> None:
     kinds = config.architectures or []
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise StageError(
-            f"model.name_or_path {name!r} holds {', '.join(kinds) or 'an unknown model'}; "
-            "expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
+            f"model.name_or_path {name!r} contains {', '.join(kinds) or 'an unknown model'}; "
+            f"expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
         )
     if not any(folder.glob("*.safetensors")):
         raise StageError(
-            f"model.name_or_path {name!r} holds no weights: expected *.safetensors in {folder}."
+            f"model.name_or_path {name!r} contains no weights: expected *.safetensors in {folder}."
         )
     chat_format(folder)
 
@@ -262,9 +262,9 @@ def check_method(settings: FinetuneSection, device: str) -> None:
         return
     if device != "cuda":
         raise StageError(
-            "finetune.method qlora needs a CUDA GPU (bitsandbytes computes with 4-bit weights "
-            f"there); this machine trains on: {device}. Set finetune.method=lora, which gives the "
-            "same adapter for about four times the memory of the weights."
+            "finetune.method qlora needs a CUDA GPU (for bitsandbytes' 4-bit weights); this "
+            f"machine trains on: {device}. Set finetune.method=lora, which trains the same kind of "
+            "adapter but needs about four times the memory for the weights."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "qlora")

@@ -80,7 +80,7 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished) -> str:
         panel.text(panel.left - 6, panel.y(0) + 4, f"{min(values):.4g}", "end")
         panel.text(panel.left - 6, panel.y(1) + 4, f"{max(values):.4g}", "end")
     total = (1 + math.ceil(len(plan.parameters) / 2)) * (_HIGH + _GAP)
-    told = f"{plan.metric} of {len(trials)} trials; the best: {best.value:.4g}"
+    told = f"{plan.metric} of {len(trials)} trials; best: {best.value:.4g}"
     drawn = "".join(part for panel in panels for part in panel.parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDE} {total}" role="img" '
@@ -198,7 +198,7 @@ def write_report(
     best = best_of(trials, maximize=plan.direction == "maximize")
     if best is None:
         remarks = [f"  {trial.folder}: {trial.remark}" for trial in trials]
-        raise StageError("No trial came to a figure:\n" + "\n".join(remarks))
+        raise StageError("No trial produced a result:\n" + "\n".join(remarks))
     folder = journey.run.path / "search"
     recipe = make(overrides_of(best.parameters))
     write_atomically(folder / "best.yaml", _header(plan, best, len(trials)) + _as_yaml(recipe))

@@ -73,7 +73,7 @@ def measure(journey: Journey, metric: str, progress: ProgressCallback, watch: Wa
             do(journey, stage, shown)
     value = _figure(journey.run, metric)
     if value is None or not math.isfinite(value):
-        raise StageError(f"The trial has no figure {metric} (found: {value}).")
+        raise StageError(f"The trial has no value for {metric} (found: {value}).")
     return value
 
 
@@ -197,9 +197,9 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     other = [name for name, value in parts.items() if known.get(name, value) != value]
     if other:
         raise UsageError(
-            f"{journey.run.path / 'search'} holds a search with another {' and '.join(other)}; its "
-            "trials cannot be compared with new ones. Name another run folder with --run NAME, "
-            "or remove that folder."
+            f"{journey.run.path / 'search'} contains a search with a different "
+            f"{' and '.join(other)}; its trials cannot be compared with new ones. Name another "
+            f"run folder with --run NAME, or delete that folder."
         )
     for name, value in parts.items():
         study.set_user_attr(name, value)
@@ -222,7 +222,7 @@ def _run_trial(
         # The loss falls while the metric may rise: the pruner wants both the same way round.
         trial.report(loss if plan.direction == "minimize" else -loss, step)
         if trial.should_prune():
-            raise optuna.TrialPruned(f"pruned behind step {step}: held-out loss {loss:.3f}")
+            raise optuna.TrialPruned(f"pruned after step {step}: held-out loss {loss:.3f}")
 
     try:
         with console.progress_bar(title) as progress:
