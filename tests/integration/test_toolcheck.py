@@ -229,7 +229,7 @@ def test_all_faults_of_a_tool_are_named_at_once(installed: Place, tmp_path: Path
         ),
         (
             "connection: Prompt flow cannot resolve the type ['Phi3Connection']",
-            "`type: [CustomConnection]` beside `custom_type` in the YAML",
+            "`type: [CustomConnection]` next to `custom_type` in the YAML",
         ),
         (
             "deployment: there is no function phi3_tool.chat.list_models to fill its list",

@@ -218,7 +218,7 @@ def test_somebodys_own_folder_is_not_replaced(clone: Path, tmp_path: Path) -> No
     mine = tmp_path / "phi3_chat"
     mine.mkdir()
     (mine / "thesis.txt").touch()
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pack(clone, tmp_path)
     assert (mine / "thesis.txt").exists()
     with pytest.raises(UsageError, match="the flow itself"):

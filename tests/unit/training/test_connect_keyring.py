@@ -133,4 +133,4 @@ def test_chosen_file_keyring_is_said_to_be_chosen(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CHOICE, FILE_KEYRING)
-    assert store.find_keeper().why == f"{CHOICE} asks for it"
+    assert store.find_keeper().why == f"{CHOICE} selects it"

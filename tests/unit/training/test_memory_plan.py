@@ -88,9 +88,9 @@ def test_proposal_takes_the_room_there_is() -> None:
 def test_what_nothing_mends_says_how_much_is_needed() -> None:
     refused = line(memory_plan(recipe(), of_size(2)), "finetune")
     assert refused.stops
-    assert "Even the most sparing setting" in refused.text
+    assert "Even the smallest setting" in refused.text
     assert "finetune.method=qlora" in refused.text
-    assert "GiB: take a larger device or a smaller model" in refused.text
+    assert "GiB: use a larger device or a smaller model" in refused.text
 
 
 def test_qlora_is_no_lever_without_cuda() -> None:
@@ -122,7 +122,7 @@ def test_unknown_model_does_not_stop() -> None:
     start = changed(recipe(), {"model.name_or_path": "nobody/nothing"})
     (only,) = memory_plan(start, of_size(1))
     assert not only.stops
-    assert "not predicted" in only.text
+    assert "cannot be predicted" in only.text
 
 
 def test_plan_command_for_another_machine(
@@ -189,7 +189,7 @@ def test_no_plan_begins_all_the_same(
     assert main(command) == 1
     assert "does not fit" in capsys.readouterr().err
     assert main([*command, "--no-plan"]) == 1
-    assert "holds no weights" in capsys.readouterr().err
+    assert "contains no weights" in capsys.readouterr().err
 
 
 def hub_folder(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def _reason(error: BaseException) -> str:
             return str(inner)
         inner = getattr(inner, "inner_exception", None) or inner.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"Prompt flow could not run the flow: {line}. See more with: pf flow test --flow FOLDER"
+    return f"Prompt flow could not run the flow: {line}. For details: pf flow test --flow FOLDER"
 
 
 def _connection(name: str) -> Any:

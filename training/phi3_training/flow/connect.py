@@ -34,8 +34,8 @@ def connect(
     endpoint = str(endpoint_manifest.get("endpoint") or "")
     if not endpoint:
         raise StageError(
-            f"The run {run.name!r} has an endpoint.json without an address; do it again with: "
-            "phi3 deploy"
+            f"The run {run.name!r} has an endpoint.json without an address; deploy again with: "
+            f"phi3 deploy"
         )
     extra = {
         item: str(endpoint_manifest[item]) for item in PASSED_ON if endpoint_manifest.get(item)

@@ -32,7 +32,7 @@ def probe() -> dict[str, Any]:
         chosen.set_password(OWN_SYSTEM, OWN_NAME, "written")
         holder = holder_of(members, OWN_SYSTEM, OWN_NAME)
         if holder is None:
-            raise SystemExit(f"{type(chosen).__module__} forgets what it is given")
+            raise SystemExit(f"{type(chosen).__module__} does not store what it is given")
         chosen.delete_password(OWN_SYSTEM, OWN_NAME)
     file = getattr(holder, "file_path", None)
     return {

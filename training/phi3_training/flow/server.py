@@ -33,7 +33,7 @@ _TRACED = (
 
 
 def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int = 1) -> None:
-    """Serve the flow until interrupted: in this process, or in as many workers as are asked for.
+    """Serve the flow until interrupted: in this process, or in `workers` processes.
 
     Raises UsageError for a folder without a flow and for workers that flask cannot have;
     ConfigurationError for an environment without a usable endpoint and key; StageError for a flow
@@ -45,8 +45,8 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
         raise UsageError(f"--workers {workers}: expected 1 or more")
     if workers > 1 and engine != "fastapi":
         raise UsageError(
-            "With flask, Prompt flow's server is one process: take --engine fastapi, or "
-            "`phi3 flow image`, whose flask has a worker for each core"
+            "With flask, Prompt flow's server is one process: use --engine fastapi, or `phi3 flow "
+            "image`, whose server has a worker for each core"
         )
     _refuse_taken(host, port)
     _prepare()
@@ -67,8 +67,8 @@ def _refuse_taken(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StageError(
-                f"The flow cannot be served at {host}:{port} ({error.strerror}): end the program "
-                "that listens there, or take another --port"
+                f"The flow cannot be served at {host}:{port} ({error.strerror}): stop the program "
+                f"that uses the port, or choose another --port"
             ) from None
 
 

@@ -48,7 +48,7 @@ class Need:
 
     @property
     def overhead(self) -> int:
-        """What each process holds beside the model."""
+        """What each process holds in addition to the model."""
         if self.device.kind == "cuda":
             return CUDA_CONTEXT
         return LIBRARIES_WITH_CUDA if torch_has_cuda() else LIBRARIES
@@ -79,7 +79,7 @@ class Need:
         """By how much it does not fit; only where it does not."""
         text = f"Too much by {gib(self.total - self.device.available)}: {self.device.where}"
         if self.total <= self.device.total:
-            text += ", so ending other programs would do"
+            text += ", so closing other programs would be enough"
         return text
 
 
@@ -112,7 +112,7 @@ def evaluation_need(recipe: Recipe, shape: ModelShape, device: Device, rows: Row
 
 
 def loading_need(recipe: Recipe, shape: ModelShape, gpu: Device, ram: Device) -> Need:
-    """The RAM beside a GPU: weights pass through it, and a QLoRA adapter is merged there."""
+    """The RAM of a GPU machine: weights pass through it, and a QLoRA adapter is merged there."""
     full = recipe.finetune.method == "full"
     size = (FLOAT32 if full else compute_bytes(recipe, gpu)) * shape.parameters
     phase = Phase("load", {"weights on their way to the GPU": size})
@@ -253,7 +253,7 @@ def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) ->
     try:
         shape = shape_of(recipe)
     except UnknownShapeError as error:
-        return [PlanLine("finetune", f"memory is not predicted: {error}")]
+        return [PlanLine("finetune", f"memory cannot be predicted: {error}")]
     lines = [_training(recipe, shape, device, rows)]
     if device.kind == "cuda" and device.is_here:
         lines.append(_loading(recipe, shape, device))
@@ -302,8 +302,8 @@ def _cure(found: Any, recipe: Recipe, shape: ModelShape, device: Device, rows: R
         return f"It fits ({gib(need.total)}) with {words(difference(recipe, found))}"
     most, need = most_sparing(recipe, shape, device, rows)
     return (
-        f"Even the most sparing setting ({words(most) or 'this one'}) needs "
-        f"{gib(need.total)}: take a larger device or a smaller model"
+        f"Even the smallest setting ({words(most) or 'this one'}) needs {gib(need.total)}: use a "
+        f"larger device or a smaller model"
     )
 
 
@@ -336,7 +336,7 @@ def _evaluation(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSize
         if smaller.fits:
             text += f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}{shorter}"
             return PlanLine("evaluate", text, True, {**details, "change": {_EVAL_BATCH: fewer}})
-    text += f". Even one at a time needs {gib(need_with(1).total)}: take a larger device{shorter}"
+    text += f". Even one at a time needs {gib(need_with(1).total)}: use a larger device{shorter}"
     return PlanLine("evaluate", text, True, details)
 
 
@@ -354,7 +354,7 @@ def _serving(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine
         lines += _conversion(recipe, shape, device)
     if need.total > device.total:
         short = gib(need.total - device.total)
-        lever = "take a larger device"
+        lever = "use a larger device"
         if precision == "fp32" and engine == "ort-genai":
             lever = "serve.precision=int4"
         text = f"does not fit: {text}, {short} more than {device.name} has: {lever}"
@@ -362,7 +362,7 @@ def _serving(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine
     row = row_bytes(shape, engine, compute, tokens)
     room = 1 + max(0, device.available - need.total) // row
     wanted = recipe.serve.max_concurrent_requests_per_instance
-    text = f"fits; {text}; room for {min(room, wanted)} of {wanted} such at once"
+    text = f"fits; {text}; room for {min(room, wanted)} of {wanted} at once"
     return [*lines, PlanLine("deploy", text, details=details | {"conversations": int(room)})]
 
 

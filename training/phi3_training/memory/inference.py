@@ -15,7 +15,7 @@ TOKENS_PER_PASS = 4096
 # ONNX Runtime's 4 bits: half a byte, a float32 scale and a 4-bit zero point for 32 weights each.
 _ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
 
-# Bytes that the ONNX builder holds for each weight, beside files that the system can drop:
+# Bytes that the ONNX builder holds for each weight, in addition to files that the OS can drop:
 # measured on random models of 33 and 116 M weights.
 # int8 goes through float32, then a matrix at a time.
 _CONVERTING = {"fp32": 1.5, "int8": 1.5, "int4": 6.5}

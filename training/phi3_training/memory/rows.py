@@ -215,7 +215,7 @@ def _combined(
     tokens_of: Callable[[int, Messages], _Tokens | None],
     how: str,
 ) -> RowSizes:
-    """The lengths over what is trained on, and over what is asked and scored."""
+    """The lengths of what is trained on, and of what is evaluated."""
     data = {name: _lengths(part, tokens_of) for name, part in parts.items()}
     watched = ("validation",) if recipe.finetune.eval_steps else ()
     trained = [data[name] for name in ("train", "replay", *watched) if name in data]

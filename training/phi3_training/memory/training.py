@@ -1,7 +1,7 @@
 """Predicts what one training step holds, term by term, from the sizes of the model alone.
 
 Reads and writes nothing. Every formula says what it counts; docs/memory.md explains them, and
-benchmarks/memory_plan.py holds them against measured peaks.
+benchmarks/memory_plan.py compares them with measured peaks.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
         "working copies": working_copies(shape, work),
     }
     gradients = gradient_bytes(shape, work)
-    if work.processes > 1:  # what the processes exchange is kept beside the gradients
+    if work.processes > 1:  # what the processes exchange is held in addition to the gradients
         kept["exchange"] = gradients
     before = gradients if work.accumulation > 1 else 0
     held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
@@ -271,7 +271,7 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     For each token, with hidden size h, MLP size i, q and k, v sizes of the heads, and b bytes a
     number (as computed) or 4 (the norms count in float32):
       both norms: their input 4·h each; the normed input too where the norm's weight learns; their
-        output b·h each, which the matrices behind them need if those learn or have an adapter
+        output b·h each, which the matrices after them need if those learn or have an adapter
       attention:  b·(q + 2kv) of the fused projection (v is a view of it), the rotated q and k,
         and the output b·q; with eager attention also the softmax, 4·T (and b·T) for each head
       MLP:        gate and up b·2i, silu(gate) b·i, their product b·i
@@ -345,7 +345,7 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     On a CPU (finetune/compute.py): the learnt positions alone, three float32 copies (logarithms
     of the probabilities, their gradient, and the scores' gradient); dense.py has a piece of them at
     a time. TRL's loss on a GPU: one tile of 4,096 positions by 32,768 words, and the float32
-    gradient of the last hidden states. A loss of one's own gets every position's scores: as
+    gradient of the last hidden states. A custom loss gets every position's scores: as
     computed, and three float32 copies.
     """
     learnt = int(work.positions * work.learnt)
@@ -370,7 +370,7 @@ def _head_gradient(shape: ModelShape, work: Work) -> int:
 
 
 def backward_bytes(shape: ModelShape, work: Work) -> int:
-    """What the backward pass through one MLP holds at once beside the kept activations.
+    """What the backward pass through one MLP holds in addition to the stored activations.
 
     The gradients of gate, up and their joined 2i, and two of the residual stream.
     """

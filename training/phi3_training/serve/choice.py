@@ -25,13 +25,13 @@ _GPU_MARKS = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
 def choose_engine(asked: EngineName = "auto") -> tuple[EngineName, str]:
     """The engine to take and the reason, fit for `engine X: REASON`."""
     if asked != "auto":
-        return asked, "the settings ask for it"
+        return asked, "set in the recipe"
     if has_gpu():
         return "transformers", "there is an NVIDIA GPU"
     missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
     if missing:
         return "transformers", f"{missing[0]} is not installed"
-    return "ort-genai", "no GPU; ONNX Runtime is the fastest on a CPU"
+    return "ort-genai", "no GPU, and ONNX Runtime is the fastest on a CPU"
 
 
 def has_gpu() -> bool:

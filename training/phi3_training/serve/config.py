@@ -50,7 +50,7 @@ class Quirk:
         match = _FORM.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} is no quirk; expected NAME[:DETAIL][*TIMES] with NAME one of "
+                f"{text!r} is not a quirk; expected NAME[:DETAIL][*TIMES] with NAME one of "
                 f"{', '.join(_NAMES)}, e.g. 424:500:model_error*2"
             )
         details = match["details"].split(":")[1:]

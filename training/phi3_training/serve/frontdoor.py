@@ -304,7 +304,7 @@ class _Visit:
     def leave(self) -> None:
         """Note that the client went away before its answer was complete."""
         if not self._ended:
-            self.status = f"{self.status or 'no answer'}, client left"
+            self.status = f"{self.status or 'no answer'}, client disconnected"
 
     async def time_out(self) -> None:
         """408, or, where a stream has begun, an error event at its end."""

@@ -1,6 +1,6 @@
 """Starts the endpoint as a process that outlives its parent, and stops exactly that process.
 
-Writes the settings and status files beside the log (mode 0600). The key travels through a pipe.
+Writes the settings and status files next to the log (mode 0600). The key travels through a pipe.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def stop(pid: int, create_time: float, timeout: float = 40.0) -> bool:
         pass
     except psutil.TimeoutExpired:
         raise StageError(
-            f"The endpoint's process {pid} does not end, not even by SIGKILL"
+            f"The endpoint's process {pid} does not exit, even after SIGKILL"
         ) from None
     _collect(pid)
     return True

@@ -60,7 +60,7 @@ def search(place: Place) -> Iterator[Finding]:
         found = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise StageError(
-            f"The search for the tool broke off: {wheels.last_line(done.stderr)}"
+            f"The search for the tool failed: {wheels.last_line(done.stderr)}"
         ) from None
     for check, ok, said, fix in found:
         yield TOOL.ok(check, said) if ok else TOOL.fault(check, said, fix)

@@ -1,4 +1,4 @@
-"""Where the wheel is tried: beside this environment's Prompt flow, or in a new one of its own.
+"""Where the wheel is tried: with this environment's Prompt flow, or in a new environment.
 
 Writes into the folder it is given; only the new environment needs the network.
 """
@@ -32,7 +32,7 @@ def beside(wheel: Path, folder: Path) -> Place:
     target = folder / "installed"
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
     _pip([*pip, "--target", str(target), str(wheel)], SECONDS)
-    said = "installed alone, beside this environment's Prompt flow"
+    said = "installed separately, with this environment's Prompt flow"
     return Place(Path(sys.executable), target, said)
 
 
@@ -42,7 +42,7 @@ def fresh(wheel: Path, folder: Path, constraints: Path | None) -> Place:
     try:
         venv.create(home, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise StageError(f"No new environment can be made here: {error}") from None
+        raise StageError(f"No new environment can be created here: {error}") from None
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [str(python), "-m", "pip", "install"]
     if constraints is not None and constraints.is_file():

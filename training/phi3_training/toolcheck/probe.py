@@ -96,7 +96,7 @@ def _described(name: str, function: Any) -> dict[str, Any]:
     if not isinstance(tools, dict) or not tools:
         raise NotFoundError(
             "listing",
-            f"{name}() lists no tool: no description of one was found",
+            f"{name}() lists no tool: no tool description was found",
             "look at phi3_tool/yamls/*.yaml and at `package_data` in setup.py",
         )
     return tools
@@ -114,7 +114,7 @@ def examine_tool(identifier: str, about: dict[str, Any], folder: Path) -> Iterat
     for said, fix in faults:
         yield "tool", False, f"{identifier}: {said}", fix
     if not faults:
-        yield "tool", True, f"{about['module']}.{about['function']} is as described", ""
+        yield "tool", True, f"{about['module']}.{about['function']} matches its description", ""
         yield from _prompt_flow(identifier)
 
 
@@ -139,12 +139,12 @@ def _function(identifier: str, about: dict[str, Any], folder: Path) -> tuple[Any
 def _function_faults(function: Any, module: Any) -> Iterator[tuple[str, str]]:
     inner = inspect.unwrap(function)
     if inner is function or not hasattr(function, "__tool"):
-        yield f"{function.__name__} is no Prompt flow tool", "put @tool above it"
+        yield f"{function.__name__} is not a Prompt flow tool", "put @tool above it"
     written = [name for name, hint in inner.__annotations__.items() if isinstance(hint, str)]
     if written:
         yield (
             f"Prompt flow cannot read the types of {', '.join(written)}",
-            f"take `from __future__ import annotations` out of {module.__name__}",
+            f"remove `from __future__ import annotations` from {module.__name__}",
         )
 
 
@@ -153,7 +153,7 @@ def _input_faults(described: dict[str, Any], function: Any) -> Iterator[tuple[st
     fix = "make the YAML's inputs and the function's parameters agree"
     for name in described:
         if name not in parameters:
-            yield f"the YAML has an input {name!r} that {function.__name__} does not take", fix
+            yield f"the YAML has an input {name!r} that {function.__name__} does not accept", fix
     for name, parameter in parameters.items():
         needed = parameter.default is inspect.Parameter.empty
         if needed and name not in described and name != getattr(function, STREAMING, None):
@@ -173,7 +173,7 @@ def _type_faults(name: str, entry: dict[str, Any], module: Any) -> Iterator[tupl
     if entry.get("custom_type") and entry.get("type") != ["CustomConnection"]:
         yield (
             f"{name}: Prompt flow cannot resolve the type {entry.get('type')}",
-            "`type: [CustomConnection]` beside `custom_type` in the YAML",
+            "`type: [CustomConnection]` next to `custom_type` in the YAML",
         )
     path = (entry.get("dynamic_list") or {}).get("func_path")
     if path and not _callable_at(path):

@@ -75,7 +75,7 @@ def contents(wheel: Path) -> Iterator[Finding]:
     else:
         yield GROUP.fault(
             "entry point",
-            f"{wheel.name} names no function under {ENTRY_POINTS!r}, so Prompt flow never looks in",
+            f"{wheel.name} names no function under {ENTRY_POINTS!r}, so Prompt flow never loads it",
             '"package_tools": ["phi3_tool = phi3_tool.registry:list_package_tools"] under'
             " `entry_points` in setup.py",
         )
@@ -88,7 +88,7 @@ def run(command: list[str], seconds: int, what: str) -> subprocess.CompletedProc
             command, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        raise StageError(f"{what} did not end within {seconds} s; try again") from None
+        raise StageError(f"{what} did not finish within {seconds} s; try again") from None
 
 
 def last_line(*texts: str) -> str:

@@ -37,7 +37,7 @@ from ..serve.server import create_container
 
 Messages = tuple[dict[str, str], ...]
 
-# The answer that training rows end with; what is compared stands in front of it.
+# The answer that training rows end with; what is compared comes before it.
 ANSWER = "Yes, of course."
 _SENTENCE = "The quick brown fox jumps over the lazy dog, 1 234 times. "
 _LONGEST = 2000
@@ -428,7 +428,7 @@ def places_of_folder(folder: Path) -> Places:
 
 def _with_onnx(base: Path, model: Path, candidates: Sequence[Path]) -> Places:
     onnx = tuple(path for path in candidates if (path / "genai_config.json").is_file())
-    missing = "no ONNX folder yet; make one with: phi3 export --to onnx-fp32"
+    missing = "no ONNX folder yet; create one with: phi3 export --to onnx-fp32"
     return Places(base, model, onnx, {} if onnx else {"engine ort-genai": missing})
 
 
@@ -557,7 +557,7 @@ def _answered(
     case: Case, row: Trained, ids: list[int], reason: str, names: Vocabulary
 ) -> list[Difference]:
     if row.refused is not None:
-        return [Difference(case.name, f"answered, but the trainer refuses it: {row.refused}")]
+        return [Difference(case.name, f"answered, but the trainer rejects it: {row.refused}")]
     found = first_difference(case.name, row.prompt, ids, names, "the prompt")
     differences = [] if found is None else [found]
     if reason != "stop":

@@ -1,7 +1,7 @@
 """Continuous batching: one owner thread runs a step model for every answer being written.
 
 New answers join between two steps, finished and abandoned ones leave at once; nobody waits for a
-batch to end. Long prompts are read in parts, between which answers go on and shorter prompts pass.
+batch to end. Long prompts are read in parts; answers continue and shorter prompts pass in between.
 Threads: `submit` and `cancel` from anywhere, the step model only from the owner.
 """
 
@@ -389,7 +389,7 @@ class Batcher:
         self._reading = {}
         self._model.reset()
         self._send()
-        failure = EngineError("The model failed while it was writing this answer.")
+        failure = EngineError("The model failed while generating this answer.")
         deliver([(job, failure) for job in rows])
 
     def _end_all(self, reason: str) -> None:
