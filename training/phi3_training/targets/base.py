@@ -68,7 +68,7 @@ class Target(Protocol):
 
 
 class CloudTarget(Target, Protocol):
-    """A target away from this machine: what it makes bills, and is asked for over the network."""
+    """A target away from this machine: what it creates bills and is queried over the network."""
 
     def provide(
         self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
@@ -92,7 +92,8 @@ class CloudTarget(Target, Protocol):
         ...
 
     def place_inputs(self, recipe: Recipe, stage: str) -> Any:
-        """What the result of a stage depends on at this target, beside the shared sections."""
+        """What the result of a stage depends on at this target, in addition to the shared "
+        "sections."""
         ...
 
     def is_up(self, run: Run) -> bool:

@@ -37,13 +37,13 @@ class LocalTarget:
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
         engine, reason = _engine(recipe)
-        model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
+        model = "a tiny Phi-3, trained here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
             PlanLine("finetune", f"{recipe.finetune.method}, on this machine"),
             PlanLine("deploy", f"engine {engine}: {reason}"),
             *memory_plan(recipe, this_device(), row_sizes(recipe, run)),
-            PlanLine("cost", f"nothing is billed; {run.path} and one server process are yours"),
+            PlanLine("cost", f"nothing is billed; phi3 creates {run.path} and one server process"),
         ]
 
     def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
@@ -149,8 +149,8 @@ def _adapters(run: Run, model: Manifest) -> dict[str, Any]:
 
     if model.get("adapter") is None:
         raise StageError(
-            f"The model of the run {run.name!r} was trained whole, so no adapters can be served "
-            "beside it: train with finetune.method=lora, or set serve.adapters=false"
+            f"The model of the run {run.name!r} was trained with method full, so no adapters can "
+            f"be served with it: train with finetune.method=lora, or set serve.adapters=false"
         )
     named = {adapter.name: adapter.path for adapter in list_adapters(run) if adapter.fits}
     if not named:

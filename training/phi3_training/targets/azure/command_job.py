@@ -42,7 +42,7 @@ def data_files(run: Run) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """What a job gets: a folder of chats, and beside it a recipe whose paths count from there.
+    """What a job gets: a folder of chats, and next to it a recipe whose paths are relative to it.
 
     The two are separate inputs, so that another learning rate does not upload the chats again.
     """
@@ -126,8 +126,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise StageError(
-            f"{source} cannot be copied for the job: {error.strerror}; "
-            "make room or set permissions there, then run the same command again"
+            f"{source} cannot be copied for the job: {error.strerror}; free disk space or fix the "
+            f"permissions, then run the same command again"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """The route `pipeline`: the registry's chat_completion_pipeline on a model of Azure's catalogue.
 
 Finds the model, its sizes for fine-tuning and its own defaults; what the registry says counts, and
-a dated table stands in where it no longer says anything. Parameters are the tutorial's, then the
+a dated table is used where it no longer lists any. Parameters are the tutorial's, then the
 model's, then the recipe's; only what the component has as an input is sent, in the type it wants.
 """
 
@@ -235,7 +235,9 @@ class Parameters:
             by_source.setdefault(source, []).append(f"{key} {self.values[key]}")
         lines = [f"{', '.join(items)}: {source}" for source, items in by_source.items()]
         if self.dropped:
-            lines.append(f"left out, the component has no such input: {', '.join(self.dropped)}")
+            lines.append(
+                f"left out, because the component has no such input: {', '.join(self.dropped)}"
+            )
         return lines
 
 
@@ -262,7 +264,7 @@ def merge_parameters(
                 if not is_recipe:
                     dropped.append(key)
                 elif key in SET_BY_ROUTE:
-                    faults.append(f"{key}: is set by phi3 from the rest of the recipe")
+                    faults.append(f"{key}: phi3 sets this from the rest of the recipe")
                 else:
                     near = sorted(name for name in inputs if name.startswith(key[:5]))
                     hint = f"; it has {', '.join(near[:5])}" if near else ""

@@ -129,7 +129,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
     faults: list[str] = []
     if "subscription_id" not in values:
         faults.append(
-            "subscription_id: is missing; give azure.subscription_id=GUID, or set "
+            "subscription_id: missing; set azure.subscription_id=GUID, or set "
             "AZURE_SUBSCRIPTION_ID, or put the workspace's config.json here "
             "(list your subscriptions: az account list --output table)"
         )
@@ -220,8 +220,8 @@ def settle(section: AzureSection, run: Run) -> Place:
         ]
         if moved:
             raise UsageError(
-                f"The run {run.name!r} is elsewhere on Azure: now named is {'; '.join(moved)}. "
-                "Work there in another run: --run NAME"
+                f"The run {run.name!r} lives elsewhere on Azure; you now name {'; '.join(moved)}. "
+                f"Use another run for that: --run NAME"
             )
         place = find_place(_with_recorded(section, recorded), os.environ, Path.cwd())
     content = {name: getattr(place, name) for name in _RECORDED_FIELDS}
@@ -249,8 +249,8 @@ def section_of(run: Run) -> AzureSection:
         return AzureSection.model_validate(content or {})
     except ValidationError:
         raise StageError(
-            f"{path} has an azure: section that this version cannot read; "
-            "give the recipe once more: phi3 up RECIPE --on azure"
+            f"{path} has an azure: section that this version cannot read; name the recipe again: "
+            f"phi3 up RECIPE --on azure"
         ) from None
 
 
@@ -270,7 +270,7 @@ def endpoint_name(section: AzureSection, place: Place, run: Run) -> str:
 def deployment_name(section: AzureSection, model: str, version: str) -> str:
     """The recipe's, else one that changes with the model's version and with how it is served.
 
-    A changed model or setting is then a new deployment beside the old one, never an update of the
+    A changed model or setting is then a new deployment next to the old one, never an update of the
     one that has the traffic.
     """
     settings = section.endpoint
@@ -337,8 +337,8 @@ def recorded_resources(run: Run, kind: str | None = None) -> list[RunResource]:
         return []
     except (ValueError, TypeError, KeyError):
         raise StageError(
-            f"{path} is not a list that phi3 wrote. Look in Azure ML Studio for what the run made, "
-            "then delete the file"
+            f"{path} is not a list that phi3 wrote. Look in Azure ML Studio for what the run "
+            f"created, then delete the file"
         ) from None
     return [item for item in resources if kind in (None, item.kind)]
 

@@ -70,7 +70,7 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallba
         "choices": [
             *here["choices"],
             *(f"connection in {workspace}: {state}" for workspace, state in states.items()),
-            *([] if access.key else ["no key anywhere: the endpoint takes Entra tokens"]),
+            *([] if access.key else ["no key: the endpoint uses Entra tokens"]),
         ],
     }
 
@@ -133,8 +133,8 @@ def write_connection(
         return "exists"
     if existing is not None and _metadata(existing).get(WRITER) != _OURS:
         raise StageError(
-            f"{workspace} already has a connection {name} that phi3 did not write; it stays as it "
-            "is. Choose another name with connection.name=NAME"
+            f"{workspace} already has a connection {name} that phi3 did not write, so it was not "
+            f"changed. Choose another name with connection.name=NAME"
         )
     doing = f"Writing the connection {name} into {workspace}"
     try:
@@ -145,7 +145,8 @@ def write_connection(
     written = read_connection(clients, workspace, name)
     if written is None or not _is_same(written, body):
         raise StageError(
-            f"{doing}: read back, it does not say what was written. Write it again with: "
+            f"{doing}: the connection read back differs from what was written. Write it again "
+            f"with: "
             "phi3 connect --on azure"
         )
     return "created" if existing is None else "changed"
@@ -311,5 +312,5 @@ def _in_our_words(doing: str, call: Callable[[], T]) -> T:
         words = message_of(inner) if inner is not None else scrub(str(error).strip())
         raise StageError(
             f"{doing} failed: {words.splitlines()[0] if words else type(error).__name__}.\n"
-            "Fix: run the same command again; a flow that exists is not made twice"
+            "Fix: run the same command again; an existing flow is not created twice"
         ) from None

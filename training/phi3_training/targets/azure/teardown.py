@@ -99,10 +99,11 @@ def remove_run(
     else:
         inventory = take_inventory(clients, run)
         billing = inventory.billing()
-        billing += [f"perhaps: {what} could not be read" for what in inventory.unknown]
+        billing += [f"unknown: {what} could not be read" for what in inventory.unknown]
         if inventory.group_exists:
             billing.append(
-                "storage account, container registry and logs of the workspace, little (--all)"
+                "storage account, container registry and logs of the workspace, small charges "
+                "(--all)"
             )
     lines = receipt.lines(billing)
     if receipt.failed:
@@ -238,7 +239,7 @@ class _Teardown:
                     store.delete_connection(name)
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
-                log.info("the connection on this machine stays: %s", error)
+                log.info("the connection on this machine was not deleted: %s", error)
         for stage in ("answer", "connection", "endpoint"):
             (self.run.path / f"{stage}.json").unlink(missing_ok=True)
 
@@ -360,7 +361,7 @@ class _Teardown:
         ):
             take = partial(operations.delete, grant.scope, grant.name)
             # None also where the scope itself is gone.
-            if get_or_none(take, f"Taking the role {grant.label} from the identity") is not None:
+            if get_or_none(take, f"Removing the role {grant.label} from the identity") is not None:
                 self.receipt.deleted.append(f"role {grant.label}")
 
     def _group(self) -> None:
@@ -377,8 +378,8 @@ class _Teardown:
         # Deleting a group deletes all that is in it, somebody else's resources included.
         if names:
             self.receipt.left_alone.append(
-                f"{what}: it still holds {', '.join(names[:5])}; "
-                f"az group delete --name {name} deletes all"
+                f"{what}: it still contains {', '.join(names[:5])}; az group delete --name {name} "
+                f"deletes all"
             )
         elif self._delete(what, partial(groups.begin_delete, name), partial(groups.get, name)):
             self.receipt.deleted.append(what)
