@@ -170,7 +170,7 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
     except Phi3Error as error:
         found = [no_list(error.message)]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:
-        found = [no_list(f"Prompt flow cannot give the connection ({type(error).__name__})")]
+        found = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
     return [{"value": choice.value, "display_value": choice.shown} for choice in found]
 
 

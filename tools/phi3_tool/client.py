@@ -149,15 +149,15 @@ def transport_failure(
     if isinstance(error, (requests.exceptions.ReadTimeout, ReadTimeoutError)):
         return Failure(
             EndpointTimeoutError(
-                f"Nothing came from the endpoint for {limits.read:g} s: raise `read_timeout`, or"
+                f"The endpoint sent nothing for {limits.read:g} s: raise `read_timeout`, or"
                 " lower max_new_tokens"
             )
         )
     if answering:
         return Failure(
             UnreadableAnswerError(
-                "The answer was cut short: the connection broke before its end; ask again, and"
-                " look into the deployment's log if it happens again"
+                "The answer was cut off: the connection broke before its end; try again, and "
+                "check the deployment's log if it happens again"
             )
         )
     return _unreachable(error, address)
@@ -378,7 +378,7 @@ class Phi3Client:
         stream: bool,
     ) -> Call:
         if self._closed.is_set():
-            raise ConfigurationError("This client is closed: make a new one")
+            raise ConfigurationError("This client is closed: create a new one")
         body = build_request(self._address.dialect, messages, parameters, stream)
         try:
             encoded = json.dumps(body, allow_nan=False).encode()
@@ -464,7 +464,9 @@ class Phi3Client:
                 error, call, self._address, self._limits, answering=response is not None
             )
         if len(body) > MAX_ANSWER_BYTES:
-            return Failure(UnreadableAnswerError("The answer is endless: it is no chat answer"))
+            return Failure(
+                UnreadableAnswerError("The answer does not end: it is not a chat answer")
+            )
         return _Arrival(response, reading, body)
 
     def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
@@ -495,7 +497,7 @@ class Phi3Client:
             payload = json.loads(arrival.body or b"")
         except (ValueError, RecursionError):
             return UnreadableAnswerError(
-                "The endpoint's answer is not JSON (or was cut short): check that the URL is the"
+                "The endpoint's answer is not JSON (or was cut off): check that the URL is the"
                 " scoring URI, not a web page"
             )
         try:
@@ -560,7 +562,7 @@ def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
             if next(body, None) is None:
                 return
     except (requests.RequestException, HTTPError, OSError):
-        log.debug("the connection of a finished stream is not used again")
+        log.debug("the connection of a finished stream is not reused")
 
 
 def _close(response: requests.Response | None) -> None:

@@ -1,6 +1,6 @@
 """Which deployments an endpoint says it has, for the tool's list to choose from.
 
-Asks GET /v1/models beside the endpoint, once and briefly; writes nothing.
+Asks the endpoint's GET /v1/models, once and briefly; writes nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _names(settings: ConnectionSettings) -> tuple[list[str], str]:
     if status != 200:
         return [], not_told(url, status)
     names = _ids(body)
-    return names, "" if names else f"{url} names no model"
+    return names, "" if names else f"{url} lists no model"
 
 
 def _models_url(address: Address) -> str:
@@ -105,8 +105,8 @@ def not_told(url: str, status: int) -> str:
     """Why an endpoint that answers with this status tells no names."""
     if (urlsplit(url).hostname or "").endswith(_AZURE):
         return (
-            "Azure shows the deployments of an endpoint to an identity, not to its key;"
-            " `az ml online-deployment list --endpoint-name NAME` names them"
+            "Azure lists the deployments of an endpoint for an identity, not for its key; list "
+            "them with `az ml online-deployment list --endpoint-name NAME`"
         )
     return f"{url} answered status {status}"
 
