@@ -117,7 +117,7 @@ def stop(folder: Path) -> bool:
         pass
     except psutil.TimeoutExpired:
         raise RehearsalError(
-            f"The rehearsal's process {process.pid} does not end; end it with: kill -9 "
+            f"The rehearsal's process {process.pid} does not exit; kill it with: kill -9 "
             f"{process.pid}"
         ) from None
     return True

@@ -1,7 +1,7 @@
 """The HTTP proxy that ends TLS itself and hands every request to the rehearsed Azure.
 
 Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine. Only
-who is told to trust ca.pem, the certificate of the rehearsal's own authority, believes it.
+a client that trusts ca.pem, the certificate of the rehearsal's own authority, accepts it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Blob:
         self._blocks = account.meta / ".blocks" / number
 
     def metadata(self) -> dict[str, str]:
-        """What the client wrote beside the bytes."""
+        """What the client wrote in addition to the bytes."""
         return dict(self._read().get("metadata", {}))
 
     def write(self, content: bytes, kind: str, metadata: dict[str, str]) -> None:

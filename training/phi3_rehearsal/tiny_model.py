@@ -1,4 +1,4 @@
-"""The one model behind every foundation model of the catalogue: a tiny Phi-3, made when first used.
+"""The model used for every foundation model of the catalogue: a tiny Phi-3, trained on first use.
 
 Made by `phi3 train tiny` in a process of its own; lies in catalogue/ of the rehearsal's folder.
 """
