@@ -39,7 +39,7 @@ def carried_files(*modules: str) -> dict[str, Path]:
         seen.add(module)
         path = _file_of(module)
         if path is None:
-            raise ModuleNotFoundError(f"{module} is no module of phi3_training or phi3_tool")
+            raise ModuleNotFoundError(f"{module} is not a module of phi3_training or phi3_tool")
         _add(found, path)
         waiting += _imports(path, module, lazily=True)
         parts = module.split(".")

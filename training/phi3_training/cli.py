@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Phi3TrainingError, Phi3Error) as error:
         return _failed(error, 1, args, print_error)
     except KeyboardInterrupt:
-        print_error("Interrupted. What was finished is kept; go on with the same command.")
+        print_error("Interrupted. Finished work is saved; resume with the same command.")
         return 130
     except BrokenPipeError:  # e.g. `phi3 status | head`
         sys.stderr.close()
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         if args.debug:
             raise
-        print_error(f"{error}. Free space or set rights there, then type the same command again.")
+        print_error(
+            f"{error}. Free disk space or fix the permissions, then run the same command again."
+        )
         return 1
     return status
 

@@ -106,7 +106,7 @@ class PlanCheck:
             listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
             raise StageError(
                 f"Stopped before {first!r}, because the plan says that this would fail:\n{listed}\n"
-                "If you know better, add --no-plan."
+                "To start anyway, add --no-plan."
             )
 
 

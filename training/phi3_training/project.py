@@ -37,7 +37,7 @@ def find(path: Path) -> Path:
             return folder / path
     raise UsageError(
         f"{path} is missing from this installation; "
-        'install it again: pip install --force-reinstall "phi3-promptflow[flow,local]"'
+        'reinstall it: pip install --force-reinstall "phi3-promptflow[flow,local]"'
     )
 
 

@@ -41,7 +41,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"The run folder {path} cannot be made ({error.strerror}); "
+                f"The run folder {path} cannot be created ({error.strerror}); "
                 "choose another place with --runs FOLDER"
             ) from None
         return cls(path)
@@ -71,8 +71,8 @@ class Run:
             content = None
         if not isinstance(content, dict) or content.get("version") != MANIFEST_VERSION:
             raise StageError(
-                f"{path} is not a manifest that this version reads; "
-                "delete the file and the stage is done again"
+                f"{path} is not a manifest that this version reads; delete the file to run the "
+                f"stage again"
             )
         return content
 
@@ -81,7 +81,7 @@ class Run:
         manifest = self.manifest(stage)
         if manifest is None:
             raise StageError(
-                f"The run {self.name!r} has no {stage}.json yet; make it with: {command}"
+                f"The run {self.name!r} has no {stage}.json yet; create it with: {command}"
             )
         return manifest
 

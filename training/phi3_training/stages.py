@@ -156,8 +156,8 @@ def _connect(journey: Journey) -> Manifest:
     key = _key(journey, endpoint)
     if key is None:
         raise StageError(
-            "The endpoint's key is held by no process any more; "
-            "start the endpoint anew with: phi3 down && phi3 up"
+            "No running process holds the endpoint's key any more; restart the endpoint with: "
+            "phi3 down && phi3 up"
         )
     asked = journey.recipe.connection
     return connect(journey.run, endpoint, key, asked.name, asked.dialect)

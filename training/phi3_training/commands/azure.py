@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..targets.azure.clients import Clients
     from ..targets.azure.sizes import Need
 
-_ABOUT = "make what a run on Azure needs, look at the GPU quota, cancel a job"
+_ABOUT = "create what a run on Azure needs, show the GPU quota, cancel a job"
 
 
 def register_azure(subparsers: Any) -> None:
@@ -43,7 +43,7 @@ def register_azure(subparsers: Any) -> None:
     cancel = add_command(
         inner,
         "cancel",
-        "cancel the jobs of a run that still work; they bill until then",
+        "cancel a run's active jobs; they bill until then",
         "phi3 azure cancel --run phi3-mini-azure",
         run_cancel,
     )
@@ -56,7 +56,7 @@ def _add_provision(inner: Any) -> None:
     parser = add_command(
         inner,
         "provision",
-        "make what is missing: group, workspace, identity, roles, hub, project, GPU cluster",
+        "create what is missing: group, workspace, identity, roles, hub, project, GPU cluster",
         "phi3 azure provision training/recipes/phi3-mini-lora.yaml azure.location=eastus",
         run_provision,
     )
@@ -66,7 +66,8 @@ def _add_provision(inner: Any) -> None:
     parser.add_argument(
         "--least-privilege",
         action="store_true",
-        help="give the identity only what a deployment needs (azure.least_privilege=true)",
+        help="give the identity only the roles that a deployment needs "
+        "(azure.least_privilege=true)",
     )
 
 
@@ -74,15 +75,19 @@ def _add_quota(inner: Any) -> None:
     parser = add_command(
         inner,
         "quota",
-        "show the GPU quota that a recipe needs, or ask for more",
+        "show the GPU quota that a recipe needs, or request more",
         "phi3 azure quota --request 48",
         run_quota,
     )
     add_recipe(parser)
     add_rehearse(parser)
     parser.set_defaults(on="azure")
-    parser.add_argument("--request", type=int, metavar="CORES", help="ask for so many in all")
-    parser.add_argument("--family", metavar="NAME", help="of this family (default: the recipe's)")
+    parser.add_argument(
+        "--request", type=int, metavar="CORES", help="request this many cores in total"
+    )
+    parser.add_argument(
+        "--family", metavar="NAME", help="quota of this family (default: the recipe's)"
+    )
 
 
 def _no_command(parser: argparse.ArgumentParser) -> int:
@@ -130,7 +135,7 @@ def run_quota(args: argparse.Namespace) -> int:
             console.out.print(f"{mark:<10} {need.text()}", markup=False)
         if short:
             cores = max((need.used or 0) + need.cores for need in short)
-            console.out.print(f"Ask for more with: phi3 azure quota --request {cores}")
+            console.out.print(f"Request more with: phi3 azure quota --request {cores}")
     return 1 if short else 0
 
 
@@ -162,7 +167,7 @@ def run_cancel(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"cancelled": lines})
     else:
-        for line in lines or ["No job of this run is at work."]:
+        for line in lines or ["This run has no active job."]:
             console.out.print(line, markup=False)
     return 0
 
@@ -213,8 +218,8 @@ def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     status = _wait(subprocess.Popen(command))  # noqa: S603 - our own commands, no shell
     if args.output == "text":
         console.err.print(
-            "Rehearsed on this machine; it has not yet run against live Azure. Add --rehearse to "
-            "the next command too; end it with: phi3 rehearse stop",
+            "Rehearsed on this machine; not yet run against live Azure. Add --rehearse to the "
+            "next command too; stop the rehearsal with: phi3 rehearse stop",
             markup=False,
         )
     return status
@@ -266,7 +271,7 @@ def _without_own(argv: Sequence[str]) -> list[str]:
 
 def register_rehearse(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("rehearse", help="run an Azure of your own, on this machine")
+    parser = subparsers.add_parser("rehearse", help="run a rehearsed Azure on this machine")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
@@ -276,13 +281,17 @@ def register_rehearse(subparsers: Any) -> None:
     start.add_argument(
         "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
     )
-    stop = add("stop", "stop it, with the jobs and servers it runs", "stop", run_stop)
+    stop = add("stop", "stop it and its jobs and servers", "stop", run_stop)
     stop.add_argument("--forget", action="store_true", help="also delete its state")
-    add("status", "say whether it runs and what it holds", "status", run_status)
-    add("env", "print the variables that lead the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
-    calls = add("calls", "show the calls that it answered", "calls -n 50", run_calls)
+    add("status", "show whether it is running and what it contains", "status", run_status)
+    add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
+    calls = add("calls", "show the calls it answered", "calls -n 50", run_calls)
     calls.add_argument(
-        "-n", type=int, default=_CALLS_SHOWN, metavar="COUNT", help=f"how many ({_CALLS_SHOWN})"
+        "-n",
+        type=int,
+        default=_CALLS_SHOWN,
+        metavar="COUNT",
+        help=f"how many (default: {_CALLS_SHOWN})",
     )
     fault = add(
         "fault",
@@ -290,8 +299,10 @@ def register_rehearse(subparsers: Any) -> None:
         "fault 'PUT */onlineEndpoints/* 429 retry-after=1 times=2'",
         run_fault,
     )
-    fault.add_argument("fault", nargs="?", metavar="FAULT", help="none: list the pending ones")
-    fault.add_argument("--clear", action="store_true", help="drop all pending faults")
+    fault.add_argument(
+        "fault", nargs="?", metavar="FAULT", help="without it, list the pending faults"
+    )
+    fault.add_argument("--clear", action="store_true", help="clear all pending faults")
 
 
 def run_start(args: argparse.Namespace) -> int:
@@ -305,7 +316,7 @@ def run_stop(args: argparse.Namespace) -> int:
     done = _ask(args, "stop", *(["--forget"] if args.forget else []))
     if args.output == "json":
         return _shown(args, done)
-    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure runs"
+    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure is running"
     kept = " and its state is deleted" if args.forget else f"; its state is in {done['folder']}"
     _line(said + kept)
     return 0

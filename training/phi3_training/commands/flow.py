@@ -24,7 +24,9 @@ def add_flow(parser: argparse.ArgumentParser) -> None:
     add_flow_argument(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--feed", metavar="URL", help="install the tool from this package index, do not carry it"
+        "--feed",
+        metavar="URL",
+        help="install the tool from this package index instead of carrying its source",
     )
     source.add_argument(
         "--image", metavar="NAME", help="image of the compute session, with the tool installed"
@@ -63,7 +65,7 @@ def add_push(actions: Any) -> None:
     push = add_command(
         actions,
         "push",
-        "upload a flow and make it in the run's workspace and Foundry project",
+        "upload a flow to the run's workspace and Foundry project",
         "phi3 flow push flows/phi3_chat --run phi3-mini-azure",
         run_push,
     )
@@ -100,10 +102,10 @@ def run_push(args: argparse.Namespace) -> int:
         console.print_json(pushed)
         return 0
     for item in pushed:
-        said = "was there already" if item["state"] == "exists" else "is made"
+        said = "already exists" if item["state"] == "exists" else "created"
         console.out.print(f"{item['display_name']} {said} in {item['workspace']}", markup=False)
         if item["page"]:
-            console.out.print(f"  opens at {item['page']}", markup=False)
+            console.out.print(f"  open it at {item['page']}", markup=False)
     return 0
 
 
@@ -112,7 +114,9 @@ def _run(args: argparse.Namespace) -> Run:
         return current_run(args)
     runs = [run for run in all_runs(args.runs) if target_of(run) == "azure"]
     if not runs:
-        raise UsageError(f"No run under {args.runs} is on Azure; make one: phi3 up --on azure")
+        raise UsageError(
+            f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"
+        )
     return runs[0]
 
 
@@ -131,7 +135,7 @@ def register_flow(subparsers: Any) -> None:
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"where to (default: {OUT})"
+        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"output folder (default: {OUT})"
     )
 
 
@@ -172,14 +176,15 @@ def _add_image(actions: Any) -> None:
     image = add_command(
         actions,
         "image",
-        "write a container context that serves the flow: small, without a store, not as root",
+        "write a container build context that serves the flow: small, no connection store, not "
+        "root",
         "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
         run_image,
     )
     add_flow_argument(image)
     image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
     image.add_argument(
-        "--base", default=BASE, metavar="IMAGE", help=f"image to build on (default: {BASE})"
+        "--base", default=BASE, metavar="IMAGE", help=f"base image (default: {BASE})"
     )
     add_extra(image)
     _add_out(image)
@@ -217,7 +222,7 @@ def _add_serve(actions: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="default 8080")
     serve.add_argument(
-        "--workers", type=int, default=1, help="processes that answer (fastapi); default 1"
+        "--workers", type=int, default=1, help="worker processes (fastapi only; default 1)"
     )
 
 

@@ -20,33 +20,33 @@ def register_status(subparsers: Any) -> None:
         subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
     )
     status.add_argument("--run", metavar="NAME", help="one run only")
-    add_on(status, "only the runs there; azure: ask Azure what stands and what bills")
+    add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
     down = add_command(
         subparsers,
         "down",
-        "stop what `up` started: endpoints here, endpoint and cluster on Azure",
+        "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
         "phi3 down --on azure --run phi3-mini-azure",
         run_down,
     )
     down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
     down.add_argument("--run", dest="named", metavar="NAME", help="the same")
-    add_on(down, "only the runs there (default: RUN's place, else this machine)")
+    add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
     down.add_argument(
         "--failed",
         action="store_true",
-        help="on Azure: only the deployments and clusters that failed, which bill all the same",
+        help="on Azure: only deployments and clusters that failed; they bill as well",
     )
     down.add_argument(
         "--idle",
         action="store_true",
-        help="on Azure: only the run's deployments that get no traffic, and the failed ones",
+        help="on Azure: only the run's deployments without traffic, and the failed ones",
     )
     down.add_argument(
         "--all",
         action="store_true",
-        help="on Azure: also the workspace and everything else that `up` made for it",
+        help="on Azure: also the workspace and everything else that `up` created for it",
     )
 
 
@@ -59,7 +59,7 @@ def run_status(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(states)
     elif not states:
-        console.out.print(f"No runs under {args.runs} yet; make one with: phi3 up", markup=False)
+        console.out.print(f"No runs under {args.runs} yet; create one with: phi3 up", markup=False)
     for state in states if args.output == "text" else []:
         _show_state(state)
     return 0
@@ -80,7 +80,7 @@ def _show_state(state: dict[str, Any]) -> None:
     console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
     if state["on"] != "local" and "lines" not in state:
         command = f"phi3 status --on {state['on']} --run {state['run']}"
-        console.out.print(f"  on {state['on']}; ask there what stands: {command}", markup=False)
+        console.out.print(f"  on {state['on']}; see what exists there: {command}", markup=False)
     for fault in state["broken"]:
         console.out.print(f"  broken: {fault}", markup=False)
     for line in state.get("lines", []):
@@ -131,13 +131,13 @@ def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
     console.err.print(f"This deletes, for the run {run.name}:", markup=False)
     for name in names:
         console.err.print(f"  {name}", markup=False)
-    console.err.print("with everything in them, also what phi3 did not make.")
+    console.err.print("with everything in them, including what phi3 did not create.")
     try:
-        said = input("Type yes to go on: ") if _has_person() else ""
+        said = input("Type yes to continue: ") if _has_person() else ""
     except EOFError:
         said = ""
     if said.strip().lower() != "yes":
-        raise UsageError("Nothing was deleted; say it with --yes where nobody can be asked")
+        raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")
 
 
 def _has_person() -> bool:
@@ -158,6 +158,6 @@ def _show_end(
         console.out.print("Nothing of ours is running.")
     for name in away:
         command = f"phi3 down --on azure {name}"
-        console.out.print(f"{name} is on Azure and may bill: {command}", markup=False)
+        console.out.print(f"{name} is on Azure and may be billing: {command}", markup=False)
     if os.environ.get("PHI3_ENDPOINT"):
         console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")

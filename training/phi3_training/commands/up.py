@@ -72,20 +72,18 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
     metrics = run.require("metrics", "phi3 evaluate")
     verdict = run.require("gate", "phi3 evaluate")
     confidence = metrics["settings"]["confidence"]
-    sure = f"change, {confidence:.0%} sure"
+    change = f"change ({confidence * 100:g} % interval)"
     if every:
         for part, compared in metrics["comparisons"].items():
             title = f"{_title(part, compared)}, before and after tuning"
-            console.table(title, ["", "before", "after", sure], _rows(compared))
+            console.table(title, ["", "before", "after", change], _rows(compared))
     else:
         rows = [
             [_title(part, compared) if not number else "", *row]
             for part, compared in metrics["comparisons"].items()
             for number, row in enumerate(_rows(compared, HEADLINES[part]))
         ]
-        console.table(
-            "Before and after tuning, as measured", ["asked", "", "before", "after", sure], rows
-        )
+        console.table("Before and after tuning", ["questions", "", "before", "after", change], rows)
     console.out.print(f"Gate:     {gate.summary(verdict)}", markup=False)
     if every or not verdict["passed"]:
         for rule in verdict["rules"]:
@@ -108,9 +106,9 @@ def _rows(compared: dict[str, Any], wanted: tuple[str, ...] | None = None) -> li
     for name, figures in compared.items():
         if wanted is None or name in wanted:
             metric = METRICS[name]
-            before, after = (format(figures[side], metric.form) for side in ("before", "after"))
-            low, high = (format(figures[end], "+" + metric.form) for end in ("low", "high"))
-            rows.append([metric.label, before, after, f"{low} to {high}"])
+            before, after = (metric.text(figures[side]) for side in ("before", "after"))
+            low, high = (metric.change(figures[end]) for end in ("low", "high"))
+            rows.append([metric.label, before, after, f"{low} to {high}{metric.unit}"])
     return rows
 
 
@@ -128,7 +126,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
         (f"{binary}phi3 chat", "a conversation in this terminal"),
         (
             f"{binary}phi3 chat --web",
-            "Prompt flow's chat page in the browser; Ctrl-C ends it",
+            "Prompt flow's chat page in the browser; Ctrl-C closes it",
         ),
         (
             f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
@@ -142,9 +140,9 @@ def _next_on(target: str, run: str) -> list[tuple[str, str]]:
     binary = _prefix()
     return [
         (f"{binary}phi3 chat {where}", "a conversation in this terminal"),
-        (f"{binary}phi3 invoke {where}", "a held-out conversation, scored"),
-        (f"{binary}phi3 status {where}", "what stands, and what bills"),
-        (f"{binary}phi3 down --on {target} {run}", "delete what bills: until then it does"),
+        (f"{binary}phi3 invoke {where}", "the answer to a held-out conversation"),
+        (f"{binary}phi3 status {where}", "what exists, and what bills"),
+        (f"{binary}phi3 down --on {target} {run}", "delete what bills; it bills until then"),
     ]
 
 
@@ -163,7 +161,7 @@ def register_up(subparsers: Any) -> None:
     up = add_command(
         subparsers,
         "up",
-        "do every stage that is not done yet, from chats to an answer in Prompt flow",
+        "run every stage that is not done yet, from chats to an answer in Prompt flow",
         "phi3 up training/recipes/phi3-tiny.yaml finetune.num_train_epochs=10",
         run_up,
     )
@@ -177,7 +175,7 @@ def register_up(subparsers: Any) -> None:
     plan = add_command(
         subparsers,
         "plan",
-        "say what `up` would do and what would stop it; changes nothing",
+        "show what `up` would do and what would stop it; changes nothing",
         "phi3 plan training/recipes/phi3-mini-lora.yaml",
         run_plan,
     )
@@ -187,10 +185,10 @@ def register_up(subparsers: Any) -> None:
         "--device-gb",
         type=_size,
         metavar="GB",
-        help="memory only, on a GPU of this size instead of this machine",
+        help="plan memory only, for a GPU of this size instead of this machine",
     )
     plan.add_argument(
-        "--device", choices=("cuda", "cpu"), help="kind of that device (default: cuda)"
+        "--device", choices=("cuda", "cpu"), help="type of that device (default: cuda)"
     )
 
 
@@ -243,7 +241,7 @@ def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine
         device = of_size(args.device_gb, args.device or "cuda")
         return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
     if args.device is not None:
-        raise UsageError("--device says what kind --device-gb is; add e.g. --device-gb 24")
+        raise UsageError("--device needs --device-gb; add e.g. --device-gb 24")
     return []
 
 
@@ -342,7 +340,7 @@ def _show(journey: Journey, report: dict[str, Any]) -> None:
         key=lambda trial: (trial["value"] is None, sign * (trial["value"] or 0), trial["number"]),
     )
     console.table(
-        f"Trials, the best first ({report['direction']})",
+        f"Trials, best first ({report['direction']})",
         columns,
         [_row(trial, keys) for trial in ranked],
     )
@@ -350,7 +348,8 @@ def _show(journey: Journey, report: dict[str, Any]) -> None:
     console.out.print(f"Best recipe:  {folder / report['best_recipe']}", markup=False)
     console.out.print(f"Picture:      {folder / report['picture']}", markup=False)
     console.out.print(
-        "The best was chosen by the held-out chats: judge it by others that it has not seen.",
+        "The best was chosen on the held-out chats, so judge it on chats that played no part in "
+        "the search.",
         style="dim",
     )
 
@@ -372,8 +371,8 @@ def _value(value: Any) -> str:
 # command: (its manifest, help)
 STAGE_COMMANDS = {
     "train": ("model", "prepare the chats and fine-tune"),
-    "evaluate": ("gate", "compare the base and the tuned model, and hold it against the gate"),
-    "register": ("registration", "put the tuned model into the run's MLflow registry"),
+    "evaluate": ("gate", "compare the base and the tuned model, and apply the gate"),
+    "register": ("registration", "register the tuned model in the run's MLflow registry"),
     "deploy": ("endpoint", "start the endpoint of the tuned model"),
     "connect": ("connection", "write the Prompt flow connection to the endpoint"),
 }
@@ -398,7 +397,7 @@ def register_stages(subparsers: Any) -> None:
                 "--search",
                 type=Path,
                 metavar="FILE",
-                help="look for better settings, as the YAML file says (docs/search.md)",
+                help="search for better settings as described in this YAML file (docs/search.md)",
             )
         if name in ("deploy", "connect"):
             add_force(parser)
