@@ -13,7 +13,7 @@ from phi3_tool import ConfigurationError, Phi3Error, __version__
 
 EXAMPLES = """\
 examples:
-  phi3 up                                   fine-tune the shipped tiny Phi-3, serve it, ask it
+  phi3 up                                   fine-tune a small model, serve it, ask it
   phi3 up my.yaml data.train=my_chats.jsonl another recipe, one key changed
   phi3 chat                                 talk to the tuned model
   phi3 down                                 stop what `up` started

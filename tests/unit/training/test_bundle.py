@@ -208,7 +208,7 @@ def test_key_of_the_environment_is_refused(
 ) -> None:
     flow = copied(clone, tmp_path, "Who founded Microsoft?", KEY)
     monkeypatch.setenv("PHI3_KEY", KEY)
-    with pytest.raises(UsageError, match=r"stands in flow\.dag\.yaml") as caught:
+    with pytest.raises(UsageError, match=r"occurs in flow\.dag\.yaml") as caught:
         pack(flow, tmp_path / "out")
     assert KEY not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []

@@ -90,7 +90,7 @@ def test_working_system_keyring_wins(home: Path) -> None:
     configure(home, WORKING)
     keeper = store.find_keeper()
     assert keeper == store.Keeper("own_keyring.Keyring")
-    assert "kept by this machine's keyring (own_keyring)" in store.describe(keeper)
+    assert "in this machine's keyring (own_keyring)" in store.describe(keeper)
     assert not (home / ".local").exists()
 
 

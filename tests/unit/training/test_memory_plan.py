@@ -112,7 +112,7 @@ def test_evaluation_is_refused_before_training() -> None:
 def test_serving_counts_whole_conversations() -> None:
     text = line(memory_plan(recipe(), of_size(24)), "deploy").text
     assert "one conversation of 2,304 tokens" in text
-    assert "of 32 such at once" in text
+    assert "of 32 at once" in text
     refused = line(memory_plan(recipe(), of_size(8, "cpu")), "deploy")
     assert refused.stops
     assert refused.text.endswith("serve.precision=int4")

@@ -271,7 +271,8 @@ def _without_own(argv: Sequence[str]) -> list[str]:
 
 def register_rehearse(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("rehearse", help="run a rehearsed Azure on this machine")
+    parser = subparsers.add_parser("rehearse", help="start, stop or inspect a rehearsed Azure on "
+        "this machine")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
@@ -281,7 +282,7 @@ def register_rehearse(subparsers: Any) -> None:
     start.add_argument(
         "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
     )
-    stop = add("stop", "stop it and its jobs and servers", "stop", run_stop)
+    stop = add("stop", "stop the rehearsal, its jobs and its servers", "stop", run_stop)
     stop.add_argument("--forget", action="store_true", help="also delete its state")
     add("status", "show whether it is running and what it contains", "status", run_status)
     add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)

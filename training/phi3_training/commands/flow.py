@@ -126,7 +126,7 @@ OUT = Path("dist")
 def register_flow(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser(
-        "flow", help="pack a flow for Foundry or Studio, or as a container"
+        "flow", help="pack a flow for Foundry or Studio, push it, serve it, or build its container"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for add in (_add_pack, _add_image, _add_serve, add_push):
@@ -213,7 +213,7 @@ def _add_serve(actions: Any) -> None:
     serve = add_command(
         actions,
         "serve",
-        "serve the flow as `pf flow serve` does, endpoint and key from the environment alone",
+        "serve the flow like `pf flow serve`, with endpoint and key from the environment only",
         'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
         run_serve,
     )

@@ -297,7 +297,7 @@ def register_export(subparsers: Any) -> None:
         "phi3 export --to onnx-int4 --run phi3-tiny",
         run_export,
     )
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the form")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="target format")
     parser.add_argument("--run", metavar="NAME", help="which run (default: the last trained)")
 
 

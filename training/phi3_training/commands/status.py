@@ -30,7 +30,7 @@ def register_status(subparsers: Any) -> None:
         run_down,
     )
     down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
-    down.add_argument("--run", dest="named", metavar="NAME", help="the same")
+    down.add_argument("--run", dest="named", metavar="NAME", help="same as RUN")
     add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
     down.add_argument(

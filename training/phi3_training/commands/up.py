@@ -166,7 +166,8 @@ def register_up(subparsers: Any) -> None:
         run_up,
     )
     add_recipe(up)
-    up.add_argument("--again", action="append", default=[], metavar="STAGE", help="redo a stage")
+    up.add_argument("--again", action="append", default=[], metavar="STAGE", help="run this stage "
+        "again")
     add_adapter(up)
     add_allow(up)
     add_force(up)
@@ -374,7 +375,7 @@ STAGE_COMMANDS = {
     "evaluate": ("gate", "compare the base and the tuned model, and apply the gate"),
     "register": ("registration", "register the tuned model in the run's MLflow registry"),
     "deploy": ("endpoint", "start the endpoint of the tuned model"),
-    "connect": ("connection", "write the Prompt flow connection to the endpoint"),
+    "connect": ("connection", "write the Prompt flow connection for the endpoint"),
 }
 
 
@@ -408,7 +409,7 @@ def run_stage(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
         if journey.target.name != "local":
-            raise UsageError("A search runs on this machine: leave out --on azure")
+            raise UsageError("A search runs on this machine: remove --on azure")
         return run_search(args, journey)
     manifest = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
