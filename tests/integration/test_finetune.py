@@ -292,4 +292,4 @@ def test_prompts_without_room_for_an_answer_count_as_wrong(tuned: Tuned, tmp_pat
     assert metrics["after"]["validation"]["correct"] == 0
     assert metrics["after"]["train"]["correct"] == 2
     remarks = "\n".join(metrics["choices"])
-    assert "1 questions fill the model's context and count as wrong" in remarks
+    assert "1 questions do not fit the model's context and count as wrong" in remarks

@@ -121,7 +121,7 @@ def test_a_kill_while_a_checkpoint_is_written(
             break
     assert last.name == "checkpoint-20"
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 15" in str(Run(run).require("model", "")["choices"])
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -137,7 +137,7 @@ def next_checkpoint(run: Path, step: int) -> Callable[[], Path | None]:
 
 @pytest.fixture(scope="module")
 def killed(prepared: Path) -> Path:
-    """A run that was killed behind step 22: checkpoints 15 and 20 are there."""
+    """A run that was killed after step 22: checkpoints 15 and 20 are there."""
     run = copy_of(prepared, "killed")
     kill_when(run, [], lambda: len(losses(run)) >= 22)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = copy_of(killed, f"damaged-{damage.__name__}")
     damage(checkpoints(run)[-1])
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 15" in str(Run(run).require("model", "")["choices"])
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -207,7 +207,7 @@ def test_how_often_is_saved_may_change_in_between(
 ) -> None:
     run = copy_of(killed, "other-saving")
     train_apart(run, ["finetune.save_steps=9", "finetune.save_total_limit=1"])
-    assert "behind step 20" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 20" in str(Run(run).require("model", "")["choices"])
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -241,7 +241,7 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     kill_when(run, [], lambda: bool(list(run.glob("finetune/checkpoints/*/checkpoint-56/" + SEAL))))
     shutil.rmtree(run / "model", ignore_errors=True)
     train_apart(run)
-    assert "behind step 56" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 56" in str(Run(run).require("model", "")["choices"])
     assert_same(losses(run), uninterrupted("dropout"))
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
 
@@ -262,7 +262,7 @@ def test_the_command_goes_on_after_a_kill(prepared: Path, tmp_path: Path) -> Non
     process.communicate(timeout=30)
     base = (run / "base.json").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    went_on = re.search(r"went on behind step (\d+), from", again.stderr)
+    went_on = re.search(r"Resumed from checkpoint at step (\d+)", again.stderr)
     assert went_on is not None
     assert int(went_on.group(1)) >= 30
     assert [step for step, _ in losses(run)] == list(range(1, 281))

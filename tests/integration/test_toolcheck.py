@@ -216,10 +216,10 @@ def test_all_faults_of_a_tool_are_named_at_once(installed: Place, tmp_path: Path
     agree = "make the YAML's inputs and the function's parameters agree"
     names = ", ".join(inspect.signature(phi3_chat).parameters)
     assert told == [
-        ("phi3_chat is no Prompt flow tool", "put @tool above it"),
+        ("phi3_chat is not a Prompt flow tool", "put @tool above it"),
         (
             f"Prompt flow cannot read the types of {names}, return",
-            "take `from __future__ import annotations` out of phi3_tool.chat",
+            "remove `from __future__ import annotations` from phi3_tool.chat",
         ),
         ("the YAML has an input 'question' that phi3_chat does not take", agree),
         ("phi3_chat needs 'input_data', which the YAML does not have", agree),

@@ -118,7 +118,7 @@ def test_what_bills_names_state_size_and_price() -> None:
 
     assert "1 x Standard_NC24ads_A100_v4; 3.67 USD per hour, 2,681 per month" in good
     assert "failed: still bills" in bad
-    assert "not known here: see https://azure.microsoft.com/pricing" in bad
+    assert "unknown: see https://azure.microsoft.com/pricing" in bad
     assert busy.startswith(f"cluster busy: 3 x {GPU}; 11.02 USD")
     assert "dark: bills while it has nodes" in dark
 
