@@ -309,13 +309,13 @@ class Phi3Client:
 
     @property
     def dialect(self) -> str:
-        """What is spoken there: "score" or "openai"."""
+        """The endpoint's dialect: "score" or "openai"."""
         return self._address.dialect
 
     def chat(
         self, messages: Sequence[Message], *, request_id: str | None = None, **parameters: Any
     ) -> ChatReply:
-        """The answer to the last of the messages; a Phi3Error where there is none."""
+        """The answer to the last message; raises a Phi3Error if there is none."""
         started = time.monotonic()
         call = self._new_call(messages, parameters, request_id, stream=False)
         arrival = self._deliver(call)
@@ -345,7 +345,7 @@ class Phi3Client:
         if arrival.body is not None:
             return _one_piece(self._read(arrival, call).text)
         pieces = self._pieces(arrival, call)
-        # Begun here, so that closing it reaches its `finally` even if nobody ever iterates.
+        # Started here, so that closing it reaches its `finally` even if it is never iterated.
         next(pieces)
         return pieces
 
@@ -434,7 +434,7 @@ class Phi3Client:
                 raise call.dress(outcome.error, self._credential)
 
     def _renewed(self, call: Call, failure: Failure, used: BearerAuth) -> BearerAuth | None:
-        """A token other than the one refused, once per call; None where there is none."""
+        """A token other than the rejected one, once per call; None if there is none."""
         if failure.error.status != 401 or not self._credential.renewable or call.renewed:
             return None
         call.renewed = True
@@ -555,7 +555,8 @@ def _read_up_to(response: requests.Response, limit: int) -> bytes:
 
 
 def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
-    """Past the last piece, so that the connection can be used again; in vain is no failure."""
+    """Read past the last piece, so that the connection can be reused; failing to is not an "
+    "error."""
     reading.shorten(_AFTER_LAST_PIECE_SECONDS)
     try:
         for _ in range(_MAX_ERROR_BYTES // 1024):

@@ -92,7 +92,7 @@ def in_dialect(endpoint: str, dialect: Dialect) -> str:
 
 
 def same_endpoint(one: str, other: str) -> bool:
-    """Whether two URLs lead to one endpoint, be it in another dialect."""
+    """Whether two URLs point to the same endpoint, possibly in another dialect."""
     return in_dialect(one, "score") == in_dialect(other, "score")
 
 

@@ -39,7 +39,7 @@ class Choice:
 def choices(settings: ConnectionSettings) -> list[Choice]:
     """ "No name", which always works, and the names that the endpoint tells; or why it tells none.
 
-    ConfigurationError where the settings are unusable; a silent endpoint is no error.
+    ConfigurationError where the settings are unusable; an unreachable endpoint is not an error.
     """
     names, reason = _names(settings)
     if names:
@@ -48,7 +48,7 @@ def choices(settings: ConnectionSettings) -> list[Choice]:
 
 
 def no_list(reason: str) -> Choice:
-    """The one entry of an empty list; a flow that takes it works all the same."""
+    """The one entry of an empty list; a flow that uses it still works."""
     log.info("no deployments to choose from: %s", reason)
     return Choice("", f"(the endpoint chooses; no list: {one_line(reason)})")
 

@@ -1,6 +1,6 @@
 """Turns an answer that is not a success into the right error, and says whether to try again.
 
-The table behind it is Azure's: a managed online endpoint wraps what its container says in a
+The table is Azure's: a managed online endpoint wraps what its container returns in a
 424 and puts the container's own status and a reason into headers.
 """
 

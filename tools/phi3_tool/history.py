@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 TOKENS_AROUND_MESSAGE = 5
 #: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
 DEFAULT_CONTEXT_LENGTH = 4096
-#: Begins the note at the end of a streamed answer that broke off; the model never sees the note.
+#: Starts the note at the end of an incomplete streamed answer; the model never sees the note.
 BROKE_OFF = "\n\n[The answer was cut off. "
 
 Turn = tuple[str, str]

@@ -56,7 +56,7 @@ _SHORTEN = "shorten the conversation, lower max_new_tokens, or check the deploym
 
 @dataclass(frozen=True)
 class Answer:
-    """What an endpoint said, whatever dialect it said it in."""
+    """An endpoint's answer, in either dialect."""
 
     text: str
     finish_reason: str | None = None
@@ -65,7 +65,7 @@ class Answer:
 
 
 def guess_dialect(url: str) -> Dialect:
-    """The dialect spoken at the URL's path; ConfigurationError where the path tells nothing."""
+    """The dialect of the URL's path; ConfigurationError if the path does not show it."""
     path = urlsplit(url).path.rstrip("/")
     if path.endswith("/score"):
         return "score"

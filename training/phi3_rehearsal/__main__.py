@@ -1,4 +1,4 @@
-"""`python -m phi3_rehearsal ACTION FOLDER …`: the rehearsed Azure whose state lies in FOLDER.
+"""`python -m phi3_rehearsal ACTION FOLDER …`: the rehearsed Azure whose state is in FOLDER.
 
 Each action prints one JSON value; what goes wrong is one line on standard error, with exit status 2
 for what was asked wrongly and 1 for the rest. `run` prints what its command prints.

@@ -1,7 +1,7 @@
 """What the rehearsed Azure knows: its resources, running operations, secrets and journal of calls.
 
 Reads and writes state.json (atomically), seed (mode 0600) and calls.jsonl in its folder. Keys are
-derived from the seed or sealed with it, so that none lies on disk in clear.
+derived from the seed or sealed with it, so that none is on disk in clear text.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Rehearsal:
         return self.process.pid
 
     def about(self) -> Json:
-        """What anybody may know of it: no secret."""
+        """Its public state: no secret."""
         names = {"folder": self.folder, "proxy": self.url, "ca_file": self.ca_file}
         return {"state": "running", **{k: str(v) for k, v in names.items()}, "pid": self.pid}
 

@@ -219,7 +219,7 @@ def _check_size(
 
 
 def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
-    """Where the weights of the deployed model lie. Raises AzureError."""
+    """Where the weights of the deployed model are. Raises AzureError."""
     asked = asset_id(given.get("model"))
     if not asked:
         raise bad("The deployment names no model.", "BadArgument")

@@ -268,7 +268,7 @@ def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
 
 
 def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
-    """An input as a literal or as the folder or file it lies in. Raises AzureError."""
+    """An input as a literal or as the folder or file it is in. Raises AzureError."""
     if value.get("jobInputType") == _LITERAL:
         return JobInput(literal=str(value.get("value")))
     uri = str(value.get("uri") or "")

@@ -31,7 +31,7 @@ _IDLE_SECONDS = 300.0
 
 
 class Proxy:
-    """Serves until `close`. `url` is what HTTPS_PROXY wants."""
+    """Serves until `close`. `url` is the value for HTTPS_PROXY."""
 
     def __init__(self, cloud: Cloud, authority: Authority, port: int = 0) -> None:
         try:

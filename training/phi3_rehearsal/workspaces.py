@@ -1,6 +1,6 @@
-"""Workspaces, hubs and projects, and what lies in them: datastores, connections, flows.
+"""Workspaces, hubs and projects, and their contents: datastores, connections, flows.
 
-Connections keep their secrets sealed; flows lie in the workspace's file share.
+Connections store their secrets encrypted; flows are in the workspace's file share.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
 
 
 # The answers of a batch: a JSONL file that loses nothing when its writer is killed.
-# Appends to OUT as answers come and puts it in order at the end; OUT.batch.json beside it says what
+# Appends to OUT as answers come and sorts it at the end; OUT.batch.json next to it records what
 # was asked, without a key.
 
 Row = dict[str, Any]
@@ -119,7 +119,7 @@ class Answers:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._record, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-        # Whatever lies there now is whole: a cut last line, as a killed process leaves it, is not.
+        # Every line is complete, except a truncated last one that a killed process may leave.
         self._write_in_order()
         self._stream = path.open("a", encoding="utf-8")
 
@@ -298,7 +298,7 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
             done.put(None)
 
     for _ in range(threads):
-        # Daemons: an interrupted batch does not wait for answers nobody will keep.
+        # Daemons: an interrupted batch does not wait for answers that would be lost.
         threading.Thread(target=work, name="phi3-batch", daemon=True).start()
     try:
         for _ in lines:
@@ -329,7 +329,7 @@ def _outcome(ask: Ask, line: Line) -> Outcome:
         return Outcome(line, error=error)
 
 
-# One batch: every line that has no answer is asked, each outcome is kept at once and counted.
+# One batch: every line without an answer is sent; each outcome is written at once and counted.
 
 # After these no other line would fare better: the rest is not asked.
 HOPELESS = (AuthenticationError, EndpointNotFoundError, ConfigurationError)

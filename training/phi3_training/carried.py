@@ -13,13 +13,13 @@ from pathlib import Path
 
 import phi3_tool
 
-# Where each of our packages lies: two clones' folders, or one site-packages.
+# Where each of our packages is: two folders of a clone, or one site-packages.
 _PACKAGES = {
     "phi3_training": Path(__file__).resolve().parent,
     "phi3_tool": Path(phi3_tool.__file__).resolve().parent,
 }
 _OURS = re.compile(rf"({'|'.join(_PACKAGES)})(\.\w+)*")
-_DATA = (".css", ".txt", ".yaml", ".typed")  # what a module reads from the folder it lies in
+_DATA = (".css", ".txt", ".yaml", ".typed")  # what a module reads from its own folder
 
 
 def carried_files(*modules: str) -> dict[str, Path]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # a recipe or key=value behind an option: argparse takes them in one piece only
+    if rest:  # a recipe or key=value after an option: argparse accepts them only in one group
         args.words += rest
     if args.command is None:
         parser.print_help()

@@ -1,7 +1,7 @@
 """The journey: prepare → base → finetune → evaluate → gate → register → deploy → connect → ask.
 
 Reads a recipe and the run folder; each stage writes its manifest and is skipped while its
-inputs are unchanged, so an interrupted `phi3 up` goes on where it stopped.
+inputs are unchanged, so an interrupted `phi3 up` resumes where it stopped.
 """
 
 from __future__ import annotations

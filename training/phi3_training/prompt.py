@@ -166,7 +166,7 @@ class Guard:
 
 
 def _unknown_id(content: Mapping[str, Any]) -> int | None:
-    """The id that stands for unknown characters: a message may hold those."""
+    """The id for unknown characters: a message may contain those."""
     model = content.get("model", {})
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
@@ -323,7 +323,7 @@ class ChatFormat:
         return text
 
     def _answer_span(self, text: str, before: Sequence[Message], answer: str) -> tuple[int, int]:
-        """Where an answer stands in `text`: right behind the prompt that serving would send."""
+        """Where an answer is in `text`: right after the prompt that serving would send."""
         prompt = self._guarded_text(before, add_generation_prompt=True)
         if text.startswith(prompt):
             for form in (answer, answer.strip()):
@@ -350,7 +350,7 @@ def _mark(
     *,
     to_the_end: bool,
 ) -> None:
-    """Set the mask on the tokens of `span`, on the control token behind it, or on all of those."""
+    """Set the mask on the tokens of `span`, on the control token after it, or on all of those."""
     for index, start in enumerate(starts):
         if span[0] <= start < span[1] and not control[index]:
             mask[index] = 1

@@ -1,6 +1,6 @@
 """The ten stages of the journey on Azure: those of this machine, done there, and `provision`.
 
-Each calls the target; what it depends on is said here, as in stages.py.
+Each calls the target; its dependencies are listed here, as in stages.py.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _clients(recipe: Recipe) -> Clients:
 # `phi3 … --rehearse`: the same command inside a rehearsed Azure on this machine; and
 # `phi3 rehearse start | stop | status | env | calls | fault`: the rehearsed Azure by itself.
 # The rehearsed Azure is a program of its own, `python -m phi3_rehearsal`, which this module starts
-# and whose JSON it reads: the product must not know what it is rehearsed with. All of it lies under
+# and whose JSON it reads: phi3 must not know what it is rehearsed with. All of it is under
 # <runs>/rehearsal, so that neither real runs nor the user's own Prompt flow store see it.
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
@@ -271,8 +271,9 @@ def _without_own(argv: Sequence[str]) -> list[str]:
 
 def register_rehearse(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("rehearse", help="start, stop or inspect a rehearsed Azure on "
-        "this machine")
+    parser = subparsers.add_parser(
+        "rehearse", help="start, stop or inspect a rehearsed Azure on this machine"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:

@@ -178,7 +178,8 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
 
 
 def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
-    """The same as one record, for what knows keys only: an Entra token stands in for a key."""
+    """The same as one record, for clients that only know keys: an Entra token is used as the "
+    "key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
 
@@ -229,7 +230,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def streaming_url(endpoint: str) -> str:
-    """Our own endpoint streams beside /score; any other URL is used as it is."""
+    """Our own endpoint streams on a second route; any other URL is used as it is."""
     parts = urlsplit(endpoint)
     if parts.path == "/score" and parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return urlunsplit(parts._replace(path=OPENAI_PATH))
@@ -310,7 +311,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 # `phi3 invoke`: score a random held-out conversation, as the tutorials do, with our own client.
-# Reads the run's held-out rows; shows what was expected beside what came back.
+# Reads the run's held-out rows; shows the expected answer next to the actual one.
 
 Messages = list[dict[str, str]]
 

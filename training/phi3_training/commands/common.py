@@ -156,7 +156,7 @@ def where_to_run(args: argparse.Namespace) -> str:
 
 
 def run_name(recipe: Recipe, on: str) -> str:
-    """The recipe's name; on Azure it ends in -azure, so that it is no local run of the recipe."""
+    """The recipe's name; on Azure with the ending -azure, to keep it apart from a local run."""
     if on == "local" or recipe.name.endswith("-azure"):
         return recipe.name
     return f"{recipe.name[:58]}-azure"
@@ -191,7 +191,7 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
 
 
 def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = None) -> Recipe:
-    """Load the recipe: the first word that is no override, or the default one of the target.
+    """Load the recipe: the first word that is not an override, or the target's default.
 
     `instead` is a recipe whose model, and all that is set for that model, takes the place of the
     recipe's own; its data, questions and gate stay.
@@ -244,7 +244,7 @@ def tuned_run(args: argparse.Namespace) -> Run:
 
 
 def has_model_here(run: Run) -> bool:
-    """Whether the tuned model lies in the run folder; one tuned on Azure stays there."""
+    """Whether the tuned model is in the run folder; one tuned on Azure stays there."""
     return run.manifest("model") is not None and target_of(run) == "local"
 
 

@@ -152,7 +152,7 @@ def _add_pack(actions: Any) -> None:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """Pack; print what lies where."""
+    """Pack; print where the results are."""
     from ..flow.bundle import pack
 
     bundle = pack(flow_of(args), args.out, feed=args.feed, image=args.image, extra=args.add)

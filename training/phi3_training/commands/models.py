@@ -195,7 +195,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-# `phi3 init`: a project of one's own, from the files that come with the package.
+# `phi3 init`: a new project, from the files that come with the package.
 
 
 def register_init(subparsers: Any) -> None:
@@ -282,7 +282,7 @@ def _run(args: argparse.Namespace) -> Run:
     return runs[0]
 
 
-# `phi3 export`: the tuned model in another form, held against what it was made of.
+# `phi3 export`: the tuned model in another format, compared with the original.
 
 # Spelled out, so that `--help` needs no heavy package.
 FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")

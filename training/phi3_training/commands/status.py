@@ -107,7 +107,7 @@ def run_down(args: argparse.Namespace) -> int:
     for run in runs:
         try:
             lines += _teardown(args, run, only)
-        except StageError as error:  # what other runs started is stopped all the same
+        except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
     _show_end(args, lines, broken, away)
     return 1 if broken else 0

@@ -66,7 +66,7 @@ def show_summary(journey: Journey) -> None:
 
 
 def show_comparison(run: Run, *, every: bool = False) -> None:
-    """Both models' figures side by side, where the report lies, and the gate's verdict."""
+    """Both models' metrics side by side, the gate's verdict, and where the report is."""
     from ..evaluate import gate
 
     metrics = run.require("metrics", "phi3 evaluate")
@@ -166,8 +166,9 @@ def register_up(subparsers: Any) -> None:
         run_up,
     )
     add_recipe(up)
-    up.add_argument("--again", action="append", default=[], metavar="STAGE", help="run this stage "
-        "again")
+    up.add_argument(
+        "--again", action="append", default=[], metavar="STAGE", help="run this stage again"
+    )
     add_adapter(up)
     add_allow(up)
     add_force(up)

@@ -191,7 +191,7 @@ def wrong_type(place: str, value: Any, expected: str) -> Problem:
     return Problem("wrong-type", f"{place} is {found}", f"expected {expected}")
 
 
-# The chat formats that are read, told apart by their keys, and turned into messages.
+# The supported chat formats, detected from their keys, and converted to messages.
 # messages, prompt/completion, input/output, alpaca (instruction/input/output) and sharegpt.
 
 MESSAGES = ListShape("messages", "role", "content")

@@ -26,7 +26,7 @@ from .scan import Scan, Table
 # Finds rows that are there twice, nearly twice, or on both sides of the split. Reads a Table.
 
 _CHAIN = 4  # earlier texts with the same number that one is measured against
-_MEASURED = 256  # texts whose runs are kept at hand
+_MEASURED = 256  # texts whose runs are cached
 
 
 class Pairs(NamedTuple):
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
 
 
 class Repeats(NamedTuple):
-    """What was found; a row stands in one list at most."""
+    """What was found; a row is in one list at most."""
 
     duplicates: Pairs
     leaks: Pairs

@@ -60,9 +60,9 @@ class Line(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some lines that follow on each other, without their LF; the last may have been cut short.
+    """Some consecutive lines, without their LF; the last may be truncated.
 
-    `text` holds the lines with their LF, and perhaps more behind them.
+    `text` holds the lines with their LF, and perhaps more after them.
     """
 
     offset: int
@@ -429,7 +429,7 @@ def _plain_messages(messages: Any) -> tuple[list[str], bytes] | None:
         texts = [message["content"] for message in messages]
         joined = join(texts)
         roles = [message["role"] for message in messages]
-    except (KeyError, TypeError, IndexError):  # something is no object, or no text
+    except (KeyError, TypeError, IndexError):  # something is not an object, or not text
         return None
     count = len(roles)
     if sum(map(len, messages)) != 2 * count or count < 2 or roles != _roles(count):

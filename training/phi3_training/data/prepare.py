@@ -43,7 +43,7 @@ MOST_CANDIDATES = 50  # of one chat; a set where more share a rare word is compa
 
 
 class Chat(NamedTuple):
-    """All that was said before the last answer, its last question, and that answer."""
+    """All turns before the last answer, its question, and that answer."""
 
     before: str
     question: str
@@ -161,7 +161,7 @@ def _order(groups: U64, seed: int) -> Ints:
     return np.argsort(mixed(groups ^ start), kind="stable")
 
 
-# Where each prepared row stands in the user's own files, so that messages can name that place.
+# Where each prepared row is in the user's own files, so that messages can name that place.
 # Reads and writes run/data-origins.json; sets of more than a bound of rows have none.
 
 ORIGINS_FILE = "data-origins.json"
@@ -221,7 +221,7 @@ class RowWriter:
         return self._hash.hexdigest()
 
     def write(self, data: bytes, rows: int, hashing: Executor) -> None:
-        """Add whole lines; their hash is taken beside, as it takes as long as the writing.
+        """Add whole lines; they are hashed in a thread, which takes as long as writing.
 
         It stays one call behind at most, so that memory stays flat.
         """

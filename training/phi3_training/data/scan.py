@@ -283,7 +283,7 @@ class Table:
         return Conversation.from_dict(value, *self.place(row))
 
     def body(self, row: int) -> bytes:
-        """The text of a row that near-duplicates are told by."""
+        """The text of a row that is compared to find near-duplicates."""
         messages = self.conversation(row).messages
         texts = [message.content for message in messages]
         return join(texts[1:] if messages[0].role == "system" else texts)

@@ -231,7 +231,7 @@ class _Elements:
         return value, problems, end
 
     def _peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
             start = self._place
             while start < len(self._text) and self._text[start] in _SPACES:

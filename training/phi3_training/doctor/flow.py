@@ -1,6 +1,6 @@
 """The flow: does Prompt flow take it, and are the tools of its nodes found.
 
-Works on a temporary copy, in a process of its own: `pf flow validate` writes beside what it checks
+Works on a temporary copy, in a separate process: `pf flow validate` writes next to what it checks
 and imports the flow's code.
 """
 

@@ -330,7 +330,7 @@ class _Writer:
         done, self._done_at_once = self._done_at_once, 0
         if not self.rows:
             return done
-        # A row that is done waits for others to leave with it, and writes what nobody reads.
+        # A finished row waits until others finish, and generates tokens that are discarded.
         tokens = torch.tensor([[row.said[-1]] for row in self.rows], device=self._device)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=1)
         logits = self._model(

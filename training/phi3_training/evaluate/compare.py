@@ -67,7 +67,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
 
 
 class _Examined:
-    """What one model said to each distinct prompt, and its losses by prompt and expected answer."""
+    """One model's answer to each distinct prompt, and its losses by prompt and expected answer."""
 
     def __init__(self, asked: Sequence[Asked], answered: Sequence[Answered]) -> None:
         pairs = list(zip(asked, answered, strict=True))

@@ -21,7 +21,7 @@ from .questions import PARTS
 from .rows import read_rows
 
 # Pictures of the report as inline SVG: a loss curve, and bars with intervals. Pure functions.
-# Colours are CSS variables of the page, so that they follow its light and dark dress.
+# Colours are CSS variables of the page, so that they follow its light and dark theme.
 
 _WIDTH, _HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34

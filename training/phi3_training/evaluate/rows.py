@@ -1,4 +1,4 @@
-"""One row for each question: what was expected, what both models said, and the scores of both.
+"""One row for each question: the expected answer, both models' answers, and their scores.
 
 The rows are run/evaluate/rows.jsonl: written once, read by the gate and the report.
 """
@@ -48,7 +48,7 @@ class AnswerLoss:
 
 @dataclass(frozen=True)
 class Answered:
-    """What one model said to a question (None: no room in its context), and its loss."""
+    """One model's answer to a question (None: no room in its context), and its loss."""
 
     said: Said | None
     loss: AnswerLoss | None
@@ -100,7 +100,7 @@ def answer_sets(questions: Sequence[Question]) -> dict[str, Set]:
 
 
 def asked_in(prompt: Sequence[Mapping[str, str]]) -> str:
-    """All that was said before an answer: repeating it tells nothing."""
+    """All text before an answer: repeating it adds no information."""
     return "\n".join(turn["content"] for turn in prompt)
 
 

@@ -133,7 +133,7 @@ class SystemTurn:
     def content(self, ids: Sequence[int]) -> str | None:
         """The text of the row's system turn; None when it has none."""
         row = list(ids)
-        # One token of leeway: a beginning of text that somebody added.
+        # One token of leeway: an added beginning-of-text token.
         for start in (0, 1):
             end = start + len(self._opening)
             if row[start:end] == self._opening:
@@ -368,7 +368,7 @@ class _Auditor:
 
 
 def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
-    """Where `part` stands in `whole`, as its beginning or its end; None when it is neither."""
+    """Where `part` is in `whole`, as its beginning or its end; None if it is neither."""
     size, part = len(part), list(part)
     if size == 0 or size > len(whole):
         return None
@@ -418,7 +418,7 @@ def audit_packed(rows: Sequence[Row], packed: Sequence[SeenPacked], chat: ChatFo
 
 
 def _lost(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
-    """Conversations that do not stand alone: run into others, or torn apart."""
+    """Conversations that are not separate: merged with others, or split."""
     texts = [_text(bin_.input_ids) for bin_ in packed]
     for row in rows:
         text = _text(row.example.input_ids)

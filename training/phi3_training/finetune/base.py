@@ -1,4 +1,4 @@
-"""The base model of a run: the tiny Phi-3, made and taught here, or weights that somebody has.
+"""The base model of a run: the tiny Phi-3, built and trained here, or existing weights.
 
 Reads the base chats; writes run/base for the tiny model and nothing for other weights.
 """

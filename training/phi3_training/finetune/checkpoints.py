@@ -95,7 +95,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
             shutil.rmtree(self._root)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The clock counts from here: loading a model is no progress to be saved."""
+        """Start the save timer here: loading a model is not progress to be saved."""
         self._saved_at = time.monotonic()
 
     def on_epoch_begin(

@@ -25,7 +25,7 @@ from ..run import Run, write_atomically
 from .runtime import device
 from .teach import Progress
 
-# Ends a training process whose starter is gone: after `kill -9` nobody else tells it.
+# Ends a training process whose parent is gone: after `kill -9` nothing else does.
 # Reads the table of processes; writes nothing.
 
 GONE = 3  # exit status of a process that ended for this reason
@@ -60,7 +60,7 @@ def end_with(pid: int, born: float) -> None:
 def _lives(pid: int, born: float) -> bool:
     try:
         process = psutil.Process(pid)
-        # A killed process that nobody has waited for yet is still listed.
+        # A killed process that was not waited for yet is still listed.
         return bool(process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -52,7 +52,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     """Train, merge and save; the manifest `model` with its `path`.
 
     None in all but the main one of several processes. Raises StageError when the chats cannot be
-    learnt from as they are, when memory does not suffice, or when the loss is no number any more.
+    learnt from as they are, when memory runs out, or when the loss is NaN or infinite.
     """
     quiet_libraries()
     progress(0, 0, "reading chats and weights")
@@ -84,7 +84,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
             )
         except ValueError as error:
             raise _unfit(error) from None
-        # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
+        # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
         _train(trainer, recipe, log, saves.newest())
         trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -89,7 +89,7 @@ def _batches(
 
 
 def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right, and what to predict behind each of them (-100: nothing)."""
+    """Ids padded on the right, and what to predict after each of them (-100: nothing)."""
     width = max(len(example.input_ids) for example in batch)
     ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), -100)

@@ -51,7 +51,7 @@ class FlowSource:
 
     @classmethod
     def read(cls, folder: Path) -> FlowSource:
-        """Read and check a flow folder; raises UsageError where it is none."""
+        """Read and check a flow folder; raises UsageError if it is not one."""
         path = folder / DAG
         if not path.is_file():
             raise UsageError(f"{folder} is not a flow: expected a {DAG} in it")
@@ -127,7 +127,7 @@ def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _own(folder: Path, name: str, faults: list[str]) -> dict[str, Path]:
-    """A file or folder that must lie inside the flow's folder."""
+    """A file or folder that must be inside the flow's folder."""
     path = folder / name
     if not path.exists():
         faults.append(f"{name} is named, but is not in {folder}")
@@ -370,7 +370,7 @@ def copy_flow(
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Only a bundle is ever replaced: never somebody's own folder of that name."""
+    """Only a bundle is ever replaced: never another folder of that name."""
     if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
         raise UsageError(f"{folder} exists and is not a bundle; choose another folder with --out")
 
@@ -437,7 +437,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def replace(staged: Path, folder: Path) -> None:
-    """Put a finished folder in its place, whatever stood there before."""
+    """Put a finished folder in its place, replacing what was there."""
     if folder.exists():
         old = staged.with_name("old")
         folder.replace(old)

@@ -15,7 +15,7 @@ from ..errors import StageError
 from ..run import Run
 from . import store
 
-# Settings of the endpoint that a flow wants to know too, where the target has them.
+# Settings of the endpoint that a flow needs as well, if the target has them.
 PASSED_ON = ("deployment", "dialect", "context_length")
 
 

@@ -1,7 +1,7 @@
 """Shows that this machine's keyring can keep Prompt flow's key; run with `python -m`.
 
 Writes one line of JSON to standard output. A process of its own, because a locked or broken
-keyring may wait for ever; whoever starts it can stop it.
+keyring may wait for ever; its parent process can stop it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _refuse_taken(host: str, port: int) -> None:
     """Loading a flow takes seconds: look first whether it can be served there at all."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name != "nt":  # there it would take a port that somebody listens on
+        if os.name != "nt":  # there it would accept a port that is in use
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -109,7 +109,7 @@ def _prepare() -> None:
 
 
 def leave_traces_out() -> None:
-    """Have no request traced where nobody collects traces: they cost a sixth of its CPU time.
+    """Turn tracing off if no traces are collected: they cost a sixth of its CPU time.
 
     Prompt flow turns them on where it can import OpenTelemetry's instrumentation, which comes
     with the extra `azure`, and leaves them off where it cannot.

@@ -26,7 +26,7 @@ from phi3_tool.errors import Phi3Error
 from ..errors import MissingExtraError, StageError, UsageError
 from . import keyring_probe
 
-# What keeps the key of Prompt flow's store: finds a keyring that works with nobody at the screen.
+# Where the key of Prompt flow's store is kept: finds a keyring that works unattended.
 # A working system keyring wins; else the file keyring of keyrings.alt, readable by its owner only.
 # Reads the environment; changes file permissions; never waits longer than its time limit.
 
@@ -78,19 +78,19 @@ def find_keeper(limit: float | None = None) -> Keeper:
     if situation not in _settled:
         limit = limit or _patience()
         keeper = _try_keyring(limit) or _fall_back(limit)
-        # Falling back changes the environment: both before and after lead to the same keeper.
+        # Falling back changes the environment: before and after, the same keeper is found.
         _settled[situation] = _settled[_situation()] = keeper
     return _settled[situation]
 
 
 def is_private(path: Path) -> bool:
-    """True when nobody but the owner can get in."""
+    """True if only the owner has access."""
     # A Windows profile is its user's own.
     return os.name != "posix" or path.stat().st_mode & 0o077 == 0
 
 
 def keep_private(path: Path) -> bool:
-    """Take group's and others' rights away; True when nobody but the owner can get in."""
+    """Remove the rights of group and others; True if only the owner has access."""
     if not is_private(path):
         try:
             path.chmod(path.stat().st_mode & 0o700)

@@ -187,7 +187,7 @@ def proposal(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) 
 def most_sparing(
     recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes
 ) -> tuple[Changes, Need]:
-    """The end of the road, and what even that needs."""
+    """The smallest setting, and what even that needs."""
     *_, most = _sparing(recipe, device, rows)
     return difference(recipe, most), training_need(changed(recipe, most), shape, device, rows)
 

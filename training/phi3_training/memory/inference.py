@@ -24,7 +24,7 @@ _CONVERTING = {"fp32": 1.5, "int8": 1.5, "int4": 6.5}
 def save_phase(shape: ModelShape, work: Work) -> Phase:
     """Merging and writing the model, with the optimiser still there.
 
-    Matrices are merged one by one; then the weights are written from where they lie. DoRA's
+    Matrices are merged one by one; then the weights are written from where they are. DoRA's
     merged matrices keep the unmerged ones alive, as peft builds them.
     """
     largest = max(linear.weights for linear in shape.linears)

@@ -180,7 +180,7 @@ def _read(path: Path, source: str) -> ModelShape:
 
 
 def cached_file(model: ModelSection, name: str) -> Path | None:
-    """A file of the model as downloaded earlier; asks nobody."""
+    """A file of the model as downloaded earlier; no network."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError

@@ -1,4 +1,4 @@
-"""How long the rows of a recipe are: counted where the chats and a tokenizer are at hand.
+"""How long the rows of a recipe are: counted if the chats and a tokenizer are available.
 
 Reads run/data/*.jsonl once the chats are prepared, before that the recipe's own files, and a
 tokenizer of this machine. Never the network; writes nothing that stays.
@@ -33,7 +33,7 @@ _COUNTED = 300
 # for long chats.
 _READ = 2000
 # Bytes of a JSON line to a token where there is no tokenizer: English has 4, other European
-# languages and code 3; the line's own braces and names stand for what a template adds.
+# languages and code 3; the line's own braces and names make up for what a template adds.
 _BYTES_PER_TOKEN = 3.0
 
 Messages = Sequence[dict[str, str]]
@@ -190,7 +190,8 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
 
 
 def _of_table(table: Table) -> _Part:
-    """Rows that were just read; a row's line is about 40 bytes for each message beside its text."""
+    """Rows that were just read; a row's line has about 40 bytes per message in addition to its "
+    "text."""
     order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
     largest = []
     for row in order[:_COUNTED]:
@@ -265,7 +266,7 @@ def _lengths(
 def _count(chat: ChatFormat, messages: Messages) -> _Tokens | None:
     """A conversation's tokens; None for one that cannot be written as tokens (training says why).
 
-    A question that stands alone, as in the evaluation's own files, has no learnt tokens.
+    A question without an answer, as in the evaluation's own files, has no trained tokens.
     """
     try:
         if messages[-1]["role"] == "user":

@@ -26,7 +26,7 @@ _MOMENTS = 2
 # 4-bit normal floats: half a byte, one 8-bit constant for each 64 weights, and one float32 for
 # each 256 of those (double quantisation).
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-# TRL's loss scores at most so many tokens by so many words of the vocabulary at a time.
+# TRL's loss scores at most this many tokens by this many vocabulary entries at a time.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 # finetune/gradients.py scores so many rows at a time.
 _SCORED_AT_ONCE = 128
@@ -197,7 +197,7 @@ def heap_bytes(shape: ModelShape, work: Work) -> int:
     """What the C library's heap wastes on a CPU, for models that finetune/heap.py leaves alone.
 
     Not derived but measured: about half of all activations and scores, checkpointing or not,
-    since what it gives back in small pieces lies between pieces that stay.
+    since what it frees in small pieces is between pieces that stay.
     """
     if work.device != "cpu" or not wastes_heap(shape.parameters):
         return 0
@@ -298,7 +298,7 @@ def _dense_layer_bytes(shape: ModelShape, work: Work) -> int:
 
     For each token: both norms' input 4·h each and, as computed, their output; q, k and v after the
     rotation and attention's output, 4 each, and the latter as computed; gate and up b·2i, and their
-    product b·i. What no adapter stands at is not kept. No mask and no repeated k and v.
+    product b·i. Inputs of layers without adapter are not stored. No mask and no repeated k and v.
     """
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -1,4 +1,4 @@
-"""What `model.name_or_path` can name: the list behind `phi3 models` and the memory plan's shapes.
+"""What `model.name_or_path` can name: the list of `phi3 models` and the memory plan's shapes.
 
 Reads the cache folders to say what is here; never the network, never weights.
 """

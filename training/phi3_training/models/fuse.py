@@ -111,7 +111,7 @@ def convert(source: Path, target: Path) -> float:
 
 def check_difference(difference: float, source: str) -> None:
     """Raise StageError when the fused model does not compute what `source` computes."""
-    if not difference <= MAX_DIFFERENCE:  # also when it is no number
+    if not difference <= MAX_DIFFERENCE:  # also if it is NaN
         raise StageError(
             f"{source} converted to Phi-3 gives different results: logits differ by "
             f"{difference:.2g}, at most {MAX_DIFFERENCE:g} was expected. Nothing was written."

@@ -43,7 +43,7 @@ class Wheel:
 
     @property
     def folder(self) -> Path:
-        """Where the cache keeps what is made of it."""
+        """Where the cache stores the converted model."""
         return cache_folder() / f"{self.name}-{self.sha256[:8]}-{_FORM}"
 
 

@@ -233,6 +233,6 @@ def _sound_part(content: Mapping[str, Any], found: Sequence[Any]) -> Recipe:
         try:
             kind: Any = Recipe.model_fields[name].annotation
             sections[name] = TypeAdapter(kind).validate_python(sound)
-        except ValidationError:  # what is missing has been said
+        except ValidationError:  # what is missing was already reported
             continue
     return Recipe.model_construct(**sections)

@@ -213,7 +213,7 @@ class ModelSection(Section):
 
 
 class BaseSection(Section):
-    """How the tiny Phi-3 is built and taught from scratch; only for `model.name_or_path: tiny`."""
+    """How the tiny Phi-3 is built and trained from scratch; only for `model.name_or_path: tiny`."""
 
     data: Annotated[list[Path], Field(min_length=1)]
     vocab_size: Annotated[int, Field(ge=300)] = 2048
@@ -230,7 +230,7 @@ class BaseSection(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BaseSection:
-        # ONNX Runtime's attention wants a head size that is a multiple of 16.
+        # ONNX Runtime's attention needs a head size that is a multiple of 16.
         if self.hidden_size % (16 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 16 x num_attention_heads")
         return self

@@ -18,7 +18,7 @@ from ..recipe.sections import Positive, Section
 MakeRecipe = Callable[[Sequence[str]], Recipe]
 Value = bool | int | float | str | None
 
-# Figures of the training itself: no model has to be asked for them.
+# Metrics of the training itself: they need no evaluation.
 TRAINING_METRICS = ("validation_loss", "final_loss")
 _SECTIONS = ("finetune", "data", "base", "model")
 # Trials that are asked other questions cannot be compared.
@@ -169,7 +169,8 @@ def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probes(parameter: Any) -> list[Value]:
-    """Values that the recipe must accept; one between two tells keys that want whole numbers."""
+    """Values that the recipe must accept; one in between identifies keys that need whole "
+    "numbers."""
     if not isinstance(parameter, dict):
         return []
     choices = parameter.get("choices")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # The search as one SVG: each trial's figure in turn, then the figure against each parameter.
-# Pure functions; the picture needs nothing beside itself and has a light and a dark dress.
+# Pure functions; the picture is self-contained and has a light and a dark theme.
 
 _WIDE, _PANEL, _HIGH, _GAP = 720, 348, 220, 24
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 34, 30
@@ -141,13 +141,13 @@ def _scatter(
 
 
 def _places(choices: Sequence[Any]) -> Callable[[Any], float]:
-    """Choices side by side; told apart as JSON, because 1, 1.0 and true are equal."""
+    """Choices side by side; distinguished as JSON, because 1, 1.0 and true are equal."""
     share = {json.dumps(value): i / (len(choices) - 1) for i, value in enumerate(choices)}
     return lambda value: share[json.dumps(value)]
 
 
 def _scale(low: float, high: float, *, log: bool) -> Callable[[float], float]:
-    """Where a value lies between both, 0 to 1; all in the middle where there is no between."""
+    """Where a value is between both, 0 to 1; in the middle if both are equal."""
     if high <= low:
         return lambda _value: 0.5
     if log:

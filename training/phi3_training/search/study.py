@@ -1,7 +1,7 @@
 """The search itself: Optuna proposes, a trial measures, everything is kept in run/search/study.db.
 
-A search that was killed goes on: finished trials are not run again, and the trial that was cut
-short is proposed again with the same values and goes on from its checkpoint.
+An interrupted search resumes: finished trials are not run again, and the interrupted trial is
+proposed again with the same values and resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def _take_chats(whole: Run, run: Run) -> None:
         target = run.file(part["path"])
         target.unlink(missing_ok=True)
         try:
-            os.link(whole.path / part["path"], target)  # large chats lie on the disk once
+            os.link(whole.path / part["path"], target)  # large chats are on the disk once
         except OSError:
             shutil.copyfile(whole.path / part["path"], target)
     run.write_manifest("dataset", manifest)
 
 
 def _watched(progress: ProgressCallback, run: Run, watch: Watch) -> ProgressCallback:
-    """`progress` that also hands over each new held-out loss that training logs."""
+    """`progress` that also reports each new held-out loss that training logs."""
     log = run.path / "finetune" / "eval.jsonl"
     told: set[int] = set()
     size = 0
@@ -148,7 +148,7 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
-    """What came of each trial that was not cut short, in the order of proposal."""
+    """The outcome of each trial that was not interrupted, in the order of proposal."""
     kept = [trial for trial in study.get_trials(deepcopy=False) if _counts(trial)]
     return [
         Finished(
@@ -208,8 +208,8 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
 def _run_trial(
     journey: Journey, plan: SearchPlan, make: MakeRecipe, study: optuna.Study, number: int
 ) -> None:
-    # Seeded anew for each trial: what is proposed depends on the trials before and on nothing
-    # else, so a search that was cut short proposes what it would have proposed.
+    # Seeded again for each trial: the proposal depends only on the earlier trials, so a resumed
+    # search proposes what it would have proposed.
     seed = int(fingerprint([plan.seed, number])[:8], 16)
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
     trial = study.ask()
@@ -219,7 +219,7 @@ def _run_trial(
     started = time.monotonic()
 
     def watch(loss: float, step: int) -> None:
-        # The loss falls while the metric may rise: the pruner wants both the same way round.
+        # The loss falls while the metric may rise: the pruner needs both in the same direction.
         trial.report(loss if plan.direction == "minimize" else -loss, step)
         if trial.should_prune():
             raise optuna.TrialPruned(f"pruned after step {step}: held-out loss {loss:.3f}")
@@ -259,7 +259,7 @@ def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
 
 
 def _close_cut_trials(study: optuna.Study) -> None:
-    """A trial that a killed process left running is none: its values are proposed again."""
+    """Discard a trial that a killed process left running: its values are proposed again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
 

@@ -107,7 +107,7 @@ Positive = Annotated[int, Field(ge=1)]
 class ServerConfig(BaseModel):
     """One server. Limits carry the names that Azure ML gives them."""
 
-    # "model_" is a prefix that pydantic keeps for itself unless told otherwise.
+    # "model_" is a prefix that pydantic reserves by default.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     engine: EngineName = "auto"

@@ -158,7 +158,7 @@ class _Rewriting:
         )
 
     def _array(self, name: str) -> NDArray[Any]:
-        """A given tensor's values; what lies in the data file is mapped, not read."""
+        """A tensor's values; those in the data file are mapped, not read."""
         tensor = self.given[name]
         if not tensor.external_data:
             whole: NDArray[Any] = numpy_helper.to_array(tensor)

@@ -67,7 +67,7 @@ class Pending:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place; raises TooManyPendingError when there is none."""
+        """Reserve a slot; raises TooManyPendingError if there is none."""
         if self.count >= self._most:
             raise TooManyPendingError
         self.count += 1

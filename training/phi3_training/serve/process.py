@@ -25,7 +25,7 @@ _MODULE = "phi3_training.serve"
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 2.0
 _SHOWN_LINES = 12
-# The system rounds the moment a process was created; two processes with one pid lie further apart.
+# The system rounds the moment a process was created; two processes with one pid are further apart.
 _SAME_SECONDS = 1.0
 
 # Children of this process: kept so that their end can be collected.
@@ -66,7 +66,7 @@ def start(
     process = _spawn(settings, log_path, f"{key}\n{upstream_key or ''}\n")
     try:
         status = _wait(process, status_file, config, log_path, wait_seconds)
-    except BaseException:  # Ctrl-C too: a server that nobody knows of must not stay
+    except BaseException:  # Ctrl-C too: an untracked server must not stay
         _end(process)
         raise
     _children[process.pid] = process

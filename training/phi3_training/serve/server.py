@@ -35,7 +35,7 @@ from .frontdoor import FrontDoor
 from .openai_api import add_openai
 from .score_api import add_score, error_body, swagger
 
-# The application: routes of the model's container behind the imitated front door.
+# The application: routes of the model's container behind an emulated Azure front end.
 
 
 def create_app(engine: Engine, config: ServerConfig, *, key: str) -> App:

@@ -101,7 +101,7 @@ class CloudTarget(Target, Protocol):
         ...
 
     def is_connected(self, run: Run) -> bool:
-        """Whether the run's connections still lead to its endpoint; another run may have them."""
+        """Whether the run's connections still point to its endpoint; another run may have them."""
         ...
 
     def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:

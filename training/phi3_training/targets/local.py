@@ -119,7 +119,7 @@ def server_config(
 ) -> tuple[ServerConfig, str, str]:
     """What the server needs to serve this run's model, the engine and the reason for it.
 
-    Converts the model to ONNX where the engine wants it and that has not been done yet.
+    Converts the model to ONNX if the engine needs it and that has not been done yet.
     """
     model = run.require("model", "phi3 train")
     engine, reason = _engine(recipe)

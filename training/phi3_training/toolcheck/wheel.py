@@ -1,4 +1,4 @@
-"""The wheel: built from a copy of the sources, and what must lie in it.
+"""The wheel: built from a copy of the sources, and what it must contain.
 
 Reads the clone; writes the copy and the wheel into the folder it is given.
 """
@@ -58,7 +58,7 @@ def build(project: Path, folder: Path) -> Path:
 
 
 def contents(wheel: Path) -> Iterator[Finding]:
-    """Whether everything that Prompt flow looks for lies in the wheel."""
+    """Whether everything that Prompt flow looks for is in the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         marked = [name for name in names if name.endswith(".dist-info/entry_points.txt")]

@@ -103,7 +103,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
     return result
 
 
-# How far an export may be from what it was made of, and why so far.
+# How far an export may differ from the original, and why.
 
 Format = Literal["merged", "onnx-int4", "onnx-int8", "onnx-fp32"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -349,7 +349,7 @@ def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str])
     )
 
 
-# Exports one format of a run's model and holds it against what it was made of.
+# Exports one format of a run's model and compares it with the original.
 # Reads run/base, run/adapter and run/model; writes run/onnx-<precision> and export-<format>.json.
 
 Manifest = dict[str, Any]

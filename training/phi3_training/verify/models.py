@@ -70,7 +70,7 @@ def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
 
 
 def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The file in which each weight of a folder lies."""
+    """The file that contains each weight of a folder."""
     files = [
         stack.enter_context(safe_open(path, framework="pt"))
         for path in sorted(folder.glob("*.safetensors"))

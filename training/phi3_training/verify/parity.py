@@ -33,7 +33,7 @@ from ..serve.engines.upstream import Upstream
 from ..serve.server import create_container
 
 # The golden set: conversations whose tokens must be the same in training and in serving.
-# Each one stands for a way in which templates, tokenizers and clients have been seen to differ.
+# Each one represents a way in which templates, tokenizers and clients have been seen to differ.
 
 Messages = tuple[dict[str, str], ...]
 
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def spoken(self) -> Messages:
-        """The messages that are written: an empty system prompt is no turn."""
+        """The messages that are encoded: an empty system prompt is not a turn."""
         return tuple(m for m in self.messages if m["role"] != "system" or m["content"].strip())
 
     @property
@@ -139,7 +139,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Token:
-    """A token in a report; None stands for the end of the prompt."""
+    """A token in a report; None means the end of the prompt."""
 
     id: int
     text: str
@@ -281,7 +281,7 @@ def forged(case: Case, ids: list[int], harmless: list[int], names: Vocabulary) -
 
 
 # The serving side: golden conversations sent through the server's own code, without weights.
-# A request goes the whole way (client, JSON, route, chat format, batcher); a recorder stands in the
+# A request goes the whole way (client, JSON, route, chat format, batcher); a recorder takes the
 # model's place and keeps the ids that it is handed. Reads the served folder's format only.
 
 _SCORE, _OPENAI = "/score", "/v1/chat/completions"

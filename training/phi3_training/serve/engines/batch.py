@@ -98,7 +98,7 @@ class Sampler:
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens taken in between two steps: bounds how long running answers stand still.
+# Prompt tokens processed between two steps: bounds how long running answers wait.
 PREFILL_BUDGET = 256
 # A longer prompt is read in parts of so many tokens. 512 tokens in four parts took no longer
 # than at once (8-bit 135 M model).
@@ -199,7 +199,7 @@ def deliver(mail: Sequence[Mail]) -> None:
         own = [(job, item) for job, item in mail if job.loop is loop]
         try:
             loop.call_soon_threadsafe(_post_all, own)
-        except RuntimeError:  # the loop is closed: nobody is listening any more
+        except RuntimeError:  # the loop is closed: the client is gone
             for job, _ in own:
                 job.cancelled = True
 

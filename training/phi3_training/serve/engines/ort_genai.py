@@ -83,7 +83,7 @@ class BatchedSession:
 
     The graph's attention reads each row up to its own length, so rows of any age share a batch;
     it writes new keys and values in place, because past and present are the same memory.
-    Logits are valid until the next call: they lie where the graph left them.
+    Logits are valid until the next call: they are in the graph's own output buffer.
     """
 
     def __init__(self, onnx_dir: Path, decoder: dict[str, Any], threads: int) -> None:

@@ -164,7 +164,7 @@ def train_job(clients: Clients, recipe: Recipe, run: Run, name: str, machines: M
         inputs["base"] = Input(type="uri_folder", path=str(base))
         words.append("--base ${{inputs.base}}")
     words += ["--run-output ${{outputs.run}}", "--model-output ${{outputs.model}}"]
-    # Uploaded when the command has ended, so that nobody takes a half-written file for a whole one.
+    # Uploaded after the command has ended, so that no half-written file is read.
     outputs = {
         RUN_OUTPUT: Output(type="uri_folder", path=output_path(name, RUN_OUTPUT), mode="upload"),
         MODEL_OUTPUT: Output(

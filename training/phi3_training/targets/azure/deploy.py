@@ -218,7 +218,7 @@ def ensure_deployment(
         if not held or held.endswith((arm_id, f":{model.name}:{model.version}".lower())):
             return "exists"
     if existing is not None and state_of(existing) == "failed":
-        # It bills, and does not recover by itself. It answers nobody, so nothing is lost.
+        # It bills and does not recover by itself. It answers no requests, so nothing is lost.
         delete_deployment(clients, section, target, progress)
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)

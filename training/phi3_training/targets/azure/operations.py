@@ -119,7 +119,7 @@ def state_of(resource: object) -> str:
 def wait_for(poller: Poller, text: str, progress: ProgressCallback, limit: float) -> None:
     """Wait for a long-running operation: raises what it raises, StageError after `limit` seconds.
 
-    `poller.result(timeout)` is no way to wait: for an endpoint it ends in an AttributeError while
+    `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while
     the operation still runs (azure-ai-ml 1.32 and 1.35).
     """
     started = time.monotonic()

@@ -2,7 +2,7 @@
 
 Finds the model, its sizes for fine-tuning and its own defaults; what the registry says counts, and
 a dated table is used where it no longer lists any. Parameters are the tutorial's, then the
-model's, then the recipe's; only what the component has as an input is sent, in the type it wants.
+model's, then the recipe's; only what the component has as an input is sent, in its type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PIPELINE_OUTPUT = "trained_model"
 _COMPONENT_OUTPUT = "mlflow_model_folder"
 
 # From the models' specifications in Azure/azureml-assets (assets/models/system/<model>/spec.yaml).
-# Their tags with the sizes were removed on 2026-06-16; this is what they said until then.
+# Their tags with the sizes were removed on 2026-06-16; these are their values until then.
 TABLE_DATE = "2026-11-21"
 _NC = ("Standard_NC24ads_A100_v4", "Standard_NC48ads_A100_v4", "Standard_NC96ads_A100_v4")
 _ND_80, _ND_40 = "Standard_ND96amsr_A100_v4", "Standard_ND96asr_v4"
@@ -282,7 +282,7 @@ def merge_parameters(
 
 
 def fitted(value: Scalar, spec: object) -> Scalar:
-    """The value in the type of a component's input. ValueError where it is none of its values.
+    """The value in the type of a component's input. ValueError if it is not an allowed value.
 
     An input with choices is a string, even where they look like numbers (`precision`: "32", "16").
     """

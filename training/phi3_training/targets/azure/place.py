@@ -125,7 +125,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
         elif key in DEFAULTS:
             values[key], sources[key] = DEFAULTS[key], "default"
 
-    # All faults at once, so that nobody meets them one by one.
+    # All faults at once, not one by one.
     faults: list[str] = []
     if "subscription_id" not in values:
         faults.append(

@@ -76,7 +76,7 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallba
 
 
 def is_connected(clients: Clients, run: Run) -> bool:
-    """Whether each of them still leads to the run's endpoint; another run may have taken them."""
+    """Whether each of them still points to the run's endpoint; another run may have taken them."""
     manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
     name, url = manifest["name"], manifest["endpoint"]
     try:
@@ -125,7 +125,7 @@ def write_connection(
 ) -> Outcome | Literal["changed"]:
     """Put the connection into a workspace or project; "exists" where it says the same already.
 
-    Read back afterwards. Raises StageError for somebody else's connection of that name.
+    Read back afterwards. Raises StageError for a connection of that name that phi3 did not write.
     """
     body = connection_body(access)
     existing = read_connection(clients, workspace, name)
@@ -160,7 +160,7 @@ def read_connection(clients: Clients, workspace: str, name: str) -> Body | None:
 
 
 def connection_url(clients: Clients, workspace: str, name: str) -> str:
-    """The URL that the connection leads to, read without its secrets; '' where there is none."""
+    """The URL that the connection points to, read without its secrets; '' if there is none."""
     doing = f"Looking at the connection {name} of {workspace}"
     connection = _send(clients, doing, "GET", workspace, name)
     return "" if connection is None else str(_metadata(connection).get("endpoint") or "")
@@ -169,7 +169,7 @@ def connection_url(clients: Clients, workspace: str, name: str) -> str:
 def delete_connection(
     clients: Clients, workspace: str, name: str, endpoints: Collection[str]
 ) -> bool:
-    """Delete a connection that phi3 wrote and that leads to one of the endpoints; else False."""
+    """Delete a connection that phi3 wrote and that points to one of the endpoints; else False."""
     connection = read_connection(clients, workspace, name)
     if connection is None or _metadata(connection).get(WRITER) != _OURS:
         return False

@@ -323,7 +323,7 @@ def ensure_grant(clients: Clients, grant: Grant) -> Outcome:
             operations.create(grant.scope, grant.name, body)
         except AzureError as error:
             code = (code_of(error) or "").lower()
-            if code == "roleassignmentexists":  # made by somebody else under another name
+            if code == "roleassignmentexists":  # created by someone else under another name
                 return "exists"
             # An identity that was created a moment ago is not known everywhere yet.
             if not tries_left or not (is_transient(error) or code == "principalnotfound"):

@@ -39,7 +39,7 @@ class Size:
 # GPUs, cores and families: Azure ML's "Managed online endpoints SKU list" and "VM sizes", as of
 # 2026-11-21. Family names are spelled as `usages` answers them; even their spaces differ.
 # For scale: a model of 3.8 billion parameters in bf16 takes 7.6 GB, so serving fits every GPU here;
-# a T4 has no bf16 and no flash attention 2. LoRA wants the 80 GB, which is also the smallest size
+# a T4 has no bf16 and no flash attention 2. LoRA needs the 80 GB, which is also the smallest size
 # on the catalogue's list for fine-tuning.
 # Prices: US dollars per hour and machine, Linux, pay as you go, from the Azure Retail Prices API on
 # this date in this region. Only two sizes have a price that more than one source agrees on; for all

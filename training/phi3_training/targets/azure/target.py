@@ -136,7 +136,7 @@ class AzureTarget:
         return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:
-        """Whether the run's connections still lead to its endpoint."""
+        """Whether the run's connections still point to its endpoint."""
         from .prompt_flow import is_connected
 
         return is_connected(self._of(run)[0], run)

@@ -86,7 +86,7 @@ def remove_run(
         work.each(work.failed_deployments, work.idle_deployments, work.failed_cluster)
     else:
         # Jobs hold the cluster, so they end first. Connections go while the list of what the run
-        # has made still names the endpoints that they must lead to.
+        # has made still names the endpoints that they must point to.
         work.each(work.jobs, work.connections, work.endpoints, work.cluster)
     # Not after a failure: the workspace is where the rest could still be looked at and deleted.
     if only == "all" and not receipt.failed:
@@ -124,7 +124,7 @@ def names_of_everything(clients: Clients) -> list[str]:
 
 
 class _Teardown:
-    """One pass. Each failure goes on the receipt, and the rest is deleted all the same."""
+    """One pass. Each failure is listed on the receipt, and the rest is still deleted."""
 
     def __init__(
         self, clients: Clients, section: AzureSection, run: Run, progress: ProgressCallback
@@ -155,7 +155,7 @@ class _Teardown:
         )
 
     def _try(self, what: str, work: Callable[[], bool]) -> bool:
-        """Whether `what` is gone now; a failure goes on the receipt."""
+        """Whether `what` is gone now; a failure is listed on the receipt."""
         try:
             existed = work()
         except StageError as error:
@@ -166,7 +166,7 @@ class _Teardown:
         return True
 
     def _keeps(self, what: str, resource: _Tagged) -> bool:
-        """Whether it is not phi3's; then it goes on the receipt as left alone."""
+        """Whether it is not phi3's; then it is listed on the receipt as left alone."""
         if made_by_phi3(resource.tags):
             return False
         self.receipt.left_alone.append(f"{what}: phi3 did not create it")
