@@ -108,7 +108,7 @@ class Cloud:
             del self.resources[key]
 
     def delete_now(self, arm_id: str) -> Reply:
-        """Remove a resource that takes no time to go: 200, or 204 where there is none."""
+        """Remove a resource that takes no time to go: 200, or 204 if there is none."""
         existed = self.get(arm_id) is not None
         self.delete(arm_id)
         return Reply(200 if existed else 204)

@@ -71,7 +71,7 @@ class _Connection(BaseHTTPRequestHandler):
     _host = ""
 
     def do_CONNECT(self) -> None:
-        """Become the host that the client wants to reach."""
+        """Act as the host that the client wants to reach."""
         self._host = self.path.rsplit(":", 1)[0].strip("[]").lower()
         self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         self.wfile.flush()

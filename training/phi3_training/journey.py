@@ -81,7 +81,7 @@ class PlanCheck:
     """Refuses what the plan says would fail, before the first stage that uses a device.
 
     That is after `prepare`, because the plan is about the chats as well as the model. `base` may
-    bring the tokenizer that counts them, so what follows it is looked at once more.
+    bring the tokenizer that counts them, so what follows it is looked at again.
     """
 
     def __init__(self, journey: Journey) -> None:

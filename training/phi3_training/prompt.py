@@ -299,7 +299,7 @@ class ChatFormat:
         return str(self._tokenizer.decode(plain, skip_special_tokens=True))
 
     def control_id(self, text: str) -> int | None:
-        """The id of a control token such as "<|end|>", or None when there is none of that name."""
+        """The id of a control token such as "<|end|>", or None if there is none of that name."""
         return self._guard.control_id(text)
 
     def is_control(self, token: int) -> bool:

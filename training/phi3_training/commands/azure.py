@@ -184,7 +184,7 @@ def _clients(recipe: Recipe) -> Clients:
 
 # `phi3 … --rehearse`: the same command inside a rehearsed Azure on this machine; and
 # `phi3 rehearse start | stop | status | env | calls | fault`: the rehearsed Azure by itself.
-# The rehearsed Azure is a program of its own, `python -m phi3_rehearsal`, which this module starts
+# The rehearsed Azure is a separate program, `python -m phi3_rehearsal`, which this module starts
 # and whose JSON it reads: phi3 must not know what it is rehearsed with. All of it is under
 # <runs>/rehearsal, so that neither real runs nor the user's own Prompt flow store see it.
 
@@ -236,7 +236,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
-    """The command line inside: on Azure, in run folders of its own, the tiny recipe if none."""
+    """The command line inside: on Azure, in its own run folders, the tiny recipe if none."""
     words = _without_own(argv)
     words += ["--runs", str(runs)]
     if args.on is None and not _names_run(args):

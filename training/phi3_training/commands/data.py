@@ -46,7 +46,7 @@ def register_data(subparsers: Any) -> None:
         actions, "show", "print conversations", "phi3 data show a.jsonl -n 3 --tokens", run_show
     )
     show.add_argument("file", metavar="SOURCE", help=SOURCE_HELP)
-    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (5)")
+    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (default: 5)")
     show.add_argument(
         "--tokens",
         action="store_true",

@@ -92,7 +92,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, texts: Sequence[bytes], systems: Sequence[int] | None = None) -> Batch:
-        """Put texts side by side, with so many spaces between that no run reaches another."""
+        """Put texts side by side, with enough spaces between them that no run reaches another."""
         text = _SPACES.join([b"", *texts, b""])
         ends = np.cumsum([len(_SPACES) + len(item) for item in texts])
         skipped = np.array(systems if systems is not None else [0] * len(texts), np.int64)

@@ -256,7 +256,7 @@ class StrictJson:
         return value, self._problems
 
     def read_at(self, text: str, place: int) -> tuple[Any, list[Problem], int | None]:
-        """The value that starts at a place, and where it ends; None where there is none whole."""
+        """The value that starts at a place, and where it ends; None if it is incomplete."""
         self._problems = []
         try:
             value, end = self._decoder.raw_decode(text, place)
@@ -439,7 +439,7 @@ def _plain_messages(messages: Any) -> tuple[list[str], bytes] | None:
 
 @lru_cache(256)
 def _roles(count: int) -> list[str]:
-    """The roles of so many messages: an odd number has a system message."""
+    """The roles of this many messages: an odd number has a system message."""
     turns = ["user", "assistant"] * (count // 2)
     return ["system", *turns] if count % 2 else turns
 

@@ -65,7 +65,7 @@ def answer_losses(
 
 
 def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Rows of like length together, at most so many tokens at a time."""
+    """Rows of similar length together, at most this many tokens at a time."""
     batch: list[int] = []
     for row in sorted(rows, key=lambda i: len(examples[i].input_ids)):
         # Sorted: this row is the longest so far, and the others are padded to it.

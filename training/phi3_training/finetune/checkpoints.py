@@ -25,7 +25,7 @@ from .runtime import Runtime, is_main_process
 from .trainer import Rows
 
 SEAL = "whole.json"
-# Saving by time never takes more than one part in so many of it.
+# Saving by time never takes more than one part in this many of it.
 _SPARING = 20
 # What may change between two attempts at one training.
 _OF_NO_ACCOUNT = {

@@ -18,7 +18,7 @@ _SIZE = 2**20
 
 
 def wastes_heap(parameters: int) -> bool:
-    """Whether a model of so many weights is left to the C library's own way, heap and all."""
+    """Whether a model of this many weights is left to the C library's own way, heap and all."""
     return parameters < WORTH_IT or not _has_mallopt()
 
 

@@ -49,7 +49,7 @@ class Runtime:
 
 
 def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Runtime:
-    """Decide for a model with so many parameters, on this machine; see heap.py for memory.
+    """Decide for a model with this many parameters, on this machine; see heap.py for memory.
 
     `model_type` is that of its config.json; without it nothing is trained faster for its sake.
     """

@@ -81,7 +81,7 @@ def _rate(step: int, total: int) -> float:
 def _batches(
     examples: Sequence[Example], size: int, order: random.Random
 ) -> Iterator[list[Example]]:
-    """Shuffled batches of rows of like length, so that little is spent on padding."""
+    """Shuffled batches of rows of similar length, so that little is spent on padding."""
     rows = sorted(examples, key=lambda example: len(example.input_ids) + 4 * order.random())
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     order.shuffle(batches)

@@ -150,7 +150,7 @@ class _MLflow(_Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        # Steps between the checkpoint and the end of the process before come once more, alike.
+        # Steps that the previous process did after the checkpoint are repeated with equal values.
         self._waiting += [
             Metric(name, value, now, step)
             for name, value in figures.items()

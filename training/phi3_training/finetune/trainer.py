@@ -183,7 +183,7 @@ def as_packed(row: Mapping[str, Any], batch: Mapping[str, Tensor], number: int) 
 
 
 class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Logs each evaluation; with `patience`, ends after so many without a better one.
+    """Logs each evaluation; with `patience`, ends after this many without a better one.
 
     A training that resumes from a checkpoint continues with what the files say.
     """

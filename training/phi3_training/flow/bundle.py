@@ -376,7 +376,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _describe_tools(source: FlowSource, staged: Path) -> None:
-    """Write flow.tools.json as Prompt flow would, in a process of its own."""
+    """Write flow.tools.json as Prompt flow would, in a separate process."""
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow-core", "flow")
     asked = {"sources": source.tool_sources, "package_tools": source.package_tools}

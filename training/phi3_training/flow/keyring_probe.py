@@ -1,6 +1,6 @@
 """Shows that this machine's keyring can keep Prompt flow's key; run with `python -m`.
 
-Writes one line of JSON to standard output. A process of its own, because a locked or broken
+Writes one line of JSON to standard output. A separate process, because a locked or broken
 keyring may wait for ever; its parent process can stop it.
 """
 

@@ -185,7 +185,7 @@ def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
         **environment_of(settings),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PF_HOME_DIRECTORY": str(home),
-        # A keyring of its own, in this folder: the user's own is neither needed nor touched.
+        # A separate keyring, in this folder: the user's own is neither needed nor touched.
         "PYTHON_KEYRING_BACKEND": "keyrings.alt.file.PlaintextKeyring",
         "XDG_DATA_HOME": str(folder / "data"),
         "APPLICATIONINSIGHTS_CONTROLPLANE_DISABLED": "true",

@@ -278,7 +278,7 @@ def workspace_connection(workspace: tuple[str, str, str], name: str, credential:
 
 
 def delete_connection(name: str) -> bool:
-    """Delete a connection that was written here; False where there is none of that name."""
+    """Delete a connection that was written here; False if there is none of that name."""
     if _row(name) is None:
         return False
     _refuse_foreign(name)

@@ -10,7 +10,7 @@ from ..finetune.heap import wastes_heap
 from .model import ModelShape
 from .training import FLOAT32, Phase, Work, optimiser_bytes, weight_bytes
 
-# evaluate/perplexity.py sends at most so many tokens through the model at once (one row at least).
+# evaluate/answers.py runs at most this many tokens at once (but at least one row).
 TOKENS_PER_PASS = 4096
 # ONNX Runtime's 4 bits: half a byte, a float32 scale and a 4-bit zero point for 32 weights each.
 _ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
@@ -77,7 +77,7 @@ def evaluate_phase(
 
 
 def serve_phase(shape: ModelShape, precision: str, engine: str, compute: int, tokens: int) -> Phase:
-    """The endpoint with one conversation of so many tokens."""
+    """The endpoint with one conversation of this many tokens."""
     weights = served_weights(shape, precision, engine, compute)
     row = row_bytes(shape, engine, compute, tokens)
     return Phase("serve", {"weights": weights, "key/value cache": row})
@@ -108,7 +108,7 @@ def served_weights(shape: ModelShape, precision: str, engine: str, compute: int)
 
 
 def row_bytes(shape: ModelShape, engine: str, compute: int, tokens: int) -> int:
-    """The cache of one conversation of so many tokens."""
+    """The cache of one conversation of this many tokens."""
     size = FLOAT32 if engine == "ort-genai" else compute
     return tokens * shape.kv_per_token * size
 

@@ -222,7 +222,7 @@ def gib(size: float) -> str:
 
 
 def of_size(gigabytes: float, kind: Kind = "cuda") -> Device:
-    """A device elsewhere of so many binary gigabytes, with nothing else on it."""
+    """A device elsewhere of this many binary gigabytes, with nothing else on it."""
     size = int(gigabytes * GIB)
     name = "the planned GPU" if kind == "cuda" else "the planned machine"
     return Device(kind, name, size, size)

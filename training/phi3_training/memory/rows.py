@@ -27,9 +27,9 @@ from ..recipe import HubSet, Recipe
 from ..run import Run
 from .model import cached_file
 
-# So many of the largest rows of a part are counted, which takes a tenth of a second.
+# This many of the largest rows of a part are counted, which takes a tenth of a second.
 _COUNTED = 300
-# Of files that are not prepared yet only so many rows are read, in blocks of 8 MB: a second or two
+# Of files that are not prepared yet only this many rows are read, in blocks of 8 MB: 1 to 2 s
 # for long chats.
 _READ = 2000
 # Bytes of a JSON line to a token where there is no tokenizer: English has 4, other European

@@ -28,7 +28,7 @@ _MOMENTS = 2
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # TRL's loss scores at most this many tokens by this many vocabulary entries at a time.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# finetune/gradients.py scores so many rows at a time.
+# finetune/dense.py scores this many rows at a time.
 _SCORED_AT_ONCE = 128
 
 
@@ -75,7 +75,7 @@ class Work:
 
     @property
     def short_loss(self) -> bool:
-        """Whether the vocabulary is scored at once, as finetune/compute.py does on a CPU."""
+        """Whether the vocabulary is scored at once, as finetune/trainer.py does on a CPU."""
         alone = self.processes == 1 and not self.own_loss
         return self.dense or (self.device == "cpu" and self.compute == FLOAT32 and alone)
 

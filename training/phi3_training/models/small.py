@@ -121,7 +121,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         raise _unavailable(wheel, f"pip had not finished after {minutes} minutes") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        logger.debug("pip said:\n%s%s", done.stdout, done.stderr)
+        logger.debug("pip printed:\n%s%s", done.stdout, done.stderr)
         raise _unavailable(wheel, _pip_error(done.stderr))
     return wheels[0]
 

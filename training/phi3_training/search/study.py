@@ -39,7 +39,7 @@ from .plan import (
 )
 from .report import Finished, best_of, write_report
 
-# One trial of a search: a run folder of its own that takes chats and base from the whole run.
+# One trial of a search: a separate run folder that reuses the run's chats and base.
 # Writes run/search/trials/trial-NNN/; reads what training logs there.
 
 # Told of each held-out loss with its step; ends the trial by raising.

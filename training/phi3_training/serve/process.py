@@ -132,7 +132,7 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
             stderr=descriptor,
             cwd=log_path.parent,
             env=_environment(),
-            # A session of its own: closing the terminal or Ctrl-C there does not reach it.
+            # A separate session: closing the terminal or Ctrl-C there does not reach it.
             **_detached(),
         )
     finally:

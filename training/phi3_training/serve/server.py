@@ -198,7 +198,7 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
 
 @contextmanager
 def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more; by then all is done."""
+    """uvicorn re-raises the signal that stopped it; by then all is done."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""Looks for the tool the way Prompt flow does; a program of its own, run where the wheel is.
+"""Looks for the tool the way Prompt flow does; a separate program, run where the wheel is.
 
 `python -I probe.py FOLDER` prints a JSON list of findings as its last line. Imports nothing of
 this project by itself: what it reports on must come from FOLDER.

@@ -48,7 +48,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Deviation:
-    """One prompt: mean KL over its answer, tokens chosen alike, the first one that is not."""
+    """One prompt: mean KL over its answer, the number of equal tokens, the first different one."""
 
     prompt: str
     kl: float

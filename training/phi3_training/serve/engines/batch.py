@@ -100,7 +100,7 @@ logger = logging.getLogger(__name__)
 
 # Prompt tokens processed between two steps: bounds how long running answers wait.
 PREFILL_BUDGET = 256
-# A longer prompt is read in parts of so many tokens. 512 tokens in four parts took no longer
+# A longer prompt is read in parts of this many tokens. 512 tokens in four parts took no longer
 # than at once (8-bit 135 M model).
 PART_TOKENS = 128
 

@@ -106,7 +106,7 @@ def get_or_none(read: Callable[[], T], doing: str) -> T | None:
 
 
 def state_of(resource: object) -> str:
-    """The provisioning state, in lower case; '' where there is none."""
+    """The provisioning state, in lower case; '' if there is none."""
     state = getattr(resource, "provisioning_state", None)
     if state is None:  # a generic ARM resource has it among its properties
         properties = getattr(resource, "properties", None)

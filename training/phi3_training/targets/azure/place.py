@@ -134,7 +134,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
             "(list your subscriptions: az account list --output table)"
         )
     checked = AzureSection()
-    try:  # once more as a section: values from outside the recipe follow Azure's rules, too
+    try:  # again as a section: values from outside the recipe follow Azure's rules, too
         checked = AzureSection.model_validate(values)
     except ValidationError as error:
         for item in error.errors():
@@ -166,7 +166,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
 
 
 def _read_config(folder: Path) -> tuple[Mapping[str, object], Path | None]:
-    """The SDK's config.json, where MLClient.from_config would find it; empty where there is none.
+    """The SDK's config.json, where MLClient.from_config would find it; empty if there is none.
 
     A model's folder has a config.json as well, so only one that names a workspace counts.
     """

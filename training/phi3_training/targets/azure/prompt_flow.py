@@ -153,7 +153,7 @@ def write_connection(
 
 
 def read_connection(clients: Clients, workspace: str, name: str) -> Body | None:
-    """The connection with its secrets, as `listsecrets` gives them; None where there is none."""
+    """The connection with its secrets, as `listsecrets` gives them; None if there is none."""
     # A GET never has them, nor has the SDK's own `connections.get`.
     doing = f"Reading the connection {name} of {workspace}"
     return _send(clients, doing, "POST", workspace, name, action="/listsecrets")

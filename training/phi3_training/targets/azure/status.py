@@ -278,7 +278,7 @@ def status(clients: Clients, run: Run) -> Manifest:
 
 
 def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
-    """What `up` would create and cost; each reason that would stop it is a line of its own."""
+    """What `up` would create and cost; each reason that would stop it is a separate line."""
     lines = [PlanLine("place", line) for line in clients.place.lines()]
     sizes = (
         ("provision", "azure.compute.size", recipe.azure.compute.size),

@@ -1,4 +1,4 @@
-"""Azure Machine Learning as target: thin methods; each stage's work is in a module of its own.
+"""Azure Machine Learning as target: thin methods; each stage's work is in its own module.
 
 Reads and writes the run folder's manifests; signs in at the first call that needs Azure.
 """
