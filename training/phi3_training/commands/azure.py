@@ -190,11 +190,11 @@ def _clients(recipe: Recipe) -> Clients:
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 _CALLS_SHOWN = 20
-_USAGE = 2  # the exit status of a program that was asked wrongly
+_USAGE = 2  # the exit status of a usage error
 
 
 def azure_folder(runs: Path) -> Path:
-    """Where the rehearsed Azure of a runs folder keeps its state."""
+    """Where the rehearsed Azure of a runs folder stores its state."""
     return runs.resolve() / "rehearsal" / "azure"
 
 
@@ -211,7 +211,7 @@ def _command(action: str, runs: Path, *words: str) -> list[str]:
 def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run `argv` without its --rehearse; the exit status of what ran inside."""
     home = args.runs.resolve() / "rehearsal"
-    # Outside of the folder that the rehearsed Azure keeps its own state in.
+    # Outside the folder with the rehearsed Azure's own state.
     os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
     inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
     command = _command("run", args.runs, "--", *inner)

@@ -280,7 +280,7 @@ def _stream(
 
 
 def run_env(args: argparse.Namespace) -> int:
-    """Print shell exports; made for `eval`, so nothing else goes to standard output."""
+    """Print shell exports for `eval`, so nothing else goes to standard output."""
     from ..flow.page import environment_of
 
     access, known = access_of(args)

@@ -147,7 +147,7 @@ def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe
 
 
 def where_to_run(args: argparse.Namespace) -> str:
-    """--on; without it, where --run was made; without that, this machine."""
+    """--on; by default where --run was created, else this machine."""
     if args.on is None and args.run:
         check_run_name(args.run)
         args.on = target_of(Run(args.runs.resolve() / args.run))
@@ -163,7 +163,7 @@ def run_name(recipe: Recipe, on: str) -> str:
 
 
 def _refuse_other_place(run: Run, on: str) -> None:
-    """What a run made elsewhere would be lost from sight, and might bill for ever."""
+    """Resources that a run created elsewhere would be forgotten and might bill for ever."""
     made_on = target_of(run)
     if made_on != on and run.path.is_dir() and any(run.path.glob("*.json")):
         raise UsageError(

@@ -135,7 +135,7 @@ def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
 
 
 def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
-    """Training text with what is learnt in green, or `marked` where there are no colours."""
+    """Training text with trained tokens in green, or `marked` if there are no colours."""
     text = Text()
     for stretch in stretches:
         learnt = f"⟦{stretch.text}⟧" if marked else stretch.text

@@ -1,4 +1,4 @@
-"""`phi3 doctor`: looks for what keeps the flow from answering, or silently goes wrong."""
+"""`phi3 doctor`: looks for faults that keep the flow from answering, or fail silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`phi3 flow pack | image | serve | push`: a flow made ready for other places, or served here."""
+"""`phi3 flow pack | image | serve | push`: a flow packed for other places, or served here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def flow_of(args: argparse.Namespace) -> Path:
     return args.flow or find(FLOW)
 
 
-# `phi3 flow push`: a flow, packed and made in the run's workspace and Foundry project.
+# `phi3 flow push`: packs a flow and creates it in the run's workspace and Foundry project.
 
 
 def add_push(actions: Any) -> None:
@@ -82,7 +82,7 @@ def add_push(actions: Any) -> None:
 
 
 def run_push(args: argparse.Namespace) -> int:
-    """Push, and say where the flow opens."""
+    """Push the flow and print where to open it."""
     from ..targets.azure.target import AzureTarget
 
     target = get_target("azure")

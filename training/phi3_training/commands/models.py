@@ -86,7 +86,7 @@ def _row(model: KnownModel) -> dict[str, Any]:
 
 
 def _size(model: KnownModel) -> str:
-    """The size of the weights on disk, as this project keeps them: bf16, or float32 for `small`."""
+    """The size of the weights on disk, as phi3 stores them: bf16, or float32 for `small`."""
     from ..memory.model import shape_from
 
     if not model.shape:
@@ -221,7 +221,7 @@ def run_init(args: argparse.Namespace) -> int:
     return 0
 
 
-# `phi3 adapters`: the named adapters of a run, and one of them merged into whole weights.
+# `phi3 adapters`: lists the named adapters of a run, or merges one into full weights.
 
 
 def register_adapters(subparsers: Any) -> None:

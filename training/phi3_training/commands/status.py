@@ -51,7 +51,7 @@ def register_status(subparsers: Any) -> None:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """List the runs under --runs; with --on azure or --run, as Azure itself says."""
+    """List the runs under --runs; with --on azure or --run, from Azure itself."""
     runs = _runs(args, args.run)
     asks = args.on == "azure" or args.run is not None
     targets = {name: get_target(name) for name in {target_of(run) for run in runs} if asks}
@@ -90,7 +90,7 @@ def _show_state(state: dict[str, Any]) -> None:
 
 
 def run_down(args: argparse.Namespace) -> int:
-    """Stop what one run started, or all runs of a place."""
+    """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
     runs = _runs(args, name)
     if args.on is None and name is None:
@@ -125,7 +125,7 @@ def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
 
 
 def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
-    """Deleting a workspace takes along what others may have put there."""
+    """Deleting a workspace also deletes what others may have put there."""
     if args.yes:
         return
     console.err.print(f"This deletes, for the run {run.name}:", markup=False)

@@ -47,7 +47,7 @@ HEADLINES = {
 
 
 def show_summary(journey: Journey) -> None:
-    """Print the figures and the answer of a finished run."""
+    """Print the metrics and the answer of a finished run."""
     metrics = journey.run.require("metrics", "phi3 evaluate")
     console.out.print()
     show_comparison(journey.run)
@@ -197,7 +197,7 @@ def register_up(subparsers: Any) -> None:
 def run_up(args: argparse.Namespace) -> int:
     """Do the journey and show what came out of it."""
     journey = journey_of(args)
-    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
+    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it started.
     os.environ.pop("PHI3_ENDPOINT", None)
     stages = stages_of(journey.target.name)
     with journey.run.lock():
@@ -265,7 +265,7 @@ def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
 
 
 def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
-    """What of a run is done and up; on Azure as Azure itself says, where `target` is given.
+    """Which stages of a run are done and what is up; read from Azure if `target` is given.
 
     A manifest that cannot be read is named and hides nothing else.
     """
@@ -309,7 +309,7 @@ def _manifests(
     return found, broken
 
 
-# `phi3 train RECIPE --search FILE`: many trainings, the best settings kept as a recipe.
+# `phi3 train RECIPE --search FILE`: many trainings; the best settings are saved as a recipe.
 
 
 def run_search(args: argparse.Namespace, journey: Journey) -> int:
@@ -425,7 +425,7 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def _show_evaluation(run: Run, form: str) -> int:
-    """The figures and the gate's verdict; 1 where the model did not pass."""
+    """The metrics and the gate's verdict; 1 if the model did not pass."""
     verdict = run.require("gate", "phi3 evaluate")
     if form == "json":
         console.print_json({**run.require("metrics", "phi3 evaluate"), "gate": verdict})

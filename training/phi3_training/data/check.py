@@ -186,7 +186,7 @@ class TokenView:
 
     @property
     def trained(self) -> int:
-        """How many tokens are learnt."""
+        """How many tokens are trained on."""
         return sum(self.mask)
 
     def as_dict(self) -> dict[str, Any]:

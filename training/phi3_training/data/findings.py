@@ -129,7 +129,7 @@ class Rules:
     near_duplicates: str = "auto"
 
     def removes(self, one: Scan) -> bool:
-        """Whether exact duplicates (and leaks) are taken out rather than refused."""
+        """Whether exact duplicates (and leaks) are removed rather than refused."""
         if self.duplicates == "auto":  # nobody can fix a set of the hub
             return isinstance(one.source, HubSet)
         return self.duplicates == "remove"

@@ -51,7 +51,7 @@ class Chat(NamedTuple):
 
 
 def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
-    """For each chat of `asked` the chats of `taught` that teach its answer, itself aside.
+    """For each chat of `asked` the chats of `taught` that teach its answer, except itself.
 
     One does where its own answer would count as right for the question, and it speaks of what the
     question asks about: of its words, the rarest that other chats have as well.
@@ -118,7 +118,7 @@ def held_out_reworded(
 ) -> Bools:
     """The same, of rows whose fact is still trained on; `teachers[row]` are rows that teach it.
 
-    Such a question can be answered by a model that has learnt its chats. Where there are fewer
+    Such a question can be answered by a model that has learnt its chats. If there are fewer
     than ENOUGH of them, others are added as `held_out` chooses them, up to the share.
     """
     groups, members, sizes = np.unique(keys, return_inverse=True, return_counts=True)
@@ -427,7 +427,7 @@ def _refuse_changed(scans: Sequence[Scan]) -> None:
 
 
 def _publish(writers: Writers, run: Run) -> None:
-    """Put the whole files in place, and take away those of an earlier recipe."""
+    """Put the finished files in place, and remove those of an earlier recipe."""
     folder = run.path / FOLDER
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jsonl"):

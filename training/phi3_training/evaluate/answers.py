@@ -1,7 +1,7 @@
-"""Which engine answers the questions: what the endpoint will compute is what is judged.
+"""Which engine answers the questions: the same computation that the endpoint will do.
 
-Reads model folders. An `int4` endpoint is asked through its own engine, on both models converted in
-the same way; the tuned model's conversion is the one that `deploy` serves. Everything else is
+Reads model folders. An `int4` endpoint is evaluated through its own engine, on both models
+converted in the same way; `deploy` serves the tuned model's conversion. Everything else is
 answered by the loaded weights: float32 on a CPU gives the same tokens as the fp32 conversion.
 """
 
@@ -228,7 +228,7 @@ def _losses_apart(
 
 
 def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
-    """The rows to read now: none while most places are taken, or while one row runs alone."""
+    """The rows to read now: none while most slots are in use, or while one row runs alone."""
     if running > at_once // 2 or (running and waiting[0].alone):
         return []
     batch: list[_Row] = []
@@ -534,7 +534,7 @@ class Judge:
         return self._with_losses(folder, asked, said)
 
     def examine_tuned(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
-        """The same for the run's model; a conversion is kept, and `deploy` serves it."""
+        """The same for the run's model; a conversion is saved, and `deploy` serves it."""
         if self.precision != "int4":
             return self._by_weights(folder, asked, step)
         onnx = converted(self.run, "int4", no_progress)
@@ -596,7 +596,7 @@ class Judge:
 
 
 def choose_judge(recipe: Recipe, run: Run) -> Judge:
-    """The judge for a recipe, on this machine."""
+    """The evaluation engine for a recipe, on this machine."""
     served, _reason = choose_engine(
         "transformers" if recipe.serve.adapters else recipe.serve.engine
     )

@@ -30,7 +30,7 @@ _SOME = 8  # answers after which a guess of the time left is worth showing
 def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     """Ask both models everything; the manifest `metrics`.
 
-    Raises StageError when there is nothing to ask, or a model cannot be asked.
+    Raises StageError if there are no questions, or a model cannot be queried.
     """
     quiet_libraries()
     questions = collect(recipe.evaluate, run)
@@ -107,7 +107,7 @@ def _key(prompt: Conversation) -> str:
 
 
 def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
-    """Counts the answers of one model, and says how long the rest of them will take."""
+    """Counts the answers of one model, and estimates the time left."""
     first, started = done, time.monotonic()
 
     def step(count: int) -> None:

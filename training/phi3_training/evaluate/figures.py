@@ -1,7 +1,7 @@
-"""The figures of a set of answers, before and after, with paired bootstrap intervals.
+"""The metrics of a set of answers, before and after, with paired bootstrap intervals.
 
 Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing. Each resample draws
-rows with replacement and takes both models' answers to a row together.
+rows with replacement, with both models' answers to a row together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CELLS = 4_000_000  # of one block of resampling weights: 32 MB
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a set: sums of per-row columns, and what is computed from these sums."""
+    """A metric of a set: sums of per-row columns, and what is computed from these sums."""
 
     name: str
     label: str
@@ -93,7 +93,7 @@ def _corpus(name: metrics.Name, label: str) -> Metric:
 
 
 def _ratio(sums: Numbers) -> Numbers:
-    # A resample without any measured row has no figure; it counts as 0 rather than as a warning.
+    # A resample without any measured row has no value; it counts as 0 rather than as a warning.
     safe = np.where(sums[:, 1] > 0, sums[:, 1], 1.0)
     found: Numbers = sums[:, 0] / safe
     return found

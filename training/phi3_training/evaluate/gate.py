@@ -57,7 +57,7 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
 
 
 def _spoken_of(row: Row, answers: Sequence[frozenset[str]]) -> bool:
-    """Whether one training answer has the figures of what is expected, or most of its words.
+    """Whether one training answer has the numbers of the expected answer, or most of its words.
 
     Less than teaching it: an answer that says more, or the same in other words, is not missing.
     """
@@ -103,7 +103,7 @@ def check(recipe: Recipe, run: Run) -> Verdict:
     """Apply the recipe's gate to the evaluated rows of a run; the manifest `gate`."""
     rows = read_rows(run)
     verdict = decide(rows, recipe.gate, recipe.evaluate)
-    # A figure says that a model is not good enough; these say why, and what to do.
+    # A metric shows that a model is not good enough; these say why, and what to do.
     return {**verdict, "remarks": [] if verdict["passed"] else remarks(rows, run)}
 
 
@@ -154,7 +154,8 @@ def refusal(run_name: str, verdict: Verdict, report: str) -> str:
 
 
 def require_passed(run: Run, *, force: bool) -> Verdict:
-    """What the endpoint's manifest says of the gate. Raises StageError unless passed or forced."""
+    """What the endpoint's manifest records of the gate. Raises StageError unless passed or "
+    "forced."""
     verdict = run.require("gate", "phi3 evaluate")
     failed = [line(rule) for rule in verdict["rules"] if not rule["passed"]]
     if not verdict["passed"] and not force:

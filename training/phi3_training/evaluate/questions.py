@@ -1,4 +1,4 @@
-"""What both models are asked: held-out, trained and old chats, canaries and refusal probes.
+"""The questions for both models: held-out, trained and old chats, canaries, refusal probes.
 
 Reads run/data/*.jsonl and the question files that the recipe names; writes nothing.
 """
@@ -54,7 +54,7 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
 
 
 def read_chats(run: Run, part: str) -> list[Question]:
-    """All prepared chats of a part, each with the place that the user wrote it in, if known."""
+    """All prepared chats of a part, each with its place in the user's file, if known."""
     path = run.path / "data" / f"{part}.jsonl"
     rows = _read(path, part) if path.is_file() else []
     places = origins(run.path, part)
@@ -104,7 +104,7 @@ def _question(line: str, part: str, path: Path, number: int) -> Question:
 
 
 def _spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` rows, taken evenly from the whole file."""
+    """At most `limit` rows, spread evenly over the file."""
     if limit is None or len(rows) <= limit:
         return rows
     return [rows[i * len(rows) // limit] for i in range(limit)]

@@ -163,15 +163,15 @@ def _scores(
     }
 
 
-# The base model's answers, kept so that a second tuning of the same base does not ask it again.
-# Reads and writes run/evaluate/base-answers.json: whole or not at all, and only for exactly the
+# The base model's answers, cached so that a second tuning of the same base reuses them.
+# Reads and writes run/evaluate/base-answers.json, atomically, and only for exactly the
 # same weights, questions and settings.
 
 BASE_ANSWERS = "evaluate/base-answers.json"
 
 
 def remembered(run: Run, key: str | None) -> list[Answered] | None:
-    """The answers that were kept under `key`; None where there are none."""
+    """The answers cached under `key`; None if there are none."""
     if key is None:
         return None
     try:
@@ -184,7 +184,7 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
 
 
 def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
-    """Keep the answers under `key`, in place of what was kept before."""
+    """Cache the answers under `key`, replacing earlier ones."""
     if key is not None:
         kept = {"key": key, "answers": [asdict(one) for one in answers]}
         write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))

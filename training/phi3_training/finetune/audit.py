@@ -1,4 +1,4 @@
-"""The label audit: before the first step, is exactly each answer learnt, whole and with its end?
+"""The label audit: before the first step, is exactly each answer trained on, with its end?
 
 Compares the rows as a trainer has them with what each conversation should teach. Writes nothing.
 """
@@ -175,7 +175,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Seen:
-    """A row as a trainer has it: its tokens, and what is learnt of them (-100: nothing)."""
+    """A row as a trainer has it: its tokens, and its labels (-100: not trained on)."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -382,7 +382,7 @@ def _named(row: Row) -> str:
     return f"{row.place} ({asked[:40]!r}{'…' if len(asked) > 40 else ''})"
 
 
-# The label audit of packed rows: is each conversation there, whole, masked as before and alone?
+# The label audit of packed rows: is each conversation complete, masked as before and separate?
 # Compares packed rows as a trainer has them with what each conversation should teach.
 
 

@@ -155,7 +155,7 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
 
 
 def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Row]:
-    """The chats that are looked at while training; none unless the recipe asks for it."""
+    """The chats evaluated during training; none unless the recipe says so."""
     if recipe.finetune.eval_steps is None:
         return []
     located = read_located(run.path / "data" / "validation.jsonl", run.path)
@@ -211,7 +211,7 @@ def _save(
     runtime: Runtime,
     figures: dict[str, Any],
 ) -> None:
-    """Write the adapter, if there is one, and the whole model."""
+    """Write the adapter, if there is one, and the full model."""
     settings = recipe.finetune
     base = base_folder(run)
     if settings.method != "full":
@@ -224,7 +224,7 @@ def _save(
             "final_loss": figures["final_loss"],
         }
         write_adapter(model, target, notes)
-        # Merged into the weights of full precision, not into those that it learnt over.
+        # Merged into the full-precision weights, not into those it was trained on.
         if settings.method == "qlora" or runtime.frozen != runtime.dtype:
             if runtime.frozen != runtime.dtype:
                 model.to("meta")  # frees the rounded weights before the exact ones are loaded

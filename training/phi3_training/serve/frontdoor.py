@@ -47,7 +47,7 @@ _DRAIN_SECONDS = 2.0
 
 
 class TooManyPendingError(Exception):
-    """More requests are pending than the endpoint takes."""
+    """More requests are pending than the endpoint accepts."""
 
 
 class BodyTooLargeError(Exception):
@@ -59,7 +59,7 @@ class ClientGoneError(Exception):
 
 
 class Pending:
-    """Counts the requests in the house; Azure ML takes twice the concurrency, then says 429."""
+    """Counts the pending requests; Azure ML accepts twice the concurrency, then returns 429."""
 
     def __init__(self, concurrency: int) -> None:
         self._most = 2 * concurrency

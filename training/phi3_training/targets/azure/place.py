@@ -142,7 +142,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
             message = item["msg"].removeprefix("Value error, ")
             faults.append(f"{key} {values.get(key)!r} (from {sources.get(key, '?')}): {message}")
     if faults:
-        raise RecipeError("The place on Azure", faults)
+        raise RecipeError("The Azure location", faults)
 
     known = {key: getattr(checked, key) for key in VARIABLES}
     workspace = known["workspace_name"]
