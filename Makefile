@@ -1,4 +1,4 @@
-# The commands that README and CI call. Each makes .venv where it is missing or out of date.
+# The commands that README and CI call. Each creates .venv if it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,25 +10,25 @@ RECIPE ?= training/recipes/phi3-small.yaml
 
 # What `make up` needs: Prompt flow, training, serving.
 $(VENV)/.up: setup.py constraints/local.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tested); name one with: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tested); choose one with: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing phi3-promptflow into $(VENV) (once; a few minutes) …"
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt torch
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local]'
 	@touch $@
 
-# What `--on azure` needs on top.
+# What `--on azure` needs in addition.
 $(VENV)/.azure: $(VENV)/.up constraints/azure.txt
 	@echo "Installing the Azure SDKs …"
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure]'
 	@touch $@
 
-# What `make rehearse` needs on top: an Azure of your own.
+# What `make rehearse` needs in addition: the rehearsed Azure.
 $(VENV)/.rehearsal: $(VENV)/.azure
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal]'
 	@touch $@
 
-# What the tests and checks need on top, the Azure half included.
+# What the tests and checks need in addition, including the Azure SDKs.
 $(VENV)/.dev: $(VENV)/.up constraints/azure.txt
 	@echo "Installing the test tools …"
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal,dev]'
@@ -50,7 +50,7 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract
 
-# The same, and then the pretrained model on every road (about ten minutes more, fetches a wheel).
+# The same, plus the pretrained model end to end (about ten minutes more, downloads a wheel).
 test-all: test
 	@$(BIN)/python -m pytest -q -m slow
 
@@ -63,7 +63,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done
 
-# Resolve both environments anew.
+# Resolve both environments again.
 lock:
 	@sh constraints/lock.sh
 

@@ -1,6 +1,6 @@
 """Thousands of lines through the chat flow: `pf run create` (baseline) and `phi3 batch`.
 
-Both ask the same stub endpoint (a process of its own, 50 ms an answer) the same questions, one
+Both ask the same stub endpoint (a separate process, 50 ms an answer) the same questions, one
 after the other, as whole commands from start to written file; answers are compared line by line.
 `pf run` has its own number of workers unless PF_WORKER_COUNT is set. About a minute on two cores.
 Run: python benchmarks/batch.py [--lines 2000] [--latency 50] [-o json]

@@ -1,6 +1,6 @@
 """How long a person waits for the first word: streamed against whole, through the served flow.
 
-One endpoint that makes a token every --token-ms; each question is asked both ways, by turns, at
+One endpoint that makes a token every --token-ms; each question is asked both ways, alternating, at
 the endpoint itself (a bare client) and at our flow served by both engines. Prints medians and the
 ratio. Run: python benchmarks/first_token.py [--tokens 64] [--token-ms 20] [--rounds 7] [-o json]
 """
@@ -138,7 +138,7 @@ def timed(port: int, path: str, body: object, accept: str) -> tuple[float, float
 
 
 def measure(where: str, ask: Ask, rounds: int) -> Wait:
-    """Both ways, by turns."""
+    """Both ways, alternating."""
     ask(True)  # connections, imports
     ask(False)
     streamed, whole = [], []

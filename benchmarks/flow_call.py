@@ -1,8 +1,8 @@
 """One call of the tool: the tutorials' (baseline), open_model_llm, ours, and a bare pooled session.
 
-Each runs in a process of its own against the same stub endpoint, plain and over TLS, at 0 and
+Each runs in a separate process against the same stub endpoint, plain and over TLS, at 0 and
 50 ms, first called directly, then (the two flows) through Prompt flow's executor. At last, whole
-cold `pf flow test` commands, by turns. CPU is this side's process time, the trustworthy figure on
+cold `pf flow test` commands, alternating. CPU is this side's process time, the reliable figure on
 a busy machine. Run: python benchmarks/flow_call.py [--seconds 2] [--cold 3] [-o json]
 """
 
@@ -144,7 +144,7 @@ def in_own_process(where: Place, name: str, url: str, seconds: float) -> Cost:
 
 
 def cold_tests(where: Place, times: int) -> dict[str, list[Cost]]:
-    """Whole `pf flow test` commands over TLS, both flows by turns."""
+    """Whole `pf flow test` commands over TLS, both flows alternating."""
     flows = dict(zip(("tutorial flow", "our flow"), where.copy_flows(), strict=True))
     found: dict[str, list[Cost]] = {name: [] for name in flows}
     pf = Path(sys.executable).with_name("pf")

@@ -5,7 +5,7 @@ Phi-3-mini's exact shape with random weights, made on the device, in bfloat16: L
 their LoRA), QLoRA, each for rows of 512, 2,048 and 4,096 tokens; answers for one user and for 16 by
 the endpoint's `transformers` engine; and the recipe phi3-small from weights to figures.
 
-Each part is a process of its own with its own time limit; every figure is a JSON line in --lines
+Each part is a separate process with its own time limit; every figure is a JSON line in --lines
 and a row of the table as soon as it is known, so a part that fails takes nothing with it.
 `--dry-run` does all of it with a tiny shape on a CPU: it shows that the parts work, nothing more.
 
@@ -210,7 +210,7 @@ def part_lora(size: Size) -> Iterator[dict[str, Any]]:
 
 
 def part_qlora(size: Size) -> Iterator[dict[str, Any]]:
-    """The product's QLoRA on packed rows; its loader wants a folder, so one is written."""
+    """The product's QLoRA on packed rows; its loader needs a folder, so one is written."""
     if importlib.util.find_spec("bitsandbytes") is None:
         yield {"part": "qlora", "skipped": "bitsandbytes is not installed: pip install '.[qlora]'"}
         return

@@ -1,6 +1,6 @@
 """Memory plan against measured peaks: `python benchmarks/memory_plan.py` (about seven minutes).
 
-Trains, saves and evaluates random Phi-3 models, each case in a process of its own, through the
+Trains, saves and evaluates random Phi-3 models, each case in a separate process, through the
 product's own trainer and evaluation, and prints predicted and measured growth. Writes nothing
 that stays. The error stands for what the models add, and for the whole process with its libraries.
 """

@@ -2,7 +2,7 @@
 
 Random weights in the shapes of `small` (SmolLM2-135M in Phi-3's architecture) and of a 0.5 B Phi-3,
 or a folder of yours. Users ask again as soon as they are answered; every answer has its full
-length. All sides work in this process with token ids, by turns. Share of the roofline: bytes of
+length. All sides work in this process with token ids, alternating. Share of the roofline: bytes of
 weights that a token needs, times tokens per second, over the read bandwidth measured in this run.
 Run: python benchmarks/serving.py [--quick] [--shapes small,half] [--model FOLDER]
 [--precisions int4,int8] [--gguf FILE [--llama-server PATH]] [--requests 10000] [-o json]

@@ -79,7 +79,7 @@ class BeforeTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
 
 @dataclass
 class Way:
-    """One way to train; `make` gives a trainer that learns for so many steps."""
+    """One way to train; `make` gives a trainer that learns for this many steps."""
 
     name: str
     make: Callable[[int], Any]

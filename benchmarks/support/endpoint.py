@@ -1,4 +1,4 @@
-"""A stub endpoint in a process of its own: answers `POST /score` after a settable latency.
+"""A stub endpoint in a separate process: answers `POST /score` after a settable latency.
 
 Keep-alive, plain or TLS; costs well under 0.1 ms of CPU per plain request, so that the other side
 is what is measured. Prints its port; ends when its standard input closes.

@@ -1,4 +1,4 @@
-"""A load generator in a process of its own: N clients ask one URL for some seconds.
+"""A load generator in a separate process: N clients ask one URL for some seconds.
 
 Each client sends its next question when the last one is answered, over a connection that is kept
 where the server keeps it. Prints one JSON line: requests, failures, seconds, latencies.

@@ -1,4 +1,4 @@
-"""Runs the parts of a long benchmark, each in a process of its own that may fail or hang alone.
+"""Runs the parts of a long benchmark, each in a separate process that may fail or hang alone.
 
 A part hands over its figures as JSON lines while it works; they are written to a file as they
 come, so that nothing is lost with a part that fails later.

@@ -1,4 +1,4 @@
-"""BASELINE for the benchmarks, not for use: what the tutorials' tool does, written anew.
+"""BASELINE for the benchmarks, not for use: what the tutorials' tool does, written again.
 
 One `requests.post` per call (a new connection, and over https a new TLS context), no timeout,
 no retry, its own logging setup, attribute access to the connection.

@@ -1,6 +1,6 @@
 """The chat flow's one node: hands the flow's inputs to phi3_tool, which asks the endpoint.
 
-Prompt flow wants a @tool function of this file's own, with annotations it can read at run time.
+Prompt flow requires a @tool function defined in this file, with annotations readable at run time.
 """
 
 from typing import Any

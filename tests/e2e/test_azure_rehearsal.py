@@ -236,7 +236,7 @@ def test_with_entra_sign_in_there_is_no_key(road: Road) -> None:
     done = road.up("azure.endpoint.auth_mode=aad_token", "azure.endpoint.name=small-entra")
 
     assert done.returncode == 0, done.stderr
-    assert "no key anywhere" in done.stderr
+    assert "no key: the endpoint uses Entra tokens" in done.stderr
     assert road.manifest("endpoint")["endpoint_name"] == "small-entra"
     assert not road.called("POST", r"/small-entra/listKeys$")
     assert road.phi3("invoke", "--on", "azure").returncode == 0

@@ -382,7 +382,7 @@ def test_a_cancelled_job_is_a_failure(
     told = f"cancelled the job {jobs.recorded_jobs(run)['train'].name}"
     assert told in capsys.readouterr().out.splitlines()
     assert main(cancel) == 0
-    assert "No job of this run is at work." in capsys.readouterr().out
+    assert "This run has no active job." in capsys.readouterr().out
     sent = [
         call["path"]
         for call in azure.calls()

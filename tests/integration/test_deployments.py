@@ -89,7 +89,7 @@ def test_a_connection_that_is_not_there() -> None:
     (nothing,) = list_deployments("")
     assert "choose a connection first" in nothing["display_value"]
     (unknown,) = list_deployments("no_such_connection")
-    assert "Prompt flow cannot give the connection" in unknown["display_value"]
+    assert "Prompt flow cannot provide the connection" in unknown["display_value"]
 
 
 def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,8 @@ def test_an_endpoint_that_is_not_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [(404, "no health page"), (501, "no health page"), (403, "another right")]
+    ("status", "told"),
+    [(404, "no health route"), (501, "no health route"), (403, "you lack the permission")],
 )
 def test_an_endpoint_without_a_health_page(status: int, told: str) -> None:
     with StubEndpoint(Reply(status, b"")) as stub:

@@ -228,6 +228,6 @@ def test_failing_model_is_an_error_for_the_user(
 
     engine = TokenEngine.of_folder("test", taught.model_dir, CachedRows(Broken()), slots=1)
 
-    with pytest.raises(StageError, match="could not be asked"):
+    with pytest.raises(StageError, match="could not be queried"):
         ask_served(engine, chat, prompts, max_new_tokens=4, at_once=1)
     assert not [t.name for t in threading.enumerate() if t.name.startswith("phi3-")]

@@ -172,7 +172,7 @@ def test_early_stopping_keeps_the_best_weights(trained: Trained) -> None:
     best = losses.index(min(losses))
     assert manifest.steps == len(losses) < 60
     assert len(losses) - 1 - best == 2
-    assert any(f"kept the weights of step {best + 1}" in line for line in manifest.choices)
+    assert any(f"using the weights of step {best + 1}" in line for line in manifest.choices)
     assert _held_out_loss(run) == pytest.approx(min(losses), abs=1e-4)
     assert manifest.validation_loss == pytest.approx(min(losses), abs=1e-5)
     assert not (run.path / "finetune" / "best.safetensors").exists()
@@ -200,7 +200,7 @@ def scores_of(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def test_patience_without_evaluations_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="give eval_steps as well"):
+    with pytest.raises(RecipeError, match="set eval_steps as well"):
         make_recipe(tmp_path, base, "finetune.early_stopping_patience=2")
 
 
@@ -239,5 +239,5 @@ def test_tensorboard_missing_is_said(trained: Trained, monkeypatch: Any) -> None
 def test_full_puts_nothing_beside_the_weights(base: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, base, "finetune.method=full")
     assert peft_config(recipe.finetune) is None
-    with pytest.raises(RecipeError, match="method full makes no adapter"):
+    with pytest.raises(RecipeError, match="method full trains no adapter"):
         make_recipe(tmp_path, base, "finetune.method=full", "finetune.adapter=x")

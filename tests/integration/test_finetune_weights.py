@@ -129,7 +129,7 @@ def test_weights_that_are_not_there(name: str) -> None:
 
 def test_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(StageError, match="holds no weights"):
+    with pytest.raises(StageError, match="contains no weights"):
         find(folder)
 
 

@@ -249,5 +249,5 @@ def test_command_and_its_refusals(
     assert main([*words, "--base", "a b"]) == 2
     mine = tmp_path / "mine/phi3_chat-image"
     mine.mkdir(parents=True)
-    with pytest.raises(UsageError, match="is no image"):
+    with pytest.raises(UsageError, match="is not an image"):
         write_image(FLOW, tmp_path / "mine")

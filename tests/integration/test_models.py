@@ -236,7 +236,7 @@ def test_without_the_wheel_the_tiny_model_is_taken(
     assert main(["train", *words]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "small' could not be downloaded" in said
-    assert "The tiny model is taken instead." in said
+    assert "Using the tiny model instead." in said
     base = json.loads((tmp_path / "runs/mine/base.json").read_text(encoding="utf-8"))
     assert base["made"] == "taught"
 

@@ -120,7 +120,7 @@ def test_somebody_elses_connection_stays_as_it_is(home: PfHome) -> None:
     assert "pf connection delete --yes --name openai" in openai
     assert "connection.name=NAME" in name
     assert "'openai' that phi3 did not write" in delete
-    assert "a custom one is needed" in read
+    assert "expected a custom connection" in read
     assert kept == "theirs"
 
 

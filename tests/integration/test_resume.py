@@ -85,7 +85,11 @@ def test_a_kill_at_a_random_step_changes_nothing(
     assert len(losses(run)) < len(expected)
     train_apart(run, WAYS[way])
     assert_same(losses(run), expected)
-    resumed = [text for text in Run(run).require(ModelManifest).choices if "went on" in text]
+    resumed = [
+        text
+        for text in Run(run).require(ModelManifest).choices
+        if "Resumed from checkpoint" in text
+    ]
     assert len(resumed) == 1
     assert not (run / "finetune" / "checkpoints").exists()
 
@@ -118,7 +122,7 @@ def test_a_kill_while_a_checkpoint_is_written(
             break
     assert last.name == "checkpoint-20"
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require(ModelManifest).choices)
+    assert "checkpoint at step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -134,7 +138,7 @@ def next_checkpoint(run: Path, step: int) -> Callable[[], Path | None]:
 
 @pytest.fixture(scope="module")
 def killed(prepared: Path) -> Path:
-    """A run that was killed behind step 22: checkpoints 15 and 20 are there."""
+    """A run that was killed after step 22: checkpoints 15 and 20 are there."""
     run = copy_of(prepared, "killed")
     kill_when(run, [], lambda: len(losses(run)) >= 22)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
@@ -167,7 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = copy_of(killed, f"damaged-{damage.__name__}")
     damage(checkpoints(run)[-1])
     train_apart(run)
-    assert "behind step 15" in str(Run(run).require(ModelManifest).choices)
+    assert "checkpoint at step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -177,7 +181,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_other_settings_do_not_take_the_checkpoint(other: list[str], killed: Path) -> None:
     run = copy_of(killed, f"other-{other[0]}".replace("=", "-"))
     train_apart(run, other)
-    assert "went on" not in str(Run(run).require(ModelManifest).choices)
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
     assert [step for step, _ in losses(run)] == list(range(1, 57))
 
 
@@ -186,7 +190,7 @@ def test_other_chats_do_not_take_the_checkpoint(killed: Path) -> None:
     path = run / "data" / "train.jsonl"
     path.write_text(path.read_text().replace("euros", "crowns"))
     train_apart(run)
-    assert "went on" not in str(Run(run).require(ModelManifest).choices)
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
@@ -196,7 +200,7 @@ def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
     content[-4] ^= 1
     weights.write_bytes(bytes(content))
     train_apart(run)
-    assert "went on" not in str(Run(run).require(ModelManifest).choices)
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_how_often_is_saved_may_change_in_between(
@@ -204,7 +208,7 @@ def test_how_often_is_saved_may_change_in_between(
 ) -> None:
     run = copy_of(killed, "other-saving")
     train_apart(run, ["finetune.save_steps=9", "finetune.save_total_limit=1"])
-    assert "behind step 20" in str(Run(run).require(ModelManifest).choices)
+    assert "checkpoint at step 20" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -238,7 +242,7 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     kill_when(run, [], lambda: bool(list(run.glob("finetune/checkpoints/*/checkpoint-56/" + SEAL))))
     shutil.rmtree(run / "model", ignore_errors=True)
     train_apart(run)
-    assert "behind step 56" in str(Run(run).require(ModelManifest).choices)
+    assert "checkpoint at step 56" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
 
@@ -259,7 +263,7 @@ def test_the_command_goes_on_after_a_kill(prepared: Path, tmp_path: Path) -> Non
     process.communicate(timeout=30)
     base = (run / "base.json").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    went_on = re.search(r"went on behind step (\d+), from", again.stderr)
+    went_on = re.search(r"Resumed from checkpoint at step (\d+)", again.stderr)
     assert went_on is not None
     assert int(went_on.group(1)) >= 30
     assert [step for step, _ in losses(run)] == list(range(1, 281))

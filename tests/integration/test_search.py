@@ -136,7 +136,7 @@ def test_a_killed_search_finds_what_it_would_have_found(
     assert without_seconds(report) == without_seconds(found[1])
     assert {name: trained(run)[name] for name in done} == done
     resumed = json.loads((run / "search/trials/trial-006/model.json").read_text())["choices"]
-    assert any("went on behind step 3" in text for text in resumed)
+    assert any("Resumed from checkpoint at step 3" in text for text in resumed)
 
 
 def test_more_trials_go_on_from_those_there(prepared: Path) -> None:
@@ -177,7 +177,7 @@ def test_pruned_trials_end_early_and_are_told(prepared: Path) -> None:
             steps = (run / trial["folder"] / "finetune" / "loss.jsonl").read_text().splitlines()
             assert len(steps) < 14
             assert trial["value"] is None
-            assert "pruned behind step 7" in trial["remark"]
+            assert "pruned after step 7" in trial["remark"]
 
 
 def test_a_failed_trial_is_told_and_not_tried_again(prepared: Path) -> None:
@@ -199,7 +199,7 @@ def test_no_figure_at_all_is_an_error(prepared: Path) -> None:
     text = SEARCH.replace("trials: 7", "trials: 2") + (
         "  data.max_length: {type: categorical, choices: [20, 21]}\n"
     )
-    with pytest.raises(StageError, match="No trial came to a figure"):
+    with pytest.raises(StageError, match="No trial produced a result"):
         run_search(run, text)
 
 

@@ -174,12 +174,12 @@ def test_runs_that_cannot_serve_adapters_say_why(run: Run, tmp_path: Path) -> No
     recipe = load_recipe(run.path / "recipe.yaml", [])
     whole = Run.open(tmp_path / "whole")
     whole.write(ModelManifest(path="model", adapter=None))
-    with pytest.raises(StageError, match="trained whole"):
+    with pytest.raises(StageError, match="trained with method full"):
         server_config(recipe, whole, lambda _done, _total, _text: None)
     whole.write(ModelManifest(path="model", adapter="adapter"))
     with pytest.raises(StageError, match="no named adapter"):
         server_config(recipe, whole, lambda _done, _total, _text: None)
-    with pytest.raises(RecipeError, match="transformers only"):
+    with pytest.raises(RecipeError, match="only the engine transformers"):
         load_recipe(run.path / "recipe.yaml", ["serve.engine=onnxruntime"])
 
 

@@ -112,7 +112,7 @@ def test_a_taken_port_is_one_clear_line(taught: Taught, tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.strip().splitlines() == [
             f"error: Port {port} on 127.0.0.1 cannot be used (Address already in use); "
-            "choose another with serve.port=PORT, or 0 for any free one"
+            "choose another with serve.port=PORT, or 0 for any free port"
         ]
 
 

@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_off_says_so(port: int) -> None:
         assert event(response) == PIECES[0]
         last = event(response)
         assert response.read() == b""  # ended in good order, or the chat page would drop it all
-    assert "[The answer broke off." in last
+    assert "[The answer was cut off." in last
     assert "the GPU is out of memory" in last
 
 

@@ -59,7 +59,7 @@ def test_words_appear_while_the_answer_is_made(
     page.get_by_text("status 401").first.wait_for(timeout=60_000)
     # What came before the break stays, with the reason below it.
     assert page.get_by_text("network error").count() == 0
-    assert page.get_by_text("The answer broke off.").first.is_visible()
+    assert page.get_by_text("The answer was cut off.").first.is_visible()
     assert answering.given_up == 0
     picture = Path(os.environ.get("PHI3_SCREENSHOT_STREAMING", tmp_path / "streaming.png"))
     page.screenshot(path=picture)

@@ -126,10 +126,10 @@ def phi3_chat(
     containers.
 
     `max_history_tokens` bounds the earlier turns that are sent, counted roughly and dropped whole,
-    oldest first. 0 lets them take what the model's context leaves beside the question and
+    oldest first. 0 lets them use what the model's context leaves after the question and
     `max_new_tokens`; the context is the connection's `context_length`, or 4096.
 
-    `deployment` names one deployment behind the endpoint, before the one that the connection names.
+    `deployment` names one deployment of the endpoint; it overrides the connection's.
 
     The answer is text. With `stream` it comes as a generator of pieces, one by one where the
     endpoint speaks OpenAI's dialect and as one piece where it speaks Azure's /score. Whatever goes
@@ -172,7 +172,7 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
     except Phi3Error as error:
         found = [no_list(error.message)]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:
-        found = [no_list(f"Prompt flow cannot give the connection ({type(error).__name__})")]
+        found = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
     return [{"value": choice.value, "display_value": choice.shown} for choice in found]
 
 

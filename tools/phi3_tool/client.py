@@ -149,15 +149,15 @@ def transport_failure(
     if isinstance(error, (requests.exceptions.ReadTimeout, ReadTimeoutError)):
         return Failure(
             EndpointTimeoutError(
-                f"Nothing came from the endpoint for {limits.read:g} s: raise `read_timeout`, or"
+                f"The endpoint sent nothing for {limits.read:g} s: raise `read_timeout`, or"
                 " lower max_new_tokens"
             )
         )
     if answering:
         return Failure(
             UnreadableAnswerError(
-                "The answer was cut short: the connection broke before its end; ask again, and"
-                " look into the deployment's log if it happens again"
+                "The answer was cut off: the connection broke before its end; try again, and "
+                "check the deployment's log if it happens again"
             )
         )
     return _unreachable(error, address)
@@ -309,13 +309,13 @@ class Phi3Client:
 
     @property
     def dialect(self) -> str:
-        """What is spoken there: "score" or "openai"."""
+        """The endpoint's dialect: "score" or "openai"."""
         return self._address.dialect
 
     def chat(
         self, messages: Sequence[Message], *, request_id: str | None = None, **parameters: Any
     ) -> ChatReply:
-        """The answer to the last of the messages; a Phi3Error where there is none."""
+        """The answer to the last message; raises a Phi3Error if there is none."""
         started = time.monotonic()
         call = self._new_call(messages, parameters, request_id, stream=False)
         arrival = self._deliver(call)
@@ -345,7 +345,7 @@ class Phi3Client:
         if arrival.body is not None:
             return _one_piece(self._read(arrival, call).text)
         pieces = self._pieces(arrival, call)
-        # Begun here, so that closing it reaches its `finally` even if nobody ever iterates.
+        # Started here, so that closing it reaches its `finally` even if it is never iterated.
         next(pieces)
         return pieces
 
@@ -378,7 +378,7 @@ class Phi3Client:
         stream: bool,
     ) -> Call:
         if self._closed.is_set():
-            raise ConfigurationError("This client is closed: make a new one")
+            raise ConfigurationError("This client is closed: create a new one")
         body = build_request(self._address.dialect, messages, parameters, stream)
         try:
             encoded = json.dumps(body, allow_nan=False).encode()
@@ -434,7 +434,7 @@ class Phi3Client:
                 raise call.dress(outcome.error, self._credential)
 
     def _renewed(self, call: Call, failure: Failure, used: BearerAuth) -> BearerAuth | None:
-        """A token other than the one refused, once per call; None where there is none."""
+        """A token other than the rejected one, once per call; None if there is none."""
         if failure.error.status != 401 or not self._credential.renewable or call.renewed:
             return None
         call.renewed = True
@@ -465,7 +465,9 @@ class Phi3Client:
                 error, call, self._address, self._limits, answering=response is not None
             )
         if len(body) > MAX_ANSWER_BYTES:
-            return Failure(UnreadableAnswerError("The answer is endless: it is no chat answer"))
+            return Failure(
+                UnreadableAnswerError("The answer does not end: it is not a chat answer")
+            )
         return _Arrival(response, reading, body)
 
     def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
@@ -496,7 +498,7 @@ class Phi3Client:
             payload = json.loads(arrival.body or b"")
         except (ValueError, RecursionError):
             return UnreadableAnswerError(
-                "The endpoint's answer is not JSON (or was cut short): check that the URL is the"
+                "The endpoint's answer is not JSON (or was cut off): check that the URL is the"
                 " scoring URI, not a web page"
             )
         try:
@@ -554,11 +556,11 @@ def _read_up_to(response: requests.Response, limit: int) -> bytes:
 
 
 def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
-    """Past the last piece, so that the connection can be used again; in vain is no failure."""
+    """Read past the last piece, so that the connection can be reused; failing is no error."""
     reading.shorten(_AFTER_LAST_PIECE_SECONDS)
     try:
         for _ in range(_MAX_ERROR_BYTES // 1024):
             if next(body, None) is None:
                 return
     except (requests.RequestException, HTTPError, OSError):
-        log.debug("the connection of a finished stream is not used again")
+        log.debug("the connection of a finished stream is not reused")

@@ -40,16 +40,19 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
         raise ConfigurationError("the endpoint URL is missing")
     text = endpoint.strip()
     if not text.isascii() or not text.isprintable() or any(c in text for c in " \\<>\"'`{}"):
-        raise ConfigurationError("the endpoint URL holds spaces or signs that no URL may hold")
+        raise ConfigurationError(
+            "the endpoint URL contains spaces or characters that a URL cannot have"
+        )
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise ConfigurationError("the endpoint is no URL that can be read") from None
+        raise ConfigurationError("the endpoint is not a valid URL") from None
     host = (parts.hostname or "").lower()
     if parts.scheme.lower() not in ("http", "https") or not host:
         raise ConfigurationError(
-            "the endpoint must be a whole URL such as https://<name>.<region>.inference.ml.azure.com/score"
+            "the endpoint must be a full URL such as "
+            "https://<name>.<region>.inference.ml.azure.com/score"
         )
     if "@" in parts.netloc:
         raise ConfigurationError("the endpoint URL must not carry a user name or password")
@@ -58,8 +61,8 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
     loopback = is_loopback(host)
     if parts.scheme.lower() == "http" and not loopback:
         raise ConfigurationError(
-            f"the endpoint is plain http to {host}: a key is sent only over https, or over http"
-            " to this machine itself; use the https URL"
+            f"the endpoint is plain http to {host}: a key is sent only over https, or over http "
+            f"to this machine; use the https URL"
         )
     spoken = _choose_dialect(text, dialect)
     path = parts.path.rstrip("/")
@@ -75,7 +78,7 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
 
 
 def in_dialect(endpoint: str, dialect: Dialect) -> str:
-    """The endpoint's URL for the other dialect beside it; unchanged where the path is no usual one.
+    """The endpoint's URL for the other dialect; unchanged where the path is an unusual one.
 
     Our own endpoint, and Azure's images that speak both, answer on either path.
     """
@@ -89,7 +92,7 @@ def in_dialect(endpoint: str, dialect: Dialect) -> str:
 
 
 def same_endpoint(one: str, other: str) -> bool:
-    """Whether two URLs lead to one endpoint, be it in another dialect."""
+    """Whether two URLs point to the same endpoint, possibly in another dialect."""
     return in_dialect(one, "score") == in_dialect(other, "score")
 
 
@@ -187,7 +190,7 @@ class ConnectionSettings:
         entra = environment.get("PHI3_AUTH", "").strip() == ENTRA and found["key"] is None
         needed = ("endpoint",) if entra else ("endpoint", "key")
         faults = [f"PHI3_{name.upper()} is not set" for name in needed if found[name] is None]
-        what = 'The environment names no usable endpoint (`eval "$(phi3 env)"` sets it)'
+        what = 'The environment sets no usable endpoint (`eval "$(phi3 env)"` sets it)'
         return cls._checked(found, faults, what, entra=entra)
 
     @classmethod
@@ -237,7 +240,7 @@ def _parts_of(connection: object) -> tuple[Mapping[str, object], Mapping[str, ob
         raise ConfigurationError(
             f"The connection cannot be used: {shown}, not a connection itself. Prompt flow fills"
             " it in where the node's input names a connection that `pf connection list` shows;"
-            " `phi3 connect` makes one, and PHI3_ENDPOINT with PHI3_KEY do without"
+            " `phi3 connect` creates one, and PHI3_ENDPOINT with PHI3_KEY need none"
         )
     else:
         # Never connection.key: Prompt flow warns on the terminal at each such access.
@@ -263,7 +266,8 @@ def _find(
     given = {name: place[name] for name in names if _is_given(place.get(name))}
     if not given and apart and setting == "key" and any(_is_given(configs.get(n)) for n in names):
         faults.append(
-            "the key stands under configs, where Prompt flow stores it in clear: move it to secrets"
+            "the key is under configs, where Prompt flow stores it in clear text: move it to "
+            "secrets"
         )
         return None
     if not given:
@@ -299,6 +303,6 @@ def _filled_in(
         _PLACEHOLDER.search(text) if name.startswith("endpoint_url") or name == "endpoint" else None
     )
     if _PLACEHOLDER.fullmatch(text) or (spot and spot[0][0] in "<$"):
-        faults.append(f"{name} is not filled in: it still holds its template's placeholder")
+        faults.append(f"{name} is not filled in: it still contains the template's placeholder")
         return None
     return text

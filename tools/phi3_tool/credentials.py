@@ -22,11 +22,11 @@ def clean_secret(value: object, what: str = "key") -> str:
         raise ConfigurationError(f"the {what} is missing")
     secret = value.strip()
     if secret.lower().startswith("bearer "):
-        raise ConfigurationError(f"the {what} starts with the word Bearer: give the {what} alone")
+        raise ConfigurationError(f"the {what} starts with the word Bearer: give only the {what}")
     if not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ConfigurationError(
-            f"the {what} holds a line break, a space or another sign that cannot be part of it:"
-            " copy it again, as one piece"
+            f"the {what} contains a line break, a space or another invalid character: copy it "
+            f"again, in one piece"
         )
     return secret
 

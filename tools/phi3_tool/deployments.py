@@ -1,6 +1,6 @@
 """Which deployments an endpoint says it has, for the tool's list to choose from.
 
-Asks GET /v1/models beside the endpoint, once and briefly; writes nothing.
+Asks the endpoint's GET /v1/models, once and briefly; writes nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Choice:
 def choices(settings: ConnectionSettings) -> list[Choice]:
     """ "No name", which always works, and the names that the endpoint tells; or why it tells none.
 
-    ConfigurationError where the settings are unusable; a silent endpoint is no error.
+    ConfigurationError where the settings are unusable; an unreachable endpoint is not an error.
     """
     names, reason = _names(settings)
     if names:
@@ -48,7 +48,7 @@ def choices(settings: ConnectionSettings) -> list[Choice]:
 
 
 def no_list(reason: str) -> Choice:
-    """The one entry of an empty list; a flow that takes it works all the same."""
+    """The one entry of an empty list; a flow that uses it still works."""
     log.info("no deployments to choose from: %s", reason)
     return Choice("", f"(the endpoint chooses; no list: {one_line(reason)})")
 
@@ -66,7 +66,7 @@ def _names(settings: ConnectionSettings) -> tuple[list[str], str]:
     if status != 200:
         return [], not_told(url, status)
     names = _ids(body)
-    return names, "" if names else f"{url} names no model"
+    return names, "" if names else f"{url} lists no model"
 
 
 def _models_url(address: Address) -> str:
@@ -105,8 +105,8 @@ def not_told(url: str, status: int) -> str:
     """Why an endpoint that answers with this status tells no names."""
     if (urlsplit(url).hostname or "").endswith(_AZURE):
         return (
-            "Azure shows the deployments of an endpoint to an identity, not to its key;"
-            " `az ml online-deployment list --endpoint-name NAME` names them"
+            "Azure lists the deployments of an endpoint for an identity, not for its key; list "
+            "them with `az ml online-deployment list --endpoint-name NAME`"
         )
     return f"{url} answered status {status}"
 

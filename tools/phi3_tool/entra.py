@@ -42,8 +42,8 @@ def entra_tokens() -> Callable[[], str]:
         except azure_error as error:
             first = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise ConfigurationError(
-                "The connection signs in with Microsoft Entra ID (auth: entra), and no sign-in"
-                f" gives a token: {first} Sign in with: az login"
+                "The connection signs in with Microsoft Entra ID (auth: entra), but no sign-in "
+                f"returned a token: {first} Sign in with: az login"
             ) from None
 
     return token

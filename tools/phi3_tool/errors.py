@@ -9,7 +9,7 @@ Phi3Error
 ├── EndpointTimeoutError    408, our own timeouts, the deadline
 ├── ModelError              any other 424; a failure dressed as 200
 ├── ServiceError            5xx, no connection, after the retries
-└── UnreadableAnswerError   not JSON, cut short, a shape nobody documents
+└── UnreadableAnswerError   not JSON, cut off, an undocumented shape
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class EndpointTimeoutError(Phi3Error):
 
 
 class ModelError(Phi3Error):
-    """The endpoint was reached, and the model behind it failed."""
+    """The endpoint was reached, but its model failed."""
 
 
 class ServiceError(Phi3Error):
@@ -117,4 +117,4 @@ class ServiceError(Phi3Error):
 
 
 class UnreadableAnswerError(Phi3Error):
-    """An answer came that cannot be read: not JSON, cut short, or of an unknown shape."""
+    """An answer that cannot be read: not JSON, cut off, or of an unknown shape."""

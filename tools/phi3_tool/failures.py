@@ -1,6 +1,6 @@
 """Turns an answer that is not a success into the right error, and says whether to try again.
 
-The table behind it is Azure's: a managed online endpoint wraps what its container says in a
+The table is Azure's: a managed online endpoint wraps what its container returns in a
 424 and puts the container's own status and a reason into headers.
 """
 
@@ -141,7 +141,7 @@ def failure_of(
     elif 200 <= status < 300:
         failure = Failure(
             UnreadableAnswerError(
-                f"The endpoint answered with status {status}, which carries no answer: check that"
+                f"The endpoint answered with status {status}, which has no answer: check that"
                 " the URL is the scoring URI of a chat model"
             )
         )
@@ -171,8 +171,8 @@ def _plain_failure(status: int, says: str) -> Failure:
     if status in (404, 405):
         return Failure(
             EndpointNotFoundError(
-                "No deployment answers at this URL: check that its path is the scoring URI's,"
-                " that the deployment's name is right, and that a deployment has traffic"
+                "No deployment answers at this URL: check that its path is the scoring URI's, "
+                "that the deployment's name is correct, and that a deployment has traffic"
                 f" (or name one with `deployment`).{says}"
             )
         )
@@ -200,8 +200,8 @@ def _plain_failure(status: int, says: str) -> Failure:
     retry = Retry.BOUNDED if status in (500, 502, 503, 504) else Retry.NEVER
     return Failure(
         ServiceError(
-            "The service failed: try again later; if it stays so, look into the deployment's"
-            f" log.{says}"
+            "The service failed: try again later; if it keeps failing, check the deployment's "
+            f"log.{says}"
         ),
         retry,
     )
@@ -230,8 +230,8 @@ def _dependency_failure(
         retry = Retry.BOUNDED
     else:
         error = ModelError(
-            "The model failed while it answered: look into the deployment's log, or lower"
-            f" max_new_tokens.{says}"
+            "The model failed while answering: check the deployment's log, or lower "
+            f"max_new_tokens.{says}"
         )
         retry = Retry.BOUNDED if inner in _RETRYABLE_INNER else Retry.NEVER
         if inner == 408:
@@ -243,20 +243,20 @@ def _dependency_failure(
 def _authentication(status: int, says: str) -> AuthenticationError:
     if status == 401:
         return AuthenticationError(
-            "The endpoint does not accept the key or token: it may be of another endpoint,"
-            " regenerated or expired. Fetch it again and store it in the connection"
+            "The endpoint does not accept the key or token: it may belong to another endpoint, or "
+            "be regenerated or expired. Fetch it again and store it in the connection"
             f" (`phi3 connect`, or PHI3_KEY).{says}"
         )
     return AuthenticationError(
-        "The endpoint refuses this identity: it needs the right to score (role AzureML Data"
-        f" Scientist), and a network that may reach the endpoint.{says}"
+        "The endpoint refuses this identity: it needs the permission to score (role AzureML Data "
+        f"Scientist) and a network that can reach the endpoint.{says}"
     )
 
 
 def _throttled(says: str) -> ThrottledError:
     return ThrottledError(
-        "The endpoint has more requests than it may work on at once: send fewer at a time, or"
-        f" raise max_concurrent_requests_per_instance or the instance count.{says}"
+        "The endpoint has more requests than it can handle at once: send fewer at a time, or "
+        f"raise max_concurrent_requests_per_instance or the instance count.{says}"
     )
 
 

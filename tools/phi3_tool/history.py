@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 TOKENS_AROUND_MESSAGE = 5
 #: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
 DEFAULT_CONTEXT_LENGTH = 4096
-#: Begins the note at the end of a streamed answer that broke off; the model never sees the note.
-BROKE_OFF = "\n\n[The answer broke off. "
+#: Starts the note at the end of an incomplete streamed answer; the model never sees the note.
+BROKE_OFF = "\n\n[The answer was cut off. "
 
 Turn = tuple[str, str]
 
@@ -84,7 +84,7 @@ def from_messages(
             question = None
         elif role != "system" or index > 0:
             raise RequestRejectedError(
-                f"Message {index} has the role {role!r}: user and assistant must take turns"
+                f"Message {index} has the role {role!r}: user and assistant messages must alternate"
             )
     return history
 
@@ -108,7 +108,7 @@ def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | N
     outputs = item.get("outputs") if isinstance(item, Mapping) else None
     if not isinstance(inputs, Mapping) or not isinstance(outputs, (Mapping, type(None))):
         raise RequestRejectedError(
-            f'chat_history[{index}] is no turn: expected {{"inputs": {{"{input_key}": …}},'
+            f'chat_history[{index}] is not a turn: expected {{"inputs": {{"{input_key}": …}},'
             f' "outputs": {{"{output_key}": …}}}}'
         )
     question = _one_text(inputs, input_key)

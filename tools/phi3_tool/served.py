@@ -15,7 +15,7 @@ _LOGGERS = "promptflow._utils.logger_utils"
 
 
 def quiet_when_served() -> None:
-    """Prompt flow's log at ERROR where this process serves the flow and nobody asked for more.
+    """Prompt flow's log at ERROR if this process serves the flow and no other level is set.
 
     Prompt flow reads PF_LOGGING_LEVEL when it is imported: for what it has made by now, too late.
     """

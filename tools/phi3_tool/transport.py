@@ -1,6 +1,6 @@
 """A requests session whose every read obeys one total deadline, even where a server drips bytes.
 
-Socket timeouts alone start anew with each byte that arrives; here each read of the socket,
+Socket timeouts alone restart with each byte that arrives; here each read of the socket,
 headers included, is given no more than what is left of the call's deadline.
 """
 
@@ -69,7 +69,7 @@ class _DeadlinePassed(socket.timeout):
 
 
 class _TimedReader(io.RawIOBase):
-    """The socket's reader with its timeout set anew before each read."""
+    """The socket's reader with its timeout reset before each read."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: Deadline) -> None:
         super().__init__()

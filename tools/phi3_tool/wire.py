@@ -51,12 +51,12 @@ _EXPECTED = {
     "score": 'expected {"output": "text"}',
     "openai": 'expected {"choices": [{"message": {"content": "text"}}]}',
 }
-_SHORTEN = "shorten the conversation, lower max_new_tokens, or look into the deployment's log"
+_SHORTEN = "shorten the conversation, lower max_new_tokens, or check the deployment's log"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an endpoint said, whatever dialect it said it in."""
+    """An endpoint's answer, in either dialect."""
 
     text: str
     finish_reason: str | None = None
@@ -65,13 +65,13 @@ class Answer:
 
 
 def guess_dialect(url: str) -> Dialect:
-    """The dialect spoken at the URL's path; ConfigurationError where the path tells nothing."""
+    """The dialect of the URL's path; ConfigurationError if the path does not show it."""
     path = urlsplit(url).path.rstrip("/")
     if path.endswith("/score"):
         return "score"
     if path.endswith(("/chat/completions", "/v1")):
         return "openai"
-    shown = f"its path is {path!r}" if path else "it names a host and no path"
+    shown = f"its path is {path!r}" if path else "it has a host and no path"
     raise ConfigurationError(
         f"the endpoint URL should end with /score or with /v1/chat/completions, but {shown}"
         " (copy the scoring URI; or set dialect to 'score' or 'openai' where a proxy renames paths)"
@@ -130,8 +130,8 @@ def read_answer(
     text = _text_in(payload) if isinstance(payload, list) else None
     if text is None:
         raise UnreadableAnswerError(
-            f"The endpoint answered {_shape(payload, quote)}, which is no known answer shape"
-            f" ({_EXPECTED.get(dialect, _EXPECTED['score'])}): check that the URL is the"
+            f"The endpoint answered {_shape(payload, quote)}, which is not a known answer format "
+            f"({_EXPECTED.get(dialect, _EXPECTED['score'])}): check that the URL is the"
             " scoring URI of a chat model"
         )
     return Answer(text)
@@ -195,7 +195,7 @@ def _check_message(index: int, message: object) -> dict[str, str]:
         content.encode()
     except UnicodeEncodeError as error:
         raise RequestRejectedError(
-            f"Message {index}: content is broken text (half a character at position {error.start})"
+            f"Message {index}: content is invalid text (half a character at position {error.start})"
         ) from None
     return {"role": str(role), "content": content}
 
@@ -258,7 +258,7 @@ def _read_choices(payload: dict[str, Any], reason: str | None, quote: Quote) -> 
         shown = quote(finish or "")
         raise _no_answer(f"finish_reason {shown!r} and no text", reason or shown)
     if not isinstance(text, str):
-        raise UnreadableAnswerError("The endpoint's first choice holds no text")
+        raise UnreadableAnswerError("The endpoint's first choice has no text")
     return Answer(
         text, finish, token_counts(payload.get("usage")), _optional_text(payload, "model")
     )
@@ -295,10 +295,10 @@ def _reported(error: object, reason: str | None, quote: Quote) -> ModelError:
 
 
 def _no_answer(what: str, reason: str | None) -> ModelError:
-    why = f" It says why: {reason}." if reason else ""
+    why = f" Its reason: {reason}." if reason else ""
     return ModelError(
-        f"The model gave no answer: the endpoint sent {what}, its way of reporting a failure.{why}"
-        f" What helps: {_SHORTEN}",
+        f"The model gave no answer: the endpoint sent {what}, which is how it reports a "
+        f"failure.{why} Fix: {_SHORTEN}",
         reason=reason,
     )
 
@@ -341,7 +341,9 @@ def read_lines(pieces: Iterable[bytes]) -> Iterator[str]:
     for piece in pieces:
         rest += piece
         if len(rest) > MAX_LINE and b"\n" not in rest:
-            raise UnreadableAnswerError("The stream holds an endless line: it is no chat answer")
+            raise UnreadableAnswerError(
+                "The stream contains a line that does not end: it is not a chat answer"
+            )
         *lines, rest = rest.split(b"\n")
         for line in lines:
             yield line.rstrip(b"\r").decode("utf-8", "replace")
@@ -381,8 +383,8 @@ def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[st
             yield piece
     if not finished:
         raise UnreadableAnswerError(
-            "The streamed answer was cut short: the connection ended before the answer did; ask"
-            " again, and look into the deployment's log if it happens again"
+            "The streamed answer was cut off: the connection ended before the answer did; try "
+            "again, and check the deployment's log if it happens again"
         )
 
 
@@ -390,7 +392,7 @@ def _read_chunk(event: Event, quote: Quote) -> tuple[str, bool]:
     chunk = _decoded(event.data)
     if chunk is None and event.name != "error":
         raise UnreadableAnswerError(
-            "The stream holds an event that is not JSON (or was cut short): check that the URL is"
+            "The stream contains an event that is not JSON (or was cut off): check that the URL is"
             " an OpenAI-compatible chat route"
         )
     reported = chunk.get("error") if isinstance(chunk, dict) else None
@@ -402,7 +404,7 @@ def _read_chunk(event: Event, quote: Quote) -> tuple[str, bool]:
         )
     choices = chunk.get("choices") if isinstance(chunk, dict) else None
     if not isinstance(choices, list):
-        raise UnreadableAnswerError("The stream holds an event without choices")
+        raise UnreadableAnswerError("The stream contains an event without choices")
     if not choices or not isinstance(choices[0], dict):
         return "", False  # a chunk that only carries usage
     text = message_text(choices[0].get("delta")) or ""

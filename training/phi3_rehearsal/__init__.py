@@ -1,6 +1,6 @@
 """A rehearsed Azure on this machine, which the unmodified official SDKs talk to.
 
-rehearsal = start(folder)          # a process of its own; finds the one that runs
+rehearsal = start(folder)          # a separate process; finds the one that runs
 subprocess.run([...], env={**os.environ, **rehearsal.env})
 rehearsal.close()                  # what it knows stays in the folder
 """

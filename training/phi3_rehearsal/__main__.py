@@ -1,4 +1,4 @@
-"""`python -m phi3_rehearsal ACTION FOLDER …`: the rehearsed Azure whose state lies in FOLDER.
+"""`python -m phi3_rehearsal ACTION FOLDER …`: the rehearsed Azure whose state is in FOLDER.
 
 Each action prints one JSON value; what goes wrong is one line on standard error, with exit status 2
 for what was asked wrongly and 1 for the rest. `run` prints what its command prints.
@@ -43,22 +43,22 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("folder", type=Path, metavar="FOLDER")
         return added
 
-    start = add("start", "start it, or find the one that runs")
+    start = add("start", "start it, or use the one that is running")
     start.add_argument("--fault", action="append", default=[], metavar="FAULT")
-    stop = add("stop", "stop it, with the jobs and servers it runs")
+    stop = add("stop", "stop it and its jobs and servers")
     stop.add_argument("--forget", action="store_true", help="also delete its folder")
-    add("status", "whether it runs, and how many resources of each type it has")
-    add("env", "the variables that lead the Azure SDKs to it")
-    calls = add("calls", "the calls that it answered, oldest first")
+    add("status", "show whether it is running, and how many resources of each type it has")
+    add("env", "print the variables that point the Azure SDKs to it")
+    calls = add("calls", "list the calls it answered, oldest first")
     calls.add_argument("-n", type=int, default=20, metavar="COUNT", help="the last COUNT (20)")
-    fault = add("fault", "inject a fault, and list the pending ones")
+    fault = add("fault", "inject a fault and list the pending ones")
     fault.add_argument("fault", nargs="?", metavar="FAULT")
-    fault.add_argument("--clear", action="store_true", help="drop all pending faults first")
+    fault.add_argument("--clear", action="store_true", help="clear all pending faults first")
     run = add("run", "run COMMAND with these variables and show the calls it makes")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
-    serve = add("serve", "answer until a signal comes: the process that `start` starts")
+    serve = add("serve", "serve until a signal arrives: the process that `start` starts")
     serve.add_argument("port", type=int, metavar="PORT", help="0: any")
-    add("job", "carry out one job, whose folder is FOLDER")
+    add("job", "run one job, whose folder is FOLDER")
     return parser
 
 
@@ -91,7 +91,9 @@ def _act(args: argparse.Namespace) -> int:
     elif args.action == "env":
         running = control.find(folder)
         if running is None:
-            raise UsageError("No rehearsed Azure runs here; start it with: phi3 rehearse start")
+            raise UsageError(
+                "No rehearsed Azure is running here; start it with: phi3 rehearse start"
+            )
         answer = running.env
     elif args.action == "calls":
         answer = control.calls(folder)[-args.n :]

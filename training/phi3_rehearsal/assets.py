@@ -82,7 +82,7 @@ def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
 
 
 def locate(cloud: Cloud, workspace: Json, uri: str) -> Path:
-    """Where the files that `uri` means lie. Raises AzureError when it means nothing here."""
+    """Where the files that `uri` names are. Raises AzureError if it names nothing here."""
     uri = datastore_uri(cloud, workspace, uri)
     files = BlobFiles(cloud.folder, storage_account(workspace))
     match = _STORE_URI.match(uri)
@@ -271,7 +271,7 @@ def _model_properties(name: str, model: offers.CatalogueModel) -> Json:
 
 
 def catalogue_folder(cloud: Cloud, uri: str) -> Path | None:
-    """Where the files of a registry's model will lie; None when `uri` means something else."""
+    """Where the files of a registry's model will be; None if `uri` names something else."""
     if not uri.startswith("azureml://registries/"):
         return None
     if offers.find_model(uri) is None:
@@ -280,5 +280,5 @@ def catalogue_folder(cloud: Cloud, uri: str) -> Path | None:
 
 
 def catalogue(cloud: Cloud) -> Path:
-    """Where the files of the catalogue's models lie."""
+    """Where the files of the catalogue's models are."""
     return cloud.folder / "catalogue"

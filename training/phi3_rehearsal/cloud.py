@@ -1,7 +1,7 @@
 """What the rehearsed Azure knows: its resources, running operations, secrets and journal of calls.
 
 Reads and writes state.json (atomically), seed (mode 0600) and calls.jsonl in its folder. Keys are
-derived from the seed or sealed with it, so that none lies on disk in clear.
+derived from the seed or sealed with it, so that none is on disk in clear text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .offers import REGIONS
 from .processes import stop_server_of, write_atomically
 from .wire import ARM, GROUP, ML, AzureError, Json, Reply, Request, Router, bad, not_found
 
-# How long a poller is asked to wait. Azure sends no header or 10 seconds and more; without one the
+# How long a poller is told to wait. Azure sends no header or 10 seconds and more; without one the
 # SDK waits 30 seconds between two looks at a cluster or an endpoint.
 POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
 # The states of a job that has not ended.
@@ -108,7 +108,7 @@ class Cloud:
             del self.resources[key]
 
     def delete_now(self, arm_id: str) -> Reply:
-        """Remove a resource that takes no time to go: 200, or 204 where there is none."""
+        """Remove a resource that takes no time to go: 200, or 204 if there is none."""
         existed = self.get(arm_id) is not None
         self.delete(arm_id)
         return Reply(200 if existed else 204)

@@ -50,7 +50,7 @@ class Rehearsal:
         return self.process.pid
 
     def about(self) -> Json:
-        """What anybody may know of it: no secret."""
+        """Its public state: no secret."""
         names = {"folder": self.folder, "proxy": self.url, "ca_file": self.ca_file}
         return {"state": "running", **{k: str(v) for k, v in names.items()}, "pid": self.pid}
 
@@ -117,7 +117,7 @@ def stop(folder: Path) -> bool:
         pass
     except psutil.TimeoutExpired:
         raise RehearsalError(
-            f"The rehearsal's process {process.pid} does not end; end it with: kill -9 "
+            f"The rehearsal's process {process.pid} does not exit; kill it with: kill -9 "
             f"{process.pid}"
         ) from None
     return True

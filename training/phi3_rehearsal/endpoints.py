@@ -219,7 +219,7 @@ def _check_size(
 
 
 def _model_folder(cloud: Cloud, workspace: Json, given: Json) -> Path:
-    """Where the weights of the deployed model lie. Raises AzureError."""
+    """Where the weights of the deployed model are. Raises AzureError."""
     asked = asset_id(given.get("model"))
     if not asked:
         raise bad("The deployment names no model.", "BadArgument")
@@ -286,7 +286,7 @@ def _bring_up(cloud: Cloud, deployment: Json, operation: Operation, error: Json 
             log.write_text(f"{failure['code']}: {failure['message']}\n", encoding="utf-8")
         with cloud.lock:
             if server and cloud.get(deployment["id"]) is not deployment:
-                processes.stop_server(server.process)  # deleted or replaced meanwhile
+                processes.stop_server(server.process)  # deleted or replaced in the meantime
             elif server:
                 own = dataclasses.asdict(server.process)
                 deployment["_server"] = {**own, "port": server.port}
@@ -318,7 +318,7 @@ def _start_server(cloud: Cloud, deployment: Json, log: Path) -> processes.Server
 
 
 def resume_deployments(cloud: Cloud) -> None:
-    """After a restart: start what was being made and the servers that died meanwhile."""
+    """After a restart: start what was being created and the servers that died in the meantime."""
     for deployment in cloud.children("/subscriptions", DEPLOYMENT_KIND):
         unfinished = [
             operation

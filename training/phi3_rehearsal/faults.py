@@ -75,7 +75,7 @@ class Fault:
             kinds = ", ".join(_KINDS)
             raise UsageError(
                 f"{text!r} is not a fault: expected METHOD PATH KIND [name=value …], where PATH "
-                f"may hold * and KIND is an HTTP status or one of {kinds}"
+                f"may contain * and KIND is an HTTP status or one of {kinds}"
             )
         fault = cls(words[0].upper(), words[1], words[2])
         for word in words[3:]:

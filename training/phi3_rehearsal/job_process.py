@@ -30,7 +30,7 @@ from .wire import Json
 
 @dataclass
 class JobInput:
-    """An input as it is given to the command: a literal, or the file or folder it lies in."""
+    """An input as it is given to the command: a literal, or the file or folder it is in."""
 
     literal: str | None = None
     path: str | None = None
@@ -72,7 +72,7 @@ class JobPlan:
         write_atomically(file, json.dumps(dataclasses.asdict(self), indent=1))
 
     def log(self, name: str) -> Path:
-        """Where a log of the job lies, with the names that Azure gives them."""
+        """Where a log of the job is, with Azure's names."""
         path = Path(self.artifacts, "user_logs", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -123,7 +123,7 @@ def _run(folder: Path, plan: JobPlan) -> Json | None:
 
 
 def _input(plan: JobPlan, item: JobInput, target: Path) -> str:
-    """An input as the text that stands for it: a value, or where its copy lies."""
+    """An input as text: a value, or the path of its copy."""
     if item.path is None:
         return str(item.literal)
     source = Path(item.path)
@@ -230,7 +230,7 @@ _FINETUNE: dict[str, Callable[[str], Any]] = {
 
 
 def _run_pipeline(plan: JobPlan, inputs: dict[str, str], work: Path) -> dict[str, Path]:
-    """Train as the inputs say; where each of the pipeline's outputs lies."""
+    """Train as the inputs say; returns where each of the pipeline's outputs is."""
     weights = tiny_model.weights_in(tiny_model.make(Path(plan.catalogue)))
     assert weights is not None  # noqa: S101 - it was made with weights
     recipe = work / "recipe.yaml"

@@ -235,7 +235,7 @@ def _command_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     nodes = int((given.get("resources") or {}).get("instanceCount") or 1)
     each = int(distribution.get("processCountPerInstance") or 1)
     if distribution and size and size.gpus and each > size.gpus:
-        raise bad(f"{each} processes are asked for on a node with {size.gpus} GPUs.")
+        raise bad(f"{each} processes are requested on a node with {size.gpus} GPUs.")
     return JobPlan(
         inputs={name: _input(cloud, workspace, name, value) for name, value in inputs.items()},
         command=command,
@@ -268,7 +268,7 @@ def _size_of(cloud: Cloud, given: Json) -> offers.Size | None:
 
 
 def _input(cloud: Cloud, workspace: Json, name: str, value: Json) -> JobInput:
-    """An input as a literal or as the folder or file it lies in. Raises AzureError."""
+    """An input as a literal or as the folder or file it is in. Raises AzureError."""
     if value.get("jobInputType") == _LITERAL:
         return JobInput(literal=str(value.get("value")))
     uri = str(value.get("uri") or "")
@@ -369,7 +369,7 @@ def _compute_faults(cloud: Cloud, workspace: Json, values: dict[str, Json]) -> l
         faults.append(f"SKUNotSupported: '{size[0]}' has no GPU")
     gpus = int(texts.get("number_of_gpu_to_use_finetuning", "1"))
     if size and gpus > max(size[1].gpus, 1):
-        faults.append(f"{gpus} GPUs are asked for; '{size[0]}' has {size[1].gpus}")
+        faults.append(f"{gpus} GPUs are requested; '{size[0]}' has {size[1].gpus}")
     model = offers.find_model(str((values.get("mlflow_model_path") or {}).get("uri") or ""))
     if model and model[1].archived:
         faults.append(f"The model '{model[0]}' is archived and cannot be used in new jobs")

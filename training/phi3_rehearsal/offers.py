@@ -88,7 +88,7 @@ SIZES = {
     "Standard_E4s_v3": Size("standardESv3Family", 4, 32),
     "Standard_F4s_v2": Size("standardFSv2Family", 4, 8),
 }
-# A new subscription has 0 cores of every GPU family. These let one road through and leave another
+# A new subscription has 0 cores of every GPU family. These allow one route and leave another
 # to be refused, so that both can be rehearsed.
 DEFAULT_QUOTA = 100
 FAMILY_QUOTA = {_A100: 96, _H100: 80, "standardNDSH100v5Family": 0}

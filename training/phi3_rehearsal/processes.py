@@ -22,7 +22,7 @@ import psutil
 
 from .wire import Json
 
-# The system rounds start times; two processes with one id lie further apart than this.
+# The system rounds start times; two processes with one id are further apart than this.
 _SAME_SECONDS = 1.0
 
 
@@ -91,7 +91,7 @@ def child_environment() -> dict[str, str]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` in one step: whoever reads sees the old file or the new one, never half."""
+    """Replace `path` atomically: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,7 +1,7 @@
 """The HTTP proxy that ends TLS itself and hands every request to the rehearsed Azure.
 
 Listens on loopback only. A CONNECT to any host is answered here: nothing leaves the machine. Only
-who is told to trust ca.pem, the certificate of the rehearsal's own authority, believes it.
+a client that trusts ca.pem, the certificate of the rehearsal's own authority, accepts it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _IDLE_SECONDS = 300.0
 
 
 class Proxy:
-    """Serves until `close`. `url` is what HTTPS_PROXY wants."""
+    """Serves until `close`. `url` is the value for HTTPS_PROXY."""
 
     def __init__(self, cloud: Cloud, authority: Authority, port: int = 0) -> None:
         try:
@@ -71,7 +71,7 @@ class _Connection(BaseHTTPRequestHandler):
     _host = ""
 
     def do_CONNECT(self) -> None:
-        """Become the host that the client wants to reach."""
+        """Act as the host that the client wants to reach."""
         self._host = self.path.rsplit(":", 1)[0].strip("[]").lower()
         self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         self.wfile.flush()

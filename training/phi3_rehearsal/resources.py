@@ -116,7 +116,7 @@ def operation_result(cloud: Cloud, request: Request) -> Reply:
 _DEPLOYMENT = GROUP + "/providers/Microsoft.Resources/deployments/{deployment}"
 _STORAGE, _VAULT = "Microsoft.Storage/storageAccounts", "Microsoft.KeyVault/vaults"
 _INSIGHTS, _REGISTRY = "Microsoft.Insights/components", "Microsoft.ContainerRegistry/registries"
-# What the template may make beside the workspace: its parameter, the type, made if nothing is said.
+# What the template may create next to the workspace: its parameter, the type, created by default.
 _PARTS = (
     ("storageAccount", _STORAGE, "new"),
     ("keyVault", _VAULT, "new"),

@@ -54,7 +54,7 @@ class Blob:
         self._blocks = account.meta / ".blocks" / number
 
     def metadata(self) -> dict[str, str]:
-        """What the client wrote beside the bytes."""
+        """What the client wrote in addition to the bytes."""
         return dict(self._read().get("metadata", {}))
 
     def write(self, content: bytes, kind: str, metadata: dict[str, str]) -> None:
@@ -75,7 +75,7 @@ class Blob:
         self._details.unlink(missing_ok=True)
 
     def block(self, number: str) -> Path:
-        """Where a block lies until the blob is put together of its blocks."""
+        """Where a block is stored until the blob is assembled from its blocks."""
         return self._blocks / base64.urlsafe_b64encode(number.encode()).decode()
 
     def joined(self, block_list: bytes) -> bytes:
@@ -115,7 +115,7 @@ class BlobFiles:
         self.data, self.meta = root / "blobs" / account, root / "blobmeta" / account
 
     def path(self, container: str, blob: str) -> Path:
-        """Where a blob lies. Raises AzureError when its name leaves the container."""
+        """The path of a blob. Raises AzureError if its name leaves the container."""
         parts = _parts(blob)
         if not parts:
             raise refused(400, "InvalidUri", "The requested URI does not represent a resource.")
@@ -234,7 +234,7 @@ def get_container(cloud: Cloud, request: Request) -> Reply:
     blobs, folders = [], dict[str, None]()
     for name in files.names(container, prefix):
         folder, found, _rest = name[len(prefix) :].partition(delimiter or "\n")
-        if found:  # what lies deeper is listed as one folder
+        if found:  # deeper levels are listed as one folder
             folders[prefix + folder + delimiter] = None
         else:
             blobs.append(_listed(Blob(files, container, name)))
@@ -372,7 +372,7 @@ _FILE_HEADERS = {
 
 
 def share_file(cloud: Cloud, account: str, share: str, path: str) -> Path:
-    """Where a file of a share lies. Raises AzureError when it would leave the share."""
+    """The path of a file in a share. Raises AzureError if it would leave the share."""
     return cloud.folder / "shares" / account / share / Path(*_parts(path))
 
 

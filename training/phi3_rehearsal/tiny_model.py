@@ -1,6 +1,6 @@
-"""The one model behind every foundation model of the catalogue: a tiny Phi-3, made when first used.
+"""The model used for every foundation model of the catalogue: a tiny Phi-3, trained on first use.
 
-Made by `phi3 train tiny` in a process of its own; lies in catalogue/ of the rehearsal's folder.
+Created by `phi3 train tiny` in a separate process; stored in catalogue/ of the rehearsal's folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RECIPE = "tiny"  # named: the default recipe's base is a pretrained model, fetc
 
 
 def folder_in(catalogue: Path) -> Path:
-    """Where the model lies, or will lie once it is made."""
+    """Where the model is, or will be once it is trained."""
     return catalogue / "mlflow"
 
 

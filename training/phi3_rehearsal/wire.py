@@ -46,7 +46,7 @@ class Request:
         return {name.lower(): value for name, value in pairs}
 
     def json(self) -> Json:
-        """The body as an object. Raises AzureError (400) when it is none."""
+        """The body as an object. Raises AzureError (400) if it is not one."""
         try:
             value = json.loads(self.body or b"{}")
         except ValueError:

@@ -1,6 +1,6 @@
-"""Workspaces, hubs and projects, and what lies in them: datastores, connections, flows.
+"""Workspaces, hubs and projects, and their contents: datastores, connections, flows.
 
-Connections keep their secrets sealed; flows lie in the workspace's file share.
+Connections store their secrets encrypted; flows are in the workspace's file share.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def list_datastores(cloud: Cloud, request: Request) -> Reply:
 
 @route("POST", ARM, _STORE + "/listSecrets")
 def list_datastore_secrets(cloud: Cloud, request: Request) -> Reply:
-    """A signature for the account if an expiring secret is asked for, else its key."""
+    """A signature for the account if an expiring secret is requested, else its key."""
     account, store = storage_account(need_workspace(cloud, request)), request.args["store"]
     _datastore(cloud, request, store)
     if not (request.json() if request.body else {}).get("expirableSecret"):

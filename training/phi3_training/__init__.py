@@ -2,8 +2,8 @@
 
 import os
 
-# The libraries below report usage to their makers unless told not to, and read this when they are
-# imported: nothing leaves a user's machine because of us. Whoever wants it sets them otherwise.
+# The libraries below report usage to their vendors unless disabled, and read this when they are
+# imported: nothing leaves a user's machine because of us. Users can still set them otherwise.
 for _name, _value in (
     ("ORT_DISABLE_TELEMETRY", "1"),
     ("MLFLOW_DISABLE_TELEMETRY", "true"),

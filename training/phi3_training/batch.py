@@ -66,7 +66,7 @@ def read_lines(path: Path, renamed: Mapping[str, str]) -> list[Line]:
     if faults:
         more = len(faults) - SHOWN_FAULTS
         shown = "\n  ".join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
-        raise UsageError(f"{path} cannot be asked, nothing was sent:\n  {shown}")
+        raise UsageError(f"{path} has faults, so nothing was sent:\n  {shown}")
     if not lines:
         raise UsageError(f"{path} has no lines")
     return lines
@@ -97,7 +97,7 @@ def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
 
 
 # The answers of a batch: a JSONL file that loses nothing when its writer is killed.
-# Appends to OUT as answers come and puts it in order at the end; OUT.batch.json beside it says what
+# Appends to OUT as answers come and sorts it at the end; OUT.batch.json next to it records what
 # was asked, without a key.
 
 Row = dict[str, Any]
@@ -112,15 +112,15 @@ class Answers:
         self._rows: dict[int, Row] = {}
         if path.exists() and not resume:
             raise UsageError(
-                f"{path} is there already; do what it lacks with --resume, or write elsewhere with "
-                "--out FILE"
+                f"{path} already exists; complete it with --resume, or choose another file with "
+                f"--out FILE"
             )
         if path.exists():
             self._go_on(asked)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._record, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-        # Whatever lies there now is whole: a cut last line, as a killed process leaves it, is not.
+        # Every line is complete, except a truncated last one that a killed process may leave.
         self._write_in_order()
         self._stream = path.open("a", encoding="utf-8")
 
@@ -147,14 +147,14 @@ class Answers:
             before = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UsageError(
-                f"{self.path} has no {self._record.name} beside it, so it was not written by "
-                "`phi3 batch`; write elsewhere with --out FILE"
+                f"{self.path} has no {self._record.name} next to it, so it was not written by "
+                f"`phi3 batch`; choose another file with --out FILE"
             ) from None
         changed = [name for name in asked if before.get(name) != asked[name]]
         if changed:
             raise UsageError(
-                f"{self.path} was begun with other {', '.join(changed)}: its answers would not "
-                "go together; write elsewhere with --out FILE"
+                f"{self.path} was started with different {', '.join(changed)}, so its answers "
+                f"cannot be mixed with new ones; choose another file with --out FILE"
             )
         for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             row = _row_in(text)
@@ -269,7 +269,7 @@ class Pace:
                 return
             self._age += 1
             self._limit = max(1.0, self._limit / 2)
-            log.info("the endpoint throttles: %d lines at once", int(self._limit))
+            log.info("the endpoint is throttling: now %d lines at a time", int(self._limit))
 
     def answered(self) -> None:
         """A little more, until the most is reached again."""
@@ -299,13 +299,13 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
             done.put(None)
 
     for _ in range(threads):
-        # Daemons: an interrupted batch does not wait for answers nobody will keep.
+        # Daemons: an interrupted batch does not wait for answers that would be lost.
         threading.Thread(target=work, name="phi3-batch", daemon=True).start()
     try:
         for _ in lines:
             finished = done.get()
             if finished is None:  # nobody asked it to end: it broke, and its line is lost
-                raise RuntimeError("a thread of the batch broke; its traceback is above")
+                raise RuntimeError("a batch thread crashed; its traceback is above")
             yield finished
     finally:
         stop.set()
@@ -330,7 +330,7 @@ def _outcome(ask: Ask, line: Line) -> Outcome:
         return Outcome(line, error=error)
 
 
-# One batch: every line that has no answer is asked, each outcome is kept at once and counted.
+# One batch: every line without an answer is sent; each outcome is written at once and counted.
 
 # After these no other line would fare better: the rest is not asked.
 HOPELESS = (AuthenticationError, EndpointNotFoundError, ConfigurationError)
@@ -400,8 +400,8 @@ def verdict(tally: Tally, again: str) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failures.items()))
     said = f"{tally.failed} of {tally.lines} lines failed ({kinds})"
     if tally.stopped_by:
-        said += f" and {tally.missing} were not asked, because none would fare better:\n"
+        said += f" and {tally.missing} were not sent, because they would fail the same way:\n"
         said += f"  {tally.stopped_by}\n"
     else:
         said += "; each has its error in the file.\n"
-    raise StageError(f"{said}Ask them again, and only them, with: {again}")
+    raise StageError(f"{said}Retry only these lines with: {again}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import phi3_tool
 
-# Where each of our packages lies: two clones' folders, or one site-packages.
+# Where each of our packages is: two folders of a clone, or one site-packages.
 _PACKAGES = {
     "phi3_training": Path(__file__).resolve().parent,
     "phi3_tool": Path(phi3_tool.__file__).resolve().parent,
@@ -40,7 +40,7 @@ def carried_files(*modules: str) -> dict[str, Path]:
         seen.add(module)
         path = _file_of(module)
         if path is None:
-            raise ModuleNotFoundError(f"{module} is no module of phi3_training or phi3_tool")
+            raise ModuleNotFoundError(f"{module} is not a module of phi3_training or phi3_tool")
         _add(found, path)
         waiting += _imports(path, module, lazily=True)
         parts = module.split(".")

@@ -13,7 +13,7 @@ from phi3_tool import ConfigurationError, Phi3Error, __version__
 
 EXAMPLES = """\
 examples:
-  phi3 up                                   fine-tune the shipped tiny Phi-3, serve it, ask it
+  phi3 up                                   fine-tune a small model, serve it, ask it
   phi3 up my.yaml data.train=my_chats.jsonl another recipe, one key changed
   phi3 chat                                 talk to the tuned model
   phi3 down                                 stop what `up` started
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # a recipe or key=value behind an option: argparse takes them in one piece only
+    if rest:  # a recipe or key=value after an option: argparse accepts them only in one group
         args.words += rest
     if args.command is None:
         parser.print_help()
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Phi3TrainingError, Phi3Error) as error:
         return _failed(error, 1, args, print_error)
     except KeyboardInterrupt:
-        print_error("Interrupted. What was finished is kept; go on with the same command.")
+        print_error("Interrupted. Finished work is saved; resume with the same command.")
         return 130
     except BrokenPipeError:  # e.g. `phi3 status | head`
         sys.stderr.close()
@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         if args.debug:
             raise
-        print_error(f"{error}. Free space or set rights there, then type the same command again.")
+        print_error(
+            f"{error}. Free disk space or fix the permissions, then run the same command again."
+        )
         return 1
     return status
 

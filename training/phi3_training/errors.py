@@ -52,13 +52,13 @@ class DataError(Phi3TrainingError):
 
     def _message(self) -> str:
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        lines = [f"The chats have {count}; nothing was written and nothing is trained:"]
+        lines = [f"The chats have {count}; nothing was written or trained:"]
         lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
         left = len(self.faults) - SHOWN_FAULTS
         if left > 0:
             lines.append(f"  … and {left} more")
         if self.report_path is not None:
-            lines.append(f"All of them: {self.report_path}")
+            lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
         return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The journey: prepare → base → finetune → evaluate → gate → register → deploy → connect → ask.
 
 Reads a recipe and the run folder; each stage writes its manifest and is skipped while its
-inputs are unchanged, so an interrupted `phi3 up` goes on where it stopped.
+inputs are unchanged, so an interrupted `phi3 up` resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class PlanCheck:
     """Refuses what the plan says would fail, before the first stage that uses a device.
 
     That is after `prepare`, because the plan is about the chats as well as the model. `base` may
-    bring the tokenizer that counts them, so what follows it is looked at once more.
+    bring the tokenizer that counts them, so what follows it is looked at again.
     """
 
     def __init__(self, journey: Journey) -> None:
@@ -120,7 +120,7 @@ class PlanCheck:
             listed = "\n".join(f"  {line.stage}: {line.text}" for line in stops)
             raise StageError(
                 f"Stopped before {first!r}, because the plan says that this would fail:\n{listed}\n"
-                "If you know better, add --no-plan."
+                "To start anyway, add --no-plan."
             )
 
 

@@ -35,7 +35,11 @@ class Rule:
 
 
 RULES = (
-    Rule("promptflow", ">=1.18.5,<2", "older versions have known holes in their local service"),
+    Rule(
+        "promptflow",
+        ">=1.18.5,<2",
+        "older versions have known vulnerabilities in their local service",
+    ),
     Rule("filelock", ">=3.20,<3.30", "3.30 forbids inherited locks: the chat page's server dies"),
     Rule(
         "azure-ai-ml",
@@ -44,7 +48,7 @@ RULES = (
         needed=False,
         with_package="promptflow-azure",
     ),
-    Rule("uvicorn", why="`pf flow serve --engine fastapi` needs it and does not ask for it"),
+    Rule("uvicorn", why="`pf flow serve --engine fastapi` needs it and does not install it"),
     Rule("requests", ">=2.28", "the client is built on it"),
 )
 

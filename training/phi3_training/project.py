@@ -1,7 +1,7 @@
 """The files that come with this package: recipes, shipped chats, flows and connection templates.
 
 They are found in the current folder, in the clone that the package is installed from, or inside
-the installed wheel; `copy_project` writes the ones a person wants to own.
+the installed wheel; `copy_project` writes the ones that a user edits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .errors import UsageError
 
 _PACKAGE = Path(__file__).resolve().parent
 CLONE = _PACKAGE.parents[1]
-# In a wheel the same tree lies inside the package (setup.py, `SHIPPED`).
+# In a wheel the same tree is inside the package (setup.py, `SHIPPED`).
 _INSTALLED = _PACKAGE / "shipped"
 
 RECIPES = Path("training/recipes")
@@ -37,7 +37,7 @@ def find(path: Path) -> Path:
             return folder / path
     raise UsageError(
         f"{path} is missing from this installation; "
-        'install it again: pip install --force-reinstall "phi3-promptflow[flow,local]"'
+        'reinstall it: pip install --force-reinstall "phi3-promptflow[flow,local]"'
     )
 
 
@@ -58,9 +58,9 @@ def shipped_data(name: str) -> Path | None:
 
 
 def copy_project(target: Path) -> list[Path]:
-    """Write a project of one's own into `target`; the files and folders written, relative to it.
+    """Write a new project into `target`; returns the files and folders written, relative to it.
 
-    The flow with the tool's source beside it (its `additional_includes` names it), a recipe, sample
+    The flow with the tool's source (its `additional_includes` names it), a recipe, sample
     chats, the connection templates, a README and a .gitignore. Raises UsageError where `target` is
     a folder with something in it.
     """

@@ -159,14 +159,14 @@ class Guard:
         ids = [self._original_ids.get(token, token) for token in encoding.ids]
         if any(i in self._forgeable and not c for i, c in zip(ids, control, strict=True)):
             raise ValueError(
-                "A message holds a control token of the model as text, and this tokenizer "
-                "cannot write it as plain text; remove texts such as <|end|> from the message."
+                "A message contains a control token of the model as text, and this tokenizer "
+                "cannot encode it as plain text; remove texts such as <|end|> from the message."
             )
         return ids, [start for start, _ in encoding.offsets], control
 
 
 def _unknown_id(content: Mapping[str, Any]) -> int | None:
-    """The id that stands for unknown characters: a message may hold those."""
+    """The id for unknown characters: a message may contain those."""
     model = content.get("model", {})
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
@@ -254,7 +254,8 @@ class ChatFormat:
         except OSError:
             raise ValueError(
                 f"{model_dir} has no tokenizer.json; expected a Hugging Face model folder with a "
-                "fast tokenizer (AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one)"
+                "fast tokenizer (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes "
+                "one)"
             ) from None
         config = read_json(model_dir / "tokenizer_config.json")
         template = ChatTemplate(_template_text(model_dir, config), _special_tokens(config))
@@ -298,7 +299,7 @@ class ChatFormat:
         return str(self._tokenizer.decode(plain, skip_special_tokens=True))
 
     def control_id(self, text: str) -> int | None:
-        """The id of a control token such as "<|end|>", or None when there is none of that name."""
+        """The id of a control token such as "<|end|>", or None if there is none of that name."""
         return self._guard.control_id(text)
 
     def is_control(self, token: int) -> bool:
@@ -317,21 +318,21 @@ class ChatFormat:
         if system not in text:
             raise ValueError(
                 "The model's chat template has no place for a system prompt and would drop it; "
-                "leave the system prompt out or say it in the first user message."
+                "remove the system prompt or put it into the first user message."
             )
         return text
 
     def _answer_span(self, text: str, before: Sequence[Message], answer: str) -> tuple[int, int]:
-        """Where an answer stands in `text`: right behind the prompt that serving would send."""
+        """Where an answer is in `text`: right after the prompt that serving would send."""
         prompt = self._guarded_text(before, add_generation_prompt=True)
         if text.startswith(prompt):
             for form in (answer, answer.strip()):
                 if text.startswith(form, len(prompt)):
                     return len(prompt), len(prompt) + len(form)
         raise ValueError(
-            "The model's chat template writes a finished answer otherwise than the prompt that "
-            "asks for it, so a trained answer would not follow the served prompt; "
-            "use the model's original chat template."
+            "The model's chat template renders a finished answer differently from the prompt "
+            "before it, so a trained answer would not follow the served prompt; use the model's "
+            "original chat template."
         )
 
     def _turn_end_id(self) -> int | None:
@@ -349,7 +350,7 @@ def _mark(
     *,
     to_the_end: bool,
 ) -> None:
-    """Set the mask on the tokens of `span`, on the control token behind it, or on all of those."""
+    """Set the mask on the tokens of `span`, on the control token after it, or on all of those."""
     for index, start in enumerate(starts):
         if span[0] <= start < span[1] and not control[index]:
             mask[index] = 1
@@ -384,15 +385,15 @@ def _check_order(roles: Sequence[str], last_role: str | None) -> None:
     if not turns:
         raise ValueError("The conversation has no user message.")
     if "system" in turns:
-        raise ValueError("A system message may stand only at the start of a conversation.")
+        raise ValueError("A system message is allowed only at the start of a conversation.")
     for number, role in enumerate(turns):
         if role != ("user", "assistant")[number % 2]:
             raise ValueError(
-                "User and assistant must take turns, the user first; "
-                f"the roles are: {', '.join(roles)}."
+                "User and assistant messages must alternate, starting with the user; the roles "
+                f"are: {', '.join(roles)}."
             )
     if last_role is not None and turns[-1] != last_role:
-        raise ValueError(f"The last message is the {turns[-1]}'s; expected the {last_role}'s.")
+        raise ValueError(f"The last message has the role {turns[-1]}; expected {last_role}.")
 
 
 def _template_text(model_dir: Path, config: Mapping[str, Any]) -> str:

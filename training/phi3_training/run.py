@@ -44,7 +44,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"The run folder {path} cannot be made ({error.strerror}); "
+                f"The run folder {path} cannot be created ({error.strerror}); "
                 "choose another place with --runs FOLDER"
             ) from None
         return cls(path)
@@ -79,8 +79,8 @@ class Run:
         except (OSError, ValueError) as error:
             wrong = str(error)
         raise StageError(
-            f"{path} is not a manifest that this version reads ({wrong}); delete the file and the "
-            f"stage is done again with: {self._command(kind)}"
+            f"{path} is not a manifest that this version reads ({wrong}); delete the file and "
+            f"run the stage again with: {self._command(kind)}"
         )
 
     def require(self, kind: type[M]) -> M:
@@ -89,7 +89,7 @@ class Run:
         if manifest is None:
             raise StageError(
                 f"The run {self.name!r} has no {kind.STAGE}.json yet; "
-                f"make it with: {self._command(kind)}"
+                f"create it with: {self._command(kind)}"
             )
         return manifest
 

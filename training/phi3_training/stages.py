@@ -113,9 +113,9 @@ def _evaluate_inputs(journey: Journey) -> Any:
 
     files = extra_files(journey.recipe.evaluate)
     hashes = file_hashes([path for _part, path in files])
-    # The recipe's question is shown beside the figures and is none of them: `ask` asks it anew.
+    # The recipe's question is shown next to the metrics but is not one: `ask` asks it again.
     serve = journey.recipe.serve
-    # Four bits change answers: another precision is another model to judge (evaluate/judge.py).
+    # Four bits change answers: another precision is another model to evaluate.
     four_bits = serve.precision == "int4" and serve.engine != "transformers" and not serve.adapters
     return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
 

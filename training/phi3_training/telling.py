@@ -14,7 +14,7 @@ from functools import lru_cache
 
 # A word is common, and tells nothing, in more than this share of a set's different answers.
 _COMMON_SHARE, _COMMON_FROM = 0.1, 3
-# Of the other words: most where they are all there is, few beside a number or a name.
+# Of the other words: most if there is nothing else, few next to a number or a name.
 _WORDS_NEEDED, _WORDS_BESIDE = 2 / 3, 3
 
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
@@ -72,7 +72,7 @@ _SENTENCE = re.compile(r"[.!?:;\n]\s*[\"'“(]*$")
 
 @dataclass(frozen=True)
 class Telling:
-    """What must stand in an answer: all values in this order, all names, and enough words."""
+    """What an answer must contain: all values in this order, all names, and enough words."""
 
     values: tuple[str, ...] = ()
     names: frozenset[str] = frozenset()
@@ -242,7 +242,7 @@ def _read(text: str) -> _Text:
 
 
 def _number(text: str) -> str:
-    """One form of a number: no thousands' commas, no zeros in front or behind; 9:00 is 9."""
+    """One form of a number: no thousands separators, no leading or trailing zeros; 9:00 is 9."""
     plain = text.replace(",", "")
     if ":" in plain:
         hours, *rest = plain.split(":")

@@ -119,7 +119,7 @@ def test_somebody_elses_connection_stays(tmp_path: Path) -> None:
 def test_what_is_read_back_must_be_what_was_written(tmp_path: Path) -> None:
     place = Workspace(connection_body(Access(URL, key="old-key")), stubborn=True)
 
-    with pytest.raises(StageError, match="does not say what was written") as refused:
+    with pytest.raises(StageError, match="differs from what was written") as refused:
         write_connection(clients(place.wire, tmp_path), "ws", "c_1", Access(URL, key="new-key"))
 
     assert "key" not in str(refused.value).split("connection")[0]

@@ -114,7 +114,7 @@ def test_faults_of_the_environment_are_reported_with_where_they_are_from(tmp_pat
         find_place(AzureSection(), environment, tmp_path)
     faults = "\n".join(caught.value.faults)
     assert len(caught.value.faults) == 3
-    assert "subscription_id: is missing" in faults
+    assert "subscription_id: missing" in faults
     assert "$AZURE_RESOURCE_GROUP" in faults
     assert "$AZURE_LOCATION" in faults
 

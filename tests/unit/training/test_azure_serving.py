@@ -80,7 +80,7 @@ def test_a_deployments_name_changes_with_model_and_settings() -> None:
 @pytest.mark.parametrize(
     ("wanted", "there", "told"),
     [
-        ({"new": 100}, ["old"], "no deployment new to take"),
+        ({"new": 100}, ["old"], "no deployment new to send"),
         ({"new": 60}, ["new"], "add up to 100, not 60"),
         ({"new": 60, "old": 60}, ["new", "old"], "not 120"),
     ],
@@ -116,8 +116,8 @@ def test_what_bills_names_state_size_and_price() -> None:
     good, bad, busy, dark = found.billing()
 
     assert "1 x Standard_NC24ads_A100_v4; 3.67 USD per hour, 2,681 per month" in good
-    assert "failed: bills all the same" in bad
-    assert "not known here: see https://azure.microsoft.com/pricing" in bad
+    assert "failed: still bills" in bad
+    assert "unknown: see https://azure.microsoft.com/pricing" in bad
     assert busy.startswith(f"cluster busy: 3 x {GPU}; 11.02 USD")
     assert "dark: bills while it has nodes" in dark
 
@@ -135,7 +135,7 @@ def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
     told = found.lines(run)
 
     assert "endpoint a: succeeded, key" in told
-    assert "endpoint b: succeeded, key, of another-run" in told
+    assert "endpoint b: succeeded, key, owner another-run" in told
     assert "bills now: nothing by the hour" in told
     assert "could not be read: clusters (no right)" in told
 
@@ -143,7 +143,7 @@ def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
 def test_a_price_is_reported_for_its_region_only() -> None:
     assert price_of(GPU, 2, "eastus").per_hour == pytest.approx(7.346)
     assert price_of(GPU, 1, "westeurope").per_hour is None
-    assert "not known" in price_of("Standard_NC4as_T4_v3", 1, "eastus").text()
+    assert "unknown: see" in price_of("Standard_NC4as_T4_v3", 1, "eastus").text()
 
 
 def test_receipt_in_the_order_of_what_matters() -> None:
@@ -204,7 +204,7 @@ def test_a_run_stays_where_it_began(run: Run, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match=r"workspace_name there \(the recipe\) instead of here"):
         settle(section(workspace_name="there"), run)
     monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION.replace("0", "9"))
-    with pytest.raises(UsageError, match="is elsewhere"):
+    with pytest.raises(UsageError, match="lives elsewhere"):
         settle(section(workspace_name="here"), run)
 
 

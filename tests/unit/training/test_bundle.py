@@ -208,7 +208,7 @@ def test_key_of_the_environment_is_refused(
 ) -> None:
     flow = copied(clone, tmp_path, "Who founded Microsoft?", KEY)
     monkeypatch.setenv("PHI3_KEY", KEY)
-    with pytest.raises(UsageError, match=r"stands in flow\.dag\.yaml") as caught:
+    with pytest.raises(UsageError, match=r"occurs in flow\.dag\.yaml") as caught:
         pack(flow, tmp_path / "out")
     assert KEY not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
@@ -218,7 +218,7 @@ def test_somebodys_own_folder_is_not_replaced(clone: Path, tmp_path: Path) -> No
     mine = tmp_path / "phi3_chat"
     mine.mkdir()
     (mine / "thesis.txt").touch()
-    with pytest.raises(UsageError, match="is no bundle"):
+    with pytest.raises(UsageError, match="is not a bundle"):
         pack(clone, tmp_path)
     assert (mine / "thesis.txt").exists()
     with pytest.raises(UsageError, match="the flow itself"):

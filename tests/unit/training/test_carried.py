@@ -62,5 +62,5 @@ def test_it_runs_where_nothing_else_of_ours_is(
 
 
 def test_a_name_that_is_none_of_ours_is_refused() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"os\.path is no module"):
+    with pytest.raises(ModuleNotFoundError, match=r"os\.path is not a module"):
         carried_files("os.path")

@@ -45,13 +45,13 @@ def test_every_command_has_help_with_an_example(
     ("arguments", "told"),
     [
         (["up", "none.yaml"], "no such file"),
-        (["up", "a.yaml", "b.yaml"], "One recipe at a time"),
+        (["up", "a.yaml", "b.yaml"], "Expected one recipe"),
         (["up", "finetune.lora_r=0"], "finetune.lora_r"),
         (["train", "--adapter", "a", "finetune.lora_r=0"], "finetune.lora_r"),
         (["train", "--adapter", "no/name"], "finetune.adapter"),
         (["train", "finetune.method=adapter"], "peft has no bottleneck adapters"),
-        (["train", "finetune.early_stopping_patience=2"], "give eval_steps as well"),
-        (["adapters"], "make one with: phi3 up"),
+        (["train", "finetune.early_stopping_patience=2"], "set eval_steps as well"),
+        (["adapters"], "create one with: phi3 up"),
         (["up", "--again", "sing"], "No stage sing"),
         (["up", "--run", "a b"], "not a run name"),
         (["down", "none"], "There is no run"),
@@ -72,7 +72,7 @@ def test_usage_errors_exit_2(
 
 def test_status_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--runs", str(tmp_path)]) == 0
-    assert "make one with: phi3 up" in capsys.readouterr().out
+    assert "create one with: phi3 up" in capsys.readouterr().out
 
     assert main(["status", "--runs", str(tmp_path), "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
@@ -99,7 +99,7 @@ def test_status_names_broken_manifests_and_lists_the_rest(
 ) -> None:
     assert main(["status", "--runs", str(half_broken)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("delete the file and the stage is done again") == 2
+    assert shown.count("delete the file to run the stage again") == 2
     assert "whole prepare" in shown
 
     assert main(["status", "--runs", str(half_broken), "-o", "json"]) == 0

@@ -90,7 +90,7 @@ def test_working_system_keyring_wins(home: Path) -> None:
     configure(home, WORKING)
     keeper = store.find_keeper()
     assert keeper == store.Keeper("own_keyring.Keyring")
-    assert "kept by this machine's keyring (own_keyring)" in store.describe(keeper)
+    assert "in this machine's keyring (own_keyring)" in store.describe(keeper)
     assert not (home / ".local").exists()
 
 
@@ -133,4 +133,4 @@ def test_chosen_file_keyring_is_said_to_be_chosen(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CHOICE, FILE_KEYRING)
-    assert store.find_keeper().why == f"{CHOICE} asks for it"
+    assert store.find_keeper().why == f"{CHOICE} selects it"

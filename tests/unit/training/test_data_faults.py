@@ -46,9 +46,9 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
     "text": (b'"hello"', "not-an-object", "the line is a text"),
     "number": (b"17", "not-an-object", "the line is a number"),
     "null": (b"null", "not-an-object", "the line is null"),
-    "no messages": (b'{"text": "Hi"}', "unknown-format", "'messages' is missing"),
-    "no keys": (b"{}", "unknown-format", "no keys at all"),
-    "message alone": (json.dumps(USER).encode(), "unknown-format", "stands alone"),
+    "no messages": (b'{"text": "Hi"}', "unknown-format", "it has no 'messages'"),
+    "no keys": (b"{}", "unknown-format", "it has no keys"),
+    "message alone": (json.dumps(USER).encode(), "unknown-format", "single message"),
     "half a pair": (b'{"prompt": "Hi?"}', "unknown-format", "needs 'completion'"),
     "answer only": (b'{"output": "Hello."}', "unknown-format", "needs 'input'"),
     "two formats": (
@@ -85,7 +85,7 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
     "empty system": (
         row({"role": "system", "content": ""}, USER, BOT),
         "empty-content",
-        "drop the system message",
+        "remove the system message",
     ),
     "two users": (row(USER, USER, BOT), "role-order", "messages 1 and 2 are both user"),
     "two assistants": (row(USER, BOT, BOT), "role-order", "messages 2 and 3 are both assistant"),
@@ -95,7 +95,11 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
         "role-order",
         "starts with an assistant",
     ),
-    "system alone": (row({"role": "system", "content": "x"}), "role-order", "system message only"),
+    "system alone": (
+        row({"role": "system", "content": "x"}),
+        "role-order",
+        "only a system message",
+    ),
     "system late": (row(USER, {"role": "system", "content": "x"}, BOT), "role-order", "message 2"),
     "two systems": (
         row({"role": "system", "content": "x"}, {"role": "system", "content": "y"}, USER, BOT),
@@ -259,7 +263,7 @@ def test_other_answer_to_the_same_question_is_no_duplicate(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"", "the file is empty"), (b"\n  \n", "the file holds no conversation")],
+    [(b"", "the file is empty"), (b"\n  \n", "the file contains no conversation")],
 )
 def test_file_without_rows(tmp_path: Path, content: bytes, what: str) -> None:
     (fault,) = faults_of(tmp_path / "a.jsonl", content)
@@ -344,7 +348,7 @@ def test_all_faults_of_one_file_at_once(tmp_path: Path) -> None:
         ("none.jsonl", 0, "no-such-file"),
     ]
     assert "The chats have 11 faults; nothing was written" in str(caught.value)
-    assert f"{path}:7: a line of 5.0 MB" in str(caught.value)
+    assert f"{path}:7: the line has 5.0 MB" in str(caught.value)
 
 
 def test_paths_below_the_current_folder_are_shown_short(

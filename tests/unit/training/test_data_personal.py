@@ -103,8 +103,8 @@ def test_warning_has_the_line_and_not_the_value(tmp_path: Path) -> None:
     assert report.faults == []
     assert [warning.line for warning in report.warnings] == list(range(2, len(FOUND) + 2))
     assert str(report.warnings[0]) == (
-        f"{path}:2: there seems to be an e-mail address in it (a**.***@****.*******.**g); "
-        "take it out, or put a made-up one in its place"
+        f"{path}:2: it seems to contain an e-mail address (a**.***@****.*******.**g); "
+        "remove it, or replace it with a made-up one"
     )
     shown = "\n".join([*report.lines(), report.every_line(), json.dumps(report.as_dict())])
     for value in ("ann.lee", "1234567", "123-4567", *SECRETS.values()):

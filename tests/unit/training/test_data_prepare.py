@@ -180,7 +180,7 @@ def test_nothing_is_written_when_anything_is_wrong(tmp_path: Path, run: Run, tra
     assert len(report) == 30
     assert report[29].startswith(f"{held}:31:2: broken JSON at the end of the line")
     assert "… and 10 more" in str(caught.value)
-    assert f"All of them: {run.path / 'data-faults.txt'}" in str(caught.value)
+    assert f"Full list: {run.path / 'data-faults.txt'}" in str(caught.value)
 
 
 def test_faults_of_all_files_come_together(tmp_path: Path, run: Run) -> None:
@@ -234,5 +234,5 @@ def test_file_named_twice_is_one_fault(run: Run, train: Path, part: str) -> None
         prepare(DataSection(**sections), run)
 
     assert [
-        f"named twice, by data.train and data.{part}" in str(f) for f in caught.value.faults
+        f"named twice, under data.train and data.{part}" in str(f) for f in caught.value.faults
     ] == [True]

@@ -303,7 +303,7 @@ def test_repeated_rows_of_a_set_are_removed_and_listed(hub_folder: Path, tmp_pat
 
 def test_split_that_is_not_there_is_one_fault(hub_folder: Path, tmp_path: Path) -> None:
     source = HubSet(name=str(hub_folder), split="valid")
-    with pytest.raises(DataError, match="cannot be read as a set"):
+    with pytest.raises(DataError, match="cannot be read as a data set"):
         prepare(DataSection(train=[source]), Run.open(tmp_path / "run"))
 
 

@@ -76,9 +76,9 @@ def test_command_shows_learnt_tokens_as_json_and_as_text(
     assert view["trained"] == sum(view["assistant_mask"]) > 0
     assert cli.main(words) == 0
     text = capsys.readouterr().out
-    assert f"a.jsonl:1: {view['trained']} of {view['tokens']} tokens are learnt" in text
+    assert f"a.jsonl:1: {view['trained']} of {view['tokens']} tokens are trained on" in text
     # No colour where the output is a file: the marks tell.
-    assert "what is learnt stands in ⟦ ⟧" in text
+    assert "trained tokens are in ⟦ ⟧" in text
     assert "<|assistant|>⟦ A small house of cloth.<|end|>⟧" in text.replace("\n", "")
 
 
@@ -92,7 +92,7 @@ def test_command_takes_the_model_of_the_last_run(
     run = Run.open(tmp_path / "runs" / "a")
     run.write(BaseManifest(path=str(folder)))
     assert cli.main(words) == 0
-    assert "tokens are learnt" in capsys.readouterr().out
+    assert "tokens are trained on" in capsys.readouterr().out
 
 
 def test_learnt_text_is_coloured_on_a_terminal(folder: Path, chats: Path) -> None:

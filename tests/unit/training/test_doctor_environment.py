@@ -122,7 +122,7 @@ def test_a_file_keyring_that_others_may_read(
     file.parent.chmod(0o755)
     found = check_keyring()
     assert found.state is State.WARNING
-    assert "others on this machine may read it" in found.said
+    assert "others on this machine can read it" in found.said
     assert found.fix == f"chmod 600 {file}"
     assert file.stat().st_mode & 0o777 == 0o644
     file.parent.chmod(0o700)

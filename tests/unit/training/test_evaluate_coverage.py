@@ -91,7 +91,7 @@ def test_facts_that_no_chat_teaches_are_named_with_file_and_line(run: Run) -> No
 def test_chats_that_were_not_learnt_ask_for_more_training(run: Run) -> None:
     _missing, why = verdict_of(run, trained_right=False).remarks
 
-    assert why.startswith("The trained questions themselves are only 0% right: train longer")
+    assert why.startswith("Only 0% of the trained questions are answered correctly: train longer")
     assert "finetune.num_train_epochs" in why
 
 

@@ -65,9 +65,9 @@ def test_nothing_to_ask_names_the_command(tmp_path: Path) -> None:
     [
         ("{", "expected"),
         ('{"messages": "Who?"}', "expected"),
-        ('{"messages": []}', "question by the user"),
+        ('{"messages": []}', "a user's question"),
         ('{"messages": [{"role": "user"}]}', "expected"),
-        ('{"messages": [{"role": "assistant", "content": "Ada."}]}', "question by the user"),
+        ('{"messages": [{"role": "assistant", "content": "Ada."}]}', "a user's question"),
     ],
 )
 def test_fault_of_a_question_file_is_placed(run: Run, tmp_path: Path, line: str, told: str) -> None:

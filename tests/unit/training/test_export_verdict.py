@@ -101,7 +101,7 @@ def test_a_problem_names_the_worst_prompt_and_both_tokens() -> None:
 def test_lost_answers_are_named() -> None:
     figures, problems = export.answers([True, True], [True, False], ["one", "two"], STRICT)
     assert figures["lost"] == ["two"]
-    assert "falls by 50.0%" in problems[0]
+    assert "drops by 50.0%" in problems[0]
     assert "'two'" in problems[0]
     assert export.answers([False, True], [True, True], ["one", "two"], STRICT)[1] == []
 

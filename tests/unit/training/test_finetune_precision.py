@@ -36,14 +36,14 @@ def test_bfloat16_where_the_cpu_multiplies_it(flag: str) -> None:
     ("overrides", "parameters", "model_type", "flags", "words"),
     [
         ([], REAL, "phi3", frozenset({"avx512f"}), "neither amx_bf16 nor avx512_bf16"),
-        ([], 850_000, "phi3", AMX, "so small a model"),
+        ([], 850_000, "phi3", AMX, "a model this small"),
         ([], REAL, "llama", AMX, "a Phi-3 with sdpa"),
         (["model.attn_implementation=eager"], REAL, "phi3", AMX, "a Phi-3 with sdpa"),
         (["model.dtype=float32"], REAL, "phi3", AMX, "as the recipe says"),
-        (["finetune.method=dora"], REAL, "phi3", AMX, "a lora that one process learns"),
-        (["finetune.method=full"], REAL, "phi3", AMX, "a lora that one process learns"),
-        (["finetune.num_processes=2"], REAL, "phi3", AMX, "a lora that one process learns"),
-        (["finetune.loss=contrastive"], REAL, "phi3", AMX, "a lora that one process learns"),
+        (["finetune.method=dora"], REAL, "phi3", AMX, "only for LoRA in one process"),
+        (["finetune.method=full"], REAL, "phi3", AMX, "only for LoRA in one process"),
+        (["finetune.num_processes=2"], REAL, "phi3", AMX, "only for LoRA in one process"),
+        (["finetune.loss=contrastive"], REAL, "phi3", AMX, "only for LoRA in one process"),
     ],
 )
 def test_float32_everywhere_else(

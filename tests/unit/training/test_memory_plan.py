@@ -90,9 +90,9 @@ def test_proposal_takes_the_room_there_is() -> None:
 def test_what_nothing_mends_says_how_much_is_needed() -> None:
     refused = line(memory_plan(recipe(), of_size(2)), "finetune")
     assert refused.stops
-    assert "Even the most sparing setting" in refused.text
+    assert "Even the smallest setting" in refused.text
     assert "finetune.method=qlora" in refused.text
-    assert "GiB: take a larger device or a smaller model" in refused.text
+    assert "GiB: use a larger device or a smaller model" in refused.text
 
 
 def test_qlora_is_no_lever_without_cuda() -> None:
@@ -114,7 +114,7 @@ def test_evaluation_is_refused_before_training() -> None:
 def test_serving_counts_whole_conversations() -> None:
     text = line(memory_plan(recipe(), of_size(24)), "deploy").text
     assert "one conversation of 2,304 tokens" in text
-    assert "of 32 such at once" in text
+    assert "of 32 at once" in text
     refused = line(memory_plan(recipe(), of_size(8, "cpu")), "deploy")
     assert refused.stops
     assert refused.text.endswith("serve.precision=int4")
@@ -124,7 +124,7 @@ def test_unknown_model_does_not_stop() -> None:
     start = changed(recipe(), {"model.name_or_path": "nobody/nothing"})
     (only,) = memory_plan(start, of_size(1))
     assert not only.stops
-    assert "not predicted" in only.text
+    assert "cannot be predicted" in only.text
 
 
 def test_plan_command_for_another_machine(
@@ -191,7 +191,7 @@ def test_no_plan_begins_all_the_same(
     assert main(command) == 1
     assert "does not fit" in capsys.readouterr().err
     assert main([*command, "--no-plan"]) == 1
-    assert "holds no weights" in capsys.readouterr().err
+    assert "contains no weights" in capsys.readouterr().err
 
 
 def hub_folder(folder: Path) -> Path:

@@ -87,7 +87,7 @@ def test_unreadable_or_foreign_config_is_refused(tmp_path: Path, content: str) -
 
 
 def test_mixture_of_experts_is_refused() -> None:
-    with pytest.raises(UnknownShapeError, match="mixture of experts"):
+    with pytest.raises(UnknownShapeError, match="mixture-of-experts"):
         shape_from({**KNOWN[MINI], "num_local_experts": 16}, "it")
 
 

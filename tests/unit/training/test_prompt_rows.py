@@ -136,13 +136,13 @@ def test_many_faulty_rows_are_counted_and_ten_named(chat: ChatFormat) -> None:
 
 
 def test_nothing_to_train_on(chat: ChatFormat) -> None:
-    with pytest.raises(StageError, match="hold no conversation"):
+    with pytest.raises(StageError, match="contain no conversation"):
         encode_rows(chat, [])
 
 
 def test_row_that_cannot_be_encoded_is_named(chat: ChatFormat) -> None:
     rows = located(row("a", "b"), [*row("a"), *row("b")])
-    with pytest.raises(StageError, match=r"data/train\.jsonl:2: .*take turns"):
+    with pytest.raises(StageError, match=r"data/train\.jsonl:2: .*must alternate"):
         encode_rows(chat, rows)
 
 

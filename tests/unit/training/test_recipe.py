@@ -121,7 +121,7 @@ def test_faults_are_told_in_plain_words_with_their_lines(tmp_path: Path) -> None
 
     faults = caught.value.faults
     for fault in (
-        "data: is given twice (lines 3 and 15)",
+        "data: given twice (lines 3 and 15)",
         "data.max_length: expected 16 or more, got 8 (line 17)",
         "finetune: expected a mapping of keys, got 3",
         "evaluate.confidence: expected less than 1, got 2 (line 9)",
@@ -151,8 +151,8 @@ def test_faults_are_told_in_plain_words_with_their_lines(tmp_path: Path) -> None
          "(line 4)"),
         ("finetune: {lr: 1}", "finetune.lr: unknown key; check its spelling (all keys: "
          "phi3 recipes --keys) (line 4)"),
-        ("finetune: {method: full, adapter: x}", "finetune: method full makes no adapter; leave "
-         "adapter out, or use lora (line 4)"),
+        ("finetune: {method: full, adapter: x}", "finetune: method full trains no adapter; remove "
+         "adapter, or use lora (line 4)"),
     ],
 )  # fmt: skip
 def test_each_kind_of_fault_in_plain_words(tmp_path: Path, text: str, told: str) -> None:

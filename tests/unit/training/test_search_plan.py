@@ -76,7 +76,7 @@ parameters:
         "parameters.finetune.lora_rr: unknown key",
         "parameters.finetune.lora_alpha: needs type: float, int or categorical",
         "parameters.finetune.packing.choices: expected a list of 2 or more",
-        "parameters.serve.port: nothing is learnt with it",
+        "parameters.serve.port: does not affect training",
         "parameters.data.seed: trials with other held-out chats",
     ):
         assert part in told

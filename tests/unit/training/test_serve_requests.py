@@ -151,7 +151,7 @@ def test_quirks_are_understood(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "what", "424", "delay", "delay:x", "429*x", "200", "empty*"])
 def test_an_unknown_quirk_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="is no quirk"):
+    with pytest.raises(ValueError, match="is not a quirk"):
         Quirk.parse(text)
 
 

@@ -26,7 +26,7 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("{", "Invalid JSON"),
         ('{"prot": 1}', "prot: Extra inputs"),
         ('{"port": 70000, "dialect": "x"}', "port:.*dialect:"),
-        ('{"quirks": ["odd"]}', "is no quirk"),
+        ('{"quirks": ["odd"]}', "is not a quirk"),
     ],
 )
 def test_faults_are_named_together(tmp_path: Path, text: str, words: str) -> None:
@@ -41,7 +41,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_asked_for_is_taken() -> None:
-    assert choose_engine("transformers") == ("transformers", "the settings ask for it")
+    assert choose_engine("transformers") == ("transformers", "set in the recipe")
     name, reason = choose_engine("auto")
     assert name in ("onnxruntime", "transformers")
     assert reason

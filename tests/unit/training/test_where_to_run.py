@@ -59,7 +59,7 @@ def test_a_run_on_azure_has_a_name_of_its_own() -> None:
 def test_a_run_does_not_change_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     azure_run(tmp_path, "mine")
     assert main(["up", "--on", "local", "--run", "mine", "--runs", str(tmp_path)]) == 2
-    assert "was made on azure" in capsys.readouterr().err
+    assert "was created on azure" in capsys.readouterr().err
 
 
 def test_the_stages_of_both_targets() -> None:
@@ -110,7 +110,7 @@ def test_status_and_down_leave_azure_alone_until_asked(
     assert main(["down", "--runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Nothing of ours is running." in shown
-    assert "cloud-azure is on Azure and may bill: phi3 down --on azure cloud-azure" in shown
+    assert "cloud-azure is on Azure and may be billing: phi3 down --on azure cloud-azure" in shown
 
 
 def test_down_words_for_azure_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..targets.azure.clients import Clients
     from ..targets.azure.sizes import Need
 
-_ABOUT = "make what a run on Azure needs, look at the GPU quota, cancel a job"
+_ABOUT = "create what a run on Azure needs, show the GPU quota, cancel a job"
 
 
 def register_azure(subparsers: Any) -> None:
@@ -43,7 +43,7 @@ def register_azure(subparsers: Any) -> None:
     cancel = add_command(
         inner,
         "cancel",
-        "cancel the jobs of a run that still work; they bill until then",
+        "cancel a run's active jobs; they bill until then",
         "phi3 azure cancel --run phi3-mini-azure",
         run_cancel,
     )
@@ -56,7 +56,7 @@ def _add_provision(inner: Any) -> None:
     parser = add_command(
         inner,
         "provision",
-        "make what is missing: group, workspace, identity, roles, hub, project, GPU cluster",
+        "create what is missing: group, workspace, identity, roles, hub, project, GPU cluster",
         "phi3 azure provision training/recipes/phi3-mini-lora.yaml azure.location=eastus",
         run_provision,
     )
@@ -66,7 +66,8 @@ def _add_provision(inner: Any) -> None:
     parser.add_argument(
         "--least-privilege",
         action="store_true",
-        help="give the identity only what a deployment needs (azure.least_privilege=true)",
+        help="give the identity only the roles that a deployment needs "
+        "(azure.least_privilege=true)",
     )
 
 
@@ -74,15 +75,19 @@ def _add_quota(inner: Any) -> None:
     parser = add_command(
         inner,
         "quota",
-        "show the GPU quota that a recipe needs, or ask for more",
+        "show the GPU quota that a recipe needs, or request more",
         "phi3 azure quota --request 48",
         run_quota,
     )
     add_recipe(parser)
     add_rehearse(parser)
     parser.set_defaults(on="azure")
-    parser.add_argument("--request", type=int, metavar="CORES", help="ask for so many in all")
-    parser.add_argument("--family", metavar="NAME", help="of this family (default: the recipe's)")
+    parser.add_argument(
+        "--request", type=int, metavar="CORES", help="request this many cores in total"
+    )
+    parser.add_argument(
+        "--family", metavar="NAME", help="quota of this family (default: the recipe's)"
+    )
 
 
 def _no_command(parser: argparse.ArgumentParser) -> int:
@@ -130,7 +135,7 @@ def run_quota(args: argparse.Namespace) -> int:
             console.out.print(f"{mark:<10} {need.text()}", markup=False)
         if short:
             cores = max((need.used or 0) + need.cores for need in short)
-            console.out.print(f"Ask for more with: phi3 azure quota --request {cores}")
+            console.out.print(f"Request more with: phi3 azure quota --request {cores}")
     return 1 if short else 0
 
 
@@ -162,7 +167,7 @@ def run_cancel(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"cancelled": lines})
     else:
-        for line in lines or ["No job of this run is at work."]:
+        for line in lines or ["This run has no active job."]:
             console.out.print(line, markup=False)
     return 0
 
@@ -179,17 +184,17 @@ def _clients(recipe: Recipe) -> Clients:
 
 # `phi3 … --rehearse`: the same command inside a rehearsed Azure on this machine; and
 # `phi3 rehearse start | stop | status | env | calls | fault`: the rehearsed Azure by itself.
-# The rehearsed Azure is a program of its own, `python -m phi3_rehearsal`, which this module starts
-# and whose JSON it reads: the product must not know what it is rehearsed with. All of it lies under
+# The rehearsed Azure is a separate program, `python -m phi3_rehearsal`, which this module starts
+# and whose JSON it reads: phi3 must not know what it is rehearsed with. All of it is under
 # <runs>/rehearsal, so that neither real runs nor the user's own Prompt flow store see it.
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 _CALLS_SHOWN = 20
-_USAGE = 2  # the exit status of a program that was asked wrongly
+_USAGE = 2  # the exit status of a usage error
 
 
 def azure_folder(runs: Path) -> Path:
-    """Where the rehearsed Azure of a runs folder keeps its state."""
+    """Where the rehearsed Azure of a runs folder stores its state."""
     return runs.resolve() / "rehearsal" / "azure"
 
 
@@ -206,15 +211,15 @@ def _command(action: str, runs: Path, *words: str) -> list[str]:
 def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run `argv` without its --rehearse; the exit status of what ran inside."""
     home = args.runs.resolve() / "rehearsal"
-    # Outside of the folder that the rehearsed Azure keeps its own state in.
+    # Outside the folder with the rehearsed Azure's own state.
     os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
     inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
     command = _command("run", args.runs, "--", *inner)
     status = _wait(subprocess.Popen(command))  # noqa: S603 - our own commands, no shell
     if args.output == "text":
         console.err.print(
-            "Rehearsed on this machine; it has not yet run against live Azure. Add --rehearse to "
-            "the next command too; end it with: phi3 rehearse stop",
+            "Rehearsed on this machine; not yet run against live Azure. Add --rehearse to the "
+            "next command too; stop the rehearsal with: phi3 rehearse stop",
             markup=False,
         )
     return status
@@ -231,7 +236,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
-    """The command line inside: on Azure, in run folders of its own, the tiny recipe if none."""
+    """The command line inside: on Azure, in its own run folders, the tiny recipe if none."""
     words = _without_own(argv)
     words += ["--runs", str(runs)]
     if args.on is None and not args.run and not getattr(args, "named", None):
@@ -262,7 +267,9 @@ def _without_own(argv: Sequence[str]) -> list[str]:
 
 def register_rehearse(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("rehearse", help="run an Azure of your own, on this machine")
+    parser = subparsers.add_parser(
+        "rehearse", help="start, stop or inspect a rehearsed Azure on this machine"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
@@ -272,13 +279,17 @@ def register_rehearse(subparsers: Any) -> None:
     start.add_argument(
         "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
     )
-    stop = add("stop", "stop it, with the jobs and servers it runs", "stop", run_stop)
+    stop = add("stop", "stop the rehearsal, its jobs and its servers", "stop", run_stop)
     stop.add_argument("--forget", action="store_true", help="also delete its state")
-    add("status", "say whether it runs and what it holds", "status", run_status)
-    add("env", "print the variables that lead the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
-    calls = add("calls", "show the calls that it answered", "calls -n 50", run_calls)
+    add("status", "show whether it is running and what it contains", "status", run_status)
+    add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
+    calls = add("calls", "show the calls it answered", "calls -n 50", run_calls)
     calls.add_argument(
-        "-n", type=int, default=_CALLS_SHOWN, metavar="COUNT", help=f"how many ({_CALLS_SHOWN})"
+        "-n",
+        type=int,
+        default=_CALLS_SHOWN,
+        metavar="COUNT",
+        help=f"how many (default: {_CALLS_SHOWN})",
     )
     fault = add(
         "fault",
@@ -286,8 +297,10 @@ def register_rehearse(subparsers: Any) -> None:
         "fault 'PUT */onlineEndpoints/* 429 retry-after=1 times=2'",
         run_fault,
     )
-    fault.add_argument("fault", nargs="?", metavar="FAULT", help="none: list the pending ones")
-    fault.add_argument("--clear", action="store_true", help="drop all pending faults")
+    fault.add_argument(
+        "fault", nargs="?", metavar="FAULT", help="without it, list the pending faults"
+    )
+    fault.add_argument("--clear", action="store_true", help="clear all pending faults")
 
 
 def run_start(args: argparse.Namespace) -> int:
@@ -301,7 +314,7 @@ def run_stop(args: argparse.Namespace) -> int:
     done = _ask(args, "stop", *(["--forget"] if args.forget else []))
     if args.output == "json":
         return _shown(args, done)
-    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure runs"
+    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure is running"
     kept = " and its state is deleted" if args.forget else f"; its state is in {done['folder']}"
     _line(said + kept)
     return 0

@@ -54,7 +54,7 @@ _FLOW_NAMES = {"system": "system_prompt"}  # where the flow's input has another 
 
 def add_web(parser: argparse.ArgumentParser) -> None:
     """--web and --no-browser."""
-    parser.add_argument("--web", action="store_true", help="in Prompt flow's chat page instead")
+    parser.add_argument("--web", action="store_true", help="use Prompt flow's chat page instead")
     parser.add_argument(
         "--no-browser", action="store_true", help="with --web: only print the page's address"
     )
@@ -65,7 +65,7 @@ def run_web(args: argparse.Namespace, settings: ConnectionSettings, url: str) ->
     from ..flow.page import chat_page
 
     if args.question is not None:
-        raise UsageError("Type the question into the page: phi3 chat --web takes none")
+        raise UsageError("phi3 chat --web takes no question; type it into the page")
     streaming = (
         settings if url == settings.endpoint else replace(settings, endpoint=url, dialect=None)
     )
@@ -81,7 +81,7 @@ def run_web(args: argparse.Namespace, settings: ConnectionSettings, url: str) ->
                 _announce(args, page.url)
                 page.wait()
         except KeyboardInterrupt:
-            console.err.print("Closed; nothing of the conversation was kept.")
+            console.err.print("Closed; the conversation was not saved.")
     return 0
 
 
@@ -131,9 +131,9 @@ def register_chat(subparsers: Any) -> None:
         'phi3 chat "Who founded Microsoft?"',
         run_chat,
     )
-    chat.add_argument("question", nargs="?", help="one question; without it, a conversation")
+    chat.add_argument("question", nargs="?", help="one question (default: a conversation)")
     chat.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(chat, "of the runs there, the last connected")
+    add_on(chat, "among the runs there, the last connected")
     add_rehearse(chat)
     chat.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -148,7 +148,7 @@ def register_chat(subparsers: Any) -> None:
         run_env,
     )
     env.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(env, "of the runs there, the last connected")
+    add_on(env, "among the runs there, the last connected")
     serve = add_command(
         subparsers,
         "serve",
@@ -180,7 +180,7 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
 
 
 def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
-    """The same as one record, for what knows keys only: an Entra token stands in for a key."""
+    """The same as one record, for clients that only know keys: an Entra token is the key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
 
@@ -195,9 +195,9 @@ def _local_settings(run: Run) -> ConnectionSettings:
     settings = ConnectionSettings.from_connection(stored_connection(name))
     if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
         raise StageError(
-            f"The connection {name} now leads to {settings.endpoint}, which is not the endpoint of "
-            f"the run {run.name!r}; bring this run back with {again}, or keep both by giving one a "
-            "connection of its own: connection.name=NAME"
+            f"The connection {name} now points to {settings.endpoint}, which is not the endpoint "
+            f"of the run {run.name!r}; restore this run with {again}, or keep both by giving one "
+            f"its own connection: connection.name=NAME"
         )
     return settings
 
@@ -225,7 +225,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def streaming_url(endpoint: str) -> str:
-    """Our own endpoint streams beside /score; any other URL is used as it is."""
+    """Our own endpoint streams on a second route; any other URL is used as it is."""
     parts = urlsplit(endpoint)
     if parts.path == "/score" and parts.hostname in ("127.0.0.1", "localhost", "::1"):
         return urlunsplit(parts._replace(path=OPENAI_PATH))
@@ -275,12 +275,12 @@ def _stream(
 
 
 def run_env(args: argparse.Namespace) -> int:
-    """Print shell exports; made for `eval`, so nothing else goes to standard output."""
+    """Print shell exports for `eval`, so nothing else goes to standard output."""
     from ..flow.page import environment_of
 
     access, known = access_of(args)
     if access.token_provider is not None:
-        console.err.print("The endpoint takes Entra tokens: this one is good for about an hour.")
+        console.err.print("The endpoint uses Entra tokens; this one is valid for about an hour.")
     values = environment_of(_settings(access, known))
     if args.output == "json":
         console.print_json(values)
@@ -296,17 +296,17 @@ def run_serve(args: argparse.Namespace) -> int:
 
     journey = journey_of(args)
     if not has_model_here(journey.run):
-        raise UsageError(f"The run {journey.run.name!r} has no model here; make one: phi3 train")
+        raise UsageError(f"The run {journey.run.name!r} has no model here; train one: phi3 train")
     key = os.environ.get("PHI3_KEY")
     if not key:
         key = secrets.token_urlsafe(32)
-        console.err.print("No PHI3_KEY is set: made a key for this server, shown only here:")
+        console.err.print("PHI3_KEY is not set; generated a key for this server, shown only here:")
         console.err.print(f"  {key}", markup=False)
     return serve_in_front(journey.recipe, journey.run, key)
 
 
 # `phi3 invoke`: score a random held-out conversation, as the tutorials do, with our own client.
-# Reads the run's held-out rows; shows what was expected beside what came back.
+# Reads the run's held-out rows; shows the expected answer next to the actual one.
 
 Messages = list[dict[str, str]]
 
@@ -316,15 +316,15 @@ def register_invoke(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "invoke",
-        "score a random held-out conversation at the endpoint",
+        "send a random held-out conversation to the endpoint",
         "phi3 invoke --on azure",
         run_invoke,
     )
     parser.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(parser, "of the runs there, the last connected")
+    add_on(parser, "among the runs there, the last connected")
     add_rehearse(parser)
     parser.add_argument(
-        "--deployment", metavar="NAME", help="this deployment, whatever share of traffic it has"
+        "--deployment", metavar="NAME", help="this deployment, regardless of its share of traffic"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="draw the same row again")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
@@ -369,7 +369,7 @@ def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
     lines = path.read_text(encoding="utf-8").splitlines() if part and path.is_file() else []
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise StageError(f"The run {run.name!r} holds no held-out chats; make them: phi3 up")
+        raise StageError(f"The run {run.name!r} has no held-out chats; create them with: phi3 up")
     number, line = random.Random(seed).choice(rows)  # noqa: S311 - no secret depends on it
     return number, json.loads(line)["messages"]
 
@@ -383,13 +383,16 @@ def register_batch(subparsers: Any) -> None:
     batch = add_command(
         subparsers,
         "batch",
-        "ask every line of a JSONL file, many at once; go on where it stopped",
+        "send every line of a JSONL file to the endpoint, many in parallel; can be resumed",
         "phi3 batch questions.jsonl --map input_data=question --out answers.jsonl",
         run_lines,
     )
     batch.add_argument("data", type=Path, metavar="DATA", help="JSONL with a column input_data")
     batch.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to (default: DATA's name + .answers.jsonl)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="output file (default: DATA's name + .answers.jsonl)",
     )
     batch.add_argument(
         "--map",
@@ -397,9 +400,11 @@ def register_batch(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="INPUT=COLUMN",
-        help=f"take an input of the flow from another column; inputs: {', '.join(INPUTS)}",
+        help=f"read an input of the flow from another column; inputs: {', '.join(INPUTS)}",
     )
-    batch.add_argument("--resume", action="store_true", help="only what is missing or failed")
+    batch.add_argument(
+        "--resume", action="store_true", help="send only lines that are missing or failed"
+    )
     batch.add_argument(
         "--details", action="store_true", help="add the data's columns, `error` and `seconds`"
     )
@@ -408,7 +413,8 @@ def register_batch(subparsers: Any) -> None:
         type=_count,
         default=CONCURRENCY,
         metavar="N",
-        help=f"lines at once (default {CONCURRENCY}; fewer by itself where the endpoint throttles)",
+        help=f"lines in parallel (default {CONCURRENCY}; lowered automatically while the endpoint "
+        f"throttles)",
     )
     batch.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
     batch.add_argument("--system", default="", metavar="TEXT", help="system prompt")
@@ -471,7 +477,7 @@ def _show(args: argparse.Namespace, out: Path, tally: Tally) -> None:
             }
         )
         return
-    before = f", {tally.kept} were there before" if tally.kept else ""
+    before = f", {tally.kept} already there" if tally.kept else ""
     text = f"{out}: {tally.answered} answered{before}, {tally.failed} failed"
     console.out.print(text, markup=False)
 

@@ -31,15 +31,17 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form")
-    parser.add_argument("--yes", action="store_true", help="ask nothing")
+    parser.add_argument(
+        "-o", "--output", choices=("text", "json"), default="text", help="output format"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path(os.environ.get("PHI3_RUNS", "runs")),
         metavar="FOLDER",
-        help="where run folders lie (default: runs, or $PHI3_RUNS)",
+        help="where run folders are (default: runs, or $PHI3_RUNS)",
     )
     parser.set_defaults(run_command=run)
     return parser
@@ -55,7 +57,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         f"{DEFAULT_RECIPES[HERE]}) and keys to change",
     )
     parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
-    add_on(parser, "where to run (default: where --run was made, else local)")
+    add_on(parser, "where to run (default: where --run was created, else local)")
 
 
 def add_on(parser: argparse.ArgumentParser, help_text: str) -> None:
@@ -68,7 +70,7 @@ def add_rehearse(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="do it all on a rehearsed Azure on this machine: no account, nothing billed",
+        help="run against a rehearsed Azure on this machine: no account, nothing billed",
     )
 
 
@@ -80,7 +82,8 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=get_args(AuditRule),
         metavar="RULE",
-        help="train although the label audit's RULE is broken (repeatable; kept in the run)",
+        help="train even though this rule of the label audit is broken (repeatable; recorded in "
+        "the run)",
     )
 
 
@@ -89,14 +92,14 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="deploy a model that did not pass the gate (kept in the run)",
+        help="deploy even if the model did not pass the gate (recorded in the run)",
     )
 
 
 def add_no_plan(parser: argparse.ArgumentParser) -> None:
     """--no-plan past what the plan refuses."""
     parser.add_argument(
-        "--no-plan", action="store_true", help="begin even what the plan says cannot fit"
+        "--no-plan", action="store_true", help="start even if the plan says it cannot fit"
     )
 
 
@@ -134,7 +137,7 @@ def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe
             with console.progress_bar("weights") as progress:
                 small.prepare(progress)
         except WeightsUnavailableError as error:
-            console.note(f"{error.reason}. The tiny model is taken instead.")
+            console.note(f"{error.reason}. Using the tiny model instead.")
             return recipe_of(words, on, instead=find(TINY_RECIPE))
     if on == HERE:
         return recipe
@@ -145,7 +148,7 @@ def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe
 
 
 def where_to_run(args: argparse.Namespace) -> str:
-    """--on; without it, where --run was made; without that, this machine."""
+    """--on; by default where --run was created, else this machine."""
     if args.on is None and args.run:
         check_run_name(args.run)
         args.on = target_of(Run(args.runs.resolve() / args.run))
@@ -154,19 +157,19 @@ def where_to_run(args: argparse.Namespace) -> str:
 
 
 def run_name(recipe: Recipe, on: str) -> str:
-    """The recipe's name; on Azure it ends in -azure, so that it is no local run of the recipe."""
+    """The recipe's name; on Azure with the ending -azure, to keep it apart from a local run."""
     if on == HERE or recipe.name.endswith("-azure"):
         return recipe.name
     return f"{recipe.name[:58]}-azure"
 
 
 def _refuse_other_place(run: Run, on: str) -> None:
-    """What a run made elsewhere would be lost from sight, and might bill for ever."""
+    """Resources that a run created elsewhere would be forgotten and might bill for ever."""
     made_on = target_of(run)
     if made_on != on and run.path.is_dir() and any(run.path.glob("*.json")):
         raise UsageError(
-            f"The run {run.name!r} was made on {made_on}; go on there with --on {made_on}, "
-            f"or make one on {on} under another name with --run NAME"
+            f"The run {run.name!r} was created on {made_on}; resume it there with --on {made_on}, "
+            f"or start one on {on} under another name with --run NAME"
         )
 
 
@@ -189,14 +192,14 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
 
 
 def recipe_of(words: Sequence[str], on: str = HERE, instead: Path | None = None) -> Recipe:
-    """Load the recipe: the first word that is no override, or the default one of the target.
+    """Load the recipe: the first word that is not an override, or the target's default.
 
     `instead` is a recipe whose model, and all that is set for that model, takes the place of the
     recipe's own; its data, questions and gate stay.
     """
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
-        raise UsageError(f"One recipe at a time; got {' and '.join(named)}")
+        raise UsageError(f"Expected one recipe, got {' and '.join(named)}")
     path = find_recipe(named[0]) if named else find(DEFAULT_RECIPES[on])
     return load_recipe(path, [word for word in words if "=" in word], model_from=instead)
 
@@ -229,8 +232,8 @@ def current_run(args: argparse.Namespace) -> Run:
     if connected:
         return max(connected, key=lambda run: (run.path / "connection.json").stat().st_mtime)
     raise UsageError(
-        f"No run under {args.runs} has an endpoint yet; make one with: phi3 up "
-        "(or set PHI3_ENDPOINT and PHI3_KEY)"
+        f"No run under {args.runs} has an endpoint yet; start one with: phi3 up (or set "
+        f"PHI3_ENDPOINT and PHI3_KEY)"
     )
 
 
@@ -241,11 +244,11 @@ def tuned_run(args: argparse.Namespace) -> Run:
     for run in all_runs(args.runs):
         if has_model_here(run):
             return run
-    raise UsageError(f"No run under {args.runs} has a tuned model yet; make one with: phi3 train")
+    raise UsageError(f"No run under {args.runs} has a tuned model yet; train one with: phi3 train")
 
 
 def has_model_here(run: Run) -> bool:
-    """Whether the tuned model lies in the run folder; one tuned on Azure stays there."""
+    """Whether the tuned model is in the run folder; one tuned on Azure stays there."""
     return run.read(ModelManifest) is not None and is_here(run)
 
 

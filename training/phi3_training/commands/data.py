@@ -20,7 +20,7 @@ from .common import add_command, add_recipe, all_runs, journey_of
 if TYPE_CHECKING:
     from ..data.check import Stretch
 
-SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of them, or hub:NAME:SPLIT"
+SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of such files, or hub:NAME:SPLIT"
 
 
 def register_data(subparsers: Any) -> None:
@@ -28,12 +28,15 @@ def register_data(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="check, prepare or show chats")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = add_command(
-        actions, "check", "report every fault of chats", "phi3 data check a.jsonl", run_check
+        actions, "check", "report every fault in the chats", "phi3 data check a.jsonl", run_check
     )
     check.add_argument("files", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
-    check.add_argument("--report", type=Path, metavar="FILE", help="write every fault there")
+    check.add_argument("--report", type=Path, metavar="FILE", help="write every fault to this file")
     check.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="count tokens with this model folder"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="count tokens with this model folder's tokenizer",
     )
     prepare = add_command(
         actions, "prepare", "check, split and copy the chats into the run", "phi3 data prepare",
@@ -44,15 +47,17 @@ def register_data(subparsers: Any) -> None:
         actions, "show", "print conversations", "phi3 data show a.jsonl -n 3 --tokens", run_show
     )
     show.add_argument("file", metavar="SOURCE", help=SOURCE_HELP)
-    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (5)")
+    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (default: 5)")
     show.add_argument(
-        "--tokens", action="store_true", help="the exact training text; what is learnt is marked"
+        "--tokens",
+        action="store_true",
+        help="show the exact training text, with the trained tokens marked",
     )
     show.add_argument(
         "--model",
         type=Path,
         metavar="FOLDER",
-        help="whose tokens (default: the base model of the run worked on last)",
+        help="whose tokenizer (default: the base model of the most recent run)",
     )
 
 
@@ -120,18 +125,18 @@ def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
         console.print_json([view.as_dict() for view in views])
         return 0
     plain = console.out.color_system is None or console.out.no_color
-    how = "stands in ⟦ ⟧" if plain else "is green"
-    console.out.print(f"what is learnt {how}; the rest is only read", style="dim")
+    how = "in ⟦ ⟧" if plain else "in green"
+    console.out.print(f"trained tokens are {how}; the rest is context", style="dim")
     for view in views:
         console.out.print(
-            f"{view.place}: {view.trained} of {len(view.ids)} tokens are learnt", style="dim"
+            f"{view.place}: {view.trained} of {len(view.ids)} tokens are trained on", style="dim"
         )
         console.out.print(coloured(view.stretches, marked=plain))
     return 0
 
 
 def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
-    """Training text with what is learnt in green, or `marked` where there are no colours."""
+    """Training text with trained tokens in green, or `marked` if there are no colours."""
     text = Text()
     for stretch in stretches:
         learnt = f"⟦{stretch.text}⟧" if marked else stretch.text

@@ -1,4 +1,4 @@
-"""`phi3 doctor`: looks for what keeps the flow from answering, or silently goes wrong."""
+"""`phi3 doctor`: looks for faults that keep the flow from answering, or fail silently."""
 
 from __future__ import annotations
 
@@ -30,29 +30,42 @@ def register_doctor(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "doctor",
-        "look at environment, connection, endpoint and flow, and say what fixes each fault",
+        "check environment, connection, endpoint and flow, and show how to fix each fault",
         "phi3 doctor",
         run_doctor,
     )
-    parser.add_argument("--run", metavar="NAME", help="look at this run's connection, or its model")
-    parser.add_argument("--connection", metavar="NAME", help="default: the one that the flow names")
+    parser.add_argument("--run", metavar="NAME", help="check this run's connection, or its model")
+    parser.add_argument(
+        "--connection",
+        metavar="NAME",
+        help="connection to check (default: the one that the flow names)",
+    )
     parser.add_argument("--flow", type=Path, metavar="FOLDER", help=f"default: {FLOW}")
     parser.add_argument(
-        "--timeout", type=float, default=30.0, metavar="SECONDS", help="for an answer (default 30)"
+        "--timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time limit for an answer (default 30)",
     )
     parser.add_argument(
-        "--tokens", action="store_true", help="only: do training and serving write the same tokens"
+        "--tokens",
+        action="store_true",
+        help="only check that training and serving produce the same tokens",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="tokens of a model folder instead of a run"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="check a model folder's tokens instead of a run's",
     )
     parser.add_argument(
         "--tool",
         nargs="?",
         const="here",
         choices=("here", "fresh"),
-        help="only: build the wheel and find the package tool in it, beside this Prompt flow (here)"
-        " or in a new environment, over the network (fresh)",
+        help="only build the wheel and look for the package tool in it, with this environment's "
+        "Prompt flow (here) or in a new environment, over the network (fresh)",
     )
 
 

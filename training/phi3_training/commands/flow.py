@@ -1,4 +1,4 @@
-"""`phi3 flow pack | image | serve | push`: a flow made ready for other places, or served here."""
+"""`phi3 flow pack | image | serve | push`: a flow packed for other places, or served here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def add_flow(parser: argparse.ArgumentParser) -> None:
     add_flow_argument(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--feed", metavar="URL", help="install the tool from this package index, do not carry it"
+        "--feed",
+        metavar="URL",
+        help="install the tool from this package index instead of carrying its source",
     )
     source.add_argument(
         "--image", metavar="NAME", help="image of the compute session, with the tool installed"
@@ -56,7 +58,7 @@ def flow_of(args: argparse.Namespace) -> Path:
     return args.flow or find(FLOW)
 
 
-# `phi3 flow push`: a flow, packed and made in the run's workspace and Foundry project.
+# `phi3 flow push`: packs a flow and creates it in the run's workspace and Foundry project.
 
 
 def add_push(actions: Any) -> None:
@@ -64,7 +66,7 @@ def add_push(actions: Any) -> None:
     push = add_command(
         actions,
         "push",
-        "upload a flow and make it in the run's workspace and Foundry project",
+        "upload a flow to the run's workspace and Foundry project",
         "phi3 flow push flows/phi3_chat --run phi3-mini-azure",
         run_push,
     )
@@ -81,7 +83,7 @@ def add_push(actions: Any) -> None:
 
 
 def run_push(args: argparse.Namespace) -> int:
-    """Push, and say where the flow opens."""
+    """Push the flow and print where to open it."""
     from ..targets.azure.target import AzureTarget
 
     target = AzureTarget()
@@ -100,10 +102,10 @@ def run_push(args: argparse.Namespace) -> int:
         console.print_json(pushed)
         return 0
     for item in pushed:
-        said = "was there already" if item["state"] == "exists" else "is made"
+        said = "already exists" if item["state"] == "exists" else "created"
         console.out.print(f"{item['display_name']} {said} in {item['workspace']}", markup=False)
         if item["page"]:
-            console.out.print(f"  opens at {item['page']}", markup=False)
+            console.out.print(f"  open it at {item['page']}", markup=False)
     return 0
 
 
@@ -112,7 +114,9 @@ def _run(args: argparse.Namespace) -> Run:
         return current_run(args)
     runs = [run for run in all_runs(args.runs) if not is_here(run)]
     if not runs:
-        raise UsageError(f"No run under {args.runs} is on Azure; make one: phi3 up --on azure")
+        raise UsageError(
+            f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"
+        )
     return runs[0]
 
 
@@ -122,7 +126,7 @@ OUT = Path("dist")
 def register_flow(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser(
-        "flow", help="pack a flow for Foundry or Studio, or as a container"
+        "flow", help="pack a flow for Foundry or Studio, push it, serve it, or build its container"
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for add in (_add_pack, _add_image, _add_serve, add_push):
@@ -131,7 +135,7 @@ def register_flow(subparsers: Any) -> None:
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"where to (default: {OUT})"
+        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"output folder (default: {OUT})"
     )
 
 
@@ -148,7 +152,7 @@ def _add_pack(actions: Any) -> None:
 
 
 def run_pack(args: argparse.Namespace) -> int:
-    """Pack; print what lies where."""
+    """Pack; print where the results are."""
     from ..flow.bundle import pack
 
     bundle = pack(flow_of(args), args.out, feed=args.feed, image=args.image, extra=args.add)
@@ -172,14 +176,15 @@ def _add_image(actions: Any) -> None:
     image = add_command(
         actions,
         "image",
-        "write a container context that serves the flow: small, without a store, not as root",
+        "write a container build context that serves the flow: small, no connection store, not "
+        "root",
         "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
         run_image,
     )
     add_flow_argument(image)
     image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
     image.add_argument(
-        "--base", default=BASE, metavar="IMAGE", help=f"image to build on (default: {BASE})"
+        "--base", default=BASE, metavar="IMAGE", help=f"base image (default: {BASE})"
     )
     add_extra(image)
     _add_out(image)
@@ -208,7 +213,7 @@ def _add_serve(actions: Any) -> None:
     serve = add_command(
         actions,
         "serve",
-        "serve the flow as `pf flow serve` does, endpoint and key from the environment alone",
+        "serve the flow like `pf flow serve`, with endpoint and key from the environment only",
         'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
         run_serve,
     )
@@ -217,7 +222,7 @@ def _add_serve(actions: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="default 8080")
     serve.add_argument(
-        "--workers", type=int, default=1, help="processes that answer (fastapi); default 1"
+        "--workers", type=int, default=1, help="worker processes (fastapi only; default 1)"
     )
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..finetune.weights import Adapter
 
 _ANY_RECIPES = (
-    "Any folder with a causal language model as safetensors and a chat template can be named as "
-    "well:\n  phi3 up RECIPE model.name_or_path=/path/to/folder"
+    "You can also name any folder with a causal language model as safetensors and a chat "
+    "template:\n  phi3 up RECIPE model.name_or_path=/path/to/folder"
 )
 
 
@@ -31,7 +31,7 @@ def register_models(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "models",
-        "list the base models a recipe can name, or convert a Llama-class folder to Phi-3",
+        "list the base models that a recipe can name, or convert a Llama-class folder to Phi-3",
         "phi3 models\n  phi3 models convert ./TinyLlama-1.1B-Chat --to ./tinyllama-phi3",
         run_models,
     )
@@ -41,7 +41,7 @@ def register_models(subparsers: Any) -> None:
         metavar="convert FOLDER",
         help="write a Llama-class folder (SmolLM2, TinyLlama, …) in Phi-3's architecture",
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where `convert` writes")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="output folder of `convert`")
 
 
 def run_models(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run_models(args: argparse.Namespace) -> int:
         return 0
     for row in rows:
         console.out.print(row["name"], style="bold", markup=False)
-        here = "made in each run" if row["name"] == TINY else row["folder"] or "not here yet"
+        here = "created in each run" if row["name"] == TINY else row["folder"] or "not downloaded"
         console.out.print(
             f"    {row['what']}\n"
             f"    licence {row['license']}, chat template {row['template']}, "
@@ -64,7 +64,7 @@ def run_models(args: argparse.Namespace) -> int:
             markup=False,
         )
     console.out.print(
-        "Memory as `phi3 plan` calculates it for the recipe and the chats in it.",
+        "Memory as `phi3 plan` calculates it for the recipe and its chats.",
         style="dim",
     )
     console.out.print(_ANY_RECIPES, markup=False)
@@ -89,7 +89,7 @@ def _row(model: KnownModel) -> dict[str, Any]:
 
 
 def _size(model: KnownModel) -> str:
-    """The size of the weights on disk, as this project keeps them: bf16, or float32 for `small`."""
+    """The size of the weights on disk, as phi3 stores them: bf16, or float32 for `small`."""
     from ..memory.model import shape_from
 
     if not model.shape:
@@ -140,7 +140,7 @@ def _convert(args: argparse.Namespace) -> int:
         console.print_json({"folder": str(target), "largest_logit_difference": difference})
     else:
         console.out.print(
-            f"Written: {target}\nLargest difference of logits: {difference:g}\n"
+            f"Written: {target}\nLargest difference in logits: {difference:g}\n"
             f"Use it with: phi3 up RECIPE model.name_or_path={target}",
             markup=False,
         )
@@ -199,7 +199,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-# `phi3 init`: a project of one's own, from the files that come with the package.
+# `phi3 init`: a new project, from the files that come with the package.
 
 
 def register_init(subparsers: Any) -> None:
@@ -207,7 +207,7 @@ def register_init(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "init",
-        "write a project of your own: flow, recipe, sample chats, connection templates",
+        "create a new project: flow, recipe, sample chats, connection templates",
         "phi3 init my-phi3",
         run_init,
     )
@@ -220,12 +220,12 @@ def run_init(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"folder": str(args.folder), "written": [str(path) for path in written]})
         return 0
-    console.out.print(f"Written into {args.folder}: {', '.join(map(str, written))}", markup=False)
+    console.out.print(f"Created in {args.folder}: {', '.join(map(str, written))}", markup=False)
     console.out.print(f"Next: cd {args.folder} && phi3 up recipe.yaml", markup=False)
     return 0
 
 
-# `phi3 adapters`: the named adapters of a run, and one of them merged into whole weights.
+# `phi3 adapters`: lists the named adapters of a run, or merges one into full weights.
 
 
 def register_adapters(subparsers: Any) -> None:
@@ -237,7 +237,7 @@ def register_adapters(subparsers: Any) -> None:
         "phi3 adapters --merge french",
         run_adapters,
     )
-    parser.add_argument("--run", metavar="NAME", help="the run (default: the one worked on last)")
+    parser.add_argument("--run", metavar="NAME", help="which run (default: the most recent)")
     parser.add_argument("--merge", metavar="ADAPTER", help="write run/merged/ADAPTER")
 
 
@@ -270,7 +270,7 @@ def run_adapters(args: argparse.Namespace) -> int:
 
 
 def _line(adapter: Adapter) -> list[str]:
-    stale = "" if adapter.fits else " (of an earlier base: train it again)"
+    stale = "" if adapter.fits else " (trained on an earlier base: train it again)"
     loss = adapter.notes.get("final_loss", "")
     return [
         adapter.name,
@@ -284,11 +284,11 @@ def _run(args: argparse.Namespace) -> Run:
     runs = [run for run in all_runs(args.runs) if args.run in (None, run.name)]
     if not runs:
         named = f"no run {args.run!r}" if args.run else "no run"
-        raise UsageError(f"There is {named} under {args.runs}; make one with: phi3 up")
+        raise UsageError(f"There is {named} under {args.runs}; create one with: phi3 up")
     return runs[0]
 
 
-# `phi3 export`: the tuned model in another form, held against what it was made of.
+# `phi3 export`: the tuned model in another format, compared with the original.
 
 # Spelled out, so that `--help` needs no heavy package.
 FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")
@@ -299,11 +299,11 @@ def register_export(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "export",
-        "write the tuned model in another form and prove that it still is the same model",
+        "convert the tuned model to another format and compare it with the original",
         "phi3 export --to onnx-int4 --run phi3-tiny",
         run_export,
     )
-    parser.add_argument("--to", choices=FORMATS, required=True, help="the form")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="target format")
     parser.add_argument("--run", metavar="NAME", help="which run (default: the last trained)")
 
 
@@ -330,25 +330,25 @@ def _show(path: str, check: ExportCheck) -> None:
     title = f"Compared with {check.compared_with}, {check.prompts} fixed prompts"
     console.table(title, ["figure", "measured", "limit"], _rows(check, check.limits))
     for problem in check.problems:
-        console.out.print(f"Too far: {problem}", markup=False)
+        console.out.print(f"Over the limit: {problem}", markup=False)
 
 
 def _rows(check: ExportCheck, limits: Limits) -> list[list[str]]:
     rows = [
-        ["tokens chosen alike", f"{check.token_agreement:.2%}",
+        ["same token chosen", f"{check.token_agreement:.2%}",
          f"at least {limits.token_agreement:.1%}"],
         ["mean KL (nats)", f"{check.mean_kl:.2g}", f"at most {limits.mean_kl:g}"],
-        ["KL at the worst prompt", f"{check.worst_kl:.2g}", f"at most {limits.worst_kl:g}"],
+        ["worst KL of a prompt", f"{check.worst_kl:.2g}", f"at most {limits.worst_kl:g}"],
     ]  # fmt: skip
     if held := check.held_out:
         rows.append(
             [f"exact match, {held.rows} held-out rows",
              f"{held.exact_match_before:.1%} → {held.exact_match:.1%}",
-             f"falls by at most {limits.lost_answers:.1%}"]
+             f"drops by at most {limits.lost_answers:.1%}"]
         )  # fmt: skip
     if layers := check.layers:
         rows.append(
-            [f"furthest layer, {layers.layer}", f"{layers.largest:.2g}",
+            [f"largest weight difference, {layers.layer}", f"{layers.largest:.2g}",
              f"at most {limits.weights:g}"]
         )  # fmt: skip
     return rows

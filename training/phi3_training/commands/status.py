@@ -21,38 +21,38 @@ def register_status(subparsers: Any) -> None:
         subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
     )
     status.add_argument("--run", metavar="NAME", help="one run only")
-    add_on(status, "only the runs there; azure: ask Azure what stands and what bills")
+    add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
     down = add_command(
         subparsers,
         "down",
-        "stop what `up` started: endpoints here, endpoint and cluster on Azure",
+        "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
         "phi3 down --on azure --run phi3-mini-azure",
         run_down,
     )
     down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
-    down.add_argument("--run", dest="named", metavar="NAME", help="the same")
-    add_on(down, "only the runs there (default: RUN's place, else this machine)")
+    down.add_argument("--run", dest="named", metavar="NAME", help="same as RUN")
+    add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
     down.add_argument(
         "--failed",
         action="store_true",
-        help="on Azure: only the deployments and clusters that failed, which bill all the same",
+        help="on Azure: only deployments and clusters that failed; they bill as well",
     )
     down.add_argument(
         "--idle",
         action="store_true",
-        help="on Azure: only the run's deployments that get no traffic, and the failed ones",
+        help="on Azure: only the run's deployments without traffic, and the failed ones",
     )
     down.add_argument(
         "--all",
         action="store_true",
-        help="on Azure: also the workspace and everything else that `up` made for it",
+        help="on Azure: also the workspace and everything else that `up` created for it",
     )
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """List the runs under --runs; with --on azure or --run, as Azure itself says."""
+    """List the runs under --runs; with --on azure or --run, from Azure itself."""
     runs = _runs(args, args.run)
     asks = args.on == "azure" or args.run is not None
     targets = {name: get_target(name) for name in {target_of(run) for run in runs} if asks}
@@ -60,7 +60,7 @@ def run_status(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(states)
     elif not states:
-        console.out.print(f"No runs under {args.runs} yet; make one with: phi3 up", markup=False)
+        console.out.print(f"No runs under {args.runs} yet; create one with: phi3 up", markup=False)
     for state in states if args.output == "text" else []:
         _show_state(state)
     return 0
@@ -81,7 +81,7 @@ def _show_state(state: dict[str, Any]) -> None:
     console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
     if state["on"] != HERE and "lines" not in state:
         command = f"phi3 status --on {state['on']} --run {state['run']}"
-        console.out.print(f"  on {state['on']}; ask there what stands: {command}", markup=False)
+        console.out.print(f"  on {state['on']}; see what exists there: {command}", markup=False)
     for fault in state["broken"]:
         console.out.print(f"  broken: {fault}", markup=False)
     for line in state.get("lines", []):
@@ -91,7 +91,7 @@ def _show_state(state: dict[str, Any]) -> None:
 
 
 def run_down(args: argparse.Namespace) -> int:
-    """Stop what one run started, or all runs of a place."""
+    """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
     runs = _runs(args, name)
     if args.on is None and name is None:
@@ -108,7 +108,7 @@ def run_down(args: argparse.Namespace) -> int:
     for run in runs:
         try:
             lines += _teardown(args, run, only)
-        except StageError as error:  # what other runs started is stopped all the same
+        except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
     _show_end(args, lines, broken, away)
     return 1 if broken else 0
@@ -126,19 +126,19 @@ def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
 
 
 def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
-    """Deleting a workspace takes along what others may have put there."""
+    """Deleting a workspace also deletes what others may have put there."""
     if args.yes:
         return
     console.err.print(f"This deletes, for the run {run.name}:", markup=False)
     for name in names:
         console.err.print(f"  {name}", markup=False)
-    console.err.print("with everything in them, also what phi3 did not make.")
+    console.err.print("with everything in them, including what phi3 did not create.")
     try:
-        said = input("Type yes to go on: ") if os.isatty(0) else ""
+        said = input("Type yes to continue: ") if os.isatty(0) else ""
     except EOFError:
         said = ""
     if said.strip().lower() != "yes":
-        raise UsageError("Nothing was deleted; say it with --yes where nobody can be asked")
+        raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")
 
 
 def _show_end(
@@ -155,6 +155,6 @@ def _show_end(
         console.out.print("Nothing of ours is running.")
     for name in away:
         command = f"phi3 down --on azure {name}"
-        console.out.print(f"{name} is on Azure and may bill: {command}", markup=False)
+        console.out.print(f"{name} is on Azure and may be billing: {command}", markup=False)
     if os.environ.get("PHI3_ENDPOINT"):
         console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")

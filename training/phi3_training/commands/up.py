@@ -58,7 +58,7 @@ HEADLINES = {
 
 
 def show_summary(journey: Journey) -> None:
-    """Print the figures and the answer of a finished run."""
+    """Print the metrics and the answer of a finished run."""
     before = journey.run.require(MetricsManifest).ask
     console.out.print()
     show_comparison(journey.run)
@@ -76,25 +76,23 @@ def show_summary(journey: Journey) -> None:
 
 
 def show_comparison(run: Run, *, every: bool = False) -> None:
-    """Both models' figures side by side, where the report lies, and the gate's verdict."""
+    """Both models' metrics side by side, the gate's verdict, and where the report is."""
     from ..evaluate import gate
 
     metrics = run.require(MetricsManifest)
     verdict = run.require(GateManifest)
-    sure = f"change, {metrics.settings.confidence:.0%} sure"
+    change = f"change ({metrics.settings.confidence * 100:g} % interval)"
     if every:
         for part, compared in metrics.comparisons.items():
             title = f"{_title(part, compared)}, before and after tuning"
-            console.table(title, ["", "before", "after", sure], _rows(compared))
+            console.table(title, ["", "before", "after", change], _rows(compared))
     else:
         rows = [
             [_title(part, compared) if not number else "", *row]
             for part, compared in metrics.comparisons.items()
             for number, row in enumerate(_rows(compared, HEADLINES[part]))
         ]
-        console.table(
-            "Before and after tuning, as measured", ["asked", "", "before", "after", sure], rows
-        )
+        console.table("Before and after tuning", ["questions", "", "before", "after", change], rows)
     console.out.print(f"Gate:     {gate.summary(verdict)}", markup=False)
     if every or not verdict.passed:
         for rule in verdict.rules:
@@ -121,9 +119,9 @@ def _rows(
     for name, figures in compared.items():
         if wanted is None or name in wanted:
             metric = METRICS[name]
-            before, after = (format(n, metric.form) for n in (figures.before, figures.after))
-            low, high = (format(n, "+" + metric.form) for n in (figures.low, figures.high))
-            rows.append([metric.label, before, after, f"{low} to {high}"])
+            before, after = (metric.text(n) for n in (figures.before, figures.after))
+            low, high = (metric.change(n) for n in (figures.low, figures.high))
+            rows.append([metric.label, before, after, f"{low} to {high}{metric.unit}"])
     return rows
 
 
@@ -136,7 +134,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
         (f"{binary}phi3 chat", "a conversation in this terminal"),
         (
             f"{binary}phi3 chat --web",
-            "Prompt flow's chat page in the browser; Ctrl-C ends it",
+            "Prompt flow's chat page in the browser; Ctrl-C closes it",
         ),
         (
             f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
@@ -150,9 +148,9 @@ def _next_on(target: str, run: str) -> list[tuple[str, str]]:
     binary = _prefix()
     return [
         (f"{binary}phi3 chat {where}", "a conversation in this terminal"),
-        (f"{binary}phi3 invoke {where}", "a held-out conversation, scored"),
-        (f"{binary}phi3 status {where}", "what stands, and what bills"),
-        (f"{binary}phi3 down --on {target} {run}", "delete what bills: until then it does"),
+        (f"{binary}phi3 invoke {where}", "the answer to a held-out conversation"),
+        (f"{binary}phi3 status {where}", "what exists, and what bills"),
+        (f"{binary}phi3 down --on {target} {run}", "delete what bills; it bills until then"),
     ]
 
 
@@ -171,12 +169,14 @@ def register_up(subparsers: Any) -> None:
     up = add_command(
         subparsers,
         "up",
-        "do every stage that is not done yet, from chats to an answer in Prompt flow",
+        "run every stage that is not done yet, from chats to an answer in Prompt flow",
         "phi3 up training/recipes/phi3-tiny.yaml finetune.num_train_epochs=10",
         run_up,
     )
     add_recipe(up)
-    up.add_argument("--again", action="append", default=[], metavar="STAGE", help="redo a stage")
+    up.add_argument(
+        "--again", action="append", default=[], metavar="STAGE", help="run this stage again"
+    )
     add_adapter(up)
     add_allow(up)
     add_force(up)
@@ -185,7 +185,7 @@ def register_up(subparsers: Any) -> None:
     plan = add_command(
         subparsers,
         "plan",
-        "say what `up` would do and what would stop it; changes nothing",
+        "show what `up` would do and what would stop it; changes nothing",
         "phi3 plan training/recipes/phi3-mini-lora.yaml",
         run_plan,
     )
@@ -195,17 +195,17 @@ def register_up(subparsers: Any) -> None:
         "--device-gb",
         type=_size,
         metavar="GB",
-        help="memory only, on a GPU of this size instead of this machine",
+        help="plan memory only, for a GPU of this size instead of this machine",
     )
     plan.add_argument(
-        "--device", choices=("cuda", "cpu"), help="kind of that device (default: cuda)"
+        "--device", choices=("cuda", "cpu"), help="type of that device (default: cuda)"
     )
 
 
 def run_up(args: argparse.Namespace) -> int:
     """Do the journey and show what came out of it."""
     journey = journey_of(args)
-    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it made.
+    # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it started.
     os.environ.pop("PHI3_ENDPOINT", None)
     stages = stages_of(in_cloud=journey.in_cloud)
     with journey.run.lock():
@@ -251,7 +251,7 @@ def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine
         device = of_size(args.device_gb, args.device or "cuda")
         return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
     if args.device is not None:
-        raise UsageError("--device says what kind --device-gb is; add e.g. --device-gb 24")
+        raise UsageError("--device needs --device-gb; add e.g. --device-gb 24")
     return []
 
 
@@ -273,7 +273,7 @@ def _is_done(journey: Journey, stages: Sequence[Stage[Any]], stage: Stage[Any]) 
 
 
 def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
-    """What of a run is done and up; on Azure as Azure itself says, where `target` is given.
+    """Which stages of a run are done and what is up; read from Azure if `target` is given.
 
     A manifest that cannot be read is named and hides nothing else.
     """
@@ -311,7 +311,7 @@ def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
     }
 
 
-# `phi3 train RECIPE --search FILE`: many trainings, the best settings kept as a recipe.
+# `phi3 train RECIPE --search FILE`: many trainings; the best settings are saved as a recipe.
 
 
 def run_search(args: argparse.Namespace, journey: Journey) -> int:
@@ -344,7 +344,7 @@ def _show(journey: Journey, report: dict[str, Any]) -> None:
         key=lambda trial: (trial["value"] is None, sign * (trial["value"] or 0), trial["number"]),
     )
     console.table(
-        f"Trials, the best first ({report['direction']})",
+        f"Trials, best first ({report['direction']})",
         columns,
         [_row(trial, keys) for trial in ranked],
     )
@@ -352,7 +352,8 @@ def _show(journey: Journey, report: dict[str, Any]) -> None:
     console.out.print(f"Best recipe:  {folder / report['best_recipe']}", markup=False)
     console.out.print(f"Picture:      {folder / report['picture']}", markup=False)
     console.out.print(
-        "The best was chosen by the held-out chats: judge it by others that it has not seen.",
+        "The best was chosen on the held-out chats, so judge it on chats that played no part in "
+        "the search.",
         style="dim",
     )
 
@@ -376,11 +377,11 @@ STAGE_COMMANDS: dict[str, tuple[type[Manifest], str]] = {
     "train": (ModelManifest, "prepare the chats and fine-tune"),
     "evaluate": (
         GateManifest,
-        "compare the base and the tuned model, and hold it against the gate",
+        "compare the base and the tuned model, and apply the gate",
     ),
-    "register": (RegistrationManifest, "put the tuned model into the run's MLflow registry"),
+    "register": (RegistrationManifest, "register the tuned model in the run's MLflow registry"),
     "deploy": (EndpointManifest, "start the endpoint of the tuned model"),
-    "connect": (ConnectionManifest, "write the Prompt flow connection to the endpoint"),
+    "connect": (ConnectionManifest, "write the Prompt flow connection for the endpoint"),
 }
 
 
@@ -403,7 +404,7 @@ def register_stages(subparsers: Any) -> None:
                 "--search",
                 type=Path,
                 metavar="FILE",
-                help="look for better settings, as the YAML file says (docs/search.md)",
+                help="search for better settings as described in this YAML file (docs/search.md)",
             )
         if name in ("deploy", "connect"):
             add_force(parser)
@@ -414,7 +415,7 @@ def run_stage(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
         if journey.in_cloud:
-            raise UsageError("A search runs on this machine: leave out --on azure")
+            raise UsageError("A search runs on this machine: remove --on azure")
         return run_search(args, journey)
     kind = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
@@ -429,7 +430,7 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def _show_evaluation(run: Run, form: str) -> int:
-    """The figures and the gate's verdict; 1 where the model did not pass."""
+    """The metrics and the gate's verdict; 1 if the model did not pass."""
     verdict = run.require(GateManifest)
     if form == "json":
         metrics = run.require(MetricsManifest).as_json()

@@ -26,7 +26,7 @@ def mixed(values: U64) -> U64:
 def keep_freed_memory() -> None:
     """Let this process use freed memory again, which else goes back to the system each time.
 
-    Fetching it anew, page by page, took a third of the time of a scan. The C library of Linux
+    Allocating it again, page by page, took a third of the time of a scan. The C library of Linux
     keeps as much as the largest block that it saw freed; this one is never touched. Elsewhere
     nothing happens.
     """

@@ -37,7 +37,7 @@ def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
 def show(source: Path | str, count: int) -> list[Conversation]:
     """The first sound conversations of a source; reads no further than it must.
 
-    Raises DataError with every fault met when there is no sound one.
+    Raises DataError with every fault found if no row is valid.
     """
     sources, faults = chosen_sources({"train": [source_of(source)]})
     found: list[Conversation] = []
@@ -186,7 +186,7 @@ class TokenView:
 
     @property
     def trained(self) -> int:
-        """How many tokens are learnt."""
+        """How many tokens are trained on."""
         return sum(self.mask)
 
     def as_dict(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Conversation:
         return sum(message.role == "user" for message in self.messages)
 
 
-# What a conversation must look like: types, roles, content and order. Every breach is told.
+# What a conversation must look like: types, roles, content and order. Every fault is reported.
 
 # C0 and C1 controls but tab and line ends, and halves of surrogate pairs, which UTF-8 cannot hold.
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -133,7 +133,7 @@ def check_text(place: str, value: Any, *, drop: str = "conversation") -> list[Pr
         return [wrong_type(place, value, "text")]
     if not value or value.isspace():
         how = "blank" if value else "empty"
-        fix = f"write its text, or drop the {drop}"
+        fix = f"write its text, or remove the {drop}"
         return [Problem("empty-content", f"{place} is {how}", fix)]
     return check_characters(place, value)
 
@@ -158,18 +158,20 @@ def check_order(roles: Sequence[str]) -> list[Problem]:
     for number, role in enumerate(roles[start:], start=start):
         if role == "system":
             what = f"message {number + 1} is a system message"
-            problems.append(_order(what, "put it first, or drop it"))
+            problems.append(_order(what, "move it to the start, or remove it"))
         elif number == start and role != "user":
             article = "an" if role == "assistant" else "a"
             what = f"it starts with {article} {role} message"
             problems.append(_order(what, "start with a user message"))
         elif number > start and role == roles[number - 1]:
             what = f"messages {number} and {number + 1} are both {role} messages"
-            problems.append(_order(what, "join them, or add what stood between them"))
+            problems.append(
+                _order(what, "join them, or add the message that is missing between them")
+            )
     if len(roles) == start:
-        problems.append(_order("it is a system message only", "add a question and its answer"))
+        problems.append(_order("it has only a system message", "add a question and its answer"))
     elif roles[-1] == "user":
-        fix = "end with an assistant message, which is what is learnt"
+        fix = "end with an assistant message, which is what the model learns"
         problems.append(_order("it ends with a user message", fix))
     return problems
 
@@ -183,7 +185,7 @@ def wrong_type(place: str, value: Any, expected: str) -> Problem:
     return Problem("wrong-type", f"{place} is {found}", f"expected {expected}")
 
 
-# The chat formats that are read, told apart by their keys, and turned into messages.
+# The supported chat formats, detected from their keys, and converted to messages.
 # messages, prompt/completion, input/output, alpaca (instruction/input/output) and sharegpt.
 
 MESSAGES = ListShape("messages", "role", "content")
@@ -219,7 +221,7 @@ def read_row(row: Mapping[str, Any]) -> Read:
     pairs = [(name, ask, answer) for name, ask, answer in _PAIRS if ask in row and answer in row]
     if len({answer for _, _, answer in pairs}) > 1:
         names = " and ".join(name for name, _, _ in pairs)
-        return None, (), [_unknown(f"the keys fit {names} alike")]
+        return None, (), [_unknown(f"the keys fit several formats: {names}")]
     if pairs:
         return _read_pair(*pairs[0], row)
     return None, (), [_no_format(row)]
@@ -245,7 +247,8 @@ def _accept(value: Any) -> list[Problem]:
     texts: list[Any] = value if isinstance(value, list) else []
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         what = "'accept' is not a list of texts"
-        return [Problem("wrong-type", what, 'write "accept": ["a text that a right answer has"]')]
+        fix = 'write "accept": ["a text that a correct answer contains"]'
+        return [Problem("wrong-type", what, fix)]
     return [problem for text in texts for problem in check_characters("accept", text)]
 
 
@@ -293,12 +296,12 @@ def _no_format(row: Mapping[str, Any]) -> Problem:
     for name, ask, answer in _PAIRS:
         for here, missing in ((ask, answer), (answer, ask)):
             if here in row and (here, missing) != ("output", "instruction"):
-                return _unknown(f"{name} needs {missing!r} beside {here!r}, which is missing")
+                return _unknown(f"{name} needs {missing!r} in addition to {here!r}")
     if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
-        return _unknown("a message that stands alone, with no conversation around it")
-    keys = ", ".join(repr(key)[:40] for key in list(row)[:6]) or "no keys at all"
-    return _unknown(f"'messages' is missing and no other format fits (found {keys})")
+        return _unknown("it is a single message, not a conversation")
+    keys = ", ".join(repr(key)[:40] for key in list(row)[:6]) or "it has no keys"
+    return _unknown(f"it has no 'messages' and fits no other format (keys: {keys})")
 
 
 def _unknown(what: str) -> Problem:
-    return Problem("unknown-format", f"the format cannot be told: {what}", _EXPECTED)
+    return Problem("unknown-format", f"unknown format: {what}", _EXPECTED)

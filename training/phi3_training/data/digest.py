@@ -92,7 +92,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, texts: Sequence[bytes], systems: Sequence[int] | None = None) -> Batch:
-        """Put texts side by side, with so many spaces between that no run reaches another."""
+        """Put texts side by side, with enough spaces between them that no run reaches another."""
         text = _SPACES.join([b"", *texts, b""])
         ends = np.cumsum([len(_SPACES) + len(item) for item in texts])
         skipped = np.array(systems if systems is not None else [0] * len(texts), np.int64)
@@ -183,7 +183,7 @@ class Measure:
 EMAIL, PHONE, KEY = 1, 2, 4
 NAMES = {EMAIL: "an e-mail address", PHONE: "a phone number", KEY: "a key or token"}
 
-# Names under example.* and the like are made for examples (RFC 2606).
+# Names under example.* and similar are reserved for examples (RFC 2606).
 _EMAIL = re.compile(
     rb"[A-Za-z0-9._%+-]@(?!(?:[A-Za-z0-9-]+\.)*(?:example\.[a-z]+|example|invalid|test|localhost)\b)"
     rb"(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])"
@@ -314,7 +314,7 @@ class Lines(NamedTuple):
 
     @property
     def behind(self) -> int:
-        """The line behind them."""
+        """The line after them."""
         return self.first + self.many
 
 
@@ -332,7 +332,7 @@ class Digest:
     formats: Counter[str] = field(default_factory=Counter)
     several_turns: int = 0
     flags: list[tuple[int, int, str]] = field(default_factory=list)
-    # One entry for each sound row. Where it lies: in the source itself, or in the block file.
+    # One entry per valid row. Where it is: in the source itself, or in the block file.
     line: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
     size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
     offset: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))

@@ -60,7 +60,7 @@ class Fault:
 
 
 def shown(path: Path) -> str:
-    """The path as a person would type it: relative where it lies below the current folder."""
+    """The path as a person would type it: relative if it is below the current folder."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except (ValueError, FileNotFoundError):

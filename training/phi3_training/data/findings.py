@@ -1,6 +1,6 @@
 """What becomes of repeated rows, and what else is worth a warning. Reads scans and their Table.
 
-Faults stop the work, removed rows are left out and listed, warnings are only told.
+Faults stop the run, removed rows are left out and listed, warnings are only reported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .scan import Scan, Table
 # Finds rows that are there twice, nearly twice, or on both sides of the split. Reads a Table.
 
 _CHAIN = 4  # earlier texts with the same number that one is measured against
-_MEASURED = 256  # texts whose runs are kept at hand
+_MEASURED = 256  # texts whose runs are cached
 
 
 class Pairs(NamedTuple):
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
 
 
 class Repeats(NamedTuple):
-    """What was found; a row stands in one list at most."""
+    """What was found; a row is in one list at most."""
 
     duplicates: Pairs
     leaks: Pairs
@@ -129,13 +129,13 @@ class Rules:
     near_duplicates: str = "auto"
 
     def removes(self, one: Scan) -> bool:
-        """Whether exact duplicates (and leaks) are taken out rather than refused."""
+        """Whether exact duplicates (and leaks) are removed rather than refused."""
         if self.duplicates == "auto":  # nobody can fix a set of the hub
             return isinstance(one.source, HubSet)
         return self.duplicates == "remove"
 
     def removes_near(self, one: Scan) -> bool:
-        """Whether near-duplicates are taken out rather than told."""
+        """Whether near-duplicates are removed rather than reported."""
         if self.near_duplicates == "auto":
             return isinstance(one.source, HubSet)
         return self.near_duplicates == "remove"
@@ -196,7 +196,7 @@ class Findings:
             for digest, first in zip(one.digests, one.firsts, strict=True):
                 for line, kind, masked in digest.flags:
                     what = f"there seems to be {NAMES[kind]} in it ({masked})"
-                    fix = "take it out, or put a made-up one in its place"
+                    fix = "remove it, or replace it with a made-up one"
                     problem = Problem("personal-data", what, fix)
                     yield Fault.at(one.path, line + first, problem)
 
@@ -223,11 +223,11 @@ class Findings:
             return Problem(kind, f"the same conversation as {first}", fix)
         if kind == "leak":
             what = f"held out, but {first} trains on the same question in the same context"
-            fix = "take it out of one of the two sets: a figure on trained questions tells nothing"
+            fix = "remove it from one of the two sets: a score on trained questions means nothing"
             return Problem(kind, what, fix)
         if self._held[row] and not self._held[other]:
             what = f"held out, but nearly the same as {first}, which is trained on"
-            return Problem("near-leak", what, "take it out of one of the two sets")
+            return Problem("near-leak", what, "remove it from one of the two sets")
         what = f"nearly the same conversation as {first}"
         return Problem(kind, what, "keep one of the two, or set data.near_duplicates=remove")
 
@@ -278,7 +278,7 @@ def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] 
         return None
     sizes = table.text_size[rows].astype(np.float64)
     if tokenizer is None:
-        return _summary(sizes / _BYTES_PER_TOKEN, "estimated as a token for every 4 bytes of text")
+        return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
     chat = _format(tokenizer)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
     chosen = [table.conversation(int(row)).messages for row in rows[picked]]
@@ -314,6 +314,6 @@ def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
 def sentence(stats: Mapping[str, Any]) -> str:
     """The statistics on one line."""
     return (
-        f"tokens: median {stats['median']}, 95 % up to {stats['p95']}, longest {stats['longest']}, "
-        f"{stats['total']} in all ({stats['how']})"
+        f"tokens: median {stats['median']}, 95th percentile {stats['p95']}, longest "
+        f"{stats['longest']}, total {stats['total']} ({stats['how']})"
     )

@@ -60,9 +60,9 @@ class Line(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some lines that follow on each other, without their LF; the last may have been cut short.
+    """Some consecutive lines, without their LF; the last may be truncated.
 
-    `text` holds the lines with their LF, and perhaps more behind them.
+    `text` holds the lines with their LF, and perhaps more after them.
     """
 
     offset: int
@@ -190,16 +190,16 @@ def byte_order_mark() -> Problem:
 def blank(count: int) -> Problem:
     """The fault of blank lines with conversations after them."""
     what = "a blank line" if count == 1 else f"{count} blank lines"
-    return Problem("blank-line", f"{what} between conversations", "take blank lines out")
+    return Problem("blank-line", f"{what} between conversations", "remove the blank lines")
 
 
 def crlf(count: int) -> Problem:
-    """The one fault of a file with Windows line ends, told at its first such line."""
+    """The one fault of a file with Windows line endings, reported at its first such line."""
     lines = "1 line ends" if count == 1 else f"{count} lines end"
     return Problem(
         "crlf",
-        f"{lines} with CRLF (Windows line ends), this is the first",
-        "save the file with LF line ends, e.g. with: sed -i 's/\\r$//' FILE",
+        f"{lines} with CRLF (Windows line endings), first here",
+        "save the file with LF line endings, e.g. with: sed -i 's/\\r$//' FILE",
     )
 
 
@@ -242,7 +242,7 @@ class StrictJson:
         return value, problems
 
     def read_at(self, text: str, place: int) -> tuple[Any, list[Problem], int | None]:
-        """The value that starts at a place, and where it ends; None where there is none whole."""
+        """The value that starts at a place, and where it ends; None if it is incomplete."""
         return self._read(text, lambda: self._decoder.raw_decode(text, place))
 
     def _read(
@@ -292,13 +292,13 @@ def _broken(text: str, error: json.JSONDecodeError) -> Problem:
 
 def _unreadable(why: str) -> Problem:
     return Problem(
-        "broken-json", f"JSON that cannot be read: {why}", 'write {"messages": […]} as plain JSON'
+        "broken-json", f"unreadable JSON: {why}", 'write {"messages": […]} as plain JSON'
     )
 
 
 _PLAIN_KEYS = {"messages", *CARRIED}
 _OPEN, _CLOSE = b"{}"
-# Python refuses integers of 4300 digits, or of fewer if told so, but never of fewer than 640.
+# Python refuses integers of more than 4300 digits, or a lower limit if set, but never below 640.
 _DIGITS = bytes(48 if 48 <= byte < 58 else 120 for byte in range(256))
 _LONG_NUMBER = b"0" * 640
 
@@ -314,7 +314,7 @@ class Sound(NamedTuple):
 
     @classmethod
     def of(cls, form: str, messages: Sequence[Message], extra: Mapping[str, Any]) -> Sound:
-        """A row that must be written anew."""
+        """A row that must be rewritten."""
         texts = [message.content for message in messages]
         written = encode({"messages": [message.to_dict() for message in messages], **extra})
         return cls(form, texts, messages[0].role == "system", join(texts), written)
@@ -414,7 +414,7 @@ def _plain_messages(messages: Any) -> tuple[list[str], bytes] | None:
         texts = [message["content"] for message in messages]
         joined = join(texts)
         roles = [message["role"] for message in messages]
-    except (KeyError, TypeError, IndexError):  # something is no object, or no text
+    except (KeyError, TypeError, IndexError):  # something is not an object, or not text
         return None
     count = len(roles)
     if sum(map(len, messages)) != 2 * count or count < 2 or roles != _roles(count):
@@ -424,7 +424,7 @@ def _plain_messages(messages: Any) -> tuple[list[str], bytes] | None:
 
 @lru_cache(256)
 def _roles(count: int) -> list[str]:
-    """The roles of so many messages: an odd number has a system message."""
+    """The roles of this many messages: an odd number has a system message."""
     turns = ["user", "assistant"] * (count // 2)
     return ["system", *turns] if count % 2 else turns
 

@@ -45,7 +45,7 @@ MOST_CANDIDATES = 50  # of one chat; a set where more share a rare word is compa
 
 
 class Chat(NamedTuple):
-    """All that was said before the last answer, its last question, and that answer."""
+    """All turns before the last answer, its question, and that answer."""
 
     before: str
     question: str
@@ -53,7 +53,7 @@ class Chat(NamedTuple):
 
 
 def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
-    """For each chat of `asked` the chats of `taught` that teach its answer, itself aside.
+    """For each chat of `asked` the chats of `taught` that teach its answer, except itself.
 
     One does where its own answer would count as right for the question, and it speaks of what the
     question asks about: of its words, the rarest that other chats have as well.
@@ -120,7 +120,7 @@ def held_out_reworded(
 ) -> Bools:
     """The same, of rows whose fact is still trained on; `teachers[row]` are rows that teach it.
 
-    Such a question can be answered by a model that has learnt its chats. Where there are fewer
+    Such a question can be answered by a model that has learnt its chats. If there are fewer
     than ENOUGH of them, others are added as `held_out` chooses them, up to the share.
     """
     groups, members, sizes = np.unique(keys, return_inverse=True, return_counts=True)
@@ -163,7 +163,7 @@ def _order(groups: U64, seed: int) -> Ints:
     return np.argsort(mixed(groups ^ start), kind="stable")
 
 
-# Where each prepared row stands in the user's own files, so that messages can name that place.
+# Where each prepared row is in the user's own files, so that messages can name that place.
 # Reads and writes run/data-origins.json; sets of more than a bound of rows have none.
 
 ORIGINS_FILE = "data-origins.json"
@@ -223,7 +223,7 @@ class RowWriter:
         return self._hash.hexdigest()
 
     def write(self, data: bytes, rows: int, hashing: Executor) -> None:
-        """Add whole lines; their hash is taken beside, as it takes as long as the writing.
+        """Add whole lines; they are hashed in a thread, which takes as long as writing.
 
         It stays one call behind at most, so that memory stays flat.
         """
@@ -351,12 +351,12 @@ def chosen_sources(
         for source in sources:
             inside = expand(source)
             if not inside:
-                what, fix = "a folder without chats", "put .jsonl, .json, .csv or .parquet there"
+                what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
                 faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
             for one in inside:
                 key = str(one.resolve() if isinstance(one, Path) else one)
                 if key in named:
-                    what = f"named twice, by data.{named[key]} and data.{part}"
+                    what = f"named twice, under data.{named[key]} and data.{part}"
                     faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
                     continue
                 named[key] = part
@@ -436,7 +436,7 @@ def _write(findings: Findings, target: U8, staging: Path) -> Writers:
 
 
 def _publish(writers: Writers, run: Run) -> None:
-    """Put the whole files in place, and take away those of an earlier recipe."""
+    """Put the finished files in place, and remove those of an earlier recipe."""
     folder = run.path / FOLDER
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.jsonl"):
@@ -481,7 +481,7 @@ def _choices(
         )
         if taught is not None:
             lines.append(
-                f"of the held-out questions {taught['reworded']} reword what a training chat "
-                f"answers, {taught['new']} ask for something that none answers"
+                f"held-out questions: {taught['reworded']} reword what a training chat answers, "
+                f"{taught['new']} ask for something that no training chat answers"
             )
     return [*lines, *sentences(findings.counts(), REPORT)]

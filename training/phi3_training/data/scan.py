@@ -103,7 +103,7 @@ class Scan:
             if run.behind <= first:  # blank lines at the end of a file are fine
                 self.fault(run.first, blank(run.many))
         if not filled:
-            what = "the file holds no conversation" if self.size else "the file is empty"
+            what = "the file contains no conversation" if self.size else "the file is empty"
             self.fault(0, Problem("no-rows", what, "write one conversation per line"))
 
 
@@ -169,7 +169,7 @@ def _told(one: Scan) -> Iterator[None]:
         one.fault(0, Problem("no-such-file", "no such file", "check its path and spelling"))
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
-        one.fault(0, Problem("unreadable", what, "name a file that you may read"))
+        one.fault(0, Problem("unreadable", what, "name a file that you can read"))
 
 
 def _stamp(one: Scan) -> None:
@@ -212,8 +212,8 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
                 one.add(_results(of_one))
     except BrokenProcessPool:
         raise StageError(
-            "A process that read the chats was ended from outside, most likely for want of "
-            "memory; close other programs and try again"
+            "A process reading the chats was killed, most likely because memory ran out; close "
+            "other programs and try again"
         ) from None
 
 
@@ -283,7 +283,7 @@ class Table:
         return Conversation.from_dict(value, *self.place(row))
 
     def body(self, row: int) -> bytes:
-        """The text of a row that near-duplicates are told by."""
+        """The text of a row that is compared to find near-duplicates."""
         messages = self.conversation(row).messages
         texts = [message.content for message in messages]
         return join(texts[1:] if messages[0].role == "system" else texts)

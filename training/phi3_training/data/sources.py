@@ -203,15 +203,15 @@ class _Elements:
                 return
             if mark != ",":
                 where = "at the end of the file" if not mark else f"near {mark!r}"
-                what = f"the array is broken {where}; what follows was not read"
+                what = f"the JSON array is broken {where}; the rest was not read"
                 fix = "write rows with commas between them, and ] at the end"
                 yield Raw(self._line, None, [Problem("broken-json", what, fix)])
                 return
 
     def _end(self) -> Iterator[Raw]:
         if self._peek():
-            what = "there is text after the array"
-            yield Raw(self._line, None, [Problem("broken-json", what, "take it out")])
+            what = "there is text after the JSON array"
+            yield Raw(self._line, None, [Problem("broken-json", what, "remove it")])
 
     def _element(self) -> tuple[object, list[Problem], int | None]:
         while True:
@@ -222,12 +222,12 @@ class _Elements:
         if end is None:
             problems = [problems[0]._replace(column=None)]
             if len(self._text) - self._place > LINE_LIMIT:
-                what = f"a row that is broken or beyond {LINE_LIMIT >> 20} MiB"
+                what = f"the row is broken or larger than {LINE_LIMIT >> 20} MiB"
                 problems = [Problem("line-too-long", what, "split the conversation")]
         return value, problems, end
 
     def _peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
             start = self._place
             while start < len(self._text) and self._text[start] in _SPACES:
@@ -265,8 +265,8 @@ def csv_rows(path: Path) -> Iterator[Raw]:
             fix = "save the file as UTF-8"
             yield Raw(0, None, [Problem("not-utf8", "the file is not UTF-8", fix)])
         except csv.Error as error:
-            what = "broken CSV, what follows was not read"
-            fix = 'put texts with commas, quotes or line ends between quotes, and double each "'
+            what = "broken CSV; the rest was not read"
+            fix = 'put texts with commas, quotes or line breaks in quotes, and double each "'
             yield Raw(reader.line_num, None, [Problem("broken-csv", f"{what} ({error})", fix)])
 
 
@@ -277,8 +277,8 @@ def _named(reader: Any) -> Iterator[Raw]:
     if repeated := [name for name in names if names.count(name) > 1]:
         problem = Problem(
             "repeated-key",
-            f"the column {repeated[0]!r} is there twice",
-            "keep one of them: which one counts is left to chance",
+            f"the column {repeated[0]!r} occurs twice",
+            "keep one of them: it is undefined which one counts",
         )
         yield Raw(1, None, [problem])
         return
@@ -289,7 +289,7 @@ def _named(reader: Any) -> Iterator[Raw]:
         if not values:
             continue
         if len(values) != len(names):
-            what = f"the row has {len(values)} columns, the first line names {len(names)}"
+            what = f"the row has {len(values)} columns, the header has {len(names)}"
             fix = "write a value, or nothing between commas, for each column"
             yield Raw(start, None, [Problem("broken-csv", what, fix)])
             continue
@@ -324,7 +324,9 @@ def parquet_rows(path: Path) -> Iterator[Raw]:
                     yield Raw(number, {k: v for k, v in row.items() if v is not None}, [])
     except (pa.ArrowException, OSError) as error:
         why = " ".join(str(error).split())[:120]
-        problem = Problem("broken-parquet", f"not a whole parquet file ({why})", "write it anew")
+        problem = Problem(
+            "broken-parquet", f"not a complete parquet file ({why})", "write the file again"
+        )
         yield Raw(number + 1 if number else 0, None, [problem])
 
 
@@ -353,12 +355,14 @@ def _unreachable(source: HubSet, error: Exception) -> Problem:
     why = " ".join(str(error).split())[:200]
     folder = Path(source.name)
     if folder.is_dir():
-        return Problem("hub-set", f"the folder cannot be read as a set ({why})", "check its files")
+        return Problem(
+            "hub-set", f"the folder cannot be read as a data set ({why})", "check its files"
+        )
     return Problem(
         "hub-set",
-        f"the set cannot be had from the Hugging Face hub: {type(error).__name__}: {why}",
+        f"could not download the data set from the Hugging Face hub: {type(error).__name__}: {why}",
         "check its name, its split and the network (HF_HUB_OFFLINE, proxy, HF_TOKEN for gated "
-        "sets), or download it and name the files",
+        "data sets), or download it and name the files",
     )
 
 

@@ -32,7 +32,7 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
         credential.auth()
     except ConfigurationError as error:
         yield HERE.fault("health", error.message, "az login, or pip install azure-identity")
-        yield HERE.skipped("latency", "it cannot be asked")
+        yield HERE.skipped("latency", "it cannot be queried")
         return
     with new_session(address) as session:
 
@@ -64,28 +64,29 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
 def _health(tried: dict[str, int]) -> Finding:
     path, status = list(tried.items())[-1]
     if status == 200:
-        return HERE.ok("health", f"GET {path} says 200")
+        return HERE.ok("health", f"GET {path} returns 200")
     if set(tried.values()) <= {404, 405, 501}:
-        return HERE.skipped("health", f"it has no health page (tried {' and '.join(tried)})")
+        return HERE.skipped("health", f"it has no health route (tried {' and '.join(tried)})")
     if status in (401, 403):
-        return HERE.skipped("health", f"GET {path} wants another right than yours ({status})")
+        return HERE.skipped("health", f"you lack the permission for GET {path} ({status})")
     return HERE.fault(
         "health",
-        f"GET {path} says {status}, a healthy endpoint says 200",
-        "look at the deployment's state and log; a local one: phi3 status",
+        f"GET {path} returns {status}; a healthy endpoint returns 200",
+        "check the deployment's state and log; for a local one: phi3 status",
     )
 
 
 def _latency(taken: list[float], status: int, slow_ms: float) -> Finding:
     middle = statistics.median(taken)
     said = (
-        f"{middle:.1f} ms there and back (median of {len(taken)}, kept connection, status {status})"
+        f"{middle:.1f} ms round trip (median of {len(taken)}, kept-alive connection, status "
+        f"{status})"
     )
     if middle > slow_ms:
         return HERE.warning(
             "latency",
             f"{said}, which is slow",
-            "look at network, proxy and region; run the flow near the endpoint",
+            "check network, proxy and region; run the flow close to the endpoint",
         )
     return HERE.ok("latency", said)
 
@@ -108,7 +109,7 @@ def _fix(error: Exception, loopback: bool) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         return "check the host name, or point REQUESTS_CA_BUNDLE at your company's CA certificates"
     if isinstance(error, requests.exceptions.Timeout):
-        return "check network and proxy, or give it longer: phi3 doctor --timeout SECONDS"
+        return "check network and proxy, or allow more time: phi3 doctor --timeout SECONDS"
     if loopback:
         return "start the local endpoint: phi3 up"
     return "check the host name, the network and the proxy"

@@ -50,8 +50,8 @@ def check_python(python: tuple[int, ...]) -> Finding:
     if python[:2] > NEWEST_PYTHON:
         return HERE.warning(
             "python",
-            f"{shown} is newer than any that Prompt flow was tried with",
-            f"make the environment anew with Python {'.'.join(map(str, TESTED_PYTHON))}",
+            f"{shown} is newer than any version tested with Prompt flow",
+            f"recreate the environment with Python {'.'.join(map(str, TESTED_PYTHON))}",
         )
     return HERE.ok("python", shown)
 
@@ -66,7 +66,7 @@ def check_versions(version_of: Installed) -> Finding:
         newest = max(found.values(), key=Version)
         return HERE.fault(
             "versions",
-            f"Prompt flow's packages are of different versions: {shown}",
+            f"Prompt flow's packages have different versions: {shown}",
             "pip install " + " ".join(f'"{name}=={newest}"' for name in found),
         )
     return HERE.ok("versions", f"{', '.join(found)}: {next(iter(found.values()))}")
@@ -142,7 +142,7 @@ def read_settings(home: Path, folder: Path) -> dict[str, Any]:
         if path is not None and path.is_file():
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             if not isinstance(content, dict):
-                raise ValueError(f"{path} holds no settings")
+                raise ValueError(f"{path} contains no settings")
             settings.update(content)
     return settings
 
@@ -155,8 +155,8 @@ def check_telemetry(settings: dict[str, Any]) -> Finding:
         return HERE.ok("telemetry", "off")
     return HERE.warning(
         "telemetry",
-        "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds where"
-        " the network drops that",
+        "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds "
+        "where the network blocks that",
         "pf config set telemetry.enabled=false",
     )
 
@@ -170,14 +170,14 @@ def check_service(home: Path, settings: dict[str, Any], version_of: Installed) -
         if said == "":
             return HERE.fault(
                 "service",
-                f"port {port}, which Prompt flow takes for its service, is another program's;"
-                " `pf service stop` would end that program",
-                "pf service start --port PORT, with a free one",
+                f"port {port}, which Prompt flow uses for its service, belongs to another "
+                f"program; `pf service stop` would kill it",
+                "pf service start --port PORT, with a free port",
             )
         if ours and said != ours:
             return HERE.fault(
                 "service",
-                f"Prompt flow's service on port {port} is of version {said}, installed is {ours}",
+                f"Prompt flow's service on port {port} has version {said}, but {ours} is installed",
                 "pf service start --force",
             )
     if alive:

@@ -48,10 +48,12 @@ def examine(setup: Setup) -> Iterator[Finding]:
 
 
 def _left_out() -> Iterator[Finding]:
-    """What takes longer and is asked for by name."""
-    yield Group("flow").skipped("wheel", "builds the package, takes longer", "phi3 doctor --tool")
+    """Checks that take longer and are run only when named."""
+    yield Group("flow").skipped(
+        "wheel", "builds the package, which takes longer", "phi3 doctor --tool"
+    )
     yield Group("model").skipped(
-        "tokens", "compares training with serving, takes longer", "phi3 doctor --tokens"
+        "tokens", "compares training with serving, which takes longer", "phi3 doctor --tokens"
     )
 
 

@@ -1,6 +1,6 @@
 """The flow: does Prompt flow take it, and are the tools of its nodes found.
 
-Works on a temporary copy, in a process of its own: `pf flow validate` writes beside what it checks
+Works on a temporary copy, in a separate process: `pf flow validate` writes next to what it checks
 and imports the flow's code.
 """
 
@@ -55,15 +55,17 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
     try:
         verdict = _validate(copy)
     except subprocess.TimeoutExpired:
-        verdict = {"errors": [{"message": f"no verdict within {SECONDS} s"}]}
+        verdict = {"errors": [{"message": f"no result within {SECONDS} s"}]}
     errors = verdict.get("errors", [])
     said = [e.get("message", e) if isinstance(e, dict) else e for e in errors]
     faults = [str(message).strip().splitlines()[0] for message in said]
     fix = f"pf flow validate --source {source.folder}"
     if faults:
-        yield HERE.fault("validate", "; ".join(dict.fromkeys(faults)), f"see it whole: {fix}")
+        yield HERE.fault(
+            "validate", "; ".join(dict.fromkeys(faults)), f"see the full message: {fix}"
+        )
     else:
-        yield HERE.ok("validate", "Prompt flow takes it")
+        yield HERE.ok("validate", "Prompt flow accepts it")
     yield _tools(source, copy)
 
 
@@ -85,7 +87,7 @@ def _validate(copy: Path) -> dict[str, Any]:
         verdict = None
     if isinstance(verdict, dict) and (done.returncode == 0 or verdict.get("errors")):
         return verdict
-    lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+    lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
     return {"errors": [{"message": lines[-1]}]}
 
 
@@ -102,7 +104,7 @@ def _tools(source: FlowSource, copy: Path) -> Finding:
         return HERE.fault(
             "tools",
             f"not found: {', '.join(missing)}",
-            "install what the nodes import (requirements.txt of the flow); for phi3_tool:"
+            "install what the nodes import (the flow's requirements.txt); for phi3_tool:"
             ' pip install "phi3-promptflow[flow]"',
         )
     return HERE.ok("tools", f"found: {', '.join(sorted(wanted))}")
@@ -124,7 +126,7 @@ def _package() -> Finding:
 # Reads the environment or Prompt flow's store; asks nothing over the network.
 
 CONNECTION = Group("connection")
-_CONNECT = "phi3 connect, or see connections/README.md for one by hand"
+_CONNECT = "phi3 connect, or create one by hand: connections/README.md"
 
 
 class Connection:
@@ -140,7 +142,7 @@ class Connection:
         try:
             found, said = self._find()
         except (StageError, MissingExtraError) as error:
-            self.why_not = "there is no connection to ask with"
+            self.why_not = "there is no connection to use"
             yield CONNECTION.fault("present", str(error), _CONNECT)
             for check in ("shape", "https"):
                 yield CONNECTION.skipped(check, self.why_not)
@@ -155,13 +157,13 @@ class Connection:
             )
         except ConfigurationError as error:
             faults = list(error.faults) or [error.message]
-            self.why_not = "the connection cannot be used as it stands"
+            self.why_not = "the connection cannot be used as it is"
         yield from self._shape_and_https(found, faults)
 
     def _find(self) -> tuple[object | None, str]:
         """The stored connection, or None where the environment outranks it."""
         if environment_names_endpoint():
-            return None, "from PHI3_ENDPOINT and PHI3_KEY, which outrank the store"
+            return None, "from PHI3_ENDPOINT and PHI3_KEY, which take precedence over the store"
         found = store.stored_connection(self.name)
         return found, f"{self.name}, in {store.database()}"
 

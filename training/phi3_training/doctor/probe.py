@@ -29,7 +29,7 @@ QUESTION = [{"role": "user", "content": "Who founded Microsoft?"}]
 SIBLING = {"score": "/v1/chat/completions", "openai": "/score"}
 # The answers that an endpoint of the other dialect could well give.
 _MISUNDERSTOOD = (EndpointNotFoundError, RequestRejectedError, ModelError, UnreadableAnswerError)
-# Such an answer came from behind the check of the key.
+# Such an answer came after the check of the key.
 _KEY_PASSED = (*_MISUNDERSTOOD, ThrottledError)
 
 
@@ -45,7 +45,7 @@ class Asked:
 
 
 def ask(settings: ConnectionSettings, seconds: float) -> Asked:
-    """Ask for one token; where that is not understood, try the other dialect's path beside it."""
+    """Request one token; if that is not understood, try the other dialect's path."""
     dialect = parse_address(settings.endpoint, settings.dialect).dialect
     outcome = _one_token(settings.endpoint, settings, settings.dialect, seconds)
     if isinstance(outcome, ChatReply):
@@ -96,7 +96,7 @@ def _key(asked: Asked) -> Finding:
         return CONNECTION.fault("key", *_parts(asked.error))
     if asked.reply or isinstance(asked.error, _KEY_PASSED):
         return CONNECTION.ok("key", "accepted")
-    return CONNECTION.skipped("key", "the question did not get as far as the check of the key")
+    return CONNECTION.skipped("key", "the question did not reach the check of the key")
 
 
 def _dialect(asked: Asked) -> Finding:
@@ -113,7 +113,7 @@ def _dialect(asked: Asked) -> Finding:
     if isinstance(asked.error, UnreadableAnswerError):
         said, fix = _parts(asked.error)
         return CONNECTION.fault("dialect", f"{asked.dialect} ({source}): {said}", fix)
-    return CONNECTION.skipped("dialect", "no answer to judge it by")
+    return CONNECTION.skipped("dialect", "no answer to check it with")
 
 
 def _traffic(asked: Asked) -> Finding:
@@ -123,29 +123,29 @@ def _traffic(asked: Asked) -> Finding:
         if wanted and named and named != wanted:
             return CONNECTION.fault(
                 "deployment",
-                f"asked for {wanted}, but {named} answered",
-                f"look for {wanted} among the endpoint's deployments, or take it out of the"
-                " connection",
+                f"requested {wanted}, but {named} answered",
+                f"look for {wanted} among the endpoint's deployments, or remove it from the "
+                f"connection",
             )
         return CONNECTION.ok("deployment", f"{named} answered" if named else "there is one")
     if isinstance(asked.error, EndpointNotFoundError) and not asked.other:
         which = f"no deployment {wanted}" if wanted else "no deployment with traffic"
         said, fix = _parts(asked.error)
         return CONNECTION.fault("deployment", f"{which} at this address: {said}", fix)
-    return CONNECTION.skipped("deployment", "no answer from any")
+    return CONNECTION.skipped("deployment", "none answered")
 
 
 def token_finding(asked: Asked) -> Finding:
-    """Whether one token could be had, and how long it took."""
+    """Whether the endpoint generated one token, and how long it took."""
     if asked.reply:
         return ENDPOINT.ok("one token", f"answered in {1000 * asked.reply.seconds:.0f} ms")
     if asked.error is None:
-        return ENDPOINT.skipped("one token", "it was not asked")
+        return ENDPOINT.skipped("one token", "it was not queried")
     return ENDPOINT.fault("one token", *_parts(asked.error))
 
 
 def _parts(error: Phi3Error) -> tuple[str, str]:
-    """What happened and what fixes it: the tree's messages have the fix behind a colon."""
+    """What happened and what fixes it: our messages have the fix after a colon."""
     what, colon, fix = error.message.partition(": ")
     facts = str(error)[len(error.message) :]
     return (what + facts, fix) if colon else (error.message + facts, "see docs/doctor.md")

@@ -1,7 +1,7 @@
-"""Which engine answers the questions: what the endpoint will compute is what is judged.
+"""Which engine answers the questions: the same computation that the endpoint will do.
 
-Reads model folders. An `int4` endpoint is asked through its own engine, on both models converted in
-the same way; the tuned model's conversion is the one that `deploy` serves. Everything else is
+Reads model folders. An `int4` endpoint is evaluated through its own engine, on both models
+converted in the same way; `deploy` serves the tuned model's conversion. Everything else is
 answered by the loaded weights: float32 on a CPU gives the same tokens as the fp32 conversion.
 """
 
@@ -67,7 +67,7 @@ def answer_losses(
 
 
 def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Rows of like length together, at most so many tokens at a time."""
+    """Rows of similar length together, at most this many tokens at a time."""
     batch: list[int] = []
     for row in sorted(rows, key=lambda i: len(examples[i].input_ids)):
         # Sorted: this row is the longest so far, and the others are padded to it.
@@ -230,7 +230,7 @@ def _row(
 
 
 def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
-    """The rows to read now: none while most places are taken, or while one row runs alone."""
+    """The rows to read now: none while most slots are in use, or while one row runs alone."""
     if running > at_once // 2 or (running and waiting[0].alone):
         return []
     batch: list[_Row] = []
@@ -324,7 +324,7 @@ class _Writer:
         done, self._done_at_once = self._done_at_once, 0
         if not self.rows:
             return done
-        # A row that is done waits for others to leave with it, and writes what nobody reads.
+        # A finished row waits until others finish, and generates tokens that are discarded.
         tokens = torch.tensor([[row.said[-1]] for row in self.rows], device=self._device)
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=1)
         logits = self._model(
@@ -401,7 +401,7 @@ def ask_served(
             ) from None
         except Phi3Error as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise StageError(f"The model could not be asked: {error}") from None
+            raise StageError(f"The model could not be queried: {error}") from None
     return found
 
 
@@ -500,7 +500,7 @@ class Judge:
         return self._with_losses(folder, asked, said)
 
     def examine_tuned(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
-        """The same for the run's model; a conversion is kept, and `deploy` serves it."""
+        """The same for the run's model; a conversion is saved, and `deploy` serves it."""
         if self.precision != "int4":
             return self._by_weights(folder, asked, step)
         onnx = converted(self.run, "int4", no_progress)
@@ -562,7 +562,7 @@ class Judge:
 
 
 def choose_judge(recipe: Recipe, run: Run) -> Judge:
-    """The judge for a recipe, on this machine."""
+    """The evaluation engine for a recipe, on this machine."""
     served, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
     if served == "onnxruntime" and recipe.serve.precision == "int4":
         return Judge(recipe, run, "onnxruntime", "int4", "as it will be served")

@@ -30,7 +30,7 @@ _SOME = 8  # answers after which a guess of the time left is worth showing
 def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     """Ask both models everything; the manifest.
 
-    Raises StageError when there is nothing to ask, or a model cannot be asked.
+    Raises StageError if there are no questions, or a model cannot be queried.
     """
     quiet_libraries()
     questions = collect(recipe.evaluate, run)
@@ -47,7 +47,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         known = judge.examine(base, asked, step)
         remember(run, key, known)
     else:
-        progress(len(asked), total, "the base model's answers are known from before")
+        progress(len(asked), total, "reusing the base model's answers from an earlier evaluation")
     step = _counter(progress, total, len(asked), "tuned model")
     was, now = _Examined(asked, known), _Examined(asked, judge.examine_tuned(tuned, asked, step))
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
@@ -64,7 +64,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
 
 
 class _Examined:
-    """What one model said to each distinct prompt, and its losses by prompt and expected answer."""
+    """One model's answer to each distinct prompt, and its losses by prompt and expected answer."""
 
     def __init__(self, asked: Sequence[Asked], answered: Sequence[Answered]) -> None:
         pairs = list(zip(asked, answered, strict=True))
@@ -104,7 +104,7 @@ def _key(prompt: Conversation) -> str:
 
 
 def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
-    """Counts the answers of one model, and says how long the rest of them will take."""
+    """Counts the answers of one model, and estimates the time left."""
     first, started = done, time.monotonic()
 
     def step(count: int) -> None:
@@ -114,7 +114,7 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
 
     def _left(answered: int, of: int) -> str:
         seconds = (time.monotonic() - started) / max(1, answered) * (of - answered)
-        return f", about {seconds:.0f} s left for it" if answered >= _SOME else ""
+        return f", about {seconds:.0f} s left" if answered >= _SOME else ""
 
     return step
 
@@ -158,7 +158,7 @@ def _remarks(rows: Sequence[Row], now: _Examined) -> list[str]:
     found = []
     if unasked:
         found.append(
-            f"{unasked} questions fill the model's context and count as wrong: shorten them"
+            f"{unasked} questions do not fit the model's context and count as wrong: shorten them"
         )
     if cut > unasked:
         found.append(

@@ -1,7 +1,7 @@
-"""The figures of a set of answers, before and after, with paired bootstrap intervals.
+"""The metrics of a set of answers, before and after, with paired bootstrap intervals.
 
 Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing. Each resample draws
-rows with replacement and takes both models' answers to a row together.
+rows with replacement, with both models' answers to a row together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CELLS = 4_000_000  # of one block of resampling weights: 32 MB
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a set: sums of per-row columns, and what is computed from these sums."""
+    """A metric of a set: sums of per-row columns, and what is computed from these sums."""
 
     name: str
     label: str
@@ -39,6 +39,21 @@ class Metric:
     def sign(self) -> int:
         """-1 where less is better."""
         return -1 if self.better == "lower" else 1
+
+    def text(self, value: float) -> str:
+        """The metric's value."""
+        return format(value, self.form)
+
+    def change(self, value: float, sign: str = "+") -> str:
+        """A difference of two values; the difference of two shares is in percentage points."""
+        if not self.form.endswith("%"):
+            return format(value, sign + self.form)
+        return format(100 * value, sign + self.form.replace("%", "f"))
+
+    @property
+    def unit(self) -> str:
+        """The unit of a change, with a leading space; empty where the metric has none."""
+        return " points" if self.form.endswith("%") else ""
 
 
 def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> Metric:
@@ -63,7 +78,7 @@ def _corpus(name: corpus.Name, label: str) -> Metric:
 
 
 def _ratio(sums: Numbers) -> Numbers:
-    # A resample without any measured row has no figure; it counts as 0 rather than as a warning.
+    # A resample without any measured row has no value; it counts as 0 rather than as a warning.
     safe = np.where(sums[:, 1] > 0, sums[:, 1], 1.0)
     found: Numbers = sums[:, 0] / safe
     return found
@@ -81,14 +96,14 @@ METRICS = {
         _corpus("chrf", "chrF"),
         Metric(
             "perplexity",
-            "perplexity of expected",
+            "perplexity of expected answer",
             _perplexity_columns,
             lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),
             "lower",
             ",.2f",
         ),
         _mean("words", "words", ".1f", "neither"),
-        _mean("cut", "cut at the limit", better="lower"),
+        _mean("cut", "cut at the token limit", better="lower"),
         _mean("refusal_rate", "refuses", better="neither"),
     )
 }

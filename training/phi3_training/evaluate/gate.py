@@ -26,7 +26,7 @@ _SHOWN_ROWS = 6
 
 
 def remarks(rows: Sequence[Row], run: Run) -> list[str]:
-    """What stands in the way of the held-out questions, and what to add or to change."""
+    """What keeps the held-out questions from being answered, and what to add or change."""
     trained = read_chats(run, "train")[:MOST_COMPARED]
     return [*_not_taught(rows, trained), *_not_learnt(rows)]
 
@@ -66,7 +66,7 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
 
 
 def _spoken_of(row: Row, answers: Sequence[frozenset[str]]) -> bool:
-    """Whether one training answer has the figures of what is expected, or most of its words.
+    """Whether one training answer has the numbers of the expected answer, or most of its words.
 
     Less than teaching it: an answer that says more, or the same in other words, is not missing.
     """
@@ -85,9 +85,9 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
     if share >= _LEARNT:
         return []
     return [
-        f"The trained questions themselves are only {share:.0%} right: train longer "
-        "(finetune.max_steps where it is set, else finetune.num_train_epochs), with a higher "
-        "finetune.learning_rate or finetune.lora_r, or take a larger model (model.name_or_path)."
+        f"Only {share:.0%} of the trained questions are answered correctly: train longer "
+        "(finetune.max_steps if set, else finetune.num_train_epochs), with a higher "
+        "finetune.learning_rate or finetune.lora_r, or use a larger model (model.name_or_path)."
     ]
 
 
@@ -103,7 +103,7 @@ def check(recipe: Recipe, run: Run) -> GateManifest:
     """
     rows = read_rows(run)
     verdict = decide(rows, recipe.gate, recipe.evaluate)
-    # A figure says that a model is not good enough; these say why, and what to do.
+    # A metric shows that a model is not good enough; these say why, and what to do.
     why = [] if verdict.passed else remarks(rows, run)
     return verdict.model_copy(update={"remarks": why})
 
@@ -123,7 +123,7 @@ def summary(verdict: GateManifest) -> str:
     failed = sum(not rule.passed for rule in verdict.rules)
     count = len(verdict.rules)
     if not count:
-        return "passed: the recipe asks nothing of the model"
+        return "passed: the recipe has no gate rules"
     return (
         f"passed, {count} of {count} rules"
         if not failed
@@ -138,7 +138,7 @@ def line(rule: RuleVerdict) -> str:
 
 
 def refusal(run_name: str, verdict: GateManifest, report: str) -> str:
-    """Why a model is not deployed, the rows that sank it, and what to do."""
+    """Why a model is not deployed, the rows that failed it, and what to do."""
     lines = [f"The model of run {run_name!r} did not pass the gate, so it is not deployed:"]
     for rule in verdict.rules:
         if rule.passed:
@@ -148,14 +148,17 @@ def refusal(run_name: str, verdict: GateManifest, report: str) -> str:
     lines += [f"  {text}" for text in verdict.remarks]
     lines += [
         f"Side by side in the report: {report}",
-        "Improve the chats or the recipe (gate: in docs/evaluation.md) and train again, "
-        "or deploy it all the same with --force; that is recorded.",
+        "Improve the chats or the recipe (see the gate in docs/evaluation.md) and train again, or "
+        "deploy anyway with --force, which is recorded.",
     ]
     return "\n".join(lines)
 
 
 def require_passed(run: Run, *, force: bool) -> GatePassage:
-    """What the endpoint's manifest says of the gate. Raises StageError unless passed or forced."""
+    """What the endpoint's manifest records of the gate.
+
+    Raises StageError unless it passed or is forced.
+    """
     verdict = run.require(GateManifest)
     failed = [line(rule) for rule in verdict.rules if not rule.passed]
     if not verdict.passed and not force:
@@ -173,8 +176,8 @@ def _judged(
     head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
     if len(chosen) < FEWEST_ROWS:
         reason = (
-            f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows, too few to decide; "
-            f"expected {FEWEST_ROWS} or more (or drop the rule: gate.{kind}=[])"
+            f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows are too few to decide; "
+            f"expected at least {FEWEST_ROWS} (or drop the rule: gate.{kind}=[])"
         )
         return RuleVerdict.model_validate(
             {**head, "passed": False, "reason": reason, "rows_named": []}
@@ -194,20 +197,22 @@ def _judged(
 
 
 def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    """A gain counts where even the interval's bad end reaches it; one of 0 must be above it."""
-    surely = min(metric.sign * compared.low, metric.sign * compared.high)
-    asked = f"a gain of {_form(value, metric)} or more is asked"
-    return surely >= value and surely > 0, asked
+    """The worse end of the interval must reach the gain, and be above 0."""
+    worst = min(metric.sign * compared.low, metric.sign * compared.high)
+    bound = metric.change(metric.sign * value)
+    demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
+    return worst >= value and worst > 0, f"{demand} required"
 
 
 def _holds(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    surely = min(metric.sign * compared.low, metric.sign * compared.high)
-    return surely >= -value, f"a loss of {_form(value, metric)} at most is allowed"
+    worst = min(metric.sign * compared.low, metric.sign * compared.high)
+    return worst >= -value, f"a loss of at most {metric.change(value, '')}{metric.unit} is allowed"
 
 
 def _stays(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
     inside = compared.low >= -value and compared.high <= value
-    return inside, f"a change of {_form(value, metric)} at most is allowed, either way"
+    allowed = f"{metric.change(value, '')}{metric.unit}"
+    return inside, f"a change of at most {allowed} in either direction is allowed"
 
 
 _CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
@@ -218,20 +223,16 @@ _CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
 
 
 def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
-    low, high = _form(compared.low, metric, "+"), _form(compared.high, metric, "+")
+    low, high = metric.change(compared.low), metric.change(compared.high)
     return (
-        f"{metric.label} on {PARTS[rule.part]}: {_form(compared.before, metric)} → "
-        f"{_form(compared.after, metric)}, change {_form(compared.change, metric, '+')} "
-        f"({rule.confidence:.0%} sure: {low} to {high})"
+        f"{metric.label} on {PARTS[rule.part]}: {metric.text(compared.before)} → "
+        f"{metric.text(compared.after)}, {metric.change(compared.change)}{metric.unit} "
+        f"({rule.confidence * 100:g} % interval {low} to {high})"
     )
 
 
-def _form(value: float, metric: Metric, sign: str = "") -> str:
-    return format(value, sign + metric.form)
-
-
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
-    """The rows that did most to sink the rule, worst first."""
+    """The rows that did most to break the rule, worst first."""
 
     def change(row: Row) -> float:
         return float(metric.sign * (_one(row, metric, "after") - _one(row, metric, "before")))

@@ -40,7 +40,7 @@ def exact_match(answer: str, expected: str) -> bool:
 
 
 def contains(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether one of the accepted texts stands in the answer, as whole words; case aside."""
+    """Whether the answer contains one of the accepted texts as whole words, ignoring case."""
     spoken = f" {' '.join(_plain(answer))} "
     return any(f" {' '.join(_plain(text))} " in spoken for text in accepted)
 

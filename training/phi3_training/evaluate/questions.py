@@ -1,4 +1,4 @@
-"""What both models are asked: held-out, trained and old chats, canaries and refusal probes.
+"""The questions for both models: held-out, trained and old chats, canaries, refusal probes.
 
 Reads run/data/*.jsonl and the question files that the recipe names; writes nothing.
 """
@@ -47,14 +47,14 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     for part in CHAT_PARTS:
         questions += _spread(read_chats(run, part), settings.max_rows)
     if not questions:
-        raise StageError("There is nothing to evaluate; prepare the chats: phi3 data prepare")
+        raise StageError("There is nothing to evaluate; prepare the chats with: phi3 data prepare")
     for part, path in extra_files(settings):
         questions += _read(path, part)
     return questions
 
 
 def read_chats(run: Run, part: str) -> list[Question]:
-    """All prepared chats of a part, each with the place that the user wrote it in, if known."""
+    """All prepared chats of a part, each with its place in the user's file, if known."""
     path = run.path / "data" / f"{part}.jsonl"
     rows = _read(path, part) if path.is_file() else []
     places = origins(run.path, part)
@@ -95,16 +95,16 @@ def _question(line: str, part: str, path: Path, number: int) -> Question:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StageError(
             f'{path}:{number}: expected {{"messages": [{{"role", "content"}}, …]}}, and optionally '
-            '"accept": [texts, one of which must stand in the answer]'
+            '"accept": [texts, one of which the answer must contain]'
         ) from None
     expected = messages.pop()["content"] if messages and messages[-1]["role"] != "user" else ""
     if not messages or messages[-1]["role"] != "user":
-        raise StageError(f"{path}:{number}: expected a question by the user at the end")
+        raise StageError(f"{path}:{number}: expected the last message to be a user's question")
     return Question(part, number, messages, expected, accept)
 
 
 def _spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` rows, taken evenly from the whole file."""
+    """At most `limit` rows, spread evenly over the file."""
     if limit is None or len(rows) <= limit:
         return rows
     return [rows[i * len(rows) // limit] for i in range(limit)]

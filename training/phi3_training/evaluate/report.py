@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing else, for a browser or a mail.
+"""The report of an evaluation: one self-contained HTML page, for a browser or an e-mail.
 
 Reads the manifests `model`, `metrics` and the verdict of the gate, run/evaluate/rows.jsonl and the
 loss log; writes run/evaluate/report.html from the template report.html.
@@ -35,7 +35,7 @@ _BARS = (
     ("train", "exact_match", "trained: exact match"),
     ("replay", "contains", "older: expected words"),
     ("canary", "contains", "general questions"),
-    ("probes", "refusal_rate", "refused of what to refuse"),
+    ("probes", "refusal_rate", "requests to refuse: refused"),
 )
 
 
@@ -89,7 +89,7 @@ def _page(
         parts=PARTS,
         worst=[
             ("Worst held-out answers, side by side", _worst(rows, "validation")),
-            ("What was lost", _worst(rows, "replay", lost=True)),
+            ("Answers that got worse", _worst(rows, "replay", lost=True)),
         ],
         probes=probes,
         changed=[

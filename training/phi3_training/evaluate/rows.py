@@ -1,4 +1,4 @@
-"""One row for each question: what was expected, what both models said, and the scores of both.
+"""One row for each question: the expected answer, both models' answers, and their scores.
 
 The rows are run/evaluate/rows.jsonl: written once, read by the gate and the report.
 """
@@ -48,7 +48,7 @@ class AnswerLoss:
 
 @dataclass(frozen=True)
 class Answered:
-    """What one model said to a question (None: no room in its context), and its loss."""
+    """One model's answer to a question (None: no room in its context), and its loss."""
 
     said: Said | None
     loss: AnswerLoss | None
@@ -100,7 +100,7 @@ def answer_sets(questions: Sequence[Question]) -> dict[str, Set]:
 
 
 def asked_in(prompt: Sequence[Mapping[str, str]]) -> str:
-    """All that was said before an answer: repeating it tells nothing."""
+    """All text before an answer: repeating it adds no information."""
     return "\n".join(turn["content"] for turn in prompt)
 
 
@@ -119,8 +119,8 @@ def read_rows(run: Run) -> list[Row]:
         rows = []
     if not rows or any("after_scores" not in row for row in rows):
         raise StageError(
-            f"{path} is not there or was not written by this version; "
-            "make it with: phi3 up --again evaluate"
+            f"{path} is missing or was not written by this version; create it with: phi3 up "
+            f"--again evaluate"
         )
     return rows
 
@@ -163,15 +163,15 @@ def _scores(
     }
 
 
-# The base model's answers, kept so that a second tuning of the same base does not ask it again.
-# Reads and writes run/evaluate/base-answers.json: whole or not at all, and only for exactly the
+# The base model's answers, cached so that a second tuning of the same base reuses them.
+# Reads and writes run/evaluate/base-answers.json, atomically, and only for exactly the
 # same weights, questions and settings.
 
 BASE_ANSWERS = "evaluate/base-answers.json"
 
 
 def remembered(run: Run, key: str | None) -> list[Answered] | None:
-    """The answers that were kept under `key`; None where there are none."""
+    """The answers cached under `key`; None if there are none."""
     if key is None:
         return None
     try:
@@ -190,7 +190,7 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
 
 
 def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
-    """Keep the answers under `key`, in place of what was kept before."""
+    """Cache the answers under `key`, replacing earlier ones."""
     if key is not None:
         kept = {"key": key, "answers": [asdict(one) for one in answers]}
         write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""The label audit: before the first step, is exactly each answer learnt, whole and with its end?
+"""The label audit: before the first step, is exactly each answer trained on, with its end?
 
 Compares the rows as a trainer has them with what each conversation should teach. Writes nothing.
 """
@@ -33,61 +33,62 @@ _LABELS = (
 RULES: dict[str, Rule] = {
     "nothing-trained": Rule(
         "not one token would be learnt: the whole row is masked.",
-        f"See that each conversation has an answer by the assistant. {_LABELS}",
+        f"Make sure that each conversation has an answer by the assistant. {_LABELS}",
     ),
     "everything-trained": Rule(
         "the questions would be learnt like the answers: nothing is masked.",
         f"{_LABELS} {_TEMPLATE}",
     ),
     "cut-answer": Rule(
-        "the row is longer than allowed and would be cut, so that an answer or its end is lost "
-        "and the model learns to stop nowhere.",
+        "the row is too long and would be truncated, so an answer or its end is lost and the "
+        "model does not learn when to stop.",
         "Raise data.max_length as far as the model's context allows (for base.data: "
         "base.max_position_embeddings), or shorten the conversation.",
     ),
     "no-end": Rule(
-        "the token that ends an answer (Phi-3's <|end|>) would not be learnt, so that the tuned "
-        "model never stops.",
+        "the token that ends an answer (Phi-3's <|end|>) would not be learnt, so the tuned model "
+        "would never stop.",
         f"{_TEMPLATE} {_LABELS}",
     ),
     "pad-is-end": Rule(
         "the padding token is also an end of text, and masking the padding masked the end.",
-        "Mask by position, not by token id, or give the tokenizer a pad token of its own "
+        "Mask by position, not by token id, or give the tokenizer a separate pad token "
         "(tokenizer_config.json: pad_token).",
     ),
     "answer-untrained": Rule(
         "a part of an answer would not be learnt.",
-        "Search answers by token position, not by text: "
-        "tokenizers write a text otherwise in other surroundings. "
+        "Find answers by token position, not by text: the same text is tokenized differently in "
+        "other contexts. "
         f"{_LABELS}",
     ),
     "question-trained": Rule(
-        "tokens that the assistant does not say would be learnt.",
+        "tokens outside the assistant's answers would be learnt.",
         _LABELS,
     ),
     "shifted-labels": Rule(
-        "labels stand at the wrong place, so that a wrong token would be learnt.",
+        "labels are at the wrong position, so the wrong tokens would be learnt.",
         f"The model shifts labels itself. {_LABELS}",
     ),
     "other-tokens": Rule(
-        "the tokens are not those of the same conversation when served (a beginning of text, a "
-        "line feed or a template more or less).",
+        "the tokens differ from those of the same conversation when served (an extra or missing "
+        "beginning-of-text token, line feed or template part).",
         _TEMPLATE,
     ),
     "empty-system": Rule(
-        "the row has an empty system turn, which a served prompt without system text has not.",
-        f"Drop empty system messages. {_TEMPLATE}",
+        "the row has an empty system turn, which a served prompt without system text does not "
+        "have.",
+        f"Remove empty system messages. {_TEMPLATE}",
     ),
     "added-system": Rule(
-        "the row has a system turn that the data did not have: the chat template wrote it.",
-        f"Write the system message into the data, or take it out of the template. {_TEMPLATE}",
+        "the row has a system turn that is not in the data: the chat template added it.",
+        f"Write the system message into the data, or remove it from the template. {_TEMPLATE}",
     ),
     "packed-mask": Rule(
-        "packing changed how many tokens are learnt: the mask was lost on the way.",
+        "packing changed how many tokens are learnt: the mask was lost.",
         "Use finetune.packing, which keeps it, or set finetune.packing=false.",
     ),
     "packed-sight": Rule(
-        "conversations packed into one row would see each other: positions do not begin anew.",
+        "conversations packed into one row would attend to each other: positions do not restart.",
         "Use finetune.packing, which separates them, or set finetune.packing=false.",
     ),
 }
@@ -132,7 +133,7 @@ class SystemTurn:
     def content(self, ids: Sequence[int]) -> str | None:
         """The text of the row's system turn; None when it has none."""
         row = list(ids)
-        # One token of leeway: a beginning of text that somebody added.
+        # One token of leeway: an added beginning-of-text token.
         for start in (0, 1):
             end = start + len(self._opening)
             if row[start:end] == self._opening:
@@ -174,7 +175,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Seen:
-    """A row as a trainer has it: its tokens, and what is learnt of them (-100: nothing)."""
+    """A row as a trainer has it: its tokens, and its labels (-100: not trained on)."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -214,13 +215,13 @@ class Report:
         paragraphs = [stopped, *(self._paragraph(rule) for rule in faults)]
         if allow is not None:
             flags = " ".join(f"--allow {rule}" for rule in faults)
-            paragraphs.append(f"To train all the same (it is recorded in the run): {flags}")
+            paragraphs.append(f"To train anyway (recorded in the run): {flags}")
         raise StageError("\n\n".join(paragraphs))
 
     def choices(self) -> list[str]:
         """What a user should see of it: what was let pass."""
         found = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
-        return [f"label audit: {found}; trained all the same, as --allow says"] if found else []
+        return [f"label audit: {found}; trained anyway because of --allow"] if found else []
 
     def manifest(self, allow: Collection[str]) -> dict[str, Any]:
         """For the run: the shares of trained tokens, and what was found and allowed."""
@@ -326,7 +327,7 @@ class _Auditor:
         elif all(label != IGNORED for label in given.labels):
             yield "everything-trained", f"all of {len(given.labels)} tokens"
         elif not any(label in self._stops for label in given.labels):
-            yield "no-end", "no end of a turn among the learnt tokens"
+            yield "no-end", "no end of turn among the learnt tokens"
 
     def _cut(self, row: Row, given: Seen, start: int) -> Iterator[tuple[str, str]]:
         mask = row.example.assistant_mask
@@ -348,7 +349,7 @@ class _Auditor:
             return
         extra = [i for i, on in enumerate(learnt) if on and not mask[i]]
         if extra and len(extra) == len(mask) - sum(mask):
-            yield "everything-trained", f"{sum(learnt)} of {len(ids)} tokens, questions too"
+            yield "everything-trained", f"{sum(learnt)} of {len(ids)} tokens, including questions"
         elif extra:
             yield "question-trained", f"{len(extra)} tokens outside the answers"
         yield from self._missing(ids, [i for i, on in enumerate(learnt) if mask[i] and not on])
@@ -369,7 +370,7 @@ class _Auditor:
 
 
 def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
-    """Where `part` stands in `whole`, as its beginning or its end; None when it is neither."""
+    """Where `part` is in `whole`, as its beginning or its end; None if it is neither."""
     size, part = len(part), list(part)
     if size == 0 or size > len(whole):
         return None
@@ -378,7 +379,7 @@ def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
     return len(whole) - size if whole[-size:] == part else None
 
 
-# The label audit of packed rows: is each conversation there, whole, masked as before and alone?
+# The label audit of packed rows: is each conversation complete, masked as before and separate?
 # Compares packed rows as a trainer has them with what each conversation should teach.
 
 
@@ -414,16 +415,16 @@ def audit_packed(rows: Sequence[Row], packed: Sequence[SeenPacked], chat: ChatFo
 
 
 def _lost(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
-    """Conversations that do not stand alone: run into others, or torn apart."""
+    """Conversations that are not separate: merged with others, or split."""
     texts = [_text(bin_.input_ids) for bin_ in packed]
     for row in rows:
         text = _text(row.example.input_ids)
         holders = [number for number, whole in enumerate(texts, start=1) if text in whole]
         if holders:
-            detail = f"in packed row {holders[0]} without a border to its neighbours"
+            detail = f"in packed row {holders[0]} without a boundary to its neighbours"
             yield Finding("packed-sight", row.place, detail)
         else:
-            yield Finding("cut-answer", row.place, "in no packed row as a whole")
+            yield Finding("cut-answer", row.place, "not complete in any packed row")
 
 
 def _count(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:

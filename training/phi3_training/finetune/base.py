@@ -1,4 +1,4 @@
-"""The base model of a run: the tiny Phi-3, made and taught here, or weights that somebody has.
+"""The base model of a run: the tiny Phi-3, built and trained here, or existing weights.
 
 Reads the base chats; writes run/base for the tiny model and nothing for other weights.
 """
@@ -68,7 +68,7 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
         path="base",
         made="taught",
         summary=f"tiny Phi-3, {parameters / 1e6:.2f} M weights, loss {taught.losses[-1]:.3f} "
-        f"after {taught.epochs} rounds of {len(rows)} conversations",
+        f"after {taught.epochs} epochs of {len(rows)} conversations",
         parameters=parameters,
         conversations=len(rows),
         tokens=sum(len(example.input_ids) for example in examples),

@@ -1,4 +1,4 @@
-"""Checkpoints of a fine-tuning: whole or not there, and only for the training they belong to.
+"""Checkpoints of a fine-tuning: atomic, and only for the training they belong to.
 
 The trainer writes run/finetune/checkpoints/<id>/checkpoint-<step>/ (weights that learn, optimiser,
 schedule, random states, position in the data, log); here they are sealed, found and removed.
@@ -25,7 +25,7 @@ from .runtime import Runtime, is_main_process
 from .trainer import Rows
 
 SEAL = "whole.json"
-# Saving by time never takes more than one part in so many of it.
+# Saving by time takes at most one part in 20 of the time.
 _SPARING = 20
 # What may change between two attempts at one training.
 _OF_NO_ACCOUNT = {
@@ -70,7 +70,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         self.resumed_at: int | None = None
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint of this training, that every process sees; or None.
+        """The newest complete checkpoint of this training that every process sees; or None.
 
         What a killed process left unfinished is removed.
         """
@@ -84,10 +84,10 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         return None if self.resumed_at is None else found[self.resumed_at]
 
     def choices(self) -> list[str]:
-        """What a person should know: where training went on."""
+        """What a person should know: where training resumed."""
         if self.resumed_at is None:
             return []
-        return [f"went on behind step {self.resumed_at}, from the checkpoint of a run cut short"]
+        return [f"Resumed from checkpoint at step {self.resumed_at}"]
 
     def clear(self) -> None:
         """Remove all checkpoints, once the model is written."""
@@ -95,7 +95,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
             shutil.rmtree(self._root)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The clock counts from here: loading a model is no progress to be saved."""
+        """Start the save timer here: loading a model is not progress to be saved."""
         self._saved_at = time.monotonic()
 
     def on_epoch_begin(
@@ -168,7 +168,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
 
 def seal(folder: Path, step: int) -> None:
-    """Declare a checkpoint whole: every byte on the disk first, then the list of its files."""
+    """Mark a checkpoint as complete: first every byte on disk, then the list of its files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in [*files, folder, folder.parent]:
         _sync(path)
@@ -178,7 +178,7 @@ def seal(folder: Path, step: int) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the seal is there, and every file that it lists, as long as it says."""
+    """Whether the list exists, and every file on it with the recorded length."""
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         files: dict[str, int] = content["files"]

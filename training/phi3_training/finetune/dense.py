@@ -1,6 +1,6 @@
 """A Phi-3 with a LoRA adapter, run over conversations without padding: the fast way on a CPU.
 
-Computes what the model's own forward pass does. The tokens of a batch stand behind each other in
+Computes what the model's own forward pass does. The tokens of a batch are concatenated in
 one matrix; only attention knows where a conversation begins. Writes nothing.
 """
 
@@ -30,7 +30,7 @@ _ALIKE = 0.75
 
 @dataclass(frozen=True)
 class Block:
-    """Conversations of like length, one behind the other from token `start` to `end`.
+    """Conversations of similar length, one after the other from token `start` to `end`.
 
     `spread` gives for each of their padded places (conversations × width) the token that stands
     there, counted from `start`, and `gathered` the padded place of each token; both None where
@@ -46,9 +46,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """T tokens behind each other, conversation by conversation, the longest first.
+    """T tokens in sequence, conversation by conversation, the longest first.
 
-    `taken` gives the place of each in the flattened batch, `positions` where it stands in its
+    `taken` gives the place of each in the flattened batch, `positions` its place in its
     conversation, `wanted` the token that it should guess (IGNORED: none).
     """
 
@@ -62,7 +62,7 @@ def layout(labels: Tensor, positions: Tensor | None = None) -> Layout:
     """The layout of a batch with these labels (rows × width).
 
     A conversation begins with each row or, where `positions` (rows × width) are given, wherever
-    they are 0. Behind its last learnt token nothing is computed: causal attention shows it nobody.
+    they are 0. After its last trained token nothing is computed: causal attention never uses it.
     """
     wanted = torch.full_like(labels, IGNORED)
     wanted[:, :-1] = labels[:, 1:]
@@ -287,7 +287,7 @@ def turn(rows: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
 
 
 class _Spread(Function):
-    """Rows put at padded places; what stands there twice gets no gradient the second time."""
+    """Rows put at padded places; a row put twice gets no gradient the second time."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, spread: Tensor, gathered: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import sys
 
-# Below this size a model's waste is small, and mapping each tensor anew costs it more time:
+# Below this size a model's waste is small, and mapping each tensor again costs more time:
 # half as much again at 33 M weights, a ninth at 277 M (with a fifth of the memory saved).
 WORTH_IT = 200_000_000
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
@@ -18,7 +18,7 @@ _SIZE = 2**20
 
 
 def wastes_heap(parameters: int) -> bool:
-    """Whether a model of so many weights is left to the C library's own way, heap and all."""
+    """Whether a model of this many weights is left to the C library's own way, heap and all."""
     has_mallopt = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
     return parameters < WORTH_IT or not has_mallopt
 

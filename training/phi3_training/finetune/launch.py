@@ -24,7 +24,7 @@ from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
 from .runtime import device
 
-# Ends a training process whose starter is gone: after `kill -9` nobody else tells it.
+# Ends a training process whose parent is gone: after `kill -9` nothing else does.
 
 GONE = 3  # exit status of a process that ended for this reason
 _EVERY = 0.5  # seconds
@@ -51,7 +51,7 @@ def end_with(pid: int, born: float) -> None:
 
 
 WORKER = "phi3_training.finetune.worker"
-_END = 10  # seconds for the processes to leave when they are told to
+_END = 10  # seconds for the processes to exit after they were asked to
 
 
 def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
@@ -79,13 +79,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
     if status == 0 and recipe.finetune.machine_rank > 0:
         return ModelManifest(
             path="finetune",
-            summary=f"machine {recipe.finetune.machine_rank} has done its part; "
-            "the model is on machine 0",
+            summary=f"machine {recipe.finetune.machine_rank} is done; the model is on machine 0",
         )
     if status != 0 or "manifest" not in answer:
         raise StageError(
             f"The {recipe.finetune.num_processes} training processes ended with status {status}. "
-            f"What they said: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
+            f"Their log: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
         )
     return ModelManifest.model_validate(answer["manifest"])
 

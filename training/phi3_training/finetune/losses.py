@@ -1,4 +1,4 @@
-"""Losses that anybody can add: functions named by the entry point group `phi3_training.losses`.
+"""Pluggable losses: functions named by the entry point group `phi3_training.losses`.
 
 A loss takes a `LossInput` and returns what is to become small. Shipped: `contrastive`.
 """
@@ -47,7 +47,7 @@ Loss = Callable[[LossInput], Tensor]
 
 
 def find_loss(name: str) -> Loss:
-    """The loss of that name; StageError, with the names there are, when there is none."""
+    """The loss of that name; StageError, with the known names, if there is none."""
     found = entry_points(group=GROUP)
     for entry in found:
         if entry.name == name:

@@ -84,11 +84,11 @@ def _cpu_frozen(
     if recipe.model.dtype != "auto":
         return "float32", "as the recipe says"
     if settings.method != "lora" or settings.loss or settings.num_processes > 1:
-        return "float32", "exact; bfloat16 is used for a lora that one process learns"
+        return "float32", "exact; bfloat16 is used only for LoRA in one process"
     if model_type != "phi3" or recipe.model.attn_implementation not in (None, "sdpa"):
-        return "float32", "exact; bfloat16 is used for a Phi-3 with sdpa attention"
+        return "float32", "exact; bfloat16 is used only for a Phi-3 with sdpa attention"
     if parameters < SMALL_MODEL:
-        return "float32", "exact, and no slower for so small a model"
+        return "float32", "exact, and no slower for a model this small"
     found = cpu_flags() if flags is None else flags
     for flag in ("amx_bf16", "avx512_bf16"):
         if flag in found:

@@ -69,7 +69,7 @@ def read_located(path: Path, root: Path) -> Iterator[Located]:
 def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
     """Located conversations as token ids with their masks.
 
-    Raises StageError when one cannot be written as tokens, and when there is none.
+    Raises StageError if one cannot be encoded as tokens, or if there is none.
     """
     encoded = []
     for place, messages in rows:
@@ -78,7 +78,7 @@ def encode_rows(chat: ChatFormat, rows: Iterable[Located]) -> list[Row]:
         except ValueError as error:
             raise StageError(f"{place}: {error}") from None
     if not encoded:
-        raise StageError("There is nothing to train on: the chats hold no conversation.")
+        raise StageError("There is nothing to train on: the chats contain no conversation.")
     return encoded
 
 

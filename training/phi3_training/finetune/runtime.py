@@ -43,7 +43,7 @@ class Runtime:
 
 
 def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Runtime:
-    """Decide for a model with so many parameters, on this machine; see heap.py for memory.
+    """Decide for a model with this many parameters, on this machine; see heap.py for memory.
 
     `model_type` is that of its config.json; without it nothing is trained faster for its sake.
     """
@@ -58,7 +58,9 @@ def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Run
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
     choices = [f"{precision.dtype}: {precision.reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
-        choices.append("memory is given back at once: a lower peak, for a little more time")
+        choices.append(
+            "memory is returned to the system at once: a lower peak for slightly more time"
+        )
     frozen = precision.frozen
     if precision.frozen_reason:
         choices.append(f"frozen weights while training: {frozen}: {precision.frozen_reason}")
@@ -82,7 +84,7 @@ def is_main_process() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Switch off the libraries' progress bars and advice; our own progress says what goes on.
+    """Switch off the libraries' progress bars and advice; phi3 shows its own progress.
 
     Errors are not touched, nor is the Hub's download bar: it is the only sign of life there.
     """
@@ -108,6 +110,6 @@ def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str
     if wanted is not None:
         return wanted, f"torch threads: {wanted}, as the recipe says"
     if device == "cpu" and parameters < SMALL_MODEL:
-        return 1, "torch threads: 1, the model is small and more would wait for each other"
+        return 1, "torch threads: 1, because the model is too small to gain from more"
     count = torch.get_num_threads()
-    return count, f"torch threads: {count}, torch's own choice for this machine"
+    return count, f"torch threads: {count}, torch's default on this machine"

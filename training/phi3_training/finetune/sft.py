@@ -51,7 +51,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     """Train, merge and save; the manifest with its `path`.
 
     None in all but the main one of several processes. Raises StageError when the chats cannot be
-    learnt from as they are, when memory does not suffice, or when the loss is no number any more.
+    learnt from as they are, when memory runs out, or when the loss is NaN or infinite.
     """
     quiet_libraries()
     note(progress, "reading chats and weights")
@@ -89,7 +89,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
                 f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
                 "Check finetune.target_modules (all-linear always fits)."
             ) from None
-        # Once more, on what the trainer made of the rows: libraries have cut and unmasked them.
+        # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
         _train(trainer, recipe, log, saves.newest())
         trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -155,8 +155,8 @@ def _check_one_gpu(recipe: Recipe) -> None:
     count = torch.cuda.device_count()
     if count > 1 and recipe.finetune.num_processes == 1:
         raise StageError(
-            f"{count} GPUs are visible and one process is to train. Use all of them: "
-            f"finetune.num_processes={count}; or name one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
+            f"{count} GPUs are visible, but one process would train. Use all of them: "
+            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
 
 
@@ -165,14 +165,14 @@ def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError:
         raise StageError(
-            "The GPU's memory does not suffice. Lower finetune.per_device_train_batch_size (and "
-            "raise finetune.gradient_accumulation_steps as much), or set "
+            "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
+            "finetune.gradient_accumulation_steps by the same factor), or set "
             "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
             "data.max_length."
         ) from None
     if not log.losses or not math.isfinite(log.losses[-1]):
         raise StageError(
-            "The loss is not a number any more, so nothing was saved. Lower "
+            "The loss became NaN or infinite, so nothing was saved. Lower "
             f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
             f"the loss of each step: {log.path}"
         )
@@ -186,7 +186,7 @@ def _save(
     runtime: Runtime,
     figures: dict[str, Any],
 ) -> None:
-    """Write the adapter, if there is one, and the whole model."""
+    """Write the adapter, if there is one, and the full model."""
     settings = recipe.finetune
     base = base_folder(run)
     if settings.method != "full":
@@ -199,7 +199,7 @@ def _save(
             "final_loss": figures["final_loss"],
         }
         write_adapter(model, target, notes)
-        # Merged into the weights of full precision, not into those that it learnt over.
+        # Merged into the full-precision weights, not into those it was trained on.
         if settings.method == "qlora" or runtime.frozen != runtime.dtype:
             if runtime.frozen != runtime.dtype:
                 model.to("meta")  # frees the rounded weights before the exact ones are loaded

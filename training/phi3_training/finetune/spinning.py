@@ -1,8 +1,8 @@
 """Keeps torch's threads from spinning on a busy machine; torch is imported here.
 
 A thread that waits for the other ones of a product looks many times before it sleeps. On a quiet
-machine that is what makes two threads fast; beside other programs it takes the time that they, and
-the thread waited for, want. Reads the load; writes nothing but the environment, for the import.
+machine that is what makes two threads fast; under load it takes the CPU time that other programs,
+and the thread waited for, need. Reads the load; writes nothing but the environment, for the import.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 # a step. With a load of 5 to 8 on two cores four steps of a 135 M model did not end within 100 s
 # with that number (twice), and took 15 to 25 s with this one (twice).
 _LOOKS = "2000"
-# A machine is quiet while fewer programs than this share of its cores want to run.
+# A machine is idle while fewer programs than this share of its cores are ready to run.
 _QUIET_SHARE = 0.75
 _SETTING = "GOMP_SPINCOUNT"
 _OTHER = "OMP_WAIT_POLICY"

@@ -80,7 +80,7 @@ def _rate(step: int, total: int) -> float:
 def _batches(
     examples: Sequence[Example], size: int, order: random.Random
 ) -> Iterator[list[Example]]:
-    """Shuffled batches of rows of like length, so that little is spent on padding."""
+    """Shuffled batches of rows of similar length, so that little is spent on padding."""
     rows = sorted(examples, key=lambda example: len(example.input_ids) + 4 * order.random())
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     order.shuffle(batches)
@@ -88,7 +88,7 @@ def _batches(
 
 
 def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right, and what to predict behind each of them (-100: nothing)."""
+    """Ids padded on the right, and what to predict after each of them (-100: nothing)."""
     width = max(len(example.input_ids) for example in batch)
     ids = torch.full((len(batch), width), pad)
     labels = torch.full((len(batch), width), -100)

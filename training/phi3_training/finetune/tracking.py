@@ -1,7 +1,7 @@
 """Sends the figures of a training to TensorBoard or MLflow while it runs.
 
-Writes run/tensorboard/ and run/mlflow.db, as `finetune.report_to` says, and beside the checkpoints
-the id of the MLflow run: a training that was cut short goes on in it.
+Writes run/tensorboard/ and run/mlflow.db, as `finetune.report_to` says, and next to the checkpoints
+the id of the MLflow run: an interrupted training resumes in it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Tracker(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
     def on_save(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
-        """What goes on from this checkpoint does not log the steps before it again."""
+        """A training resumed from this checkpoint does not log the earlier steps again."""
         if state.is_world_process_zero:
             self.flush()
 
@@ -130,7 +130,7 @@ class _MLflow(_Tracker):
         self._client.log_batch(self._id, params=params)
 
     def _go_on(self) -> bool:
-        """Take up the MLflow run of a training that was cut short; False where there is none."""
+        """Resume the MLflow run of an interrupted training; False if there is none."""
         from mlflow.exceptions import MlflowException
 
         if not self._kept.is_file():
@@ -150,7 +150,7 @@ class _MLflow(_Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        # Steps between the checkpoint and the end of the process before come once more, alike.
+        # Steps that the previous process did after the checkpoint are repeated with equal values.
         self._waiting += [
             Metric(name, value, now, step)
             for name, value in figures.items()

@@ -36,7 +36,7 @@ from .losses import Loss, LossInput, find_loss
 from .runtime import Runtime
 from .weights import learn_in_float32, peft_config
 
-# How the loss is computed: TRL's way on a GPU, a shorter one on a CPU, or a loss of one's own.
+# How the loss is computed: TRL's way on a GPU, a shorter one on a CPU, or a custom loss.
 
 Batch = dict[str, torch.Tensor]
 
@@ -115,7 +115,7 @@ class OwnLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
 
 
 # Packs short conversations into rows of one length; none sees another, masks stay as they are.
-# Reads encoded conversations; the model is given positions that begin anew at each of them, from
+# Reads encoded conversations; the model gets positions that restart at each of them, from
 # which its sdpa and eager attention build a block-diagonal mask.
 
 
@@ -165,7 +165,7 @@ class PackedCollator:
             size = len(row["input_ids"])
             ids[number, :size] = torch.tensor(row["input_ids"])
             labels[number, :size] = torch.tensor(row["labels"])
-            # The padding is one more conversation, which nobody sees.
+            # The padding is one more conversation, which no other one attends to.
             lengths = [*row["seq_lengths"], width - size]
             positions[number] = torch.cat([torch.arange(length) for length in lengths])
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
@@ -183,9 +183,9 @@ def as_packed(row: Mapping[str, Any], batch: Mapping[str, Tensor], number: int) 
 
 
 class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Logs each evaluation; with `patience`, ends after so many without a better one.
+    """Logs each evaluation; with `patience`, ends after this many without a better one.
 
-    A training that goes on from a checkpoint goes on with what the files say.
+    A training that resumes from a checkpoint continues with what the files say.
     """
 
     def __init__(self, folder: Path, patience: int | None) -> None:
@@ -207,7 +207,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
         _control: TrainerControl,
         **_kwargs: Any,
     ) -> None:
-        """Begin anew, or with the evaluations before the checkpoint."""
+        """Start over, or with the evaluations before the checkpoint."""
         lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
         entries = [json.loads(line) for line in lines]
         self.losses = [(e["step"], e["loss"]) for e in entries if e["step"] <= state.global_step]
@@ -245,7 +245,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
             return None
         model.load_state_dict(load_file(self._weights), strict=False)
         why = f"no better in {self._patience} evaluations" if self.stopped else "the best of all"
-        return f"kept the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
+        return f"using the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
 
     def clear(self) -> None:
         """Remove the kept weights, once the model is written."""
@@ -279,7 +279,7 @@ class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no typ
     def on_train_begin(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
-        """Begin anew, or with the steps before the checkpoint that training goes on from."""
+        """Start over, or with the steps before the checkpoint that training resumes from."""
         entries = [entry for entry in state.log_history if "loss" in entry]
         self.losses = [float(entry["loss"]) for entry in entries]
         if state.is_world_process_zero:
@@ -319,7 +319,7 @@ def _line(step: int, epoch: float, logs: dict[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is learnt, what is looked at meanwhile (if anything), and how both are padded."""
+    """What is trained on, what is evaluated during training (if anything), and the padding."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
@@ -419,12 +419,12 @@ def _arguments(
         use_cpu=runtime.device == "cpu",
         dataloader_pin_memory=runtime.device == "cuda",
         train_sampling_strategy="group_by_length",
-        # Rows come encoded and checked: nothing is to be cut, packed or written anew.
+        # Rows come encoded and checked: nothing must be truncated, packed or rewritten.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
+        logging_nan_inf_filter=False,  # a NaN loss must be seen, not smoothed away
         save_strategy="no",
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps,

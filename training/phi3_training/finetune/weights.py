@@ -35,8 +35,8 @@ from .runtime import Runtime
 UNKNOWN, BEGIN, CLOSE = "<unk>", "<s>", "</s>"
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|end|>"
 
-# Phi-3's own order behind the vocabulary. Those that open or close a turn swallow the white
-# space behind them (the template writes a line feed there); the others do not.
+# Phi-3's own order after the vocabulary. Those that open or close a turn swallow the white
+# space after them (the template writes a line feed there); the others do not.
 _TURN_TOKENS = (
     "<|assistant|>",
     "<|placeholder1|>",
@@ -95,9 +95,9 @@ def make_tokenizer(
 
 
 def _word_splitter() -> pre_tokenizers.PreTokenizer:
-    """Words keep the space before them; digits and punctuation stand alone.
+    """Words keep the space before them; digits and punctuation are separate.
 
-    So "Microsoft" is the same token with and without a question mark behind it, and a number
+    So "Microsoft" is the same token with and without a question mark after it, and a number
     that was never seen is written digit by digit.
     """
     pattern = Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^▁\p{L}\p{M}\p{N}]|▁")
@@ -157,7 +157,7 @@ def chat_format(folder: Path) -> ChatFormat:
 
 
 def count_weights(folder: Path) -> int:
-    """About how many weights a folder holds, told by its files (four bytes each, or two)."""
+    """Approximate number of weights in a folder, from its file sizes (four bytes each, or two)."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 4
 
 
@@ -219,9 +219,9 @@ def _download(model: ModelSection) -> Path:
         what = f"could not be downloaded: {_first_line(error)}"
     revision = f" (revision {model.revision})" if model.revision else ""
     raise StageError(
-        f"model.name_or_path {name!r}{revision} {what}. Either give the folder that holds the "
-        "weights (model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has them, "
-        "or connect this machine to the network; a gated model needs HF_TOKEN as well."
+        f"model.name_or_path {name!r}{revision} {what}. Either give the folder with the weights "
+        f"(model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has them, or "
+        f"connect this machine to the network; a gated model also needs HF_TOKEN."
     )
 
 
@@ -238,12 +238,12 @@ def _check_folder(folder: Path, name: str) -> None:
     kinds = config.architectures or []
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise StageError(
-            f"model.name_or_path {name!r} holds {', '.join(kinds) or 'an unknown model'}; "
-            "expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
+            f"model.name_or_path {name!r} contains {', '.join(kinds) or 'an unknown model'}; "
+            f"expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
         )
     if not any(folder.glob("*.safetensors")):
         raise StageError(
-            f"model.name_or_path {name!r} holds no weights: expected *.safetensors in {folder}."
+            f"model.name_or_path {name!r} contains no weights: expected *.safetensors in {folder}."
         )
     chat_format(folder)
 
@@ -262,16 +262,16 @@ def check_method(settings: FinetuneSection, device: str) -> None:
         return
     if device != "cuda":
         raise StageError(
-            "finetune.method qlora needs a CUDA GPU (bitsandbytes computes with 4-bit weights "
-            f"there); this machine trains on: {device}. Set finetune.method=lora, which gives the "
-            "same adapter for about four times the memory of the weights."
+            "finetune.method qlora needs a CUDA GPU (for bitsandbytes' 4-bit weights); this "
+            f"machine trains on: {device}. Set finetune.method=lora, which trains the same kind of "
+            "adapter but needs about four times the memory for the weights."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "qlora")
 
 
 def peft_config(settings: FinetuneSection) -> LoraConfig | None:
-    """What is put beside the weights; None when the weights themselves learn."""
+    """The adapter added to the weights; None if the weights themselves are trained."""
     if settings.method == "full":
         return None
     return LoraConfig(
@@ -394,7 +394,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter; `fits` is False when the run's base was made anew after it was trained."""
+    """One adapter; `fits` is False if the run's base was recreated after it was trained."""
 
     name: str
     path: Path
@@ -407,7 +407,7 @@ class Adapter:
 
 
 def adapter_folder(run: Run, name: str | None) -> Path:
-    """Where the adapter of that name lies; run/adapter for the one without a name."""
+    """Where the adapter of that name is; run/adapter for the one without a name."""
     return run.path / "adapter" if name is None else run.path / FOLDER / name
 
 
@@ -459,7 +459,7 @@ def merge_adapter(run: Run, name: str) -> Path:
 
 
 def write_notes(folder: Path, notes: dict[str, Any]) -> None:
-    """Note beside the weights what they are; peft overlooks the file."""
+    """Record next to the weights what they are; peft ignores the file."""
     (folder / NOTES).write_text(json.dumps(notes, indent=2, default=str) + "\n", encoding="utf-8")
 
 
@@ -467,5 +467,5 @@ def _notes(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # a peft folder that somebody put there
+        return {}  # a peft folder from elsewhere
     return content if isinstance(content, dict) else {}

@@ -57,14 +57,14 @@ def _answer(flow: Any, **inputs: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The endpoint's message where one lies inside Prompt flow's error, else the first line."""
+    """The endpoint's message if Prompt flow's error contains one, else the first line."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, Phi3Error):
             return str(inner)
         inner = getattr(inner, "inner_exception", None) or inner.__cause__
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"Prompt flow could not run the flow: {line}. See more with: pf flow test --flow FOLDER"
+    return f"Prompt flow could not run the flow: {line}. For details: pf flow test --flow FOLDER"
 
 
 def _connection(name: str) -> Any:
@@ -75,7 +75,7 @@ def _connection(name: str) -> Any:
         settings = ConnectionSettings.from_environment()
     except Phi3Error as error:
         raise StageError(str(error)) from None
-    # The flow reads the environment itself; Prompt flow only wants to see some connection.
+    # The flow reads the environment itself; Prompt flow only requires some connection.
     return importlib.import_module("promptflow.connections").CustomConnection(
         name=name, configs={"endpoint": settings.endpoint}, secrets={"key": settings.key}
     )

@@ -34,7 +34,7 @@ from ..run import sha256_of
 
 DAG = "flow.dag.yaml"
 TOOL_PACKAGE = "phi3_tool"
-# What belongs to a program. Everything else in an included folder stays behind, data above all.
+# What belongs to a program. Everything else in an included folder is left out, data above all.
 PROGRAM_SUFFIXES = frozenset(
     (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
 )
@@ -51,7 +51,7 @@ class FlowSource:
 
     @classmethod
     def read(cls, folder: Path) -> FlowSource:
-        """Read and check a flow folder; raises UsageError where it is none."""
+        """Read and check a flow folder; raises UsageError if it is not one."""
         path = folder / DAG
         if not path.is_file():
             raise UsageError(f"{folder} is not a flow: expected a {DAG} in it")
@@ -127,12 +127,12 @@ def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _own(folder: Path, name: str, faults: list[str]) -> dict[str, Path]:
-    """A file or folder that must lie inside the flow's folder."""
+    """A file or folder that must be inside the flow's folder."""
     path = folder / name
     if not path.exists():
         faults.append(f"{name} is named, but is not in {folder}")
     elif not path.resolve().is_relative_to(folder.resolve()):
-        faults.append(f"{name} leads out of {folder}; name it under additional_includes instead")
+        faults.append(f"{name} points outside {folder}; list it under additional_includes instead")
     elif path.is_dir():
         return {str(PurePosixPath(name) / inner): found for inner, found in _tree(path)}
     else:
@@ -145,7 +145,7 @@ def _included(folder: Path, entry: str, faults: list[str]) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     if not path.is_dir():
-        faults.append(f"additional_includes names {entry}, which is not there")
+        faults.append(f"additional_includes names {entry}, which does not exist")
     return {f"{path.name}/{inner}": found for inner, found in _tree(path)}
 
 
@@ -183,7 +183,7 @@ def _imports(path: Path) -> set[str]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not Python that can be read: {error}") from None
+        raise UsageError(f"{path} is not valid Python: {error}") from None
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -227,7 +227,7 @@ def definition(source: FlowSource, image: str | None) -> str:
         text = re.sub(r"(?m)^environment:[ \t]*$", f"environment:\n  image: {image}", text, count=1)
     if _loaded(text) == wanted:
         return text
-    # Written in a way that cannot be edited line by line: anew, without its comments.
+    # Written in a way that cannot be edited line by line: rewritten, without its comments.
     return str(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
 
@@ -236,8 +236,8 @@ def requirements(text: str, feed: str | None) -> str:
     faults = [line.strip() for line in text.splitlines() if _LOCAL_REQUIREMENT.search(line)]
     if faults:
         raise UsageError(
-            "requirements.txt names what only this machine has, and a compute session installs no "
-            f"local files: {'; '.join(faults)}. Take it from a feed (--feed URL) or an image "
+            "requirements.txt names local files, which a compute session cannot install: "
+            f"{'; '.join(faults)}. Install them from a feed (--feed URL) or use an image "
             "(--image NAME)"
         )
     if feed is None:
@@ -246,17 +246,18 @@ def requirements(text: str, feed: str | None) -> str:
     if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or parts.query:
         raise UsageError(
             "--feed must be the https URL of a package index, without a user name or token in it "
-            "(the bundle is no place for a secret; the workspace's connection to the feed holds it)"
+            "(the bundle must not contain a secret; the workspace's connection to the feed holds "
+            "it)"
         )
-    # The feed alone: beside a public index, a stranger's package of that name could win.
+    # The feed alone: with a public index as well, a stranger's package of that name could win.
     head = f"--index-url {feed}\n{DISTRIBUTION}=={__version__}\n"
     return head + text
 
 
 def checked_image(image: str) -> str:
-    """An image's name that can stand in YAML and in a Dockerfile as it is."""
+    """An image's name that can be used in YAML and in a Dockerfile as it is."""
     if not _IMAGE.fullmatch(image):
-        raise UsageError(f"{image!r} is no image name: expected [REGISTRY/]NAME[:TAG]")
+        raise UsageError(f"{image!r} is not an image name: expected [REGISTRY/]NAME[:TAG]")
     return image
 
 
@@ -322,12 +323,12 @@ def pack(
     if carry_tool and source.package_tools:
         raise UsageError(
             f"{flow} uses {', '.join(source.package_tools)} from an installed package, which a "
-            "compute session takes from a feed or an image: --feed URL or --image NAME (the flow "
-            "flows/phi3_chat carries its tool's source and needs neither)"
+            f"compute session needs from a feed or an image: --feed URL or --image NAME "
+            f"(flows/phi3_chat carries its tool's source and needs neither)"
         )
     folder, zip_path = out / source.name, out / f"{source.name}.zip"
     if folder.resolve() == flow.resolve():
-        raise UsageError(f"{folder} is the flow itself; pack it elsewhere with --out FOLDER")
+        raise UsageError(f"{folder} is the flow itself; choose another folder with --out FOLDER")
     # Only a bundle is ever replaced: never somebody's own folder of that name.
     if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
         raise UsageError(f"{folder} is there and is no bundle; choose another place with --out")
@@ -371,7 +372,7 @@ def copy_flow(
 
 
 def _describe_tools(source: FlowSource, staged: Path) -> None:
-    """Write flow.tools.json as Prompt flow would, in a process of its own."""
+    """Write flow.tools.json as Prompt flow would, in a separate process."""
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow-core", "flow")
     asked = {"sources": source.tool_sources, "package_tools": source.package_tools}
@@ -387,15 +388,15 @@ def _describe_tools(source: FlowSource, staged: Path) -> None:
         )
     except subprocess.TimeoutExpired:
         raise StageError(
-            f"The flow's code was not loaded within {_DESCRIBE_SECONDS} s; what it does when it is "
-            "imported, it should do when it is called"
+            f"The flow's code did not load within {_DESCRIBE_SECONDS} s; move slow work from "
+            f"import time into the node's function"
         ) from None
     if done.returncode:
         reasons = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise StageError(
             "Prompt flow cannot load the packed flow's tools:\n  "
             + "\n  ".join(reasons[-5:])
-            + f"\nTry the flow where it lies: pf flow test --flow {source.folder}"
+            + f"\nTry the unpacked flow: pf flow test --flow {source.folder}"
         )
 
 
@@ -407,8 +408,8 @@ def refuse_secrets(staged: Path) -> None:
     found = [p.relative_to(staged).as_posix() for p in files_in(staged) if key in p.read_bytes()]
     if found:
         raise UsageError(
-            f"The key in PHI3_KEY stands in {', '.join(found)}; take it out there: a connection is "
-            "its place"
+            f"The key in PHI3_KEY occurs in {', '.join(found)}; remove it there and keep it in a "
+            f"connection"
         )
 
 
@@ -432,7 +433,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def replace(staged: Path, folder: Path) -> None:
-    """Put a finished folder in its place, whatever stood there before."""
+    """Put a finished folder in its place, replacing what was there."""
     if folder.exists():
         old = staged.with_name("old")
         folder.replace(old)
@@ -472,7 +473,9 @@ def write_image(
         )
     folder = out / f"{source.name}-image"
     if folder.exists() and not (folder / "gunicorn.conf.py").is_file():
-        raise UsageError(f"{folder} is there and is no image; choose another place with --out")
+        raise UsageError(
+            f"{folder} exists and is not an image folder; choose another folder with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{source.name}.") as scratch:
         staged = Path(scratch) / "image"

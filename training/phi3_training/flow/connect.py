@@ -13,7 +13,7 @@ from phi3_tool.wire import Dialect
 from ..manifests import ConnectionManifest, EndpointManifest
 from . import store
 
-# Settings of the endpoint that a flow wants to know too, where the target has them.
+# Settings of the endpoint that a flow needs as well, if the target has them.
 PASSED_ON = ("deployment", "dialect", "context_length")
 
 

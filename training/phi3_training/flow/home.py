@@ -1,4 +1,4 @@
-"""Prompt flow's command line in a home of its own: no usage report, no service for traces."""
+"""Prompt flow's command line in a separate home: no usage report, no service for traces."""
 
 from __future__ import annotations
 

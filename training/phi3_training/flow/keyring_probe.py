@@ -1,7 +1,7 @@
 """Shows that this machine's keyring can keep Prompt flow's key; run with `python -m`.
 
-Writes one line of JSON to standard output. A process of its own, because a locked or broken
-keyring may wait for ever; whoever starts it can stop it.
+Writes one line of JSON to standard output. A separate process, because a locked or broken
+keyring may wait for ever; its parent process can stop it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def probe() -> dict[str, Any]:
         chosen.set_password(OWN_SYSTEM, OWN_NAME, "written")
         holder = holder_of(members, OWN_SYSTEM, OWN_NAME)
         if holder is None:
-            raise SystemExit(f"{type(chosen).__module__} forgets what it is given")
+            raise SystemExit(f"{type(chosen).__module__} does not store what it is given")
         chosen.delete_password(OWN_SYSTEM, OWN_NAME)
     file = getattr(holder, "file_path", None)
     return {

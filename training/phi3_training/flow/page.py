@@ -56,7 +56,7 @@ class Page:
         psutil.wait_procs(self._processes, timeout=None, callback=self._died)
 
     def _died(self, _process: psutil.Process) -> None:
-        raise StageError(f"The chat page ended by itself.\n{_tail(self._log, self._key)}")
+        raise StageError(f"The chat page stopped unexpectedly.\n{_tail(self._log, self._key)}")
 
 
 def environment_of(settings: ConnectionSettings) -> dict[str, str]:
@@ -129,7 +129,7 @@ def _open(
         file.write_text(yaml.safe_dump(_without_key(connection)), encoding="utf-8")
         written = start("connection", "create", "--file", str(file))
         if written.wait(READY_SECONDS):
-            raise StageError(f"Prompt flow took no connection.\n{_tail(log, key)}")
+            raise StageError(f"Prompt flow did not accept the connection.\n{_tail(log, key)}")
         started.remove(written)
     service_port = free_port()
     # In the foreground: else it detaches itself, and nothing would stop it.
@@ -186,7 +186,7 @@ def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
         **environment_of(settings),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PF_HOME_DIRECTORY": str(home),
-        # A keyring of its own, in this folder: the user's own is neither needed nor touched.
+        # A separate keyring, in this folder: the user's own is neither needed nor touched.
         "PYTHON_KEYRING_BACKEND": "keyrings.alt.file.PlaintextKeyring",
         "XDG_DATA_HOME": str(folder / "data"),
         "APPLICATIONINSIGHTS_CONTROLPLANE_DISABLED": "true",
@@ -207,19 +207,19 @@ def _without_key(name: str) -> dict[str, Any]:
 def _wait_for(url: str, process: psutil.Popen, log: Path, key: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     with requests.Session() as session:
-        session.trust_env = False  # this machine is asked, never through a proxy
+        session.trust_env = False  # this machine is queried directly, never through a proxy
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 if session.get(url, timeout=5).ok:
                     return
             except requests.exceptions.RequestException:
                 time.sleep(_POLL)
-    raise StageError(f"Prompt flow's chat page did not come up.\n{_tail(log, key)}")
+    raise StageError(f"Prompt flow's chat page did not start.\n{_tail(log, key)}")
 
 
 def _tail(log: Path, key: str) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     text = text.replace(key, "***") if key else text
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
-    said = "\n".join(lines[-_SHOWN_LINES:]) or "  It said nothing."
-    return f"{said}\nLook at what it needs with: phi3 doctor"
+    said = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."
+    return f"{said}\nCheck what it needs with: phi3 doctor"

@@ -33,7 +33,7 @@ _TRACED = (
 
 
 def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int = 1) -> None:
-    """Serve the flow until interrupted: in this process, or in as many workers as are asked for.
+    """Serve the flow until interrupted: in this process, or in `workers` processes.
 
     Raises UsageError for a folder without a flow and for workers that flask cannot have;
     ConfigurationError for an environment without a usable endpoint and key; StageError for a flow
@@ -45,8 +45,8 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
         raise UsageError(f"--workers {workers}: expected 1 or more")
     if workers > 1 and engine != "fastapi":
         raise UsageError(
-            "With flask, Prompt flow's server is one process: take --engine fastapi, or "
-            "`phi3 flow image`, whose flask has a worker for each core"
+            "With flask, Prompt flow's server is one process: use --engine fastapi, or `phi3 flow "
+            "image`, whose server has a worker for each core"
         )
     _refuse_taken(host, port)
     _prepare()
@@ -70,14 +70,14 @@ def _refuse_taken(host: str, port: int) -> None:
     """Loading a flow takes seconds: look first whether it can be served there at all."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name != "nt":  # there it would take a port that somebody listens on
+        if os.name != "nt":  # there it would accept a port that is in use
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise StageError(
-                f"The flow cannot be served at {host}:{port} ({error.strerror}): end the program "
-                "that listens there, or take another --port"
+                f"The flow cannot be served at {host}:{port} ({error.strerror}): stop the program "
+                f"that uses the port, or choose another --port"
             ) from None
 
 
@@ -110,7 +110,7 @@ def _prepare() -> None:
 
 
 def leave_traces_out() -> None:
-    """Have no request traced where nobody collects traces: they cost a sixth of its CPU time.
+    """Turn tracing off if no traces are collected: they cost a sixth of its CPU time.
 
     Prompt flow turns them on where it can import OpenTelemetry's instrumentation, which comes
     with the extra `azure`, and leaves them off where it cannot.

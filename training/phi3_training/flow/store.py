@@ -26,7 +26,7 @@ from phi3_tool.errors import Phi3Error
 from ..errors import MissingExtraError, StageError, UsageError
 from . import keyring_probe
 
-# What keeps the key of Prompt flow's store: finds a keyring that works with nobody at the screen.
+# Where the key of Prompt flow's store is kept: finds a keyring that works unattended.
 # A working system keyring wins; else the file keyring of keyrings.alt, readable by its owner only.
 # Reads the environment; changes file permissions; never waits longer than its time limit.
 
@@ -62,10 +62,10 @@ class KeyringError(StageError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"Prompt flow's store cannot keep the endpoint's key: {reason}. "
+            f"Prompt flow's store cannot save the endpoint's key: {reason}. "
             'Install the file keyring: pip install "keyrings.alt>=5". Or use no store: start the '
-            "endpoint with a key of your own (PHI3_KEY=… phi3 deploy), then set PHI3_ENDPOINT and "
-            "PHI3_KEY, which every phi3 command obeys"
+            "endpoint with your own key (PHI3_KEY=… phi3 deploy), then set PHI3_ENDPOINT and "
+            "PHI3_KEY, which every phi3 command uses"
         )
 
 
@@ -80,19 +80,19 @@ def find_keeper(limit: float | None = None) -> Keeper:
         by_default = SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
         limit = limit or by_default
         keeper = _try_keyring(limit) or _fall_back(limit)
-        # Falling back changes the environment: both before and after lead to the same keeper.
+        # Falling back changes the environment: before and after, the same keeper is found.
         _settled[situation] = _settled[_situation()] = keeper
     return _settled[situation]
 
 
 def is_private(path: Path) -> bool:
-    """True when nobody but the owner can get in."""
+    """True if only the owner has access."""
     # A Windows profile is its user's own.
     return os.name != "posix" or path.stat().st_mode & 0o077 == 0
 
 
 def keep_private(path: Path) -> bool:
-    """Take group's and others' rights away; True when nobody but the owner can get in."""
+    """Remove the rights of group and others; True if only the owner has access."""
     if not is_private(path):
         try:
             path.chmod(path.stat().st_mode & 0o700)
@@ -105,14 +105,14 @@ def describe(keeper: Keeper, *, tighten: bool = True) -> str:
     """One honest line about what protects the endpoint's key; `tighten` keeps others out first."""
     start = "Key: encrypted in Prompt flow's store; its encryption key "
     if keeper.file is None:
-        return f"{start}is kept by this machine's keyring ({keeper.keyring.rpartition('.')[0]})"
+        return f"{start}is in this machine's keyring ({keeper.keyring.rpartition('.')[0]})"
     if tighten:
         keep_private(keeper.file.parent)
         keep_private(keeper.file)
-    who = "others on this machine may read it" if exposed(keeper) else "only you can read it"
+    who = "others on this machine can read it" if exposed(keeper) else "only you can read it"
     file, home = keeper.file, Path.home()
     place = f"~/{file.relative_to(home)}" if file.is_relative_to(home) else str(file)
-    return f"{start}lies in {place} ({who}) because {keeper.why}"
+    return f"{start}is in {place} ({who}) because {keeper.why}"
 
 
 def exposed(keeper: Keeper) -> bool:
@@ -144,13 +144,13 @@ def _fall_back(limit: float) -> Keeper:
     if not isinstance(found, Keeper):
         del os.environ[CHOICE]
         raise KeyringError(
-            f"this machine has no keyring that answers, nor {FILE_KEYRING} ({found})"
+            f"this machine has neither a working keyring nor {FILE_KEYRING} ({found})"
         )
     import keyring
 
     # The process may have settled on the silent one already.
     keyring.set_keyring(keyring.core.load_keyring(FILE_KEYRING))
-    why = f"the system keyring does not answer; before `pf` type: export {CHOICE}={FILE_KEYRING}"
+    why = f"the system keyring does not answer; before `pf` run: export {CHOICE}={FILE_KEYRING}"
     return Keeper(found.keyring, found.file, why)
 
 
@@ -180,9 +180,9 @@ def _read_probe(output: str) -> Keeper:
         return Keeper(answer["keyring"])
     why = "this machine has no system keyring"
     if os.environ.get(CHOICE):
-        why = f"{CHOICE} asks for it"
+        why = f"{CHOICE} selects it"
     elif answer["configured"]:
-        why = "keyringrc.cfg asks for it"
+        why = "keyringrc.cfg selects it"
     return Keeper(answer["keyring"], Path(answer["file"]), why)
 
 
@@ -239,8 +239,8 @@ def stored_connection(name: str) -> Any:
         raise StoreError(f"Prompt flow has no connection {name!r}; write it with: phi3 connect")
     if row.connectionType != "Custom":
         raise StoreError(
-            f"The connection {name!r} is of type {row.connectionType}, a custom one is needed; "
-            "name another with connection.name=NAME"
+            f"The connection {name!r} has the type {row.connectionType}; expected a custom "
+            f"connection. Name another with connection.name=NAME"
         )
     find_keeper()
     keyring = importlib.import_module("keyring")
@@ -267,12 +267,12 @@ def workspace_connection(workspace: tuple[str, str, str], name: str, credential:
         raise StoreError(
             f"Prompt flow cannot read the connection {name!r} of the workspace {workspace[2]}: "
             f"{reason}. It needs the role Azure Machine Learning Workspace Connection Secrets "
-            "Reader there; roles take minutes to act"
+            "Reader there; a new role takes effect after some minutes"
         ) from None
 
 
 def delete_connection(name: str) -> bool:
-    """Delete a connection that was written here; False where there is none of that name."""
+    """Delete a connection that was written here; False if there is none of that name."""
     if _row(name) is None:
         return False
     _refuse_foreign(name)
@@ -325,8 +325,8 @@ def _refuse_foreign(name: str) -> None:
         if all(stored.get(item, {}).get("value") == value for item, value in WRITER.items()):
             return
     raise StoreError(
-        f"Prompt flow already has a connection {name!r} that phi3 did not write; it stays as it "
-        "is. Choose another name with connection.name=NAME, or remove it with: "
+        f"Prompt flow already has a connection {name!r} that phi3 did not write, so it was not "
+        f"changed. Choose another name with connection.name=NAME, or delete it with: "
         f"pf connection delete --yes --name {name}"
     )
 
@@ -353,6 +353,6 @@ def _errors_of_the_store(doing: str, name: str) -> Iterator[None]:
 
 def _write_anew(name: str) -> str:
     return (
-        f"write it anew with: phi3 connect connection.name={name}, "
-        "or set PHI3_ENDPOINT and PHI3_KEY and use no store"
+        f"write it again with: phi3 connect connection.name={name}, "
+        "or set PHI3_ENDPOINT and PHI3_KEY to use no store"
     )

@@ -1,4 +1,4 @@
-"""The memory plan: what training, evaluation and serving will hold, told from the model's config.
+"""The memory plan: what training, evaluation and serving will use, from the model's config.
 
 Reads a recipe, a config.json, and how long the rows of the chats are; loads neither torch nor
 weights for the prediction.

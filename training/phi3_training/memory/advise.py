@@ -57,7 +57,7 @@ class Need:
 
     @property
     def overhead(self) -> int:
-        """What each process holds beside the model."""
+        """What each process holds in addition to the model."""
         if self.device.kind == "cuda":
             return CUDA_CONTEXT
         return LIBRARIES_WITH_CUDA if torch_has_cuda() else LIBRARIES
@@ -88,7 +88,7 @@ class Need:
         """By how much it does not fit; only where it does not."""
         text = f"Too much by {gib(self.total - self.device.available)}: {self.device.where}"
         if self.total <= self.device.total:
-            text += ", so ending other programs would do"
+            text += ", so closing other programs would be enough"
         return text
 
 
@@ -211,7 +211,7 @@ def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) ->
     try:
         shape = shape_of(recipe)
     except UnknownShapeError as error:
-        return [PlanLine("finetune", f"memory is not predicted: {error}")]
+        return [PlanLine("finetune", f"memory cannot be predicted: {error}")]
     plan = Planner(recipe, shape, device, rows)
     lines = [_training(plan)]
     if device.kind == "cuda" and device.is_here:
@@ -282,7 +282,7 @@ def _evaluation(plan: Planner) -> PlanLine:
             text += f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}{shorter}"
             return PlanLine("evaluate", text, True, {**details, "change": {_EVAL_BATCH: fewer}})
     least = gib(plan.evaluation(1).total)
-    text += f". Even one at a time needs {least}: take a larger device{shorter}"
+    text += f". Even one at a time needs {least}: use a larger device{shorter}"
     return PlanLine("evaluate", text, True, details)
 
 
@@ -312,12 +312,12 @@ def _serving(plan: Planner) -> list[PlanLine]:
     text = f"{need} with one conversation of {tokens:,} tokens"
     if need.total > device.total:
         smaller = precision == "fp32" and engine == "onnxruntime"
-        lever = "serve.precision=int4" if smaller else "take a larger device"
+        lever = "serve.precision=int4" if smaller else "use a larger device"
         return [*lines, refusal(need, text, lever)]
     row = row_bytes(shape, engine, compute, tokens)
     room = 1 + max(0, device.available - need.total) // row
     wanted = recipe.serve.max_concurrent_requests_per_instance
-    text = f"fits; {text}; room for {min(room, wanted)} of {wanted} such at once"
+    text = f"fits; {text}; room for {min(room, wanted)} of {wanted} at once"
     details = _details(need, shape) | {"conversations": int(room)}
     return [*lines, PlanLine("deploy", text, details=details)]
 

@@ -10,12 +10,12 @@ from ..finetune.heap import wastes_heap
 from .model import ModelShape
 from .training import FLOAT32, Phase, Work, optimiser_bytes, weight_bytes
 
-# evaluate/perplexity.py sends at most so many tokens through the model at once (one row at least).
+# evaluate/answers.py runs at most this many tokens at once (but at least one row).
 TOKENS_PER_PASS = 4096
 # ONNX Runtime's 4 bits: half a byte, a float32 scale and a 4-bit zero point for 32 weights each.
 _ONNX_FOUR_BIT = 0.5 + (FLOAT32 + 0.5) / 32
 
-# Bytes that the ONNX builder holds for each weight, beside files that the system can drop:
+# Bytes that the ONNX builder holds for each weight, in addition to files that the OS can drop:
 # measured on random models of 33 and 116 M weights.
 # int8 goes through float32, then a matrix at a time.
 _CONVERTING = {"fp32": 1.5, "int8": 1.5, "int4": 6.5}
@@ -24,7 +24,7 @@ _CONVERTING = {"fp32": 1.5, "int8": 1.5, "int4": 6.5}
 def save_phase(shape: ModelShape, work: Work) -> Phase:
     """Merging and writing the model, with the optimiser still there.
 
-    Matrices are merged one by one; then the weights are written from where they lie. DoRA's
+    Matrices are merged one by one; then the weights are written from where they are. DoRA's
     merged matrices keep the unmerged ones alive, as peft builds them.
     """
     largest = max(linear.weights for linear in shape.linears)
@@ -77,7 +77,7 @@ def evaluate_phase(
 
 
 def serve_phase(shape: ModelShape, precision: str, engine: str, compute: int, tokens: int) -> Phase:
-    """The endpoint with one conversation of so many tokens."""
+    """The endpoint with one conversation of this many tokens."""
     weights = served_weights(shape, precision, engine, compute)
     row = row_bytes(shape, engine, compute, tokens)
     return Phase("serve", {"weights": weights, "key/value cache": row})
@@ -108,7 +108,7 @@ def served_weights(shape: ModelShape, precision: str, engine: str, compute: int)
 
 
 def row_bytes(shape: ModelShape, engine: str, compute: int, tokens: int) -> int:
-    """The cache of one conversation of so many tokens."""
+    """The cache of one conversation of this many tokens."""
     size = FLOAT32 if engine == "onnxruntime" else compute
     return tokens * shape.kv_per_token * size
 

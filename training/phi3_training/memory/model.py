@@ -41,7 +41,7 @@ _NEEDED = (
 
 
 class UnknownShapeError(ValueError):
-    """The sizes of a model cannot be told; the message says why."""
+    """The sizes of a model are unknown; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def shape_of(recipe: Recipe) -> ModelShape:
             return shape_from(content, f"our table for {known} (its config is not on this machine)")
     raise UnknownShapeError(
         f"the config of {name} is not on this machine and not in our table ({', '.join(KNOWN)}); "
-        "give a folder instead: model.name_or_path=/path/to/folder"
+        f"name a folder instead: model.name_or_path=/path/to/folder"
     )
 
 
@@ -151,8 +151,8 @@ def shape_from(config: Mapping[str, Any], source: str) -> ModelShape:
     missing = [name for name in _NEEDED if not isinstance(config.get(name), int)]
     experts = [name for name in config if "experts" in name]
     if missing or experts:
-        what = f"it has no {', '.join(missing)}" if missing else "it is a mixture of experts"
-        raise UnknownShapeError(f"{source} is not of a model whose memory phi3 can tell: {what}")
+        what = f"it has no {', '.join(missing)}" if missing else "it is a mixture-of-experts model"
+        raise UnknownShapeError(f"{source} is not of a model whose memory phi3 can predict: {what}")
     heads = int(config["num_attention_heads"])
     return ModelShape(
         source=source,
@@ -180,7 +180,7 @@ def _read(path: Path, source: str) -> ModelShape:
 
 
 def cached_file(model: ModelSection, name: str) -> Path | None:
-    """A file of the model as downloaded earlier; asks nobody."""
+    """A file of the model as downloaded earlier; no network."""
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -222,7 +222,7 @@ def gib(size: float) -> str:
 
 
 def of_size(gigabytes: float, kind: Kind = "cuda") -> Device:
-    """A device elsewhere of so many binary gigabytes, with nothing else on it."""
+    """A device elsewhere of this many binary gigabytes, with nothing else on it."""
     size = int(gigabytes * GIB)
     name = "the planned GPU" if kind == "cuda" else "the planned machine"
     return Device(kind, name, size, size)

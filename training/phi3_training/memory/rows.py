@@ -1,4 +1,4 @@
-"""How long the rows of a recipe are: counted where the chats and a tokenizer are at hand.
+"""How long the rows of a recipe are: counted if the chats and a tokenizer are available.
 
 Reads run/data/*.jsonl once the chats are prepared, before that the recipe's own files, and a
 tokenizer of this machine. Never the network; writes nothing that stays.
@@ -27,13 +27,13 @@ from ..recipe import HubSet, Recipe
 from ..run import Run
 from .model import cached_file
 
-# So many of the largest rows of a part are counted, which takes a tenth of a second.
+# This many of the largest rows of a part are counted, which takes a tenth of a second.
 _COUNTED = 300
-# Of files that are not prepared yet only so many rows are read, in blocks of 8 MB: a second or two
+# Of files that are not prepared yet only this many rows are read, in blocks of 8 MB: 1 to 2 s
 # for long chats.
 _READ = 2000
 # Bytes of a JSON line to a token where there is no tokenizer: English has 4, other European
-# languages and code 3; the line's own braces and names stand for what a template adds.
+# languages and code 3; the line's own braces and names make up for what a template adds.
 _BYTES_PER_TOKEN = 3.0
 
 Messages = Sequence[dict[str, str]]
@@ -187,7 +187,7 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
 
 
 def _of_table(table: Table) -> _Part:
-    """Rows that were just read; a row's line is about 40 bytes for each message beside its text."""
+    """Rows that were just read; a row's line has about 40 bytes per message besides its text."""
     order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
     largest = []
     for row in order[:_COUNTED]:
@@ -212,7 +212,7 @@ def _combined(
     tokens_of: Callable[[int, Messages], _Tokens | None],
     how: str,
 ) -> RowSizes:
-    """The lengths over what is trained on, and over what is asked and scored."""
+    """The lengths of what is trained on, and of what is evaluated."""
     data = {name: _lengths(part, tokens_of) for name, part in parts.items()}
     watched = ("validation",) if recipe.finetune.eval_steps else ()
     trained = [data[name] for name in ("train", "replay", *watched) if name in data]
@@ -262,7 +262,7 @@ def _lengths(
 def _count(chat: ChatFormat, messages: Messages) -> _Tokens | None:
     """A conversation's tokens; None for one that cannot be written as tokens (training says why).
 
-    A question that stands alone, as in the evaluation's own files, has no learnt tokens.
+    A question without an answer, as in the evaluation's own files, has no trained tokens.
     """
     try:
         if messages[-1]["role"] == "user":

@@ -1,7 +1,7 @@
 """Predicts what one training step holds, term by term, from the sizes of the model alone.
 
 Reads and writes nothing. Every formula says what it counts; docs/memory.md explains them, and
-benchmarks/memory_plan.py holds them against measured peaks.
+benchmarks/memory_plan.py compares them with measured peaks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _MOMENTS = 2
 # 4-bit normal floats: half a byte, one 8-bit constant for each 64 weights, and one float32 for
 # each 256 of those (double quantisation).
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
-# TRL's loss scores at most so many tokens by so many words of the vocabulary at a time.
+# TRL's loss scores at most this many tokens by this many vocabulary entries at a time.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# finetune/gradients.py scores so many rows at a time.
+# finetune/dense.py scores this many rows at a time.
 _SCORED_AT_ONCE = 128
 
 
@@ -75,7 +75,7 @@ class Work:
 
     @property
     def short_loss(self) -> bool:
-        """Whether the vocabulary is scored at once, as finetune/compute.py does on a CPU."""
+        """Whether the vocabulary is scored at once, as finetune/trainer.py does on a CPU."""
         alone = self.processes == 1 and not self.own_loss
         return self.dense or (self.device == "cpu" and self.compute == FLOAT32 and alone)
 
@@ -171,7 +171,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
         "working copies": working_copies(shape, work),
     }
     gradients = gradient_bytes(shape, work)
-    if work.processes > 1:  # what the processes exchange is kept beside the gradients
+    if work.processes > 1:  # what the processes exchange is held in addition to the gradients
         kept["exchange"] = gradients
     before = gradients if work.accumulation > 1 else 0
     held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
@@ -194,7 +194,7 @@ def heap_bytes(shape: ModelShape, work: Work) -> int:
     """What the C library's heap wastes on a CPU, for models that finetune/heap.py leaves alone.
 
     Not derived but measured: about half of all activations and scores, checkpointing or not,
-    since what it gives back in small pieces lies between pieces that stay.
+    since what it frees in small pieces is between pieces that stay.
     """
     if work.device != "cpu" or not wastes_heap(shape.parameters):
         return 0
@@ -268,7 +268,7 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     For each token, with hidden size h, MLP size i, q and k, v sizes of the heads, and b bytes a
     number (as computed) or 4 (the norms count in float32):
       both norms: their input 4·h each; the normed input too where the norm's weight learns; their
-        output b·h each, which the matrices behind them need if those learn or have an adapter
+        output b·h each, which the matrices after them need if those learn or have an adapter
       attention:  b·(q + 2kv) of the fused projection (v is a view of it), the rotated q and k,
         and the output b·q; with eager attention also the softmax, 4·T (and b·T) for each head
       MLP:        gate and up b·2i, silu(gate) b·i, their product b·i
@@ -295,7 +295,7 @@ def _dense_layer_bytes(shape: ModelShape, work: Work) -> int:
 
     For each token: both norms' input 4·h each and, as computed, their output; q, k and v after the
     rotation and attention's output, 4 each, and the latter as computed; gate and up b·2i, and their
-    product b·i. What no adapter stands at is not kept. No mask and no repeated k and v.
+    product b·i. Inputs of layers without adapter are not stored. No mask and no repeated k and v.
     """
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -342,7 +342,7 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     On a CPU (finetune/compute.py): the learnt positions alone, three float32 copies (logarithms
     of the probabilities, their gradient, and the scores' gradient); dense.py has a piece of them at
     a time. TRL's loss on a GPU: one tile of 4,096 positions by 32,768 words, and the float32
-    gradient of the last hidden states. A loss of one's own gets every position's scores: as
+    gradient of the last hidden states. A custom loss gets every position's scores: as
     computed, and three float32 copies.
     """
     learnt = int(work.positions * work.learnt)
@@ -367,7 +367,7 @@ def _head_gradient(shape: ModelShape, work: Work) -> int:
 
 
 def backward_bytes(shape: ModelShape, work: Work) -> int:
-    """What the backward pass through one MLP holds at once beside the kept activations.
+    """What the backward pass through one MLP holds in addition to the stored activations.
 
     The gradients of gate, up and their joined 2i, and two of the residual stream.
     """

@@ -1,4 +1,4 @@
-"""What `model.name_or_path` can name: the list behind `phi3 models` and the memory plan's shapes.
+"""What `model.name_or_path` can name: the list of `phi3 models` and the memory plan's shapes.
 
 Reads the cache folders to say what is here; never the network, never weights.
 """
@@ -55,10 +55,10 @@ def _phi(name: str, what: str, recipe: str, shape: Mapping[str, Any], template: 
 CATALOGUE: tuple[KnownModel, ...] = (
     KnownModel(
         name=TINY,
-        what="under a million random weights, taught 243 sentences here; for tests",
+        what="under a million random weights, trained here on 243 sentences; for tests",
         license="MIT",
         template="Phi-3",
-        source="made on this machine",
+        source="created on this machine",
         recipe="phi3-tiny.yaml",
     ),
     KnownModel(

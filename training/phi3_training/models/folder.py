@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well.
+    """A temporary folder next to `target` that replaces it when the block succeeds.
 
     What an earlier, killed attempt left is removed first.
     """

@@ -86,8 +86,8 @@ def convert(source: Path, target: Path) -> float:
         raise StageError(f"{source} is not a model folder: {str(error).splitlines()[0]}") from None
     if kind != "llama":
         raise StageError(
-            f"{source} holds a model of the kind {kind!r}; only Llama-class models (SmolLM2, "
-            "TinyLlama, …) can be written as Phi-3, because their layers compute the same."
+            f"{source} contains a model of type {kind!r}; only Llama-class models (SmolLM2, "
+            f"TinyLlama, …) can be converted to Phi-3, because their layers compute the same."
         )
     try:
         chat = ChatFormat.from_folder(source)
@@ -111,9 +111,9 @@ def convert(source: Path, target: Path) -> float:
 
 def check_difference(difference: float, source: str) -> None:
     """Raise StageError when the fused model does not compute what `source` computes."""
-    if not difference <= MAX_DIFFERENCE:  # also when it is no number
+    if not difference <= MAX_DIFFERENCE:  # also if it is NaN
         raise StageError(
-            f"{source} written as Phi-3 computes something else: logits differ by "
+            f"{source} converted to Phi-3 gives different results: logits differ by "
             f"{difference:.2g}, at most {MAX_DIFFERENCE:g} was expected. Nothing was written."
         )
 
@@ -131,7 +131,7 @@ def _phi3_config(config: Any) -> Any:
         unfit.append(f"head_dim {config.head_dim}")
     if unfit:
         raise StageError(
-            f"This Llama cannot be written as Phi-3, which has no {', no '.join(unfit)}."
+            f"This Llama cannot be converted to Phi-3, which has no {', no '.join(unfit)}."
         )
     return Phi3Config(
         vocab_size=config.vocab_size,

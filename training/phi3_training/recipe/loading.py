@@ -59,7 +59,8 @@ class Recipe(Section):
         flash = self.model.attn_implementation == "flash_attention_2"
         if flash and self.finetune.packing and self.finetune.per_device_train_batch_size > 1:
             raise ValueError(
-                "flash_attention_2 keeps packed conversations apart in one row at a time only: set "
+                "flash_attention_2 keeps packed conversations apart only with one row per batch: "
+                "set "
                 "finetune.per_device_train_batch_size=1 and raise gradient_accumulation_steps"
             )
         return self
@@ -67,7 +68,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _tiny_has_base(self) -> Recipe:
         if self.model.is_tiny and self.base is None:
-            raise ValueError("model.name_or_path tiny needs a base: section (what to teach it)")
+            raise ValueError("model.name_or_path tiny needs a base: section (what to train it on)")
         return self
 
 
@@ -230,6 +231,6 @@ def _sound_part(content: Mapping[str, Any], found: Sequence[Any]) -> Recipe:
         try:
             kind: Any = Recipe.model_fields[name].annotation
             sections[name] = TypeAdapter(kind).validate_python(sound)
-        except ValidationError:  # what is missing has been said
+        except ValidationError:  # what is missing was already reported
             continue
     return Recipe.model_construct(**sections)

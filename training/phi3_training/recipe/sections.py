@@ -88,7 +88,7 @@ Source = Annotated[HubSet | Path, BeforeValidator(_source)]
 class DataSection(Section):
     """The chats: training files, held-out files or a share, and old chats against forgetting.
 
-    A source is a file (JSON lines, JSON, CSV, parquet), a folder of them, or `hub:NAME:SPLIT`.
+    A source is a file (JSON lines, JSON, CSV, parquet), a folder of these, or `hub:NAME:SPLIT`.
     """
 
     train: Annotated[list[Source], Field(min_length=1)]
@@ -105,7 +105,7 @@ class DataSection(Section):
 
 # The recipe's `finetune:` section: how the chats are learnt.
 
-# The rules of the label audit (finetune/audit_rules.py says what each means).
+# The rules of the label audit (finetune/audit.py explains each).
 AuditRule = Literal[
     "nothing-trained",
     "everything-trained",
@@ -165,7 +165,7 @@ class FinetuneSection(Section):
     def _no_bottleneck(cls, value: object) -> object:
         if value in ("adapter", "bottleneck"):
             raise ValueError(
-                "peft has no bottleneck adapters (layers put between those of the model, which "
+                "peft has no bottleneck adapters (extra layers between those of the model, which "
                 "cannot be merged); lora and dora train as few weights and can be merged"
             )
         return value
@@ -173,14 +173,14 @@ class FinetuneSection(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneSection:
         if self.method == "full" and self.adapter:
-            raise ValueError("method full makes no adapter; leave adapter out, or use lora")
+            raise ValueError("method full trains no adapter; remove adapter, or use lora")
         if self.adapter_weight < 1.0 and self.method not in ("lora", "qlora"):
             raise ValueError(
-                "adapter_weight scales what a lora or qlora adapter adds; leave it out for "
-                f"method {self.method}"
+                "adapter_weight scales what a lora or qlora adapter adds; remove it for method "
+                f"{self.method}"
             )
         if self.early_stopping_patience and not self.eval_steps:
-            raise ValueError("early_stopping_patience counts evaluations: give eval_steps as well")
+            raise ValueError("early_stopping_patience counts evaluations: set eval_steps as well")
         if self.num_processes % self.num_machines or self.machine_rank >= self.num_machines:
             raise ValueError(
                 "num_processes counts all machines' processes and must be a multiple of "
@@ -204,7 +204,7 @@ class ModelSection(Section):
 
     @property
     def is_tiny(self) -> bool:
-        """Whether the base model is the small Phi-3 that the project makes itself."""
+        """Whether the base model is the tiny Phi-3 that phi3 trains itself."""
         return self.name_or_path == TINY
 
     @property
@@ -214,7 +214,7 @@ class ModelSection(Section):
 
 
 class BaseSection(Section):
-    """How the tiny Phi-3 is built and taught from scratch; only for `model.name_or_path: tiny`."""
+    """How the tiny Phi-3 is built and trained from scratch; only for `model.name_or_path: tiny`."""
 
     data: Annotated[list[Path], Field(min_length=1)]
     vocab_size: Annotated[int, Field(ge=300)] = 2048
@@ -231,14 +231,14 @@ class BaseSection(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BaseSection:
-        # ONNX Runtime's attention wants a head size that is a multiple of 16.
+        # ONNX Runtime's attention needs a head size that is a multiple of 16.
         if self.hidden_size % (16 * self.num_attention_heads):
             raise ValueError("hidden_size must be a multiple of 16 x num_attention_heads")
         return self
 
 
 class EvaluateSection(Section):
-    """What is asked of the base and the tuned model; `canary` and `probes`: None is the shipped."""
+    """How both models are evaluated; `canary` and `probes`: None means the shipped files."""
 
     max_new_tokens: Positive = 64
     max_rows: Positive | None = None
@@ -251,7 +251,7 @@ class EvaluateSection(Section):
 
 
 class GateRule(Section):
-    """One demand of the gate: a metric of a part, by how much, and how sure one must be."""
+    """One rule of the gate: a metric of a part, by how much, at which confidence."""
 
     metric: Literal[
         "exact_match",
@@ -269,7 +269,7 @@ class GateRule(Section):
 
 
 class RefusalRule(Section):
-    """By how much the share of refused requests may change, either way."""
+    """By how much the share of refused requests may change in either direction."""
 
     metric: Literal["refusal_rate"] = "refusal_rate"
     part: Literal["validation", "train", "replay", "canary", "probes"] = "probes"
@@ -278,7 +278,7 @@ class RefusalRule(Section):
 
 
 class GateSection(Section):
-    """What a model must show before it is deployed; an empty list asks nothing."""
+    """What a model must achieve before it is deployed; an empty list means no rule."""
 
     min_gain: OneOrMany[GateRule] = [GateRule(metric="f1_over_lookalikes", value=0.02)]
     max_regression: OneOrMany[GateRule] = [GateRule(metric="contains", part="canary", value=0.2)]
@@ -286,7 +286,7 @@ class GateSection(Section):
 
 
 class ServeSection(Section):
-    """The local endpoint; limits carry the names that Azure ML gives them."""
+    """The local endpoint; limits have Azure ML's names."""
 
     engine: EngineName = "auto"
     precision: Literal["fp32", "int8", "int4"] = "fp32"
@@ -305,7 +305,7 @@ class ServeSection(Section):
         if self.engine == "upstream" and not self.upstream_url:
             raise ValueError("engine upstream needs upstream_url, e.g. http://127.0.0.1:11434/v1")
         if self.adapters and self.engine not in ("auto", "transformers"):
-            raise ValueError("adapters are served by name by the engine transformers only")
+            raise ValueError("only the engine transformers serves several adapters")
         return self
 
 

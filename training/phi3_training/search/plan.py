@@ -18,7 +18,7 @@ from ..recipe.sections import Positive, Section
 MakeRecipe = Callable[[Sequence[str]], Recipe]
 Value = bool | int | float | str | None
 
-# Figures of the training itself: no model has to be asked for them.
+# Metrics of the training itself: they need no evaluation.
 TRAINING_METRICS = ("validation_loss", "final_loss")
 _SECTIONS = ("finetune", "data", "base", "model")
 # Trials that are asked other questions cannot be compared.
@@ -130,14 +130,14 @@ def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
     known = metric in TRAINING_METRICS or (part in PARTS and figure in METRICS)
     if metric is not None and not known:
         faults.append(
-            f"metric: {metric!r} is unknown; expected {' or '.join(TRAINING_METRICS)}, or a "
-            f"part and a figure such as validation.token_f1 (parts: {', '.join(PARTS)}; figures: "
+            f"metric: {metric!r} is unknown; expected {' or '.join(TRAINING_METRICS)}, or a part "
+            f"and a metric such as validation.token_f1 (parts: {', '.join(PARTS)}; metrics: "
             f"{', '.join(METRICS)})"
         )
     if metric == "validation_loss" and not evaluates:
         faults.append("metric: validation_loss needs finetune.eval_steps in the recipe")
     if content.get("pruning") is not None and not evaluates:
-        faults.append("pruning: needs finetune.eval_steps in the recipe, to look at trials early")
+        faults.append("pruning: needs finetune.eval_steps in the recipe, to judge trials early")
     return faults
 
 
@@ -147,7 +147,7 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
     for key, parameter in _parameters(content).items():
         if key.partition(".")[0] not in _SECTIONS:
             sections = ", ".join(_SECTIONS)
-            faults[f"parameters.{key}: nothing is learnt with it; expected {sections}"] = None
+            faults[f"parameters.{key}: does not affect training; expected {sections}"] = None
         elif key in _FIXED:
             faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
         elif found := _probes(parameter):
@@ -169,7 +169,7 @@ def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probes(parameter: Any) -> list[Value]:
-    """Values that the recipe must accept; one between two tells keys that want whole numbers."""
+    """Values that the recipe must accept; one in between shows keys that need whole numbers."""
     if not isinstance(parameter, dict):
         return []
     choices = parameter.get("choices")

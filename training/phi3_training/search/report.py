@@ -102,7 +102,7 @@ def write_report(
     best = best_of(trials, maximize=plan.direction == "maximize")
     if best is None:
         remarks = [f"  {trial.folder}: {trial.remark}" for trial in trials]
-        raise StageError("No trial came to a figure:\n" + "\n".join(remarks))
+        raise StageError("No trial produced a result:\n" + "\n".join(remarks))
     folder = journey.run.path / "search"
     header = (
         f"# Trial {best.number}, the best of {len(trials)}: {plan.metric} {best.value:.5g} "

@@ -1,7 +1,7 @@
 """The search itself: Optuna proposes, a trial measures, everything is kept in run/search/study.db.
 
-A search that was killed goes on: finished trials are not run again, and the trial that was cut
-short is proposed again with the same values and goes on from its checkpoint.
+An interrupted search resumes: finished trials are not run again, and the interrupted trial is
+proposed again with the same values and resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .plan import (
 )
 from .report import Finished, best_of, write_report
 
-# One trial of a search: a run folder of its own that takes chats and base from the whole run.
+# One trial of a search: a separate run folder that reuses the run's chats and base.
 # Writes run/search/trials/trial-NNN/; reads what training logs there.
 
 # Told of each held-out loss with its step; ends the trial by raising.
@@ -74,7 +74,7 @@ def measure(journey: Journey, metric: str, progress: Progress, watch: Watch) -> 
             do(journey, stage, shown)
     value = _figure(journey.run, metric)
     if value is None or not math.isfinite(value):
-        raise StageError(f"The trial has no figure {metric} (found: {value}).")
+        raise StageError(f"The trial has no value for {metric} (found: {value}).")
     return value
 
 
@@ -91,14 +91,14 @@ def _take_chats(whole: Run, run: Run) -> None:
         target = run.file(part.path)
         target.unlink(missing_ok=True)
         try:
-            os.link(whole.path / part.path, target)  # large chats lie on the disk once
+            os.link(whole.path / part.path, target)  # large chats are on the disk once
         except OSError:
             shutil.copyfile(whole.path / part.path, target)
     run.write(manifest)
 
 
 def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
-    """`progress` that also hands over each new held-out loss that training logs."""
+    """`progress` that also reports each new held-out loss that training logs."""
     log = run.path / "finetune" / "eval.jsonl"
     told: set[int] = set()
     size = 0
@@ -155,7 +155,7 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
-    """What came of each trial that was not cut short, in the order of proposal."""
+    """The outcome of each trial that was not interrupted, in the order of proposal."""
     kept = [
         trial
         for trial in study.get_trials(deepcopy=False)
@@ -208,9 +208,9 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     other = [name for name, value in parts.items() if known.get(name, value) != value]
     if other:
         raise UsageError(
-            f"{journey.run.path / 'search'} holds a search with another {' and '.join(other)}; its "
-            "trials cannot be compared with new ones. Name another run folder with --run NAME, "
-            "or remove that folder."
+            f"{journey.run.path / 'search'} contains a search with a different "
+            f"{' and '.join(other)}; its trials cannot be compared with new ones. Name another "
+            f"run folder with --run NAME, or delete that folder."
         )
     for name, value in parts.items():
         study.set_user_attr(name, value)
@@ -219,8 +219,8 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
 def _run_trial(
     journey: Journey, plan: SearchPlan, make: MakeRecipe, study: optuna.Study, number: int
 ) -> None:
-    # Seeded anew for each trial: what is proposed depends on the trials before and on nothing
-    # else, so a search that was cut short proposes what it would have proposed.
+    # Seeded again for each trial: the proposal depends only on the earlier trials, so a resumed
+    # search proposes what it would have proposed.
     seed = int(fingerprint([plan.seed, number])[:8], 16)
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
     trial = study.ask()
@@ -230,10 +230,10 @@ def _run_trial(
     started = time.monotonic()
 
     def watch(loss: float, step: int) -> None:
-        # The loss falls while the metric may rise: the pruner wants both the same way round.
+        # The loss falls while the metric may rise: the pruner needs both in the same direction.
         trial.report(loss if plan.direction == "minimize" else -loss, step)
         if trial.should_prune():
-            raise optuna.TrialPruned(f"pruned behind step {step}: held-out loss {loss:.3f}")
+            raise optuna.TrialPruned(f"pruned after step {step}: held-out loss {loss:.3f}")
 
     try:
         with console.progress_bar(title) as progress:

@@ -1,4 +1,4 @@
-"""`python -m phi3_training.serve`: the endpoint as a process of its own."""
+"""`python -m phi3_training.serve`: the endpoint as a separate process."""
 
 import sys
 

@@ -38,7 +38,7 @@ _MODEL_FILES = ("config.json", "tokenizer.json")
 
 
 class Scorer:
-    """Answers bodies with one engine, on an event loop of its own."""
+    """Answers bodies with one engine, on a separate event loop."""
 
     def __init__(self, engine: Engine, *, max_new_tokens: int = 256, name: str = "phi3") -> None:
         self._engine = engine
@@ -86,12 +86,13 @@ def _refused(reason: str) -> dict[str, Any]:
 
 
 def find_model(folder: Path) -> Path:
-    """The folder of weights below a registered model. Raises StageError where there is none."""
+    """The folder of weights below a registered model. Raises StageError if there is none."""
     found = [path.parent for path in folder.rglob(_MODEL_FILES[0])]
     models = [path for path in found if all((path / name).is_file() for name in _MODEL_FILES)]
     if not models:
         raise StageError(
-            f"The registered model holds no folder with {' and '.join(_MODEL_FILES)}: expected the "
+            f"The registered model contains no folder with {' and '.join(_MODEL_FILES)}: expected "
+            f"the "
             "tuned model of a training job; register it again with: phi3 register --on azure"
         )
     return min(models, key=lambda path: (len(path.parts), str(path)))

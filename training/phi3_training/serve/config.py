@@ -51,7 +51,7 @@ class Quirk:
         match = _FORM.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} is no quirk; expected NAME[:DETAIL][*TIMES] with NAME one of "
+                f"{text!r} is not a quirk; expected NAME[:DETAIL][*TIMES] with NAME one of "
                 f"{', '.join(_NAMES)}, e.g. 424:500:model_error*2"
             )
         details = match["details"].split(":")[1:]
@@ -107,7 +107,7 @@ Positive = Annotated[int, Field(ge=1)]
 class ServerConfig(BaseModel):
     """One server. Limits carry the names that Azure ML gives them."""
 
-    # "model_" is a prefix that pydantic keeps for itself unless told otherwise.
+    # "model_" is a prefix that pydantic reserves by default.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     engine: EngineName = "auto"

@@ -159,7 +159,7 @@ class _Rewriting:
         )
 
     def _array(self, name: str) -> NDArray[Any]:
-        """A given tensor's values; what lies in the data file is mapped, not read."""
+        """A tensor's values; those in the data file are mapped, not read."""
         tensor = self.given[name]
         if not tensor.external_data:
             whole: NDArray[Any] = numpy_helper.to_array(tensor)
@@ -229,7 +229,7 @@ Precision = Literal["fp32", "int8", "int4"]
 # Builder options: only the last position's logits are ever read; no look into the user's
 # Hugging Face login; attention windows inside the graph, because our batch keeps whole rows.
 _OPTIONS = ("prune_lm_head=true", "hf_token=false", "windowed_kv_cache=false")
-# What ChatFormat reads, and what other programs expect beside it: byte for byte the originals.
+# What ChatFormat reads, and what other programs expect next to it: byte for byte the originals.
 _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -249,7 +249,7 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
     """
     if not (model_dir / "config.json").is_file():
         raise StageError(
-            f"{model_dir} is not a model folder (no config.json); make one with: phi3 train"
+            f"{model_dir} is not a model folder (no config.json); train a model with: phi3 train"
         )
     _refuse_twin_of_the_head(model_dir)
     started = time.monotonic()
@@ -292,7 +292,7 @@ def _refuse_twin_of_the_head(model_dir: Path) -> None:
                         f"{model_dir} cannot be converted to ONNX: {name} has {shape[0]} outputs, "
                         "as many as the vocabulary has tokens, so the converter would take it for "
                         "the output matrix and the answers would be garbage. "
-                        "Serve it without conversion with: serve.engine=transformers"
+                        "Serve it unconverted with: serve.engine=transformers"
                     )
 
 
@@ -314,8 +314,8 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
         raise MissingExtraError(error.name or "onnxruntime-genai", "local") from None
     except Exception as error:
         # The builder raises whatever its parts raise, plain Exception included.
-        logger.debug("the builder said:\n%s", said.getvalue(), exc_info=True)
+        logger.debug("the builder printed:\n%s", said.getvalue(), exc_info=True)
         raise StageError(
             f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
-            "Serve it without conversion with: serve.engine=transformers"
+            "Serve it unconverted with: serve.engine=transformers"
         ) from None

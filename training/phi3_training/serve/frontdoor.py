@@ -47,7 +47,7 @@ _DRAIN_SECONDS = 2.0
 
 
 class TooManyPendingError(Exception):
-    """More requests are pending than the endpoint takes."""
+    """More requests are pending than the endpoint accepts."""
 
 
 class BodyTooLargeError(Exception):
@@ -59,7 +59,7 @@ class ClientGoneError(Exception):
 
 
 class Pending:
-    """Counts the requests in the house; Azure ML takes twice the concurrency, then says 429."""
+    """Counts the pending requests; Azure ML accepts twice the concurrency, then returns 429."""
 
     def __init__(self, concurrency: int) -> None:
         self._most = 2 * concurrency
@@ -67,7 +67,7 @@ class Pending:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold a place; raises TooManyPendingError when there is none."""
+        """Reserve a slot; raises TooManyPendingError if there is none."""
         if self.count >= self._most:
             raise TooManyPendingError
         self.count += 1
@@ -302,7 +302,7 @@ class _Visit:
     def leave(self) -> None:
         """Note that the client went away before its answer was complete."""
         if not self._ended:
-            self.status = f"{self.status or 'no answer'}, client left"
+            self.status = f"{self.status or 'no answer'}, client disconnected"
 
     async def time_out(self) -> None:
         """408, or, where a stream has begun, an error event at its end."""

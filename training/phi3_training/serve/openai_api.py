@@ -53,7 +53,7 @@ class ChatMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream shall carry beside the text."""
+    """What a stream carries in addition to the text."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,6 +1,6 @@
 """Starts the endpoint as a process that outlives its parent, and stops exactly that process.
 
-Writes the settings and status files beside the log (mode 0600). The key travels through a pipe.
+Writes the settings and status files next to the log (mode 0600). The key travels through a pipe.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def start(
     process = _spawn(settings, log_path, f"{key}\n{upstream_key or ''}\n")
     try:
         status = _wait(process, status_file, config, log_path, wait_seconds)
-    except BaseException:  # Ctrl-C too: a server that nobody knows of must not stay
+    except BaseException:  # Ctrl-C too: an untracked server must not stay
         process.kill()
         process.wait()
         raise
@@ -87,7 +87,7 @@ def stop(pid: int, create_time: float, timeout: float = 40.0) -> bool:
         _collect(pid)
         return False
     if not processes.end([process], timeout):
-        raise StageError(f"The endpoint's process {pid} does not end, not even by SIGKILL")
+        raise StageError(f"The endpoint's process {pid} does not exit, even after SIGKILL")
     _collect(pid)
     return True
 

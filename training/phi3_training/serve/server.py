@@ -1,4 +1,4 @@
-"""Runs the endpoint: binds the port, loads the engine, serves until told to stop, then drains.
+"""Runs the endpoint: binds the port, loads the engine, serves until stopped, then drains.
 
 Reads the settings file and, for the keys, its standard input or the environment; writes a status
 file with the port it got. Logs to standard error.
@@ -35,7 +35,7 @@ from .loading import load_engine
 from .openai_api import add_openai
 from .score_api import add_score, error_body, swagger
 
-# The application: routes of the model's container behind the imitated front door.
+# The application: routes of the model's container behind an emulated Azure front end.
 
 
 def create_app(engine: Engine, config: ServerConfig, *, key: str) -> App:
@@ -169,7 +169,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise UsageError(
             f"Port {port} on {host} cannot be used ({error.strerror or error}); "
-            "choose another with serve.port=PORT, or 0 for any free one"
+            "choose another with serve.port=PORT, or 0 for any free port"
         ) from None
     return listener
 
@@ -198,7 +198,7 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
 
 @contextmanager
 def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more; by then all is done."""
+    """uvicorn re-raises the signal that stopped it; by then all is done."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     try:
@@ -212,8 +212,8 @@ def _announce(config: ServerConfig, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     logger.info(
-        "%s answers at http://%s:%d/score and, as OpenAI's API, at http://%s:%d/v1; "
-        "Ctrl-C or SIGTERM ends it when running requests are finished",
+        "serving %s at http://%s:%d/score and, as OpenAI's API, at http://%s:%d/v1; Ctrl-C or "
+        "SIGTERM stops it after the running requests",
         *(config.model_name, host, port, host, port),
     )
     if config.status_file is not None:

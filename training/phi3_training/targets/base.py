@@ -111,7 +111,7 @@ class Target(Protocol):
 
 
 class CloudTarget(Target, Protocol):
-    """A target away from this machine: what it makes bills, and is asked for over the network."""
+    """A target away from this machine: what it creates bills and is queried over the network."""
 
     def provide(
         self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool

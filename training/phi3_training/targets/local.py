@@ -54,13 +54,13 @@ class LocalTarget:
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
         engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
-        model = "a tiny Phi-3, made here" if recipe.model.is_tiny else recipe.model.name_or_path
+        model = "a tiny Phi-3, trained here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
             PlanLine("finetune", f"{recipe.finetune.method}, on this machine"),
             PlanLine("deploy", f"engine {engine}: {reason}"),
             *memory_plan(recipe, this_device(), row_sizes(recipe, run)),
-            PlanLine("cost", f"nothing is billed; {run.path} and one server process are yours"),
+            PlanLine("cost", f"nothing is billed; phi3 creates {run.path} and one server process"),
         ]
 
     def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
@@ -213,7 +213,7 @@ def _lives(endpoint: EndpointManifest) -> bool:
 def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerConfig, str, str]:
     """What the server needs to serve this run's model, the engine and the reason for it.
 
-    Converts the model to ONNX where the engine wants it and that has not been done yet.
+    Converts the model to ONNX if the engine needs it and that has not been done yet.
     """
     model = run.require(ModelManifest)
     engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
@@ -238,8 +238,8 @@ def _adapters(run: Run, model: ModelManifest) -> dict[str, Any]:
 
     if model.adapter is None:
         raise StageError(
-            f"The model of the run {run.name!r} was trained whole, so no adapters can be served "
-            "beside it: train with finetune.method=lora, or set serve.adapters=false"
+            f"The model of the run {run.name!r} was trained with method full, so no adapters can "
+            f"be served with it: train with finetune.method=lora, or set serve.adapters=false"
         )
     named = {adapter.name: adapter.path for adapter in list_adapters(run) if adapter.fits}
     if not named:

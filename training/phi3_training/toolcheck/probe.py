@@ -1,4 +1,4 @@
-"""Looks for the tool the way Prompt flow does; a program of its own, run where the wheel is.
+"""Looks for the tool the way Prompt flow does; a separate program, run where the wheel is.
 
 `python -I probe.py FOLDER` prints a JSON list of findings (check, ok, said, fix) as its last line.
 Imports nothing of this project by itself: what it reports on must come from FOLDER.
@@ -56,7 +56,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         said = _why(f"run {point.value}()", error)
         raise FaultError("listing", said, f"look at {point.value}") from None
     if not tools:
-        said = f"{point.value}() lists no tool: no description of one was found"
+        said = f"{point.value}() lists no tool: no tool description was found"
         fix = "look at phi3_tool/yamls/*.yaml and at `package_data` in setup.py"
         raise FaultError("listing", said, fix)
     yield "listing", True, f"{len(tools)} listed: {', '.join(tools)}", ""

@@ -1,1 +1,2 @@
-"""What is checked of a finished model: an export against it, and its tokens along the road."""
+"""What is checked of a finished model: an export compared with it, and its tokens in every "
+"place."""

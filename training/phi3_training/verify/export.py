@@ -32,7 +32,7 @@ from ..serve.engines.batch import StepModel
 from ..serve.export import Precision, converted
 from .parity import Vocabulary, golden
 
-# Holds how two models go on with the same prompts against each other, token by token.
+# Compares how two models continue the same prompts, token by token.
 # Pure: works on step models and ids; reads and writes nothing.
 
 Logits = NDArray[np.float32]
@@ -57,7 +57,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Deviation:
-    """One prompt: mean KL over its answer, tokens chosen alike, the first one that is not."""
+    """One prompt: mean KL over its answer, the number of equal tokens, the first different one."""
 
     prompt: str
     kl: float
@@ -112,7 +112,7 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
     return result
 
 
-# How far an export may be from what it was made of, and why so far.
+# How far an export may differ from the original, and why.
 
 Format = Literal["merged", "onnx-int4", "onnx-int8", "onnx-fp32"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -130,24 +130,34 @@ _ROUNDED = "each weight is rounded to the nearest {}; that is noise, not a trend
 # Merging in exactly the number type of the training. The rounding of a weight is uniform within
 # half a step, so its share is about step/sqrt(12): 1e-3 for bfloat16, 1.4e-4 for float16.
 MERGED: dict[str, Limits] = {
-    "float32": Limits(0.999, 1e-6, 1e-5, 0.0, 1e-6, 1e-3, "float32 adds exactly but for 1e-7"),
+    "float32": Limits(0.999, 1e-6, 1e-5, 0.0, 1e-6, 1e-3, "float32 sums are exact to about 1e-7"),
     "float16": Limits(0.99, 1e-3, 1e-2, 0.02, 4e-4, 0.5, _ROUNDED.format("float16")),
     "bfloat16": Limits(0.98, 1e-2, 1e-1, 0.02, 3e-3, 0.5, _ROUNDED.format("bfloat16")),
 }
 
 ONNX: dict[str, Limits] = {
     "onnx-fp32": Limits(
-        0.999, 1e-5, 1e-4, 0.0, 0.0, 0.0, "the same sums in another order: only ties may fall apart"
+        0.999,
+        1e-5,
+        1e-4,
+        0.0,
+        0.0,
+        0.0,
+        "the same sums in another order: only near-ties may differ",
     ),
     # Measured on SmolLM2-135M: 90 % of the tokens, mean KL 0.05, nine parts in ten of it from the
     # activations (with 8-bit weights alone: 97 %, 0.005).
-    "onnx-int8": Limits(
-        0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "eight bits for a weight and for what it is multiplied by"
-    ),
+    "onnx-int8": Limits(0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "eight bits per weight and per activation"),
     # Measured on the tiny Phi-3: 93 % of the tokens, mean KL 0.03, 2 of 39 answers lost. A broken
     # conversion is far outside: KL above 1, next to no answer left.
     "onnx-int4": Limits(
-        0.85, 0.1, 1.0, 0.1, 0.0, 0.0, "four bits for a weight: words swap where it is unsure"
+        0.85,
+        0.1,
+        1.0,
+        0.1,
+        0.0,
+        0.0,
+        "four bits per weight: tokens change where the model is unsure",
     ),
 }
 
@@ -239,7 +249,7 @@ def behaviour(
     problems = []
     if agreement < limits.token_agreement:
         problems.append(
-            f"only {agreement:.2%} of the tokens are chosen alike (at least "
+            f"only {agreement:.2%} of the tokens are the same (at least "
             f"{limits.token_agreement:.1%}); worst prompt: {_told(least, token, sides)}"
         )
     if mean_kl > limits.mean_kl:
@@ -282,7 +292,7 @@ def answers(
         return figures, []
     shown = ", ".join(repr(name[:60]) for name in lost[:3])
     return figures, [
-        f"exact match on {rows} held-out rows falls by {-delta:.1%} "
+        f"exact match on {rows} held-out rows drops by {-delta:.1%} "
         f"(at most {limits.lost_answers:.1%}); lost: {shown}"
     ]
 
@@ -295,8 +305,8 @@ def weights(found: Sequence[LayerFigures], limits: Limits, dtype: str) -> tuple[
     wrong = [layer for layer in found if layer.dtype != dtype]
     if wrong:
         problems.append(
-            f"{len(wrong)} weights are {wrong[0].dtype}, but the model was trained and is to be "
-            f"merged in {dtype}; the first: {wrong[0].name}"
+            f"{len(wrong)} weights are {wrong[0].dtype}, but the model was trained in {dtype} and "
+            f"must be merged in it; the first: {wrong[0].name}"
         )
     if by_weights[0].weights > limits.weights:
         problems.append(
@@ -327,7 +337,7 @@ def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str])
     )
 
 
-# Exports one format of a run's model and holds it against what it was made of.
+# Exports one format of a run's model and compares it with the original.
 # Reads run/base, run/adapter and run/model; writes run/onnx-<precision> and export-<format>.json.
 
 
@@ -350,7 +360,7 @@ def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
 
 
 class _Exam:
-    """The same questions for both models, and what the first one said."""
+    """The same questions for both models, and the first one's answers."""
 
     def __init__(self, run: Run, folder: Path, progress: Progress) -> None:
         self._chat = ChatFormat.from_folder(folder)
@@ -415,7 +425,7 @@ def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> Export
     quiet_libraries()
     dtype = str(model.settings["dtype"])
     if model.adapter is None:
-        note = "all weights were trained: there is no adapter that could be merged wrongly"
+        note = "all weights were trained, so there is no merged adapter to check"
         return ExportCheck(passed=True, problems=[], note=note)
     base = run.path / run.require(BaseManifest).path
     limits = MERGED[dtype]

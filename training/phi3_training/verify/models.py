@@ -1,4 +1,4 @@
-"""Loads the models that are compared, and holds merged weights against base plus adapter.
+"""Loads the models that are compared, and compares merged weights with base plus adapter.
 
 Reads the run's model folders; the only module here that imports torch and safetensors.
 """
@@ -30,11 +30,11 @@ class Layer:
 
 
 def unmerged(base: Path, adapter: Path) -> Any:
-    """The base with the adapter beside it, in float32. StageError when the adapter is missing."""
+    """The base with the adapter applied, in float32. StageError when the adapter is missing."""
     if not (adapter / "adapter_config.json").is_file():
         raise StageError(
             f"{adapter} is not an adapter (no adapter_config.json), so the merged model cannot be "
-            "held against it; train again with: phi3 train"
+            f"compared with it; train again with: phi3 train"
         )
     try:
         model = with_adapter(base, adapter, torch.float32)
@@ -54,7 +54,7 @@ def merged_rows(folder: Path) -> CachedRows:
 
 
 def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
-    """Each weight of `merged` held against `model`, whose adapter is merged here in float32.
+    """Each weight of `merged` compared with `model`, whose adapter is merged here in float32.
 
     Raises StageError when a weight is missing. `model` is used up.
     """
@@ -66,11 +66,11 @@ def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
                 was = before[name].get_tensor(name) if name in before else None
                 yield _layer(name, expected.cpu(), after[name].get_tensor(name), was)
             elif not name.startswith("lm_head"):  # that one may be the embedding's
-                raise StageError(f"{merged} lacks the weight {name}; train again: phi3 train")
+                raise StageError(f"{merged} lacks the weight {name}; train again with: phi3 train")
 
 
 def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The file in which each weight of a folder lies."""
+    """The file that contains each weight of a folder."""
     files = [
         stack.enter_context(safe_open(path, framework="pt"))
         for path in sorted(folder.glob("*.safetensors"))

@@ -34,11 +34,11 @@ from ..serve.engines.upstream import Upstream
 from ..serve.server import create_container
 
 # The golden set: conversations whose tokens must be the same in training and in serving.
-# Each one stands for a way in which templates, tokenizers and clients have been seen to differ.
+# Each one represents a way in which templates, tokenizers and clients have been seen to differ.
 
 Messages = tuple[dict[str, str], ...]
 
-# The answer that training rows end with; what is compared stands in front of it.
+# The answer that training rows end with; what is compared comes before it.
 ANSWER = "Yes, of course."
 _SENTENCE = "The quick brown fox jumps over the lazy dog, 1 234 times. "
 _LONGEST = 2000
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def spoken(self) -> Messages:
-        """The messages that are written: an empty system prompt is no turn."""
+        """The messages that are encoded: an empty system prompt is not a turn."""
         return tuple(m for m in self.messages if m["role"] != "system" or m["content"].strip())
 
     @property
@@ -140,7 +140,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Token:
-    """A token in a report; None stands for the end of the prompt."""
+    """A token in a report; None means the end of the prompt."""
 
     id: int
     text: str
@@ -282,7 +282,7 @@ def forged(case: Case, ids: list[int], harmless: list[int], names: Vocabulary) -
 
 
 # The serving side: golden conversations sent through the server's own code, without weights.
-# A request goes the whole way (client, JSON, route, chat format, batcher); a recorder stands in the
+# A request goes the whole way (client, JSON, route, chat format, batcher); a recorder takes the
 # model's place and keeps the ids that it is handed. Reads the served folder's format only.
 
 _SCORE, _OPENAI = "/score", "/v1/chat/completions"
@@ -428,7 +428,7 @@ def places_of_folder(folder: Path) -> Places:
 
 def _with_onnx(base: Path, model: Path, candidates: Sequence[Path]) -> Places:
     onnx = tuple(path for path in candidates if (path / "genai_config.json").is_file())
-    missing = "no ONNX folder yet; make one with: phi3 export --to onnx-fp32"
+    missing = "no ONNX folder yet; create one with: phi3 export --to onnx-fp32"
     return Places(base, model, onnx, {} if onnx else {"engine onnxruntime": missing})
 
 
@@ -549,7 +549,7 @@ def _answered(
     case: Case, row: Trained, ids: list[int], reason: str, names: Vocabulary
 ) -> list[Difference]:
     if row.refused is not None:
-        return [Difference(case.name, f"answered, but the trainer refuses it: {row.refused}")]
+        return [Difference(case.name, f"answered, but the trainer rejects it: {row.refused}")]
     found = first_difference(case.name, row.prompt, ids, names, "the prompt")
     differences = [] if found is None else [found]
     if reason != "stop":

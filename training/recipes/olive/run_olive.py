@@ -34,14 +34,14 @@ def check_adapter(folder: Path) -> str:
     try:
         header = json.loads(content[8 : 8 + size])
     except ValueError:
-        raise FailedError(f"{path} is no safetensors file") from None
+        raise FailedError(f"{path} is not a safetensors file") from None
     spans = [entry["data_offsets"] for name, entry in header.items() if "lora_B" in name]
     if not spans:
-        raise FailedError(f"{path} holds no LoRA weights")
+        raise FailedError(f"{path} contains no LoRA weights")
     learnt = sum(any(content[8 + size + a : 8 + size + b]) for a, b in spans)
     if learnt < len(spans) or len(content) < 8 + size + max(end for _, end in spans):
         raise FailedError(
-            f"{path}: {len(spans) - learnt} of {len(spans)} LoRA weights learnt nothing"
+            f"{path}: {len(spans) - learnt} of {len(spans)} LoRA weights are still zero"
         )
     return f"LoRA r={config.get('r')}, {len(spans)} weights: {path.parent}"
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run Olive on a run of phi3; check its files.")
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} (all)")
     parser.add_argument("--run", type=Path, required=True, help="run folder, e.g. runs/phi3-tiny")
-    parser.add_argument("--out", type=Path, default=Path("olive-out"), help="where results go")
+    parser.add_argument("--out", type=Path, default=Path("olive-out"), help="output folder")
     parser.add_argument("--timeout", type=int, default=7200, metavar="SECONDS", help="per step")
     args = parser.parse_args(argv)
     if unknown := set(args.steps) - set(STEPS):
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"olive is not on the PATH; install {HERE / 'requirements.txt'} in a venv")
     run = args.run.resolve()
     if not (run / "model.json").is_file():
-        parser.error(f"{run} is no tuned run (no model.json); make one with: phi3 train")
+        parser.error(f"{run} is not a tuned run (no model.json); create one with: phi3 train")
     failed = 0
     for step in args.steps or STEPS:
         try:
@@ -103,7 +103,9 @@ def run_step(olive: str, step: str, run: Path, out: Path, timeout: int) -> str:
     """Run one configuration in a fresh folder; what was checked, or FailedError."""
     target = out / step
     if target.exists():
-        raise FailedError(f"{target} is there already; old files could be taken for new: remove it")
+        raise FailedError(
+            f"{target} already exists; old files could be mistaken for new ones: remove it"
+        )
     target.mkdir(parents=True)
     config, log = out / f"{step}.json", out / f"{step}.log"
     config.write_text(configuration(step, run, target), encoding="utf-8")
@@ -123,7 +125,7 @@ def run_step(olive: str, step: str, run: Path, out: Path, timeout: int) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = "\n".join(f"          {line[:200]}" for line in lines[-LAST_LINES:])
         status = f"olive exited {done.returncode}"
-        raise FailedError(f"{error} ({status}); its last words in {log}:\n{last}") from None
+        raise FailedError(f"{error} ({status}); the end of its log {log}:\n{last}") from None
 
 
 def configuration(step: str, run: Path, target: Path) -> str:
@@ -155,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         raise FailedError(f"{path} is not JSON") from None
     if not isinstance(content, dict):
-        raise FailedError(f"{path} is no JSON object")
+        raise FailedError(f"{path} is not a JSON object")
     return content
 
 

@@ -63,7 +63,7 @@ class _Shared:
             ).eval()
 
     def add(self, key: str, name: str, folder: Path) -> None:
-        """Load one more adapter beside the others."""
+        """Load one more adapter next to the others."""
         with _loading(name, folder):
             self.model.load_adapter(folder, adapter_name=key, local_files_only=True)
         self.model.eval()

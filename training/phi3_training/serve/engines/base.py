@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(Exception):
-    """The engine could not answer; `status` is what its HTTP server would have said.
+    """The engine could not answer; `status` is what its HTTP server would return.
 
     `echoes`: the text may repeat the caller's own words, so it belongs in a body only.
     """
@@ -40,13 +40,13 @@ class PromptTooLongError(InvalidPromptError):
 
 
 class UpstreamRefusalError(InvalidPromptError):
-    """The server behind the `upstream` engine refused the request, in its own words."""
+    """The upstream server rejected the request, in its own words."""
 
     echoes = True
 
 
 class UpstreamError(EngineError):
-    """The server behind the `upstream` engine failed or cannot be reached."""
+    """The upstream server failed or cannot be reached."""
 
     def __init__(self, message: str, status: int = 502) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
 """Continuous batching: one owner thread runs a step model for every answer being written.
 
 New answers join between two steps, finished and abandoned ones leave at once; nobody waits for a
-batch to end. Long prompts are read in parts, between which answers go on and shorter prompts pass.
+batch to end. Long prompts are read in parts; answers continue and shorter prompts pass in between.
 Threads: `submit` and `cancel` from anywhere, the step model only from the owner.
 """
 
@@ -98,9 +98,9 @@ class Sampler:
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens taken in between two steps: bounds how long running answers stand still.
+# Prompt tokens processed between two steps: bounds how long running answers wait.
 PREFILL_BUDGET = 256
-# A longer prompt is read in parts of so many tokens. 512 tokens in four parts took no longer
+# A longer prompt is read in parts of this many tokens. 512 tokens in four parts took no longer
 # than at once (8-bit 135 M model).
 PART_TOKENS = 128
 
@@ -199,7 +199,7 @@ def deliver(mail: Sequence[Mail]) -> None:
         own = [(job, item) for job, item in mail if job.loop is loop]
         try:
             loop.call_soon_threadsafe(_post_all, own)
-        except RuntimeError:  # the loop is closed: nobody is listening any more
+        except RuntimeError:  # the loop is closed: the client is gone
             for job, _ in own:
                 job.cancelled = True
 
@@ -389,7 +389,7 @@ class Batcher:
         self._reading = {}
         self._model.reset()
         self._send()
-        failure = EngineError("The model failed while it was writing this answer.")
+        failure = EngineError("The model failed while generating this answer.")
         deliver([(job, failure) for job in rows])
 
     def _end_all(self, reason: str) -> None:

@@ -1,6 +1,6 @@
-"""Several models behind one endpoint, chosen by name: the default one and its siblings.
+"""Several models at one endpoint, selected by name: the default one and others.
 
-Reads and writes nothing; the models are engines that somebody else loaded.
+Reads and writes nothing; the models are engines that are already loaded.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class BatchedSession:
 
     The graph's attention reads each row up to its own length, so rows of any age share a batch;
     it writes new keys and values in place, because past and present are the same memory.
-    Logits are valid until the next call: they lie where the graph left them.
+    Logits are valid until the next call: they are in the graph's own output buffer.
     """
 
     def __init__(self, onnx_dir: Path, decoder: dict[str, Any], threads: int) -> None:
@@ -108,7 +108,7 @@ class BatchedSession:
         self._buffers: list[np.ndarray[Any, Any]] = []
         self._lengths: list[int] = []
         self._reserved: list[int] = []
-        # Lengths of the rows whose prompts are being read, in memory of their own.
+        # Lengths of the rows whose prompts are being read, in separate memory.
         self._open: list[int] = []
         self._binding: tuple[int, Any] | None = None
 
@@ -130,7 +130,7 @@ class BatchedSession:
     def add_in_parts(
         self, ids: Sequence[int], length: int, part: int
     ) -> Generator[Logits | None, None, None]:
-        """See `batch.PartwiseModel`. Read into memory of its own, copied to the rows at the end."""
+        """See `batch.PartwiseModel`. Read into separate memory, copied to the rows at the end."""
         own = [self._zeros(1, len(ids)) for _ in self._names]
         self._open.append(length)
         try:

@@ -47,7 +47,7 @@ def share_limit(model_dir: Path) -> int | None:
 
 logger = logging.getLogger(__name__)
 
-# Longer prompts are tokenised in a thread, so that other streams do not stand still.
+# Longer prompts are tokenised in a thread, so that other streams do not stall.
 _LONG_PROMPT = 20_000
 # JSON can spell these; they are no text, and the tokenizer cannot take them.
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")

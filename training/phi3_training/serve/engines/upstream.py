@@ -69,7 +69,7 @@ class Upstream:
             yield reading.last()
         except httpx.HTTPError as error:
             raise UpstreamError(
-                f"The server behind this endpoint cannot be reached or broke off "
+                f"The server behind this endpoint cannot be reached or closed the connection "
                 f"({type(error).__name__}); check that it runs and that serve.upstream_url is right"
             ) from None
         finally:

@@ -163,7 +163,7 @@ class ModelAnswers:
             self.seen[match[1].lower(), match[2]] = properties
 
     def properties(self, name: str, version: str) -> Mapping[str, object]:
-        """What was answered about a model version; empty where it was not asked for."""
+        """What was returned about a model version; empty if it was not requested."""
         return self.seen.get((name.lower(), version), {})
 
 
@@ -278,7 +278,7 @@ class Clients:
 
     def _ml(self, **where: Any) -> MLClient:
         # azure-ai-ml reads these two when it is imported, and never again; its own defaults let the
-        # pause between two looks at a job grow from 2 to 60 s. Values that somebody set stay.
+        # pause between two looks at a job grow from 2 to 60 s. Values set by the user stay.
         seconds = str(max(1, round(self.poll.job_interval)))
         os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
         os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)
@@ -302,7 +302,7 @@ class Clients:
             "retry_total": self.poll.retry_total,
             "retry_backoff_factor": self.poll.retry_backoff_factor,
             # Without it each change of a cluster or an endpoint lasts at least 30 s, the SDK's own
-            # pause between polls. Deployments poll every 5 s whatever is said here.
+            # pause between polls. Deployments poll every 5 s regardless.
             "polling_interval": self.poll.interval,
             "logging_enable": False,
         }

@@ -43,7 +43,7 @@ def data_files(run: Run) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """What a job gets: a folder of chats, and beside it a recipe whose paths count from there.
+    """What a job gets: a folder of chats, and next to it a recipe whose paths are relative to it.
 
     The two are separate inputs, so that another learning rate does not upload the chats again.
     """
@@ -127,8 +127,8 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise StageError(
-            f"{source} cannot be copied for the job: {error.strerror}; "
-            "make room or set permissions there, then run the same command again"
+            f"{source} cannot be copied for the job: {error.strerror}; free disk space or fix the "
+            f"permissions, then run the same command again"
         ) from None
 
 
@@ -165,7 +165,7 @@ def train_job(clients: Clients, recipe: Recipe, run: Run, name: str, machines: M
         inputs["base"] = Input(type="uri_folder", path=str(base))
         words.append("--base ${{inputs.base}}")
     words += ["--run-output ${{outputs.run}}", "--model-output ${{outputs.model}}"]
-    # Uploaded when the command has ended, so that nobody takes a half-written file for a whole one.
+    # Uploaded after the command has ended, so that no half-written file is read.
     outputs = {
         RUN_OUTPUT: Output(type="uri_folder", path=output_path(name, RUN_OUTPUT), mode="upload"),
         MODEL_OUTPUT: Output(

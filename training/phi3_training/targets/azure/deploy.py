@@ -1,4 +1,4 @@
-"""The stage `deploy`: a deployment beside the old ones, asked through its header, then the traffic.
+"""The stage `deploy`: a new deployment, asked through its header, then given the traffic.
 
 Reads the manifests `model` and `registration`; writes `endpoint` and <run>/azure/serve, copies of
 the package's sources that Azure ML uploads once per content. An endpoint that exists is never
@@ -123,14 +123,15 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     move_traffic(clients, section, target.endpoint, {target.name: 100}, progress)
     idle = _delete_surplus(clients, section, run, target, progress)
     choices = [
-        f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment was "
-        "asked through its header before it got the traffic",
+        f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment "
+        f"answered through its header before it got the traffic",
         f"{settings.instance_count} x {settings.instance_type} bills until it is deleted: "
         "phi3 down --on azure",
     ]
     if idle:
         choices.append(
-            f"without traffic, but billing: {', '.join(idle)}; delete: phi3 down --on azure --idle"
+            f"without traffic, but billing: {', '.join(idle)}; delete with: phi3 down --on azure "
+            f"--idle"
         )
     return EndpointManifest(
         target=AZURE,
@@ -165,7 +166,7 @@ def ensure_endpoint(
         auth_mode = str(existing.auth_mode).lower()
         if auth_mode != wanted:
             raise StageError(
-                f"The endpoint {name} exists with the sign-in {auth_mode}, the recipe asks for "
+                f"The endpoint {name} exists with the auth mode {auth_mode}, the recipe requires "
                 f"{wanted}, and Azure cannot change it: set azure.endpoint.auth_mode={auth_mode}, "
                 "or another azure.endpoint.name"
             )
@@ -219,7 +220,7 @@ def ensure_deployment(
         if not held or held.endswith((arm_id, f":{model.name}:{model.version}".lower())):
             return "exists"
     if existing is not None and state_of(existing) == "failed":
-        # It bills, and does not recover by itself. It answers nobody, so nothing is lost.
+        # It bills and does not recover by itself. It answers no requests, so nothing is lost.
         delete_deployment(clients, section, target, progress)
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
@@ -353,7 +354,7 @@ def access_to(clients: Clients, name: str) -> Access:
         keys = clients.ml.online_endpoints.get_keys(name)
         key = getattr(keys, "primary_key", None) or getattr(keys, "access_token", None)
         if not key:
-            raise StageError(f"The endpoint {name} gives no key; look at its authentication")
+            raise StageError(f"The endpoint {name} returned no key; check its auth mode")
         return Access(url, key=str(key))
 
 
@@ -383,7 +384,7 @@ def _first_answer(
                     lines = "".join(f"\n  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
                     log_end = f"\nThe end of its log:{lines}" if lines else ""
                     raise StageError(
-                        f"The deployment {target.name} of {target.endpoint} is up but gives no "
+                        f"The deployment {target.name} of {target.endpoint} is up but does not "
                         f"answer, so it gets no traffic: {error}{log_end}\nIt bills until it is "
                         "deleted: phi3 down --on azure --idle"
                     ) from None
@@ -426,8 +427,8 @@ def move_traffic(
         if traffic_shares(updated.traffic) == traffic_shares(wanted):
             return True
     raise StageError(
-        f"The endpoint {endpoint_name} does not take its new traffic; it keeps the old. "
-        "Run the same command again"
+        f"The endpoint {endpoint_name} did not accept the new traffic shares and keeps the old "
+        f"ones. Run the same command again"
     )
 
 
@@ -442,8 +443,8 @@ def check_traffic(wanted: Mapping[str, int], deployments: list[str]) -> None:
     missing = [name for name in shares if name not in deployments]
     if missing:
         raise StageError(
-            f"There is no deployment {', '.join(missing)} to take traffic; "
-            f"deployments: {', '.join(deployments) or 'none'}"
+            f"There is no deployment {', '.join(missing)} to send traffic to; deployments: "
+            f"{', '.join(deployments) or 'none'}"
         )
     total = sum(shares.values())
     if total not in (0, 100):

@@ -1,6 +1,6 @@
 """What Azure's refusals mean: one StageError with the code, Azure's own words and the fix.
 
-Everything that Azure said passes `scrub` first: no signature, key or token reaches a user or a log.
+Everything from Azure passes `scrub` first: no signature, key or token reaches a user or a log.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def scrub(text: str) -> str:
 
 
 _SERVER = (
-    "this is a fault of Azure's own: run the same command again in a few minutes; nothing is "
+    "this is an error on Azure's side: run the same command again in a few minutes; nothing is "
     "created twice"
 )
 # Azure's error code in lower case, and what fixes it. Where an error has an inner code, that one
@@ -56,24 +56,24 @@ FIXES = {
     "internalservererror": _SERVER,
     "internalerror": _SERVER,
     "serviceunavailable": _SERVER,
-    "outofquota": "ask for quota (phi3 azure quota --request), or take a size or region that has "
+    "outofquota": "request quota (phi3 azure quota --request), or use a size or region that has "
     "some: azure.compute.size, azure.endpoint.instance_type, azure.location",
-    "quotaexceeded": "ask for quota (phi3 azure quota --request) or free what uses it (phi3 status "
-    "--on azure)",
-    "outofcapacity": "the region has no such machine free now: try later, another size or another "
+    "quotaexceeded": "request quota (phi3 azure quota --request) or free what uses it (phi3 "
+    "status --on azure)",
+    "outofcapacity": "the region has no such machine available now: try later, or another size or "
     "azure.location",
-    "skunotavailable": "the size does not exist in this region: another size or azure.location",
+    "skunotavailable": "the size does not exist in this region: use another size or azure.location",
     "badargument": "the message names the value that was refused",
     "authorizationfailed": "you lack a role: ask an owner of the subscription for Contributor "
     "on the resource group, and for User Access Administrator to assign roles; a new role takes "
     "effect after some minutes",
-    "linkedauthorizationfailed": "you may not use the identity: ask for Managed Identity Operator "
-    "on it",
+    "linkedauthorizationfailed": "you are not allowed to use the identity: you need the role "
+    "Managed Identity Operator on it",
     "roleassignmentupdatenotpermitted": "the role assignment belongs to another identity; delete "
     "it",
     # Microsoft Entra copies a new identity to its other regions, which takes a moment.
-    "principalnotfound": "the identity is so new that not every region knows it: run the same "
-    "command again in a minute",
+    "principalnotfound": "the new identity has not reached every region yet: run the same command "
+    "again in a minute",
     "subscriptionnotfound": "check azure.subscription_id (yours: az account list) and the tenant",
     "invalidauthenticationtoken": "sign in again: az login",
     "invalidauthenticationtokentenant": "the subscription is in another tenant: "
@@ -84,17 +84,18 @@ FIXES = {
     "resourcegroupnotfound": "create it with: phi3 azure provision",
     "resourcenotfound": "it does not exist; create it with: phi3 azure provision",
     "invalidresourcelocation": "it exists in another region: set azure.location to that one",
-    "locationnotavailableforresourcetype": "the region does not offer this: another azure.location",
+    "locationnotavailableforresourcetype": "the region does not offer this: use another "
+    "azure.location",
     "vaultalreadyexists": "a deleted key vault keeps its name for up to 90 days: az keyvault "
     "recover or purge, or set azure.key_vault",
-    "storageaccountalreadytaken": "somebody else has that name: set azure.storage_account",
+    "storageaccountalreadytaken": "the name is taken: set azure.storage_account",
     "storageaccountalreadyexists": "the name is taken: set azure.storage_account",
-    "alreadyinuse": "somebody else has that name: set azure.container_registry",
+    "alreadyinuse": "the name is taken: set azure.container_registry",
     "requestdisallowedbypolicy": "a policy of your organisation forbids it; the message names it",
     "scopelocked": "a lock forbids it: az lock list",
     "resourcenotready": "the container did not become ready; its log says why",
     "imagebuildfailure": "the environment's image could not be built; see its log in the studio",
-    "toomanyrequests": "Azure asks to wait: run the same command again in a few minutes",
+    "toomanyrequests": "Azure is throttling: run the same command again in a few minutes",
     "usererror": "the message says what the service did not accept",
     "toocloseinnametodeletedworkspace": "a deleted workspace keeps its name: recover or purge it",
     "workspacesoftdeleted": "a soft-deleted workspace has this name: purge or recover it in the "

@@ -142,7 +142,7 @@ def _find_base(recipe: Recipe, run: Run, uploaded: Path | None, progress: Progre
             if failure.exists():
                 raise StageError(failure.read_text(encoding="utf-8"))
             if time.monotonic() > ends:
-                raise StageError("The base model was not there in time; see the log of process 0")
+                raise StageError("The base model was not ready in time; see the log of process 0")
             time.sleep(0.5)
         return
     failure.unlink(missing_ok=True)  # of an earlier try: Azure ML may restart a job on its machine
@@ -218,13 +218,15 @@ def weights_in(folder: Path, work: Path) -> Path:
     # A catalogue model: data/model and data/tokenizer. One of our jobs: artifacts/model with both.
     weights = _topmost(folder, "config.json", beside="*.safetensors")
     if weights is None:
-        raise StageError(f"{folder.name} holds no weights: expected config.json and *.safetensors")
+        raise StageError(
+            f"{folder.name} contains no weights: expected config.json and *.safetensors"
+        )
     names = ("tokenizer.json", "tokenizer.model")
     if any((weights / name).is_file() for name in names):
         return weights
     tokenizer = next((path for name in names if (path := _topmost(folder, name))), None)
     if tokenizer is None:
-        raise StageError(f"{folder.name} holds no tokenizer: expected tokenizer.json")
+        raise StageError(f"{folder.name} contains no tokenizer: expected tokenizer.json")
     work.mkdir(parents=True, exist_ok=True)
     for source in (tokenizer, weights):  # weights last: theirs is the config.json that counts
         for path in source.iterdir():

@@ -92,8 +92,8 @@ def recorded_jobs(run: Run) -> dict[str, JobRecord]:
         return {}
     except (ValueError, TypeError, AttributeError):
         raise StageError(
-            f"{path} is not a file that phi3 wrote. A job may still be running: look in the "
-            "studio, cancel it there, and delete the file"
+            f"{path} is not a file that phi3 wrote. A job may still be running: check in the "
+            f"studio, cancel it there, and delete the file"
         ) from None
 
 
@@ -155,9 +155,9 @@ def _resumable(
     if status in WORKING or status == "cancelrequested":
         if not same:
             raise StageError(
-                f"The job {record.name} of this run is still at work ({status}), for other "
-                "settings or chats. Wait for it with the settings it has, or end it: "
-                f"phi3 azure cancel --run {run.name}"
+                f"The job {record.name} of this run is still active ({status}), with other "
+                f"settings or chats. Wait for it with its own settings, or cancel it: phi3 azure "
+                f"cancel --run {run.name}"
             )
         return record, job
     # A job that the stage has used already is not used again: to train again means a new job.
@@ -314,7 +314,7 @@ def follow_job(
     """The job when it is completed. StageError for every other end; Ctrl-C leaves it running.
 
     The SDK streams the log, without a time limit, and returns normally for a job that was cancelled
-    or stopped responding; so the status is polled beside it, in this thread.
+    or stopped responding; so the status is polled in this thread as well.
     """
     resume = f"phi3 up --on azure --run {run.name}"
     log_path = run.file("azure", f"{purpose}.log")
@@ -331,9 +331,9 @@ def follow_job(
                 # Two polls, and time to fetch the last lines.
                 stream.join(2 * clients.poll.job_interval + 10)
             except KeyboardInterrupt:
-                console.note(f"The job {name} goes on in Azure, and bills until it ends.")
+                console.note(f"The job {name} is still running in Azure and bills until it ends.")
                 console.note(f"Resume: {resume}")
-                console.note(f"End it: phi3 azure cancel --run {run.name}")
+                console.note(f"Cancel it: phi3 azure cancel --run {run.name}")
                 raise
             finally:
                 tap.close()
@@ -347,8 +347,7 @@ def follow_job(
     if tap.last_lines:
         parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in tap.last_lines))
     parts.append(
-        f"The whole log: {log_path}\n"
-        f"Fix what it names; then the same command starts a new job: {resume}"
+        f"The full log: {log_path}\nFix the cause; then the same command starts a new job: {resume}"
     )
     raise StageError("\n".join(parts))
 
@@ -370,7 +369,7 @@ def _until_done(
             # A 404 counts as transient here: the job was there a moment ago.
             if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
                 raise StageError(
-                    f"The job {name} goes on, but Azure does not answer how far it is: "
+                    f"The job {name} is still running, but its status cannot be read: "
                     f"{message_of(error)}. Resume: {resume}"
                 ) from None
             time.sleep(clients.poll.job_interval)
@@ -384,7 +383,7 @@ def _until_done(
         if seconds > limit:
             raise StageError(
                 f"The job {name} is still {status} after {limit:.0f} s and may bill. Wait longer: "
-                f"{resume}; or end it: phi3 azure cancel --run {run.name}"
+                f"{resume}; or cancel it: phi3 azure cancel --run {run.name}"
             )
         time.sleep(clients.poll.job_interval)
 
@@ -468,7 +467,7 @@ def _read_log(clients: Clients, name: str) -> list[str]:
 
 
 def output_path(job_name: str, output: str) -> str:
-    """Where a job is asked to put an output of ours, so that it can be found without guessing."""
+    """The path a job writes one of our outputs to, so that it can be found without guessing."""
     return f"azureml://datastores/{OUTPUT_STORE}/paths/phi3/{job_name}/{output}"
 
 

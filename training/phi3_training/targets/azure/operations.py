@@ -79,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
     if (code_of(error) or "").lower() in _LASTING_CONFLICTS:
         return False
     status = error.status_code or 0
-    # 409 and 412: something else changed the resource meanwhile. azure-core repeats 408, 429 and
+    # 409 and 412: something else changed the resource. azure-core repeats 408, 429 and
     # 5xx of GET and PUT by itself, and of a POST only 500, 503 and 504; here it has given up.
     return status in (408, 409, 412, 429) or status >= 500
 
@@ -106,7 +106,7 @@ def get_or_none(read: Callable[[], T], doing: str) -> T | None:
 
 
 def state_of(resource: object) -> str:
-    """The provisioning state, in lower case; '' where there is none."""
+    """The provisioning state, in lower case; '' if there is none."""
     state = getattr(resource, "provisioning_state", None)
     if state is None:  # a generic ARM resource has it among its properties
         properties = getattr(resource, "properties", None)
@@ -119,7 +119,7 @@ def state_of(resource: object) -> str:
 def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> None:
     """Wait for a long-running operation: raises what it raises, StageError after `limit` seconds.
 
-    `poller.result(timeout)` is no way to wait: for an endpoint it ends in an AttributeError while
+    `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while
     the operation still runs (azure-ai-ml 1.32 and 1.35).
     """
     started = time.monotonic()
@@ -129,8 +129,8 @@ def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> Non
         note(progress, f"{text}, {seconds:.0f} s")
         if seconds > limit and not poller.done():
             raise StageError(
-                f"{text}: not done after {limit:.0f} s. Azure may still be working on it; "
-                "look with: phi3 status --on azure, and resume with the same command"
+                f"{text}: not done after {limit:.0f} s. Azure may still be working on it; check "
+                f"with: phi3 status --on azure, and resume with the same command"
             )
     poller.wait()
 
@@ -180,7 +180,7 @@ def create(
                     break
                 if time.monotonic() > ends:
                     raise StageError(
-                        f"{doing}: still {state} when the time was up; resume with the same command"
+                        f"{doing}: still {state} at the time limit; resume with the same command"
                     )
                 note(progress, f"{doing}: {state}")
                 time.sleep(pause)
@@ -238,10 +238,10 @@ def delete(
         ) == "deleting":
             if time.monotonic() > ends:
                 raise StageError(
-                    f"{doing}: still being deleted when the time was up; "
-                    "see: phi3 status --on azure"
+                    f"{doing}: still being deleted at the time limit; check with: phi3 status "
+                    f"--on azure"
                 )
-            note(progress, f"{doing}: being deleted")
+            note(progress, f"{doing}: deleting")
             time.sleep(pause)
         if resource is None:
             return True

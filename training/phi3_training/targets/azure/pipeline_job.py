@@ -1,8 +1,8 @@
 """The route `pipeline`: the registry's chat_completion_pipeline on a model of Azure's catalogue.
 
 Finds the model, its sizes for fine-tuning and its own defaults; what the registry says counts, and
-a dated table stands in where it no longer says anything. Parameters are the tutorial's, then the
-model's, then the recipe's; only what the component has as an input is sent, in the type it wants.
+a dated table is used where it no longer lists any. Parameters are the tutorial's, then the
+model's, then the recipe's; only what the component has as an input is sent, in its type.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PIPELINE_OUTPUT = "trained_model"
 _COMPONENT_OUTPUT = "mlflow_model_folder"
 
 # From the models' specifications in Azure/azureml-assets (assets/models/system/<model>/spec.yaml).
-# Their tags with the sizes were removed on 2026-06-16; this is what they said until then.
+# Their tags with the sizes were removed on 2026-06-16; these are their values until then.
 TABLE_DATE = "2026-11-21"
 _NC = ("Standard_NC24ads_A100_v4", "Standard_NC48ads_A100_v4", "Standard_NC96ads_A100_v4")
 _ND_80, _ND_40 = "Standard_ND96amsr_A100_v4", "Standard_ND96asr_v4"
@@ -235,7 +235,9 @@ class Parameters:
             by_source.setdefault(source, []).append(f"{key} {self.values[key]}")
         lines = [f"{', '.join(items)}: {source}" for source, items in by_source.items()]
         if self.dropped:
-            lines.append(f"left out, the component has no such input: {', '.join(self.dropped)}")
+            lines.append(
+                f"left out, because the component has no such input: {', '.join(self.dropped)}"
+            )
         return lines
 
 
@@ -262,7 +264,7 @@ def merge_parameters(
                 if not is_recipe:
                     dropped.append(key)
                 elif key in SET_BY_ROUTE:
-                    faults.append(f"{key}: is set by phi3 from the rest of the recipe")
+                    faults.append(f"{key}: phi3 sets this from the rest of the recipe")
                 else:
                     near = sorted(name for name in inputs if name.startswith(key[:5]))
                     hint = f"; it has {', '.join(near[:5])}" if near else ""
@@ -280,7 +282,7 @@ def merge_parameters(
 
 
 def fitted(value: Scalar, spec: object) -> Scalar:
-    """The value in the type of a component's input. ValueError where it is none of its values.
+    """The value in the type of a component's input. ValueError if it is not an allowed value.
 
     An input with choices is a string, even where they look like numbers (`precision`: "32", "16").
     """

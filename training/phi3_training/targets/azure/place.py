@@ -126,16 +126,16 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
         elif key in DEFAULTS:
             values[key], sources[key] = DEFAULTS[key], "default"
 
-    # All faults at once, so that nobody meets them one by one.
+    # All faults at once, not one by one.
     faults: list[str] = []
     if "subscription_id" not in values:
         faults.append(
-            "subscription_id: is missing; give azure.subscription_id=GUID, or set "
+            "subscription_id: missing; set azure.subscription_id=GUID, or set "
             "AZURE_SUBSCRIPTION_ID, or put the workspace's config.json here "
             "(list your subscriptions: az account list --output table)"
         )
     checked = AzureSection()
-    try:  # once more as a section: values from outside the recipe follow Azure's rules, too
+    try:  # again as a section: values from outside the recipe follow Azure's rules, too
         checked = AzureSection.model_validate(values)
     except ValidationError as error:
         for item in error.errors():
@@ -143,7 +143,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
             message = item["msg"].removeprefix("Value error, ")
             faults.append(f"{key} {values.get(key)!r} (from {sources.get(key, '?')}): {message}")
     if faults:
-        raise RecipeError("The place on Azure", faults)
+        raise RecipeError("The Azure location", faults)
 
     known = {key: getattr(checked, key) for key in VARIABLES}
     workspace = known["workspace_name"]
@@ -167,7 +167,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
 
 
 def _read_config(folder: Path) -> tuple[Mapping[str, object], Path | None]:
-    """The SDK's config.json, where MLClient.from_config would find it; empty where there is none.
+    """The SDK's config.json, where MLClient.from_config would find it; empty if there is none.
 
     A model's folder has a config.json as well, so only one that names a workspace counts.
     """
@@ -222,8 +222,8 @@ def settle(section: AzureSection, run: Run) -> Place:
         ]
         if moved:
             raise UsageError(
-                f"The run {run.name!r} is elsewhere on Azure: now named is {'; '.join(moved)}. "
-                "Work there in another run: --run NAME"
+                f"The run {run.name!r} lives elsewhere on Azure; you now name {'; '.join(moved)}. "
+                f"Use another run for that: --run NAME"
             )
         place = find_place(_with_recorded(section, recorded), os.environ, Path.cwd())
     content = {name: getattr(place, name) for name in _RECORDED_FIELDS}
@@ -253,8 +253,8 @@ def section_of(run: Run) -> AzureSection:
         return AzureSection.model_validate(content or {})
     except ValidationError:
         raise StageError(
-            f"{path} has an azure: section that this version cannot read; "
-            "give the recipe once more: phi3 up RECIPE --on azure"
+            f"{path} has an azure: section that this version cannot read; name the recipe again: "
+            f"phi3 up RECIPE --on azure"
         ) from None
 
 
@@ -274,7 +274,7 @@ def endpoint_name(section: AzureSection, place: Place, run: Run) -> str:
 def deployment_name(section: AzureSection, model: str, version: str) -> str:
     """The recipe's, else one that changes with the model's version and with how it is served.
 
-    A changed model or setting is then a new deployment beside the old one, never an update of the
+    A changed model or setting is then a new deployment next to the old one, never an update of the
     one that has the traffic.
     """
     settings = section.endpoint
@@ -341,8 +341,8 @@ def recorded_resources(run: Run, kind: str | None = None) -> list[RunResource]:
         return []
     except (ValueError, TypeError, KeyError):
         raise StageError(
-            f"{path} is not a list that phi3 wrote. Look in Azure ML Studio for what the run made, "
-            "then delete the file"
+            f"{path} is not a list that phi3 wrote. Look in Azure ML Studio for what the run "
+            f"created, then delete the file"
         ) from None
     return [item for item in resources if kind in (None, item.kind)]
 

@@ -67,13 +67,13 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> C
     choices = [
         *here.choices,
         *(f"connection in {workspace}: {state}" for workspace, state in states.items()),
-        *([] if access.key else ["no key anywhere: the endpoint takes Entra tokens"]),
+        *([] if access.key else ["no key: the endpoint uses Entra tokens"]),
     ]
     return here.model_copy(update={"target": AZURE, "workspaces": list(states), "choices": choices})
 
 
 def is_connected(clients: Clients, run: Run) -> bool:
-    """Whether each of them still leads to the run's endpoint; another run may have taken them."""
+    """Whether each of them still points to the run's endpoint; another run may have taken them."""
     manifest = run.require(ConnectionManifest)
     name, url = manifest.name, manifest.endpoint
     try:
@@ -122,7 +122,7 @@ def write_connection(
 ) -> Outcome | Literal["changed"]:
     """Put the connection into a workspace or project; "exists" where it says the same already.
 
-    Read back afterwards. Raises StageError for somebody else's connection of that name.
+    Read back afterwards. Raises StageError for a connection of that name that phi3 did not write.
     """
     body = connection_body(access)
     existing = read_connection(clients, workspace, name)
@@ -130,8 +130,8 @@ def write_connection(
         return "exists"
     if existing is not None and _metadata(existing).get(WRITER) != _OURS:
         raise StageError(
-            f"{workspace} already has a connection {name} that phi3 did not write; it stays as it "
-            "is. Choose another name with connection.name=NAME"
+            f"{workspace} already has a connection {name} that phi3 did not write, so it was not "
+            f"changed. Choose another name with connection.name=NAME"
         )
     doing = f"Writing the connection {name} into {workspace}"
     try:
@@ -142,21 +142,22 @@ def write_connection(
     written = read_connection(clients, workspace, name)
     if written is None or not _is_same(written, body):
         raise StageError(
-            f"{doing}: read back, it does not say what was written. Write it again with: "
+            f"{doing}: the connection read back differs from what was written. Write it again "
+            f"with: "
             "phi3 connect --on azure"
         )
     return "created" if existing is None else "changed"
 
 
 def read_connection(clients: Clients, workspace: str, name: str) -> Body | None:
-    """The connection with its secrets, as `listsecrets` gives them; None where there is none."""
+    """The connection with its secrets, as `listsecrets` gives them; None if there is none."""
     # A GET never has them, nor has the SDK's own `connections.get`.
     doing = f"Reading the connection {name} of {workspace}"
     return _send(clients, doing, "POST", workspace, name, action="/listsecrets")
 
 
 def connection_url(clients: Clients, workspace: str, name: str) -> str:
-    """The URL that the connection leads to, read without its secrets; '' where there is none."""
+    """The URL that the connection points to, read without its secrets; '' if there is none."""
     doing = f"Looking at the connection {name} of {workspace}"
     connection = _send(clients, doing, "GET", workspace, name)
     return "" if connection is None else str(_metadata(connection).get("endpoint") or "")
@@ -165,7 +166,7 @@ def connection_url(clients: Clients, workspace: str, name: str) -> str:
 def delete_connection(
     clients: Clients, workspace: str, name: str, endpoints: Collection[str]
 ) -> bool:
-    """Delete a connection that phi3 wrote and that leads to one of the endpoints; else False."""
+    """Delete a connection that phi3 wrote and that points to one of the endpoints; else False."""
     connection = read_connection(clients, workspace, name)
     if connection is None or _metadata(connection).get(WRITER) != _OURS:
         return False
@@ -308,5 +309,5 @@ def _in_our_words(doing: str, call: Callable[[], T]) -> T:
         words = message_of(inner) if inner is not None else scrub(str(error).strip())
         raise StageError(
             f"{doing} failed: {words.splitlines()[0] if words else type(error).__name__}.\n"
-            "Fix: run the same command again; a flow that exists is not made twice"
+            "Fix: run the same command again; an existing flow is not created twice"
         ) from None

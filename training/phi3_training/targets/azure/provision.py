@@ -103,8 +103,8 @@ def provision(
     if work.done.failed:
         lines = "\n".join(f"  {step.text()}" for step in work.done.failed)
         raise StageError(
-            f"Not everything could be provisioned:\n{lines}\nWhat was created stays. Fix the above "
-            "and run the same command again (phi3 azure provision shows every step)"
+            f"Not everything could be provisioned:\n{lines}\nWhat was created stays. Fix this and "
+            f"run the same command again (phi3 azure provision shows every step)"
         )
     return work.done
 

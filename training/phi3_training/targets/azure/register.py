@@ -43,7 +43,7 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
     versions = _versions(clients, recipe.name)
     model = _of_job(versions, job_model.job)
     if model is not None:
-        how = "the job's model was registered before"
+        how = "the job's model was already registered"
     else:
         # Chosen here and not by Azure, so that it is on record before the call, and a repeated call
         # meets the same version. Versions that are not whole numbers are somebody else's scheme.
@@ -136,7 +136,7 @@ def _create(
                 with explained(f"Registering the model {name}"):
                     raise
             refusals.append(f"  {source}: {message_of(error)}")
-            log.info("the model is not taken from %s", source)
+            log.info("Azure does not accept the model from %s", source)
         except AzureError:
             with explained(f"Registering the model {name}"):
                 raise
@@ -148,8 +148,8 @@ def _create(
         if not found:
             tried = "\n".join(refusals)
             raise StageError(
-                f"The job {job} has no MLflow model that Azure takes. Tried:\n{tried}\n"
-                "Fix: look at the job's outputs in the studio; train again with: "
+                f"The job {job} has no MLflow model that Azure accepts. Tried:\n{tried}\n"
+                "Fix: check the job's outputs in the studio; train again with: "
                 "phi3 up --on azure --again finetune"
             )
         with explained(f"Registering the model {name} from its download"):

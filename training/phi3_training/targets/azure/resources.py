@@ -72,9 +72,9 @@ STORAGE = ResourceKind(
 DELETION_ORDER = (IDENTITY, REGISTRY, INSIGHTS, LOGS, VAULT, STORAGE)
 # Azure keeps these for a while after they are deleted, and their names with them.
 SOFT_DELETED = {
-    VAULT.what: "kept for up to 90 days, and so is its name; "
-    "az keyvault purge --name {name} frees it, az keyvault recover brings it back",
-    LOGS.what: "kept for 14 days; a new one of that name brings it back",
+    VAULT.what: "retained for up to 90 days with its name; az keyvault purge --name {name} frees "
+    "the name, az keyvault recover restores it",
+    LOGS.what: "retained for 14 days; creating one with that name restores it",
 }
 
 
@@ -323,7 +323,7 @@ def ensure_grant(clients: Clients, grant: Grant) -> Outcome:
             operations.create(grant.scope, grant.name, body)
         except AzureError as error:
             code = (code_of(error) or "").lower()
-            if code == "roleassignmentexists":  # made by somebody else under another name
+            if code == "roleassignmentexists":  # created by someone else under another name
                 return "exists"
             # An identity that was created a moment ago is not known everywhere yet.
             if not tries_left or not (is_transient(error) or code == "principalnotfound"):

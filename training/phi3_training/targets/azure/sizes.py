@@ -39,7 +39,7 @@ class Size:
 # GPUs, cores and families: Azure ML's "Managed online endpoints SKU list" and "VM sizes", as of
 # 2026-11-21. Family names are spelled as `usages` answers them; even their spaces differ.
 # For scale: a model of 3.8 billion parameters in bf16 takes 7.6 GB, so serving fits every GPU here;
-# a T4 has no bf16 and no flash attention 2. LoRA wants the 80 GB, which is also the smallest size
+# a T4 has no bf16 and no flash attention 2. LoRA needs the 80 GB, which is also the smallest size
 # on the catalogue's list for fine-tuning.
 # Prices: US dollars per hour and machine, Linux, pay as you go, from the Azure Retail Prices API on
 # this date in this region. Only two sizes have a price that more than one source agrees on; for all
@@ -166,7 +166,7 @@ class Price:
     def text(self) -> str:
         """A few words for a line of the plan or of the status."""
         if self.per_hour is None:
-            return f"price of {self.size} not known here: see {PRICE_PAGE}"
+            return f"price of {self.size} unknown: see {PRICE_PAGE}"
         month = self.per_hour * _HOURS_PER_MONTH
         return (
             f"{self.per_hour:.2f} USD per hour, {month:,.0f} per month if left on "
@@ -216,7 +216,7 @@ def cores_needed(size: Size, instances: int, *, online: bool) -> tuple[int, str]
     size is exempt: one T4 machine needs quota for two.
     """
     if online and size.extra_quota:
-        return math.ceil(1.2 * instances) * size.cores, "20 % more are reserved for upgrades"
+        return math.ceil(1.2 * instances) * size.cores, "with 20 % reserved for upgrades"
     if online:
         return instances * size.cores, "this size is exempt from the 20 % reserve"
     return instances * size.cores, "clusters need no reserve"
@@ -303,9 +303,9 @@ def refuse_shortage(short: list[Need]) -> None:
     keys = ", ".join(dict.fromkeys(need.key for need in short))
     raise StageError(
         f"There is not enough quota, and nothing was created:\n{lines}\n"
-        f"Fix: ask for more: phi3 azure quota --request {(most.used or 0) + most.cores} "
-        f"(GPU families start at 0; an answer takes minutes to days), or take another size "
-        f"({keys}) or azure.location"
+        f"Fix: request more: phi3 azure quota --request {(most.used or 0) + most.cores} (GPU "
+        f"families start at 0; an answer takes minutes to days), or use another size ({keys}) or "
+        f"azure.location"
     )
 
 
@@ -335,7 +335,8 @@ def request_quota(clients: Clients, family: str, limit: int, progress: Progress)
         code = (code_of(error) or "").lower()
         if code in ("contactsupport", "quotanotavailableforresource", "requestthrottled"):
             raise StageError(
-                f"{doing}: a person at Azure decides on this. Ask in the portal: Help + support > "
+                f"{doing}: this needs a manual decision by Azure. Request it in the portal: Help "
+                f"+ support > "
                 "Service and subscription limits (quotas) > Machine Learning service"
             ) from None
         raise stage_error(error, doing) from None
@@ -343,7 +344,7 @@ def request_quota(clients: Clients, family: str, limit: int, progress: Progress)
         answer = clients.quota.quota.get(family, scope)
     granted = getattr(getattr(answer.properties, "limit", None), "value", None)
     if granted is None:
-        return "accepted; see it with: phi3 azure quota"
+        return "accepted; check with: phi3 azure quota"
     if int(granted) < limit:
         return f"not granted yet: the limit is {granted}"
     return f"granted: the limit is {granted}"

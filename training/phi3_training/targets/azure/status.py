@@ -85,7 +85,7 @@ class Inventory:
         for endpoint in self.endpoints:
             for item in endpoint.deployments:
                 price = price_of(item.size, item.count, self.region)
-                mark = "" if item.state == "succeeded" else f", {item.state}: bills all the same"
+                mark = "" if item.state == "succeeded" else f", {item.state}: still bills"
                 lines.append(
                     f"deployment {item.name} of {endpoint.name}: {item.count} x {item.size}{mark}; "
                     f"{price.text()}"
@@ -106,7 +106,7 @@ class Inventory:
         lines += [f"model {name}" for name in self.models[-_SHOWN_JOBS:]]
         for endpoint in self.endpoints:
             owner = (
-                "" if endpoint.owner == run.name else f", of {endpoint.owner or 'somebody else'}"
+                "" if endpoint.owner == run.name else f", owner {endpoint.owner or 'somebody else'}"
             )
             lines.append(f"endpoint {endpoint.name}: {endpoint.state}, {endpoint.auth_mode}{owner}")
             lines += [
@@ -123,7 +123,7 @@ class Inventory:
         billing = self.billing()
         lines += [f"bills now: {line}" for line in billing] or ["bills now: nothing by the hour"]
         if self.group_exists:
-            lines.append("bills little: storage account, container registry, logs (until --all)")
+            lines.append("small charges: storage account, container registry, logs (until --all)")
         lines += [f"could not be read: {what}" for what in self.unknown]
         return lines
 
@@ -243,7 +243,7 @@ class EndpointState:
 
 
 def endpoint_state(clients: Clients, run: Run) -> EndpointState:
-    """The state of the run's endpoint, asked for now."""
+    """The current state of the run's endpoint."""
     manifest = run.read(EndpointManifest)
     if manifest is None:
         return EndpointState("none")
@@ -279,7 +279,7 @@ def status(clients: Clients, run: Run) -> dict[str, Any]:
 
 
 def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
-    """What `up` would create and cost; each reason that would stop it is a line of its own."""
+    """What `up` would create and cost; each reason that would stop it is a separate line."""
     lines = [PlanLine("place", line) for line in clients.place.lines()]
     sizes = (
         ("provision", "azure.compute.size", recipe.azure.compute.size),
@@ -295,7 +295,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         lines.append(PlanLine("finetune", f"route {choice.route}: {choice.reason}"))
     except StageError as error:
         lines.append(PlanLine("finetune", str(error), stops=True))
-    # Azure is asked no more when the recipe alone would stop `up`.
+    # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
         lines += _existing(clients, recipe, run)
         try:
@@ -311,7 +311,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     serving = price_of(endpoint.instance_type, endpoint.instance_count, region)
     # A cluster scales down to min_instances; an online deployment has no zero to scale to.
     always_on = compute.min_instances
-    always = f"; {always_on} nodes stay on and bill all the time" if always_on else ""
+    always = f"; {always_on} nodes stay on and always bill" if always_on else ""
     return [
         *lines,
         PlanLine(
@@ -324,7 +324,9 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
             f"endpoint: {endpoint.instance_count} x {endpoint.instance_type} from `deploy` until "
             f"`phi3 down --on azure`, used or not; {serving.text()}",
         ),
-        PlanLine("cost", "storage, container registry, key vault, logs: little, until --all"),
+        PlanLine(
+            "cost", "storage, container registry, key vault, logs: small charges, until --all"
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Azure Machine Learning as target: thin methods; each stage's work is in a module of its own.
+"""Azure Machine Learning as target: thin methods; each stage's work is in its own module.
 
 Reads and writes the run folder's manifests; signs in at the first call that needs Azure.
 """
@@ -155,7 +155,7 @@ class AzureTarget:
         return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:
-        """Whether the run's connections still lead to its endpoint."""
+        """Whether the run's connections still point to its endpoint."""
         from .prompt_flow import is_connected
 
         return is_connected(self._of(run)[0], run)

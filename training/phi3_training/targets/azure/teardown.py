@@ -94,7 +94,7 @@ def remove_run(
         work.each(work.failed_deployments, work.idle_deployments, work.failed_cluster)
     else:
         # Jobs hold the cluster, so they end first. Connections go while the list of what the run
-        # has made still names the endpoints that they must lead to.
+        # has made still names the endpoints that they must point to.
         work.each(work.jobs, work.connections, work.endpoints, work.cluster)
     # Not after a failure: the workspace is where the rest could still be looked at and deleted.
     if only == "all" and not receipt.failed:
@@ -108,10 +108,11 @@ def remove_run(
     else:
         inventory = take_inventory(clients, run)
         billing = inventory.billing()
-        billing += [f"perhaps: {what} could not be read" for what in inventory.unknown]
+        billing += [f"unknown: {what} could not be read" for what in inventory.unknown]
         if inventory.group_exists:
             billing.append(
-                "storage account, container registry and logs of the workspace, little (--all)"
+                "storage account, container registry and logs of the workspace, small charges "
+                "(--all)"
             )
     lines = receipt.lines(billing)
     if receipt.failed:
@@ -132,7 +133,7 @@ def names_of_everything(clients: Clients) -> list[str]:
 
 
 class _Teardown:
-    """One pass. Each failure goes on the receipt, and the rest is deleted all the same."""
+    """One pass. Each failure is listed on the receipt, and the rest is still deleted."""
 
     def __init__(
         self, clients: Clients, section: AzureSection, run: Run, progress: Progress
@@ -163,7 +164,7 @@ class _Teardown:
         )
 
     def _try(self, what: str, work: Callable[[], bool]) -> bool:
-        """Whether `what` is gone now; a failure goes on the receipt."""
+        """Whether `what` is gone now; a failure is listed on the receipt."""
         try:
             existed = work()
         except StageError as error:
@@ -174,7 +175,7 @@ class _Teardown:
         return True
 
     def _keeps(self, what: str, resource: _Tagged) -> bool:
-        """Whether it is not phi3's; then it goes on the receipt as left alone."""
+        """Whether it is not phi3's; then it is listed on the receipt as left alone."""
         if made_by_phi3(resource.tags):
             return False
         self.receipt.left_alone.append(f"{what}: phi3 did not create it")
@@ -247,7 +248,7 @@ class _Teardown:
                     store.delete_connection(name)
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
-                log.info("the connection on this machine stays: %s", error)
+                log.info("the connection on this machine was not deleted: %s", error)
         for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
             self.run.forget(kind)
 
@@ -369,7 +370,7 @@ class _Teardown:
         ):
             take = partial(operations.delete, grant.scope, grant.name)
             # None also where the scope itself is gone.
-            if get_or_none(take, f"Taking the role {grant.label} from the identity") is not None:
+            if get_or_none(take, f"Removing the role {grant.label} from the identity") is not None:
                 self.receipt.deleted.append(f"role {grant.label}")
 
     def _group(self) -> None:
@@ -386,8 +387,8 @@ class _Teardown:
         # Deleting a group deletes all that is in it, somebody else's resources included.
         if names:
             self.receipt.left_alone.append(
-                f"{what}: it still holds {', '.join(names[:5])}; "
-                f"az group delete --name {name} deletes all"
+                f"{what}: it still contains {', '.join(names[:5])}; az group delete --name {name} "
+                f"deletes all"
             )
         elif self._delete(what, partial(groups.begin_delete, name), partial(groups.get, name)):
             self.receipt.deleted.append(what)

@@ -78,7 +78,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
     # First, whatever the route: Azure would refuse the size only when the cluster is created.
     refuse_retired(size, "azure.compute.size")
     if train.route == "job":
-        return RouteChoice("job", "azure.train.route says so")
+        return RouteChoice("job", "set by azure.train.route")
     is_asked_for = train.route == "pipeline"
     model = recipe.model.name_or_path
     name = train.foundation_model.name
@@ -112,7 +112,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
             if is_set
         ]
         if only_ours:
-            reason = f"the catalogue's pipeline does not know {', '.join(only_ours)}"
+            reason = f"the catalogue's pipeline does not support {', '.join(only_ours)}"
             return RouteChoice("job", reason)
         if name.lower() in ARCHIVED:
             return RouteChoice("job", f"{name} is {ARCHIVED[name.lower()]}")
@@ -132,7 +132,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
     if is_asked_for:
         refuse_outside(foundation.allowed, size, "azure.compute.size", foundation.name)
         warning = f", although it is {foundation.archived}" if foundation.archived else ""
-        return RouteChoice("pipeline", f"azure.train.route says so{warning}", foundation)
+        return RouteChoice("pipeline", f"set by azure.train.route{warning}", foundation)
     if foundation.archived:
         return RouteChoice("job", f"{foundation.name} is {foundation.archived}")
     try:
@@ -141,7 +141,7 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
         return RouteChoice("job", f"the catalogue's pipeline is not possible: {error}")
     return RouteChoice(
         "pipeline",
-        f"{foundation.name} version {foundation.version} is in the catalogue and takes {size}",
+        f"{foundation.name} version {foundation.version} is in the catalogue and supports {size}",
         foundation,
     )
 
@@ -152,7 +152,7 @@ def prepare_base(clients: Clients, recipe: Recipe, run: Run, progress: Progress)
     note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     name = recipe.model.name_or_path
-    model = "a tiny Phi-3, made in the job" if recipe.model.is_tiny else name
+    model = "a tiny Phi-3, trained in the job" if recipe.model.is_tiny else name
     if choice.foundation is not None:
         model = f"{choice.foundation.name} version {choice.foundation.version} of the catalogue"
     return BaseManifest(
@@ -304,8 +304,8 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> 
     metrics = _bring_back(clients, run, job, EVALUATE, progress).read(MetricsManifest)
     if metrics is None:
         raise StageError(
-            f"The job {job.name} ({status_of(job)}) wrote no metrics.json; look at its log in "
-            "the studio, then try again: phi3 up --on azure --again evaluate"
+            f"The job {job.name} ({status_of(job)}) wrote no metrics.json; check its log in the "
+            f"studio, then try again: phi3 up --on azure --again evaluate"
         )
     return metrics
 
@@ -384,8 +384,8 @@ def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress
             content = inner if inner.is_dir() else content
         if not any(path.is_file() for path in content.rglob("*")):
             raise StageError(
-                f"The job {job.name} is completed, but its output {output} is empty. Look at the "
-                "job in the studio; train again with: phi3 up --on azure --again finetune"
+                f"The job {job.name} is completed, but its output {output} is empty. Check the "
+                f"job in the studio; train again with: phi3 up --on azure --again finetune"
             )
         shutil.copytree(content, folder, dirs_exist_ok=True)
 
