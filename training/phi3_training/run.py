@@ -79,8 +79,8 @@ class Run:
         except (OSError, ValueError) as error:
             wrong = str(error)
         raise StageError(
-            f"{path} is not a manifest that this version reads ({wrong}); delete the file and "
-            f"run the stage again with: {self._command(kind)}"
+            f"{path} is not a manifest that this version reads ({wrong}); delete "
+            f"the file to run the stage again with: {self._command(kind)}"
         )
 
     def require(self, kind: type[M]) -> M:

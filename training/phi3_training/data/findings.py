@@ -195,7 +195,7 @@ class Findings:
         for one in self.table.scans:
             for digest, first in zip(one.digests, one.firsts, strict=True):
                 for line, kind, masked in digest.flags:
-                    what = f"there seems to be {NAMES[kind]} in it ({masked})"
+                    what = f"it seems to contain {NAMES[kind]} ({masked})"
                     fix = "remove it, or replace it with a made-up one"
                     problem = Problem("personal-data", what, fix)
                     yield Fault.at(one.path, line + first, problem)

@@ -150,7 +150,7 @@ def _doubtful_escapes(data: U8) -> Ints:
 def decode(line: Line) -> tuple[str | None, list[Problem]]:
     """The line's text, or None and why there is none."""
     if line.is_too_long:
-        what = f"a line of {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
+        what = f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
         fix = "split the conversation, or check that line ends are not missing"
         return None, [Problem("line-too-long", what, fix)]
     if control := _CONTROL.search(line.data):

@@ -255,7 +255,7 @@ def _training(plan: Planner) -> PlanLine:
         *_, most = plan.sparing()
         setting = _words(_difference(recipe, most)) or "this one"
         fix = (
-            f"Even the most sparing setting ({setting}) needs "
+            f"Even the smallest setting ({setting}) needs "
             f"{gib(plan.with_(most).training().total)}: take a larger device or a smaller model"
         )
     text = f"does not fit: {text}. {need.too_much}. {fix}"
