@@ -221,7 +221,7 @@ def test_all_faults_of_a_tool_are_named_at_once(installed: Place, tmp_path: Path
             f"Prompt flow cannot read the types of {names}, return",
             "remove `from __future__ import annotations` from phi3_tool.chat",
         ),
-        ("the YAML has an input 'question' that phi3_chat does not take", agree),
+        ("the YAML has an input 'question' that phi3_chat does not accept", agree),
         ("phi3_chat needs 'input_data', which the YAML does not have", agree),
         (
             "connection: phi3_tool.chat has no connection class Other",

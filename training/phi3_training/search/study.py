@@ -197,9 +197,9 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     other = [name for name, value in parts.items() if known.get(name, value) != value]
     if other:
         raise UsageError(
-            f"{journey.run.path / 'search'} contains a search with a different "
-            f"{' and '.join(other)}; its trials cannot be compared with new ones. Name another "
-            f"run folder with --run NAME, or delete that folder."
+            f"{journey.run.path / 'search'} contains a search from before the "
+            f"{' and '.join(other)} changed; its trials cannot be compared with new ones. Name another "
+            "run folder with --run NAME, or delete that folder."
         )
     for name, value in parts.items():
         study.set_user_attr(name, value)
