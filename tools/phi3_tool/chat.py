@@ -118,14 +118,14 @@ def phi3_chat(
     deployment: str = "",
     stream: bool = False,
 ) -> Any:
-    """Ask a Phi-3 endpoint one question in the light of the conversation so far.
+    """Ask a Phi-3 endpoint one question, with the conversation so far.
 
     `connection` is a Phi3Connection, or a custom connection with `endpoint` (configs) and `key`
     (secrets). Where the environment variable PHI3_ENDPOINT is set, it and PHI3_KEY are used instead
     and the connection is not read: so the same flow runs without a connection store, in CI and in
     containers.
 
-    `max_history_tokens` bounds the earlier turns that are sent, counted roughly and dropped whole,
+    `max_history_tokens` limits the earlier turns that are sent; tokens are estimated, and whole turns dropped,
     oldest first. 0 lets them use what the model's context leaves after the question and
     `max_new_tokens`; the context is the connection's `context_length`, or 4096.
 

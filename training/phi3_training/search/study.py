@@ -198,8 +198,8 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     if other:
         raise UsageError(
             f"{journey.run.path / 'search'} contains a search from before the "
-            f"{' and '.join(other)} changed; its trials cannot be compared with new ones. Name another "
-            "run folder with --run NAME, or delete that folder."
+            f"{' and '.join(other)} changed; its trials cannot be compared with new ones. Name "
+            "another run folder with --run NAME, or delete that folder."
         )
     for name, value in parts.items():
         study.set_user_attr(name, value)
