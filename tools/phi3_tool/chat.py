@@ -125,9 +125,9 @@ def phi3_chat(
     and the connection is not read: so the same flow runs without a connection store, in CI and in
     containers.
 
-    `max_history_tokens` limits the earlier turns that are sent; tokens are estimated, and whole turns dropped,
-    oldest first. 0 lets them use what the model's context leaves after the question and
-    `max_new_tokens`; the context is the connection's `context_length`, or 4096.
+    `max_history_tokens` limits the earlier turns that are sent; tokens are estimated, and the
+    oldest turns are dropped whole. 0 lets them use what the model's context leaves after the
+    question and `max_new_tokens`; the context is the connection's `context_length`, or 4096.
 
     `deployment` names one deployment of the endpoint; it overrides the connection's.
 
