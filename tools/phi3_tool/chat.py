@@ -187,7 +187,7 @@ def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str
     except Phi3Error as error:
         # The status is long sent. Raised here, the chat page would put "network error" in place of
         # all that came, and one serving engine would end the answer as if it were whole.
-        log.warning("the answer broke off: %s", error)
+        log.warning("the answer was cut off: %s", error)
         yield f"{BROKE_OFF}{error}]"
     finally:
         pieces.close()
