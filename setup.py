@@ -48,6 +48,7 @@ LOCAL = [
     "sacrebleu>=2.6,<3",  # the bootstrap resamples its per-sentence counts, an inner method
     "optuna>=5,<6",  # a search goes on from its database, whose form changes by major
     "mlflow>=3.10,<4",  # 4 is not tested
+    "matplotlib>=3.9",  # draws a search; mlflow asks for it as well
 ]
 BITSANDBYTES = "bitsandbytes>=0.46"
 QLORA = [*LOCAL, BITSANDBYTES]  # made for CUDA; on a CPU the tests alone use it
@@ -120,6 +121,7 @@ setup(
         "phi3_training": [
             "py.typed",
             "evaluate/report.css",
+            "evaluate/report.html",
             "flow/image_files/*",
             "project_files/*",
             "targets/azure/trainer.txt",

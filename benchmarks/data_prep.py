@@ -127,8 +127,8 @@ def ours(source: Path, folder: Path) -> dict[str, Any]:
     manifest = prepare(DataSection(train=[source]), Run.open(folder / "run"))
     return {
         **watch.read(),
-        "rows": sum(part["rows"] for part in manifest["outputs"].values()),
-        "warnings": manifest["warnings"],
+        "rows": sum(part.rows for part in manifest.outputs.values()),
+        "warnings": manifest.warnings,
     }
 
 

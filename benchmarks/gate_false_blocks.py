@@ -125,7 +125,7 @@ def judge(folder: Path, recipe: Recipe) -> int:
 
     def blocked(given: Sequence[Row]) -> int:
         samples = (resampled(given, draw) for _ in range(RESAMPLES))
-        return sum(not decide(s, recipe.gate, recipe.evaluate)["passed"] for s in samples)
+        return sum(not decide(s, recipe.gate, recipe.evaluate).passed for s in samples)
 
     found: dict[str, Any] = {
         "run": folder.name,

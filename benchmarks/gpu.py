@@ -220,7 +220,7 @@ def part_qlora(size: Size) -> Iterator[dict[str, Any]]:
 def _product(size: Size, method: str) -> Iterator[dict[str, Any]]:
     from phi3_training.finetune.runtime import quiet_libraries
     from phi3_training.memory import RowSizes, this_device
-    from phi3_training.memory.advise import changed, proposal
+    from phi3_training.memory.advise import Planner, changed
     from phi3_training.memory.model import shape_from
     from phi3_training.memory.training import step_phase, work_of
 
@@ -238,7 +238,7 @@ def _product(size: Size, method: str) -> Iterator[dict[str, Any]]:
             recipe = changed(
                 wanted,
                 {
-                    **(proposal(wanted, shape, device, rows) or {}),
+                    **(Planner(wanted, shape, device, rows).proposal() or {}),
                     "finetune.gradient_accumulation_steps": 1,
                 },
             )

@@ -35,7 +35,7 @@ from support.place import machine
 from phi3_training.finetune.runtime import quiet_libraries
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.ports import free_port
-from phi3_training.serve.engines import ort_genai
+from phi3_training.serve.engines import onnxruntime
 from phi3_training.serve.engines.base import Sampling
 from phi3_training.serve.engines.batch import Batcher, Job, Sampler
 from phi3_training.serve.export import Precision, export_onnx
@@ -190,8 +190,8 @@ Side = Callable[[Load], Seen]
 
 @contextmanager
 def ours(onnx_dir: Path, slots: int = 32) -> Iterator[Side]:
-    """The engine `ort-genai` with its batcher: what the endpoint runs."""
-    batcher = Batcher(ort_genai.step_model(onnx_dir), slots=slots)
+    """The engine `onnxruntime` with its batcher: what the endpoint runs."""
+    batcher = Batcher(onnxruntime.step_model(onnx_dir), slots=slots)
     try:
         yield lambda load: asyncio.run(_ask_ours(batcher, load))
     finally:
@@ -454,7 +454,7 @@ def memory_flat(args: argparse.Namespace, folder: Path) -> dict[str, list[float]
     precision = args.precisions[0]
     export_onnx(model_dir, folder / "flat-onnx", precision)
     sizes: list[float] = []
-    batcher = Batcher(ort_genai.step_model(folder / "flat-onnx"), slots=16)
+    batcher = Batcher(onnxruntime.step_model(folder / "flat-onnx"), slots=16)
 
     async def ask(number: int, gate: asyncio.Semaphore) -> None:
         async with gate:

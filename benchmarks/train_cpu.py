@@ -177,7 +177,7 @@ def ways(folder: Path, recipe: Recipe, chats: Any, examples: list[Example], out:
     pad = ChatFormat.from_folder(folder).pad_token_id
     rows = product.Rows(examples, [], PACKED, pad)
     runtime = choose_runtime(recipe, 135_000_000, "phi3")
-    exact = replace(runtime, rounded=None)
+    exact = replace(runtime, frozen=runtime.dtype)
 
     def ours(runtime: Runtime, kind: type[Any] = CpuTrainer) -> Callable[[int], Any]:
         def make(steps: int) -> Any:

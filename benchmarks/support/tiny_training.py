@@ -15,7 +15,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +26,7 @@ from phi3_training.evaluate.answers import ask_all
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.finetune.rows import read_located, read_rows, with_casual_copies
 from phi3_training.finetune.runtime import quiet_libraries, torch_threads
+from phi3_training.manifests import ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
@@ -49,11 +49,11 @@ class Result:
     right: dict[str, float]
 
 
-def train_ours(recipe: Recipe, run: Run) -> tuple[float, dict[str, Any], Path]:
+def train_ours(recipe: Recipe, run: Run) -> tuple[float, ModelManifest, Path]:
     """The product's own stage, from loading the base to the written model."""
     started = time.perf_counter()
     manifest = finetune(recipe, run)
-    return time.perf_counter() - started, manifest, run.path / manifest["path"]
+    return time.perf_counter() - started, manifest, run.path / manifest.path
 
 
 def train_baseline(recipe: Recipe, run: Run) -> tuple[float, Path]:
@@ -128,11 +128,11 @@ def compare(folder: Path, epochs: int) -> tuple[Result, Result]:
     """Make chats and base once, then train both ways one after the other."""
     recipe = load_recipe(RECIPE, [f"finetune.num_train_epochs={epochs}"])
     run = Run.open(folder / "run")
-    run.write_manifest("dataset", prepare(recipe.data, run))
-    run.write_manifest("base", prepare_base(recipe, run))
+    run.write(prepare(recipe.data, run))
+    run.write(prepare_base(recipe, run))
     with torch_threads(1):
         seconds, manifest, model = train_ours(recipe, run)
-        tokens, answers = manifest["tokens"] * epochs, manifest["learnt_tokens"] * epochs
+        tokens, answers = (manifest.tokens or 0) * epochs, (manifest.learnt_tokens or 0) * epochs
         ours = Result(seconds, tokens, answers, exact_match(model, run))
         seconds, model = train_baseline(recipe, run)
         theirs = Result(seconds, tokens, answers, exact_match(model, run))

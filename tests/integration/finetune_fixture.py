@@ -85,8 +85,8 @@ def make_recipe(folder: Path, base: Path, *overrides: str) -> Recipe:
 def make_run(folder: Path, recipe: Recipe) -> Run:
     """A run whose chats and base are ready to be fine-tuned."""
     run = Run.open(folder / "run")
-    run.write_manifest("dataset", prepare(recipe.data, run))
-    run.write_manifest("base", {**prepare_base(recipe, run), "done_id": "first"})
+    run.write(prepare(recipe.data, run))
+    run.write(prepare_base(recipe, run).model_copy(update={"done_id": "first"}))
     return run
 
 

@@ -22,9 +22,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
 
 @pytest.fixture(scope="session")
 def engine(taught: Taught) -> Iterator[Engine]:
-    """The ort-genai engine on the taught model."""
-    from phi3_training.serve.engines import ort_genai
+    """The onnxruntime engine on the taught model."""
+    from phi3_training.serve.engines import onnxruntime
 
-    loaded = ort_genai.load(taught.onnx_dir, slots=40)
+    loaded = onnxruntime.load(taught.onnx_dir, slots=40)
     yield loaded
     asyncio.run(loaded.close())

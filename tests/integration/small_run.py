@@ -51,8 +51,8 @@ def make_small_run(folder: Path) -> Path:
     (folder / "recipe.yaml").write_text(SMALL)
     run = Run.open(folder / "run")
     recipe = load_recipe(folder / "recipe.yaml")
-    run.write_manifest("dataset", prepare(recipe.data, run))
-    run.write_manifest("base", prepare_base(recipe, run))
+    run.write(prepare(recipe.data, run))
+    run.write(prepare_base(recipe, run))
     return run.path
 
 
@@ -68,8 +68,7 @@ def copy_of(run: Path, name: str) -> Path:
 
 def train(run: Path, overrides: Sequence[str] = ()) -> None:
     """Fine-tune in this process and write the manifest."""
-    content = finetune(small_recipe(run, overrides), Run(run))
-    Run(run).write_manifest("model", content)
+    Run(run).write(finetune(small_recipe(run, overrides), Run(run)))
 
 
 def start(run: Path, overrides: Sequence[str] = ()) -> BaseProcess:

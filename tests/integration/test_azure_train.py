@@ -80,7 +80,7 @@ def _clients(recipe: Recipe, folder: Path) -> Clients:
 
 def _prepared(recipe: Recipe, path: Path) -> Run:
     run = Run.open(path)
-    run.write_manifest("dataset", prepare(recipe.data, run))
+    run.write(prepare(recipe.data, run))
     return run
 
 
@@ -249,18 +249,18 @@ def test_killed_while_it_trains_the_same_job_is_resumed(
         process.wait(30)
     name = jobs.recorded_jobs(run)["train"].name
     manifest = train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
-    run.write_manifest("model", manifest)
-    assert manifest["job"] == name
+    run.write(manifest)
+    assert manifest.job == name
     assert _puts(azure, run) == 1
-    assert manifest["route"] == "job"
-    assert manifest["model_output"] == f"azureml://jobs/{name}/outputs/model"
-    assert "tiny is not in Azure's catalogue" in " ".join(manifest["choices"])
+    assert manifest.route == "job"
+    assert manifest.model_output == f"azureml://jobs/{name}/outputs/model"
+    assert "tiny is not in Azure's catalogue" in " ".join(manifest.choices)
     metrics = train.evaluate(_clients(recipe, tmp_path), recipe, run, _quiet)
-    assert metrics["job"] == name  # measured where it was trained: no second job
-    assert (run.path / metrics["rows"]).is_file()
+    assert metrics.job == name  # measured where it was trained: no second job
+    assert (run.path / metrics.rows).is_file()
     assert (run.path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (run.path / manifest["loss_log"]).is_file()
-    assert metrics["after"]["validation"]["rows"] > 0
+    assert (run.path / manifest.loss_log).is_file()
+    assert metrics.after["validation"]["rows"] > 0
     store: Any = _clients(recipe, tmp_path).ml.datastores.get(
         "workspaceblobstore", include_secrets=True
     )
@@ -346,16 +346,16 @@ def test_a_pipeline_trains_and_a_second_job_measures(
     recipe = load_recipe(recipe_file, [*POLLS, *words])
     run, clients = _prepared(recipe, tmp_path / "piped-well"), _clients(recipe, tmp_path)
     manifest = train.finetune(clients, recipe, run, _quiet)
-    assert manifest["route"] == "pipeline"
-    assert manifest["foundation_model"]["name"] == "Phi-4"
-    run.write_manifest("model", manifest)
+    assert manifest.route == "pipeline"
+    assert manifest.foundation_model.name == "Phi-4"
+    run.write(manifest)
     metrics = train.evaluate(clients, recipe, run, _quiet)
     names = {purpose: ticket.name for purpose, ticket in jobs.recorded_jobs(run).items()}
-    assert names == {"train": manifest["job"], "evaluate": metrics["job"]}
+    assert names == {"train": manifest.job, "evaluate": metrics.job}
     assert names["train"] != names["evaluate"]
     assert [clients.ml.jobs.get(name).status for name in names.values()] == ["Completed"] * 2
-    assert metrics["after"]["validation"]["rows"] > 0
-    assert (run.path / metrics["rows"]).is_file()
+    assert metrics.after["validation"]["rows"] > 0
+    assert (run.path / metrics.rows).is_file()
 
 
 def test_a_cancelled_job_is_a_failure(

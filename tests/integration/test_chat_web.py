@@ -237,13 +237,15 @@ STORED_RUN = """
 import sys
 from pathlib import Path
 from phi3_training.flow.connect import connect
+from phi3_training.manifests import EndpointManifest
 from phi3_training.run import Run
 folder, endpoint, pid, create_time = sys.argv[1:]
 run = Run.open(Path(folder))
-deployed = {"endpoint": endpoint, "engine": "stub", "pid": int(pid),
-            "create_time": float(create_time)}
-run.write_manifest("endpoint", deployed)
-run.write_manifest("connection", connect(run, deployed, sys.stdin.read()))
+deployed = EndpointManifest(
+    endpoint=endpoint, engine="stub", pid=int(pid), create_time=float(create_time)
+)
+run.write(deployed)
+run.write(connect(deployed, sys.stdin.read()))
 """
 
 

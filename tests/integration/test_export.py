@@ -14,6 +14,7 @@ from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.cli import main
 from phi3_training.finetune.weights import chat_format, load_model, merge, with_adapter
+from phi3_training.manifests import EXPORTS, BaseManifest, ExportCheck, ModelManifest
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
 from phi3_training.serve.export import converted, export_onnx
@@ -40,10 +41,9 @@ def pattern(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 weight.mul_(0.02)
     model.save_pretrained(run.path / "adapter")
     remerge(run, torch.float32)
-    run.write_manifest("base", {"path": "base", "done_id": "b"})
+    run.write(BaseManifest(path="base", done_id="b"))
     settings = {"dtype": "float32", "method": "lora"}
-    model_manifest = {"path": "model", "adapter": "adapter", "done_id": "m", "settings": settings}
-    run.write_manifest("model", model_manifest)
+    run.write(ModelManifest(path="model", adapter="adapter", done_id="m", settings=settings))
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in PAIRS[:12]
@@ -68,20 +68,27 @@ def exported(run: Run, to: str) -> int:
 
 
 def problems(run: Run, to: str) -> str:
-    return "\n".join(run.require(f"export-{to}", "")["check"]["problems"])
+    return "\n".join(check_of(run, to).problems)
+
+
+def check_of(run: Run, to: str) -> ExportCheck:
+    check = run.require(EXPORTS[to]).check
+    assert check is not None
+    return check
 
 
 def test_a_true_merge_passes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert exported(run, "merged") == 0
-    manifest = run.require("export-merged", "")
-    check = manifest["check"]
-    assert manifest["path"] == "model"
-    assert check["passed"]
-    assert check["token_agreement"] == 1.0
-    assert check["mean_kl"] < 1e-6
-    assert check["layers"]["largest"] < 1e-6
-    assert check["layers"]["count"] > 10
-    assert check["held_out"]["rows"] == 12
+    check = check_of(run, "merged")
+    assert run.require(EXPORTS["merged"]).path == "model"
+    assert check.passed
+    assert check.token_agreement == 1.0
+    assert check.mean_kl < 1e-6
+    assert check.layers is not None
+    assert check.layers.largest < 1e-6
+    assert check.layers.count > 10
+    assert check.held_out is not None
+    assert check.held_out.rows == 12
     assert "same token chosen" in capsys.readouterr().out
 
 
@@ -118,7 +125,7 @@ def test_a_missing_adapter_is_caught(run: Run, capsys: pytest.CaptureFixture[str
     shutil.rmtree(run.path / "adapter")
     assert exported(run, "merged") == 1
     assert "is not an adapter" in capsys.readouterr().err
-    assert run.manifest("export-merged") is None
+    assert run.read(EXPORTS["merged"]) is None
 
 
 def test_a_base_served_as_the_tuned_model_is_caught(run: Run) -> None:
@@ -133,16 +140,15 @@ def test_a_base_served_as_the_tuned_model_is_caught(run: Run) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_an_onnx_export_passes_and_is_served(run: Run, precision: str) -> None:
     assert exported(run, f"onnx-{precision}") == 0, problems(run, f"onnx-{precision}")
-    check = run.require(f"export-onnx-{precision}", "")["check"]
-    assert check["compared_with"] == "merged"
+    assert check_of(run, f"onnx-{precision}").compared_with == "merged"
     graph = run.path / f"onnx-{precision}" / "model.onnx"
     before = graph.stat().st_mtime_ns
     (run.path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     recipe = run.path / "recipe.yaml"
     recipe.write_text("name: r\nmodel: {name_or_path: base}\ndata: {train: chats.jsonl}\n")
-    asked = ["serve.engine=ort-genai", f"serve.precision={precision}"]
+    asked = ["serve.engine=onnxruntime", f"serve.precision={precision}"]
     config, engine, _ = server_config(load_recipe(recipe, asked), run, no_progress)
-    assert (engine, config.onnx_dir) == ("ort-genai", graph.parent)
+    assert (engine, config.onnx_dir) == ("onnxruntime", graph.parent)
     assert graph.stat().st_mtime_ns == before, "an export is not made twice"
 
 
@@ -157,11 +163,11 @@ def test_a_graph_of_other_weights_is_caught_by_a_prompt(run: Run) -> None:
 def test_a_new_model_is_converted_anew(run: Run) -> None:
     folder = converted(run, "fp32", no_progress)
     first = (folder / "model.onnx").stat().st_mtime_ns
-    run.write_manifest("model", {**run.require("model", ""), "done_id": "another"})
+    run.write(run.require(ModelManifest).model_copy(update={"done_id": "another"}))
     assert (converted(run, "fp32", no_progress) / "model.onnx").stat().st_mtime_ns > first
 
 
 def test_a_model_trained_whole_has_nothing_to_merge(run: Run) -> None:
-    run.write_manifest("model", {**run.require("model", ""), "adapter": None})
+    run.write(run.require(ModelManifest).model_copy(update={"adapter": None}))
     assert exported(run, "merged") == 0
-    assert "no adapter" in run.require("export-merged", "")["check"]["note"]
+    assert "no adapter" in (check_of(run, "merged").note or "")

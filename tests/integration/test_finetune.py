@@ -27,6 +27,7 @@ from phi3_training.evaluate.answers import ask_all
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.finetune.runtime import Runtime, choose_runtime
 from phi3_training.finetune.weights import load_model
+from phi3_training.manifests import BaseManifest, MetricsManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
@@ -44,7 +45,7 @@ SETTINGS = {
     "lora_r": 32,
     "lora_alpha": 64,
 }
-CPU = Runtime("cpu", "float32", 1, ())
+CPU = Runtime("cpu", "float32", "float32", 1, ())
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Tuned:
 
     recipe: Recipe
     run: Run
-    model: dict[str, Any]
-    metrics: dict[str, Any]
+    model: ModelManifest
+    metrics: MetricsManifest
     steps: list[tuple[int, int, str]]
     warned: list[str]
 
@@ -72,7 +73,7 @@ def a_run(tmp: Path, folder: Path, **finetune_settings: object) -> tuple[Recipe,
         evaluate={"max_new_tokens": 32},
         ask="When do you open?",
     )
-    run.write_manifest("base", prepare_base(recipe, run))
+    run.write(prepare_base(recipe, run))
     return recipe, run
 
 
@@ -88,7 +89,7 @@ def tuned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         model = finetune(recipe, run, lambda *step: steps.append(step))
-        run.write_manifest("model", model)
+        run.write(model)
         metrics = evaluate(recipe, run, lambda *step: steps.append(step))
     warned = [str(warning.message) for warning in caught]
     return Tuned(recipe, run, model, metrics, steps, warned)
@@ -109,7 +110,7 @@ def is_right(row: dict[str, Any], when: str) -> bool:
     return any(re.search(rf"\b{re.escape(text)}\b", said, re.IGNORECASE) for text in row["accept"])
 
 
-def evaluated(recipe: Recipe, run: Run, **settings: object) -> dict[str, Any]:
+def evaluated(recipe: Recipe, run: Run, **settings: object) -> MetricsManifest:
     """The metrics of the run's own chats alone."""
     values = {**settings, "canary": [], "probes": []}
     section = recipe.evaluate.model_copy(update=values)
@@ -117,21 +118,21 @@ def evaluated(recipe: Recipe, run: Run, **settings: object) -> dict[str, Any]:
 
 
 def test_a_folder_of_weights_is_the_base_model(tuned: Tuned, folder: Path) -> None:
-    manifest = tuned.run.require("base", "phi3 train")
-    assert Path(manifest["path"]) == folder
-    assert manifest["made"] == "found"
+    manifest = tuned.run.require(BaseManifest)
+    assert Path(manifest.path) == folder
+    assert manifest.made == "found"
     assert not (tuned.run.path / "base").exists()
 
 
 def test_it_learns_and_does_not_forget(tuned: Tuned) -> None:
-    assert tuned.metrics["before"]["train"]["exact_match"] == 0.0
-    assert tuned.metrics["after"]["train"]["exact_match"] == 1.0
-    assert tuned.metrics["before"]["replay"]["exact_match"] == 1.0
-    assert tuned.metrics["after"]["replay"]["exact_match"] >= 0.9
+    assert tuned.metrics.before["train"]["exact_match"] == 0.0
+    assert tuned.metrics.after["train"]["exact_match"] == 1.0
+    assert tuned.metrics.before["replay"]["exact_match"] == 1.0
+    assert tuned.metrics.after["replay"]["exact_match"] >= 0.9
 
 
 def test_figures_are_those_of_the_rows(tuned: Tuned) -> None:
-    text = (tuned.run.path / tuned.metrics["rows"]).read_text("utf-8")
+    text = (tuned.run.path / tuned.metrics.rows).read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     for when in ("before", "after"):
         for part, figures in tuned.metrics[when].items():
@@ -143,10 +144,10 @@ def test_figures_are_those_of_the_rows(tuned: Tuned) -> None:
 
 
 def test_answer_to_the_recipe_s_question(tuned: Tuned) -> None:
-    asked = tuned.metrics["ask"]
-    assert asked["question"] == "When do you open?"
-    assert asked["after"] == NEW["When do you open?"]
-    assert asked["before"] != asked["after"]
+    asked = tuned.metrics.ask
+    assert asked.question == "When do you open?"
+    assert asked.after == NEW["When do you open?"]
+    assert asked.before != asked.after
 
 
 def test_base_model_stays_untouched(tuned: Tuned, folder: Path) -> None:
@@ -169,7 +170,7 @@ def test_merged_model_is_the_base_model_with_its_adapter(tuned: Tuned, folder: P
 
 
 def test_model_folder_is_whole(tuned: Tuned, folder: Path) -> None:
-    model = tuned.run.path / tuned.model["path"]
+    model = tuned.run.path / tuned.model.path
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (model / name).read_bytes() == (folder / name).read_bytes()
     chat = ChatFormat.from_folder(model)
@@ -190,20 +191,20 @@ def test_run_folder_holds_nothing_else(tuned: Tuned) -> None:
 
 
 def test_loss_log_and_progress(tuned: Tuned) -> None:
-    text = (tuned.run.path / tuned.model["loss_log"]).read_text("utf-8")
+    text = (tuned.run.path / tuned.model.loss_log).read_text("utf-8")
     log = [json.loads(line) for line in text.splitlines()]
-    assert [line["step"] for line in log] == list(range(1, tuned.model["steps"] + 1))
+    assert [line["step"] for line in log] == list(range(1, tuned.model.steps + 1))
     assert log[-1]["loss"] < 0.2 < log[0]["loss"]
     trained = [step for step in tuned.steps if "loss" in step[2]]
-    assert trained[-1][:2] == (tuned.model["steps"], tuned.model["steps"])
+    assert trained[-1][:2] == (tuned.model.steps, tuned.model.steps)
     asked = [step for step in tuned.steps if "model" in step[2]]
     assert asked[-1][0] == asked[-1][1]
 
 
 def test_choices_carry_their_reasons(tuned: Tuned) -> None:
-    assert tuned.model["settings"]["dtype"] == "float32"
-    assert any(choice.startswith("float32: ") for choice in tuned.model["choices"])
-    assert any(choice.startswith("torch threads: 1") for choice in tuned.model["choices"])
+    assert tuned.model.settings["dtype"] == "float32"
+    assert any(choice.startswith("float32: ") for choice in tuned.model.choices)
+    assert any(choice.startswith("torch threads: 1") for choice in tuned.model.choices)
 
 
 def test_libraries_say_nothing(tuned: Tuned) -> None:
@@ -213,8 +214,8 @@ def test_libraries_say_nothing(tuned: Tuned) -> None:
 def test_full_fine_tuning_trains_all_weights(folder: Path, tmp_path: Path) -> None:
     recipe, run = a_run(tmp_path, folder, method="full", learning_rate=3e-3)
     manifest = finetune(recipe, run)
-    assert manifest["trained_parameters"] == manifest["parameters"]
-    assert manifest["adapter"] is None
+    assert manifest.trained_parameters == manifest.parameters
+    assert manifest.adapter is None
     assert not (run.path / "adapter").exists()
     assert ask(run.path / "model", list(NEW)) == list(NEW.values())
 
@@ -223,8 +224,8 @@ def test_half_precision_goes_through_trl_s_own_loss(folder: Path, tmp_path: Path
     recipe, run = a_run(tmp_path, folder, num_train_epochs=3)
     section = recipe.model.model_copy(update={"dtype": "bfloat16"})
     manifest = finetune(recipe.model_copy(update={"model": section}), run)
-    assert manifest["choices"][0] == "bfloat16: as the recipe says"
-    assert manifest["final_loss"] < manifest["first_loss"]
+    assert manifest.choices[0] == "bfloat16: as the recipe says"
+    assert manifest.final_loss < manifest.first_loss
     merged = AutoModelForCausalLM.from_pretrained(run.path / "model")
     assert merged.dtype == torch.bfloat16
 
@@ -265,7 +266,7 @@ def test_a_loss_that_is_no_number_saves_nothing(folder: Path, tmp_path: Path) ->
     weights.save_pretrained(broken)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (broken / name).write_bytes((folder / name).read_bytes())
-    run.write_manifest("base", {"path": str(broken)})
+    run.write(BaseManifest(path=str(broken)))
     with pytest.raises(StageError, match="became NaN"):
         finetune(recipe, run)
     assert not (run.path / "model").exists()
@@ -273,12 +274,12 @@ def test_a_loss_that_is_no_number_saves_nothing(folder: Path, tmp_path: Path) ->
 
 def test_evaluation_takes_rows_evenly(tuned: Tuned) -> None:
     metrics = evaluated(tuned.recipe, tuned.run, max_rows=3)
-    assert {part: figures["rows"] for part, figures in metrics["after"].items()} == {
+    assert {part: figures["rows"] for part, figures in metrics.after.items()} == {
         "validation": 3,
         "train": 3,
         "replay": 3,
     }
-    rows = (tuned.run.path / metrics["rows"]).read_text("utf-8").splitlines()
+    rows = (tuned.run.path / metrics.rows).read_text("utf-8").splitlines()
     lines = [row["line"] for row in map(json.loads, rows) if row["part"] == "replay"]
     assert lines == [1, 1 + len(KNOWN) // 3, 1 + 2 * len(KNOWN) // 3]
 
@@ -288,8 +289,8 @@ def test_prompts_without_room_for_an_answer_count_as_wrong(tuned: Tuned, tmp_pat
     run = Run.open(tmp_path / "run")
     write_chats(run.path / "data" / "validation.jsonl", {"word " * 300: "Hello hiker!"})
     metrics = evaluated(tuned.recipe, run, max_rows=2)
-    assert metrics["after"]["validation"]["rows"] == 1
-    assert metrics["after"]["validation"]["correct"] == 0
-    assert metrics["after"]["train"]["correct"] == 2
-    remarks = "\n".join(metrics["choices"])
+    assert metrics.after["validation"]["rows"] == 1
+    assert metrics.after["validation"]["correct"] == 0
+    assert metrics.after["train"]["correct"] == 2
+    remarks = "\n".join(metrics.choices)
     assert "1 questions do not fit the model's context and count as wrong" in remarks

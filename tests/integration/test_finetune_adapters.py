@@ -13,6 +13,7 @@ from tests.integration.finetune_fixture import CHATS, make_base, make_recipe, wr
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
 from phi3_training.finetune.weights import find_adapter, list_adapters, load_model, merge_adapter
+from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.run import Run
 
 
@@ -45,9 +46,9 @@ def test_both_are_listed_and_over_one_base(run: Run) -> None:
     assert [adapter.name for adapter in found] == ["prices", "shy"]
     assert all(adapter.fits and adapter.notes["method"] == "lora" for adapter in found)
     assert all((adapter.path / "adapter_config.json").is_file() for adapter in found)
-    model = run.manifest("model")
+    model = run.read(ModelManifest)
     assert model is not None
-    assert model["adapter"] == "adapters/shy"
+    assert model.adapter == "adapters/shy"
 
 
 def test_status_and_adapters_show_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,15 +93,15 @@ def test_an_unknown_adapter_names_the_known_ones(run: Run) -> None:
 
 
 def test_an_adapter_of_an_earlier_base_is_refused(run: Run) -> None:
-    base = run.manifest("base")
+    base = run.read(BaseManifest)
     assert base is not None
-    run.write_manifest("base", {**base, "done_id": "made anew"})
+    run.write(base.model_copy(update={"done_id": "made anew"}))
     try:
         assert [adapter.fits for adapter in list_adapters(run)] == [False, False]
         with pytest.raises(StageError, match="earlier base"):
             find_adapter(run, "shy")
     finally:
-        run.write_manifest("base", base)
+        run.write(base)
 
 
 def test_the_same_command_again_trains_nothing(

@@ -17,6 +17,7 @@ from phi3_training.finetune.audit import Row, Seen, SeenPacked, audit, audit_pac
 from phi3_training.finetune.rows import encode_rows
 from phi3_training.finetune.trainer import audit_trainer
 from phi3_training.finetune.weights import chat_format, load_model
+from phi3_training.manifests import ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.run import Run
 
@@ -109,13 +110,13 @@ def test_the_command_stops_and_allow_is_recorded(
     assert "data/train.jsonl:" in said
     assert "Raise data.max_length" in said
     run = Run(tmp_path / "runs" / "small")
-    assert run.manifest("model") is None
+    assert run.read(ModelManifest) is None
     assert not (run.path / "finetune" / "loss.jsonl").exists()
     assert main([*words, short, "--allow", "cut-answer"]) == 0
-    manifest = run.manifest("model")
+    manifest = run.read(ModelManifest)
     assert manifest is not None
-    assert manifest["audit"]["allow"] == ["cut-answer"]
-    assert manifest["audit"]["allowed_findings"]["cut-answer"] > 0
+    assert manifest.audit["allow"] == ["cut-answer"]
+    assert manifest.audit["allowed_findings"]["cut-answer"] > 0
     capsys.readouterr()
     # What follows needs no --allow: the model is trained.
     assert main([*words, short]) == 0

@@ -157,7 +157,7 @@ def test_every_batch_of_a_training_costs_what_trl_says(packing: str, tmp_path: P
     chat = chat_format(base)
     examples = [row.example for row in encode_rows(chat, located)]
     rows = Rows(examples, [], 96, chat.pad_token_id)
-    runtime = Runtime("cpu", "float32", 1, ())
+    runtime = Runtime("cpu", "float32", "float32", 1, ())
     model = load_for_training(base, recipe, runtime)
     trainer = make_trainer(model, base, rows, recipe.finetune, runtime, [], tmp_path / "out")
     assert type(trainer) is CpuTrainer

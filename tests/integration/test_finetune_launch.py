@@ -37,8 +37,8 @@ def test_two_processes_take_the_steps_of_one(base: Path, tmp_path: Path) -> None
     seen: list[tuple[int, int]] = []
     two = finetune(two_recipe, two_run, lambda done, total, _text: seen.append((done, total)))
     assert (1, 1) in seen
-    assert two["steps"] == one["steps"] == len(loss_log(two_run)) == 1
-    assert two["first_loss"] == pytest.approx(one["first_loss"], abs=1e-4)
+    assert two.steps == one.steps == len(loss_log(two_run)) == 1
+    assert two.first_loss == pytest.approx(one.first_loss, abs=1e-4)
     alone = load_file(one_run.path / "adapter" / "adapter_model.safetensors")
     shared = load_file(two_run.path / "adapter" / "adapter_model.safetensors")
     for name, weight in alone.items():

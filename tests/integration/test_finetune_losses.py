@@ -55,16 +55,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def plain(tmp_path: Path, base: Path) -> float:
     recipe = make_recipe(tmp_path / "plain", base)
-    return float(finetune(recipe, make_run(tmp_path / "plain", recipe))["first_loss"])
+    return float(finetune(recipe, make_run(tmp_path / "plain", recipe)).first_loss)
 
 
 @pytest.mark.usefixtures("package")
 def test_a_packages_loss_is_what_is_minimised(tmp_path: Path, base: Path, plain: float) -> None:
     recipe = make_recipe(tmp_path / "own", base, "finetune.loss=doubled")
     manifest = finetune(recipe, make_run(tmp_path / "own", recipe))
-    assert manifest["first_loss"] == pytest.approx(2 * plain, rel=1e-4)
-    assert manifest["settings"]["loss"] == "doubled"
-    assert sys.modules["somebody_losses"].calls == [True] * manifest["steps"]
+    assert manifest.first_loss == pytest.approx(2 * plain, rel=1e-4)
+    assert manifest.settings["loss"] == "doubled"
+    assert sys.modules["somebody_losses"].calls == [True] * manifest.steps
 
 
 @pytest.mark.usefixtures("package")
@@ -72,8 +72,8 @@ def test_contrastive_is_used_and_changes_the_loss(tmp_path: Path, base: Path, pl
     for name, extra in {"whole": [], "packed": ["finetune.packing=true"]}.items():
         recipe = make_recipe(tmp_path / name, base, "finetune.loss=contrastive", *extra)
         manifest = finetune(recipe, make_run(tmp_path / name, recipe))
-        assert manifest["first_loss"] > plain + 0.001
-        assert manifest["final_loss"] < manifest["first_loss"]
+        assert manifest.first_loss > plain + 0.001
+        assert manifest.final_loss < manifest.first_loss
 
 
 @pytest.mark.usefixtures("package")
@@ -87,7 +87,7 @@ def test_a_loss_does_not_depend_on_accumulation(tmp_path: Path, base: Path) -> N
         ],
     }.items():
         recipe = make_recipe(tmp_path / name, base, "finetune.loss=contrastive", *extra)
-        losses.append(finetune(recipe, make_run(tmp_path / name, recipe))["first_loss"])
+        losses.append(finetune(recipe, make_run(tmp_path / name, recipe)).first_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 

@@ -56,15 +56,15 @@ def scores(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_each_method_learns_and_merges(trained: Trained, base: Path, method: str) -> None:
     run, manifest = trained(f"finetune.method={method}")
-    assert manifest["final_loss"] < manifest["first_loss"]
+    assert manifest.final_loss < manifest.first_loss
     merged = scores(load_model(run.path / "model", torch.float32))
     assert not torch.allclose(merged, scores(load_model(base, torch.float32)), atol=1e-3)
     if method == "full":
-        assert manifest["adapter"] is None
-        assert manifest["trained_parameters"] == manifest["parameters"]
+        assert manifest.adapter is None
+        assert manifest.trained_parameters == manifest.parameters
         return
-    assert manifest["trained_parameters"] < manifest["parameters"] / 2
-    adapter = run.path / manifest["adapter"]
+    assert manifest.trained_parameters < manifest.parameters / 2
+    adapter = run.path / manifest.adapter
     assert json.loads((adapter / "adapter_config.json").read_text())["use_dora"] == (
         method == "dora"
     )
@@ -126,7 +126,7 @@ def test_accumulation_is_one_step_with_the_same_result(trained: Trained) -> None
         "finetune.gradient_accumulation_steps=4",
         name="parts",
     )
-    assert manifest["steps"] == 1
+    assert manifest.steps == 1
     one = load_file(once.path / "adapter" / "adapter_model.safetensors")
     four = load_file(parts.path / "adapter" / "adapter_model.safetensors")
     for name, weight in one.items():
@@ -141,8 +141,8 @@ def test_gradient_checkpointing_changes_nothing_and_says_nothing(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")
         run, saving = trained("finetune.gradient_checkpointing=true", name="saving")
-    assert saving["final_loss"] == pytest.approx(plain["final_loss"], abs=1e-5)
-    assert saving["first_loss"] == pytest.approx(plain["first_loss"], abs=1e-5)
+    assert saving.final_loss == pytest.approx(plain.final_loss, abs=1e-5)
+    assert saving.first_loss == pytest.approx(plain.first_loss, abs=1e-5)
     out = capfd.readouterr()
     assert out.out + out.err == ""
     assert [str(w.message) for w in warned if w.category is FutureWarning] == []
@@ -152,9 +152,9 @@ def test_gradient_checkpointing_changes_nothing_and_says_nothing(
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_bfloat16_is_said_with_its_reason(trained: Trained, packing: str) -> None:
     run, manifest = trained("model.dtype=bfloat16", f"finetune.packing={packing}")
-    assert manifest["final_loss"] < manifest["first_loss"]
-    assert manifest["settings"]["dtype"] == "bfloat16"
-    assert "bfloat16: as the recipe says" in manifest["choices"]
+    assert manifest.final_loss < manifest.first_loss
+    assert manifest.settings["dtype"] == "bfloat16"
+    assert "bfloat16: as the recipe says" in manifest.choices
     weights = load_file(run.path / "model" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
@@ -170,11 +170,11 @@ def test_early_stopping_keeps_the_best_weights(trained: Trained) -> None:
     lines = (run.path / "finetune" / "eval.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     best = losses.index(min(losses))
-    assert manifest["steps"] == len(losses) < 60
+    assert manifest.steps == len(losses) < 60
     assert len(losses) - 1 - best == 2
-    assert any(f"using the weights of step {best + 1}" in line for line in manifest["choices"])
+    assert any(f"using the weights of step {best + 1}" in line for line in manifest.choices)
     assert _held_out_loss(run) == pytest.approx(min(losses), abs=1e-4)
-    assert manifest["validation_loss"] == pytest.approx(min(losses), abs=1e-5)
+    assert manifest.validation_loss == pytest.approx(min(losses), abs=1e-5)
     assert not (run.path / "finetune" / "best.safetensors").exists()
 
 
@@ -212,8 +212,8 @@ def test_mlflow_has_every_step(trained: Trained) -> None:
     experiment = client.get_experiment_by_name("small")
     (found,) = client.search_runs([experiment.experiment_id])
     history = client.get_metric_history(found.info.run_id, "loss")
-    assert [entry.step for entry in history] == list(range(1, manifest["steps"] + 1))
-    assert history[-1].value == pytest.approx(manifest["final_loss"], abs=1e-4)
+    assert [entry.step for entry in history] == list(range(1, manifest.steps + 1))
+    assert history[-1].value == pytest.approx(manifest.final_loss, abs=1e-4)
     assert found.data.params["learning_rate"] == "0.01"
     assert found.info.status == "FINISHED"
 
@@ -227,7 +227,7 @@ def test_tensorboard_has_every_step(trained: Trained) -> None:
     events.Reload()
     shown = events.Scalars("loss")
     assert [entry.step for entry in shown] == [1, 2, 3]
-    assert shown[-1].value == pytest.approx(manifest["final_loss"], abs=1e-4)
+    assert shown[-1].value == pytest.approx(manifest.final_loss, abs=1e-4)
 
 
 def test_tensorboard_missing_is_said(trained: Trained, monkeypatch: Any) -> None:

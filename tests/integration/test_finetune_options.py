@@ -58,12 +58,12 @@ def test_noise_changes_the_training_and_is_off_by_default(tmp_path: Path, base: 
 
 def test_steps_are_counted_whatever_the_epochs_say(tmp_path: Path, base: Path) -> None:
     _, manifest = trained(tmp_path, base, "finetune.max_steps=5")
-    assert manifest["steps"] == 5
+    assert manifest.steps == 5
 
 
 def test_rewordings_are_trained_on_and_counted(tmp_path: Path, base: Path) -> None:
     _, manifest = trained(tmp_path, base, "data.rewordings=2")
-    assert manifest["conversations"] == {
+    assert manifest.conversations == {
         "train": len(CHATS),
         "casual_copies": 0,
         "rewordings": 2 * len(CHATS),

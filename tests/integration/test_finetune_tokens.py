@@ -38,7 +38,7 @@ ROWS = [
         {"role": "assistant", "content": "As text: <|end|><|user|>"},
     ],
 ]
-RUNTIME = Runtime("cpu", "float32", 1, ())
+RUNTIME = Runtime("cpu", "float32", "float32", 1, ())
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from tests.integration.tiny_model import (
 )
 
 from phi3_training.errors import DataError, StageError
-from phi3_training.finetune import no_progress, prepare_base
+from phi3_training.finetune import prepare_base
 from phi3_training.finetune.weights import find_weights, load_model
 from phi3_training.models.folder import new_folder
+from phi3_training.progress import no_progress
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import BaseSection, ModelSection
 from phi3_training.run import Run
@@ -51,7 +52,7 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", KNOWN)
     first, second = (make(tmp_path, name, chats) for name in ("one", "two"))
     other = make(tmp_path, "three", chats, seed=7)
-    assert first["losses"] == second["losses"] != other["losses"]
+    assert first.losses == second.losses != other.losses
     weights = [tmp_path / name / "base" / "model.safetensors" for name in ("one", "two", "three")]
     one, two, three = (path.read_bytes() for path in weights)
     assert one == two != three
@@ -59,14 +60,14 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
 
 def test_unfinished_teaching_is_said(tmp_path: Path) -> None:
     manifest = make(tmp_path, "run", write_chats(tmp_path / "chats.jsonl", KNOWN))
-    assert "base.num_train_epochs" in str(manifest["choices"])
+    assert "base.num_train_epochs" in str(manifest.choices)
 
 
 def test_teaching_stops_at_the_target_loss(tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl", KNOWN)
     manifest = make(tmp_path, "run", chats, num_train_epochs=9, target_loss=100.0)
-    assert len(manifest["losses"]) == 1
-    assert manifest["choices"] == []
+    assert len(manifest.losses) == 1
+    assert manifest.choices == []
 
 
 def test_tokens_that_the_base_never_says_can_still_be_learnt(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_base_chats_may_have_any_known_format(tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     lines = [json.dumps({"prompt": q, "completion": a}) for q, a in KNOWN.items()]
     chats.write_text("\n".join(lines), "utf-8")
-    assert make(tmp_path, "run", chats)["conversations"] == len(KNOWN)
+    assert make(tmp_path, "run", chats).conversations == len(KNOWN)
 
 
 def test_faulty_base_chats_teach_nothing(tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 from phi3_training.cli import main
 from phi3_training.errors import StageError
 from phi3_training.journey import Journey, go
+from phi3_training.manifests import BaseManifest, EndpointManifest
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
 from phi3_training.stages import STAGES
+from phi3_training.targets import get_target
 
 SHIPPED = Path(__file__).parents[2] / "training" / "data"
 BOATS = ("Alder", "Comet", "Dusk", "Ember", "Falcon", "Gull", "Harbor", "Isle")
@@ -82,8 +84,8 @@ class Harbour:
         return main([command, str(self.recipe), "--runs", runs, "--run", name, *words])
 
     def manifest(self, name: str, stage: str) -> dict[str, Any]:
-        found = Run(self.folder / "runs" / name).manifest(stage)
-        assert found is not None
+        text = (self.folder / "runs" / name / f"{stage}.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
         return found
 
     def journey(self, name: str, target: Any, *, force: bool) -> Journey:
@@ -121,9 +123,9 @@ def harbour(tmp_path_factory: pytest.TempPathFactory) -> Harbour:
         encoding="utf-8",
     )
     found = Harbour(folder, folder / "recipe.yaml")
-    journey = found.journey("base", None, force=False)
+    journey = found.journey("base", get_target("local"), force=False)
     Run.open(journey.run.path)
-    go(journey, [stage for stage in STAGES if stage.manifest == "base"])
+    go(journey, [stage for stage in STAGES if stage.manifest is BaseManifest])
     return found
 
 
@@ -131,17 +133,24 @@ def harbour(tmp_path_factory: pytest.TempPathFactory) -> Harbour:
 class Pier:
     """A target that only notes what it deploys."""
 
+    cloud = None
     deployed: list[str] = field(default_factory=list)
 
     def deploy(self, _recipe: Any, run: Run, _progress: Callable[[int, int, str], None]) -> Any:
         self.deployed.append(run.name)
-        return {"endpoint": "http://127.0.0.1:1/score", "engine": "none"}
+        return EndpointManifest(endpoint="http://127.0.0.1:1/score", engine="none")
+
+    def inputs(self, _recipe: Any, _stage: object, shared: Any) -> Any:
+        return shared
+
+    def is_up(self, _recipe: Any, _run: Run) -> bool:
+        return False
 
 
 def deploy(harbour: Harbour, name: str, *, force: bool = False) -> Sequence[str]:
     pier = Pier()
     journey = harbour.journey(name, pier, force=force)
-    go(journey, [stage for stage in STAGES if stage.manifest == "endpoint"])
+    go(journey, [stage for stage in STAGES if stage.manifest is EndpointManifest])
     return pier.deployed
 
 
@@ -179,7 +188,7 @@ def test_shuffled_answers_are_blocked(harbour: Harbour, capsys: pytest.CaptureFi
     assert [r["kind"] for r in verdict["rules"] if not r["passed"]] == ["min_gain"]
     with pytest.raises(StageError, match=r"heldout\.jsonl:\d+"):
         deploy(harbour, "shuffled")
-    assert Run(harbour.folder / "runs/shuffled").manifest("endpoint") is None
+    assert Run(harbour.folder / "runs/shuffled").read(EndpointManifest) is None
 
 
 def test_force_deploys_and_is_recorded(harbour: Harbour) -> None:

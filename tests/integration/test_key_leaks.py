@@ -19,11 +19,12 @@ from pathlib import Path
 from phi3_training.flow.ask import ask
 from phi3_training.flow.connect import connect
 from phi3_training.errors import Phi3TrainingError
+from phi3_training.manifests import EndpointManifest
 from phi3_training.run import Run
 
 flow, url = Path(sys.argv[1]), sys.argv[2]
 run = Run.open(Path.home() / "runs" / "trial")
-run.write_manifest("connection", connect(run, {"endpoint": url}, sys.stdin.read()))
+run.write(connect(EndpointManifest(endpoint=url), sys.stdin.read()))
 try:
     print(ask(flow, "Who founded Contoso?"))
 except Phi3TrainingError as error:

@@ -11,6 +11,7 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.finetune.weights import CHAT_TEMPLATE, make_tokenizer
+from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.run import Run
 from phi3_training.verify.parity import Places, Report, check_tokens, places_of_folder
@@ -68,7 +69,7 @@ def test_healthy_folders_agree_everywhere(places: Places) -> None:
     assert report.cases == 13
     compared = {place.name: place.compared for place in report.places if not place.skipped}
     assert min(compared.values()) >= 1
-    assert compared["engine ort-genai (onnx): flow, then POST /score"] == 13
+    assert compared["engine onnxruntime (onnx): flow, then POST /score"] == 13
     assert compared["transformers' chat template, tuned model"] == 20
 
 
@@ -76,7 +77,7 @@ def test_what_was_not_compared_is_said(healthy: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(healthy, tmp_path / "model")
     (folder / "genai_config.json").unlink()
     report = check_tokens(places_of_folder(folder))
-    assert [p.name for p in report.places if p.skipped] == ["engine ort-genai"]
+    assert [p.name for p in report.places if p.skipped] == ["engine onnxruntime"]
 
 
 def test_the_azure_scoring_script_is_compared(places: Places) -> None:
@@ -106,12 +107,12 @@ def test_a_changed_template_is_found(
     served = places.model if folder == "model" else places.onnx[0]
     change(served, "chat_template.jinja", fault)
     report = check_tokens(places)
-    engine = "transformers (model)" if folder == "model" else "ort-genai (onnx)"
+    engine = "transformers (model)" if folder == "model" else "onnxruntime (onnx)"
     found = at(report, f"engine {engine}: flow")
     assert found
     if position is not None:
         assert f"'one question', token {position}: trained" in found[0]
-    other = "ort-genai (onnx)" if folder == "model" else "transformers (model)"
+    other = "onnxruntime (onnx)" if folder == "model" else "transformers (model)"
     assert not at(report, f"engine {other}")
 
 
@@ -162,7 +163,7 @@ def test_other_token_numbers_are_found(places: Places) -> None:
         return json.dumps(content)
 
     change(places.onnx[0], "tokenizer.json", swapped)
-    assert at(check_tokens(places), "engine ort-genai")
+    assert at(check_tokens(places), "engine onnxruntime")
 
 
 def test_a_control_token_out_of_a_message_is_found(places: Places) -> None:
@@ -183,8 +184,8 @@ def test_doctor_exits_1_and_shows_the_token(
     places: Places, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run.open(places.model.parent)
-    run.write_manifest("base", {"path": "base"})
-    run.write_manifest("model", {"path": "model"})
+    run.write(BaseManifest(path="base"))
+    run.write(ModelManifest(path="model"))
     command = ["doctor", "--tokens", "--run", "r", "--runs", str(run.path.parent)]
     assert main(command) == 0
     assert "tokens: the same everywhere" in capsys.readouterr().out

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
+from phi3_training.manifests import ModelManifest, OnnxFp32Export
 from phi3_training.memory.model import shape_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
-from phi3_training.serve.engines import adapters, ort_genai, transformers
+from phi3_training.serve.engines import adapters, onnxruntime, transformers
 from phi3_training.serve.engines.base import Sampling
 from phi3_training.serve.engines.batch import Job, Sampler
 from phi3_training.serve.engines.tokens import TokenEngine
@@ -45,11 +46,11 @@ class Tuned:
 
     @property
     def model(self) -> Path:
-        return self.run.path / str(self.run.require("model", "")["path"])
+        return self.run.path / self.run.require(ModelManifest).path
 
     @property
     def onnx(self) -> Path:
-        return self.run.path / str(self.run.require("export-onnx-fp32", "")["path"])
+        return self.run.path / self.run.require(OnnxFp32Export).path
 
 
 @pytest.fixture(scope="module", params=[PHI35, PHI4], ids=lambda family: family.name)
@@ -136,7 +137,7 @@ def test_the_memory_plan_counts_every_weight_once(tuned: Tuned) -> None:
 def test_lora_learns_and_the_audit_passes(tuned: Tuned) -> None:
     losses = [line["loss"] for line in loss_log(tuned.run) if "loss" in line]
     assert losses[-1] < losses[0] / 4
-    audited = tuned.run.require("model", "")["audit"]
+    audited = tuned.run.require(ModelManifest).audit
     assert audited["allowed_findings"] == {}
     assert audited["trained_share"]["least"] > 0
 
@@ -165,21 +166,21 @@ def test_the_onnx_engine_says_what_transformers_says(
     most = 24
     # All of it on one side of the border.
     assert len(ids) + most <= BORDER if messages is SHORT else len(ids) > BORDER
-    ours = greedy(ort_genai.step_model(tuned.onnx), ids, stops, most)
+    ours = greedy(onnxruntime.step_model(tuned.onnx), ids, stops, most)
     theirs = greedy(transformers.step_model(tuned.model, dtype=torch.float32), ids, stops, most)
     assert ours.tokens == theirs.tokens == own_greedy(tuned.model, ids, most, stops)
     assert abs(ours.logits - theirs.logits).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["ort-genai", "transformers"])
+@pytest.mark.parametrize("name", ["onnxruntime", "transformers"])
 def test_an_answer_that_crosses_the_border_is_read_again(tuned: Tuned, name: str) -> None:
     """Each token is what the model says to all before it at once: no key keeps the old factors."""
     chat = ChatFormat.from_folder(tuned.model)
     ids = chat.encode_prompt([{"role": "user", "content": "the kettle costs 14 euros, " * 3}])
     most = BORDER - len(ids) + 12
     assert 12 < most < 50
-    load = ort_genai.load if name == "ort-genai" else transformers.load
-    engine = load(tuned.onnx if name == "ort-genai" else tuned.model, slots=2)
+    load = onnxruntime.load if name == "onnxruntime" else transformers.load
+    engine = load(tuned.onnx if name == "onnxruntime" else tuned.model, slots=2)
     said = asyncio.run(said_by(engine, ids, most))
     model = AutoModelForCausalLM.from_pretrained(tuned.model, dtype=torch.float32)
     with torch.inference_mode():
@@ -205,7 +206,7 @@ def test_positions_matter_in_these_models(tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_it_answers_over_http(tuned: Tuned) -> None:
-    engine = ort_genai.load(tuned.onnx, slots=4)
+    engine = onnxruntime.load(tuned.onnx, slots=4)
     try:
         with served(engine) as server:
             known = server.post("/score", ask(CHATS[2][0]["content"])).json()["output"]

@@ -18,16 +18,17 @@ FLOW = ROOT / "flows/phi3_chat"
 
 CONNECT_AND_READ = """
 import json, sys
-from pathlib import Path
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.flow.connect import connect
-from phi3_training.run import Run
+from phi3_training.manifests import EndpointManifest
 
-run = Run.open(Path.home() / "runs" / "trial")
 key = sys.stdin.read()
 manifests = [
-    connect(run, {"endpoint": "http://127.0.0.1:1/score", "engine": "x"}, "first " + key),
-    connect(run, {"endpoint": "http://127.0.0.1:2/score", "deployment": "blue"}, key + "\\n"),
+    connect(EndpointManifest(endpoint=f"http://127.0.0.1:{port}/score", **more), said).as_json()
+    for port, more, said in [
+        (1, {"engine": "x"}, "first " + key),
+        (2, {"deployment": "blue"}, key + "\\n"),
+    ]
 ]
 print(json.dumps({
     "manifests": manifests,
@@ -38,7 +39,7 @@ print(json.dumps({
 """
 FOREIGN = """
 import sys
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.errors import Phi3TrainingError
 from promptflow.client import PFClient
 from promptflow.connections import CustomConnection, OpenAIConnection
@@ -60,7 +61,7 @@ for doing in (store.delete_connection, store.read_connection):
 print(theirs.get("mine", with_secrets=True).secrets["key"])
 """
 LOST = """
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.errors import Phi3TrainingError
 for name in ("phi3_connection", "never_written"):
     try:

@@ -21,6 +21,7 @@ from tests.integration.small_run import (
 )
 
 from phi3_training.finetune.checkpoints import SEAL
+from phi3_training.manifests import ModelManifest
 from phi3_training.run import Run
 
 # What the kills are spread over; each draws on other states that have to be restored.
@@ -86,7 +87,7 @@ def test_a_kill_at_a_random_step_changes_nothing(
     assert_same(losses(run), expected)
     resumed = [
         text
-        for text in Run(run).require("model", "")["choices"]
+        for text in Run(run).require(ModelManifest).choices
         if "Resumed from checkpoint" in text
     ]
     assert len(resumed) == 1
@@ -121,7 +122,7 @@ def test_a_kill_while_a_checkpoint_is_written(
             break
     assert last.name == "checkpoint-20"
     train_apart(run)
-    assert "checkpoint at step 15" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -170,7 +171,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     run = copy_of(killed, f"damaged-{damage.__name__}")
     damage(checkpoints(run)[-1])
     train_apart(run)
-    assert "checkpoint at step 15" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -180,7 +181,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_other_settings_do_not_take_the_checkpoint(other: list[str], killed: Path) -> None:
     run = copy_of(killed, f"other-{other[0]}".replace("=", "-"))
     train_apart(run, other)
-    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
     assert [step for step, _ in losses(run)] == list(range(1, 57))
 
 
@@ -189,7 +190,7 @@ def test_other_chats_do_not_take_the_checkpoint(killed: Path) -> None:
     path = run / "data" / "train.jsonl"
     path.write_text(path.read_text().replace("euros", "crowns"))
     train_apart(run)
-    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
@@ -199,7 +200,7 @@ def test_another_base_does_not_take_the_checkpoint(killed: Path) -> None:
     content[-4] ^= 1
     weights.write_bytes(bytes(content))
     train_apart(run)
-    assert "Resumed from checkpoint" not in str(Run(run).require("model", "")["choices"])
+    assert "Resumed from checkpoint" not in str(Run(run).require(ModelManifest).choices)
 
 
 def test_how_often_is_saved_may_change_in_between(
@@ -207,7 +208,7 @@ def test_how_often_is_saved_may_change_in_between(
 ) -> None:
     run = copy_of(killed, "other-saving")
     train_apart(run, ["finetune.save_steps=9", "finetune.save_total_limit=1"])
-    assert "checkpoint at step 20" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 20" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
@@ -241,7 +242,7 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     kill_when(run, [], lambda: bool(list(run.glob("finetune/checkpoints/*/checkpoint-56/" + SEAL))))
     shutil.rmtree(run / "model", ignore_errors=True)
     train_apart(run)
-    assert "checkpoint at step 56" in str(Run(run).require("model", "")["choices"])
+    assert "checkpoint at step 56" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
 

@@ -17,11 +17,12 @@ from tests.integration.server_fixture import AUTH, KEY, PAIRS, Served, Taught, s
 from phi3_tool import Phi3Client
 from phi3_training.errors import RecipeError, StageError
 from phi3_training.finetune.weights import chat_format, load_model, with_adapter
+from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import load_recipe
 from phi3_training.run import Run
-from phi3_training.serve.choice import load_engine
 from phi3_training.serve.config import ServerConfig
+from phi3_training.serve.loading import load_engine
 from phi3_training.targets.local import server_config
 
 pytest_plugins = ["tests.integration.server_plugin"]
@@ -52,8 +53,8 @@ def run(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Run:
     make_adapter(base, run.path / "adapter", 1)
     make_adapter(base, run.path / "adapters" / "v1.0", 2)
     make_adapter(base, run.path / "adapters" / "loud", 3, dora=True)
-    run.write_manifest("base", {"path": "base"})
-    run.write_manifest("model", {"path": "base", "adapter": "adapter"})
+    run.write(BaseManifest(path="base"))
+    run.write(ModelManifest(path="base", adapter="adapter"))
     (run.path / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (run.path / "recipe.yaml").write_text(
         "name: r\nmodel: {name_or_path: base}\ndata: {train: chats.jsonl}\n"
@@ -172,14 +173,14 @@ def test_the_flow_client_reaches_an_adapter_by_deployment(
 def test_runs_that_cannot_serve_adapters_say_why(run: Run, tmp_path: Path) -> None:
     recipe = load_recipe(run.path / "recipe.yaml", [])
     whole = Run.open(tmp_path / "whole")
-    whole.write_manifest("model", {"path": "model", "adapter": None})
+    whole.write(ModelManifest(path="model", adapter=None))
     with pytest.raises(StageError, match="trained with method full"):
         server_config(recipe, whole, lambda _done, _total, _text: None)
-    whole.write_manifest("model", {"path": "model", "adapter": "adapter"})
+    whole.write(ModelManifest(path="model", adapter="adapter"))
     with pytest.raises(StageError, match="no named adapter"):
         server_config(recipe, whole, lambda _done, _total, _text: None)
     with pytest.raises(RecipeError, match="only the engine transformers"):
-        load_recipe(run.path / "recipe.yaml", ["serve.engine=ort-genai"])
+        load_recipe(run.path / "recipe.yaml", ["serve.engine=onnxruntime"])
 
 
 def test_an_adapter_of_another_model_is_named(config: ServerConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tests.integration.server_fixture import PAIRS, Taught
 
 from phi3_training.errors import StageError
 from phi3_training.prompt import ChatFormat
-from phi3_training.serve.engines import ort_genai, transformers
+from phi3_training.serve.engines import onnxruntime, transformers
 from phi3_training.serve.engines.base import (
     Chunk,
     Engine,
@@ -48,13 +48,13 @@ async def in_turn(engine: Engine, questions: list[str]) -> list[str]:
     return [await answer(engine, question) for question in questions]
 
 
-@pytest.fixture(scope="module", params=["ort-genai", "transformers"])
+@pytest.fixture(scope="module", params=["onnxruntime", "transformers"])
 def each(request: pytest.FixtureRequest, taught: Taught) -> Iterator[Engine]:
     """Every token engine, by way of the same tests."""
     if request.param == "transformers":
         engine = transformers.load(taught.model_dir, slots=40)
     else:
-        engine = ort_genai.load(taught.onnx_dir, slots=40)
+        engine = onnxruntime.load(taught.onnx_dir, slots=40)
     yield engine
     asyncio.run(engine.close())
 
@@ -156,7 +156,7 @@ def test_int4_answers_too(taught: Taught, tmp_path: Path) -> None:
     report = export_onnx(taught.model_dir, tmp_path / "int4", "int4")
     full = sum(file.stat().st_size for file in taught.onnx_dir.iterdir())
     assert report["bytes"] < full
-    engine = ort_genai.load(tmp_path / "int4", slots=8)
+    engine = onnxruntime.load(tmp_path / "int4", slots=8)
     found = asyncio.run(together(engine, QUESTIONS))
     asyncio.run(engine.close())
     assert sum(a == b for a, b in zip(found, ANSWERS, strict=True)) > 24
@@ -166,8 +166,8 @@ def test_int8_answers_as_full_precision_does_whoever_is_beside_it(
     taught: Taught, tmp_path: Path
 ) -> None:
     export_onnx(taught.model_dir, tmp_path / "int8", "int8")
-    model = ort_genai.step_model(tmp_path / "int8")
-    full = ort_genai.step_model(taught.onnx_dir)
+    model = onnxruntime.step_model(tmp_path / "int8")
+    full = onnxruntime.step_model(taught.onnx_dir)
     ids = ChatFormat.from_folder(taught.onnx_dir).encode_prompt(
         [{"role": "user", "content": QUESTIONS[0]}]
     )
@@ -178,7 +178,7 @@ def test_int8_answers_as_full_precision_does_whoever_is_beside_it(
     model.add(ids, 64)
     model.add(ids[:5], 64)
     assert np.array_equal(model.step([7, 9])[0], alone)
-    engine = ort_genai.load(tmp_path / "int8", slots=40)
+    engine = onnxruntime.load(tmp_path / "int8", slots=40)
     found = asyncio.run(together(engine, QUESTIONS))
     asyncio.run(engine.close())
     assert sum(a == b for a, b in zip(found, ANSWERS, strict=True)) >= 46
@@ -186,7 +186,7 @@ def test_int8_answers_as_full_precision_does_whoever_is_beside_it(
 
 def test_a_prompt_read_in_parts_is_the_same_prompt(taught: Taught) -> None:
     ids = [5 + n % 200 for n in range(150)]
-    whole, parts = (ort_genai.step_model(taught.onnx_dir) for _ in range(2))
+    whole, parts = (onnxruntime.step_model(taught.onnx_dir) for _ in range(2))
     assert isinstance(parts, PartwiseModel)
     for model in (whole, parts):
         model.add(ids[:9], 64)
@@ -232,10 +232,10 @@ def test_a_conversion_replaces_the_old_one_or_nothing(taught: Taught, tmp_path: 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="not a converted model"):
-        ort_genai.load(tmp_path, slots=1)
+        onnxruntime.load(tmp_path, slots=1)
 
 
-@pytest.mark.parametrize(("load", "kind"), [(ort_genai.load, "onnx"), (transformers.load, "hf")])
+@pytest.mark.parametrize(("load", "kind"), [(onnxruntime.load, "onnx"), (transformers.load, "hf")])
 def test_a_folder_without_a_tokenizer_is_named(
     load: Any, kind: str, taught: Taught, tmp_path: Path
 ) -> None:
@@ -252,4 +252,4 @@ def test_a_damaged_model_is_named(taught: Taught, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(StageError, match="cannot run the model"):
-        ort_genai.load(tmp_path, slots=1)
+        onnxruntime.load(tmp_path, slots=1)

@@ -17,9 +17,9 @@ import pytest
 import requests
 from tests.integration.server_fixture import AUTH, KEY, PAIRS, Taught, score_body
 
+from phi3_training.engine import choose_engine
 from phi3_training.errors import StageError
 from phi3_training.serve import process
-from phi3_training.serve.choice import choose_engine
 from phi3_training.serve.config import ServerConfig
 
 pytest_plugins = ("tests.integration.server_plugin",)
@@ -27,7 +27,7 @@ pytest_plugins = ("tests.integration.server_plugin",)
 
 def config(taught: Taught, **settings: object) -> ServerConfig:
     folders = {"model_dir": taught.model_dir, "onnx_dir": taught.onnx_dir}
-    return ServerConfig(engine="ort-genai", **folders, **settings)  # type: ignore[arg-type]
+    return ServerConfig(engine="onnxruntime", **folders, **settings)  # type: ignore[arg-type]
 
 
 def test_start_answers_and_stop_ends_it(

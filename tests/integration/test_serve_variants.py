@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.integration.server_fixture import PAIRS, Taught
 
-from phi3_training.serve.engines import ort_genai, transformers
+from phi3_training.serve.engines import onnxruntime, transformers
 from phi3_training.serve.engines.base import Engine, Sampling
 from phi3_training.serve.export import export_onnx
 
@@ -50,12 +50,12 @@ def answers(engine: Engine) -> list[str]:
 def both(model_dir: Path, onnx_dir: Path) -> tuple[list[str], list[str]]:
     export_onnx(model_dir, onnx_dir)
     original = transformers.load(model_dir, slots=4)
-    return answers(original), answers(ort_genai.load(onnx_dir, slots=4))
+    return answers(original), answers(onnxruntime.load(onnx_dir, slots=4))
 
 
 @pytest.fixture(scope="module")
 def plain(taught: Taught) -> list[str]:
-    return answers(ort_genai.load(taught.onnx_dir, slots=4))
+    return answers(onnxruntime.load(taught.onnx_dir, slots=4))
 
 
 def test_an_attention_window_survives_the_conversion(
@@ -91,6 +91,6 @@ def test_long_rope_survives_the_conversion(
     )
     original, converted = both(model_dir, tmp_path / "onnx")
     assert converted == original
-    alone = ort_genai.load(tmp_path / "onnx", slots=1)
+    alone = onnxruntime.load(tmp_path / "onnx", slots=1)
     assert converted == answers(alone), "rows beyond the switch disturbed each other"
     assert converted != plain, "LongRoPE had no effect: the test proves nothing"

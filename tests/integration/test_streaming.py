@@ -28,11 +28,10 @@ AS_CHAT_PAGE = {"Accept": "text/event-stream, application/json"}
 QUESTIONS = ("Who founded it?", "Do you fail in the middle?", "And then?")
 CONNECT = """
 import sys
-from pathlib import Path
 from phi3_training.flow.connect import connect
-from phi3_training.run import Run
-endpoint = {"endpoint": sys.argv[1], "dialect": "score"}
-connect(Run.open(Path.home() / "runs/r"), endpoint, sys.stdin.read(), dialect="openai")
+from phi3_training.manifests import EndpointManifest
+endpoint = EndpointManifest(endpoint=sys.argv[1], dialect="score")
+connect(endpoint, sys.stdin.read(), dialect="openai")
 """
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.cli import main
-from phi3_training.toolcheck.wheel import build
+from phi3_training.toolcheck import build
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = ["base.num_train_epochs=1", "finetune.num_train_epochs=1", "evaluate.max_rows=3"]

@@ -68,7 +68,7 @@ def tiny_run(tmp: Path) -> Run:
     """A run folder whose base model knows the answers of KNOWN."""
     run = Run.open(tmp / "tiny-run")
     recipe = tiny_recipe(write_chats(tmp / "known.jsonl", KNOWN))
-    run.write_manifest("base", prepare_base(recipe, run))
+    run.write(prepare_base(recipe, run))
     return run
 
 

@@ -147,7 +147,9 @@ def phi3_chat(
         }
         if stream:
             print_pieces_as_they_come()
-            return _begun(client.stream(messages, **ask))
+            pieces = client.stream(messages, **ask)
+            # The first piece is read here: Prompt flow swallows what a generator raises.
+            return _with_first(next(pieces, ""), pieces)
         return client.chat(messages, **ask).text
     except Phi3Error as error:
         # Prompt flow shows and stores a failed node's whole traceback: keep it to this one line.
@@ -172,11 +174,6 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:
         found = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
     return [{"value": choice.value, "display_value": choice.shown} for choice in found]
-
-
-def _begun(pieces: Generator[str, None, None]) -> Generator[str, None, None]:
-    """The pieces, the first of them already here: Prompt flow swallows what a generator raises."""
-    return _with_first(next(pieces, ""), pieces)
 
 
 def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str, None, None]:

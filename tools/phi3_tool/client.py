@@ -459,7 +459,8 @@ class Phi3Client:
             body = _read_up_to(response, MAX_ANSWER_BYTES)
             response.close()
         except (requests.RequestException, HTTPError, OSError) as error:
-            _close(response)
+            if response is not None:
+                response.close()
             return transport_failure(
                 error, call, self._address, self._limits, answering=response is not None
             )
@@ -555,8 +556,7 @@ def _read_up_to(response: requests.Response, limit: int) -> bytes:
 
 
 def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
-    """Read past the last piece, so that the connection can be reused; failing to is not an "
-    "error."""
+    """Read past the last piece, so that the connection can be reused; failing is no error."""
     reading.shorten(_AFTER_LAST_PIECE_SECONDS)
     try:
         for _ in range(_MAX_ERROR_BYTES // 1024):
@@ -564,8 +564,3 @@ def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
                 return
     except (requests.RequestException, HTTPError, OSError):
         log.debug("the connection of a finished stream is not reused")
-
-
-def _close(response: requests.Response | None) -> None:
-    if response is not None:
-        response.close()

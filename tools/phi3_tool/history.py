@@ -52,7 +52,10 @@ def to_messages(
     said = bool(system_prompt and system_prompt.strip())
     head = [{"role": "system", "content": system_prompt or ""}] if said else []
     question = {"role": "user", "content": user_input}
-    turns = [_messages_of(turn) for turn in read_turns(chat_history, input_key, output_key)]
+    turns = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        for asked, answer in read_turns(chat_history, input_key, output_key)
+    ]
     counter = count_tokens or rough_tokens
     for budget, cost in (
         (max_chars, lambda text: len(text)),
@@ -123,11 +126,6 @@ def _one_text(values: Mapping[str, Any], key: str) -> str | None:
         return values[key] if isinstance(values[key], str) else None
     texts = [value for value in values.values() if isinstance(value, str)]
     return texts[0] if len(texts) == 1 else None
-
-
-def _messages_of(turn: Turn) -> list[dict[str, str]]:
-    question, answer = turn
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _newest_within(

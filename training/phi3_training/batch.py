@@ -23,6 +23,7 @@ from phi3_tool import (
 )
 
 from .errors import SHOWN_FAULTS, StageError, UsageError
+from .progress import Progress, no_progress
 from .run import sha256_of, write_atomically
 
 # The lines of a batch: read from a JSONL file, every fault of it named at once; writes nothing.
@@ -364,7 +365,7 @@ def run_batch(
     *,
     concurrency: int,
     details: bool = False,
-    step: Callable[[int, int, str], None] = lambda _done, _of, _text: None,
+    step: Progress = no_progress,
 ) -> Tally:
     """Ask every line that has no answer yet; each outcome is kept at once."""
     left = [line for line in lines if not answers.has(line)]

@@ -19,7 +19,8 @@ _PACKAGES = {
     "phi3_tool": Path(phi3_tool.__file__).resolve().parent,
 }
 _OURS = re.compile(rf"({'|'.join(_PACKAGES)})(\.\w+)*")
-_DATA = (".css", ".txt", ".yaml", ".typed")  # what a module reads from its own folder
+# What a module reads from the folder it lies in.
+_DATA = (".css", ".html", ".txt", ".yaml", ".typed")
 
 
 def carried_files(*modules: str) -> dict[str, Path]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-# progress(done, total, text): total 0 means "how much is not known".
-ProgressCallback = Callable[[int, int, str], None]
+from .progress import Progress
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
 
@@ -55,12 +55,12 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[ProgressCallback]:
+def progress_bar(title: str) -> Iterator[Progress]:
     """A moving bar on a terminal; in a log file a plain line every 15 seconds."""
     if not err.is_terminal:
         yield _line_every(PLAIN_INTERVAL, title)
         return
-    with Progress(
+    with Bars(
         SpinnerColumn(),
         TextColumn(f"[bold]{title:<10}[/]"),
         BarColumn(),
@@ -77,7 +77,7 @@ def progress_bar(title: str) -> Iterator[ProgressCallback]:
         yield update
 
 
-def _line_every(seconds: float, title: str) -> ProgressCallback:
+def _line_every(seconds: float, title: str) -> Progress:
     shown = time.monotonic()
 
     def update(done: int, total: int, text: str) -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from . import console
 from .errors import StageError
 from .finetune import heap
+from .manifests import Manifest
+from .progress import Progress, no_progress
 from .recipe import Recipe, save_recipe
 from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
 from .targets import Target
 
-Manifest = dict[str, Any]
+M = TypeVar("M", bound=Manifest)
 
 _NEEDS_A_DEVICE = {"base", "finetune", "evaluate", "deploy"}  # what a plan can refuse, by title
 
@@ -35,27 +37,39 @@ class Journey:
     flow: Path
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
-    again: frozenset[str] = frozenset()  # manifests of the stages that are done in any case
-    progress: console.ProgressCallback = field(default=lambda _done, _total, _text: None)
+    again: frozenset[type[Manifest]] = frozenset()  # of the stages that are done in any case
+    progress: Progress = no_progress
+
+    @property
+    def in_cloud(self) -> bool:
+        """Whether the target is away from this machine."""
+        return self.target.cloud is not None
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[M]):
     """One stage. `inputs` is what its result depends on, beside the stages in `needs`."""
 
-    manifest: str
+    manifest: type[M]
     title: str
-    needs: tuple[str, ...]
+    needs: tuple[type[Manifest], ...]
     inputs: Callable[[Journey], Any]
-    work: Callable[[Journey], Manifest]
-    summary: Callable[[Manifest], str]
-    outputs: Callable[[Manifest], Sequence[str]] = lambda _manifest: ()
-    still_good: Callable[[Journey, Manifest], bool] = lambda _journey, _manifest: True
-    passed: Callable[[Manifest], bool] = lambda _manifest: True
+    work: Callable[[Journey], M]
+    summary: Callable[[M], str]
+    outputs: Callable[[M], Sequence[str]] = lambda _manifest: ()  # files inside the run folder
+    still_good: Callable[[Journey, M], bool] = lambda _journey, _manifest: True
+    passed: Callable[[M], bool] = lambda _manifest: True
+    only_in_cloud: bool = False
+    needs_in_cloud: tuple[type[Manifest], ...] | None = None  # instead of `needs`
 
 
-def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = frozenset()) -> None:
-    """Do every stage that is not done; `again` names stages to do in any case.
+def go(
+    journey: Journey,
+    stages: Sequence[Stage[Any]],
+    *,
+    again: frozenset[type[Manifest]] = frozenset(),
+) -> None:
+    """Do every stage that is not done; those whose manifests are in `again` in any case.
 
     Raises what a stage raises (Phi3TrainingError and its kin), and StageError for what the plan
     says would fail; finished stages stay finished.
@@ -72,8 +86,8 @@ def go(journey: Journey, stages: Sequence[Stage], *, again: frozenset[str] = fro
         with console.progress_bar(stage.title) as progress:
             manifest = do(journey, stage, progress)
         good = stage.passed(manifest)
-        console.stage_done(stage.title, stage.summary(manifest), manifest["seconds"], good=good)
-        for choice in manifest.get("choices", []):
+        console.stage_done(stage.title, stage.summary(manifest), manifest.seconds, good=good)
+        for choice in manifest.choices:
             console.note(choice)
 
 
@@ -88,7 +102,7 @@ class PlanCheck:
         self._journey = journey
         self._is_done = journey.no_plan
 
-    def before(self, to_do: Sequence[Stage]) -> None:
+    def before(self, to_do: Sequence[Stage[Any]]) -> None:
         """Look at the first of the stages that are to be done, and at those after it.
 
         Raises StageError, which names the key that fixes it, where one of them would fail.
@@ -96,7 +110,7 @@ class PlanCheck:
         first = to_do[0].title
         if self._is_done or first not in _NEEDS_A_DEVICE:
             return
-        if self._journey.target.name != "local":
+        if self._journey.in_cloud:
             return  # elsewhere the plan is not of this machine's memory
         self._is_done = first != "base"
         titles = {stage.title for stage in to_do}
@@ -110,17 +124,17 @@ class PlanCheck:
             )
 
 
-def finished(journey: Journey, stage: Stage) -> Manifest | None:
+def finished(journey: Journey, stage: Stage[M]) -> M | None:
     """The stage's manifest if it still holds: same inputs, outputs there, still working."""
-    manifest = journey.run.manifest(stage.manifest)
-    if manifest is None or manifest.get("fingerprint") != _fingerprint(journey, stage):
+    manifest = journey.run.read(stage.manifest)
+    if manifest is None or manifest.fingerprint != _fingerprint(journey, stage):
         return None
     if not all((journey.run.path / output).exists() for output in stage.outputs(manifest)):
         return None
     return manifest if stage.still_good(journey, manifest) else None
 
 
-def do(journey: Journey, stage: Stage, progress: console.ProgressCallback) -> Manifest:
+def do(journey: Journey, stage: Stage[M], progress: Progress) -> M:
     """Do a stage in any case and write its manifest."""
     started = time.monotonic()
     journey.progress = progress
@@ -129,14 +143,18 @@ def do(journey: Journey, stage: Stage, progress: console.ProgressCallback) -> Ma
     heap.release()
     # The id changes each time a stage is done, so that what follows is done again as well.
     stamp = {"fingerprint": _fingerprint(journey, stage), "done_id": fingerprint(time.time_ns())}
-    manifest = {**content, **stamp, "seconds": round(seconds, 3)}
-    journey.run.write_manifest(stage.manifest, manifest)
+    manifest = content.model_copy(update={**stamp, "seconds": round(seconds, 3)})
+    journey.run.write(manifest)
     return manifest
 
 
-def _fingerprint(journey: Journey, stage: Stage) -> str:
-    before = [(journey.run.manifest(name) or {}).get("done_id") for name in stage.needs]
-    return fingerprint([stage.inputs(journey), before])
+def _fingerprint(journey: Journey, stage: Stage[M]) -> str:
+    needs = stage.needs
+    if stage.needs_in_cloud is not None and journey.in_cloud:
+        needs = stage.needs_in_cloud
+    before = [journey.run.read(kind) for kind in needs]
+    ids = [None if manifest is None else manifest.done_id for manifest in before]
+    return fingerprint([stage.inputs(journey), ids])
 
 
 def file_hashes(paths: Sequence[Path]) -> list[str]:

@@ -8,6 +8,9 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
+# What writes the tokens and runs the model must be the same where it is trained and served.
+MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "jinja2")
+
 Installed = Callable[[str], "str | None"]
 
 

@@ -7,27 +7,33 @@ run/mlflow/ (the model as an MLflow pyfunc that answers chats).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .carried import copy_carried
+from .manifests import (
+    BaseManifest,
+    DatasetManifest,
+    MetricsManifest,
+    ModelManifest,
+    RegistrationManifest,
+)
 from .mlflow_store import experiment_of, quiet_mlflow, tracking_uri
+from .packages import MODEL_PACKAGES
 from .run import Run
 
 # The module that answers for a registered model; with what it imports, all of our code in there.
 MLFLOW_MODEL = "phi3_training.mlflow_model"
-# What the registered model needs to load; named here because MLflow's own guess imports the model.
-REQUIREMENTS = ["torch==2.13.0", "transformers>=5.20,<6", "tokenizers>=0.22", "jinja2>=3.1"]
 
 
-def register(name: str, run: Run) -> dict[str, Any]:
+def register(name: str, run: Run) -> RegistrationManifest:
     """Log run/model as a new version of the registered model `name`; the manifest.
 
     Raises StageError when an earlier stage has not been done.
     """
-    model = run.require("model", "phi3 train")
-    metrics = run.require("metrics", "phi3 evaluate")
+    model = run.require(ModelManifest)
+    metrics = run.require(MetricsManifest)
     with quiet_mlflow(), tempfile.TemporaryDirectory(prefix="phi3-model-") as code:
         import mlflow
 
@@ -41,34 +47,38 @@ def register(name: str, run: Run) -> dict[str, Any]:
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("mlflow_model.py")),
-                artifacts={"model": str(run.path / model["path"])},
+                artifacts={"model": str(run.path / model.path)},
                 code_paths=[str(Path(code, "phi3_training"))],
-                pip_requirements=REQUIREMENTS,
+                # Named because MLflow's own guess imports the model; without torch's `+cpu`.
+                pip_requirements=[
+                    f"{name}=={version(name).partition('+')[0]}" for name in MODEL_PACKAGES
+                ],
                 registered_model_name=name,
             )
-    return {
-        "model": name,
-        "model_version": str(logged.registered_model_version),
-        "store": "mlflow.db",
-        "tracking_uri": tracking_uri(run),
-        "mlflow_run_id": active.info.run_id,
-    }
+    return RegistrationManifest(
+        model=name,
+        model_version=str(logged.registered_model_version),
+        store="mlflow.db",
+        tracking_uri=tracking_uri(run),
+        mlflow_run_id=active.info.run_id,
+    )
 
 
 def _params(run: Run) -> dict[str, Any]:
     """Data and fine-tuning settings, cut to the 500 characters that every MLflow store takes."""
-    found = {}
-    for stage in ("dataset", "base", "model"):
-        settings = (run.manifest(stage) or {}).get("settings", {})
-        found.update({f"{stage}.{key}": str(value)[:500] for key, value in settings.items()})
-    return found
+    manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
+    return {
+        f"{manifest.STAGE}.{key}": str(value)[:500]
+        for manifest in manifests
+        if manifest is not None
+        for key, value in manifest.settings.items()
+    }
 
 
-def _flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+def _flat_metrics(metrics: MetricsManifest) -> dict[str, float]:
     return {
         f"{when}.{part}.{key}": float(value)
-        for when in ("before", "after")
-        for part, values in metrics[when].items()
+        for when, side in (("before", metrics.before), ("after", metrics.after))
+        for part, values in side.items()
         for key, value in values.items()
-        if isinstance(value, (int, float))
     }

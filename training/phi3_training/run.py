@@ -10,22 +10,25 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from .errors import StageError, UsageError
+from .manifests import VERSION, Manifest
 
-MANIFEST_VERSION = 1
+M = TypeVar("M", bound=Manifest)
+
 RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Run:
-    """A run folder. `Run.open` makes it; manifests are plain dictionaries."""
+    """A run folder. `Run.open` makes it; its manifests are read and written by their class."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,39 +60,50 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
-        """The manifest of `stage`, or None when that stage has not finished.
+    def read(self, kind: type[M]) -> M | None:
+        """The manifest of a class, or None when its stage has not finished.
 
-        Raises StageError when the file is there and is not a manifest.
+        Raises StageError when the file is there and is not such a manifest.
         """
-        path = self.path / f"{stage}.json"
+        path = self.path / f"{kind.STAGE}.json"
         if not path.exists():
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict) or content.get("version") != MANIFEST_VERSION:
-            raise StageError(
-                f"{path} is not a manifest that this version reads; delete the file to run the "
-                f"stage again"
-            )
-        return content
+            if isinstance(content, dict) and content.get("version") == VERSION:
+                return kind.model_validate(content)
+            wrong = f"its version is not {VERSION}"
+        except ValidationError as error:
+            first = error.errors()[0]
+            wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (OSError, ValueError) as error:
+            wrong = str(error)
+        raise StageError(
+            f"{path} is not a manifest that this version reads ({wrong}); delete the file and "
+            f"run the stage again with: {self._command(kind)}"
+        )
 
-    def require(self, stage: str, command: str) -> dict[str, Any]:
-        """The manifest of `stage`; raises StageError naming `command` when it is missing."""
-        manifest = self.manifest(stage)
+    def require(self, kind: type[M]) -> M:
+        """The same; raises StageError, with the command that makes it, where there is none."""
+        manifest = self.read(kind)
         if manifest is None:
             raise StageError(
-                f"The run {self.name!r} has no {stage}.json yet; create it with: {command}"
+                f"The run {self.name!r} has no {kind.STAGE}.json yet; "
+                f"create it with: {self._command(kind)}"
             )
         return manifest
 
-    def write_manifest(self, stage: str, content: Mapping[str, Any]) -> None:
-        """Write `<stage>.json` so that a reader sees the old file or the new one, never half."""
-        body = {"version": MANIFEST_VERSION, "stage": stage, **content}
-        text = json.dumps(body, indent=2, ensure_ascii=False, default=str) + "\n"
-        write_atomically(self.path / f"{stage}.json", text)
+    def _command(self, kind: type[Manifest]) -> str:
+        return f"{kind.COMMAND} --run {self.name}"
+
+    def write(self, manifest: Manifest) -> None:
+        """Write the manifest so that a reader sees the old file or the new one, never half."""
+        text = json.dumps(manifest.as_json(), indent=2, ensure_ascii=False, default=str) + "\n"
+        write_atomically(self.path / f"{manifest.STAGE}.json", text)
+
+    def forget(self, kind: type[Manifest]) -> None:
+        """Delete the manifest, so that its stage is done again."""
+        (self.path / f"{kind.STAGE}.json").unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,17 +1,31 @@
-"""The nine stages of the journey on this machine, in order, each with what it depends on.
+"""The ten stages of the journey, in order, each with what it depends on.
 
-Heavy packages are imported inside the functions, so that a skipped stage costs nothing.
+A stage calls the target where its work differs between this machine and Azure; `provision` is of
+Azure alone. Heavy packages are imported inside the functions, so that a skipped stage costs
+nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from phi3_tool.connection import same_endpoint
-
-from .errors import StageError
-from .journey import Journey, Manifest, Stage, file_hashes
+from .journey import Journey, Stage, file_hashes, finished
+from .manifests import (
+    AnswerManifest,
+    BaseManifest,
+    ConnectionManifest,
+    DatasetManifest,
+    EndpointManifest,
+    GateManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    ProvisionManifest,
+    RegistrationManifest,
+)
 from .models.catalogue import weights_folder
+from .targets import CloudTarget
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
 _NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
@@ -30,6 +44,13 @@ def section_values(journey: Journey, *names: str) -> list[Any]:
     ]
 
 
+def _at_target(
+    stage: type[Manifest], shared: Callable[[Journey], Any] = lambda _journey: None
+) -> Callable[[Journey], Any]:
+    """The inputs that every target shares, and those of the journey's own."""
+    return lambda journey: journey.target.inputs(journey.recipe, stage, shared(journey))
+
+
 def _data_inputs(journey: Journey) -> Any:
     from .data import fingerprints
 
@@ -38,7 +59,7 @@ def _data_inputs(journey: Journey) -> Any:
     return [section_values(journey, "data"), fingerprints(sources)]
 
 
-def _prepare(journey: Journey) -> Manifest:
+def _prepare(journey: Journey) -> DatasetManifest:
     from .data import prepare
 
     model = weights_folder(journey.recipe.model.name_or_path)
@@ -46,9 +67,35 @@ def _prepare(journey: Journey) -> Manifest:
     return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
 
 
-def _data_summary(manifest: Manifest) -> str:
-    rows = {name: part["rows"] for name, part in manifest["outputs"].items()}
-    return ", ".join(f"{count} {name}" for name, count in rows.items()) + " conversations"
+def _data_summary(manifest: DatasetManifest) -> str:
+    counts = [f"{part.rows} {name}" for name, part in manifest.outputs.items()]
+    return ", ".join(counts) + " conversations"
+
+
+def _cloud(journey: Journey) -> CloudTarget:
+    cloud = journey.target.cloud
+    if cloud is None:
+        raise AssertionError("unreachable: stages_of leaves the cloud's stages out")
+    return cloud
+
+
+def _trains(journey: Journey) -> bool:
+    """Whether something is left to train or to measure, so that the cluster is needed."""
+    return any(
+        stage.manifest in journey.again or finished(journey, stage) is None
+        for stage in STAGES
+        if stage.manifest in (BaseManifest, ModelManifest, MetricsManifest)
+    )
+
+
+def _provision(journey: Journey) -> ProvisionManifest:
+    trains = _trains(journey)
+    return _cloud(journey).provide(journey.recipe, journey.run, journey.progress, trains=trains)
+
+
+def _is_provided(journey: Journey, _manifest: ProvisionManifest) -> bool:
+    trains = _trains(journey)
+    return _cloud(journey).is_provided(journey.recipe, journey.run, trains=trains)
 
 
 def _base_inputs(journey: Journey) -> Any:
@@ -59,16 +106,6 @@ def _base_inputs(journey: Journey) -> Any:
         copies,
         file_hashes(base.data if base else []),
     ]
-
-
-def _base(journey: Journey) -> Manifest:
-    from .finetune import prepare_base
-
-    return prepare_base(journey.recipe, journey.run, journey.progress)
-
-
-def _finetune(journey: Journey) -> Manifest:
-    return journey.target.train(journey.recipe, journey.run, journey.progress)
 
 
 def _evaluate_inputs(journey: Journey) -> Any:
@@ -83,14 +120,8 @@ def _evaluate_inputs(journey: Journey) -> Any:
     return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
 
 
-def _evaluate(journey: Journey) -> Manifest:
-    from .evaluate import evaluate
-
-    return evaluate(journey.recipe, journey.run, journey.progress)
-
-
-def _metrics_summary(manifest: Manifest) -> str:
-    before, after = manifest["before"], manifest["after"]
+def _metrics_summary(manifest: MetricsManifest) -> str:
+    before, after = manifest.before, manifest.after
     parts = [
         f"{name} {before[name]['contains']:.0%} → {after[name]['contains']:.0%}"
         for name in after
@@ -99,163 +130,139 @@ def _metrics_summary(manifest: Manifest) -> str:
     return "expected words: " + ", ".join(parts)
 
 
-def _gate(journey: Journey) -> Manifest:
+def _gate(journey: Journey) -> GateManifest:
     from .evaluate import gate, report
 
     verdict = gate.check(journey.recipe, journey.run)
-    return {**verdict, "report": report.write(journey.run, verdict)}
+    return verdict.model_copy(update={"report": report.write(journey.run, verdict)})
 
 
-def _gate_summary(manifest: Manifest) -> str:
+def _gate_summary(manifest: GateManifest) -> str:
     from .evaluate import gate
 
     return gate.summary(manifest)
 
 
-def _register(journey: Journey) -> Manifest:
-    return journey.target.register(journey.recipe, journey.run)
-
-
-def _deploy(journey: Journey) -> Manifest:
+def _deploy(journey: Journey) -> EndpointManifest:
     from .evaluate import gate
 
     passed = gate.require_passed(journey.run, force=journey.force)
     manifest = journey.target.deploy(journey.recipe, journey.run, journey.progress)
-    remarks = [f"deployed by --force: {rule}" for rule in passed["failed"]]
-    return {**manifest, "gate": passed, "choices": [*manifest.get("choices", []), *remarks]}
+    remarks = [f"deployed by --force: {rule}" for rule in passed.failed]
+    return manifest.model_copy(update={"gate": passed, "choices": [*manifest.choices, *remarks]})
 
 
-def _endpoint_up(journey: Journey, manifest: Manifest) -> bool:
-    """The endpoint runs and its key is known; else only a new one has a key to connect with."""
-    if journey.target.status(journey.run)["endpoint"]["state"] != "up":
-        return False
-    return _key(journey, manifest) is not None
+def _answer_summary(manifest: AnswerManifest) -> str:
+    places = ", ".join(manifest.asked_through)
+    through = f"the connection of {places}" if places else "the flow"
+    return f"{manifest.question!r} answered through {through}"
 
 
-def _key(journey: Journey, endpoint: Manifest) -> str | None:
-    """The endpoint's key: from the target, else from the store if that leads to this endpoint.
-
-    Neither has it after a stop between `deploy` and `connect`, or when another run connected since.
-    """
-    from .flow.store import StoreError, read_connection
-
-    key = journey.target.key(journey.run)
-    if key is not None:
-        return key
-    try:
-        stored, stored_key = read_connection(journey.recipe.connection.name)
-    except StoreError:
-        return None
-    return stored_key if same_endpoint(stored, endpoint["endpoint"]) else None
-
-
-def _connect(journey: Journey) -> Manifest:
-    from .flow.connect import connect
-
-    endpoint = journey.run.require("endpoint", "phi3 deploy")
-    key = _key(journey, endpoint)
-    if key is None:
-        raise StageError(
-            "No running process holds the endpoint's key any more; restart the endpoint with: "
-            "phi3 down && phi3 up"
-        )
-    asked = journey.recipe.connection
-    return connect(journey.run, endpoint, key, asked.name, asked.dialect)
-
-
-def _ask(journey: Journey) -> Manifest:
-    from .flow.ask import ask
-
-    question = journey.recipe.ask
-    answer = ask(journey.flow, question, connection_name=journey.recipe.connection.name)
-    return {"question": question, "answer": answer}
-
-
-STAGES: tuple[Stage, ...] = (
+STAGES: tuple[Stage[Any], ...] = (
     Stage(
-        manifest="dataset",
+        DatasetManifest,
         title="prepare",
         needs=(),
         inputs=_data_inputs,
         work=_prepare,
         summary=_data_summary,
-        outputs=lambda manifest: [part["path"] for part in manifest["outputs"].values()],
+        outputs=lambda manifest: [part.path for part in manifest.outputs.values()],
     ),
     Stage(
-        manifest="base",
+        ProvisionManifest,
+        title="provision",
+        needs=(),  # what is there does not depend on the chats, nor they on it
+        inputs=_at_target(ProvisionManifest),
+        work=_provision,
+        summary=lambda manifest: manifest.summary,
+        still_good=_is_provided,
+        only_in_cloud=True,
+    ),
+    Stage(
+        BaseManifest,
         title="base",
         needs=(),
-        inputs=_base_inputs,
-        work=_base,
-        summary=lambda manifest: str(manifest["summary"]),
-        outputs=lambda manifest: [manifest["path"]],
+        inputs=_at_target(BaseManifest, _base_inputs),
+        work=lambda j: j.target.prepare_base(j.recipe, j.run, j.progress),
+        summary=lambda manifest: manifest.summary,
+        outputs=lambda manifest: [manifest.path] if manifest.is_here else [],
     ),
     Stage(
-        manifest="model",
+        ModelManifest,
         title="finetune",
-        needs=("dataset", "base"),
-        inputs=lambda journey: section_values(journey, "model", "finetune"),
-        work=_finetune,
-        summary=lambda manifest: str(manifest["summary"]),
-        outputs=lambda manifest: [manifest["path"]],
+        needs=(DatasetManifest, BaseManifest),
+        inputs=_at_target(ModelManifest, lambda j: section_values(j, "model", "finetune")),
+        work=lambda j: j.target.train(j.recipe, j.run, j.progress),
+        summary=lambda manifest: manifest.summary,
+        outputs=lambda manifest: [manifest.path] if manifest.is_here else [],
     ),
     Stage(
-        manifest="metrics",
+        MetricsManifest,
         title="evaluate",
-        needs=("dataset", "base", "model"),
-        inputs=_evaluate_inputs,
-        work=_evaluate,
+        needs=(DatasetManifest, BaseManifest, ModelManifest),
+        inputs=_at_target(MetricsManifest, _evaluate_inputs),
+        work=lambda j: j.target.evaluate(j.recipe, j.run, j.progress),
         summary=_metrics_summary,
-        outputs=lambda manifest: [manifest["rows"]],
+        outputs=lambda manifest: [manifest.rows],
     ),
     Stage(
-        manifest="gate",
+        GateManifest,
         title="gate",
-        needs=("metrics",),
-        inputs=lambda journey: section_values(journey, "gate"),
+        needs=(MetricsManifest,),
+        inputs=lambda j: section_values(j, "gate"),
         work=_gate,
         summary=_gate_summary,
-        outputs=lambda manifest: [manifest["report"]],
-        passed=lambda manifest: bool(manifest["passed"]),
+        outputs=lambda manifest: [manifest.report],
+        passed=lambda manifest: manifest.passed,
     ),
     Stage(
-        manifest="registration",
+        RegistrationManifest,
         title="register",
-        needs=("model", "metrics"),
-        inputs=lambda journey: journey.recipe.name,
-        work=_register,
-        summary=lambda manifest: f"{manifest['model']} version {manifest['model_version']}",
-        outputs=lambda manifest: [manifest["store"]],
+        needs=(ModelManifest, MetricsManifest),
+        inputs=_at_target(RegistrationManifest, lambda j: j.recipe.name),
+        work=lambda j: j.target.register(j.recipe, j.run),
+        summary=lambda manifest: f"{manifest.model} version {manifest.model_version}",
+        outputs=lambda manifest: [manifest.store] if manifest.store else [],
     ),
     Stage(
-        manifest="endpoint",
+        EndpointManifest,
         title="deploy",
-        needs=("model", "gate"),
-        inputs=lambda journey: section_values(journey, "serve"),
+        needs=(ModelManifest, GateManifest),
+        needs_in_cloud=(RegistrationManifest, GateManifest),  # it deploys what was registered
+        inputs=_at_target(EndpointManifest, lambda j: section_values(j, "serve")),
         work=_deploy,
-        summary=lambda manifest: f"{manifest['endpoint']} ({manifest['engine']})",
-        still_good=_endpoint_up,
+        summary=lambda manifest: (
+            f"{manifest.endpoint} ({manifest.engine if manifest.is_here else manifest.deployment})"
+        ),
+        still_good=lambda j, _manifest: j.target.is_up(j.recipe, j.run),
     ),
     Stage(
-        manifest="connection",
+        ConnectionManifest,
         title="connect",
-        needs=("endpoint",),
-        inputs=lambda journey: section_values(journey, "connection"),
-        work=_connect,
-        summary=lambda manifest: f"Prompt flow connection {manifest['name']}",
+        needs=(EndpointManifest,),
+        inputs=_at_target(ConnectionManifest, lambda j: section_values(j, "connection")),
+        work=lambda j: j.target.connect(j.recipe, j.run, j.progress),
+        summary=lambda manifest: f"Prompt flow connection {manifest.name}",
+        still_good=lambda j, _manifest: j.target.is_connected(j.run),
     ),
     Stage(
-        manifest="answer",
+        AnswerManifest,
         title="ask",
-        needs=("connection",),
-        inputs=lambda journey: journey.recipe.ask,
-        work=_ask,
-        summary=lambda manifest: f"{manifest['question']!r} answered through the flow",
+        needs=(ConnectionManifest,),
+        inputs=lambda j: j.recipe.ask,
+        work=lambda j: j.target.ask(j.flow, j.recipe, j.run, j.progress),
+        summary=_answer_summary,
     ),
 )
 
 
-def stages_until(manifest: str) -> tuple[Stage, ...]:
-    """The stages up to and with the one that writes `<manifest>.json`."""
-    names = [stage.manifest for stage in STAGES]
-    return STAGES[: names.index(manifest) + 1]
+def stages_of(*, in_cloud: bool) -> tuple[Stage[Any], ...]:
+    """The stages of a journey on this machine, or away from it."""
+    return tuple(stage for stage in STAGES if in_cloud or not stage.only_in_cloud)
+
+
+def stages_until(last: type[Manifest], *, in_cloud: bool = False) -> tuple[Stage[Any], ...]:
+    """The same up to and with the stage that makes the manifest `last`."""
+    stages = stages_of(in_cloud=in_cloud)
+    kinds = [stage.manifest for stage in stages]
+    return stages[: kinds.index(last) + 1]

@@ -18,6 +18,7 @@ import requests
 from azure.core.credentials import AccessToken
 from azure.core.pipeline.transport import RequestsTransport
 
+from phi3_training.manifests import DatasetManifest
 from phi3_training.recipe.azure import AzureSection, PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.clients import Clients
@@ -59,7 +60,7 @@ class Wire(requests.adapters.BaseAdapter):
 def run_with_chats(folder: Path) -> Run:
     """A run whose data is prepared: a row to train on, and one held out."""
     run = Run.open(folder / "run")
-    run.write_manifest("dataset", {"outputs": {}})
+    run.write(DatasetManifest(outputs={}))
     for part in ("train", "validation"):
         run.file("data", f"{part}.jsonl").write_text('{"messages": []}\n')
     return run

@@ -18,6 +18,7 @@ from azure.ai.ml.exceptions import JobException
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError, ServiceResponseError
 
 from phi3_training.errors import StageError
+from phi3_training.manifests import ModelManifest
 from phi3_training.recipe.azure import PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure import jobs
@@ -151,7 +152,7 @@ def test_a_running_job_is_resumed_and_a_finished_one_is_used(run: Run) -> None:
     first = carry_out(cloud, run).name  # it works
     assert carry_out(cloud, run).name == first  # it is done, and nobody has used it yet
     assert cloud.submitted == [first]
-    run.write_manifest("model", {"job": first})
+    run.write(ModelManifest(path=".", job=first))
     assert carry_out(cloud, run).name != first  # used: to train again is a new job
     assert len(cloud.submitted) == 2
 

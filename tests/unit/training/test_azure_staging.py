@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.errors import StageError
+from phi3_training.manifests import DatasetManifest
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure import in_job
@@ -43,7 +44,7 @@ def recipe(tmp_path: Path) -> Recipe:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = Run.open(tmp_path / "run")
-    run.write_manifest("dataset", {"outputs": {}})
+    run.write(DatasetManifest(outputs={}))
     for part in ("train", "validation"):
         run.file("data", f"{part}.jsonl").write_text(f'{{"messages": [], "id": "{part}"}}\n')
     return run

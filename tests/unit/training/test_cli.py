@@ -13,6 +13,7 @@ from phi3_training.cli import main
 from phi3_training.commands.chat import _converse
 from phi3_training.commands.common import recipe_of
 from phi3_training.journey import Journey
+from phi3_training.manifests import DatasetManifest
 from phi3_training.run import Run
 from phi3_training.stages import STAGES
 from phi3_training.targets import get_target
@@ -87,7 +88,7 @@ def half_broken(tmp_path: Path) -> Path:
     """Two runs; in one of them two manifests are no JSON any more."""
     runs = tmp_path / "runs"
     for name in ("whole", "hurt"):
-        Run.open(runs / name).write_manifest("dataset", {"done_id": "1"})
+        Run.open(runs / name).write(DatasetManifest(outputs={}, done_id="1"))
     (runs / "hurt" / "base.json").write_text("{")
     (runs / "hurt" / "endpoint.json").write_text("[]")
     return runs

@@ -9,30 +9,20 @@ import pytest
 from phi3_training.errors import StageError, UsageError
 from phi3_training.flow.ask import ask
 from phi3_training.flow.connect import connect
-from phi3_training.run import Run
+from phi3_training.manifests import EndpointManifest
 
-ENDPOINT = {"endpoint": "http://127.0.0.1:1/score"}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run.open(tmp_path / "trial")
+ENDPOINT = EndpointManifest(endpoint="http://127.0.0.1:1/score")
 
 
-def test_endpoint_without_address_is_refused(run: Run) -> None:
-    with pytest.raises(StageError, match=r"'trial' has an endpoint.json without an address"):
-        connect(run, {"port": 1}, "key")
-
-
-def test_empty_key_is_refused(run: Run) -> None:
+def test_empty_key_is_refused() -> None:
     with pytest.raises(StageError, match=r"key is empty.*phi3 deploy"):
-        connect(run, ENDPOINT, " \n")
+        connect(ENDPOINT, " \n")
 
 
 @pytest.mark.parametrize("name", ["", "two words", "../up", "x" * 65])
-def test_odd_connection_name_is_refused(run: Run, name: str) -> None:
+def test_odd_connection_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"connection\.name=NAME"):
-        connect(run, ENDPOINT, "key", name)
+        connect(ENDPOINT, "key", name)
 
 
 def test_folder_without_a_flow_is_refused(tmp_path: Path) -> None:

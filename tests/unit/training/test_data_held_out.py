@@ -50,11 +50,11 @@ def test_each_held_back_fact_is_still_taught(tmp_path: Path, run: Run, seed: int
     manifest = prepare(DataSection(train=[train], seed=seed), run)
 
     held = held_back(run)
-    assert manifest["held_out"] == {"reworded": 11, "new": 0}
+    assert manifest.held_out == {"reworded": 11, "new": 0}
     assert not any("box" in question for question in held)
     for thing in THINGS:
         assert sum(thing in question for question in held) <= 2
-    assert any("11 reword what a training chat answers" in line for line in manifest["choices"])
+    assert any("11 reword what a training chat answers" in line for line in manifest.choices)
     prepare(DataSection(train=[train], seed=seed), run)
     assert held_back(run) == held
 
@@ -64,7 +64,7 @@ def test_facts_that_occur_once_are_held_back_as_before(tmp_path: Path, run: Run)
 
     manifest = prepare(DataSection(train=[train]), run)
 
-    assert manifest["held_out"] == {"reworded": 0, "new": 8}
+    assert manifest.held_out == {"reworded": 0, "new": 8}
 
 
 def test_without_teachers_the_choice_is_the_seeded_one() -> None:

@@ -118,10 +118,10 @@ def test_flags_do_not_stop_the_stage_and_are_counted(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     manifest = prepare(DataSection(train=[path]), run)
 
-    assert manifest["warnings"] == {"personal-data: an e-mail address": 5}
+    assert manifest.warnings == {"personal-data: an e-mail address": 5}
     written = (run.path / "data-report.txt").read_text()
     assert written.count("warning: ") == 5
-    assert "company" not in written + json.dumps(manifest)
+    assert "company" not in written + json.dumps(manifest.as_json())
 
 
 def test_system_messages_are_looked_at_too(tmp_path: Path) -> None:

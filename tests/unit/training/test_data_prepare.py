@@ -51,36 +51,36 @@ def test_own_validation_file_wins(tmp_path: Path, run: Run, train: Path) -> None
 
     manifest = prepare(DataSection(train=[train], validation=[held], replay=[old]), run)
 
-    assert {name: part["rows"] for name, part in manifest["outputs"].items()} == {
+    assert {name: part.rows for name, part in manifest.outputs.items()} == {
         "train": 50,
         "validation": 1,
         "replay": 2,
     }
     assert questions_in(run.path / "data" / "train.jsonl") == [f"Question {i}?" for i in range(50)]
     assert questions_in(run.path / "data" / "validation.jsonl") == ["Another?"]
-    assert manifest["choices"] == []
+    assert manifest.choices == []
 
 
 def test_manifest_tells_what_went_in_and_came_out(run: Run, train: Path) -> None:
     manifest = prepare(DataSection(train=[train], seed=7), run)
 
-    (given,) = manifest["inputs"]["train"]
-    assert given == {
+    (given,) = manifest.inputs["train"]
+    assert given.model_dump() == {
         "path": str(train),
         "sha256": hashlib.sha256(train.read_bytes()).hexdigest(),
         "bytes": train.stat().st_size,
         "rows": 50,
         "formats": {"prompt/completion": 50},
     }
-    for part in manifest["outputs"].values():
-        written = (run.path / part["path"]).read_bytes()
-        assert part["sha256"] == hashlib.sha256(written).hexdigest()
-        assert part["rows"] == written.count(b"\n")
-    assert manifest["seed"] == 7
-    assert manifest["settings"]["validation_share"] == 0.2
-    assert manifest["seconds"] >= 0
-    assert manifest["choices"][0].startswith("held out: 10 of 50 conversations")
-    json.dumps(manifest)
+    for part in manifest.outputs.values():
+        written = (run.path / part.path).read_bytes()
+        assert part.sha256 == hashlib.sha256(written).hexdigest()
+        assert part.rows == written.count(b"\n")
+    assert manifest.seed == 7
+    assert manifest.settings["validation_share"] == 0.2
+    assert manifest.seconds is not None
+    assert manifest.choices[0].startswith("held out: 10 of 50 conversations")
+    json.dumps(manifest.as_json())
 
 
 def test_split_is_disjoint_whole_and_seeded(tmp_path: Path, train: Path) -> None:
@@ -123,9 +123,9 @@ def test_a_single_question_cannot_be_split(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_neither_side_of_a_split_is_empty(run: Run, train: Path, share: float) -> None:
-    outputs = prepare(DataSection(train=[train], validation_share=share), run)["outputs"]
+    outputs = prepare(DataSection(train=[train], validation_share=share), run).outputs
 
-    assert min(outputs["train"]["rows"], outputs["validation"]["rows"]) == 1
+    assert min(outputs["train"].rows, outputs["validation"].rows) == 1
 
 
 @pytest.mark.parametrize("question", ["Question 3?", "question 3", "  QUESTION  3 ? "])
@@ -163,7 +163,7 @@ def test_same_question_in_another_context_is_no_leak(tmp_path: Path, run: Run) -
 
     manifest = prepare(DataSection(train=[train], validation=[held]), run)
 
-    assert manifest["outputs"]["validation"]["rows"] == 1
+    assert manifest.outputs["validation"].rows == 1
 
 
 def test_nothing_is_written_when_anything_is_wrong(tmp_path: Path, run: Run, train: Path) -> None:

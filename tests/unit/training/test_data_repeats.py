@@ -132,13 +132,13 @@ def test_removed_rows_are_listed_and_gone(tmp_path: Path, long_rows: list[tuple[
     data = DataSection(train=[path], duplicates="remove", near_duplicates="remove")
     manifest = prepare(data, run)
 
-    assert manifest["removed"] == {"duplicate": 1, "near-duplicate": 1}
-    assert sum(part["rows"] for part in manifest["outputs"].values()) == 20
-    assert (run.path / manifest["report"]).read_text().splitlines() == [
+    assert manifest.removed == {"duplicate": 1, "near-duplicate": 1}
+    assert sum(part.rows for part in manifest.outputs.values()) == 20
+    assert (run.path / manifest.report).read_text().splitlines() == [
         f"removed: {path}:21: the same conversation as {path}:3",
         f"removed: {path}:22: nearly the same conversation as {path}:4",
     ]
-    assert "removed: 1 row (duplicate), listed in data-report.txt" in manifest["choices"]
+    assert "removed: 1 row (duplicate), listed in data-report.txt" in manifest.choices
 
 
 def test_duplicates_of_local_files_are_refused_by_default(
@@ -175,7 +175,7 @@ def test_held_out_row_nearly_like_a_trained_one_is_told(
     run = Run.open(tmp_path / "run")
     manifest = prepare(DataSection(train=[train], validation=[held]), run)
 
-    assert manifest["outputs"]["validation"]["rows"] == 2
+    assert manifest.outputs["validation"].rows == 2
     assert (
         (run.path / "data-report.txt")
         .read_text()
@@ -193,8 +193,8 @@ def test_leaks_are_removed_where_duplicates_are(
     data = DataSection(train=[train], validation=[held], duplicates="remove")
     manifest = prepare(data, Run.open(tmp_path / "run"))
 
-    assert manifest["removed"] == {"leak": 1}
-    assert manifest["outputs"]["validation"]["rows"] == 1
+    assert manifest.removed == {"leak": 1}
+    assert manifest.outputs["validation"].rows == 1
 
 
 def test_source_that_changes_while_it_is_read_stops_the_stage(

@@ -60,9 +60,9 @@ def test_counts_are_those_of_the_readme(path: Path, rows: int, several_turns: in
 def test_they_prepare_without_a_leak(tmp_path: Path) -> None:
     data = DataSection(train=[OUTDOOR], validation=[HELD_OUT], replay=[BASE])
 
-    outputs = prepare(data, Run.open(tmp_path / "run"))["outputs"]
+    outputs = prepare(data, Run.open(tmp_path / "run")).outputs
 
-    assert [outputs[part]["rows"] for part in ("train", "validation", "replay")] == [156, 78, 243]
+    assert [outputs[part].rows for part in ("train", "validation", "replay")] == [156, 78, 243]
 
 
 def test_no_question_occurs_twice_anywhere() -> None:

@@ -203,9 +203,9 @@ def test_sources_of_all_kinds_are_prepared_together(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(pairs(6, "A")))
     (tmp_path / "b.csv").write_text("prompt,completion\nB 0?,Yes.\n")
     run = Run.open(tmp_path / "run")
-    outputs = prepare(DataSection(train=[tmp_path / "a.json", tmp_path / "b.csv"]), run)["outputs"]
+    outputs = prepare(DataSection(train=[tmp_path / "a.json", tmp_path / "b.csv"]), run).outputs
 
-    assert (outputs["train"]["rows"], outputs["validation"]["rows"]) == (6, 1)
+    assert (outputs["train"].rows, outputs["validation"].rows) == (6, 1)
     rows = (run.path / "data" / "train.jsonl").read_text().splitlines()
     assert all(json.loads(row)["messages"][1]["role"] == "assistant" for row in rows)
 
@@ -292,8 +292,8 @@ def test_repeated_rows_of_a_set_are_removed_and_listed(hub_folder: Path, tmp_pat
     run = Run.open(tmp_path / "run")
     manifest = prepare(DataSection(train=[source]), run)
 
-    assert manifest["removed"] == {"duplicate": 1}
-    assert sum(part["rows"] for part in manifest["outputs"].values()) == 19
+    assert manifest.removed == {"duplicate": 1}
+    assert sum(part.rows for part in manifest.outputs.values()) == 19
     report = (run.path / "data-report.txt").read_text()
     assert (
         f"removed: hub:{hub_folder}:train:6: the same conversation as hub:{hub_folder}:train:5"

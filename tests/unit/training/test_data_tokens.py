@@ -13,6 +13,7 @@ from phi3_training.data.check import TokenViewer
 from phi3_training.data.findings import SAMPLE
 from phi3_training.errors import UsageError
 from phi3_training.finetune.weights import make_tokenizer
+from phi3_training.manifests import BaseManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run
@@ -89,7 +90,7 @@ def test_command_takes_the_model_of_the_last_run(
     assert "--model FOLDER" in capsys.readouterr().err
 
     run = Run.open(tmp_path / "runs" / "a")
-    run.write_manifest("base", {"path": str(folder)})
+    run.write(BaseManifest(path=str(folder)))
     assert cli.main(words) == 0
     assert "tokens are trained on" in capsys.readouterr().out
 
@@ -149,7 +150,8 @@ def test_lengths_are_in_the_manifest(folder: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run.open(tmp_path / "run")
 
-    tokens = prepare(DataSection(train=[path]), run, tokenizer=folder)["tokens"]
+    tokens = prepare(DataSection(train=[path]), run, tokenizer=folder).tokens
+    assert tokens is not None
     assert tokens["rows"] == 9
     assert tokens["how"].startswith("counted")
 

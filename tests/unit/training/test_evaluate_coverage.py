@@ -20,6 +20,7 @@ from phi3_training.evaluate.rows import (
     remembered,
     write_rows,
 )
+from phi3_training.manifests import GateManifest
 from phi3_training.recipe import (
     DataSection,
     EvaluateSection,
@@ -53,7 +54,7 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def verdict_of(run: Run, *, trained_right: bool) -> gate.Verdict:
+def verdict_of(run: Run, *, trained_right: bool) -> GateManifest:
     questions = [*read_chats(run, "validation"), *read_chats(run, "train")]
 
     def now(question: Question) -> Answered:
@@ -78,7 +79,7 @@ def verdict_of(run: Run, *, trained_right: bool) -> gate.Verdict:
 def test_facts_that_no_chat_teaches_are_named_with_file_and_line(run: Run) -> None:
     verdict = verdict_of(run, trained_right=True)
 
-    (why,) = verdict["remarks"]
+    (why,) = verdict.remarks
     assert why.startswith("2 of 8 held-out questions ask for something that no training chat")
     assert "'tuesday'" in why
     assert "'28'" in why
@@ -88,7 +89,7 @@ def test_facts_that_no_chat_teaches_are_named_with_file_and_line(run: Run) -> No
 
 
 def test_chats_that_were_not_learnt_ask_for_more_training(run: Run) -> None:
-    _missing, why = verdict_of(run, trained_right=False)["remarks"]
+    _missing, why = verdict_of(run, trained_right=False).remarks
 
     assert why.startswith("Only 0% of the trained questions are answered correctly: train longer")
     assert "finetune.num_train_epochs" in why

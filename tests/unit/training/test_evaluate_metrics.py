@@ -7,7 +7,7 @@ import pytest
 import sacrebleu
 from tests.unit.training.gate_rows import right, rows_of, untaught
 
-from phi3_training.evaluate import metrics
+from phi3_training.evaluate import corpus
 from phi3_training.evaluate.figures import METRICS, compare, seed_of
 from phi3_training.evaluate.metrics import (
     contains,
@@ -144,11 +144,11 @@ def test_answers_are_no_refusals(answer: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
-def test_corpus_scores_are_sacrebleus(name: metrics.Name) -> None:
-    sums = metrics.statistics(name, ANSWERS, EXPECTED).sum(axis=0, keepdims=True)
+def test_corpus_scores_are_sacrebleus(name: corpus.Name) -> None:
+    sums = corpus.statistics(name, ANSWERS, EXPECTED).sum(axis=0, keepdims=True)
     theirs = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[name]
 
-    assert metrics.score(name, sums)[0] == pytest.approx(theirs(ANSWERS, [EXPECTED]).score)
+    assert corpus.score(name, sums)[0] == pytest.approx(theirs(ANSWERS, [EXPECTED]).score)
 
 
 def test_figures_before_and_after() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.unit.training.gate_rows import gate_of, right, rows_of
@@ -14,6 +13,7 @@ from phi3_training.evaluate import gate, report
 from phi3_training.evaluate.compare import figures_of
 from phi3_training.evaluate.questions import Question
 from phi3_training.evaluate.rows import write_rows
+from phi3_training.manifests import ModelManifest
 from phi3_training.recipe import EvaluateSection, GateSection
 from phi3_training.run import Run
 
@@ -49,9 +49,8 @@ def page(tmp_path: Path) -> str:
     write_rows(run, rows)
     log = run.file("finetune", "loss.jsonl")
     log.write_text("".join(json.dumps({"step": n, "loss": 9 / n}) + "\n" for n in range(1, 40)))
-    run.write_manifest("model", {"summary": "lora <b>", "loss_log": "finetune/loss.jsonl"})
-    metrics: dict[str, Any] = figures_of(rows, settings)
-    run.write_manifest("metrics", {**metrics, "settings": settings.model_dump(mode="json")})
+    run.write(ModelManifest(path="model", summary="lora <b>", loss_log="finetune/loss.jsonl"))
+    run.write(figures_of(rows, settings))
     verdict = gate.decide(rows, GateSection.model_validate(gate_of()), settings)
     return (run.path / report.write(run, verdict)).read_text("utf-8")
 

@@ -11,18 +11,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from phi3_training.finetune.launch import GONE, WORKER, birth
+from phi3_training.finetune.launch import GONE, WORKER
+from phi3_training.processes import start_time
 
 # Starts another process that watches this one, says its number, and waits.
 STARTER = """
 import os, subprocess, sys
-from phi3_training.finetune.launch import birth
+from phi3_training.processes import start_time
 code = (
     "import sys, time; from phi3_training.finetune.launch import end_with;"
     "end_with(int(sys.argv[1]), float(sys.argv[2])); print('watching', flush=True);"
     "time.sleep(600)"
 )
-me = [str(os.getpid()), repr(birth(os.getpid()))]
+me = [str(os.getpid()), repr(start_time(os.getpid()))]
 between = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
 command = [sys.executable, "-c", code, *me]
 if sys.argv[1] == "through another":
@@ -61,7 +62,7 @@ def is_dead(process: psutil.Process) -> bool:
 
 def test_worker_without_its_launcher_trains_nothing(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as gone:
-        launcher = [gone.pid, birth(gone.pid)]
+        launcher = [gone.pid, start_time(gone.pid)]
         gone.communicate()
     plan = tmp_path / "launch.json"
     plan.write_text(json.dumps({"recipe": {}, "launcher": launcher, "result": "", "run": ""}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.finetune.precision import cpu_frozen_dtype
+from phi3_training.finetune.precision import choose_precision
 from phi3_training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[3] / "training/recipes/phi3-mini-lora.yaml"
@@ -20,9 +20,16 @@ def recipe(*overrides: str) -> Recipe:
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16"])
 def test_bfloat16_where_the_cpu_multiplies_it(flag: str) -> None:
-    dtype, reason = cpu_frozen_dtype(recipe(), REAL, "phi3", frozenset({"fpu", flag}))
-    assert dtype == "bfloat16"
-    assert flag in reason
+    found = choose_precision(
+        recipe(),
+        "cpu",
+        has_bfloat16=False,
+        parameters=REAL,
+        model_type="phi3",
+        flags=frozenset({"fpu", flag}),
+    )
+    assert (found.dtype, found.frozen) == ("float32", "bfloat16")
+    assert flag in (found.frozen_reason or "")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,13 @@ def test_bfloat16_where_the_cpu_multiplies_it(flag: str) -> None:
 def test_float32_everywhere_else(
     overrides: list[str], parameters: int, model_type: str, flags: frozenset[str], words: str
 ) -> None:
-    dtype, reason = cpu_frozen_dtype(recipe(*overrides), parameters, model_type, flags)
-    assert dtype == "float32"
-    assert words in reason
+    found = choose_precision(
+        recipe(*overrides),
+        "cpu",
+        has_bfloat16=False,
+        parameters=parameters,
+        model_type=model_type,
+        flags=flags,
+    )
+    assert (found.dtype, found.frozen) == ("float32", "float32")
+    assert words in (found.frozen_reason or "")

@@ -12,6 +12,7 @@ from phi3_training.errors import StageError
 from phi3_training.evaluate import gate
 from phi3_training.evaluate.questions import Question
 from phi3_training.evaluate.rows import Row
+from phi3_training.manifests import GatePassage
 from phi3_training.recipe import EvaluateSection, GateSection
 from phi3_training.run import Run
 
@@ -45,8 +46,8 @@ def obliging(question: Question) -> str:
 
 def failed_kinds(rows: list[Row], rules: GateSection = RULES) -> list[str]:
     verdict = gate.decide(rows, rules, SETTINGS)
-    assert verdict["passed"] == all(rule["passed"] for rule in verdict["rules"])
-    return [rule["kind"] for rule in verdict["rules"] if not rule["passed"]]
+    assert verdict.passed == all(rule.passed for rule in verdict.rules)
+    return [rule.kind for rule in verdict.rules if not rule.passed]
 
 
 def test_good_model_passes() -> None:
@@ -79,8 +80,8 @@ def test_rows_that_sank_it_are_named() -> None:
     verdict = gate.decide(rows_of(forgetful), rules, SETTINGS)
     told = gate.refusal("mine", verdict, "report.html")
 
-    (failed,) = [rule for rule in verdict["rules"] if not rule["passed"]]
-    assert sorted(row["line"] for row in failed["rows_named"]) == [4, 9, 20]
+    (failed,) = [rule for rule in verdict.rules if not rule.passed]
+    assert sorted(row["line"] for row in failed.rows_named) == [4, 9, 20]
     assert 'replay line 4: "Which letter is number 4?"' in told
     assert 'before "It is the letter d.", now "Hello!"' in told
     assert "--force" in told
@@ -105,8 +106,8 @@ def test_gain_must_be_sure_not_only_seen() -> None:
     rules = GateSection.model_validate(gate_of(min_gain={"metric": "exact_match", "value": 0.05}))
     verdict = gate.decide(rows_of(lucky), rules, SETTINGS)
 
-    assert verdict["rules"][0]["change"] > 0.05
-    assert not verdict["passed"]
+    assert (verdict.rules[0].change or 0) > 0.05
+    assert not verdict.passed
 
 
 def test_lower_confidence_decides_sooner() -> None:
@@ -120,7 +121,7 @@ def test_lower_confidence_decides_sooner() -> None:
                 gate_of(min_gain={"metric": "exact_match", "value": 0.05, "confidence": sure})
             ),
             SETTINGS,
-        )["passed"]
+        ).passed
         for sure in (0.99, 0.6)
     ]
     assert verdicts == [False, True]
@@ -145,15 +146,15 @@ def test_too_few_rows_cannot_pass() -> None:
 
     verdict = gate.decide(rows, RULES, SETTINGS)
 
-    assert not verdict["passed"]
-    assert "0 rows are too few to decide" in verdict["rules"][0]["reason"]
-    assert "gate.min_gain=[]" in verdict["rules"][0]["reason"]
+    assert not verdict.passed
+    assert "0 rows are too few to decide" in verdict.rules[0].reason
+    assert "gate.min_gain=[]" in verdict.rules[0].reason
 
 
 def test_no_rules_ask_nothing() -> None:
     verdict = gate.decide(rows_of(untaught), GateSection.model_validate(gate_of()), SETTINGS)
 
-    assert verdict["passed"]
+    assert verdict.passed
     assert "no gate rules" in gate.summary(verdict)
 
 
@@ -172,7 +173,7 @@ def test_unlucky_samples_seldom_block_a_good_model() -> None:
     for sample in range(60):
         draw = np.random.default_rng(sample)
         again = [part[i] for part in parts for i in draw.integers(0, len(part), len(part))]
-        blocked += not gate.decide(again, RULES, settings)["passed"]
+        blocked += not gate.decide(again, RULES, settings).passed
     assert blocked <= 3
 
 
@@ -180,24 +181,24 @@ def test_unlucky_samples_seldom_block_a_good_model() -> None:
 def test_deploy_is_refused_unless_forced(tmp_path: Path, force: bool) -> None:
     run = Run.open(tmp_path / "mine")
     verdict = gate.decide(rows_of(shuffled), RULES, SETTINGS)
-    run.write_manifest("gate", {**verdict, "report": "evaluate/report.html"})
+    run.write(verdict.model_copy(update={"report": "evaluate/report.html"}))
 
     if not force:
         with pytest.raises(StageError, match="validation line"):
             gate.require_passed(run, force=False)
         return
     recorded = gate.require_passed(run, force=True)
-    assert recorded["passed"] is False
-    assert recorded["forced"] is True
-    assert recorded["failed"][0].startswith("FAILED min_gain")
+    assert recorded.passed is False
+    assert recorded.forced is True
+    assert recorded.failed[0].startswith("FAILED min_gain")
 
 
 def test_force_is_not_recorded_where_it_was_not_needed(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "mine")
     verdict = gate.decide(rows_of(right), RULES, replace_seed(SETTINGS, 3))
-    run.write_manifest("gate", {**verdict, "report": "evaluate/report.html"})
+    run.write(verdict.model_copy(update={"report": "evaluate/report.html"}))
 
-    assert gate.require_passed(run, force=True) == {"passed": True, "forced": False, "failed": []}
+    assert gate.require_passed(run, force=True) == GatePassage(passed=True, forced=False, failed=[])
 
 
 def replace_seed(settings: EvaluateSection, seed: int) -> EvaluateSection:

@@ -10,8 +10,19 @@ import pytest
 
 from phi3_training.errors import StageError
 from phi3_training.journey import Journey, Stage, finished, go
+from phi3_training.manifests import Manifest
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
+
+
+class First(Manifest):
+    STAGE = "first"
+    COMMAND = "phi3 up"
+
+
+class Second(Manifest):
+    STAGE = "second"
+    COMMAND = "phi3 up"
 
 
 class Bench:
@@ -26,21 +37,22 @@ class Bench:
         self.good = True
         self.fails = False
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[Stage[Any], ...]:
         return (
-            Stage("first", "first", (), lambda _: self.input, self._work("first"), str,
+            Stage(First, "first", (), lambda _: self.input, self._work(First), str,
                   outputs=lambda _: ["first.txt"]),
-            Stage("second", "second", ("first",), lambda _: None, self._work("second"), str,
+            Stage(Second, "second", (First,), lambda _: None, self._work(Second), str,
                   still_good=lambda *_: self.good),
         )  # fmt: skip
 
-    def _work(self, name: str) -> Callable[[Journey], dict[str, Any]]:
-        def work(journey: Journey) -> dict[str, Any]:
+    def _work(self, kind: type[Manifest]) -> Callable[[Journey], Any]:
+        def work(journey: Journey) -> Manifest:
+            name = kind.STAGE
             if self.fails and name == "second":
                 raise StageError("no")
             journey.run.file(f"{name}.txt").write_text("x", encoding="utf-8")
             self.done.append(name)
-            return {}
+            return kind()
 
         return work
 
@@ -80,7 +92,7 @@ def test_stage_that_no_longer_holds_is_redone_alone(bench: Bench) -> None:
 
 def test_again_redoes_a_stage_and_what_follows(bench: Bench) -> None:
     bench.go()
-    assert bench.go(again=frozenset({"first"})) == ["first", "second"]
+    assert bench.go(again=frozenset({First})) == ["first", "second"]
 
 
 def test_failure_keeps_what_was_done(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import pytest
 from phi3_training.cli import main
 from phi3_training.errors import StageError
 from phi3_training.journey import Journey, PlanCheck, Stage, go
+from phi3_training.manifests import Manifest
 from phi3_training.memory import memory_plan, of_size
 from phi3_training.memory.advise import changed
 from phi3_training.memory.model import KNOWN
@@ -226,7 +228,7 @@ def test_half_a_device_is_wrong_usage(
 class Crowded:
     """A target without room for one stage."""
 
-    name = "local"
+    cloud = None
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -242,8 +244,14 @@ def crowded(tmp_path: Path) -> Journey:
     return Journey(Recipe.model_construct(name="toy"), Run.open(tmp_path / "r"), target, tmp_path)
 
 
-def stage(title: str) -> Stage:
-    return Stage(title, title, (), lambda _: 0, lambda _: {}, lambda _: "done")
+@cache
+def kind_of(title: str) -> type[Manifest]:
+    return type(title, (Manifest,), {"STAGE": title, "COMMAND": "phi3 up"})
+
+
+def stage(title: str) -> Stage[Any]:
+    kind = kind_of(title)
+    return Stage(kind, title, (), lambda _: 0, lambda _: kind(), lambda _: "done")
 
 
 def test_stage_to_be_done_is_refused(crowded: Journey) -> None:
@@ -266,7 +274,7 @@ def test_what_is_done_is_not_refused_unless_it_is_done_again(crowded: Journey) -
     crowded.no_plan = False
     go(crowded, stages)
     with pytest.raises(StageError, match="too large"):
-        go(crowded, stages, again=frozenset({"evaluate"}))
+        go(crowded, stages, again=frozenset({kind_of("evaluate")}))
 
 
 def test_chats_are_prepared_before_the_plan_is_asked(crowded: Journey) -> None:
@@ -275,7 +283,7 @@ def test_chats_are_prepared_before_the_plan_is_asked(crowded: Journey) -> None:
 
     class Watching(Crowded):
         def plan(self, _recipe: object, run: Run) -> list[PlanLine]:
-            asked.append([n for n in ("prepare", "base") if run.manifest(n) is not None])
+            asked.append([n for n in ("prepare", "base") if run.read(kind_of(n)) is not None])
             return []
 
     crowded.target = cast(Any, Watching(""))
@@ -297,7 +305,7 @@ def test_processes_of_a_cpu_share_its_memory() -> None:
 
 
 def test_conversion_that_cannot_be_done_is_refused_with_its_lever() -> None:
-    start = changed(recipe(), {"serve.precision": "int4", "serve.engine": "ort-genai"})
+    start = changed(recipe(), {"serve.precision": "int4", "serve.engine": "onnxruntime"})
     lines = memory_plan(start, of_size(16, "cpu"))
     (refused,) = [x for x in lines if x.details.get("phase") == "convert"]
     assert refused.stops

@@ -12,9 +12,10 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.data import prepare
-from phi3_training.finetune.precision import choose_dtype
+from phi3_training.finetune.precision import choose_precision
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.memory import RowSizes, memory_plan, of_size, row_sizes
+from phi3_training.memory.advise import changed
 from phi3_training.memory.model import KNOWN, shape_from
 from phi3_training.memory.rows import _COUNTED, worst_case
 from phi3_training.memory.training import work_of
@@ -57,7 +58,7 @@ def recipe_of(train: Path, model: Path | str, **sections: dict[str, Any]) -> Rec
 
 
 def prepared(recipe: Recipe, run: Run) -> None:
-    run.write_manifest("dataset", prepare(recipe.data, run))
+    run.write(prepare(recipe.data, run))
 
 
 def tokens(run: Run, model: Path) -> list[tuple[int, int]]:
@@ -217,7 +218,8 @@ def test_number_type_is_decided_in_one_place() -> None:
         ("float32", "cuda", True, "float32"),
     ]
     for wanted, device, has_bfloat16, found in cases:
-        assert choose_dtype(wanted, device, has_bfloat16=has_bfloat16)[0] == found
+        recipe = changed(recipe_of(Path("x"), "m"), {"model.dtype": wanted})
+        assert choose_precision(recipe, device, has_bfloat16=has_bfloat16).dtype == found
 
 
 def test_rounded_weights_are_decided_where_training_decides(

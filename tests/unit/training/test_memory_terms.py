@@ -162,23 +162,23 @@ def test_evaluation_of_a_large_vocabulary_is_its_scores() -> None:
 
 
 def test_serving_by_precision() -> None:
-    full = served_weights(MINI, "fp32", "ort-genai", 4)
-    four = served_weights(MINI, "int4", "ort-genai", 4)
+    full = served_weights(MINI, "fp32", "onnxruntime", 4)
+    four = served_weights(MINI, "int4", "onnxruntime", 4)
     assert full == 4 * MINI.parameters
     assert 2.5e9 < four < 3.0e9  # the published int4 CPU file has 2.7 GB
-    eight = served_weights(MINI, "int8", "ort-genai", 4)
+    eight = served_weights(MINI, "int8", "onnxruntime", 4)
     assert eight == pytest.approx(MINI.parameters, rel=0.01)  # norms apart
-    served = serve_phase(MINI, "int4", "ort-genai", 4, 100)
+    served = serve_phase(MINI, "int4", "onnxruntime", 4, 100)
     assert served.parts["key/value cache"] == 100 * MINI.kv_per_token * 4
 
 
 def test_a_tied_matrix_is_served_twice_and_never_as_a_float_embedding() -> None:
     tied = shape_from(KNOWN["microsoft/Phi-4-mini-instruct"], "table")
     matrix = tied.vocab * tied.hidden
-    assert served_weights(tied, "fp32", "ort-genai", 4) == 4 * (tied.parameters + matrix)
+    assert served_weights(tied, "fp32", "onnxruntime", 4) == 4 * (tied.parameters + matrix)
     untied = replace(tied, tied=False)
-    four = served_weights(tied, "int4", "ort-genai", 4)
-    assert 2.5e9 < four < served_weights(untied, "int4", "ort-genai", 4) - 1.5e9
+    four = served_weights(tied, "int4", "onnxruntime", 4)
+    assert 2.5e9 < four < served_weights(untied, "int4", "onnxruntime", 4) - 1.5e9
     assert served_weights(tied, "int4", "transformers", 2) == 2 * tied.parameters
 
 

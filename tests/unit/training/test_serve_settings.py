@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from phi3_training.engine import choose_engine
 from phi3_training.errors import UsageError
-from phi3_training.serve.choice import choose_engine, load_engine
+from phi3_training.recipe.sections import ServeSection
 from phi3_training.serve.config import ServerConfig
+from phi3_training.serve.loading import load_engine
 from phi3_training.serve.server import read_keys
 
 
@@ -41,13 +43,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_an_engine_that_is_asked_for_is_taken() -> None:
     assert choose_engine("transformers") == ("transformers", "set in the recipe")
     name, reason = choose_engine("auto")
-    assert name in ("ort-genai", "transformers")
+    assert name in ("onnxruntime", "transformers")
     assert reason
+
+
+def test_the_earlier_name_of_the_engine_is_read_as_the_new_one() -> None:
+    assert ServeSection.model_validate({"engine": "ort-genai"}).engine == "onnxruntime"
+    assert ServerConfig.model_validate({"engine": "ort-genai"}).engine == "onnxruntime"
 
 
 @pytest.mark.parametrize(
     ("engine", "setting"),
-    [("upstream", "upstream_url"), ("ort-genai", "onnx_dir"), ("transformers", "model_dir")],
+    [("upstream", "upstream_url"), ("onnxruntime", "onnx_dir"), ("transformers", "model_dir")],
 )
 def test_an_engine_without_its_setting(engine: str, setting: str) -> None:
     if engine != "upstream":

@@ -5,23 +5,34 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from phi3_training.cli import main
 from phi3_training.commands.azure import inner_words
 from phi3_training.commands.common import run_name, where_to_run
-from phi3_training.journey import Journey, Manifest, do, go
+from phi3_training.journey import Journey, Stage, do, go
+from phi3_training.manifests import (
+    BaseManifest,
+    DatasetManifest,
+    EndpointManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    PlaceManifest,
+    ProvisionManifest,
+    Resampling,
+)
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
-from phi3_training.stages_azure import AZURE_STAGES, stages_of, stages_until
+from phi3_training.stages import STAGES, stages_of, stages_until
 from phi3_training.targets import Target
 
 
 def azure_run(runs: Path, name: str = "cloud-azure") -> Run:
     run = Run.open(runs / name)
-    run.write_manifest("place", {"target": "azure"})
+    run.write(PlaceManifest(target="azure"))
     return run
 
 
@@ -52,11 +63,11 @@ def test_a_run_does_not_change_sides(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_stages_of_both_targets() -> None:
-    here = [stage.title for stage in stages_of("local")]
-    there = [stage.title for stage in stages_of("azure")]
+    here = [stage.title for stage in stages_of(in_cloud=False)]
+    there = [stage.title for stage in stages_of(in_cloud=True)]
     assert [title for title in there if title != "provision"] == here
     assert there[:3] == ["prepare", "provision", "base"]
-    assert [stage.title for stage in stages_until("dataset", "azure")] == ["prepare"]
+    assert [stage.title for stage in stages_until(DatasetManifest, in_cloud=True)] == ["prepare"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,7 @@ def test_status_and_down_leave_azure_alone_until_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = azure_run(tmp_path)
-    run.write_manifest("endpoint", {"target": "azure", "endpoint": "https://x.example/score"})
+    run.write(EndpointManifest(target="azure", endpoint="https://x.example/score"))
 
     assert main(["status", "--runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -103,7 +114,7 @@ def test_status_and_down_leave_azure_alone_until_asked(
 
 
 def test_down_words_for_azure_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run.open(tmp_path / "here").write_manifest("dataset", {})
+    Run.open(tmp_path / "here").write(DatasetManifest(outputs={}))
     assert main(["down", "here", "--all", "--runs", str(tmp_path)]) == 2
     assert "is for runs on Azure" in capsys.readouterr().err
 
@@ -111,24 +122,49 @@ def test_down_words_for_azure_only(tmp_path: Path, capsys: pytest.CaptureFixture
 class _Cloud:
     """An Azure whose cluster is gone, after `down`; what it was asked to provide."""
 
-    name = "azure"
-
     def __init__(self) -> None:
         self.provided: list[bool] = []
 
-    def place_inputs(self, _recipe: Recipe, _stage: str) -> None:
+    @property
+    def cloud(self) -> _Cloud:
+        return self
+
+    def inputs(self, _recipe: Recipe, _stage: type[Manifest], shared: object) -> object:
         """Nothing of a place counts here."""
+        return shared
 
     def is_provided(self, _recipe: Recipe, _run: Run, *, trains: bool) -> bool:
         return not trains
 
-    def provide(self, _recipe: Recipe, _run: Run, _progress: object, *, trains: bool) -> Manifest:
+    def provide(
+        self, _recipe: Recipe, _run: Run, _progress: object, *, trains: bool
+    ) -> ProvisionManifest:
         self.provided.append(trains)
-        return {"summary": "made"}
+        return ProvisionManifest(summary="made")
 
 
-@pytest.mark.parametrize("stage", ["base", "model", "metrics"])
-def test_a_stage_that_is_done_again_gets_its_cluster_back(tmp_path: Path, stage: str) -> None:
+DONE: dict[type[Manifest], Manifest] = {
+    DatasetManifest: DatasetManifest(outputs={}),
+    BaseManifest: BaseManifest(target="azure", path="."),
+    ModelManifest: ModelManifest(target="azure", path="."),
+    MetricsManifest: MetricsManifest(
+        before={},
+        after={},
+        comparisons={},
+        rows="rows",
+        settings=Resampling(confidence=0.95, resamples=100, seed=1),
+    ),
+}
+
+
+def _finish(journey: Journey, stage: Stage[Any]) -> None:
+    do(journey, replace(stage, work=lambda _journey: DONE[stage.manifest]), lambda *_told: None)
+
+
+@pytest.mark.parametrize("again", [BaseManifest, ModelManifest, MetricsManifest])
+def test_a_stage_that_is_done_again_gets_its_cluster_back(
+    tmp_path: Path, again: type[Manifest]
+) -> None:
     (tmp_path / "chats.jsonl").write_text('{"messages": []}\n')
     (tmp_path / "recipe.yaml").write_text(
         "name: mine\nmodel: {name_or_path: tiny}\nbase: {data: chats.jsonl}\n"
@@ -139,14 +175,14 @@ def test_a_stage_that_is_done_again_gets_its_cluster_back(tmp_path: Path, stage:
     recipe = load_recipe(tmp_path / "recipe.yaml")
     cloud = _Cloud()
     journey = Journey(recipe, run, cast(Target, cloud), tmp_path)
-    provision = next(found for found in AZURE_STAGES if found.title == "provision")
-    for found in AZURE_STAGES[: AZURE_STAGES.index(provision) + 4]:
-        if found is not provision:
-            do(journey, replace(found, work=lambda _journey: {"rows": "rows"}), lambda *_told: None)
+    (provision,) = (stage for stage in STAGES if stage.manifest is ProvisionManifest)
+    for stage in STAGES:
+        if stage.manifest in DONE:
+            _finish(journey, stage)
 
     go(journey, [provision])
     assert cloud.provided == [False]
     go(journey, [provision])
     assert cloud.provided == [False]
-    go(journey, [provision], again=frozenset([stage]))
+    go(journey, [provision], again=frozenset([again]))
     assert cloud.provided == [False, True]

@@ -113,7 +113,7 @@ def run_provision(args: argparse.Namespace) -> int:
     with console.progress_bar("provision") as progress:
         done = provision(clients, recipe, progress, report)
     if args.output == "json":
-        console.print_json(done.manifest())
+        console.print_json(done.manifest().as_json())
     return 0
 
 
@@ -239,17 +239,13 @@ def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> li
     """The command line inside: on Azure, in its own run folders, the tiny recipe if none."""
     words = _without_own(argv)
     words += ["--runs", str(runs)]
-    if args.on is None and not _names_run(args):
+    if args.on is None and not args.run and not getattr(args, "named", None):
         words += ["--on", "azure"]
     named = any("=" not in word for word in getattr(args, "words", ()))
     if hasattr(args, "words") and not named and not args.run:
         place = 2 if words[0] == "azure" else 1  # after the command, and the command of `azure`
         words.insert(place, str(find(RECIPE).resolve()))
     return words
-
-
-def _names_run(args: argparse.Namespace) -> bool:
-    return bool(args.run or getattr(args, "named", None))
 
 
 def _without_own(argv: Sequence[str]) -> list[str]:

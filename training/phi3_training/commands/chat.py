@@ -32,9 +32,10 @@ from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 from .. import console
 from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
 from ..errors import StageError, UsageError
+from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
 from ..project import FLOW, find
 from ..run import Run
-from ..targets import Access, CloudTarget, get_target, target_of
+from ..targets import HERE, Access, get_target, target_of
 from .common import (
     add_command,
     add_on,
@@ -165,8 +166,9 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
     """
     if not environment_names_endpoint():
         run = current_run(args)
-        if target_of(run) != "local":
-            return _cloud_access(run), {}
+        cloud = get_target(target_of(run)).cloud
+        if cloud is not None:
+            return cloud.access(run), {}
         settings = _local_settings(run)
     else:
         settings = ConnectionSettings.from_environment()
@@ -178,27 +180,20 @@ def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
 
 
 def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
-    """The same as one record, for clients that only know keys: an Entra token is used as the "
-    "key."""
+    """The same as one record, for clients that only know keys: an Entra token is the key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
-
-
-def _cloud_access(run: Run) -> Access:
-    run.require("endpoint", f"phi3 up --on {target_of(run)} --run {run.name}")
-    target: CloudTarget = get_target(target_of(run))  # type: ignore[assignment]  # not local: one
-    return target.access(run)
 
 
 def _local_settings(run: Run) -> ConnectionSettings:
     from ..flow.store import stored_connection
 
     again = f"phi3 up --run {run.name}"
-    name = run.require("connection", again)["name"]
-    if get_target("local").status(run)["endpoint"]["state"] != "up":
+    name = run.require(ConnectionManifest).name
+    if get_target(HERE).status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
     settings = ConnectionSettings.from_connection(stored_connection(name))
-    if not same_endpoint(settings.endpoint, run.require("endpoint", again)["endpoint"]):
+    if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
         raise StageError(
             f"The connection {name} now points to {settings.endpoint}, which is not the endpoint "
             f"of the run {run.name!r}; restore this run with {again}, or keep both by giving one "
@@ -369,9 +364,8 @@ def run_invoke(args: argparse.Namespace) -> int:
 
 def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
     """A row of the held-out chats and its line number."""
-    outputs = run.require("dataset", "phi3 up")["outputs"]
-    part = outputs.get("validation")
-    path = run.path / str(part["path"]) if part else Path()
+    part = run.require(DatasetManifest).outputs.get("validation")
+    path = run.path / part.path if part else Path()
     lines = path.read_text(encoding="utf-8").splitlines() if part and path.is_file() else []
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:

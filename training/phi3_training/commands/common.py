@@ -11,11 +11,12 @@ from typing import Any, get_args
 from .. import console
 from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
+from ..manifests import ModelManifest
 from ..models import small
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
 from ..recipe import AuditRule, Recipe, load_recipe
 from ..run import Run, check_run_name
-from ..targets import get_target, target_of
+from ..targets import HERE, get_target, is_here, target_of
 
 
 def add_command(
@@ -53,7 +54,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="RECIPE | key=value",
         help="the recipe (default: that of --run, else "
-        f"{DEFAULT_RECIPES['local']}) and keys to change",
+        f"{DEFAULT_RECIPES[HERE]}) and keys to change",
     )
     parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
     add_on(parser, "where to run (default: where --run was created, else local)")
@@ -138,7 +139,7 @@ def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe
         except WeightsUnavailableError as error:
             console.note(f"{error.reason}. Using the tiny model instead.")
             return recipe_of(words, on, instead=find(TINY_RECIPE))
-    if on == "local":
+    if on == HERE:
         return recipe
     folder = str(small.prepared_folder())
     return recipe.model_copy(
@@ -151,13 +152,13 @@ def where_to_run(args: argparse.Namespace) -> str:
     if args.on is None and args.run:
         check_run_name(args.run)
         args.on = target_of(Run(args.runs.resolve() / args.run))
-    args.on = args.on or "local"
+    args.on = args.on or HERE
     return str(args.on)
 
 
 def run_name(recipe: Recipe, on: str) -> str:
     """The recipe's name; on Azure with the ending -azure, to keep it apart from a local run."""
-    if on == "local" or recipe.name.endswith("-azure"):
+    if on == HERE or recipe.name.endswith("-azure"):
         return recipe.name
     return f"{recipe.name[:58]}-azure"
 
@@ -190,7 +191,7 @@ def _with_recipe(args: argparse.Namespace) -> list[str]:
     return words if named or not kept.is_file() else [str(kept), *words]
 
 
-def recipe_of(words: Sequence[str], on: str = "local", instead: Path | None = None) -> Recipe:
+def recipe_of(words: Sequence[str], on: str = HERE, instead: Path | None = None) -> Recipe:
     """Load the recipe: the first word that is not an override, or the target's default.
 
     `instead` is a recipe whose model, and all that is set for that model, takes the place of the
@@ -208,7 +209,10 @@ def all_runs(folder: Path) -> list[Run]:
     if not folder.is_dir():
         return []
     runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
-    return [Run(path.resolve()) for path in sorted(runs, key=_last_change, reverse=True)]
+    runs.sort(
+        key=lambda run: max(file.stat().st_mtime for file in run.glob("*.json")), reverse=True
+    )
+    return [Run(path.resolve()) for path in runs]
 
 
 def current_run(args: argparse.Namespace) -> Run:
@@ -245,7 +249,7 @@ def tuned_run(args: argparse.Namespace) -> Run:
 
 def has_model_here(run: Run) -> bool:
     """Whether the tuned model is in the run folder; one tuned on Azure stays there."""
-    return run.manifest("model") is not None and target_of(run) == "local"
+    return run.read(ModelManifest) is not None and is_here(run)
 
 
 def _last_change(path: Path) -> float:

@@ -12,8 +12,9 @@ from rich.text import Text
 from .. import console
 from ..errors import UsageError
 from ..journey import go
+from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
-from ..stages_azure import stages_until
+from ..stages import stages_until
 from .common import add_command, add_recipe, all_runs, journey_of
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def run_prepare(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     with journey.run.lock():
         journey.target.begin(journey.recipe, journey.run)
-        go(journey, stages_until("dataset", journey.target.name))
-    manifest = journey.run.require("dataset", "phi3 data prepare")
+        go(journey, stages_until(DatasetManifest, in_cloud=journey.in_cloud))
+    manifest = journey.run.require(DatasetManifest)
     if args.output == "json":
-        console.print_json(manifest)
-    elif manifest.get("tokens"):
-        console.note(sentence(manifest["tokens"]))
+        console.print_json(manifest.as_json())
+    elif manifest.tokens:
+        console.note(sentence(manifest.tokens))
     return 0
 
 
@@ -146,8 +147,8 @@ def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
 def _last_base(runs: Path) -> Path:
     """The base model of the run that was worked on last."""
     for run in all_runs(runs):
-        manifest = run.manifest("base")
-        folder = run.path / manifest["path"] if manifest else run.path
+        manifest = run.read(BaseManifest)
+        folder = run.path / manifest.path if manifest else run.path
         if (folder / "tokenizer.json").is_file():
             return folder
     raise UsageError(

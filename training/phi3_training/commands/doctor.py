@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import UsageError
+from ..manifests import ConnectionManifest
 from ..project import FLOW, find
 from .common import add_command, current_run, tuned_run
 
 if TYPE_CHECKING:
     from ..doctor import Finding
-    from ..verify.parity import Places, Report
+    from ..verify.parity import Places
 
 SIGNS = {
     "ok": "[green]✓[/]",
@@ -114,7 +115,7 @@ def _connection(args: argparse.Namespace) -> str | None:
         name: str | None = args.connection
         return name
     run = current_run(args)
-    return str(run.require("connection", f"phi3 connect --run {run.name}")["name"])
+    return run.require(ConnectionManifest).name
 
 
 def _show(finding: Finding, *, first: bool) -> None:
@@ -136,8 +137,11 @@ def _run_tokens(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"tokens": report.as_dict()})
     else:
-        for line in _lines(report):
-            console.out.print(line, markup=False)
+        verdict = "the same everywhere" if report.ok else "DIFFERENT"
+        compared = f"({report.cases} conversations, compared with the trainer's rows)"
+        console.out.print(f"tokens: {verdict} {compared}", markup=False)
+        for line in report.lines():
+            console.out.print(f"  {line}", markup=False)
     return 0 if report.ok else 1
 
 
@@ -150,9 +154,3 @@ def _places(args: argparse.Namespace) -> Places:
     if args.run:
         raise UsageError("Give --run NAME or --model FOLDER, not both")
     return places_of_folder(args.model)
-
-
-def _lines(report: Report) -> list[str]:
-    verdict = "the same everywhere" if report.ok else "DIFFERENT"
-    head = f"tokens: {verdict} ({report.cases} conversations, compared with the trainer's rows)"
-    return [head, *(f"  {line}" for line in report.lines())]

@@ -11,9 +11,10 @@ from typing import Any
 from .. import console
 from ..errors import UsageError
 from ..flow.bundle import BASE, pack, write_image
+from ..progress import note
 from ..project import FLOW, find
 from ..run import Run
-from ..targets import get_target, target_of
+from ..targets import is_here
 from .common import add_command, add_rehearse, all_runs, current_run
 
 # What the commands of `phi3 flow` share: which flow, and what of it travels.
@@ -85,11 +86,10 @@ def run_push(args: argparse.Namespace) -> int:
     """Push the flow and print where to open it."""
     from ..targets.azure.target import AzureTarget
 
-    target = get_target("azure")
-    assert isinstance(target, AzureTarget)  # noqa: S101 - for mypy: that name is this class
+    target = AzureTarget()
     run = _run(args)
     with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
-        progress(0, 0, "packing")
+        note(progress, "packing")
         bundle = pack(
             flow_of(args),
             Path(scratch),
@@ -112,7 +112,7 @@ def run_push(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> Run:
     if args.run:
         return current_run(args)
-    runs = [run for run in all_runs(args.runs) if target_of(run) == "azure"]
+    runs = [run for run in all_runs(args.runs) if not is_here(run)]
     if not runs:
         raise UsageError(
             f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"

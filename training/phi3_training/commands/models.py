@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from .. import console
 from ..errors import MissingExtraError, UsageError
-from ..finetune.weights import Adapter, list_adapters, merge_adapter
+from ..manifests import EXPORTS, ExportCheck, Limits
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..run import Run
 from .common import add_command, all_runs, tuned_run
+
+if TYPE_CHECKING:
+    from ..finetune.weights import Adapter
 
 _ANY_RECIPES = (
     "You can also name any folder with a causal language model as safetensors and a chat "
@@ -157,7 +160,15 @@ def register_recipes(subparsers: Any) -> None:
 
 def run_recipes(args: argparse.Namespace) -> int:
     """List recipes with the first line of their header, or all keys."""
-    listed = _keys(Recipe) if args.keys else _shipped()
+    if args.keys:
+        listed = _keys(Recipe)
+    else:
+        paths = sorted(find(RECIPES).glob("*.yaml"))
+        headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
+        listed = {
+            str(RECIPES / path.name): header.lstrip("# ")
+            for path, header in zip(paths, headers, strict=True)
+        }
     if args.output == "json":
         console.print_json(listed)
         return 0
@@ -165,13 +176,6 @@ def run_recipes(args: argparse.Namespace) -> int:
     for name, text in listed.items():
         console.out.print(f"{name:<{width}}  {text}", markup=False)
     return 0
-
-
-def _shipped() -> dict[str, str]:
-    return {
-        str(RECIPES / path.name): path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for path in sorted(find(RECIPES).glob("*.yaml"))
-    }
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
@@ -239,6 +243,8 @@ def register_adapters(subparsers: Any) -> None:
 
 def run_adapters(args: argparse.Namespace) -> int:
     """List them, or merge one."""
+    from ..finetune.weights import list_adapters, merge_adapter
+
     run = _run(args)
     if args.merge is not None:
         with run.lock():
@@ -308,42 +314,41 @@ def run_export(args: argparse.Namespace) -> int:
     run = tuned_run(args)
     with run.lock(), console.progress_bar("export") as progress:
         check = export(run, args.to, progress)
-    manifest = run.require(f"export-{args.to}", "phi3 export")
+    manifest = run.require(EXPORTS[args.to])
     if args.output == "json":
-        console.print_json(manifest)
+        console.print_json(manifest.as_json())
     else:
-        _show(str(run.path / manifest["path"]), check)
-    return 0 if check["passed"] else 1
+        _show(str(run.path / manifest.path), check)
+    return 0 if check.passed else 1
 
 
-def _show(path: str, check: dict[str, Any]) -> None:
+def _show(path: str, check: ExportCheck) -> None:
     console.out.print(f"Written: {path}", markup=False)
-    if "note" in check:
-        console.out.print(check["note"], markup=False)
+    if check.limits is None:
+        console.out.print(check.note or "", markup=False)
         return
-    title = f"Compared with {check['compared_with']}, {check['prompts']} fixed prompts"
-    console.table(title, ["figure", "measured", "limit"], list(_rows(check)))
-    for problem in check["problems"]:
+    title = f"Compared with {check.compared_with}, {check.prompts} fixed prompts"
+    console.table(title, ["figure", "measured", "limit"], _rows(check, check.limits))
+    for problem in check.problems:
         console.out.print(f"Over the limit: {problem}", markup=False)
 
 
-def _rows(check: dict[str, Any]) -> list[list[str]]:
-    limits = check["limits"]
+def _rows(check: ExportCheck, limits: Limits) -> list[list[str]]:
     rows = [
-        ["same token chosen", f"{check['token_agreement']:.2%}",
-         f"at least {limits['token_agreement']:.1%}"],
-        ["mean KL (nats)", f"{check['mean_kl']:.2g}", f"at most {limits['mean_kl']:g}"],
-        ["worst KL of a prompt", f"{check['worst_kl']:.2g}", f"at most {limits['worst_kl']:g}"],
+        ["same token chosen", f"{check.token_agreement:.2%}",
+         f"at least {limits.token_agreement:.1%}"],
+        ["mean KL (nats)", f"{check.mean_kl:.2g}", f"at most {limits.mean_kl:g}"],
+        ["worst KL of a prompt", f"{check.worst_kl:.2g}", f"at most {limits.worst_kl:g}"],
     ]  # fmt: skip
-    if held := check.get("held_out"):
-        before, after = held["exact_match_before"], held["exact_match"]
+    if held := check.held_out:
         rows.append(
-            [f"exact match, {held['rows']} held-out rows", f"{before:.1%} → {after:.1%}",
-             f"drops by at most {limits['lost_answers']:.1%}"]
+            [f"exact match, {held.rows} held-out rows",
+             f"{held.exact_match_before:.1%} → {held.exact_match:.1%}",
+             f"drops by at most {limits.lost_answers:.1%}"]
         )  # fmt: skip
-    if layers := check.get("layers"):
+    if layers := check.layers:
         rows.append(
-            [f"largest weight difference, {layers['layer']}", f"{layers['largest']:.2g}",
-             f"at most {limits['weights']:g}"]
+            [f"largest weight difference, {layers.layer}", f"{layers.largest:.2g}",
+             f"at most {limits.weights:g}"]
         )  # fmt: skip
     return rows

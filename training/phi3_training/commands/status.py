@@ -8,8 +8,9 @@ from typing import Any
 
 from .. import console
 from ..errors import StageError, UsageError
+from ..manifests import EndpointManifest
 from ..run import Run
-from ..targets import CloudTarget, get_target, target_of
+from ..targets import HERE, get_target, is_here, target_of
 from .common import add_command, add_on, add_rehearse, all_runs
 from .up import state_of
 
@@ -78,7 +79,7 @@ def _show_state(state: dict[str, Any]) -> None:
     process = f" (process {endpoint['pid']})" if endpoint.get("pid") else ""
     where = f" {endpoint['url']}{process}" if endpoint.get("url") else ""
     console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
-    if state["on"] != "local" and "lines" not in state:
+    if state["on"] != HERE and "lines" not in state:
         command = f"phi3 status --on {state['on']} --run {state['run']}"
         console.out.print(f"  on {state['on']}; see what exists there: {command}", markup=False)
     for fault in state["broken"]:
@@ -94,13 +95,13 @@ def run_down(args: argparse.Namespace) -> int:
     name = args.run or args.named
     runs = _runs(args, name)
     if args.on is None and name is None:
-        here = [run for run in runs if target_of(run) == "local"]
-        away = [run.name for run in runs if run not in here and run.manifest("endpoint")]
+        here = [run for run in runs if is_here(run)]
+        away = [run.name for run in runs if run not in here and run.read(EndpointManifest)]
         runs = here
     else:
         away = []
     only = "failed" if args.failed else "idle" if args.idle else "all" if args.all else "run"
-    if only != "run" and any(target_of(run) == "local" for run in runs):
+    if only != "run" and any(is_here(run) for run in runs):
         raise UsageError(f"--{only} is for runs on Azure: phi3 down --on azure --{only}")
     lines: list[str] = []
     broken: list[str] = []
@@ -115,9 +116,9 @@ def run_down(args: argparse.Namespace) -> int:
 
 def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
     target = get_target(target_of(run))
-    if target.name == "local":
+    cloud = target.cloud
+    if cloud is None:
         return target.teardown(run)
-    cloud: CloudTarget = target  # type: ignore[assignment]  # every other target is one
     if only == "all":
         _confirm(args, cloud.all_of(run), run)
     with run.lock(), console.progress_bar("down") as progress:
@@ -133,15 +134,11 @@ def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
         console.err.print(f"  {name}", markup=False)
     console.err.print("with everything in them, including what phi3 did not create.")
     try:
-        said = input("Type yes to continue: ") if _has_person() else ""
+        said = input("Type yes to continue: ") if os.isatty(0) else ""
     except EOFError:
         said = ""
     if said.strip().lower() != "yes":
         raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")
-
-
-def _has_person() -> bool:
-    return os.isatty(0)
 
 
 def _show_end(

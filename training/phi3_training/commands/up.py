@@ -6,21 +6,32 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
-from ..finetune.weights import list_adapters
 from ..journey import Journey, Stage, finished, go
+from ..manifests import (
+    AnswerManifest,
+    BaseManifest,
+    Comparison,
+    ConnectionManifest,
+    EndpointManifest,
+    GateManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    RegistrationManifest,
+)
 from ..memory import memory_plan, of_size, row_sizes
 from ..planning import PlanLine
 from ..recipe import Recipe
 from ..run import Run
-from ..stages_azure import stages_of, stages_until
-from ..targets import Target, get_target, target_of
+from ..stages import stages_of, stages_until
+from ..targets import Target, get_target, is_here, target_of
 from .common import (
     add_adapter,
     add_allow,
@@ -48,16 +59,15 @@ HEADLINES = {
 
 def show_summary(journey: Journey) -> None:
     """Print the metrics and the answer of a finished run."""
-    metrics = journey.run.require("metrics", "phi3 evaluate")
+    before = journey.run.require(MetricsManifest).ask
     console.out.print()
     show_comparison(journey.run)
-    answer = journey.run.require("answer", "phi3 up")
+    answer = journey.run.require(AnswerManifest)
     console.out.print()
-    console.out.print(f"You ask:  {answer['question']}", markup=False)
-    before = metrics.get("ask", {})
-    if before.get("question") == answer["question"]:
-        console.out.print(f"Before:   {before['before'] or '(nothing)'}", markup=False)
-    console.out.print(f"After:    {answer['answer']}", markup=False, style="bold green")
+    console.out.print(f"You ask:  {answer.question}", markup=False)
+    if before is not None and before.question == answer.question:
+        console.out.print(f"Before:   {before.before or '(nothing)'}", markup=False)
+    console.out.print(f"After:    {answer.answer}", markup=False, style="bold green")
     console.out.print()
     console.out.print("Next, type:", style="bold")
     for command, why in _next_steps(journey):
@@ -69,56 +79,54 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
     """Both models' metrics side by side, the gate's verdict, and where the report is."""
     from ..evaluate import gate
 
-    metrics = run.require("metrics", "phi3 evaluate")
-    verdict = run.require("gate", "phi3 evaluate")
-    confidence = metrics["settings"]["confidence"]
-    change = f"change ({confidence * 100:g} % interval)"
+    metrics = run.require(MetricsManifest)
+    verdict = run.require(GateManifest)
+    change = f"change ({metrics.settings.confidence * 100:g} % interval)"
     if every:
-        for part, compared in metrics["comparisons"].items():
+        for part, compared in metrics.comparisons.items():
             title = f"{_title(part, compared)}, before and after tuning"
             console.table(title, ["", "before", "after", change], _rows(compared))
     else:
         rows = [
             [_title(part, compared) if not number else "", *row]
-            for part, compared in metrics["comparisons"].items()
+            for part, compared in metrics.comparisons.items()
             for number, row in enumerate(_rows(compared, HEADLINES[part]))
         ]
         console.table("Before and after tuning", ["questions", "", "before", "after", change], rows)
     console.out.print(f"Gate:     {gate.summary(verdict)}", markup=False)
-    if every or not verdict["passed"]:
-        for rule in verdict["rules"]:
+    if every or not verdict.passed:
+        for rule in verdict.rules:
             console.out.print(f"  {gate.line(rule)}", markup=False)
-        for text in verdict.get("remarks", []):
+        for text in verdict.remarks:
             console.out.print(f"  {text}", markup=False)
-    console.out.print(f"Report:   {_shown(run.path / verdict['report'])}", markup=False)
+    report, here = run.path / verdict.report, Path.cwd()
+    shown = report.relative_to(here) if report.is_relative_to(here) else report
+    console.out.print(f"Report:   {shown}", markup=False)
 
 
-def _title(part: str, compared: dict[str, Any]) -> str:
+def _title(part: str, compared: Mapping[str, Comparison]) -> str:
     from ..evaluate.questions import PARTS
 
-    return f"{next(iter(compared.values()))['rows']} {PARTS[part]}"
+    return f"{next(iter(compared.values())).rows} {PARTS[part]}"
 
 
-def _rows(compared: dict[str, Any], wanted: tuple[str, ...] | None = None) -> list[list[str]]:
+def _rows(
+    compared: Mapping[str, Comparison], wanted: tuple[str, ...] | None = None
+) -> list[list[str]]:
     from ..evaluate.figures import METRICS
 
     rows = []
     for name, figures in compared.items():
         if wanted is None or name in wanted:
             metric = METRICS[name]
-            before, after = (metric.text(figures[side]) for side in ("before", "after"))
-            low, high = (metric.change(figures[end]) for end in ("low", "high"))
+            before, after = (metric.text(n) for n in (figures.before, figures.after))
+            low, high = (metric.change(n) for n in (figures.low, figures.high))
             rows.append([metric.label, before, after, f"{low} to {high}{metric.unit}"])
     return rows
 
 
-def _shown(path: Path) -> str:
-    """A path under the current folder without that folder's own part."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def _next_steps(journey: Journey) -> list[tuple[str, str]]:
-    if journey.target.name != "local":
+    if journey.in_cloud:
         return _next_on(journey.target.name, journey.run.name)
     flow = os.path.relpath(journey.flow)
     binary = _prefix()
@@ -199,7 +207,7 @@ def run_up(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it started.
     os.environ.pop("PHI3_ENDPOINT", None)
-    stages = stages_of(journey.target.name)
+    stages = stages_of(in_cloud=journey.in_cloud)
     with journey.run.lock():
         again = _stages_named(args.again, stages)
         journey.target.begin(journey.recipe, journey.run)
@@ -211,7 +219,7 @@ def run_up(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stages_named(titles: list[str], stages: Sequence[Stage]) -> frozenset[str]:
+def _stages_named(titles: list[str], stages: Sequence[Stage[Any]]) -> frozenset[type[Manifest]]:
     known = {stage.title: stage.manifest for stage in stages}
     wrong = [title for title in titles if title not in known]
     if wrong:
@@ -222,7 +230,7 @@ def _stages_named(titles: list[str], stages: Sequence[Stage]) -> frozenset[str]:
 def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
-    stages = stages_of(journey.target.name)
+    stages = stages_of(in_cloud=journey.in_cloud)
     todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
     lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
     if args.output == "json":
@@ -258,7 +266,7 @@ def _size(text: str) -> float:
     return size
 
 
-def _is_done(journey: Journey, stages: Sequence[Stage], stage: Stage) -> bool:
+def _is_done(journey: Journey, stages: Sequence[Stage[Any]], stage: Stage[Any]) -> bool:
     """Done with unchanged inputs, and everything before it as well."""
     before = stages[: stages.index(stage) + 1]
     return all(finished(journey, earlier) is not None for earlier in before)
@@ -269,44 +277,38 @@ def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
 
     A manifest that cannot be read is named and hides nothing else.
     """
-    name = target_of(run)
-    found, broken = _manifests(run, stages_of(name))
-    endpoint, answer = found.get("endpoint"), found.get("answer", {})
-    if "endpoint" in broken:
+    from ..finetune.weights import list_adapters
+
+    name, here = target_of(run), is_here(run)
+    done: list[str] = []
+    broken: dict[type[Manifest], str] = {}
+    for stage in stages_of(in_cloud=not here):
+        try:
+            if run.read(stage.manifest) is not None:
+                done.append(stage.title)
+        except StageError as error:
+            broken[stage.manifest] = str(error)
+    if EndpointManifest in broken:
         status: dict[str, Any] = {"endpoint": {"state": "unknown"}}
-    elif target is None and name != "local":
-        where = {} if endpoint is None else {"url": endpoint["endpoint"]}
+    elif target is None and not here:
+        endpoint = run.read(EndpointManifest)
+        where = {} if endpoint is None else {"url": endpoint.endpoint}
         status = {"endpoint": {"state": "not asked", **where}}
     else:
         status = (target or get_target(name)).status(run)
+    answer = None if AnswerManifest in broken else run.read(AnswerManifest)
+    adapters = [] if BaseManifest in broken else list_adapters(run)
     return {
         "run": run.name,
         "path": str(run.path),
         "on": name,
-        "done": [stage.title for stage in stages_of(name) if stage.manifest in found],
+        "done": done,
         "broken": list(broken.values()),
         **status,
-        "adapters": [] if "base" in broken else [adapter.name for adapter in list_adapters(run)],
-        "question": answer.get("question"),
-        "answer": answer.get("answer"),
+        "adapters": [adapter.name for adapter in adapters],
+        "question": None if answer is None else answer.question,
+        "answer": None if answer is None else answer.answer,
     }
-
-
-def _manifests(
-    run: Run, stages: Sequence[Stage]
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The run's manifests, and what is wrong with those that cannot be read."""
-    found: dict[str, dict[str, Any]] = {}
-    broken: dict[str, str] = {}
-    for stage in stages:
-        try:
-            manifest = run.manifest(stage.manifest)
-        except StageError as error:
-            broken[stage.manifest] = str(error)
-            continue
-        if manifest is not None:
-            found[stage.manifest] = manifest
-    return found, broken
 
 
 # `phi3 train RECIPE --search FILE`: many trainings; the best settings are saved as a recipe.
@@ -371,12 +373,15 @@ def _value(value: Any) -> str:
 
 
 # command: (its manifest, help)
-STAGE_COMMANDS = {
-    "train": ("model", "prepare the chats and fine-tune"),
-    "evaluate": ("gate", "compare the base and the tuned model, and apply the gate"),
-    "register": ("registration", "register the tuned model in the run's MLflow registry"),
-    "deploy": ("endpoint", "start the endpoint of the tuned model"),
-    "connect": ("connection", "write the Prompt flow connection for the endpoint"),
+STAGE_COMMANDS: dict[str, tuple[type[Manifest], str]] = {
+    "train": (ModelManifest, "prepare the chats and fine-tune"),
+    "evaluate": (
+        GateManifest,
+        "compare the base and the tuned model, and apply the gate",
+    ),
+    "register": (RegistrationManifest, "register the tuned model in the run's MLflow registry"),
+    "deploy": (EndpointManifest, "start the endpoint of the tuned model"),
+    "connect": (ConnectionManifest, "write the Prompt flow connection for the endpoint"),
 }
 
 
@@ -409,26 +414,27 @@ def run_stage(args: argparse.Namespace) -> int:
     """Do what is missing up to the stage."""
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
-        if journey.target.name != "local":
+        if journey.in_cloud:
             raise UsageError("A search runs on this machine: remove --on azure")
         return run_search(args, journey)
-    manifest = STAGE_COMMANDS[args.command][0]
+    kind = STAGE_COMMANDS[args.command][0]
     with journey.run.lock():
-        stages = stages_until(manifest, journey.target.name)
+        stages = stages_until(kind, in_cloud=journey.in_cloud)
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages)
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":
-        console.print_json(journey.run.manifest(manifest))
+        console.print_json(journey.run.require(kind).as_json())
     return 0
 
 
 def _show_evaluation(run: Run, form: str) -> int:
     """The metrics and the gate's verdict; 1 if the model did not pass."""
-    verdict = run.require("gate", "phi3 evaluate")
+    verdict = run.require(GateManifest)
     if form == "json":
-        console.print_json({**run.require("metrics", "phi3 evaluate"), "gate": verdict})
+        metrics = run.require(MetricsManifest).as_json()
+        console.print_json({**metrics, "gate": verdict.as_json()})
     else:
         show_comparison(run, every=True)
-    return 0 if verdict["passed"] else 1
+    return 0 if verdict.passed else 1

@@ -143,14 +143,12 @@ def check_characters(place: str, value: str) -> list[Problem]:
     if value.isascii() and value.replace("\n", "").isprintable():
         return []  # nearly every text, in a fraction of the time
     unfit = _UNFIT.search(value)
-    return [_unfit_character(place, unfit)] if unfit else []
-
-
-def _unfit_character(place: str, match: re.Match[str]) -> Problem:
-    code = ord(match.group())
+    if unfit is None:
+        return []
+    code = ord(unfit.group())
     name = "half of a surrogate pair" if code >= 0xD800 else "the control character"
-    what = f"{place} holds {name} U+{code:04X} at character {match.start() + 1}"
-    return Problem("control-character", what, "remove it")
+    what = f"{place} holds {name} U+{code:04X} at character {unfit.start() + 1}"
+    return [Problem("control-character", what, "remove it")]
 
 
 def check_order(roles: Sequence[str]) -> list[Problem]:
@@ -162,9 +160,9 @@ def check_order(roles: Sequence[str]) -> list[Problem]:
             what = f"message {number + 1} is a system message"
             problems.append(_order(what, "move it to the start, or remove it"))
         elif number == start and role != "user":
-            problems.append(
-                _order(f"it starts with {_an(role)} message", "start with a user message")
-            )
+            article = "an" if role == "assistant" else "a"
+            what = f"it starts with {article} {role} message"
+            problems.append(_order(what, "start with a user message"))
         elif number > start and role == roles[number - 1]:
             what = f"messages {number} and {number + 1} are both {role} messages"
             problems.append(
@@ -180,10 +178,6 @@ def check_order(roles: Sequence[str]) -> list[Problem]:
 
 def _order(what: str, fix: str) -> Problem:
     return Problem("role-order", f"wrong order of roles: {what}", fix)
-
-
-def _an(role: str) -> str:
-    return f"an {role}" if role == "assistant" else f"a {role}"
 
 
 def wrong_type(place: str, value: Any, expected: str) -> Problem:
@@ -259,18 +253,15 @@ def _accept(value: Any) -> list[Problem]:
 
 
 def _read_list(name: str, shape: ListShape, row: Mapping[str, Any]) -> Read:
-    if name == "sharegpt" and _has_roles(row[shape.key]):
+    turns = row[shape.key]
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if name == "sharegpt" and isinstance(first, dict) and "role" in first and "from" not in first:
         shape = ListShape("conversations", "role", "content", shape.aliases)
-    messages, problems = check_list(shape, row[shape.key])
+    messages, problems = check_list(shape, turns)
     if name == "sharegpt" and row.get("system") not in (None, ""):
         problems += check_text("system", row["system"], drop="key")
         messages.insert(0, Message("system", str(row["system"])))
     return name, tuple(messages), problems or check_order([m.role for m in messages])
-
-
-def _has_roles(turns: Any) -> bool:
-    first = turns[0] if isinstance(turns, list) and turns else None
-    return isinstance(first, dict) and "role" in first and "from" not in first
 
 
 def _read_pair(name: str, ask: str, answer: str, row: Mapping[str, Any]) -> Read:

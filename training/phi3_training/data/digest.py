@@ -119,16 +119,13 @@ def sketch(batch: Batch) -> U32:
     numbers = np.zeros((len(sizes), BANDS), np.uint64)
     for place in range(_PER_BAND):
         numbers = mixed(numbers + least[:, :, place])
-    numbers = np.where((least == _EMPTY).all(axis=2), np.uint64(0), _number(numbers))
+    numbers = numbers >> np.uint64(32) | np.uint64(1)
+    numbers[(least == _EMPTY).all(axis=2)] = 0
     for row in np.flatnonzero(sizes < SHORT).tolist():
         numbers[row] = 0
         words = words_of(batch.body(row))
         numbers[row, 0] = xxhash.xxh3_64_intdigest(words) >> 32 | 1 if words else 0
     return numbers.astype(np.uint32)
-
-
-def _number(hashes: U64) -> U64:
-    return (hashes >> np.uint64(32)) | np.uint64(1)
 
 
 def _runs(batch: Batch) -> tuple[U64, Ints]:

@@ -195,7 +195,10 @@ class Findings:
         for one in self.table.scans:
             for digest, first in zip(one.digests, one.firsts, strict=True):
                 for line, kind, masked in digest.flags:
-                    yield Fault.at(one.path, line + first, _personal(NAMES[kind], masked))
+                    what = f"there seems to be {NAMES[kind]} in it ({masked})"
+                    fix = "remove it, or replace it with a made-up one"
+                    problem = Problem("personal-data", what, fix)
+                    yield Fault.at(one.path, line + first, problem)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many rows were removed and how many warnings there are, by kind."""
@@ -231,11 +234,6 @@ class Findings:
 
 def _sizes(lists: list[tuple[str, Pairs]]) -> dict[str, int]:
     return {kind: len(pairs.rows) for kind, pairs in lists if len(pairs.rows)}
-
-
-def _personal(what: str, masked: str) -> Problem:
-    fix = "remove it, or replace it with a made-up one"
-    return Problem("personal-data", f"it seems to contain {what} ({masked})", fix)
 
 
 def write_findings(path: Path, findings: Findings) -> bool:
@@ -283,7 +281,9 @@ def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] 
         return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
     chat = _format(tokenizer)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
-    counted = np.array([_count(chat, table, int(row)) for row in rows[picked]], np.float64)
+    chosen = [table.conversation(int(row)).messages for row in rows[picked]]
+    examples = (chat.encode_example([turn.to_dict() for turn in turns]) for turns in chosen)
+    counted = np.array([len(example.input_ids) for example in examples], np.float64)
     if len(picked) == len(rows):
         return _summary(counted, f"counted with the tokenizer of {tokenizer}")
     share = counted.sum() / max(sizes[picked].sum(), 1.0)
@@ -296,11 +296,6 @@ def _format(folder: Path) -> ChatFormat:
         return ChatFormat.from_folder(folder)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _count(chat: ChatFormat, table: Table, row: int) -> int:
-    messages = [message.to_dict() for message in table.conversation(row).messages]
-    return len(chat.encode_example(messages).input_ids)
 
 
 def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
@@ -316,7 +311,7 @@ def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
     }
 
 
-def sentence(stats: dict[str, Any]) -> str:
+def sentence(stats: Mapping[str, Any]) -> str:
     """The statistics on one line."""
     return (
         f"tokens: median {stats['median']}, 95th percentile {stats['p95']}, longest "

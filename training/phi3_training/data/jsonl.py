@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
@@ -150,7 +150,9 @@ def _doubtful_escapes(data: U8) -> Ints:
 def decode(line: Line) -> tuple[str | None, list[Problem]]:
     """The line's text, or None and why there is none."""
     if line.is_too_long:
-        return None, [_too_long(line)]
+        what = f"a line of {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
+        fix = "split the conversation, or check that line ends are not missing"
+        return None, [Problem("line-too-long", what, fix)]
     if control := _CONTROL.search(line.data):
         return None, [_control_byte(line, control)]
     try:
@@ -201,14 +203,6 @@ def crlf(count: int) -> Problem:
     )
 
 
-def _too_long(line: Line) -> Problem:
-    return Problem(
-        "line-too-long",
-        f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB",
-        "split the conversation, or check for missing line endings",
-    )
-
-
 def _control_byte(line: Line, match: re.Match[bytes]) -> Problem:
     byte, start = match.group()[0], match.start()
     name = "a NUL byte" if byte == 0 else f"the control byte 0x{byte:02x}"
@@ -244,22 +238,19 @@ class StrictJson:
 
     def read(self, text: str) -> tuple[Any, list[Problem]]:
         """The value of a line; it is None when the line is not JSON."""
-        self._problems = []
-        try:
-            value = self._decoder.decode(text)
-        except json.JSONDecodeError as error:
-            return None, [_broken(text, error)]
-        except RecursionError:
-            return None, [_unreadable("its brackets are nested too deeply")]
-        except ValueError:  # an integer with more digits than Python converts
-            return None, [_unreadable("it holds a number with thousands of digits")]
-        return value, self._problems
+        value, problems, _ = self._read(text, lambda: (self._decoder.decode(text), len(text)))
+        return value, problems
 
     def read_at(self, text: str, place: int) -> tuple[Any, list[Problem], int | None]:
         """The value that starts at a place, and where it ends; None if it is incomplete."""
+        return self._read(text, lambda: self._decoder.raw_decode(text, place))
+
+    def _read(
+        self, text: str, decode: Callable[[], tuple[Any, int]]
+    ) -> tuple[Any, list[Problem], int | None]:
         self._problems = []
         try:
-            value, end = self._decoder.raw_decode(text, place)
+            value, end = decode()
         except json.JSONDecodeError as error:
             return None, [_broken(text, error)], None
         except RecursionError:
@@ -274,7 +265,9 @@ class StrictJson:
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    self._problems.append(_repeated(key))
+                    what = f"the key {key!r} occurs twice in one object"
+                    fix = "keep one of them: which one counts is left to chance"
+                    self._problems.append(Problem("repeated-key", what, fix))
                 seen.add(key)
         return value
 
@@ -284,14 +277,6 @@ class StrictJson:
                 "not-a-number", f"{name} is not a JSON value", "write null or leave the key out"
             )
         )
-
-
-def _repeated(key: str) -> Problem:
-    return Problem(
-        "repeated-key",
-        f"the key {key!r} occurs twice in one object",
-        "keep one of them: JSON does not define which one counts",
-    )
 
 
 def _broken(text: str, error: json.JSONDecodeError) -> Problem:

@@ -18,11 +18,13 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..errors import DataError, StageError
+from ..manifests import DatasetManifest, Prepared
+from ..manifests import Source as Input
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
 from .arrays import U8, U64, Bools, Ints, mixed
@@ -280,7 +282,7 @@ Writers = dict[str, RowWriter]
 
 def prepare(
     data: DataSection, run: Run, *, tokenizer: Path | None = None, workers: int | None = None
-) -> dict[str, Any]:
+) -> DatasetManifest:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
     `tokenizer` is a model folder to count tokens with. Raises DataError with every fault of
@@ -294,28 +296,48 @@ def prepare(
         faults += findings.faults()
         target = _targets(data, findings)
         if not faults and not data.validation and not (target == _number("validation")).any():
-            faults = [_nothing_to_hold_out(data)]
+            what = "all conversations ask the same question, so none can be held out"
+            fix = "add conversations, or name held-out ones under data.validation"
+            faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
         if faults:
             faults = in_order(faults)
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
         writers = _write(findings, target, staging)
-        _refuse_changed(scans)
+        # Rows were copied after all were checked: their source must still be the same.
+        for one in scans:
+            if one.has_changed():
+                raise StageError(f"{one.path} was changed while it was read; prepare again")
         listed = write_findings(run.path / REPORT, findings)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
         _publish(writers, run)
         write_origins(run.path / ORIGINS_FILE, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
-    return {
-        **_manifest(data, scans, writers),
-        **findings.counts(),
-        "report": REPORT if listed else None,
-        "tokens": stats,
-        "held_out": taught,
-        "choices": _choices(data, findings, writers, taught),
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    order = [part for part in ("train", "validation", "replay") if part in writers]
+    counts = findings.counts()
+    return DatasetManifest(
+        inputs={
+            part: [_input(one) for one in scans if one.part == part]
+            for part in order
+            if any(one.part == part for one in scans)
+        },
+        outputs={
+            part: Prepared(
+                path=f"{FOLDER}/{part}.jsonl", sha256=writers[part].sha256, rows=writers[part].rows
+            )
+            for part in order
+        },
+        seed=data.seed,
+        settings=data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
+        removed=counts["removed"],
+        warnings=counts["warnings"],
+        report=REPORT if listed else None,
+        tokens=stats,
+        held_out=taught,
+        choices=_choices(data, findings, writers, taught),
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def chosen_sources(
@@ -401,12 +423,6 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     return {"reworded": reworded, "new": len(held) - reworded}
 
 
-def _nothing_to_hold_out(data: DataSection) -> Fault:
-    what = "all conversations ask the same question, so none can be held out"
-    fix = "add conversations, or name a file of held-out ones under data.validation"
-    return Fault(place_of(data.train[0]), 0, "too-few", what, fix)
-
-
 def _write(findings: Findings, target: U8, staging: Path) -> Writers:
     with ExitStack() as stack:
         writers = {
@@ -417,13 +433,6 @@ def _write(findings: Findings, target: U8, staging: Path) -> Writers:
         numbered = {_number(part): writer for part, writer in writers.items()}
         distribute(findings.table, target, numbered)
     return writers
-
-
-def _refuse_changed(scans: Sequence[Scan]) -> None:
-    """Rows are copied from their source after all were checked: it must still be the same."""
-    for one in scans:
-        if one.has_changed():
-            raise StageError(f"{one.path} changed while it was being read; run the command again")
 
 
 def _publish(writers: Writers, run: Run) -> None:
@@ -449,35 +458,14 @@ def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]
     }
 
 
-def _manifest(data: DataSection, scans: Sequence[Scan], writers: Writers) -> dict[str, Any]:
-    order = [part for part in ("train", "validation", "replay") if part in writers]
-    return {
-        "inputs": {
-            part: [_input(one) for one in scans if one.part == part]
-            for part in order
-            if any(one.part == part for one in scans)
-        },
-        "outputs": {
-            part: {
-                "path": f"{FOLDER}/{part}.jsonl",
-                "sha256": writers[part].sha256,
-                "rows": writers[part].rows,
-            }
-            for part in order
-        },
-        "seed": data.seed,
-        "settings": data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
-    }
-
-
-def _input(one: Scan) -> dict[str, Any]:
-    return {
-        "path": str(one.path),
-        "sha256": one.sha256,
-        "bytes": one.size,
-        "rows": one.rows,
-        "formats": dict(one.formats),
-    }
+def _input(one: Scan) -> Input:
+    return Input(
+        path=str(one.path),
+        sha256=one.sha256,
+        bytes=one.size,
+        rows=one.rows,
+        formats=dict(one.formats),
+    )
 
 
 def _choices(

@@ -134,19 +134,15 @@ class _Strict:
 def _sound_or_problems(value: Any, problems: list[Problem]) -> Sound | list[Problem]:
     """A row that was read strictly: sound, or all that is wrong with it."""
     if not isinstance(value, dict):
-        return problems or [_not_an_object(value)]
+        kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
+        what = f"the line is {kinds.get(type(value), 'a number')}, not an object"
+        return problems or [Problem("not-an-object", what, 'write {"messages": […]}')]
     form, messages, found = read_row(value)
     extra, wrong = carried(value)
     problems = [*problems, *found, *wrong]
     if problems or form is None:
         return problems
     return Sound.of(form, messages, extra)
-
-
-def _not_an_object(row: Any) -> Problem:
-    kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-    what = f"the line is {kinds.get(type(row), 'a number')}, not an object"
-    return Problem("not-an-object", what, 'write {"messages": […]}')
 
 
 # A JSON file that is one array of rows, read row by row: memory holds one row, not the file.

@@ -56,7 +56,9 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         verdict = _validate(copy)
     except subprocess.TimeoutExpired:
         verdict = {"errors": [{"message": f"no result within {SECONDS} s"}]}
-    faults = [_message(fault) for fault in verdict.get("errors", [])]
+    errors = verdict.get("errors", [])
+    said = [e.get("message", e) if isinstance(e, dict) else e for e in errors]
+    faults = [str(message).strip().splitlines()[0] for message in said]
     fix = f"pf flow validate --source {source.folder}"
     if faults:
         yield HERE.fault(
@@ -87,11 +89,6 @@ def _validate(copy: Path) -> dict[str, Any]:
         return verdict
     lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
     return {"errors": [{"message": lines[-1]}]}
-
-
-def _message(fault: Any) -> str:
-    message = str(fault.get("message", fault)) if isinstance(fault, dict) else str(fault)
-    return message.strip().splitlines()[0]
 
 
 def _tools(source: FlowSource, copy: Path) -> Finding:

@@ -25,18 +25,20 @@ from transformers import DynamicCache
 
 from phi3_tool import EndpointTimeoutError, Phi3Client, Phi3Error
 
+from ..engine import choose_engine
 from ..errors import StageError
-from ..finetune import no_progress
 from ..finetune.rows import Conversation
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
+from ..manifests import BaseManifest
+from ..progress import no_progress
 from ..prompt import ChatFormat, Example
 from ..recipe import Recipe
 from ..run import Run, fingerprint
-from ..serve.choice import choose_engine
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.tokens import share_limit
+from ..serve.engines.transformers import kept_rows, pad_left
 from ..serve.export import converted, export_onnx
 from ..serve.server import bind, create_app
 from .rows import Answered, AnswerLoss, Said
@@ -79,19 +81,29 @@ def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[
 
 @torch.inference_mode()
 def _batch_losses(model: Any, examples: Sequence[Example], pad: int) -> list[AnswerLoss]:
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), width), pad)
-    seen = torch.zeros((len(examples), width), dtype=torch.long)
-    learnt = torch.zeros((len(examples), width), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        seen[row, :length] = 1
-        learnt[row, :length] = torch.tensor(example.assistant_mask, dtype=torch.bool)
-    ids, seen, learnt = ids.to(model.device), seen.to(model.device), learnt.to(model.device)
+    rows = [(example.input_ids, example.assistant_mask) for example in examples]
+    ids, seen, learnt = _padded(rows, pad, model.device)
     logits = model(input_ids=ids, attention_mask=seen).logits
     # The first token follows nothing.
     return marked_losses(logits[:, :-1], ids[:, 1:], learnt[:, 1:])
+
+
+def _padded(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids padded on the right, what of them is there (1), and what of them is marked (bool).
+
+    Each row is its ids and, as long, which of them are marked.
+    """
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    padded = torch.full(shape, pad)
+    seen = torch.zeros(shape, dtype=torch.long)
+    marked = torch.zeros(shape, dtype=torch.bool)
+    for number, (ids, mask) in enumerate(rows):
+        padded[number, : len(ids)] = torch.tensor(ids)
+        seen[number, : len(ids)] = 1
+        marked[number, : len(ids)] = torch.tensor(mask, dtype=torch.bool)
+    return padded.to(device), seen.to(device), marked.to(device)
 
 
 def marked_losses(
@@ -178,7 +190,11 @@ def examine(
             step(1)
         else:
             rows.append(row)
-    _losses_apart(model, chat, asked, rows, losses)
+    together = {row.index for row in rows if len(row.ids) > row.prompt}
+    apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
+    found = answer_losses(model, chat, [asked[i].whole for i in apart])
+    for index, loss in zip(apart, found, strict=True):
+        losses[index] = loss
     writer = _Writer(model, chat, losses)
     # Like lengths together: less padding, and a batch of questions of one form ends together.
     waiting = deque(sorted(rows, key=lambda row: (row.alone, len(row.ids))))
@@ -186,10 +202,11 @@ def examine(
         while waiting and (batch := _next_batch(waiting, len(writer.rows), at_once)):
             writer.read(batch)
         step(writer.write())
-    return [
-        Answered(_said(chat, row), loss)
-        for row, loss in zip(_by_index(rows, len(asked)), losses, strict=True)
-    ]
+    said: list[Said | None] = [None] * len(asked)
+    for row in rows:
+        text = chat.decode(row.said[:-1] if row.ended else row.said)
+        said[row.index] = Said(text, cut=not row.ended)
+    return [Answered(*pair) for pair in zip(said, losses, strict=True)]
 
 
 def _row(
@@ -210,21 +227,6 @@ def _row(
     if list(example.input_ids[: len(prompt)]) == list(prompt):
         row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
     return row
-
-
-def _losses_apart(
-    model: Any,
-    chat: ChatFormat,
-    asked: Sequence[Asked],
-    rows: Sequence[_Row],
-    losses: list[AnswerLoss | None],
-) -> None:
-    """Losses of the questions that are not read together with their expected answer."""
-    together = {row.index for row in rows if len(row.ids) > row.prompt}
-    apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
-    found = answer_losses(model, chat, [asked[i].whole for i in apart])
-    for index, loss in zip(apart, found, strict=True):
-        losses[index] = loss
 
 
 def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
@@ -261,15 +263,7 @@ class _Writer:
     @torch.inference_mode()
     def read(self, rows: Sequence[_Row]) -> None:
         """Read new rows, prompts and expected answers together; they join those being answered."""
-        width = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), width), self._pad)
-        seen = torch.zeros((len(rows), width), dtype=torch.long)
-        marked = torch.zeros((len(rows), width), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            seen[number, : len(row.ids)] = 1
-            marked[number, : len(row.ids)] = torch.tensor(row.mask, dtype=torch.bool)
-        ids, seen, marked = (one.to(self._device) for one in (ids, seen, marked))
+        ids, seen, marked = _padded([(row.ids, row.mask) for row in rows], self._pad, self._device)
         # Logits are the widest thing here: only from the first position that is looked at.
         first = min(min(row.prompt, (*row.mask, 1).index(1)) for row in rows) - 1
         cache = DynamicCache()
@@ -278,7 +272,7 @@ class _Writer:
             attention_mask=seen,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=width - first,
+            logits_to_keep=ids.shape[1] - first,
         ).logits
         losses = marked_losses(logits[:, :-1], ids[:, first + 1 :], marked[:, first + 1 :])
         chosen = logits.argmax(dim=-1).tolist()
@@ -310,7 +304,7 @@ class _Writer:
         mask = (columns >= starts).long()
         places = (columns - starts).clamp(min=0)
         chosen = torch.tensor(open_rows, device=self._device)
-        old_mask = _pad_left(self._mask, 1, width)
+        old_mask = pad_left(self._mask, 1, width)
         for number, layer in enumerate(cache.layers):
             for name in ("keys", "values"):
                 states = getattr(layer, name)[chosen]
@@ -318,7 +312,7 @@ class _Writer:
                 states = states.gather(2, index)
                 if self.rows:
                     mine = getattr(self._cache.layers[number], name)
-                    states = torch.cat([_pad_left(mine, 2, width), states])
+                    states = torch.cat([pad_left(mine, 2, width), states])
                 setattr(layer, name, states)
         self._cache = cache
         self._mask = torch.cat([old_mask, mask]) if self.rows else mask
@@ -357,35 +351,7 @@ class _Writer:
             self._cache = None
             self._mask = self._mask[:0, :0]
             return
-        self._mask = self._mask[kept]
-        first = int(self._mask.argmax(dim=1).min())
-        self._mask = self._mask[:, first:]
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[kept][:, :, first:]
-            layer.values = layer.values[kept][:, :, first:]
-
-
-def _pad_left(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
-    missing = width - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
-
-
-def _by_index(rows: Sequence[_Row], count: int) -> list[_Row | None]:
-    found: list[_Row | None] = [None] * count
-    for row in rows:
-        found[row.index] = row
-    return found
-
-
-def _said(chat: ChatFormat, row: _Row | None) -> Said | None:
-    if row is None:
-        return None
-    text = chat.decode(row.said[:-1] if row.ended else row.said)
-    return Said(text, cut=not row.ended)
+        self._mask = kept_rows(self._mask, self._cache, kept)
 
 
 # Asks many questions: a served engine over HTTP, or loaded weights directly.
@@ -516,12 +482,12 @@ class Judge:
 
     def base_key(self, asked: Sequence[Asked]) -> str | None:
         """What the base model's answers depend on; None where its weights have no id."""
-        base = self.run.require("base", "phi3 train")
-        if "done_id" not in base:
+        base_id = self.run.require(BaseManifest).done_id
+        if base_id is None:
             return None
         limit = self.recipe.evaluate.max_new_tokens
         prompts = [one.whole for one in asked]
-        return fingerprint([base["done_id"], self.engine, self.precision, limit, prompts])
+        return fingerprint([base_id, self.engine, self.precision, limit, prompts])
 
     def examine(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
         """The answers and losses of a model that is not to be served."""
@@ -554,11 +520,11 @@ class Judge:
             )
 
     def _by_endpoint(self, onnx: Path, asked: Sequence[Asked], step: Step) -> list[Said | None]:
-        from ..serve.engines import ort_genai
+        from ..serve.engines import onnxruntime
 
         settings = self.recipe.evaluate
         at_once = settings.per_device_eval_batch_size
-        engine = ort_genai.load(onnx, slots=at_once, num_threads=self.recipe.finetune.num_threads)
+        engine = onnxruntime.load(onnx, slots=at_once, num_threads=self.recipe.finetune.num_threads)
         chat = chat_format(onnx)
         # Like lengths together, so that rows of one batch end together.
         order = sorted(range(len(asked)), key=lambda i: len(chat.encode_prompt(asked[i].prompt)))
@@ -597,14 +563,12 @@ class Judge:
 
 def choose_judge(recipe: Recipe, run: Run) -> Judge:
     """The evaluation engine for a recipe, on this machine."""
-    served, _reason = choose_engine(
-        "transformers" if recipe.serve.adapters else recipe.serve.engine
-    )
-    if served == "ort-genai" and recipe.serve.precision == "int4":
-        return Judge(recipe, run, "ort-genai", "int4", "as it will be served")
+    served, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
+    if served == "onnxruntime" and recipe.serve.precision == "int4":
+        return Judge(recipe, run, "onnxruntime", "int4", "as it will be served")
     runtime = choose_runtime(recipe, 0)
     if runtime.device != "cpu":
         return Judge(recipe, run, "transformers", runtime.dtype, f"on this {runtime.device}")
     same = "the same tokens as the fp32 conversion that is served"
-    reason = same if served == "ort-genai" else "as it will be served"
+    reason = same if served == "onnxruntime" else "as it will be served"
     return Judge(recipe, run, "transformers", "fp32", reason)

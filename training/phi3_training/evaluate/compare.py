@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
 
-from ..finetune import Progress
 from ..finetune.rows import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder
+from ..manifests import Asked as AskedBoth
+from ..manifests import Comparison, Figure, MetricsManifest, ModelManifest, Resampling
+from ..progress import Progress
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
 from .answers import Asked, choose_judge
-from .figures import Comparison, compare, metrics_for, seed_of
+from .figures import compare, metrics_for, seed_of
 from .questions import PARTS, Question, collect
 from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_rows
 
@@ -27,15 +27,15 @@ Step = Callable[[int], None]
 _SOME = 8  # answers after which a guess of the time left is worth showing
 
 
-def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
-    """Ask both models everything; the manifest `metrics`.
+def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
+    """Ask both models everything; the manifest.
 
     Raises StageError if there are no questions, or a model cannot be queried.
     """
     quiet_libraries()
     questions = collect(recipe.evaluate, run)
     base = base_folder(run)
-    tuned = run.path / str(run.require("model", "phi3 train")["path"])
+    tuned = run.path / run.require(ModelManifest).path
     own = Asked([{"role": "user", "content": recipe.ask}])
     asked = _distinct([*(Asked(q.prompt, q.expected) for q in questions), own])
     judge = choose_judge(recipe, run)
@@ -52,18 +52,15 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     was, now = _Examined(asked, known), _Examined(asked, judge.examine_tuned(tuned, asked, step))
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
     write_rows(run, rows)
-    return {
-        **figures_of(rows, recipe.evaluate),
-        "ask": {
-            "question": recipe.ask,
-            "before": was.text(own.prompt),
-            "after": now.text(own.prompt),
-        },
-        "rows": PATH,
-        "answered_by": judge.as_dict(),
-        "settings": recipe.evaluate.model_dump(mode="json"),
-        "choices": [judge.sentence, *_remarks(rows, now)],
-    }
+    return figures_of(rows, recipe.evaluate).model_copy(
+        update={
+            "ask": AskedBoth(
+                question=recipe.ask, before=was.text(own.prompt), after=now.text(own.prompt)
+            ),
+            "answered_by": judge.as_dict(),
+            "choices": [judge.sentence, *_remarks(rows, now)],
+        }
+    )
 
 
 class _Examined:
@@ -122,9 +119,10 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
     return step
 
 
-def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]:
-    """`before`, `after` and `comparisons` of each part that has rows."""
-    found: dict[str, Any] = {"before": {}, "after": {}, "comparisons": {}}
+def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifest:
+    """The figures of each part that has rows."""
+    sides: dict[str, dict[str, dict[str, Figure]]] = {"before": {}, "after": {}}
+    comparisons: dict[str, dict[str, Comparison]] = {}
     for part in PARTS:
         chosen = [row for row in rows if row["part"] == part]
         if not chosen:
@@ -136,13 +134,19 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> dict[str, Any]
             resamples=settings.resamples,
             seed=seed_of(part, settings.seed),
         )
-        for side in ("before", "after"):
-            found[side][part] = _side(chosen, compared, side)
-        found["comparisons"][part] = {name: asdict(c) for name, c in compared.items()}
-    return found
+        for side, found in sides.items():
+            found[part] = _side(chosen, compared, side)
+        comparisons[part] = compared
+    return MetricsManifest(
+        before=sides["before"],
+        after=sides["after"],
+        comparisons=comparisons,
+        rows=PATH,
+        settings=Resampling.model_validate(settings.model_dump(mode="json")),
+    )
 
 
-def _side(rows: Sequence[Row], compared: dict[str, Comparison], side: str) -> dict[str, Any]:
+def _side(rows: Sequence[Row], compared: dict[str, Comparison], side: str) -> dict[str, Figure]:
     figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
     correct = sum(row[f"{side}_right"] is True for row in rows)
     return {"rows": len(rows), "correct": correct, **figures}

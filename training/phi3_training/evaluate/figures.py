@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import metrics
+from ..manifests import Comparison as Comparison
+from . import corpus
 
 Row = Mapping[str, Any]
 Side = Literal["before", "after"]
@@ -55,22 +56,6 @@ class Metric:
         return " points" if self.form.endswith("%") else ""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A metric of both models on the same rows; intervals are percentiles of the resamples."""
-
-    rows: int
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    before_low: float
-    before_high: float
-    after_low: float
-    after_high: float
-
-
 def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> Metric:
     def columns(rows: Sequence[Row], side: Side) -> Numbers:
         values = [row[side + "_scores"].get(name) for row in rows]
@@ -85,11 +70,11 @@ def _perplexity_columns(rows: Sequence[Row], side: Side) -> Numbers:
     return np.array([(0.0, 0.0) if nll is None else (nll, count) for nll, count in pairs])
 
 
-def _corpus(name: metrics.Name, label: str) -> Metric:
+def _corpus(name: corpus.Name, label: str) -> Metric:
     def columns(rows: Sequence[Row], side: Side) -> Numbers:
-        return metrics.statistics(name, [r[side] for r in rows], [r["expected"] for r in rows])
+        return corpus.statistics(name, [r[side] for r in rows], [r["expected"] for r in rows])
 
-    return Metric(name, label, columns, lambda sums: metrics.score(name, sums), form=".1f")
+    return Metric(name, label, columns, lambda sums: corpus.score(name, sums), form=".1f")
 
 
 def _ratio(sums: Numbers) -> Numbers:
@@ -128,7 +113,8 @@ UNREFERENCED = ("refusal_rate", "words", "cut")  # what needs no expected answer
 def metrics_for(rows: Sequence[Row]) -> list[Metric]:
     """The metrics that these rows can be measured by."""
     if any(row["expected"] for row in rows):
-        return [m for m in METRICS.values() if m.name != "perplexity" or _has_losses(rows)]
+        has_losses = any(row["after_scores"].get("nll") is not None for row in rows)
+        return [m for m in METRICS.values() if m.name != "perplexity" or has_losses]
     named = ["contains"] if any(row.get("accept") for row in rows) else []
     return [METRICS[name] for name in (*named, *UNREFERENCED)]
 
@@ -182,7 +168,3 @@ def _weights(rows: int, resamples: int, seed: Any) -> Iterator[Numbers]:
     for first in range(0, resamples, block):
         size = min(block, resamples - first)
         yield random.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
-
-
-def _has_losses(rows: Sequence[Row]) -> bool:
-    return any(row["after_scores"].get("nll") is not None for row in rows)

@@ -5,12 +5,12 @@ Reads run/evaluate/rows.jsonl; its verdict is the manifest `gate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from ..data.prepare import MOST_COMPARED, Chat, teachers
 from ..errors import StageError
+from ..manifests import GateManifest, GatePassage, RuleVerdict
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
@@ -33,12 +33,21 @@ def remarks(rows: Sequence[Row], run: Run) -> list[str]:
 
 def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     asked = [row for row in rows if row["part"] == "validation" and row["expected"]]
-    found = teachers([_of_row(row) for row in asked], [_of_question(one) for one in trained])
+    chats = [
+        Chat(
+            asked_in([*row["earlier_turns"], {"role": "user", "content": row["question"]}]),
+            row["question"],
+            row["expected"],
+        )
+        for row in asked
+    ]
+    known = [Chat(asked_in(q.prompt), q.prompt[-1]["content"], q.expected) for q in trained]
+    found = teachers(chats, known)
     answers = [vocabulary(one.expected) for one in trained]
     new = [
         row
-        for row, known in zip(asked, found, strict=True)
-        if not known and not _spoken_of(row, answers)
+        for row, teacher in zip(asked, found, strict=True)
+        if not teacher and not _spoken_of(row, answers)
     ]
     if not new or not trained:
         return []
@@ -82,45 +91,37 @@ def _not_learnt(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _of_row(row: Row) -> Chat:
-    turns = [*row["earlier_turns"], {"role": "user", "content": row["question"]}]
-    return Chat(asked_in(turns), row["question"], row["expected"])
-
-
-def _of_question(one: Question) -> Chat:
-    return Chat(asked_in(one.prompt), one.prompt[-1]["content"], one.expected)
-
-
 FEWEST_ROWS = 5  # with fewer, resampling says nothing about rows that were not drawn
 _NAMED_ROWS = 5
 _SHOWN = 70  # characters of a text in a message
 
-Verdict = dict[str, Any]
-Told = Mapping[str, Any]
 
+def check(recipe: Recipe, run: Run) -> GateManifest:
+    """Hold the evaluated rows of a run against the recipe's gate; the manifest, without a report.
 
-def check(recipe: Recipe, run: Run) -> Verdict:
-    """Apply the recipe's gate to the evaluated rows of a run; the manifest `gate`."""
+    Raises StageError where the rows are not there.
+    """
     rows = read_rows(run)
     verdict = decide(rows, recipe.gate, recipe.evaluate)
     # A metric shows that a model is not good enough; these say why, and what to do.
-    return {**verdict, "remarks": [] if verdict["passed"] else remarks(rows, run)}
+    why = [] if verdict.passed else remarks(rows, run)
+    return verdict.model_copy(update={"remarks": why})
 
 
-def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> Verdict:
+def decide(rows: Sequence[Row], gate: GateSection, settings: EvaluateSection) -> GateManifest:
     """Whether every rule holds; each rule with its interval and, if it fails, its worst rows."""
     rules = [
         *(_judged("min_gain", rule, rows, settings) for rule in gate.min_gain),
         *(_judged("max_regression", rule, rows, settings) for rule in gate.max_regression),
         *(_judged("max_refusal_change", rule, rows, settings) for rule in gate.max_refusal_change),
     ]
-    return {"passed": all(rule["passed"] for rule in rules), "rules": rules}
+    return GateManifest(passed=all(rule.passed for rule in rules), rules=rules)
 
 
-def summary(verdict: Told) -> str:
+def summary(verdict: GateManifest) -> str:
     """The verdict in a few words."""
-    failed = sum(not rule["passed"] for rule in verdict["rules"])
-    count = len(verdict["rules"])
+    failed = sum(not rule.passed for rule in verdict.rules)
+    count = len(verdict.rules)
     if not count:
         return "passed: the recipe has no gate rules"
     return (
@@ -130,21 +131,21 @@ def summary(verdict: Told) -> str:
     )
 
 
-def line(rule: Told) -> str:
+def line(rule: RuleVerdict) -> str:
     """One rule and how it came out, for people."""
-    mark = "passed" if rule["passed"] else "FAILED"
-    return f"{mark} {rule['kind']}: {rule['reason']}"
+    mark = "passed" if rule.passed else "FAILED"
+    return f"{mark} {rule.kind}: {rule.reason}"
 
 
-def refusal(run_name: str, verdict: Verdict, report: str) -> str:
+def refusal(run_name: str, verdict: GateManifest, report: str) -> str:
     """Why a model is not deployed, the rows that failed it, and what to do."""
     lines = [f"The model of run {run_name!r} did not pass the gate, so it is not deployed:"]
-    for rule in verdict["rules"]:
-        if rule["passed"]:
+    for rule in verdict.rules:
+        if rule.passed:
             continue
-        lines.append(f"  {rule['kind']}: {rule['reason']}")
-        lines += [f"    {_row_line(row)}" for row in rule["rows_named"]]
-    lines += [f"  {text}" for text in verdict.get("remarks", [])]
+        lines.append(f"  {rule.kind}: {rule.reason}")
+        lines += [f"    {_row_line(row)}" for row in rule.rows_named]
+    lines += [f"  {text}" for text in verdict.remarks]
     lines += [
         f"Side by side in the report: {report}",
         "Improve the chats or the recipe (see the gate in docs/evaluation.md) and train again, or "
@@ -153,28 +154,34 @@ def refusal(run_name: str, verdict: Verdict, report: str) -> str:
     return "\n".join(lines)
 
 
-def require_passed(run: Run, *, force: bool) -> Verdict:
-    """What the endpoint's manifest records of the gate. Raises StageError unless passed or "
-    "forced."""
-    verdict = run.require("gate", "phi3 evaluate")
-    failed = [line(rule) for rule in verdict["rules"] if not rule["passed"]]
-    if not verdict["passed"] and not force:
-        raise StageError(refusal(run.name, verdict, str(run.path / verdict["report"])))
-    return {"passed": verdict["passed"], "forced": bool(failed), "failed": failed}
+def require_passed(run: Run, *, force: bool) -> GatePassage:
+    """What the endpoint's manifest records of the gate.
+
+    Raises StageError unless it passed or is forced.
+    """
+    verdict = run.require(GateManifest)
+    failed = [line(rule) for rule in verdict.rules if not rule.passed]
+    if not verdict.passed and not force:
+        raise StageError(refusal(run.name, verdict, str(run.path / verdict.report)))
+    return GatePassage(passed=verdict.passed, forced=bool(failed), failed=failed)
 
 
 def _judged(
     kind: str, rule: GateRule | RefusalRule, rows: Sequence[Row], settings: EvaluateSection
-) -> Verdict:
+) -> RuleVerdict:
     metric = METRICS[rule.metric]
-    chosen = [row for row in rows if row["part"] == rule.part and _measured(row, metric)]
+    key = "nll" if metric.name == "perplexity" else metric.name
+    chosen = [row for row in rows if row["part"] == rule.part]
+    chosen = [row for row in chosen if row["after_scores"].get(key) is not None]
     head = {"kind": kind, **rule.model_dump(mode="json"), "rows": len(chosen)}
     if len(chosen) < FEWEST_ROWS:
         reason = (
             f"{metric.label} on {PARTS[rule.part]}: {len(chosen)} rows are too few to decide; "
             f"expected at least {FEWEST_ROWS} (or drop the rule: gate.{kind}=[])"
         )
-        return {**head, "passed": False, "reason": reason, "rows_named": []}
+        return RuleVerdict.model_validate(
+            {**head, "passed": False, "reason": reason, "rows_named": []}
+        )
     compared = compare(
         chosen,
         [metric],
@@ -185,7 +192,8 @@ def _judged(
     passed, demand = _CHECKS[kind](compared, rule.value, metric)
     named = [] if passed else _worst(chosen, metric, kind)
     reason = f"{_told(compared, metric, rule)}; {demand}"
-    return {**head, **asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    told = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    return RuleVerdict.model_validate({**head, **told})
 
 
 def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
@@ -221,11 +229,6 @@ def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) ->
         f"{metric.text(compared.after)}, {metric.change(compared.change)}{metric.unit} "
         f"({rule.confidence * 100:g} % interval {low} to {high})"
     )
-
-
-def _measured(row: Row, metric: Metric) -> bool:
-    key = "nll" if metric.name == "perplexity" else metric.name
-    return row["after_scores"].get(key) is not None
 
 
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import StageError
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words
-from . import metrics
+from . import corpus
 from .metrics import (
     contains,
     exact_match,
@@ -150,8 +150,8 @@ def _scores(
             "token_f1": round(token_f1(text, expected), 4),
             "f1_over_lookalikes": round(f1_over_lookalikes(text, expected, alike), 4),
             "rouge_l": round(rouge_l(text, expected), 4),
-            "bleu": round(metrics.of_one("bleu", text, expected), 2),
-            "chrf": round(metrics.of_one("chrf", text, expected), 2),
+            "bleu": round(corpus.of_one("bleu", text, expected), 2),
+            "chrf": round(corpus.of_one("chrf", text, expected), 2),
         }
     if answered.loss is not None:
         found |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}
@@ -178,7 +178,13 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
         kept = json.loads((run.path / BASE_ANSWERS).read_text(encoding="utf-8"))
         if kept["key"] != key:
             return None
-        return [_answered(one["said"], one["loss"]) for one in kept["answers"]]
+        return [
+            Answered(
+                Said(**one["said"]) if one["said"] is not None else None,
+                AnswerLoss(**one["loss"]) if one["loss"] is not None else None,
+            )
+            for one in kept["answers"]
+        ]
     except (OSError, ValueError, TypeError, KeyError):  # nothing, or of another version
         return None
 
@@ -188,10 +194,3 @@ def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
     if key is not None:
         kept = {"key": key, "answers": [asdict(one) for one in answers]}
         write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))
-
-
-def _answered(said: dict[str, Any] | None, loss: dict[str, Any] | None) -> Answered:
-    return Answered(
-        Said(**said) if said is not None else None,
-        AnswerLoss(**loss) if loss is not None else None,
-    )

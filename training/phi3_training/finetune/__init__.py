@@ -7,26 +7,20 @@ torch is imported inside the functions only, so that the package itself is cheap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from ..errors import StageError
+from ..manifests import BaseManifest, ModelManifest
+from ..progress import Progress, no_progress
 from ..recipe import Recipe
 from ..run import Run
 from .spinning import import_torch_without_spinning
-
-Progress = Callable[[int, int, str], None]
 
 # On a CPU with avx512_bf16 it misses a package that nothing here uses, and says so when peft
 # imports it: before any module of this package could.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def no_progress(_done: int, _total: int, _text: str) -> None:
-    """Shows nothing: for callers without a display."""
-
-
-def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> BaseManifest:
     """Make the tiny Phi-3, or find the weights that the recipe names; the manifest `base`."""
     import_torch_without_spinning()
     from . import base
@@ -34,7 +28,7 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress = no_progress) -> 
     return base.prepare_base(recipe, run, progress)
 
 
-def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> dict[str, Any]:
+def finetune(recipe: Recipe, run: Run, progress: Progress = no_progress) -> ModelManifest:
     """Fine-tune the base model on the prepared chats; the manifest `model`."""
     import_torch_without_spinning()
     if recipe.finetune.num_processes > 1:

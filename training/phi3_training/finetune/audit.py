@@ -259,8 +259,10 @@ def audit(rows: Sequence[Row], seen: Sequence[Seen], chat: ChatFormat) -> Report
     for row, given in zip(rows, seen, strict=True):
         trained = sum(label != IGNORED for label in given.labels)
         report.shares.append(trained / max(1, len(given.labels)))
+        asked = next((m["content"] for m in row.messages if m["role"] == "user"), "")
+        named = f"{row.place} ({asked[:40]!r}{'…' if len(asked) > 40 else ''})"
         report.findings += [
-            Finding(rule, _named(row), detail) for rule, detail in auditor.findings(row, given)
+            Finding(rule, named, detail) for rule, detail in auditor.findings(row, given)
         ]
     return report
 
@@ -375,11 +377,6 @@ def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
     if whole[:size] == part:
         return 0
     return len(whole) - size if whole[-size:] == part else None
-
-
-def _named(row: Row) -> str:
-    asked = next((m["content"] for m in row.messages if m["role"] == "user"), "")
-    return f"{row.place} ({asked[:40]!r}{'…' if len(asked) > 40 else ''})"
 
 
 # The label audit of packed rows: is each conversation complete, masked as before and separate?

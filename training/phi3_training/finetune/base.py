@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from ..data import read_conversations
+from ..manifests import BaseManifest
 from ..models.catalogue import known
 from ..models.folder import new_folder, write_model
+from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
 from .rows import Located, audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
-from .teach import Progress, Taught, teach
+from .teach import Taught, teach
 from .weights import BEGIN, find_weights, make_tokenizer
 
 
-def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
-    """Make or find the base model; the manifest `base` with its `path`.
+def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
+    """Make or find the base model; the manifest with its `path`.
 
     Raises StageError when weights are not there or when the base chats cannot be learnt from,
     and DataError when they have faults.
@@ -32,20 +34,20 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]
     quiet_libraries()
     if recipe.base is not None and recipe.model.is_tiny:
         return _make_tiny(recipe, recipe.base, run, progress)
-    progress(0, 0, f"looking for {recipe.model.name_or_path}")
+    note(progress, f"looking for {recipe.model.name_or_path}")
     folder = find_weights(recipe.model, progress)
     name = known(recipe.model.name_or_path)
     what = f"{name.what}, licence {name.license}; " if name is not None else ""
-    return {
-        "path": str(folder),
-        "made": "found",
-        "summary": f"{recipe.model.name_or_path}: {what}{folder}",
-        "settings": {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision},
-        "choices": [],
-    }
+    return BaseManifest(
+        path=str(folder),
+        made="found",
+        summary=f"{recipe.model.name_or_path}: {what}{folder}",
+        settings={"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision},
+        choices=[],
+    )
 
 
-def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) -> dict[str, Any]:
+def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) -> BaseManifest:
     started = time.process_time()
     rows = [
         (f"{chats.source.name}:{chats.line}", [message.to_dict() for message in chats.messages])
@@ -62,21 +64,21 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
         taught = teach(model, examples, base, chat.pad_token_id, progress)
         write_model(model, chat, folder, tokenizer_from=folder)
     parameters = sum(weight.numel() for weight in model.parameters())
-    return {
-        "path": "base",
-        "made": "taught",
-        "summary": f"tiny Phi-3, {parameters / 1e6:.2f} M weights, loss {taught.losses[-1]:.3f} "
+    return BaseManifest(
+        path="base",
+        made="taught",
+        summary=f"tiny Phi-3, {parameters / 1e6:.2f} M weights, loss {taught.losses[-1]:.3f} "
         f"after {taught.epochs} epochs of {len(rows)} conversations",
-        "parameters": parameters,
-        "conversations": len(rows),
-        "tokens": sum(len(example.input_ids) for example in examples),
-        "learnt_tokens": sum(sum(example.assistant_mask) for example in examples),
-        "losses": [round(loss, 5) for loss in taught.losses],
-        "steps": taught.steps,
-        "cpu_seconds": round(time.process_time() - started, 3),
-        "settings": {**base.model_dump(mode="json", exclude={"data"}), "vocab_size": size},
-        "choices": _choices(base, taught),
-    }
+        parameters=parameters,
+        conversations=len(rows),
+        tokens=sum(len(example.input_ids) for example in examples),
+        learnt_tokens=sum(sum(example.assistant_mask) for example in examples),
+        losses=[round(loss, 5) for loss in taught.losses],
+        steps=taught.steps,
+        cpu_seconds=round(time.process_time() - started, 3),
+        settings={**base.model_dump(mode="json", exclude={"data"}), "vocab_size": size},
+        choices=_choices(base, taught),
+    )
 
 
 def _write_tokenizer(base: BaseSection, rows: list[Located], folder: Path) -> int:

@@ -149,7 +149,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
             distributed.barrier()  # each process writes its own random states
         if is_main_process():
             seal(self.folder / f"checkpoint-{state.global_step}", state.global_step)
-            self._prune()
+            limit = self._settings.save_total_limit
+            for path in sorted(self.folder.glob("checkpoint-*"), key=_step)[:-limit]:
+                shutil.rmtree(path)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - self._began
 
@@ -163,11 +165,6 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
         answer = [late]
         distributed.broadcast_object_list(answer, src=0)
         return answer[0]
-
-    def _prune(self) -> None:
-        kept = self._settings.save_total_limit
-        for path in sorted(self.folder.glob("checkpoint-*"), key=_step)[:-kept]:
-            shutil.rmtree(path)
 
 
 def seal(folder: Path, step: int) -> None:

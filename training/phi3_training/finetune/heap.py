@@ -19,7 +19,8 @@ _SIZE = 2**20
 
 def wastes_heap(parameters: int) -> bool:
     """Whether a model of this many weights is left to the C library's own way, heap and all."""
-    return parameters < WORTH_IT or not _has_mallopt()
+    has_mallopt = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
+    return parameters < WORTH_IT or not has_mallopt
 
 
 def give_back_at_once(parameters: int) -> bool:
@@ -27,10 +28,6 @@ def give_back_at_once(parameters: int) -> bool:
     if wastes_heap(parameters):
         return False
     return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _SIZE))
-
-
-def _has_mallopt() -> bool:
-    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 def release() -> None:

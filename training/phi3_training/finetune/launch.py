@@ -14,27 +14,20 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
-
+from .. import processes
 from ..errors import StageError
+from ..manifests import ModelManifest
 from ..ports import free_port
+from ..progress import Progress
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
 from .runtime import device
-from .teach import Progress
 
 # Ends a training process whose parent is gone: after `kill -9` nothing else does.
-# Reads the table of processes; writes nothing.
 
 GONE = 3  # exit status of a process that ended for this reason
 _EVERY = 0.5  # seconds
-
-
-def birth(pid: int) -> float:
-    """When a process began: with its number, what tells it from a later one of that number."""
-    return float(psutil.Process(pid).create_time())
 
 
 def end_with(pid: int, born: float) -> None:
@@ -45,7 +38,7 @@ def end_with(pid: int, born: float) -> None:
     parent = os.getppid()
 
     def check() -> None:
-        if not _lives(pid, born) or os.getppid() != parent:
+        if processes.find(pid, born) is None or os.getppid() != parent:
             os._exit(GONE)  # at once: threads of torch may wait for processes that ended as well
 
     def watch() -> None:
@@ -57,20 +50,11 @@ def end_with(pid: int, born: float) -> None:
     threading.Thread(target=watch, name="phi3-orphan", daemon=True).start()
 
 
-def _lives(pid: int, born: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        # A killed process that was not waited for yet is still listed.
-        return bool(process.create_time() == born and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 WORKER = "phi3_training.finetune.worker"
 _END = 10  # seconds for the processes to exit after they were asked to
 
 
-def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
     """Start the processes and wait for them; the manifest of the main one.
 
     Raises StageError with what stopped them.
@@ -85,7 +69,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "run": str(run.path),
         "result": str(result),
-        "launcher": [os.getpid(), birth(os.getpid())],
+        "launcher": [os.getpid(), processes.start_time(os.getpid())],
     }
     write_atomically(plan, json.dumps(body))
     status = _follow(command(recipe.finetune, where, plan), log, progress)
@@ -93,17 +77,16 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> dict[str, Any]:
     if "error" in answer:
         raise StageError(str(answer["error"]))
     if status == 0 and recipe.finetune.machine_rank > 0:
-        return {
-            "path": "finetune",
-            "summary": f"machine {recipe.finetune.machine_rank} is done; the model is on machine 0",
-        }
+        return ModelManifest(
+            path="finetune",
+            summary=f"machine {recipe.finetune.machine_rank} is done; the model is on machine 0",
+        )
     if status != 0 or "manifest" not in answer:
         raise StageError(
             f"The {recipe.finetune.num_processes} training processes ended with status {status}. "
             f"Their log: {log}\n" + "\n".join(log.read_text("utf-8").splitlines()[-5:])
         )
-    manifest: dict[str, Any] = answer["manifest"]
-    return manifest
+    return ModelManifest.model_validate(answer["manifest"])
 
 
 def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:

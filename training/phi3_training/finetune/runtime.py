@@ -15,37 +15,31 @@ import torch
 
 from ..recipe import Recipe
 from .heap import give_back_at_once
-from .precision import SMALL_MODEL, Dtype, choose_dtype, cpu_frozen_dtype
+from .precision import SMALL_MODEL, Dtype, choose_precision
 
 
 @dataclass(frozen=True)
 class Runtime:
     """The resolved device, number types and threads; `choices` says why, one line each.
 
-    `dtype` is what the model is in before and after training, `rounded` what its weights are in
-    while only an adapter learns, where a CPU trains faster so (see precision.py).
+    `dtype` and `frozen` are those of precision.py.
     """
 
     device: str
     dtype: Dtype
+    frozen: Dtype
     threads: int
     choices: tuple[str, ...]
-    rounded: Dtype | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The number type as torch names it."""
-        return _torch(self.dtype)
-
-    @property
-    def frozen(self) -> Dtype:
-        """The number type of the weights while an adapter learns."""
-        return self.rounded or self.dtype
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def torch_frozen(self) -> torch.dtype:
         """The number type of frozen weights as torch names it."""
-        return _torch(self.frozen)
+        return getattr(torch, self.frozen)  # type: ignore[no-any-return]
 
 
 def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Runtime:
@@ -54,18 +48,23 @@ def choose_runtime(recipe: Recipe, parameters: int, model_type: str = "") -> Run
     `model_type` is that of its config.json; without it nothing is trained faster for its sake.
     """
     here = device()
-    dtype, dtype_reason = choose_dtype(recipe.model.dtype, here, has_bfloat16=_has_bfloat16(here))
+    precision = choose_precision(
+        recipe,
+        here,
+        has_bfloat16=here == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        parameters=parameters,
+        model_type=model_type,
+    )
     threads, threads_reason = _threads(recipe.finetune.num_threads, here, parameters)
-    choices = [f"{dtype}: {dtype_reason}", threads_reason]
+    choices = [f"{precision.dtype}: {precision.reason}", threads_reason]
     if here == "cpu" and give_back_at_once(parameters):
         choices.append(
             "memory is returned to the system at once: a lower peak for slightly more time"
         )
-    rounded = None
-    if here == "cpu" and dtype == "float32" and model_type:
-        rounded, reason = cpu_frozen_dtype(recipe, parameters, model_type)
-        choices.append(f"frozen weights while training: {rounded}: {reason}")
-    return Runtime(here, dtype, threads, tuple(choices), rounded)
+    frozen = precision.frozen
+    if precision.frozen_reason:
+        choices.append(f"frozen weights while training: {frozen}: {precision.frozen_reason}")
+    return Runtime(here, precision.dtype, frozen, threads, tuple(choices))
 
 
 @contextmanager
@@ -105,15 +104,6 @@ def device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _torch(dtype: Dtype) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype)
-    return found
-
-
-def _has_bfloat16(device: str) -> bool:
-    return device == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _threads(wanted: int | None, device: str, parameters: int) -> tuple[int, str]:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from ..errors import StageError
+from ..manifests import BaseManifest, ModelManifest
+from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import Recipe
 from ..run import Run
-from .audit import Report, Row
+from .audit import Row
 from .checkpoints import Checkpoints
 from .rows import (
     audited,
@@ -28,7 +30,6 @@ from .rows import (
     with_rewordings,
 )
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
-from .teach import Progress
 from .tracking import trackers
 from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
 from .weights import (
@@ -45,17 +46,15 @@ from .weights import (
     write_adapter,
 )
 
-Manifest = dict[str, Any]
 
-
-def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
-    """Train, merge and save; the manifest `model` with its `path`.
+def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | None:
+    """Train, merge and save; the manifest with its `path`.
 
     None in all but the main one of several processes. Raises StageError when the chats cannot be
     learnt from as they are, when memory runs out, or when the loss is NaN or infinite.
     """
     quiet_libraries()
-    progress(0, 0, "reading chats and weights")
+    note(progress, "reading chats and weights")
     folder = base_folder(run)
     chat = chat_format(folder)
     runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
@@ -64,7 +63,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
     rows, counts = _rows(recipe, run, chat)
     limit = min(recipe.data.max_length, chat.context_length)
     rows, report = audited(chat, rows, limit, recipe.finetune.allow)
-    held_out = _held_out(recipe, run, chat, limit)
+    held_out: list[Row] = []
+    if recipe.finetune.eval_steps is not None:
+        located = read_located(run.path / "data" / "validation.jsonl", run.path)
+        held_out, _ = audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)
     learnt = [row.example for row in rows]
     with torch_threads(runtime.threads):
         model = load_for_training(folder, recipe, runtime)
@@ -83,7 +85,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
                 model, folder, data, recipe.finetune, runtime, callbacks, saves.folder
             )
         except ValueError as error:
-            raise _unfit(error) from None
+            raise StageError(
+                f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
+                "Check finetune.target_modules (all-linear always fits)."
+            ) from None
         # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
         _train(trainer, recipe, log, saves.newest())
@@ -100,43 +105,35 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> Manifest | None:
         _save(trained, recipe, run, chat, runtime, figures)
         saves.clear()
     del model, trainer, trained
-    _free_gpu_memory()
-    choices = [
-        *runtime.choices,
-        *saves.choices(),
-        *report.choices(),
-        *([kept] if kept else []),
-    ]
-    return {**_manifest(recipe, runtime, counts, report, figures), "choices": choices}
-
-
-def _manifest(
-    recipe: Recipe,
-    runtime: Runtime,
-    counts: dict[str, int],
-    report: Report,
-    figures: dict[str, Any],
-) -> Manifest:
+    gc.collect()
+    if torch.cuda.is_available():  # evaluation loads two more models in this process
+        torch.cuda.empty_cache()
     settings = recipe.finetune
     named = f" as adapter {settings.adapter}" if settings.adapter else ""
-    folder = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
-    return {
-        "path": "model",
-        "adapter": None if settings.method == "full" else folder,
-        "summary": f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
+    adapter = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
+    return ModelManifest(
+        path="model",
+        adapter=None if settings.method == "full" else adapter,
+        summary=f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
         f"{figures['parameters'] / 1e6:.2f} M weights, final loss {figures['final_loss']:.3f}",
-        "loss_log": "finetune/loss.jsonl",
-        "conversations": counts,
-        "audit": report.manifest(settings.allow),
+        loss_log="finetune/loss.jsonl",
+        conversations=counts,
+        audit=report.manifest(settings.allow),
         **figures,
-        "settings": {
+        settings={
             **settings.model_dump(mode="json"),
             "device": runtime.device,
             "dtype": runtime.dtype,
             "frozen_dtype": runtime.frozen,
             "num_threads": runtime.threads,
         },
-    }
+        choices=[
+            *runtime.choices,
+            *saves.choices(),
+            *report.choices(),
+            *([kept] if kept else []),
+        ],
+    )
 
 
 def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
@@ -154,21 +151,6 @@ def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[s
     }
 
 
-def _held_out(recipe: Recipe, run: Run, chat: ChatFormat, limit: int) -> list[Row]:
-    """The chats evaluated during training; none unless the recipe says so."""
-    if recipe.finetune.eval_steps is None:
-        return []
-    located = read_located(run.path / "data" / "validation.jsonl", run.path)
-    return audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)[0]
-
-
-def _free_gpu_memory() -> None:
-    """Evaluation loads two more models in this process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _check_one_gpu(recipe: Recipe) -> None:
     count = torch.cuda.device_count()
     if count > 1 and recipe.finetune.num_processes == 1:
@@ -176,13 +158,6 @@ def _check_one_gpu(recipe: Recipe) -> None:
             f"{count} GPUs are visible, but one process would train. Use all of them: "
             f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
-
-
-def _unfit(error: ValueError) -> StageError:
-    return StageError(
-        f"The settings of finetune: do not fit the model: {str(error).splitlines()[0]} "
-        "Check finetune.target_modules (all-linear always fits)."
-    )
 
 
 def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:
@@ -219,7 +194,7 @@ def _save(
         scale_adapter(model, settings.adapter_weight)
         notes = {
             "method": settings.method,
-            "base_id": run.require("base", "phi3 train").get("done_id"),
+            "base_id": run.require(BaseManifest).done_id,
             "dtype": runtime.dtype,
             "final_loss": figures["final_loss"],
         }

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..progress import Progress
 from ..prompt import Example
 from ..recipe import BaseSection
-
-Progress = Callable[[int, int, str], None]
 
 _WARMUP_SHARE = 0.05
 _FINAL_RATE = 0.05

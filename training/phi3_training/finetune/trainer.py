@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from ..progress import Progress
 from ..prompt import ChatFormat, Example
 from ..recipe import FinetuneSection
 from ..run import write_atomically
@@ -33,7 +34,6 @@ from .audit import IGNORED, Report, Row, Seen, SeenPacked, audit, audit_packed, 
 from .dense import DensePhi3, layout
 from .losses import Loss, LossInput, find_loss
 from .runtime import Runtime
-from .teach import Progress
 from .weights import learn_in_float32, peft_config
 
 # How the loss is computed: TRL's way on a GPU, a shorter one on a CPU, or a custom loss.

@@ -20,13 +20,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.trainers import BpeTrainer
 
 from ..errors import MissingExtraError, StageError, UsageError
+from ..manifests import BaseManifest
 from ..models import small
 from ..models.folder import new_folder, write_model
+from ..progress import Progress
 from ..prompt import ChatFormat
 from ..recipe import FinetuneSection, ModelSection, Recipe
 from ..run import Run
 from .runtime import Runtime
-from .teach import Progress
 
 # Makes the tokenizer of the tiny Phi-3: a byte-fallback BPE with Phi-3's control tokens.
 # Writes tokenizer.json, tokenizer_config.json and chat_template.jinja into a model folder.
@@ -144,8 +145,7 @@ _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt
 
 def base_folder(run: Run) -> Path:
     """The folder of the base model of this run."""
-    manifest = run.require("base", "phi3 train")
-    return run.path / str(manifest["path"])
+    return run.path / run.require(BaseManifest).path
 
 
 def chat_format(folder: Path) -> ChatFormat:
@@ -326,16 +326,13 @@ def four_bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    # 4-bit weights cannot be moved later: they go at once to the GPU of this process.
+    # 4-bit weights cannot be moved later: they go at once to the GPU of this process, whose number
+    # torchrun and accelerate give it.
+    own_gpu = int(os.environ.get("LOCAL_RANK", "0"))
     return {
         "quantization_config": quantized,
-        "device_map": {"": _own_gpu() if device == "cuda" else device},
+        "device_map": {"": own_gpu if device == "cuda" else device},
     }
-
-
-def _own_gpu() -> int:
-    """The number that torchrun and accelerate give to each process of a machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
@@ -416,7 +413,8 @@ def adapter_folder(run: Run, name: str | None) -> Path:
 
 def list_adapters(run: Run) -> list[Adapter]:
     """The run's named adapters by name; whole ones only."""
-    base = (run.manifest("base") or {}).get("done_id")
+    manifest = run.read(BaseManifest)
+    base = None if manifest is None else manifest.done_id
     found = []
     for folder in sorted((run.path / FOLDER).glob("*")):
         if _NAME.fullmatch(folder.name) and (folder / _WEIGHTS).is_file():

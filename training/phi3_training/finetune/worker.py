@@ -31,7 +31,7 @@ def main(plan: Path) -> int:
             write_atomically(result, json.dumps({"error": str(error)}))
         return 1
     if manifest is not None:
-        write_atomically(result, json.dumps({"manifest": manifest}, default=str))
+        write_atomically(result, json.dumps({"manifest": manifest.as_json()}, default=str))
     return 0
 
 

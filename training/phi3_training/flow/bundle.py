@@ -329,7 +329,9 @@ def pack(
     folder, zip_path = out / source.name, out / f"{source.name}.zip"
     if folder.resolve() == flow.resolve():
         raise UsageError(f"{folder} is the flow itself; choose another folder with --out FOLDER")
-    _check_replaceable(folder)
+    # Only a bundle is ever replaced: never somebody's own folder of that name.
+    if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
+        raise UsageError(f"{folder} is there and is no bundle; choose another place with --out")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{source.name}.") as scratch:
         staged = Path(scratch) / source.name
@@ -367,12 +369,6 @@ def copy_flow(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / named).write_text(wanted, encoding="utf-8")
     (folder / DAG).write_text(definition(source, image), encoding="utf-8")
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Only a bundle is ever replaced: never another folder of that name."""
-    if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
-        raise UsageError(f"{folder} exists and is not a bundle; choose another folder with --out")
 
 
 def _describe_tools(source: FlowSource, staged: Path) -> None:

@@ -30,6 +30,7 @@ import yaml
 
 from phi3_tool.connection import ConnectionSettings
 
+from .. import processes
 from ..errors import MissingExtraError, StageError
 from ..packages import RULES, Installed, installed
 from ..ports import free_port
@@ -96,7 +97,7 @@ def chat_page(
             with log.open("wb") as stream:
                 yield _open(copy, connection, environment, started, stream, log, settings.key)
         finally:
-            _stop(started)
+            processes.end(started, seconds=5)
 
 
 def _open(
@@ -108,7 +109,7 @@ def _open(
     log: Path,
     key: str,
 ) -> Page:
-    """Service and connection first, both at once, then the served flow."""
+    """The connection, then the service, then the served flow."""
 
     def start(*arguments: str) -> psutil.Popen:
         process = psutil.Popen(
@@ -123,16 +124,16 @@ def _open(
         started.append(process)
         return process
 
-    service_port = free_port()
-    # In the foreground: else it detaches itself, and nothing would stop it.
-    service = start("service", "start", "--debug", "--port", str(service_port))
-    if connection is not None:
+    if connection is not None:  # before the service: both rewrite pf.yaml, and each may read half
         file = copy.parent / "connection.yaml"
         file.write_text(yaml.safe_dump(_without_key(connection)), encoding="utf-8")
         written = start("connection", "create", "--file", str(file))
         if written.wait(READY_SECONDS):
             raise StageError(f"Prompt flow did not accept the connection.\n{_tail(log, key)}")
         started.remove(written)
+    service_port = free_port()
+    # In the foreground: else it detaches itself, and nothing would stop it.
+    service = start("service", "start", "--debug", "--port", str(service_port))
     _wait_for(f"http://127.0.0.1:{service_port}/heartbeat", service, log, key)
     flow_port = str(free_port())
     arguments = ["flow", "serve", "--source", str(copy), "--skip-open-browser"]
@@ -222,21 +223,3 @@ def _tail(log: Path, key: str) -> str:
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
     said = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."
     return f"{said}\nCheck what it needs with: phi3 doctor"
-
-
-def _stop(started: list[psutil.Popen]) -> None:
-    """What was started, with all that it started in turn."""
-    family: list[psutil.Process] = []
-    for process in started:
-        try:
-            family += [*process.children(recursive=True), process]
-        except psutil.NoSuchProcess:
-            continue
-    for process in family:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    for process in psutil.wait_procs(family, timeout=5)[1]:
-        process.kill()
-    psutil.wait_procs(family, timeout=5)

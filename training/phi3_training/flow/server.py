@@ -54,7 +54,16 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
         if workers > 1:
             _serve_with_workers(flow, host, port, workers)
         else:
-            _serve_here(flow, host, port, engine)
+            # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
+            _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
+            _module("promptflow._sdk._utilities.serve_utils").start_flow_service(
+                source=flow,
+                host=host,
+                port=port,
+                config=_NO_STORE,
+                engine=engine,
+                skip_open_browser=True,
+            )
 
 
 def _refuse_taken(host: str, port: int) -> None:
@@ -80,14 +89,6 @@ def _told_plainly(flow: Path) -> Iterator[None]:
         yield
     except refused as error:
         raise StageError(f"The flow {flow} cannot be served: {error}") from None
-
-
-def _serve_here(flow: Path, host: str, port: int, engine: Engine) -> None:
-    # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
-    _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
-    _module("promptflow._sdk._utilities.serve_utils").start_flow_service(
-        source=flow, host=host, port=port, config=_NO_STORE, engine=engine, skip_open_browser=True
-    )
 
 
 def asgi_app() -> Any:

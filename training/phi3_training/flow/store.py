@@ -76,7 +76,9 @@ def find_keeper(limit: float | None = None) -> Keeper:
     """
     situation = _situation()
     if situation not in _settled:
-        limit = limit or _patience()
+        screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        by_default = SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
+        limit = limit or by_default
         keeper = _try_keyring(limit) or _fall_back(limit)
         # Falling back changes the environment: before and after, the same keeper is found.
         _settled[situation] = _settled[_situation()] = keeper
@@ -108,7 +110,9 @@ def describe(keeper: Keeper, *, tighten: bool = True) -> str:
         keep_private(keeper.file.parent)
         keep_private(keeper.file)
     who = "others on this machine can read it" if exposed(keeper) else "only you can read it"
-    return f"{start}is in {_short(keeper.file)} ({who}) because {keeper.why}"
+    file, home = keeper.file, Path.home()
+    place = f"~/{file.relative_to(home)}" if file.is_relative_to(home) else str(file)
+    return f"{start}is in {place} ({who}) because {keeper.why}"
 
 
 def exposed(keeper: Keeper) -> bool:
@@ -150,11 +154,6 @@ def _fall_back(limit: float) -> Keeper:
     return Keeper(found.keyring, found.file, why)
 
 
-def _patience() -> float:
-    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
-
-
 def _probe(limit: float) -> Keeper | str:
     """Try the keyring in a process without a terminal: the keeper, or why there is none."""
     try:
@@ -185,11 +184,6 @@ def _read_probe(output: str) -> Keeper:
     elif answer["configured"]:
         why = "keyringrc.cfg selects it"
     return Keeper(answer["keyring"], Path(answer["file"]), why)
-
-
-def _short(path: Path) -> str:
-    home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 WRITER = {"written_by": "phi3-promptflow"}  # how we know our own connections again

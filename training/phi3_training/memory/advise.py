@@ -5,14 +5,14 @@ Reads a recipe and the device's memory; the lines it returns are those of `phi3 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from ..engine import choose_engine
 from ..planning import PlanLine
 from ..recipe import Recipe
-from ..serve.choice import choose_engine
 from .inference import convert_phase, evaluate_phase, row_bytes, save_phase, serve_phase
 from .model import (
     GIB,
@@ -25,10 +25,7 @@ from .model import (
     torch_has_cuda,
 )
 from .rows import RowSizes, worst_case
-from .training import FLOAT32, Phase, compute_bytes, step_phase, work_of
-
-# What each stage needs on a device, and whether that fits there.
-# Reads a recipe, a model's shape and a device; writes nothing.
+from .training import FLOAT32, Phase, Work, compute_bytes, step_phase, work_of
 
 # Python, torch, transformers, TRL and peft, loaded: measured on Linux (benchmarks/memory_plan.py).
 # Plain pip installs torch's CUDA build there, whose libraries are loaded without a GPU as well.
@@ -36,6 +33,18 @@ LIBRARIES = 600 * 2**20
 LIBRARIES_WITH_CUDA = 950 * 2**20
 # CUDA's own context and its libraries' workspace: a round figure, not measured on a GPU yet.
 CUDA_CONTEXT = GIB
+# What allocators lose between pieces; a proposal leaves so much room.
+MARGIN = 0.05
+_SHORTEST = 256
+_LADDER = {
+    "full": ("full", "lora", "qlora"),
+    "dora": ("dora", "lora", "qlora"),
+    "lora": ("lora", "qlora"),
+    "qlora": ("qlora",),
+}
+_EVAL_BATCH = "evaluate.per_device_eval_batch_size"
+
+Changes = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,68 +92,108 @@ class Need:
         return text
 
 
-def training_need(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Need:
-    """The higher one of a training step and of writing the model."""
-    work = work_of(recipe, shape, device, rows)
-    phases = [step_phase(shape, work)]
-    if work.method != "qlora":  # merged in RAM, see loading_need
-        phases.append(save_phase(shape, work))
-    sharing = 1 if device.kind == "cuda" else processes_here(recipe)
-    return Need(max(phases, key=lambda phase: phase.total), device, sharing)
+@dataclass(frozen=True)
+class Planner:
+    """A recipe on a device: what its stages need there, and settings that need less."""
 
+    recipe: Recipe
+    shape: ModelShape
+    device: Device
+    rows: RowSizes
 
-def evaluation_need(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Need:
-    """Asking and scoring one model; base and tuned model follow one another."""
-    work = work_of(recipe, shape, device, rows)
-    phase = evaluate_phase(
-        shape,
-        replace(
-            work,
-            compute=compute_bytes(recipe, device),  # not as rounded for training
-            tokens=min(rows.scored, shape.context),
-            learnt=rows.share,
-        ),
-        at_once=recipe.evaluate.per_device_eval_batch_size,
-        new_tokens=recipe.evaluate.max_new_tokens,
-        prompt=rows.prompt,
-    )
-    return Need(phase, device)
+    def with_(self, changes: Changes) -> Planner:
+        """The same with `section.key` of the recipe changed."""
+        return replace(self, recipe=changed(self.recipe, changes))
 
+    @property
+    def work(self) -> Work:
+        """One training step."""
+        return work_of(self.recipe, self.shape, self.device, self.rows)
 
-def loading_need(recipe: Recipe, shape: ModelShape, gpu: Device, ram: Device) -> Need:
-    """The RAM of a GPU machine: weights pass through it, and a QLoRA adapter is merged there."""
-    full = recipe.finetune.method == "full"
-    size = (FLOAT32 if full else compute_bytes(recipe, gpu)) * shape.parameters
-    phase = Phase("load", {"weights on their way to the GPU": size})
-    return Need(phase, ram, processes_here(recipe))
+    @property
+    def processes(self) -> int:
+        """The training processes of this machine."""
+        return self.recipe.finetune.num_processes // self.recipe.finetune.num_machines
 
+    def training(self) -> Need:
+        """The higher one of a training step and of writing the model."""
+        work = self.work
+        phases = [step_phase(self.shape, work)]
+        if work.method != "qlora":  # merged in RAM, see loading
+            phases.append(save_phase(self.shape, work))
+        sharing = 1 if self.device.kind == "cuda" else self.processes
+        return Need(max(phases, key=lambda phase: phase.total), self.device, sharing)
 
-def processes_here(recipe: Recipe) -> int:
-    """The training processes of this machine."""
-    return recipe.finetune.num_processes // recipe.finetune.num_machines
+    def loading(self, ram: Device) -> Need:
+        """The RAM beside a GPU: weights pass through it, and a QLoRA adapter is merged there."""
+        full = self.recipe.finetune.method == "full"
+        each = FLOAT32 if full else compute_bytes(self.recipe, self.device)
+        size = each * self.shape.parameters
+        return Need(Phase("load", {"weights on their way to the GPU": size}), ram, self.processes)
 
+    def evaluation(self, at_once: int) -> Need:
+        """Asking and scoring one model; base and tuned model follow one another."""
+        work = replace(
+            self.work,
+            compute=compute_bytes(self.recipe, self.device),  # not as rounded for training
+            tokens=min(self.rows.scored, self.shape.context),
+            learnt=self.rows.share,
+        )
+        new_tokens, prompt = self.recipe.evaluate.max_new_tokens, self.rows.prompt
+        phase = evaluate_phase(
+            self.shape, work, at_once=at_once, new_tokens=new_tokens, prompt=prompt
+        )
+        return Need(phase, self.device)
 
-def halves(number: int, least: int) -> Iterator[int]:
-    """Half of it, a quarter, and so on."""
-    while number // 2 >= least:
-        number //= 2
-        yield number
+    def sparing(self) -> Iterator[Changes]:
+        """Settings from the recipe's own to the most sparing, each with the same rows per step.
 
+        They change as little of what is learnt as can be: methods late, the length last. A limit
+        below the longest row would cut it; above, it matters to packed rows alone.
+        """
+        settings, limit = self.recipe.finetune, self.recipe.data.max_length
+        on_gpu = self.device.kind == "cuda"
+        methods = [m for m in _LADDER[settings.method] if m != "qlora" or on_gpu]
+        least = 0
+        if self.rows.is_known:
+            least = self.rows.longest if settings.packing else limit
+        lengths = [limit, *(n for n in _halves(limit, _SHORTEST) if n >= least)]
+        kept = sorted({settings.gradient_checkpointing, True})
+        own = settings.per_device_train_batch_size
+        for length, method, batch in product(lengths, methods, self._batches(kept, own)):
+            yield {**batch, "finetune.method": method, "data.max_length": length}
 
-# Settings that need less memory, or use what there is: batch, accumulation, method, length.
-# Reads a recipe, a model's shape and a device; writes nothing.
+    def proposal(self) -> Changes | None:
+        """The fastest setting of the recipe's own method that fits with some room.
 
-Changes = Mapping[str, Any]
+        Fast: nothing is computed twice, and batches are large.
+        """
+        return self._first_fit(self._batches((False, True)), 1 + MARGIN)
 
-# What allocators lose between pieces; a proposal leaves so much room.
-MARGIN = 0.05
-_SHORTEST = 256
-_LADDER = {
-    "full": ("full", "lora", "qlora"),
-    "dora": ("dora", "lora", "qlora"),
-    "lora": ("lora", "qlora"),
-    "qlora": ("qlora",),
-}
+    def cure(self) -> Changes | None:
+        """The first sparing setting that fits."""
+        return self._first_fit(self.sparing())
+
+    def _batches(self, checkpointing: Sequence[bool], largest: int | None = None) -> list[Changes]:
+        """Ways to take the same rows per step, large batches first."""
+        settings = self.recipe.finetune
+        step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return [
+            {
+                "finetune.per_device_train_batch_size": size,
+                "finetune.gradient_accumulation_steps": step // size,
+                "finetune.gradient_checkpointing": kept,
+            }
+            for kept in checkpointing
+            for size in range(largest or step, 0, -1)
+            if step % size == 0
+        ]
+
+    def _first_fit(self, settings: Iterable[Changes], room: float = 1.0) -> Changes | None:
+        for changes in settings:
+            if self.with_(changes).training().total * room <= self.device.available:
+                return changes
+        return None
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -156,97 +205,6 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe
 
 
-def difference(recipe: Recipe, changes: Changes) -> Changes:
-    """The changes that change something."""
-    now = recipe.model_dump()
-    pairs = ((key, value, *key.partition(".")[::2]) for key, value in changes.items())
-    return {key: value for key, value, section, name in pairs if now[section][name] != value}
-
-
-def words(changes: Changes) -> str:
-    """As they are typed on the command line."""
-    shown = {True: "true", False: "false"}
-    return " ".join(
-        f"{key}={shown[value] if isinstance(value, bool) else value}"
-        for key, value in changes.items()
-    )
-
-
-def cure(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Changes | None:
-    """The first setting that fits, changing as little of what is learnt as can be."""
-    settings = _sparing(recipe, device, rows)
-    return _first_fit(settings, recipe, lambda r: training_need(r, shape, device, rows))
-
-
-def proposal(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Changes | None:
-    """The fastest setting of the recipe's own method that fits with some room."""
-    settings, room = _fastest(recipe), 1 + MARGIN
-    return _first_fit(settings, recipe, lambda r: training_need(r, shape, device, rows), room)
-
-
-def most_sparing(
-    recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes
-) -> tuple[Changes, Need]:
-    """The smallest setting, and what even that needs."""
-    *_, most = _sparing(recipe, device, rows)
-    return difference(recipe, most), training_need(changed(recipe, most), shape, device, rows)
-
-
-def _sparing(recipe: Recipe, device: Device, rows: RowSizes) -> Iterator[Changes]:
-    """Settings from the recipe's own to the most sparing, each with the same rows per step.
-
-    A limit below the longest row would cut it; above, it matters to packed rows alone.
-    """
-    settings = recipe.finetune
-    methods = [m for m in _LADDER[settings.method] if m != "qlora" or device.kind == "cuda"]
-    lengths = [recipe.data.max_length, *halves(recipe.data.max_length, _SHORTEST)]
-    if rows.is_known:
-        least = rows.longest if settings.packing else recipe.data.max_length
-        lengths = [recipe.data.max_length, *(n for n in lengths[1:] if n >= least)]
-    checkpointing = sorted({settings.gradient_checkpointing, True})
-    step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    sizes = [n for n in _divisors(step) if n <= settings.per_device_train_batch_size]
-    for length, method, kept, size in product(lengths, methods, checkpointing, sizes):
-        yield _setting(size, step, kept) | {"finetune.method": method, "data.max_length": length}
-
-
-def _fastest(recipe: Recipe) -> Iterator[Changes]:
-    """Settings from the fastest on: nothing computed twice, large batches."""
-    settings = recipe.finetune
-    step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    for kept, size in product((False, True), _divisors(step)):
-        yield _setting(size, step, kept)
-
-
-def _setting(size: int, step: int, checkpointing: bool) -> dict[str, Any]:
-    return {
-        "finetune.per_device_train_batch_size": size,
-        "finetune.gradient_accumulation_steps": step // size,
-        "finetune.gradient_checkpointing": checkpointing,
-    }
-
-
-def _first_fit(
-    settings: Iterator[Changes],
-    recipe: Recipe,
-    need_of: Callable[[Recipe], Need],
-    room: float = 1.0,
-) -> Changes | None:
-    for changes in settings:
-        need = need_of(changed(recipe, changes))
-        if need.total * room <= need.device.available:
-            return changes
-    return None
-
-
-def _divisors(number: int) -> list[int]:
-    """From the largest down."""
-    return [n for n in range(number, 0, -1) if number % n == 0]
-
-
-_EVAL_BATCH = "evaluate.per_device_eval_batch_size"
-
-
 def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) -> list[PlanLine]:
     """The lines for training, evaluation and serving on `device`; no `rows`: the worst case."""
     rows = worst_case(recipe) if rows is None else rows
@@ -254,12 +212,17 @@ def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) ->
         shape = shape_of(recipe)
     except UnknownShapeError as error:
         return [PlanLine("finetune", f"memory cannot be predicted: {error}")]
-    lines = [_training(recipe, shape, device, rows)]
+    plan = Planner(recipe, shape, device, rows)
+    lines = [_training(plan)]
     if device.kind == "cuda" and device.is_here:
-        lines.append(_loading(recipe, shape, device))
-    lines.append(_evaluation(recipe, shape, device, rows))
+        need = plan.loading(this_ram())
+        text = f"fits: {need} of RAM"
+        if not need.fits:
+            text = f"does not fit: {need} of RAM. {need.too_much}"
+        lines.append(PlanLine("finetune", text, not need.fits, _details(need, shape)))
+    lines.append(_evaluation(plan))
     if recipe.serve.engine != "upstream":
-        lines += _serving(recipe, shape, device)
+        lines += _serving(plan)
     if device.kind == "cuda":
         lines.append(
             PlanLine("memory", "a GPU's figures are calculated, not measured on a GPU yet")
@@ -267,124 +230,113 @@ def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) ->
     return lines
 
 
-def _training(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> PlanLine:
-    if recipe.finetune.method == "qlora" and device.kind != "cuda":
-        text = f"qlora needs a CUDA GPU, and this plan is for {device.name}: finetune.method=lora"
-        return PlanLine("finetune", text, stops=True)
-    need = training_need(recipe, shape, device, rows)
-    model = f"{shape.parameters / 1e6:,.1f} M weights by {shape.source}"
-    text = f"{need} for {_batch(recipe, shape, device, rows)}, {model}"
-    best = proposal(recipe, shape, device, rows)
+def _training(plan: Planner) -> PlanLine:
+    recipe, shape, rows = plan.recipe, plan.shape, plan.rows
+    if recipe.finetune.method == "qlora" and plan.device.kind != "cuda":
+        text = f"qlora needs a CUDA GPU, and this plan is for {plan.device.name}"
+        return PlanLine("finetune", f"{text}: finetune.method=lora", stops=True)
+    need, work, best = plan.training(), plan.work, plan.proposal()
+    packed = " of packed rows" if work.packing else ""
+    known = f"longest row {rows.longest:,} tokens, {rows.how}" if rows.is_known else rows.how
+    text = (
+        f"{need} for a batch of {work.batch} x {work.tokens:,} tokens{packed} ({known}), "
+        f"{shape.parameters / 1e6:,.1f} M weights by {shape.source}"
+    )
     details = _details(need, shape) | {"proposal": dict(best or {}), "rows": asdict(rows)}
     if need.fits:
-        better = difference(recipe, best or {})
-        remark = f"; better: {words(better)}" if better else "" if best else ", but tightly"
+        better = _difference(recipe, best or {})
+        remark = f"; better: {_words(better)}" if better else "" if best else ", but tightly"
         return PlanLine("finetune", f"fits{remark}; {text}", details=details)
-    found = cure(recipe, shape, device, rows)
-    details["change"] = dict(difference(recipe, found or {}))
-    fix = _cure(found, recipe, shape, device, rows)
-    return PlanLine("finetune", f"does not fit: {text}. {need.too_much}. {fix}", True, details)
+    cure = plan.cure()
+    change = _difference(recipe, cure or {})
+    if cure is not None:
+        fix = f"It fits ({gib(plan.with_(cure).training().total)}) with {_words(change)}"
+    else:
+        *_, most = plan.sparing()
+        setting = _words(_difference(recipe, most)) or "this one"
+        fix = (
+            f"Even the most sparing setting ({setting}) needs "
+            f"{gib(plan.with_(most).training().total)}: take a larger device or a smaller model"
+        )
+    text = f"does not fit: {text}. {need.too_much}. {fix}"
+    return PlanLine("finetune", text, True, details | {"change": dict(change)})
 
 
-def _batch(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> str:
-    """The largest batch, and how its length is known."""
-    work = work_of(recipe, shape, device, rows)
-    packed = " of packed rows" if work.packing else ""
-    size = f"a batch of {work.batch} x {work.tokens:,} tokens{packed}"
-    if not rows.is_known:
-        return f"{size} ({rows.how})"
-    return f"{size} (longest row {rows.longest:,} tokens, {rows.how})"
-
-
-def _cure(found: Any, recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> str:
-    if found is not None:
-        need = training_need(changed(recipe, found), shape, device, rows)
-        return f"It fits ({gib(need.total)}) with {words(difference(recipe, found))}"
-    most, need = most_sparing(recipe, shape, device, rows)
-    return (
-        f"Even the smallest setting ({words(most) or 'this one'}) needs {gib(need.total)}: use a "
-        f"larger device or a smaller model"
-    )
-
-
-def _loading(recipe: Recipe, shape: ModelShape, gpu: Device) -> PlanLine:
-    need = loading_need(recipe, shape, gpu, this_ram())
-    if need.fits:
-        return PlanLine("finetune", f"fits: {need} of RAM", details=_details(need, shape))
-    text = f"does not fit: {need} of RAM. {need.too_much}"
-    return PlanLine("finetune", text, True, _details(need, shape))
-
-
-def _evaluation(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> PlanLine:
-    def need_with(at_once: int) -> Need:
-        return evaluation_need(changed(recipe, {_EVAL_BATCH: at_once}), shape, device, rows)
-
-    at_once = recipe.evaluate.per_device_eval_batch_size
-    need = need_with(at_once)
-    details = _details(need, shape)
+def _evaluation(plan: Planner) -> PlanLine:
+    settings, rows = plan.recipe.evaluate, plan.rows
+    at_once = settings.per_device_eval_batch_size
+    need = plan.evaluation(at_once)
+    details = _details(need, plan.shape)
     length = f"{rows.prompt:,} tokens" if rows.is_known else f"data.max_length={rows.prompt:,}"
     text = (
         f"{need} for {at_once} questions of up to {length} at once and answers of "
-        f"{recipe.evaluate.max_new_tokens}, one model after the other"
+        f"{settings.max_new_tokens}, one model after the other"
     )
     if need.fits:
         return PlanLine("evaluate", f"fits; {text}", details=details)
     text = f"does not fit: {text}. {need.too_much}"
     shorter = "" if rows.is_known else ", or a lower data.max_length, if your chats are shorter"
-    for fewer in halves(at_once, 1):
-        smaller = need_with(fewer)
+    for fewer in _halves(at_once, 1):
+        smaller = plan.evaluation(fewer)
         if smaller.fits:
             text += f". It fits ({gib(smaller.total)}) with {_EVAL_BATCH}={fewer}{shorter}"
             return PlanLine("evaluate", text, True, {**details, "change": {_EVAL_BATCH: fewer}})
-    text += f". Even one at a time needs {gib(need_with(1).total)}: use a larger device{shorter}"
+    least = gib(plan.evaluation(1).total)
+    text += f". Even one at a time needs {least}: use a larger device{shorter}"
     return PlanLine("evaluate", text, True, details)
 
 
-def _serving(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine]:
+def _serving(plan: Planner) -> list[PlanLine]:
     """The endpoint starts when training has ended, so what is in use now does not count."""
-    engine, precision = _engine(recipe, device), recipe.serve.precision
+    recipe, shape, device = plan.recipe, plan.shape, plan.device
+    # Of a device that is not here all that is known is whether it is a GPU.
+    gpu = None if device.is_here and device.kind != "cuda" else device.kind == "cuda"
+    engine, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters, gpu=gpu)
+    precision = recipe.serve.precision
     compute = compute_bytes(recipe, device)
     # Not the training's rows: a served conversation grows with every turn.
     tokens = min(shape.context, recipe.data.max_length + recipe.serve.max_new_tokens)
-    need = Need(serve_phase(shape, precision, engine, compute, tokens), device)
-    details = _details(need, shape)
-    text = f"{need} with one conversation of {tokens:,} tokens"
+
+    def refusal(need: Need, text: str, lever: str) -> PlanLine:
+        short = f"{gib(need.total - device.total)} more than {device.name} has"
+        text = f"does not fit: {text}, {short}: {lever}"
+        return PlanLine("deploy", text, True, _details(need, shape))
+
     lines = []
-    if engine == "ort-genai":
-        lines += _conversion(recipe, shape, device)
+    if engine == "onnxruntime":
+        need = Need(convert_phase(shape, precision), device)
+        if need.total > device.total:
+            text = f"converting the model to ONNX ({precision}), {need}"
+            lines.append(refusal(need, text, "serve.engine=transformers"))
+    need = Need(serve_phase(shape, precision, engine, compute, tokens), device)
+    text = f"{need} with one conversation of {tokens:,} tokens"
     if need.total > device.total:
-        short = gib(need.total - device.total)
-        lever = "use a larger device"
-        if precision == "fp32" and engine == "ort-genai":
-            lever = "serve.precision=int4"
-        text = f"does not fit: {text}, {short} more than {device.name} has: {lever}"
-        return [*lines, PlanLine("deploy", text, True, details)]
+        smaller = precision == "fp32" and engine == "onnxruntime"
+        lever = "serve.precision=int4" if smaller else "use a larger device"
+        return [*lines, refusal(need, text, lever)]
     row = row_bytes(shape, engine, compute, tokens)
     room = 1 + max(0, device.available - need.total) // row
     wanted = recipe.serve.max_concurrent_requests_per_instance
     text = f"fits; {text}; room for {min(room, wanted)} of {wanted} at once"
-    return [*lines, PlanLine("deploy", text, details=details | {"conversations": int(room)})]
+    details = _details(need, shape) | {"conversations": int(room)}
+    return [*lines, PlanLine("deploy", text, details=details)]
 
 
-def _conversion(recipe: Recipe, shape: ModelShape, device: Device) -> list[PlanLine]:
-    """A line only where the way to ONNX needs more than there is."""
-    need = Need(convert_phase(shape, recipe.serve.precision), device)
-    if need.total <= device.total:
-        return []
-    text = (
-        f"does not fit: converting the model to ONNX ({recipe.serve.precision}), {need}, "
-        f"{gib(need.total - device.total)} more than {device.name} has: serve.engine=transformers"
-    )
-    return [PlanLine("deploy", text, True, _details(need, shape))]
+def _halves(number: int, least: int) -> Iterator[int]:
+    """Half of it, a quarter, and so on."""
+    while number // 2 >= least:
+        number //= 2
+        yield number
 
 
-def _engine(recipe: Recipe, device: Device) -> str:
-    """The engine that serves on that device."""
-    if recipe.serve.engine != "auto":
-        return recipe.serve.engine
-    if device.kind == "cuda" or recipe.serve.adapters:
-        return "transformers"
-    return choose_engine("auto")[0] if device.is_here else "ort-genai"
+def _difference(recipe: Recipe, changes: Changes) -> dict[str, Any]:
+    """The changes that change something."""
+    return {k: v for k, v in changes.items() if changed(recipe, {k: v}) != recipe}
+
+
+def _words(changes: Changes) -> str:
+    """As they are typed on the command line."""
+    return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
 def _details(need: Need, shape: ModelShape) -> dict[str, Any]:

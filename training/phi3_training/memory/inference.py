@@ -84,7 +84,7 @@ def serve_phase(shape: ModelShape, precision: str, engine: str, compute: int, to
 
 
 def convert_phase(shape: ModelShape, precision: str) -> Phase:
-    """Converting the tuned model for the engine `ort-genai`."""
+    """Converting the tuned model for the engine `onnxruntime`."""
     return Phase("convert", {"weights": int(_CONVERTING[precision] * shape.parameters)})
 
 
@@ -95,7 +95,7 @@ def served_weights(shape: ModelShape, precision: str, engine: str, compute: int)
     in the file, and one in memory for each use. Measured: 2.0 times the matrix in float32, 2.3
     times in 4 bits.
     """
-    if engine != "ort-genai":
+    if engine != "onnxruntime":
         return compute * shape.parameters
     head = shape.vocab * shape.hidden
     if precision == "fp32":
@@ -109,7 +109,7 @@ def served_weights(shape: ModelShape, precision: str, engine: str, compute: int)
 
 def row_bytes(shape: ModelShape, engine: str, compute: int, tokens: int) -> int:
     """The cache of one conversation of this many tokens."""
-    size = FLOAT32 if engine == "ort-genai" else compute
+    size = FLOAT32 if engine == "onnxruntime" else compute
     return tokens * shape.kv_per_token * size
 
 

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import psutil
 
+from ..engine import has_gpu
 from ..models.catalogue import CATALOGUE
 from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
-from ..serve.choice import has_gpu
 
 # The sizes of a model, from its config alone: a recipe's base section, config.json, or our table.
 # Reads config.json in a folder or in the Hugging Face cache; never the network, never weights.
@@ -230,9 +230,13 @@ def of_size(gigabytes: float, kind: Kind = "cuda") -> Device:
 
 def this_device() -> Device:
     """What `phi3 train` would use here, as finetune/runtime.py chooses it."""
-    if has_gpu():
-        return _gpu()
-    return this_ram()
+    if not has_gpu():
+        return this_ram()
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Device("cuda", torch.cuda.get_device_name(), total, free, bfloat16, is_here=True)
 
 
 def this_ram() -> Device:
@@ -251,14 +255,6 @@ def torch_has_cuda() -> bool:
         return False
     # Named libtorch_cuda.so on Linux, torch_cuda.dll on Windows.
     return any((Path(torch.origin).parent / "lib").glob("*torch_cuda*"))
-
-
-def _gpu() -> Device:
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return Device("cuda", torch.cuda.get_device_name(), total, free, bfloat16, is_here=True)
 
 
 def _ram(cgroup: Path = _CGROUP) -> tuple[int, int]:

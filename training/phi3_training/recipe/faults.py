@@ -51,7 +51,10 @@ def plain(item: Any) -> str:
     """What was expected, and what was found."""
     form = _EXPECTED.get(item["type"])
     if form is not None:
-        limits = {name: _round(value) for name, value in item.get("ctx", {}).items()}
+        limits = {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in item.get("ctx", {}).items()
+        }
         return f"expected {form.format(**limits)}, got {_shown(item.get('input'))}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     given = item.get("input")
@@ -105,11 +108,6 @@ def _where(place: Place, lines: Lines, overrides: Sequence[str]) -> str:
             if known in lines:
                 return f" (line {lines[known]})"
     return ""
-
-
-def _round(value: Any) -> Any:
-    """1 for 1.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _shown(value: Any) -> str:

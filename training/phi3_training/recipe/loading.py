@@ -194,14 +194,12 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             continue
         entries = values[key] if isinstance(values[key], list) else [values[key]]
         values[key] = [
-            str((folder / Path(item).expanduser()).resolve()) if _is_path(item) else item
+            str((folder / Path(item).expanduser()).resolve())
+            if isinstance(item, str) and not item.startswith(HUB)
+            else item
             for item in entries
             if item is not None
         ]
-
-
-def _is_path(item: Any) -> bool:
-    return isinstance(item, str) and not item.startswith(HUB)
 
 
 def _missing_files(recipe: Recipe) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..engine import EngineName
 from ..models.catalogue import SMALL, TINY
 
 Positive = Annotated[int, Field(ge=1)]
@@ -287,7 +288,7 @@ class GateSection(Section):
 class ServeSection(Section):
     """The local endpoint; limits have Azure ML's names."""
 
-    engine: Literal["auto", "ort-genai", "transformers", "upstream"] = "auto"
+    engine: EngineName = "auto"
     precision: Literal["fp32", "int8", "int4"] = "fp32"
     adapters: bool = False
     host: str = "127.0.0.1"

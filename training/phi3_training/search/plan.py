@@ -169,8 +169,7 @@ def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probes(parameter: Any) -> list[Value]:
-    """Values that the recipe must accept; one in between identifies keys that need whole "
-    "numbers."""
+    """Values that the recipe must accept; one in between shows keys that need whole numbers."""
     if not isinstance(parameter, dict):
         return []
     choices = parameter.get("choices")

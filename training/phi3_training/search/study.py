@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from .. import console
-from ..console import ProgressCallback
 from ..errors import DataError, RecipeError, StageError, UsageError
 from ..journey import Journey, PlanCheck, do, finished, go
+from ..manifests import BaseManifest, DatasetManifest, MetricsManifest, ModelManifest
+from ..progress import Progress
 from ..recipe import Recipe
 from ..run import Run, fingerprint
 from ..stages import stages_until
@@ -52,23 +53,23 @@ def trial_journey(whole: Journey, recipe: Recipe, number: int) -> Journey:
     if recipe.data == whole.recipe.data:
         _take_chats(whole.run, run)
     if (recipe.base, recipe.model) == (whole.recipe.base, whole.recipe.model):
-        manifest = whole.run.require("base", "phi3 train")
-        place = whole.run.path / str(manifest["path"])  # an absolute path stays what it is
-        run.write_manifest("base", {**manifest, "path": str(place)})
+        manifest = whole.run.require(BaseManifest)
+        place = whole.run.path / manifest.path  # an absolute path stays what it is
+        run.write(manifest.model_copy(update={"path": str(place)}))
     return replace(whole, recipe=recipe, run=run)
 
 
-def measure(journey: Journey, metric: str, progress: ProgressCallback, watch: Watch) -> float:
+def measure(journey: Journey, metric: str, progress: Progress, watch: Watch) -> float:
     """Train (and evaluate, if the metric needs it) what is not done yet; the metric's value.
 
     Raises what the stages and `watch` raise, and StageError when there is no such figure.
     """
-    stages = stages_until("model" if metric in TRAINING_METRICS else "metrics")
+    stages = stages_until(ModelManifest if metric in TRAINING_METRICS else MetricsManifest)
     check = PlanCheck(journey)
     for number, stage in enumerate(stages):
         if finished(journey, stage) is None:
             check.before(stages[number:])
-            training = stage.manifest == "model"
+            training = stage.manifest is ModelManifest
             shown = _watched(progress, journey.run, watch) if training else progress
             do(journey, stage, shown)
     value = _figure(journey.run, metric)
@@ -85,18 +86,18 @@ def drop_weights(folder: Path) -> None:
 
 
 def _take_chats(whole: Run, run: Run) -> None:
-    manifest = whole.require("dataset", "phi3 data prepare")
-    for part in manifest["outputs"].values():
-        target = run.file(part["path"])
+    manifest = whole.require(DatasetManifest)
+    for part in manifest.outputs.values():
+        target = run.file(part.path)
         target.unlink(missing_ok=True)
         try:
-            os.link(whole.path / part["path"], target)  # large chats are on the disk once
+            os.link(whole.path / part.path, target)  # large chats are on the disk once
         except OSError:
-            shutil.copyfile(whole.path / part["path"], target)
-    run.write_manifest("dataset", manifest)
+            shutil.copyfile(whole.path / part.path, target)
+    run.write(manifest)
 
 
-def _watched(progress: ProgressCallback, run: Run, watch: Watch) -> ProgressCallback:
+def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
     """`progress` that also reports each new held-out loss that training logs."""
     log = run.path / "finetune" / "eval.jsonl"
     told: set[int] = set()
@@ -120,9 +121,9 @@ def _watched(progress: ProgressCallback, run: Run, watch: Watch) -> ProgressCall
 def _figure(run: Run, metric: str) -> float | None:
     part, _, figure = metric.partition(".")
     if not figure:
-        found: Any = run.require("model", "phi3 train").get(metric)
+        found = getattr(run.require(ModelManifest), metric)
     else:
-        found = run.require("metrics", "phi3 evaluate")["after"].get(part, {}).get(figure)
+        found = run.require(MetricsManifest).after.get(part, {}).get(figure)
     return None if found is None else float(found)
 
 
@@ -138,18 +139,28 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
     Raises StageError when no trial came to a figure, and UsageError when the run folder holds
     another search.
     """
-    go(journey, stages_until("base"))
+    go(journey, stages_until(BaseManifest))
     study = _open(journey, plan)
-    _close_cut_trials(study)
+    # A trial that a killed process left running is none: its values are proposed again.
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
     while len(done := finished_trials(study)) < plan.trials:
         _run_trial(journey, plan, make, study, len(done) + 1)
-        _keep_best(journey.run, study)
+        done = finished_trials(study)
+        best = best_of(done, maximize=plan.direction == "maximize")
+        for other in done:
+            if other is not best:
+                drop_weights(journey.run.path / other.folder)
     return write_report(journey, plan, make, finished_trials(study))
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
     """The outcome of each trial that was not interrupted, in the order of proposal."""
-    kept = [trial for trial in study.get_trials(deepcopy=False) if _counts(trial)]
+    kept = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
+    ]
     return [
         Finished(
             number=number,
@@ -190,8 +201,8 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     parts = {
         "search file": fingerprint(plan.model_dump(mode="json", exclude={"trials"})),
         "recipe": fingerprint(sections),
-        "chats": str(journey.run.require("dataset", "phi3 train")["done_id"]),
-        "base model": str(journey.run.require("base", "phi3 train")["done_id"]),
+        "chats": str(journey.run.require(DatasetManifest).done_id),
+        "base model": str(journey.run.require(BaseManifest).done_id),
     }
     known = study.user_attrs
     other = [name for name, value in parts.items() if known.get(name, value) != value]
@@ -256,24 +267,6 @@ def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
         return trial.suggest_int(key, parameter.low, parameter.high, step=step, log=parameter.log)
     found: FloatRange = parameter
     return trial.suggest_float(key, found.low, found.high, step=found.step, log=found.log)
-
-
-def _close_cut_trials(study: optuna.Study) -> None:
-    """Discard a trial that a killed process left running: its values are proposed again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _counts(trial: FrozenTrial) -> bool:
-    return trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
-
-
-def _keep_best(run: Run, study: optuna.Study) -> None:
-    done = finished_trials(study)
-    best = best_of(done, maximize=study.direction == optuna.study.StudyDirection.MAXIMIZE)
-    for trial in done:
-        if trial is not best:
-            drop_weights(run.path / trial.folder)
 
 
 def _short(value: Value) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StageError
-from .choice import load_engine
 from .config import ServerConfig
 from .engines.base import Engine, EngineError
+from .loading import load_engine
 from .score_api import (
     BadBodyError,
     engine_failure,

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..engine import EngineName
 from ..errors import UsageError
 from .asgi import App, Receive, Scope, Send, respond
 
@@ -100,7 +101,6 @@ async def _play(quirk: Quirk, scope: Scope, send: Send) -> None:
         await respond(send, int(quirk.name), b"", "text/plain", headers=extra)
 
 
-EngineName = Literal["auto", "ort-genai", "transformers", "upstream"]
 Positive = Annotated[int, Field(ge=1)]
 
 

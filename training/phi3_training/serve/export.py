@@ -1,4 +1,4 @@
-"""Converts a model folder to the ONNX folder that the `ort-genai` engine serves.
+"""Converts a model folder to the ONNX folder that the `onnxruntime` engine serves.
 
 Reads a Hugging Face model folder; writes model.onnx, genai_config.json and a copy of the chat
 format's files. The folder appears whole or not at all; nothing is fetched.
@@ -21,8 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from ..console import ProgressCallback
 from ..errors import MissingExtraError, StageError
+from ..manifests import EXPORTS, ModelManifest
+from ..progress import Progress, note
 from ..quiet import captured_output
 from ..run import Run
 
@@ -206,17 +207,18 @@ def _quantised(
 # Reads run/model; writes run/onnx-<precision> and export-onnx-<precision>.json.
 
 
-def converted(run: Run, precision: Precision, progress: ProgressCallback) -> Path:
-    """The folder, ready for the `ort-genai` engine."""
-    model = run.require("model", "phi3 train")
+def converted(run: Run, precision: Precision, progress: Progress) -> Path:
+    """The folder, ready for the `onnxruntime` engine."""
+    model = run.require(ModelManifest)
     name = f"onnx-{precision}"
     folder = run.path / name
-    wanted = {"of": model["done_id"], "precision": precision}
-    done: dict[str, Any] = run.manifest(f"export-{name}") or {}
-    if not folder.is_dir() or any(done.get(key) != value for key, value in wanted.items()):
-        progress(0, 0, f"converting the model to ONNX ({precision})")
-        made = export_onnx(run.path / model["path"], folder, precision)
-        run.write_manifest(f"export-{name}", {**made, **wanted, "path": name})
+    kind = EXPORTS[name]
+    done = run.read(kind)
+    is_same = done is not None and (done.of, done.precision) == (model.done_id, precision)
+    if not folder.is_dir() or not is_same:
+        note(progress, f"converting the model to ONNX ({precision})")
+        made = export_onnx(run.path / model.path, folder, precision)
+        run.write(kind.model_validate({**made, "of": model.done_id, "path": name}))
     return folder
 
 
@@ -262,7 +264,9 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
         for name in _COPIED:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, built / name)
-        _replace(out_dir, built, Path(scratch) / "old")
+        if out_dir.exists():
+            out_dir.rename(Path(scratch) / "old")
+        built.rename(out_dir)
     size = sum(file.stat().st_size for file in out_dir.iterdir())
     seconds = round(time.monotonic() - started, 2)
     logger.info("converted %s to %s (%s, %d bytes)", model_dir, out_dir, precision, size)
@@ -300,7 +304,11 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
 
             common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))
             options = builder.parse_extra_options(*common, list(_OPTIONS))
-            _mark_windows(options["hf_details"]["hf_config"])
+            config = options["hf_details"]["hf_config"]
+            # Say which layers attend to a window: all of them, where the configuration has one.
+            # The builder looks only at `layer_types`, which Phi-3 does not have.
+            if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+                config.layer_types = ["sliding_attention"] * config.num_hidden_layers
             builder.create_model(*common, **options)
     except ImportError as error:
         raise MissingExtraError(error.name or "onnxruntime-genai", "local") from None
@@ -311,18 +319,3 @@ def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path)
             f"{model_dir} could not be converted to ONNX: {type(error).__name__}: {error}. "
             "Serve it unconverted with: serve.engine=transformers"
         ) from None
-
-
-def _mark_windows(config: Any) -> None:
-    """Say which layers attend to a window: all of them, where Phi-3's configuration has one.
-
-    The builder looks only at `layer_types`, which Phi-3 does not have, and would leave it out.
-    """
-    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
-        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-
-
-def _replace(target: Path, new: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
-    new.rename(target)

@@ -280,16 +280,14 @@ class _Visit:
     def _dress(self, message: Message) -> Message:
         inner, headers = message["status"], list(message.get("headers", ()))
         self._streaming = any(name == b"content-type" and _STREAM in v for name, v in headers)
-        extra = [*self._headers, ("ms-azureml-model-time", f"{self._model_ms():.0f}")]
+        model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
+        extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
         self.status = inner
         if inner != 200 and not self.scope.get("phi3.bare"):
             self.status = 424
             extra.append(("ms-azureml-model-error-statuscode", str(inner)))
             extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
         return {"status": self.status, "headers": [*headers, *encoded(extra)]}
-
-    def _model_ms(self) -> float:
-        return 1000 * (time.perf_counter() - (self.entered or self.started))
 
     async def refuse(
         self, status: int, body: bytes, content_type: str, headers: list[Header] | None = None

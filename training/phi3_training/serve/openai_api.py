@@ -157,28 +157,20 @@ async def _chat(request: Request, engine: Engine, config: ServerConfig, extras: 
     if refused := unsupported(asked, extras):
         return JSONResponse(error_body("Bad Request", 400, refused), 400)
     sampling = asked.sampling(config.max_new_tokens)
-    wanted = _wanted(request, asked, config)
+    # The model that a request names: as a deployment, or else in its body.
+    deployment = request.headers.get("azureml-model-deployment")
+    wanted = deployment if deployment in config.adapters else asked.model
     name = wanted if wanted in config.adapters else config.model_name
     try:
         chosen = pick(engine, wanted)
         if asked.stream:
-            return await _streamed(chosen.stream(asked.conversation(), sampling), asked, name)
+            stream = chosen.stream(asked.conversation(), sampling)
+            first = await anext(stream)  # until it has come, errors have a status
+            return _Events(stream, first, ChunkShape(name), wants_usage=asked.wants_usage)
         answer = await gather(chosen, asked.conversation(), sampling)
     except EngineError as error:
         return JSONResponse(_error(error), error.status)
     return JSONResponse(completion(name, answer.text, answer.last))
-
-
-def _wanted(request: Request, asked: ChatRequest, config: ServerConfig) -> str | None:
-    """The model that a request names: as a deployment, or else in its body."""
-    deployment = request.headers.get("azureml-model-deployment")
-    return deployment if deployment in config.adapters else asked.model
-
-
-async def _streamed(stream: Stream, asked: ChatRequest, name: str) -> Response:
-    """A streaming response, once the first chunk has come: until then errors have a status."""
-    first = await anext(stream)
-    return _Events(stream, first, ChunkShape(name), wants_usage=asked.wants_usage)
 
 
 class _Events(StreamingResponse):

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from .. import processes
 from ..errors import StageError
 from ..run import write_atomically
 from .config import ServerConfig
@@ -25,8 +26,6 @@ _MODULE = "phi3_training.serve"
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 2.0
 _SHOWN_LINES = 12
-# The system rounds the moment a process was created; two processes with one pid are further apart.
-_SAME_SECONDS = 1.0
 
 # Children of this process: kept so that their end can be collected.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -67,7 +66,8 @@ def start(
     try:
         status = _wait(process, status_file, config, log_path, wait_seconds)
     except BaseException:  # Ctrl-C too: an untracked server must not stay
-        _end(process)
+        process.kill()
+        process.wait()
         raise
     _children[process.pid] = process
     port = int(status["port"])
@@ -86,33 +86,19 @@ def stop(pid: int, create_time: float, timeout: float = 40.0) -> bool:
     if process is None:
         _collect(pid)
         return False
-    try:
-        process.terminate()
-        try:
-            process.wait(timeout)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(timeout)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:
-        raise StageError(
-            f"The endpoint's process {pid} does not exit, even after SIGKILL"
-        ) from None
+    if not processes.end([process], timeout):
+        raise StageError(f"The endpoint's process {pid} does not exit, even after SIGKILL")
     _collect(pid)
     return True
 
 
 def _find(pid: int, create_time: float) -> psutil.Process | None:
     """The process, if pid, moment of creation and command line all fit."""
+    process = processes.find(pid, create_time)
     try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - create_time) < _SAME_SECONDS
-        if same and process.status() != psutil.STATUS_ZOMBIE and _MODULE in process.cmdline():
-            return process
+        return process if process is not None and _MODULE in process.cmdline() else None
     except psutil.Error:
-        pass
-    return None
+        return None
 
 
 def _collect(pid: int) -> None:
@@ -124,6 +110,11 @@ def _collect(pid: int) -> None:
 def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]:
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     command = [sys.executable, "-m", _MODULE, "--config", str(settings), "--key-stdin"]
+    # A session of its own: closing the terminal or Ctrl-C there does not reach it.
+    detached: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
+        detached = {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
     try:
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,
@@ -132,8 +123,7 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
             stderr=descriptor,
             cwd=log_path.parent,
             env=_environment(),
-            # A separate session: closing the terminal or Ctrl-C there does not reach it.
-            **_detached(),
+            **detached,
         )
     finally:
         os.close(descriptor)
@@ -144,13 +134,6 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
     except OSError:  # it ended at once; `_wait` says why
         pass
     return process
-
-
-def _detached() -> dict[str, Any]:
-    if os.name == "nt":
-        flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
-        return {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
-    return {"start_new_session": True}
 
 
 def _environment() -> dict[str, str]:
@@ -184,11 +167,6 @@ def _wait(
         f"The endpoint did not answer within {wait_seconds:.0f} seconds and was stopped."
         f"{_last_lines(log_path)}"
     )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
 
 
 def _reachable(host: str) -> str:

@@ -19,19 +19,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from ..errors import Phi3TrainingError, UsageError
+from ..processes import start_time
 from ..run import write_atomically
 from .asgi import App
-from .choice import load_engine
 from .config import Quirks, ServerConfig
 from .engines.base import Engine
 from .frontdoor import FrontDoor
+from .loading import load_engine
 from .openai_api import add_openai
 from .score_api import add_score, error_body, swagger
 
@@ -217,6 +217,6 @@ def _announce(config: ServerConfig, listener: socket.socket) -> None:
         *(config.model_name, host, port, host, port),
     )
     if config.status_file is not None:
-        created = psutil.Process().create_time()
-        status = {"pid": os.getpid(), "create_time": created, "port": port}
+        pid = os.getpid()
+        status = {"pid": pid, "create_time": start_time(pid), "port": port}
         write_atomically(config.status_file, json.dumps(status))

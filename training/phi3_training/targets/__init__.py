@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from ..errors import UsageError
+from ..manifests import PlaceManifest
 from ..run import Run
 from .base import Access, CloudTarget, PlanLine, Target
 
-__all__ = ["PLACE", "Access", "CloudTarget", "PlanLine", "Target", "get_target", "target_of"]
+__all__ = [
+    "HERE",
+    "Access",
+    "CloudTarget",
+    "PlanLine",
+    "Target",
+    "get_target",
+    "is_here",
+    "target_of",
+]
 
-PLACE = "place"  # the manifest that says where a run is; without it, on this machine
+HERE = "local"  # the name of this machine as a target
 
 
 def get_target(name: str) -> Target:
     """The target called `name`; raises UsageError for one that does not exist."""
-    if name == "local":
+    if name == HERE:
         from .local import LocalTarget
 
         return LocalTarget()
@@ -25,5 +35,11 @@ def get_target(name: str) -> Target:
 
 
 def target_of(run: Run) -> str:
-    """The name of the target that a run was made on."""
-    return str((run.manifest(PLACE) or {}).get("target", "local"))
+    """The name of the target that a run was made on; without a place it is this machine."""
+    place = run.read(PlaceManifest)
+    return HERE if place is None or place.target is None else place.target
+
+
+def is_here(run: Run) -> bool:
+    """Whether a run was made on this machine."""
+    return target_of(run) == HERE

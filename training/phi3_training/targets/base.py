@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from phi3_tool import Phi3Client
 
-from ..console import ProgressCallback
+from ..manifests import (
+    AnswerManifest,
+    BaseManifest,
+    ConnectionManifest,
+    EndpointManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    ProvisionManifest,
+    RegistrationManifest,
+)
 from ..planning import PlanLine as PlanLine
+from ..progress import Progress
 from ..recipe import Recipe
 from ..run import Run
-
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,14 @@ class Access:
 
 
 class Target(Protocol):
-    """Where the journey runs. Methods return manifests (no secrets); failures are StageErrors."""
+    """Where the journey runs. What it makes is told in manifests; failures are StageErrors."""
 
     name: str
+
+    @property
+    def cloud(self) -> CloudTarget | None:
+        """The same target with what only one away from this machine can do; None: it is here."""
+        ...
 
     def begin(self, recipe: Recipe, run: Run) -> None:
         """Write down where this run is, before anything is made there."""
@@ -42,23 +57,51 @@ class Target(Protocol):
         """What this target would use and cost, and what would stop it; changes nothing."""
         ...
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Fine-tune on the prepared chats; the manifest `model`."""
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+        """What the result of a stage depends on: `shared`, and what counts at this target."""
         ...
 
-    def register(self, recipe: Recipe, run: Run) -> Manifest:
-        """Put the tuned model into the target's registry; the manifest `registration`."""
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
+        """Make or find the model that is tuned, or say which one it is."""
         ...
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Bring up an endpoint that answers; the manifest `endpoint` (url, no key)."""
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
+        """Fine-tune on the prepared chats."""
+        ...
+
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
+        """Measure both models; the rows are in the run folder afterwards."""
+        ...
+
+    def register(self, recipe: Recipe, run: Run) -> RegistrationManifest:
+        """Put the tuned model into the target's registry."""
+        ...
+
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
+        """Bring up an endpoint that answers (url, no key)."""
+        ...
+
+    def is_up(self, recipe: Recipe, run: Run) -> bool:
+        """Whether the run's endpoint answers, and can still be connected to."""
+        ...
+
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
+        """Write the Prompt flow connections that lead to the endpoint."""
+        ...
+
+    def is_connected(self, run: Run) -> bool:
+        """Whether the run's connections still lead to its endpoint; another run may have them."""
+        ...
+
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
+        """The answer of the flow to the recipe's question, through each connection."""
         ...
 
     def key(self, run: Run) -> str | None:
         """The endpoint's key if this target can hand it out now; kept in memory only."""
         ...
 
-    def status(self, run: Run) -> Manifest:
+    def status(self, run: Run) -> dict[str, Any]:
         """What of this run is up: `{"endpoint": {"state": "up"|"down"|"none", …}}`."""
         ...
 
@@ -71,9 +114,9 @@ class CloudTarget(Target, Protocol):
     """A target away from this machine: what it creates bills and is queried over the network."""
 
     def provide(
-        self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
-    ) -> Manifest:
-        """See that all that the journey needs is there; the manifest `azure`.
+        self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
+    ) -> ProvisionManifest:
+        """See that all that the journey needs is there.
 
         `trains`: whether what trains is needed as well.
         """
@@ -81,35 +124,6 @@ class CloudTarget(Target, Protocol):
 
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
         """Whether that is still there."""
-        ...
-
-    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Say which model is tuned; the manifest `base`."""
-        ...
-
-    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Measure both models there and bring the rows back; the manifest `metrics`."""
-        ...
-
-    def place_inputs(self, recipe: Recipe, stage: str) -> Any:
-        """What the result of a stage depends on at this target, in addition to the shared "
-        "sections."""
-        ...
-
-    def is_up(self, run: Run) -> bool:
-        """Whether the run's deployment is well and has the endpoint's traffic."""
-        ...
-
-    def is_connected(self, run: Run) -> bool:
-        """Whether the run's connections still point to its endpoint; another run may have them."""
-        ...
-
-    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-        """Write the Prompt flow connections, here and there; the manifest `connection`."""
-        ...
-
-    def connections(self, run: Run) -> dict[str, Any]:
-        """Prompt flow's connection objects by the place they were read from, secrets included."""
         ...
 
     def access(self, run: Run) -> Access:
@@ -120,7 +134,7 @@ class CloudTarget(Target, Protocol):
         """What `remove` with "all" would delete."""
         ...
 
-    def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
+    def remove(self, run: Run, only: str, progress: Progress) -> list[str]:
         """Delete what bills and wait for it; the receipt, a line for each thing.
 
         `only`: "run" (endpoint and cluster), "failed", "idle" or "all".

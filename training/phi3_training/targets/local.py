@@ -11,16 +11,28 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from ..console import ProgressCallback
+from phi3_tool.connection import same_endpoint
+
+from ..engine import choose_engine
 from ..errors import StageError
+from ..manifests import (
+    AnswerManifest,
+    BaseManifest,
+    ConnectionManifest,
+    EndpointManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    RegistrationManifest,
+)
 from ..memory import memory_plan, row_sizes, this_device
+from ..progress import Progress, no_progress, note
 from ..recipe import Recipe
 from ..run import Run
 from ..serve import process
-from ..serve.choice import choose_engine
-from ..serve.config import EngineName, ServerConfig
+from ..serve.config import ServerConfig
 from ..serve.export import converted
-from .base import Manifest, PlanLine
+from .base import PlanLine
 
 
 class LocalTarget:
@@ -31,12 +43,17 @@ class LocalTarget:
     def __init__(self) -> None:
         self._keys: dict[Path, str] = {}
 
+    @property
+    def cloud(self) -> None:
+        """None: everything is here."""
+        return None
+
     def begin(self, recipe: Recipe, run: Run) -> None:
         """Nothing: a run folder without a place is this machine's."""
 
     def plan(self, recipe: Recipe, run: Run) -> list[PlanLine]:
         """What `up` would use here, memory included; nothing is billed."""
-        engine, reason = _engine(recipe)
+        engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
         model = "a tiny Phi-3, trained here" if recipe.model.is_tiny else recipe.model.name_or_path
         return [
             PlanLine("base", model),
@@ -46,31 +63,48 @@ class LocalTarget:
             PlanLine("cost", f"nothing is billed; phi3 creates {run.path} and one server process"),
         ]
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+        """Nothing but what every target shares."""
+        del recipe, stage
+        return shared
+
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
+        """Make the tiny model, or find weights."""
+        from ..finetune import prepare_base
+
+        return prepare_base(recipe, run, progress)
+
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         """Fine-tune in this process."""
         from ..finetune import finetune
 
         return finetune(recipe, run, progress)
 
-    def register(self, recipe: Recipe, run: Run) -> Manifest:
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
+        """Ask both models in this process."""
+        from ..evaluate import evaluate
+
+        return evaluate(recipe, run, progress)
+
+    def register(self, recipe: Recipe, run: Run) -> RegistrationManifest:
         """Register with MLflow in the run folder."""
         from ..register import register
 
         return register(recipe.name, run)
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Start the endpoint of this run, on the port it had before where that is free.
 
         An endpoint of this run that still answers is stopped when the new one does, unless the
         recipe's port must be free first.
         """
         config, engine, reason = server_config(recipe, run, progress)
-        before = run.manifest("endpoint")
-        port_is_in_use = before is not None and before["port"] == config.port
+        before = run.read(EndpointManifest)
+        port_is_in_use = before is not None and before.port == config.port
         if port_is_in_use:
             self.teardown(run)
         key = os.environ.get("PHI3_KEY") or secrets.token_urlsafe(32)
-        progress(0, 0, "waiting for the endpoint to answer")
+        note(progress, "waiting for the endpoint to answer")
         started = process.start(
             config,
             key=key,
@@ -80,74 +114,129 @@ class LocalTarget:
         if not port_is_in_use:
             self.teardown(run)
         self._keys[run.path] = key
-        return {
-            "target": self.name,
-            "endpoint": started.endpoint,
-            "engine": engine,
-            "pid": started.pid,
-            "create_time": started.create_time,
-            "port": started.port,
-            "deployment": config.deployment,
-            "context_length": context_length(config),
-            "log": "endpoint.log",
-            "choices": [f"engine {engine}: {reason}"],
-        }
+        return EndpointManifest(
+            target=self.name,
+            endpoint=started.endpoint,
+            engine=engine,
+            pid=started.pid,
+            create_time=started.create_time,
+            port=started.port,
+            deployment=config.deployment,
+            context_length=context_length(config),
+            log="endpoint.log",
+            choices=[f"engine {engine}: {reason}"],
+        )
+
+    def is_up(self, recipe: Recipe, run: Run) -> bool:
+        """The server lives and its key is known; else only a new one has a key to connect with."""
+        endpoint = run.read(EndpointManifest)
+        return (
+            endpoint is not None
+            and _lives(endpoint)
+            and self._known_key(recipe, run, endpoint) is not None
+        )
+
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
+        """Write the connection into Prompt flow's store on this machine."""
+        from ..flow.connect import connect
+
+        del progress
+        endpoint = run.require(EndpointManifest)
+        key = self._known_key(recipe, run, endpoint)
+        if key is None:
+            raise StageError(
+                "The endpoint's key is held by no process any more; "
+                "start the endpoint anew with: phi3 down && phi3 up"
+            )
+        return connect(endpoint, key, recipe.connection.name, recipe.connection.dialect)
+
+    def is_connected(self, run: Run) -> bool:
+        """Yes: a connection that another run has taken over is told where it is used."""
+        del run
+        return True
+
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
+        """The answer through the stored connection."""
+        from ..flow.ask import ask
+
+        del run, progress
+        answer = ask(flow, recipe.ask, connection_name=recipe.connection.name)
+        return AnswerManifest(question=recipe.ask, answer=answer)
+
+    def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
+        """The endpoint's key: of this object, else of the store if that leads to this endpoint.
+
+        Neither has it after a stop between `deploy` and `connect`, or when another run connected
+        since.
+        """
+        from ..flow.store import StoreError, read_connection
+
+        key = self.key(run)
+        if key is not None:
+            return key
+        try:
+            stored, stored_key = read_connection(recipe.connection.name)
+        except StoreError:
+            return None
+        return stored_key if same_endpoint(stored, endpoint.endpoint) else None
 
     def key(self, run: Run) -> str | None:
         """The key of the endpoint that this object started."""
         return self._keys.get(run.path)
 
-    def status(self, run: Run) -> Manifest:
+    def status(self, run: Run) -> dict[str, Any]:
         """Whether the run's server process lives."""
-        endpoint = run.manifest("endpoint")
+        endpoint = run.read(EndpointManifest)
         if endpoint is None:
             return {"endpoint": {"state": "none"}}
-        up = process.alive(endpoint["pid"], endpoint["create_time"])
-        shown = {"url": endpoint["endpoint"], "pid": endpoint["pid"], "engine": endpoint["engine"]}
-        return {"endpoint": {"state": "up" if up else "down", **shown}}
+        state = "up" if _lives(endpoint) else "down"
+        shown = {"url": endpoint.endpoint, "pid": endpoint.pid, "engine": endpoint.engine}
+        return {"endpoint": {"state": state, **shown}}
 
     def teardown(self, run: Run) -> list[str]:
         """Stop the run's server; requests that it is answering are finished first."""
-        endpoint = run.manifest("endpoint")
-        if endpoint is None or not process.stop(endpoint["pid"], endpoint["create_time"]):
+        endpoint = run.read(EndpointManifest)
+        if endpoint is None or endpoint.pid is None or endpoint.create_time is None:
             return []
-        return [f"Stopped the endpoint of {run.name}: process {endpoint['pid']}"]
+        if not process.stop(endpoint.pid, endpoint.create_time):
+            return []
+        return [f"Stopped the endpoint of {run.name}: process {endpoint.pid}"]
 
 
-def server_config(
-    recipe: Recipe, run: Run, progress: ProgressCallback
-) -> tuple[ServerConfig, str, str]:
+def _lives(endpoint: EndpointManifest) -> bool:
+    """Whether the server is the process that was started, and not a later one of its number."""
+    if endpoint.pid is None or endpoint.create_time is None:
+        return False
+    return process.alive(endpoint.pid, endpoint.create_time)
+
+
+def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerConfig, str, str]:
     """What the server needs to serve this run's model, the engine and the reason for it.
 
     Converts the model to ONNX if the engine needs it and that has not been done yet.
     """
-    model = run.require("model", "phi3 train")
-    engine, reason = _engine(recipe)
+    model = run.require(ModelManifest)
+    engine, reason = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
     settings = recipe.serve.model_dump(exclude={"precision", "adapters"})
     settings["engine"] = engine
     if recipe.serve.adapters:
         settings.update(_adapters(run, model))
-    settings["model_dir"] = run.path / model["path"]
-    if engine == "ort-genai":
+    settings["model_dir"] = run.path / model.path
+    if engine == "onnxruntime":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
-    before = run.manifest("endpoint") or {}
-    settings["port"] = recipe.serve.port or _free_again(before.get("port", 0))
+    before = run.read(EndpointManifest)
+    last = 0 if before is None else before.port or 0
+    settings["port"] = recipe.serve.port or _free_again(last)
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
 
 
-def _engine(recipe: Recipe) -> tuple[EngineName, str]:
-    if recipe.serve.adapters:
-        return "transformers", "it serves the run's adapters by name"
-    return choose_engine(recipe.serve.engine)
-
-
-def _adapters(run: Run, model: Manifest) -> dict[str, Any]:
+def _adapters(run: Run, model: ModelManifest) -> dict[str, Any]:
     """The run's own adapter, the named ones, and the base below them."""
     from ..finetune.weights import list_adapters
 
-    if model.get("adapter") is None:
+    if model.adapter is None:
         raise StageError(
             f"The model of the run {run.name!r} was trained with method full, so no adapters can "
             f"be served with it: train with finetune.method=lora, or set serve.adapters=false"
@@ -158,8 +247,8 @@ def _adapters(run: Run, model: Manifest) -> dict[str, Any]:
             f"The run {run.name!r} has no named adapter to serve; "
             "train one: phi3 train RECIPE --adapter NAME"
         )
-    base = run.path / str(run.require("base", "phi3 train")["path"])
-    return {"base_dir": base, "adapter_dir": run.path / model["adapter"], "adapters": named}
+    base = run.path / run.require(BaseManifest).path
+    return {"base_dir": base, "adapter_dir": run.path / model.adapter, "adapters": named}
 
 
 def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
@@ -167,7 +256,7 @@ def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
     from ..serve.server import log_to_stderr, serve
 
     log_to_stderr()  # tells where it listens
-    config, _engine, _reason = server_config(recipe, run, lambda _done, _total, _text: None)
+    config, _engine, _reason = server_config(recipe, run, no_progress)
     serve(config, key=key, upstream_key=os.environ.pop("PHI3_UPSTREAM_KEY", None))
     return 0
 

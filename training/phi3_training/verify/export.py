@@ -14,9 +14,18 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..console import ProgressCallback
 from ..evaluate.metrics import exact_match
 from ..finetune.rows import read_rows
+from ..manifests import (
+    EXPORTS,
+    BaseManifest,
+    ExportCheck,
+    ExportManifest,
+    Limits,
+    MergedExport,
+    ModelManifest,
+)
+from ..progress import Progress
 from ..prompt import ChatFormat
 from ..run import Run
 from ..serve.engines.batch import StepModel
@@ -114,26 +123,7 @@ PRECISIONS: dict[Format, Precision] = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is allowed at most (or, for agreement, at least); `why` says where it comes from.
-
-    `weights`: root mean square of a layer's deviation, as a share of the layer's own. `change`:
-    the same as a share of what the adapter changed in it.
-    """
-
-    token_agreement: float
-    mean_kl: float
-    worst_kl: float
-    lost_answers: float
-    weights: float
-    change: float
-    why: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return dict(vars(self))
-
+Figures = dict[str, Any]  # of a manifest's ExportCheck
 
 _ROUNDED = "each weight is rounded to the nearest {}; that is noise, not a trend"
 
@@ -249,7 +239,7 @@ class LayerFigures(Protocol):
 
 def behaviour(
     found: Sequence[Deviation], limits: Limits, token: Callable[[int], str], sides: tuple[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Figures, list[str]]:
     """Figures over all prompts and the problems; `sides` names the two models."""
     tokens = sum(d.tokens for d in found)
     agreement = sum(d.alike for d in found) / tokens
@@ -286,7 +276,7 @@ def behaviour(
 
 def answers(
     before: Sequence[bool], after: Sequence[bool], names: Sequence[str], limits: Limits
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Figures, list[str]]:
     """Exact match on held-out rows before and after, and the rows that were lost."""
     rows = len(before)
     lost = [n for n, was, now in zip(names, before, after, strict=True) if was and not now]
@@ -307,9 +297,7 @@ def answers(
     ]
 
 
-def weights(
-    found: Sequence[LayerFigures], limits: Limits, dtype: str
-) -> tuple[dict[str, Any], list[str]]:
+def weights(found: Sequence[LayerFigures], limits: Limits, dtype: str) -> tuple[Figures, list[str]]:
     """The layers that are furthest from base plus adapter."""
     by_weights = sorted(found, key=lambda layer: layer.weights, reverse=True)
     by_change = max(found, key=lambda layer: layer.change)
@@ -352,30 +340,29 @@ def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str])
 # Exports one format of a run's model and compares it with the original.
 # Reads run/base, run/adapter and run/model; writes run/onnx-<precision> and export-<format>.json.
 
-Manifest = dict[str, Any]
 
-
-def export(run: Run, to: Format, progress: ProgressCallback) -> Manifest:
-    """Make the export, compare, and write `export-<format>.json`; `check.passed` is the verdict.
+def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
+    """Make the export, compare, and write `export-<format>.json`; `passed` is the verdict.
 
     Raises StageError when a part is missing or cannot be loaded.
     """
-    model = run.require("model", "phi3 train")
-    folder = run.path / str(model["path"])
+    model = run.require(ModelManifest)
+    folder = run.path / model.path
     exam = _Exam(run, folder, progress)
+    made: ExportManifest
     if to == "merged":
-        check, made = _merged(run, model, folder, exam), {"path": str(model["path"])}
+        check, made = _merged(run, model, folder, exam), MergedExport(path=model.path)
     else:
         onnx = converted(run, PRECISIONS[to], progress)
-        check, made = _onnx(folder, onnx, ONNX[to], to, exam), run.require(f"export-{to}", "")
-    run.write_manifest(f"export-{to}", {**made, "of": model["done_id"], "check": check})
+        check, made = _onnx(folder, onnx, ONNX[to], to, exam), run.require(EXPORTS[to])
+    run.write(made.model_copy(update={"of": model.done_id, "check": check}))
     return check
 
 
 class _Exam:
     """The same questions for both models, and the first one's answers."""
 
-    def __init__(self, run: Run, folder: Path, progress: ProgressCallback) -> None:
+    def __init__(self, run: Run, folder: Path, progress: Progress) -> None:
         self._chat = ChatFormat.from_folder(folder)
         self._prompts = fixed_prompts(self._chat)
         self._rows = held_out(run, self._chat)
@@ -394,7 +381,7 @@ class _Exam:
         said: tuple[list[Trace], list[bool]],
         limits: Limits,
         sides: tuple[str, str],
-    ) -> tuple[Manifest, list[str]]:
+    ) -> tuple[Figures, list[str]]:
         """The figures of the other model against those, and the problems."""
         found = []
         for prompt, trace in zip(self._prompts, said[0], strict=True):
@@ -413,11 +400,13 @@ class _Exam:
         return greedy(model, prompt.ids, self._chat.stop_token_ids, MAX_NEW_TOKENS)
 
     def _right(self, model: StepModel, name: str) -> list[bool]:
-        return [self._is_right(model, row, name) for row in self._rows]
-
-    def _is_right(self, model: StepModel, row: HeldOut, name: str) -> bool:
-        tokens = self._trace(model, row.prompt, name).tokens
-        return exact_match(self._chat.decode(_answer(tokens, self._chat)), row.expected)
+        found = []
+        for row in self._rows:
+            tokens = self._trace(model, row.prompt, name).tokens
+            ended = tokens and tokens[-1] in self._chat.stop_token_ids
+            answer = self._chat.decode(tokens[:-1] if ended else tokens)
+            found.append(exact_match(answer, row.expected))
+        return found
 
     def _step(self, name: str) -> None:
         self._done += 1
@@ -428,19 +417,19 @@ def _answer(tokens: Sequence[int], chat: ChatFormat) -> Sequence[int]:
     return tokens[:-1] if tokens and tokens[-1] in chat.stop_token_ids else tokens
 
 
-def _merged(run: Run, model: Manifest, folder: Path, exam: _Exam) -> Manifest:
+def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> ExportCheck:
     """The merged model against base and adapter side by side: behaviour, then every weight."""
     from ..finetune.runtime import quiet_libraries
     from . import models
 
     quiet_libraries()
-    dtype = str(model["settings"]["dtype"])
-    if model.get("adapter") is None:
+    dtype = str(model.settings["dtype"])
+    if model.adapter is None:
         note = "all weights were trained, so there is no merged adapter to check"
-        return {"passed": True, "problems": [], "note": note}
-    base = run.path / str(run.require("base", "phi3 train")["path"])
+        return ExportCheck(passed=True, problems=[], note=note)
+    base = run.path / run.require(BaseManifest).path
     limits = MERGED[dtype]
-    side = models.unmerged(base, run.path / str(model["adapter"]))
+    side = models.unmerged(base, run.path / model.adapter)
     said = exam.first(models.rows_of(side), "base and adapter")
     layers, wrong = weights(list(models.layers(side, base, folder)), limits, dtype)
     del side
@@ -449,26 +438,22 @@ def _merged(run: Run, model: Manifest, folder: Path, exam: _Exam) -> Manifest:
     return _check(sides[0], {**figures, "layers": layers}, [*wrong, *problems], limits)
 
 
-def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> Manifest:
+def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> ExportCheck:
     """The ONNX folder against the merged model."""
     from ..finetune.runtime import quiet_libraries
-    from ..serve.engines import ort_genai
+    from ..serve.engines import onnxruntime
     from . import models
 
     quiet_libraries()
     reference = models.merged_rows(folder)
     said = exam.first(reference, "merged")
     del reference
-    candidate = ort_genai.step_model(onnx)
+    candidate = onnxruntime.step_model(onnx)
     figures, problems = exam.second(candidate, said, limits, ("merged", to))
     return _check("merged", figures, problems, limits)
 
 
-def _check(against: str, figures: Manifest, problems: list[str], limits: Limits) -> Manifest:
-    return {
-        "passed": not problems,
-        "compared_with": against,
-        "problems": problems,
-        **figures,
-        "limits": limits.as_dict(),
-    }
+def _check(against: str, figures: Figures, problems: list[str], limits: Limits) -> ExportCheck:
+    return ExportCheck(
+        passed=not problems, compared_with=against, problems=problems, **figures, limits=limits
+    )

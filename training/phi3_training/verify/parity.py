@@ -22,13 +22,14 @@ from phi3_tool.wire import build_request
 
 from ..errors import MissingExtraError, StageError
 from ..finetune.rows import encode_rows
+from ..manifests import BaseManifest, ModelManifest
 from ..prompt import ChatFormat
 from ..run import Run
 from ..serve.azure_score import Scorer
 from ..serve.config import ServerConfig
 from ..serve.engines.base import Engine
 from ..serve.engines.batch import Logits
-from ..serve.engines.tokens import TokenEngine
+from ..serve.engines.tokens import TokenEngine, chat_format
 from ..serve.engines.upstream import Upstream
 from ..serve.server import create_container
 
@@ -329,13 +330,12 @@ async def flow_asks(engine: Engine, messages: Messages) -> str:
 
 async def script_asks(engine: Engine, messages: Messages) -> str:
     """The same body, to the script that an Azure deployment runs."""
-    body = json.dumps(_flow_body(messages))
-    return _why_ended(await asyncio.to_thread(_through_script, engine, body))
 
+    def run() -> dict[str, Any]:
+        with Scorer(engine) as scorer:
+            return scorer.run(json.dumps(_flow_body(messages)))
 
-def _through_script(engine: Engine, body: str) -> dict[str, Any]:
-    with Scorer(engine) as scorer:
-        return scorer.run(body)
+    return _why_ended(await asyncio.to_thread(run))
 
 
 def _flow_body(messages: Messages) -> dict[str, Any]:
@@ -416,8 +416,8 @@ class Places:
 
 def places_of_run(run: Run) -> Places:
     """The folders of a run. Raises StageError when it has no tuned model yet."""
-    base = run.path / str(run.require("base", "phi3 train")["path"])
-    model = run.path / str(run.require("model", "phi3 train")["path"])
+    base = run.path / run.require(BaseManifest).path
+    model = run.path / run.require(ModelManifest).path
     return _with_onnx(base, model, sorted(run.path.glob("onnx*")))
 
 
@@ -429,12 +429,12 @@ def places_of_folder(folder: Path) -> Places:
 def _with_onnx(base: Path, model: Path, candidates: Sequence[Path]) -> Places:
     onnx = tuple(path for path in candidates if (path / "genai_config.json").is_file())
     missing = "no ONNX folder yet; create one with: phi3 export --to onnx-fp32"
-    return Places(base, model, onnx, {} if onnx else {"engine ort-genai": missing})
+    return Places(base, model, onnx, {} if onnx else {"engine onnxruntime": missing})
 
 
 def check_tokens(places: Places) -> Report:
     """Compare all places over the golden set. Raises StageError for a folder without a format."""
-    chat = _chat(places.trained_from)
+    chat = chat_format(places.trained_from)
     names = Vocabulary(places.trained_from)
     rows, cases = [], []
     for case in golden(chat, names.literals()):
@@ -445,29 +445,20 @@ def check_tokens(places: Places) -> Report:
             cases.append(case)
     report = Report(len(cases))
     report.places.append(_trainer(chat, cases, rows, names))
-    for title, folder in _distinct({"trained from": places.trained_from, "tuned": places.model}):
+    folders = {"trained from": places.trained_from.resolve()}
+    if places.model.resolve() not in folders.values():
+        folders["tuned"] = places.model.resolve()
+    for title, folder in folders.items():
         report.places.append(_reference(title, folder, cases, rows, names))
     for name, folder, settings, routes in (
         ("transformers", places.model, "generation_config.json", _ROUTES + _SCRIPT),
-        *(("ort-genai", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
+        *(("onnxruntime", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
     ):
         report.places += asyncio.run(_engine(name, folder, cases, rows, names, routes))
         report.places.append(_stops(folder / settings, rows, names))
     report.places.append(asyncio.run(_upstream(cases)))
     report.places += [Place(name, skipped=reason) for name, reason in places.notes.items()]
     return report
-
-
-def _distinct(folders: dict[str, Path]) -> list[tuple[str, Path]]:
-    named = {folder.resolve(): title for title, folder in reversed(folders.items())}
-    return [(title, folder) for folder, title in reversed(named.items())]
-
-
-def _chat(folder: Path) -> ChatFormat:
-    try:
-        return ChatFormat.from_folder(folder)
-    except ValueError as error:
-        raise StageError(str(error)) from None
 
 
 def _trainer(
@@ -514,7 +505,8 @@ def _reference(
             except TemplateRefusalError as error:
                 place.differences.append(Difference(case.name, f"refused: {error}"))
                 continue
-            _note(place, first_difference(case.name, wanted, ids, names, what))
+            difference = first_difference(case.name, wanted, ids, names, what)
+            place.differences += [difference] if difference else []
     return place
 
 
@@ -591,8 +583,3 @@ async def _upstream(cases: Sequence[Case]) -> Place:
             what = f"passes on {list(passed)}, asked {list(case.spoken)}"
             place.differences.append(Difference(case.name, what[:300]))
     return place
-
-
-def _note(place: Place, difference: Difference | None) -> None:
-    if difference is not None:
-        place.differences.append(difference)

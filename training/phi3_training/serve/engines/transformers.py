@@ -37,7 +37,10 @@ def step_model(
 ) -> CachedRows:
     """The folder's weights, ready to step; raises StageError when it holds no model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or _dtype_for(device)
+    if dtype is None and device.type == "cuda":
+        # bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it.
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = dtype or torch.float32
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
@@ -47,22 +50,11 @@ def step_model(
             "train it again with: phi3 train"
         ) from None
     if device.type == "cpu":
-        torch.set_num_threads(num_threads or _threads_for(model))
+        small = sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL
+        cores = 1 if small else psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(num_threads or cores)
     logger.info("transformers on %s in %s", device, str(dtype).removeprefix("torch."))
     return CachedRows(model.to(device).eval())
-
-
-def _threads_for(model: Any) -> int:
-    if sum(weight.numel() for weight in model.parameters()) < _SMALL_MODEL:
-        return 1
-    return psutil.cpu_count(logical=False) or 1
-
-
-def _dtype_for(device: torch.device) -> torch.dtype:
-    """bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 class CachedRows:
@@ -109,12 +101,7 @@ class CachedRows:
         kept = list(range(rows - 1))
         if row != rows - 1:
             kept[row] = rows - 1
-        self._mask = self._mask[kept]
-        first = int(self._mask.argmax(dim=1).min())
-        self._mask = self._mask[:, first:]
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[kept][:, :, first:]
-            layer.values = layer.values[kept][:, :, first:]
+        self._mask = kept_rows(self._mask, self._cache, kept)
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Logits:
@@ -132,17 +119,27 @@ class CachedRows:
 
     def _join(self, cache: Any, mask: torch.Tensor) -> None:
         width = max(self._mask.shape[1], mask.shape[1])
-        self._mask = torch.cat([_pad(self._mask, 1, width), _pad(mask, 1, width)])
+        self._mask = torch.cat([pad_left(self._mask, 1, width), pad_left(mask, 1, width)])
         for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-            mine.keys = torch.cat([_pad(mine.keys, 2, width), _pad(new.keys, 2, width)])
-            mine.values = torch.cat([_pad(mine.values, 2, width), _pad(new.values, 2, width)])
+            for name in ("keys", "values"):
+                both = getattr(mine, name), getattr(new, name)
+                setattr(mine, name, torch.cat([pad_left(states, 2, width) for states in both]))
 
 
-def _pad(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
+def pad_left(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
     """Zeros in front along `dim` up to `width`."""
     missing = width - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+    return torch.nn.functional.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [missing, 0])
+
+
+def kept_rows(mask: torch.Tensor, cache: Any, rows: Sequence[int]) -> torch.Tensor:
+    """Keep these rows of the cache, in this order, without columns that are padding everywhere.
+
+    The mask of what is left; both are padded on the left, and at least one row is kept.
+    """
+    mask = mask[rows]
+    first = int(mask.argmax(dim=1).min())
+    for layer in cache.layers:
+        layer.keys = layer.keys[rows][:, :, first:]
+        layer.values = layer.values[rows][:, :, first:]
+    return mask[:, first:]

@@ -126,7 +126,11 @@ class _Reading:
             ) from None
         if not isinstance(event, dict) or "error" in event:
             raise UpstreamError("The server behind this endpoint reported an error in its stream")
-        self._count(event.get("usage"))
+        usage = event.get("usage")
+        if isinstance(usage, Mapping):
+            self._counted = True
+            self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            self.completion_tokens = int(usage.get("completion_tokens") or 0)
         choice: Mapping[str, Any] = next(iter(event.get("choices") or ()), {})
         self._reason = choice.get("finish_reason") or self._reason
         text = str((choice.get("delta") or {}).get("content") or "")
@@ -140,12 +144,6 @@ class _Reading:
             raise UpstreamError("The server behind this endpoint ended its answer half-way")
         reason: FinishReason = "length" if self._reason == "length" else "stop"
         return Chunk("", reason, self.prompt_tokens, self.completion_tokens)
-
-    def _count(self, usage: object) -> None:
-        if isinstance(usage, Mapping):
-            self._counted = True
-            self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            self.completion_tokens = int(usage.get("completion_tokens") or 0)
 
 
 def _refusal(response: httpx.Response, url: str) -> EngineError:

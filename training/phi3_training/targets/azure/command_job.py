@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...carried import carried_files
 from ...errors import StageError
+from ...manifests import DatasetManifest
 from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
 from .clients import Clients
@@ -34,7 +35,7 @@ MODEL_OUTPUT, RUN_OUTPUT = "model", "run"
 
 def data_files(run: Run) -> dict[str, Path]:
     """The prepared chats by part. StageError where there are none."""
-    run.require("dataset", "phi3 data prepare")
+    run.require(DatasetManifest)
     parts = ("train", "validation", "replay")
     paths = {part: run.path / "data" / f"{part}.jsonl" for part in parts}
     return {part: path for part, path in paths.items() if path.is_file()}

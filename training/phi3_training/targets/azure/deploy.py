@@ -29,17 +29,19 @@ from phi3_tool.errors import (
 )
 
 from ...carried import copy_carried
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
-from ..base import Access, Manifest
+from ..base import Access
 from .clients import Clients, quiet_uploads
 from .environments import serving_environment
 from .failures import explained, scrub
 from .operations import Outcome, create, delete, get_or_none, state_of, without_dots
 from .place import (
+    AZURE,
     RUN_TAG,
     RunResource,
     deployment_name,
@@ -100,13 +102,13 @@ class ServedModel:
     route: str
 
 
-def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-    """Bring the registered model up; the manifest `endpoint`."""
+def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
+    """Bring the registered model up."""
     section = recipe.azure
     settings = section.endpoint
-    registration = run.require("registration", "phi3 register --on azure")
-    route = run.require("model", "phi3 train --on azure")["route"]
-    model = ServedModel(registration["model"], str(registration["model_version"]), route)
+    registration = run.require(RegistrationManifest)
+    route = run.require(ModelManifest).route
+    model = ServedModel(registration.model, registration.model_version, route)
     refuse_retired(settings.instance_type, "azure.endpoint.instance_type")
     find_size(clients, settings.instance_type, "azure.endpoint.instance_type")
     target = DeploymentId(
@@ -131,24 +133,24 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallbac
             f"without traffic, but billing: {', '.join(idle)}; delete with: phi3 down --on azure "
             f"--idle"
         )
-    return {
-        "target": "azure",
-        "endpoint": access.endpoint,
-        "endpoint_name": target.endpoint,
-        "deployment": target.name,
-        "engine": f"{settings.instance_count} x {settings.instance_type}",
-        "auth_mode": settings.auth_mode,
-        "instance_type": settings.instance_type,
-        "instance_count": settings.instance_count,
-        "traffic": {target.name: 100},
-        "traffic_before": before,
-        "smoke": {"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
-        "choices": choices,
-    }
+    return EndpointManifest(
+        target=AZURE,
+        endpoint=access.endpoint,
+        endpoint_name=target.endpoint,
+        deployment=target.name,
+        engine=f"{settings.instance_count} x {settings.instance_type}",
+        auth_mode=settings.auth_mode,
+        instance_type=settings.instance_type,
+        instance_count=settings.instance_count,
+        traffic={target.name: 100},
+        traffic_before=before,
+        smoke={"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
+        choices=choices,
+    )
 
 
 def ensure_endpoint(
-    clients: Clients, section: AzureSection, run: Run, name: str, progress: ProgressCallback
+    clients: Clients, section: AzureSection, run: Run, name: str, progress: Progress
 ) -> tuple[OnlineEndpoint, bool]:
     """The endpoint, and whether it was created now. StageError if it cannot be used."""
     from azure.ai.ml.entities import (
@@ -199,7 +201,7 @@ def ensure_deployment(
     run: Run,
     target: DeploymentId,
     model: ServedModel,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> Outcome:
     """Create the deployment, without traffic.
 
@@ -361,7 +363,7 @@ def _first_answer(
     access: Access,
     target: DeploymentId,
     question: str,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
@@ -386,7 +388,7 @@ def _first_answer(
                         f"answer, so it gets no traffic: {error}{log_end}\nIt bills until it is "
                         "deleted: phi3 down --on azure --idle"
                     ) from None
-                progress(0, 0, f"asking {target.name}: not ready yet ({type(error).__name__})")
+                note(progress, f"asking {target.name}: not ready yet ({type(error).__name__})")
             time.sleep(clients.poll.interval)
 
 
@@ -395,7 +397,7 @@ def move_traffic(
     section: AzureSection,
     endpoint_name: str,
     wanted: Mapping[str, int],
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> bool:
     """Give each deployment its share in percent; False where they have it already.
 
@@ -454,7 +456,7 @@ def _delete_surplus(
     section: AzureSection,
     run: Run,
     target: DeploymentId,
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> list[str]:
     """Delete the run's oldest deployments beyond those to keep; what is left without traffic."""
     with explained(f"Listing the deployments of {target.endpoint}"):
@@ -474,7 +476,7 @@ def _delete_surplus(
 
 
 def delete_deployment(
-    clients: Clients, section: AzureSection, target: DeploymentId, progress: ProgressCallback
+    clients: Clients, section: AzureSection, target: DeploymentId, progress: Progress
 ) -> bool:
     """Delete a deployment that gets no traffic, and wait until it is gone; False if none was."""
     operations = clients.ml.online_deployments

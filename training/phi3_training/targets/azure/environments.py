@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from ...packages import MODEL_PACKAGES
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run, fingerprint, write_atomically
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 PYTHON = "3.11"
 JOB_ENVIRONMENT, SERVING_ENVIRONMENT = "phi3-promptflow", "phi3-promptflow-serve"
-# What writes the tokens and runs the model must be the same where it is trained and served.
-MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "jinja2")
 # The scoring script's other needs. They have ranges, because Azure's server sets limits of its own:
 # azureml-inference-server-http 1.5.1 takes pydantic below 2.13, and the trainer has a newer one.
 _SERVING_RANGES = (

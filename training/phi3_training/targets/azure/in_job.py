@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...errors import Phi3TrainingError, StageError
+from ...manifests import BaseManifest, ModelManifest
 from ...recipe import Recipe
 from ...run import Run, write_atomically
 
@@ -63,7 +64,7 @@ def run_train(args: argparse.Namespace) -> int:
     manifest = sft.finetune(recipe, run, progress)
     if manifest is None:  # the main process of the job saves what all have learnt
         return 0
-    run.write_manifest("model", manifest)
+    run.write(manifest)
     _evaluate(recipe, run, args.recipe, progress)
     _hand_over(run, args.run_output)
     progress(0, 0, "saving the MLflow model", always=True)
@@ -79,7 +80,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     progress = ProgressLines()
     _find_base(recipe, run, args.base, progress)
     tuned = weights_in(args.tuned, run.path / "tuned")
-    run.write_manifest("model", {"path": str(tuned)})
+    run.write(ModelManifest(path=str(tuned)))
     _evaluate(recipe, run, args.recipe, progress)
     _hand_over(run, args.run_output)
     return 0
@@ -137,7 +138,7 @@ def _find_base(recipe: Recipe, run: Run, uploaded: Path | None, progress: Progre
     failure = run.path / "base.failed"
     if not _is_first_on_node():
         ends = time.monotonic() + _BASE_WAIT
-        while run.manifest("base") is None:
+        while run.read(BaseManifest) is None:
             if failure.exists():
                 raise StageError(failure.read_text(encoding="utf-8"))
             if time.monotonic() > ends:
@@ -150,14 +151,14 @@ def _find_base(recipe: Recipe, run: Run, uploaded: Path | None, progress: Progre
             manifest = prepare_base(recipe, run, progress)
         else:
             path = weights_in(uploaded, run.path / "base-model")
-            manifest = {"path": str(path), "made": "found", "summary": "the base model"}
+            manifest = BaseManifest(path=str(path), made="found", summary="the base model")
     except Phi3TrainingError as error:
         write_atomically(failure, str(error))
         raise
-    folder = run.path / str(manifest["path"])
+    folder = run.path / manifest.path
     # Hugging Face's cache names a snapshot's folder after the commit that it holds.
     revision = folder.name if folder.parent.name == "snapshots" else None
-    run.write_manifest("base", {**manifest, "revision": revision})
+    run.write(manifest.model_copy(update={"revision": revision}))
 
 
 def _evaluate(recipe: Recipe, run: Run, recipe_path: Path, progress: ProgressLines) -> None:
@@ -165,7 +166,7 @@ def _evaluate(recipe: Recipe, run: Run, recipe_path: Path, progress: ProgressLin
     from ...evaluate import evaluate
 
     asked = json.loads(recipe_path.read_text(encoding="utf-8"))["asked"]
-    run.write_manifest("metrics", {**evaluate(recipe, run, progress), "asked": asked})
+    run.write(evaluate(recipe, run, progress).model_copy(update={"asked": asked}))
 
 
 def _hand_over(run: Run, output: Path) -> None:
@@ -189,9 +190,10 @@ def _save_model(run: Run, output: Path) -> None:
     from phi3_training import mlflow_model
 
     from ...carried import copy_carried
-    from .environments import MODEL_PACKAGES, pinned
+    from ...packages import MODEL_PACKAGES
+    from .environments import pinned
 
-    weights = run.path / str(run.require("model", "the job's training")["path"])
+    weights = run.path / run.require(ModelManifest).path
     with tempfile.TemporaryDirectory(dir=run.path) as scratch:
         code = Path(scratch) / "code"
         copy_carried(code, mlflow_model.__name__)

@@ -21,8 +21,9 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ... import console
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import MetricsManifest, ModelManifest
+from ...progress import Progress, note
 from ...run import Run, write_atomically
 from .clients import Clients, quiet_uploads
 from .failures import explained, message_of, scrub, stage_error
@@ -48,7 +49,10 @@ _BAD_ENDS = {
     "notresponding": "stopped responding (its machine may be gone)",
     "paused": "was paused",
 }
-_STAGES: dict[Purpose, str] = {TRAIN: "model", EVALUATE: "metrics"}
+_STAGES: dict[Purpose, type[ModelManifest | MetricsManifest]] = {
+    TRAIN: ModelManifest,
+    EVALUATE: MetricsManifest,
+}
 _SHOWN_LINES = 8  # last log lines in an error
 # Failed looks at the status in a row before phi3 gives up: a minute at the default 10 s each. The
 # job itself is not concerned.
@@ -106,7 +110,7 @@ def run_job(
     fingerprint: str,
     route: str,
     build: Callable[[str], Job],
-    progress: ProgressCallback,
+    progress: Progress,
     *,
     limit: float,
 ) -> Job:
@@ -127,10 +131,10 @@ def run_job(
         # On disk before Azure sees the name: a process that is killed now finds the job again.
         write_atomically(run.file("azure", "jobs.json"), json.dumps(content, indent=2) + "\n")
     if job is None:
-        progress(0, 0, f"submitting the job {record.name}")
+        note(progress, f"submitting the job {record.name}")
         job = _submit(clients, record.name, build)
     else:
-        progress(0, 0, f"resuming the job {record.name}")
+        note(progress, f"resuming the job {record.name}")
     if status_of(job) != "completed":
         job = follow_job(clients, run, purpose, record.name, progress, limit=limit)
     return job
@@ -157,7 +161,8 @@ def _resumable(
             )
         return record, job
     # A job that the stage has used already is not used again: to train again means a new job.
-    used = (run.manifest(_STAGES[purpose]) or {}).get("job") == record.name
+    stage = run.read(_STAGES[purpose])
+    used = stage is not None and stage.job == record.name
     return (record, job) if status == "completed" and same and not used else (None, None)
 
 
@@ -207,7 +212,7 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
 class LogTap:
     """Takes what one thread prints about a job, line by line; other threads print as before."""
 
-    def __init__(self, stream: Any, file: IO[str], progress: ProgressCallback) -> None:
+    def __init__(self, stream: Any, file: IO[str], progress: Progress) -> None:
         self._stream = stream
         self._file = file
         self._progress = progress
@@ -302,7 +307,7 @@ def follow_job(
     run: Run,
     purpose: Purpose,
     name: str,
-    progress: ProgressCallback,
+    progress: Progress,
     *,
     limit: float,
 ) -> Job:
@@ -348,7 +353,7 @@ def follow_job(
 
 
 def _until_done(
-    clients: Clients, run: Run, name: str, tap: LogTap, progress: ProgressCallback, limit: float
+    clients: Clients, run: Run, name: str, tap: LogTap, progress: Progress, limit: float
 ) -> Job:
     """Poll the status until the job has ended."""
     from azure.core.exceptions import AzureError

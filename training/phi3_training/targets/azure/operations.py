@@ -15,8 +15,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from ... import console
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...progress import Progress, note
 from .failures import code_of, explained, stage_error
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def state_of(resource: object) -> str:
     return str(getattr(state, "value", state) or "").lower()
 
 
-def wait_for(poller: Poller, text: str, progress: ProgressCallback, limit: float) -> None:
+def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> None:
     """Wait for a long-running operation: raises what it raises, StageError after `limit` seconds.
 
     `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while
@@ -126,7 +126,7 @@ def wait_for(poller: Poller, text: str, progress: ProgressCallback, limit: float
     while not poller.done():
         poller.wait(1.0)  # only how often progress is shown; the poller asks Azure at its own pace
         seconds = time.monotonic() - started
-        progress(0, 0, f"{text}, {seconds:.0f} s")
+        note(progress, f"{text}, {seconds:.0f} s")
         if seconds > limit and not poller.done():
             raise StageError(
                 f"{text}: not done after {limit:.0f} s. Azure may still be working on it; check "
@@ -139,7 +139,7 @@ def create(
     doing: str,
     start: Callable[[], object],
     read: Callable[[], T],
-    progress: ProgressCallback,
+    progress: Progress,
     *,
     limit: float,
     pause: float,
@@ -182,9 +182,9 @@ def create(
                     raise StageError(
                         f"{doing}: still {state} at the time limit; resume with the same command"
                     )
-                progress(0, 0, f"{doing}: {state}")
+                note(progress, f"{doing}: {state}")
                 time.sleep(pause)
-        progress(0, 0, f"{doing}: trying again")
+        note(progress, f"{doing}: trying again")
         time.sleep(pause)
 
 
@@ -204,7 +204,7 @@ def delete(
     doing: str,
     start: Callable[[], object],
     read: Callable[[], object],
-    progress: ProgressCallback,
+    progress: Progress,
     *,
     limit: float,
     pause: float,
@@ -241,11 +241,11 @@ def delete(
                     f"{doing}: still being deleted at the time limit; check with: phi3 status "
                     f"--on azure"
                 )
-            progress(0, 0, f"{doing}: deleting")
+            note(progress, f"{doing}: deleting")
             time.sleep(pause)
         if resource is None:
             return True
-        progress(0, 0, f"{doing}: trying again")
+        note(progress, f"{doing}: trying again")
         time.sleep(pause)
     raise StageError(
         f"{doing}: it still exists after {TRIES} tries and may still bill. Run the same command "

@@ -18,10 +18,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ...errors import RecipeError, StageError, UsageError
+from ...manifests import PlaceManifest
 from ...recipe import read_yaml
 from ...recipe.azure import AzureSection
 from ...run import RECIPE_FILE, Run, fingerprint, write_atomically
-from .. import PLACE
 
 # For each key its environment variables; the first that is set counts. The AZUREML_ARM_* ones are
 # set by Azure ML in its own compute, AZURE_LOCATION by the Azure Developer CLI (azd).
@@ -104,6 +104,7 @@ class Place:
         return [f"azure.{key} {getattr(self, key)}: {why}" for key, why in self.sources.items()]
 
 
+AZURE = "azure"  # the target's name
 _RECORDED_FIELDS = tuple(item.name for item in fields(Place) if item.name != "sources")
 
 
@@ -200,7 +201,7 @@ def settle(section: AzureSection, run: Run) -> Place:
     A run stays where it began: UsageError when recipe, environment or config.json now name another
     place, because phi3 would lose track of what the run made at the first one.
     """
-    recorded = run.manifest(PLACE)
+    recorded = run.read(PlaceManifest)
     if recorded is None:
         place = find_place(section, os.environ, Path.cwd())
     else:
@@ -210,13 +211,14 @@ def settle(section: AzureSection, run: Run) -> Place:
             if section.subscription_id is not None:
                 raise
             # Nothing names a subscription now; the run knows its own.
-            update = {"subscription_id": recorded["subscription_id"]}
+            update = {"subscription_id": recorded.subscription_id}
             named = find_place(section.model_copy(update=update), os.environ, Path.cwd())
         moved = [
-            f"{key} {getattr(named, key)} ({named.sources[key]}) instead of {recorded[key]}"
+            f"{key} {getattr(named, key)} ({named.sources[key]}) "
+            f"instead of {getattr(recorded, key)}"
             for key in ("subscription_id", "resource_group", "workspace_name")
             if named.sources.get(key) != "default"
-            and str(getattr(named, key)).lower() != str(recorded[key]).lower()
+            and str(getattr(named, key)).lower() != str(getattr(recorded, key)).lower()
         ]
         if moved:
             raise UsageError(
@@ -225,19 +227,21 @@ def settle(section: AzureSection, run: Run) -> Place:
             )
         place = find_place(_with_recorded(section, recorded), os.environ, Path.cwd())
     content = {name: getattr(place, name) for name in _RECORDED_FIELDS}
-    if recorded is None or any(recorded.get(name) != value for name, value in content.items()):
-        run.write_manifest(PLACE, {"target": "azure", **content})
+    settled = PlaceManifest(target=AZURE, **content)
+    if settled != recorded:
+        run.write(settled)
     return place
 
 
 def place_of(run: Run) -> Place:
     """The place that the run folder names. StageError where it names none."""
-    recorded = run.require(PLACE, f"phi3 up --on azure --run {run.name}")
+    recorded = run.require(PlaceManifest)
     return find_place(_with_recorded(AzureSection(), recorded), {}, run.path)
 
 
-def _with_recorded(section: AzureSection, recorded: Mapping[str, object]) -> AzureSection:
-    update = {key: recorded[key] for key in _RECORDED_FIELDS if recorded.get(key) is not None}
+def _with_recorded(section: AzureSection, recorded: PlaceManifest) -> AzureSection:
+    values = {key: getattr(recorded, key) for key in _RECORDED_FIELDS}
+    update = {key: value for key, value in values.items() if value is not None}
     return section.model_copy(update=update)
 
 

@@ -19,19 +19,20 @@ from urllib.parse import quote, urlsplit
 
 from phi3_tool.connection import ENTRA
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
 from ...flow import store
 from ...flow.bundle import Bundle
 from ...flow.connect import connect as connect_here
+from ...manifests import ConnectionManifest, EndpointManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...run import Run
-from ..base import Access, Manifest
+from ..base import Access
 from .clients import ARM, Clients
 from .deploy import access_to
 from .failures import HIDDEN, explained, message_of, scrub, stage_error
 from .operations import TRIES, Outcome, is_absent, is_transient
-from .place import RUN_TAG, RunResource, record, recorded_resources
+from .place import AZURE, RUN_TAG, RunResource, record, recorded_resources
 from .resources import CONNECTIONS_API
 
 log = logging.getLogger(__name__)
@@ -50,50 +51,46 @@ CONTENT_TAG = "phi3_content"
 Body = Mapping[str, Any]  # a connection as ARM's JSON has it
 
 
-def connect(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-    """Write all three connections, read back the two in Azure; the manifest `connection`."""
-    endpoint = run.require("endpoint", f"phi3 deploy --on azure --run {run.name}")
+def connect(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
+    """Write all three connections, read back the two in Azure."""
+    endpoint = run.require(EndpointManifest)
     name = recipe.connection.name
-    access = access_to(clients, endpoint["endpoint_name"])
+    access = access_to(clients, endpoint.endpoint_name)
     # One connection name in three places, so that the same flow folder runs in each of them.
     # Without the deployment's name: the endpoint's traffic rules say who answers a flow.
-    here = connect_here(run, {"endpoint": access.endpoint}, access.key, name)
+    here = connect_here(EndpointManifest(endpoint=access.endpoint), access.key, name)
     states = {}
     for workspace in (clients.place.workspace_name, clients.place.project):
-        progress(0, 0, f"connection {name} in {workspace}")
+        note(progress, f"connection {name} in {workspace}")
         record(run, RunResource("connection", name, workspace))
         states[workspace] = write_connection(clients, workspace, name, access)
-    return {
-        **here,
-        "target": "azure",
-        "workspaces": list(states),
-        "choices": [
-            *here["choices"],
-            *(f"connection in {workspace}: {state}" for workspace, state in states.items()),
-            *([] if access.key else ["no key: the endpoint uses Entra tokens"]),
-        ],
-    }
+    choices = [
+        *here.choices,
+        *(f"connection in {workspace}: {state}" for workspace, state in states.items()),
+        *([] if access.key else ["no key: the endpoint uses Entra tokens"]),
+    ]
+    return here.model_copy(update={"target": AZURE, "workspaces": list(states), "choices": choices})
 
 
 def is_connected(clients: Clients, run: Run) -> bool:
     """Whether each of them still points to the run's endpoint; another run may have taken them."""
-    manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
-    name, url = manifest["name"], manifest["endpoint"]
+    manifest = run.require(ConnectionManifest)
+    name, url = manifest.name, manifest.endpoint
     try:
         here, _key = store.read_connection(name)
     except store.StoreError:
         return False
     return here == url and all(
-        connection_url(clients, workspace, name) == url for workspace in manifest["workspaces"]
+        connection_url(clients, workspace, name) == url for workspace in manifest.workspaces
     )
 
 
 def stored_connections(clients: Clients, run: Run) -> dict[str, Any]:
     """Prompt flow's own connection objects by where they are, read as Prompt flow reads them."""
-    manifest = run.require("connection", f"phi3 connect --on azure --run {run.name}")
-    place, name = clients.place, manifest["name"]
+    manifest = run.require(ConnectionManifest)
+    place, name = clients.place, manifest.name
     connections = {THIS_MACHINE: store.stored_connection(name)}
-    for workspace in manifest["workspaces"]:
+    for workspace in manifest.workspaces:
         connections[workspace] = store.workspace_connection(
             (place.subscription_id, place.resource_group, workspace), name, clients.credential
         )
@@ -249,7 +246,7 @@ class PushedFlow:
 
 
 def push_flow(
-    clients: Clients, run: Run, bundle: Bundle, workspace: str, progress: ProgressCallback
+    clients: Clients, run: Run, bundle: Bundle, workspace: str, progress: Progress
 ) -> PushedFlow:
     """Make the flow in a workspace or project.
 
@@ -262,7 +259,7 @@ def push_flow(
     except ImportError as error:
         raise MissingExtraError(error.name or "promptflow-azure", "flow,azure") from None
     name = bundle.folder.name
-    progress(0, 0, f"flow {name} into {workspace}")
+    note(progress, f"flow {name} into {workspace}")
     open_client = partial(PFClient, ml_client=clients.ml_of(workspace))
     client = _in_our_words(f"Opening Prompt flow in {workspace}", open_client)
     doing = f"Pushing the flow {name} into {workspace}"

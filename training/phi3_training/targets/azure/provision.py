@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import ProvisionManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
-from ..base import Manifest
 from .clients import Clients
 from .operations import Outcome, create, get_or_none, state_of
-from .place import resource_tags
+from .place import AZURE, resource_tags
 from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
@@ -57,19 +57,19 @@ class Provisioned:
         """Steps that Azure refused."""
         return [step for step in self.steps if step.state == "failed"]
 
-    def manifest(self) -> Manifest:
+    def manifest(self) -> ProvisionManifest:
         """What the run folder keeps of it: names and ids."""
         created = [f"{step.what} {step.name}" for step in self.steps if step.state == "created"]
         existed = len(self.steps) - len(created)
-        return {
-            "target": "azure",
-            "steps": [asdict(step) for step in self.steps],
-            "identity_id": self.identity_id,
-            "principal_id": self.principal_id,
+        return ProvisionManifest(
+            target=AZURE,
+            steps=[asdict(step) for step in self.steps],
+            identity_id=self.identity_id,
+            principal_id=self.principal_id,
             **(asdict(self.dependents) if self.dependents else {}),
-            "summary": f"{len(created)} created, {existed} existed",
-            "choices": [f"created: {name}" for name in created],
-        }
+            summary=f"{len(created)} created, {existed} existed",
+            choices=[f"created: {name}" for name in created],
+        )
 
 
 StepCallback = Callable[[Step], None]
@@ -78,7 +78,7 @@ StepCallback = Callable[[Step], None]
 def provision(
     clients: Clients,
     recipe: Recipe,
-    progress: ProgressCallback,
+    progress: Progress,
     on_step: StepCallback = lambda _step: None,
     *,
     parts: Iterable[str] = PARTS,
@@ -113,7 +113,7 @@ class _Provisioning:
     """One pass over the steps. A step that fails is noted; those that need it are left out."""
 
     def __init__(
-        self, clients: Clients, recipe: Recipe, progress: ProgressCallback, on_step: StepCallback
+        self, clients: Clients, recipe: Recipe, progress: Progress, on_step: StepCallback
     ) -> None:
         self.clients = clients
         self.place = clients.place
@@ -127,7 +127,7 @@ class _Provisioning:
 
     def step(self, what: str, name: str, work: Callable[[], Outcome]) -> bool:
         """Do one step; whether what it makes exists afterwards."""
-        self.progress(0, 0, f"{what} {name}")
+        note(self.progress, f"{what} {name}")
         try:
             step = Step(what, name, work())
         except StageError as error:
@@ -146,7 +146,7 @@ class _Provisioning:
         doing = f"Looking for the cluster {name}"
         if get_or_none(lambda: self.clients.ml.compute.get(name), doing) is not None:
             return  # its cores are part of what is used already
-        self.progress(0, 0, "quota of the GPU family")
+        note(self.progress, "quota of the GPU family")
         refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
 
     def workspace(self) -> None:
@@ -293,7 +293,7 @@ def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
 
 
 def ensure_cluster(
-    clients: Clients, section: ComputeSection, tags: dict[str, str], progress: ProgressCallback
+    clients: Clients, section: ComputeSection, tags: dict[str, str], progress: Progress
 ) -> Outcome:
     """Make sure of the GPU cluster; StageError, with what still bills, when it cannot be used."""
     from azure.ai.ml.entities import AmlCompute

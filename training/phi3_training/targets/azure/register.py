@@ -13,13 +13,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ...errors import StageError
+from ...manifests import (
+    DatasetManifest,
+    GateManifest,
+    MetricsManifest,
+    ModelManifest,
+    RegistrationManifest,
+)
 from ...recipe import Recipe
 from ...run import RECIPE_FILE, Run, fingerprint, sha256_of
-from ..base import Manifest
 from .clients import Clients
 from .failures import explained, message_of
 from .operations import is_absent
-from .place import RUN_TAG, RunResource, record
+from .place import AZURE, RUN_TAG, RunResource, record
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Model
@@ -30,12 +36,12 @@ JOB_TAG = "phi3_job"
 _LONGEST_TAG = 256  # characters of a tag's value that Azure takes
 
 
-def register(clients: Clients, recipe: Recipe, run: Run) -> Manifest:
-    """Register the model that the run's job made; the manifest `registration`."""
-    job_model = run.require("model", "phi3 train --on azure")
+def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest:
+    """Register the model that the run's job made."""
+    job_model = run.require(ModelManifest)
     tags = _tags(recipe, run, job_model)
     versions = _versions(clients, recipe.name)
-    model = _of_job(versions, job_model["job"])
+    model = _of_job(versions, job_model.job)
     if model is not None:
         how = "the job's model was already registered"
     else:
@@ -46,39 +52,36 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> Manifest:
         record(run, RunResource("model", f"{recipe.name}:{version}"))
         model, source = _create(clients, recipe.name, version, job_model, tags)
         how = f"from {source}"
-    return {
-        "target": "azure",
-        "model": str(model.name),
-        "model_version": str(model.version),
-        "model_id": model.id,
-        "tags": tags,
-        "choices": [how],
-    }
+    return RegistrationManifest(
+        target=AZURE,
+        model=str(model.name),
+        model_version=str(model.version),
+        model_id=model.id,
+        tags=tags,
+        choices=[how],
+    )
 
 
-def _tags(recipe: Recipe, run: Run, job_model: Manifest) -> dict[str, str]:
+def _tags(recipe: Recipe, run: Run, job_model: ModelManifest) -> dict[str, str]:
     """What a registered model says of itself: data, recipe, base and figures."""
-    dataset = run.require("dataset", "phi3 data prepare")
-    hashes = sorted(str(part.get("sha256")) for part in dataset["outputs"].values())
+    dataset = run.require(DatasetManifest)
+    hashes = sorted(part.sha256 for part in dataset.outputs.values())
     path = run.path / RECIPE_FILE
-    base = job_model.get("foundation_model") or {}
-    metrics, gate = run.manifest("metrics") or {}, run.manifest("gate") or {}
-    figures = {
-        f"validation_{name}": f"{value:.6g}"
-        for name, value in (metrics.get("after") or {}).get("validation", {}).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
+    base = job_model.foundation_model
+    metrics, gate = run.read(MetricsManifest), run.read(GateManifest)
+    measured = {} if metrics is None else metrics.after.get("validation", {})
+    figures = {f"validation_{name}": f"{value:.6g}" for name, value in measured.items()}
     tags = {
-        JOB_TAG: job_model["job"],
-        "phi3_route": job_model.get("route"),
+        JOB_TAG: job_model.job,
+        "phi3_route": job_model.route or None,
         RUN_TAG: run.name,
         "data_hash": fingerprint(hashes),
         "recipe": recipe.name,
         "recipe_hash": sha256_of(path)[:16] if path.is_file() else None,
-        "base_model": base.get("name") or recipe.model.name_or_path,
-        "base_revision": job_model.get("base_revision") or base.get("version"),
+        "base_model": base.name if base else recipe.model.name_or_path,
+        "base_revision": job_model.base_revision or (base.version if base else None),
         **figures,
-        "gate_passed": gate.get("passed"),
+        "gate_passed": None if gate is None else gate.passed,
     }
     return {name: str(value)[:_LONGEST_TAG] for name, value in tags.items() if value is not None}
 
@@ -101,21 +104,21 @@ def _of_job(versions: list[Model], job: str) -> Model | None:
 
 
 def _create(
-    clients: Clients, name: str, version: str, job_model: Manifest, tags: dict[str, str]
+    clients: Clients, name: str, version: str, job_model: ModelManifest, tags: dict[str, str]
 ) -> tuple[Model, str]:
     """Register from the first of the job's places that Azure takes; the model and the place."""
     from azure.ai.ml.entities import Model
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError, HttpResponseError
 
-    job, output = job_model["job"], job_model["output"]
+    job, output = job_model.job, job_model.output
     refusals = []
     for source in _sources(clients, job_model):
         entity = Model(
             name=name,
             version=version,
             path=source,
-            type=job_model.get("model_type") or "mlflow_model",
+            type=job_model.model_type or "mlflow_model",
             tags=tags,
             description=f"Tuned with phi3-promptflow by the job {job}",
         )
@@ -160,20 +163,20 @@ def _create(
             return clients.ml.models.create_or_update(entity), "a download of the job's output"
 
 
-def _sources(clients: Clients, job_model: Manifest) -> Iterator[str]:
+def _sources(clients: Clients, job_model: ModelManifest) -> Iterator[str]:
     """Where the model may be: the job's output, the path that Azure says it has, a step's output.
 
     Registering from the output keeps the lineage from model to job. For a pipeline Azure now and
     then finds nothing there, and the model is only an output of one of its steps.
     """
-    job, output = job_model["job"], job_model["output"]
-    yield job_model.get("model_output") or f"azureml://jobs/{job}/outputs/{output}"
+    job, output = job_model.job, job_model.output
+    yield job_model.model_output or f"azureml://jobs/{job}/outputs/{output}"
     with explained(f"Reading the job {job}"):
         outputs = getattr(clients.ml.jobs.get(job), "outputs", None) or {}
         path = getattr(outputs.get(output), "path", None)
     if path:
         yield str(path)
-    if job_model.get("route") == "pipeline":
+    if job_model.route == "pipeline":
         with explained(f"Listing the steps of the job {job}"):
             steps = [str(step.name) for step in clients.ml.jobs.list(parent_job_name=job)]
         for step in steps:

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...progress import Progress, note
 from .clients import Clients
 from .failures import code_of, explained, stage_error
 from .operations import TRIES, Outcome, create, get_or_none, is_transient
@@ -118,7 +118,7 @@ def dependents_of(workspace: Workspace | None, place: Place) -> Dependents:
 
 
 def ensure_dependents(
-    clients: Clients, tags: dict[str, str], progress: ProgressCallback, step: StepRunner
+    clients: Clients, tags: dict[str, str], progress: Progress, step: StepRunner
 ) -> Dependents | None:
     """Make what is missing; None when a step failed."""
     place = clients.place
@@ -166,7 +166,7 @@ def _ensure(
     kind: ResourceKind,
     own_body: Callable[[], dict[str, Any]],
     tags: dict[str, str],
-    progress: ProgressCallback,
+    progress: Progress,
 ) -> Outcome:
     from azure.core.exceptions import HttpResponseError
 
@@ -203,7 +203,7 @@ def _ensure(
     return "created"
 
 
-def _register_provider(clients: Clients, namespace: str, progress: ProgressCallback) -> None:
+def _register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
     """A subscription must register a resource provider once; that takes a minute or two."""
     providers = clients.resources.providers
     with explained(f"Registering the provider {namespace}"):
@@ -214,7 +214,7 @@ def _register_provider(clients: Clients, namespace: str, progress: ProgressCallb
                 raise StageError(
                     f"The provider {namespace} is not registered yet; run the same command again"
                 )
-            progress(0, 0, f"registering {namespace}")
+            note(progress, f"registering {namespace}")
             time.sleep(clients.poll.interval)
             provider = providers.get(namespace)
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...progress import Progress
 from ...recipe import Recipe
 from ...recipe.azure import GPU_SIZE
 from .clients import Clients
@@ -309,7 +309,7 @@ def refuse_shortage(short: list[Need]) -> None:
     )
 
 
-def request_quota(clients: Clients, family: str, limit: int, progress: ProgressCallback) -> str:
+def request_quota(clients: Clients, family: str, limit: int, progress: Progress) -> str:
     """Ask for `limit` cores of a family in all; what Azure answered."""
     from azure.core.exceptions import AzureError
     from azure.mgmt.quota.models import (

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...errors import StageError
+from ...manifests import EndpointManifest, RegistrationManifest
 from ...recipe import Recipe
 from ...run import Run
-from ..base import Manifest, PlanLine
+from ..base import PlanLine
 from .clients import Clients
 from .deploy import traffic_shares
 from .failures import message_of
@@ -149,9 +150,9 @@ def take_inventory(clients: Clients, run: Run) -> Inventory:
     groups, group = clients.resources.resource_groups, clients.place.resource_group
     found = _read(inventory, "resource group", partial(_listed, groups.get, group))
     inventory.group_exists = bool(found or inventory.unknown)
-    model = (run.manifest("registration") or {}).get("model")
-    if model:
-        models = _read(inventory, "models", partial(ml.models.list, name=model))
+    registration = run.read(RegistrationManifest)
+    if registration is not None:
+        models = _read(inventory, "models", partial(ml.models.list, name=registration.model))
         # By number: as text, version 10 would come before version 9.
         models.sort(key=lambda m: (int(m.version) if str(m.version).isdecimal() else 0, m.version))
         inventory.models = [f"{item.name}:{item.version}" for item in models]
@@ -243,11 +244,11 @@ class EndpointState:
 
 def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     """The current state of the run's endpoint."""
-    manifest = run.manifest("endpoint")
+    manifest = run.read(EndpointManifest)
     if manifest is None:
         return EndpointState("none")
-    name, deployment = manifest["endpoint_name"], manifest["deployment"]
-    state = partial(EndpointState, url=manifest["endpoint"], name=name, deployment=deployment)
+    name, deployment = manifest.endpoint_name, manifest.deployment
+    state = partial(EndpointState, url=manifest.endpoint, name=name, deployment=deployment)
     ml = clients.ml
     endpoint = get_or_none(
         lambda: ml.online_endpoints.get(name), f"Looking for the endpoint {name}"
@@ -267,7 +268,7 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     return state("up")
 
 
-def status(clients: Clients, run: Run) -> Manifest:
+def status(clients: Clients, run: Run) -> dict[str, Any]:
     """The endpoint's state, and the lines for people."""
     inventory = take_inventory(clients, run)
     return {

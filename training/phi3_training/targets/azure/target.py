@@ -12,15 +12,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError
 from ...flow.bundle import Bundle
+from ...manifests import (
+    AnswerManifest,
+    BaseManifest,
+    ConnectionManifest,
+    EndpointManifest,
+    Manifest,
+    MetricsManifest,
+    ModelManifest,
+    ProvisionManifest,
+    RegistrationManifest,
+)
+from ...progress import Progress, no_progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
-from ..base import Access, Manifest, PlanLine
+from ..base import Access, PlanLine
 from .clients import Clients
-from .place import find_place, place_of, section_of, settle
+from .place import AZURE, find_place, place_of, section_of, settle
 from .provision import PARTS, is_provisioned, provision
 
 # What the extra `azure` installs, one module of each package that is used.
@@ -38,11 +49,16 @@ NEEDED_MODULES = (
 class AzureTarget:
     """The journey on Azure ML. One sign-in serves all stages; keys stay in memory."""
 
-    name = "azure"
+    name = AZURE
 
     def __init__(self, clients: Clients | None = None) -> None:
         refuse_without_extra()
         self._clients = clients
+
+    @property
+    def cloud(self) -> AzureTarget:
+        """Itself: all of it is away from this machine."""
+        return self
 
     def clients(self, recipe: Recipe) -> Clients:
         """The clients for the place that the recipe, the environment or config.json name."""
@@ -72,9 +88,9 @@ class AzureTarget:
         return plan(self.clients(recipe), recipe, run)
 
     def provide(
-        self, recipe: Recipe, run: Run, progress: ProgressCallback, *, trains: bool
-    ) -> Manifest:
-        """Provision what the rest of the journey needs; the manifest `azure`. Safe to repeat."""
+        self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
+    ) -> ProvisionManifest:
+        """Provision what the rest of the journey needs. Safe to repeat."""
         del run
         parts = _parts(trains)
         return provision(self.clients(recipe), recipe, progress, parts=parts).manifest()
@@ -84,55 +100,58 @@ class AzureTarget:
         del run
         return is_provisioned(self.clients(recipe), recipe.azure, parts=_parts(trains))
 
-    def place_inputs(self, recipe: Recipe, stage: str) -> Any:
-        """What a stage depends on here: its part of the `azure:` section."""
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+        """What a stage depends on here: also its part of the `azure:` section."""
         section = recipe.azure
-        by_stage: dict[str, Any] = {
-            "azure": section.model_dump(
+        own: dict[type[Manifest], Any] = {
+            ProvisionManifest: section.model_dump(
                 mode="json", exclude={"train", "endpoint", "poll", "tags", "tenant_id"}
             ),
-            "model": section.train.model_dump(mode="json"),
-            "metrics": section.train.model_dump(mode="json", include={"route", "environment"}),
-            "endpoint": section.endpoint.model_dump(
+            ModelManifest: section.train.model_dump(mode="json"),
+            MetricsManifest: section.train.model_dump(
+                mode="json", include={"route", "environment"}
+            ),
+            EndpointManifest: section.endpoint.model_dump(
                 mode="json", exclude={"keep_deployments", "name"}
             ),
         }
-        return by_stage.get(stage)
+        return [shared, own.get(stage)]
 
-    def prepare_base(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def prepare_base(self, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
         """Say which model is tuned, and by which route."""
         from .train import prepare_base
 
         return prepare_base(self.clients(recipe), recipe, run, progress)
 
-    def train(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         """Fine-tune in a job, or resume the one that runs."""
         from .train import finetune
 
         return finetune(self.clients(recipe), recipe, run, progress)
 
-    def evaluate(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Bring back what was measured in a job."""
         from .train import evaluate
 
         return evaluate(self.clients(recipe), recipe, run, progress)
 
-    def register(self, recipe: Recipe, run: Run) -> Manifest:
+    def register(self, recipe: Recipe, run: Run) -> RegistrationManifest:
         """Register the job's model in the workspace."""
         from .register import register
 
         return register(self.clients(recipe), recipe, run)
 
-    def deploy(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Bring the registered model up at the run's endpoint."""
         from .deploy import deploy
 
         return deploy(self.clients(recipe), recipe, run, progress)
 
-    def is_up(self, run: Run) -> bool:
+    def is_up(self, recipe: Recipe, run: Run) -> bool:
         """Whether the run's deployment is well and has the traffic."""
         from .status import endpoint_state
 
+        del recipe
         return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:
@@ -141,30 +160,39 @@ class AzureTarget:
 
         return is_connected(self._of(run)[0], run)
 
-    def connect(self, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+    def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
         """Write the Prompt flow connections here, in the workspace and in the project."""
         from .prompt_flow import connect
 
         return connect(self.clients(recipe), recipe, run, progress)
 
-    def connections(self, run: Run) -> dict[str, Any]:
-        """Prompt flow's connection objects, each read from where it is."""
+    def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
+        """The answer through each connection that was written: here and in the workspaces."""
+        from ...flow.ask import ask
         from .prompt_flow import stored_connections
 
-        return stored_connections(self._of(run)[0], run)
+        answers = {}
+        for place, connection in stored_connections(self._of(run)[0], run).items():
+            note(progress, f"asking through the connection of {place}")
+            answers[place] = ask(flow, recipe.ask, connection=connection)
+        return AnswerManifest(
+            question=recipe.ask,
+            answer=next(iter(answers.values())),
+            asked_through=list(answers),
+        )
 
     def access(self, run: Run) -> Access:
         """How to reach the run's endpoint; the key is fetched now."""
         from .deploy import access_to
 
-        endpoint = run.require("endpoint", f"phi3 up --on azure --run {run.name}")
-        return access_to(self._of(run)[0], endpoint["endpoint_name"])
+        endpoint = run.require(EndpointManifest)
+        return access_to(self._of(run)[0], endpoint.endpoint_name)
 
     def key(self, run: Run) -> str | None:
         """The endpoint's key, fetched now; None where it takes Entra tokens."""
         return self.access(run).key
 
-    def status(self, run: Run) -> Manifest:
+    def status(self, run: Run) -> dict[str, Any]:
         """What exists in the run's workspace, and what bills."""
         from .status import status
 
@@ -172,7 +200,7 @@ class AzureTarget:
 
     def teardown(self, run: Run) -> list[str]:
         """Delete the run's endpoint and cluster."""
-        return self.remove(run, "run", lambda _done, _total, _text: None)
+        return self.remove(run, "run", no_progress)
 
     def all_of(self, run: Run) -> list[str]:
         """What `remove` with "all" would delete."""
@@ -180,14 +208,14 @@ class AzureTarget:
 
         return names_of_everything(self._of(run)[0])
 
-    def remove(self, run: Run, only: str, progress: ProgressCallback) -> list[str]:
+    def remove(self, run: Run, only: str, progress: Progress) -> list[str]:
         """Delete and wait; the receipt."""
         from .teardown import remove_run
 
         clients, section = self._of(run)
         return remove_run(clients, section, run, only, progress)
 
-    def push(self, run: Run, bundle: Bundle, to: str, progress: ProgressCallback) -> list[Manifest]:
+    def push(self, run: Run, bundle: Bundle, to: str, progress: Progress) -> list[dict[str, Any]]:
         """Make a flow of the bundle in the workspace, the project, or both."""
         from .prompt_flow import push_flow
 

@@ -13,9 +13,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ...console import ProgressCallback
 from ...errors import MissingExtraError, StageError
 from ...flow import store
+from ...manifests import (
+    AnswerManifest,
+    ConnectionManifest,
+    EndpointManifest,
+    ModelManifest,
+    ProvisionManifest,
+    RegistrationManifest,
+)
+from ...progress import Progress
 from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
@@ -70,7 +78,7 @@ class Receipt:
 
 
 def remove_run(
-    clients: Clients, section: AzureSection, run: Run, only: str, progress: ProgressCallback
+    clients: Clients, section: AzureSection, run: Run, only: str, progress: Progress
 ) -> list[str]:
     """Delete what `only` names of the run's resources; the receipt.
 
@@ -94,8 +102,9 @@ def remove_run(
     billing: list[str] = []
     if only == "all" and not receipt.failed:
         # Job, model and workspace are gone: the next `up` begins with the prepared chats.
-        for name in ("azure.json", "model.json", "registration.json", "azure/jobs.json"):
-            (run.path / name).unlink(missing_ok=True)
+        for kind in (ProvisionManifest, ModelManifest, RegistrationManifest):
+            run.forget(kind)
+        (run.path / "azure" / "jobs.json").unlink(missing_ok=True)
     else:
         inventory = take_inventory(clients, run)
         billing = inventory.billing()
@@ -127,7 +136,7 @@ class _Teardown:
     """One pass. Each failure is listed on the receipt, and the rest is still deleted."""
 
     def __init__(
-        self, clients: Clients, section: AzureSection, run: Run, progress: ProgressCallback
+        self, clients: Clients, section: AzureSection, run: Run, progress: Progress
     ) -> None:
         self.clients = clients
         self.section = section
@@ -230,18 +239,18 @@ class _Teardown:
                 self._delete_deployments(name, traffic_shares(endpoint.traffic))
         if self.receipt.failed:
             return
-        connection = self.run.manifest("connection")
+        connection = self.run.read(ConnectionManifest)
         if connection is not None:  # the one on this machine, if it still leads there
-            name = connection["name"]
+            name = connection.name
             try:
                 url, _key = store.read_connection(name)
-                if url == connection["endpoint"]:
+                if url == connection.endpoint:
                     store.delete_connection(name)
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine was not deleted: %s", error)
-        for stage in ("answer", "connection", "endpoint"):
-            (self.run.path / f"{stage}.json").unlink(missing_ok=True)
+        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
+            self.run.forget(kind)
 
     def failed_deployments(self) -> None:
         """The run's deployments that failed."""

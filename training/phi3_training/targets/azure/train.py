@@ -6,18 +6,17 @@ small files back to where a run on this machine has them.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from ...console import ProgressCallback
 from ...errors import StageError
+from ...manifests import BaseManifest, Foundation, MetricsManifest, ModelManifest
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...run import Run, fingerprint, write_atomically
-from ..base import Manifest
 from .clients import Clients
 from .command_job import (
     MODEL_OUTPUT,
@@ -50,6 +49,7 @@ from .pipeline_job import (
     pipeline_job,
     prepare_pipeline,
 )
+from .place import AZURE
 from .sizes import refuse_outside, refuse_retired
 
 if TYPE_CHECKING:
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 
 Route = Literal["pipeline", "job"]
 _LARGEST = 512 * 2**20  # bytes; a larger file of a job stays in Azure
-# What a manifest has from being written in the job; the run folder's own stamps replace it.
-_STAMPS = frozenset(("version", "stage", "seconds", "fingerprint", "done_id", "path"))
 
 
 @dataclass(frozen=True)
@@ -148,31 +146,29 @@ def choose_route(clients: Clients, recipe: Recipe) -> RouteChoice:
     )
 
 
-def prepare_base(
-    clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback
-) -> Manifest:
+def prepare_base(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
     """Which model is tuned, and by which route; nothing is downloaded here, the job does that."""
     del run
-    progress(0, 0, "choosing the route")
+    note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     name = recipe.model.name_or_path
     model = "a tiny Phi-3, trained in the job" if recipe.model.is_tiny else name
     if choice.foundation is not None:
         model = f"{choice.foundation.name} version {choice.foundation.version} of the catalogue"
-    return {
-        "target": "azure",
-        "path": ".",
-        "made": "in the job",
-        "route": choice.route,
-        "summary": f"{model}; route {choice.route}",
-        "settings": {"name_or_path": name, "revision": recipe.model.revision},
-        "choices": [f"route {choice.route}: {choice.reason}"],
-    }
+    return BaseManifest(
+        target=AZURE,
+        path=".",
+        made="in the job",
+        route=choice.route,
+        summary=f"{model}; route {choice.route}",
+        settings={"name_or_path": name, "revision": recipe.model.revision},
+        choices=[f"route {choice.route}: {choice.reason}"],
+    )
 
 
-def finetune(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
-    """Fine-tune in a job and wait for it; the manifest `model`."""
-    progress(0, 0, "choosing the route")
+def finetune(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
+    """Fine-tune in a job and wait for it."""
+    note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     if choice.foundation is not None:
         return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress)
@@ -180,8 +176,8 @@ def finetune(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallb
 
 
 def _by_command_job(
-    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: ProgressCallback
-) -> Manifest:
+    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: Progress
+) -> ModelManifest:
     machines = machines_of(clients, recipe)
     training_data = stage_inputs(recipe, run, machines.all_processes).training_data
     job = run_job(
@@ -194,22 +190,26 @@ def _by_command_job(
         progress,
         limit=_limit(recipe),
     )
-    manifests = _bring_back(clients, run, job, TRAIN, progress)
-    model, base = manifests.get("model") or {}, manifests.get("base") or {}
+    brought = _bring_back(clients, run, job, TRAIN, progress)
+    model, base = brought.read(ModelManifest), brought.read(BaseManifest)
     processes = machines.all_processes
     many = f", {processes} processes" if processes > 1 else ""
-    return {
-        **{key: value for key, value in model.items() if key not in _STAMPS},
-        **_job_entries(job, choice, MODEL_OUTPUT),
-        "summary": f"job {job.name}: {model.get('summary', 'completed')}",
-        "base_revision": base.get("revision"),
-        "settings": {**(model.get("settings") or {}), "route": "job"},
-        "choices": [
-            f"route job: {choice.reason}",
-            f"{machines.instances} x {recipe.azure.compute.size}{many}",
-            *model.get("choices", []),
-        ],
-    }
+    said = _of_job(job, choice, MODEL_OUTPUT)
+    if model is not None:  # what the trainer wrote of itself
+        said = model.model_copy(update=said.model_dump(exclude_unset=True))
+    return said.model_copy(
+        update={
+            "foundation_model": None,
+            "summary": f"job {job.name}: {said.summary or 'completed'}",
+            "base_revision": None if base is None else base.revision,
+            "settings": {**said.settings, "route": "job"},
+            "choices": [
+                f"route job: {choice.reason}",
+                f"{machines.instances} x {recipe.azure.compute.size}{many}",
+                *said.choices,
+            ],
+        }
+    )
 
 
 def _by_pipeline(
@@ -218,8 +218,8 @@ def _by_pipeline(
     run: Run,
     choice: RouteChoice,
     foundation: FoundationModel,
-    progress: ProgressCallback,
-) -> Manifest:
+    progress: Progress,
+) -> ModelManifest:
     prepared = prepare_pipeline(clients, recipe, foundation)
     training_data = stage_inputs(recipe, run).training_data
     size = recipe.azure.compute.size
@@ -236,113 +236,111 @@ def _by_pipeline(
         progress,
         limit=_limit(recipe),
     )
-    return {
-        **_job_entries(job, choice, PIPELINE_OUTPUT),
-        "summary": f"pipeline {job.name}: {prepared.display_name}",
-        "display_name": prepared.display_name,
-        "base_revision": foundation.version,
-        "adapter": None,
-        "settings": {**prepared.parameters.values, "route": "pipeline"},
-        "choices": [
-            f"route pipeline: {choice.reason}",
-            f"sizes for fine-tuning: {foundation.allowed_from}",
-            f"{prepared.gpus} GPUs in each {size}",
-            *prepared.parameters.lines(),
-        ],
-    }
+    return _of_job(job, choice, PIPELINE_OUTPUT).model_copy(
+        update={
+            "foundation_model": Foundation(
+                name=foundation.name, version=foundation.version, id=foundation.id
+            ),
+            "summary": f"pipeline {job.name}: {prepared.display_name}",
+            "display_name": prepared.display_name,
+            "base_revision": foundation.version,
+            "adapter": None,
+            "settings": {**prepared.parameters.values, "route": "pipeline"},
+            "choices": [
+                f"route pipeline: {choice.reason}",
+                f"sizes for fine-tuning: {foundation.allowed_from}",
+                f"{prepared.gpus} GPUs in each {size}",
+                *prepared.parameters.lines(),
+            ],
+        }
+    )
 
 
-def _job_entries(job: Job, choice: RouteChoice, output: str) -> Manifest:
-    """What the manifest `model` says of the job, on both routes."""
-    foundation = choice.foundation
+def _of_job(job: Job, choice: RouteChoice, output: str) -> ModelManifest:
+    """What the manifest says of the job, on both routes."""
     name = str(job.name)
-    return {
-        "target": "azure",
-        "route": choice.route,
-        "job": name,
-        "path": "azure/train",
-        "output": output,
-        "model_output": f"azureml://jobs/{name}/outputs/{output}",
-        "output_path": path_of_output(job, output),
-        "model_type": "mlflow_model",
-        "studio_url": getattr(job, "studio_url", None),
-        "foundation_model": None
-        if foundation is None
-        else {"name": foundation.name, "version": foundation.version, "id": foundation.id},
-    }
+    return ModelManifest(
+        target=AZURE,
+        route=choice.route,
+        job=name,
+        path="azure/train",
+        output=output,
+        model_output=f"azureml://jobs/{name}/outputs/{output}",
+        output_path=path_of_output(job, output),
+        model_type="mlflow_model",
+        studio_url=getattr(job, "studio_url", None),
+    )
 
 
-def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: ProgressCallback) -> Manifest:
+def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     """The figures of both models: those that the training job measured, else from a second job."""
     from azure.ai.ml import Input
 
     # Our trainer's job measures as well. The catalogue's pipeline does not: version 0.0.82 still
     # takes compute_model_evaluation, and has no evaluation step any more.
-    model = run.require("model", "phi3 train --on azure")
+    model = run.require(ModelManifest)
     questions = stage_inputs(recipe, run).questions
-    measured = _measured_in_training(run, str(model["job"]), questions)
+    measured = _measured_in_training(run, model.job, questions)
     if measured is not None:
         return measured
     # By its path in the store: azureml://jobs/… is a source for models, not for a job's inputs.
-    tuned = Input(type="mlflow_model", path=model["output_path"])
-    foundation, folder = model.get("foundation_model"), local_base(recipe)
+    tuned = Input(type="mlflow_model", path=model.output_path)
+    foundation, folder = model.foundation_model, local_base(recipe)
     base: Input | None = None  # the job finds the base by its Hugging Face name
     if foundation:
-        base = Input(type="mlflow_model", path=foundation["id"])
+        base = Input(type="mlflow_model", path=foundation.id)
     elif folder is not None:
         base = Input(type="uri_folder", path=str(folder))
     job = run_job(
         clients,
         run,
         EVALUATE,
-        fingerprint(["evaluate", model["job"], questions]),
+        fingerprint(["evaluate", model.job, questions]),
         "job",
         lambda name: evaluate_job(clients, recipe, run, name, tuned, base),
         progress,
         limit=_limit(recipe),
     )
-    manifests = _bring_back(clients, run, job, EVALUATE, progress)
-    if "metrics" not in manifests:
+    metrics = _bring_back(clients, run, job, EVALUATE, progress).read(MetricsManifest)
+    if metrics is None:
         raise StageError(
             f"The job {job.name} ({status_of(job)}) wrote no metrics.json; check its log in the "
             f"studio, then try again: phi3 up --on azure --again evaluate"
         )
-    return manifests["metrics"]
+    return metrics
 
 
-def _measured_in_training(run: Run, job: str, questions: str) -> Manifest | None:
+def _measured_in_training(run: Run, job: str, questions: str) -> MetricsManifest | None:
     """What came back with the training job, if it answered the same questions and is still here."""
-    path = run.path / "azure" / TRAIN / "metrics.json"
     try:
-        content: Manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        metrics = _brought(run, TRAIN).read(MetricsManifest)
+    except StageError:  # a second job measures anew
         return None
-    is_same = content.get("job") == job and content.get("asked") == questions
-    if not is_same or not (run.path / content["rows"]).is_file():
+    if metrics is None or (metrics.job, metrics.asked) != (job, questions):
         return None
     # After another job has measured, the rows in the run folder are that job's.
-    if (run.manifest("metrics") or {}).get("job") not in (None, job):
-        return None
-    return content
+    last = run.read(MetricsManifest)
+    is_ours = last is None or last.job in (None, job)
+    return metrics if is_ours and (run.path / metrics.rows).is_file() else None
 
 
-def _bring_back(
-    clients: Clients, run: Run, job: Job, purpose: Purpose, progress: ProgressCallback
-) -> dict[str, Manifest]:
+def _brought(run: Run, purpose: Purpose) -> Run:
+    """The folder of what a job wrote of itself; its manifests are read as those of a run."""
+    return Run(run.path / "azure" / purpose)
+
+
+def _bring_back(clients: Clients, run: Run, job: Job, purpose: Purpose, progress: Progress) -> Run:
     """Fetch the job's small files to where later stages look for them; the job's manifests."""
     # Apart from the run's own files, which stay as they are until all of the new ones are here.
     fetched = run.file("azure", f"{purpose}-files", ".keep").parent
     fetch_output(clients, job, RUN_OUTPUT, fetched, progress)
-    manifests: dict[str, Manifest] = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((fetched / MANIFESTS).glob("*.json"))
-    }
-    if "metrics" in manifests:
-        metrics = {k: v for k, v in manifests["metrics"].items() if k not in _STAMPS}
-        manifests["metrics"] = {**metrics, "target": "azure", "job": str(job.name)}
-    for name, content in manifests.items():
-        path = run.file("azure", purpose, f"{name}.json")
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+    brought = _brought(run, purpose)
+    metrics = Run(fetched / MANIFESTS).read(MetricsManifest)
+    _remove(brought.path)  # an earlier job's
+    for path in sorted((fetched / MANIFESTS).glob("*.json")):
+        write_atomically(brought.file(path.name), path.read_text(encoding="utf-8"))
+    if metrics is not None:
+        brought.write(metrics.model_copy(update={"target": AZURE, "job": str(job.name)}))
     for name in SMALL_FILES:
         source, target = fetched / name, run.path / name
         if source.exists():
@@ -350,7 +348,7 @@ def _bring_back(
             target.parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
     _remove(fetched)
-    return manifests
+    return brought
 
 
 def _remove(path: Path) -> None:
@@ -360,9 +358,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def fetch_output(
-    clients: Clients, job: Job, output: str, folder: Path, progress: ProgressCallback
-) -> None:
+def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress: Progress) -> None:
     """Copy the files of a job's output over `folder`. StageError when there are none.
 
     Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a named
@@ -395,7 +391,7 @@ def fetch_output(
 
 
 def _download_blobs(
-    clients: Clients, store: str, prefix: str, folder: Path, progress: ProgressCallback
+    clients: Clients, store: str, prefix: str, folder: Path, progress: Progress
 ) -> int:
     """Download every blob below `prefix`; how many there were."""
     start = prefix.strip("/") + "/"

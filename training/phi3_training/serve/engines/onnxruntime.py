@@ -1,4 +1,4 @@
-"""The `ort-genai` engine: an ONNX folder made by ONNX Runtime GenAI's builder, on the CPU.
+"""The `onnxruntime` engine: an ONNX folder made by ONNX Runtime GenAI's builder, on the CPU.
 
 Reads model.onnx, genai_config.json and the chat format files. Tokens come from `ChatFormat`,
 never from the library's own tokenizer, whose ids differ for some Phi-3 tokenizers.
@@ -44,7 +44,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 def load(onnx_dir: Path, *, slots: int, num_threads: int | None = None) -> TokenEngine:
     """Load the folder; raises StageError when it is not a converted model."""
     model = step_model(onnx_dir, num_threads)
-    return TokenEngine.of_folder("ort-genai", onnx_dir, model, slots=slots)
+    return TokenEngine.of_folder("onnxruntime", onnx_dir, model, slots=slots)
 
 
 def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:

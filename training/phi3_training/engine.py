@@ -1,0 +1,49 @@
+"""The engines that run a model: their names in recipes and settings, and what `auto` takes.
+
+Looks at what is installed and whether there is a GPU, without importing torch for it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+# `ort-genai` is the earlier name of `onnxruntime`: recipes and settings may still say it.
+EngineName = Annotated[
+    Literal["auto", "onnxruntime", "transformers", "upstream"],
+    BeforeValidator(lambda name: "onnxruntime" if name == "ort-genai" else name),
+]
+
+_GPU_MARKS = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
+
+
+def choose_engine(
+    asked: EngineName = "auto", *, adapters: bool = False, gpu: bool | None = None
+) -> tuple[EngineName, str]:
+    """The engine to take and the reason, fit for `engine X: REASON`.
+
+    `adapters`: a run's adapters are served by name. `gpu`: whether the machine that serves has an
+    NVIDIA GPU, and every package; None: look at this one.
+    """
+    if adapters:
+        return "transformers", "it serves the run's adapters by name"
+    if asked != "auto":
+        return asked, "the settings ask for it"
+    if has_gpu() if gpu is None else gpu:
+        return "transformers", "there is an NVIDIA GPU"
+    missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
+    if missing and gpu is None:
+        return "transformers", f"{missing[0]} is not installed"
+    return "onnxruntime", "no GPU; ONNX Runtime is the fastest on a CPU"
+
+
+def has_gpu() -> bool:
+    """Whether torch can use an NVIDIA GPU here; imports torch only where there seems to be one."""
+    if not find_spec("torch") or not any(Path(mark).exists() for mark in _GPU_MARKS):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

@@ -1,0 +1,48 @@
+"""Tells processes apart and ends them. A system reuses pids, so the start time goes with the pid.
+
+Reads the table of processes; writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import psutil
+
+# The system rounds the moment a process was created; two processes with one pid lie further apart.
+_SAME_SECONDS = 1.0
+
+
+def start_time(pid: int) -> float:
+    """When a process began, in seconds since 1970. Raises psutil.NoSuchProcess."""
+    return float(psutil.Process(pid).create_time())
+
+
+def find(pid: int, started: float) -> psutil.Process | None:
+    """The process of that pid and start time while it runs."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < _SAME_SECONDS
+        # A killed process that nobody has waited for yet is still listed.
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def end(processes: Iterable[psutil.Process], seconds: float) -> bool:
+    """End these and all that they started: SIGTERM, after `seconds` SIGKILL. Whether all ended."""
+    family: list[psutil.Process] = []
+    for process in processes:
+        try:
+            family += [*process.children(recursive=True), process]
+        except psutil.NoSuchProcess:
+            continue
+    alive = family
+    for signal in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            try:
+                signal(process)
+            except psutil.NoSuchProcess:
+                continue
+        alive = psutil.wait_procs(alive, seconds)[1]
+    return not alive

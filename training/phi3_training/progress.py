@@ -1,0 +1,17 @@
+"""How long work tells where it is. Whoever shows it passes a function; nothing is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# progress(done, total, text): total 0 means "how much is not known".
+Progress = Callable[[int, int, str], None]
+
+
+def no_progress(_done: int, _total: int, _text: str) -> None:
+    """Shows nothing: for callers without a display."""
+
+
+def note(progress: Progress, text: str) -> None:
+    """Say what is being done, where nobody knows how much of it there is."""
+    progress(0, 0, text)
