@@ -31,13 +31,13 @@ def choose_engine(
     if adapters:
         return "transformers", "it serves the run's adapters by name"
     if asked != "auto":
-        return asked, "the settings ask for it"
+        return asked, "set in the recipe"
     if has_gpu() if gpu is None else gpu:
         return "transformers", "there is an NVIDIA GPU"
     missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
     if missing and gpu is None:
         return "transformers", f"{missing[0]} is not installed"
-    return "onnxruntime", "no GPU; ONNX Runtime is the fastest on a CPU"
+    return "onnxruntime", "no GPU, and ONNX Runtime is the fastest on a CPU"
 
 
 def has_gpu() -> bool:

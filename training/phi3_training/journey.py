@@ -48,7 +48,7 @@ class Journey:
 
 @dataclass(frozen=True)
 class Stage(Generic[M]):
-    """One stage. `inputs` is what its result depends on, beside the stages in `needs`."""
+    """One stage. `inputs` is what its result depends on, in addition to the stages in `needs`."""
 
     manifest: type[M]
     title: str
@@ -135,7 +135,7 @@ def finished(journey: Journey, stage: Stage[M]) -> M | None:
 
 
 def do(journey: Journey, stage: Stage[M], progress: Progress) -> M:
-    """Do a stage in any case and write its manifest."""
+    """Run a stage unconditionally and write its manifest."""
     started = time.monotonic()
     journey.progress = progress
     content = stage.work(journey)

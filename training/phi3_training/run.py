@@ -84,7 +84,7 @@ class Run:
         )
 
     def require(self, kind: type[M]) -> M:
-        """The same; raises StageError, with the command that makes it, where there is none."""
+        """The same; raises StageError, with the command that creates it, if there is none."""
         manifest = self.read(kind)
         if manifest is None:
             raise StageError(

@@ -141,7 +141,7 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
     """
     go(journey, stages_until(BaseManifest))
     study = _open(journey, plan)
-    # A trial that a killed process left running is none: its values are proposed again.
+    # A trial that a killed process left running does not count: its values are proposed again.
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     while len(done := finished_trials(study)) < plan.trials:
