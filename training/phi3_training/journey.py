@@ -37,7 +37,7 @@ class Journey:
     flow: Path
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
-    again: frozenset[type[Manifest]] = frozenset()  # of the stages that are done in any case
+    again: frozenset[type[Manifest]] = frozenset()  # of the stages that always run again
     progress: Progress = no_progress
 
     @property
@@ -69,7 +69,7 @@ def go(
     *,
     again: frozenset[type[Manifest]] = frozenset(),
 ) -> None:
-    """Do every stage that is not done; those whose manifests are in `again` in any case.
+    """Do every stage that is not done; those whose manifests are in `again` always run.
 
     Raises what a stage raises (Phi3TrainingError and its kin), and StageError for what the plan
     says would fail; finished stages stay finished.

@@ -409,7 +409,7 @@ class ExportManifest(Manifest):
     """The tuned model in another form; each form has a class of its own in EXPORTS."""
 
     path: str
-    of: str | None = None  # done_id of the model that it was made of
+    of: str | None = None  # done_id of the exported model
     precision: str | None = None
     bytes: int | None = None
     check: ExportCheck | None = None
