@@ -20,7 +20,7 @@ def aggregate(lines: list, base_run: list) -> dict:
     name = next((run for run in base_run if run), "")
     record = record_of(name) if name else None
     if name and record is None:
-        unseen = f"The run {name!r} has no record on this machine: its failed lines are not counted"
+        unseen = f"The run {name!r} has no record on this machine: failed lines are not counted"
         if runs_are_kept_here():  # a name that is wrong must not pass for a run without failures
             raise ValueError(f"{unseen}; see `pf run list` for its name")
         log.warning(unseen)
@@ -52,7 +52,7 @@ def shortened(names: list) -> str:
 
 
 def percentile(values: list, share: int) -> float:
-    """The value below which this share of the values lies, between two of them where need be."""
+    """The value below which this share of the values is, interpolated between two of them."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * share / 100
     low = int(place)

@@ -152,9 +152,9 @@ def test_more_trials_go_on_from_those_there(prepared: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "settings", "told"),
     [
-        (SEARCH.replace("high: 8", "high: 6"), SETTINGS, "another search file"),
-        (SEARCH, [*SETTINGS, "finetune.weight_decay=0.1"], "another recipe"),
-        (SEARCH, [*SETTINGS, "data.validation_share=0.2"], "another chats"),
+        (SEARCH.replace("high: 8", "high: 6"), SETTINGS, "before the search file changed"),
+        (SEARCH, [*SETTINGS, "finetune.weight_decay=0.1"], "before the recipe changed"),
+        (SEARCH, [*SETTINGS, "data.validation_share=0.2"], "before the chats changed"),
     ],
 )
 def test_another_search_is_not_mixed_in(

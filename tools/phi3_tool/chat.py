@@ -118,16 +118,16 @@ def phi3_chat(
     deployment: str = "",
     stream: bool = False,
 ) -> Any:
-    """Ask a Phi-3 endpoint one question in the light of the conversation so far.
+    """Ask a Phi-3 endpoint one question, with the conversation so far.
 
     `connection` is a Phi3Connection, or a custom connection with `endpoint` (configs) and `key`
     (secrets). Where the environment variable PHI3_ENDPOINT is set, it and PHI3_KEY are used instead
     and the connection is not read: so the same flow runs without a connection store, in CI and in
     containers.
 
-    `max_history_tokens` bounds the earlier turns that are sent, counted roughly and dropped whole,
-    oldest first. 0 lets them use what the model's context leaves after the question and
-    `max_new_tokens`; the context is the connection's `context_length`, or 4096.
+    `max_history_tokens` limits the earlier turns that are sent; tokens are estimated, and the
+    oldest turns are dropped whole. 0 lets them use what the model's context leaves after the
+    question and `max_new_tokens`; the context is the connection's `context_length`, or 4096.
 
     `deployment` names one deployment of the endpoint; it overrides the connection's.
 
@@ -184,7 +184,7 @@ def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str
     except Phi3Error as error:
         # The status is long sent. Raised here, the chat page would put "network error" in place of
         # all that came, and one serving engine would end the answer as if it were whole.
-        log.warning("the answer broke off: %s", error)
+        log.warning("the answer was cut off: %s", error)
         yield f"{BROKE_OFF}{error}]"
     finally:
         pieces.close()

@@ -480,7 +480,7 @@ class Phi3Client:
                 if len(said) > _MAX_ERROR_BYTES:
                     break
         except (requests.RequestException, HTTPError, OSError):
-            log.debug("the body of a status %d broke off", response.status_code)
+            log.debug("the body of a status %d was cut off", response.status_code)
         response.close()
         text = said.decode("utf-8", "replace")
         return failure_of(response.status_code, response.headers, text, self._credential.quote)

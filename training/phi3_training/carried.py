@@ -19,7 +19,7 @@ _PACKAGES = {
     "phi3_tool": Path(phi3_tool.__file__).resolve().parent,
 }
 _OURS = re.compile(rf"({'|'.join(_PACKAGES)})(\.\w+)*")
-# What a module reads from the folder it lies in.
+# What a module reads from its own folder.
 _DATA = (".css", ".html", ".txt", ".yaml", ".typed")
 
 

@@ -37,7 +37,7 @@ def choose_engine(
     missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
     if missing and gpu is None:
         return "transformers", f"{missing[0]} is not installed"
-    return "onnxruntime", "no GPU; ONNX Runtime is the fastest on a CPU"
+    return "onnxruntime", "no GPU, and ONNX Runtime is the fastest on a CPU"
 
 
 def has_gpu() -> bool:

@@ -37,7 +37,7 @@ class Journey:
     flow: Path
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
-    again: frozenset[type[Manifest]] = frozenset()  # of the stages that are done in any case
+    again: frozenset[type[Manifest]] = frozenset()  # of the stages that always run again
     progress: Progress = no_progress
 
     @property
@@ -48,7 +48,7 @@ class Journey:
 
 @dataclass(frozen=True)
 class Stage(Generic[M]):
-    """One stage. `inputs` is what its result depends on, beside the stages in `needs`."""
+    """One stage. `inputs` is what its result depends on, in addition to the stages in `needs`."""
 
     manifest: type[M]
     title: str
@@ -69,7 +69,7 @@ def go(
     *,
     again: frozenset[type[Manifest]] = frozenset(),
 ) -> None:
-    """Do every stage that is not done; those whose manifests are in `again` in any case.
+    """Do every stage that is not done; those whose manifests are in `again` always run.
 
     Raises what a stage raises (Phi3TrainingError and its kin), and StageError for what the plan
     says would fail; finished stages stay finished.
@@ -135,7 +135,7 @@ def finished(journey: Journey, stage: Stage[M]) -> M | None:
 
 
 def do(journey: Journey, stage: Stage[M], progress: Progress) -> M:
-    """Do a stage in any case and write its manifest."""
+    """Run a stage unconditionally and write its manifest."""
     started = time.monotonic()
     journey.progress = progress
     content = stage.work(journey)

@@ -1,7 +1,7 @@
 """What each stage leaves in the run folder: a class for every manifest, `<stage>.json` on the disk.
 
 A manifest of this machine and one of Azure have the same class; what only one of them has is
-optional. Keys that a class does not name are left out on reading, keys that nobody set on writing.
+optional. Unknown keys are ignored on reading, unset keys are left out on writing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Manifest(Part):
 
     @property
     def is_here(self) -> bool:
-        """Whether the stage was done on this machine, so that its files lie in the run folder."""
+        """Whether the stage was done on this machine, so that its files are in the run folder."""
         return self.target in (None, "local")
 
     def as_json(self) -> dict[str, Any]:
-        """As the file has it: plain values, without those that nobody set."""
+        """As in the file: plain values, without unset ones."""
         content = self.model_dump(exclude_unset=True)
         return {"version": VERSION, "stage": self.STAGE, **content}
 
@@ -163,7 +163,7 @@ class Comparison:
 
 
 class Asked(Part):
-    """The recipe's own question, and what both models said to it."""
+    """The recipe's own question, and both models' answers."""
 
     question: str
     before: str
@@ -251,7 +251,7 @@ class RegistrationManifest(Manifest):
 
 
 class GatePassage(Part):
-    """What the gate said of a model that was deployed; `failed`: rules that --force overruled."""
+    """The gate's verdict on a deployed model; `failed`: rules that --force overruled."""
 
     passed: bool
     forced: bool
@@ -286,7 +286,7 @@ class EndpointManifest(Manifest):
 
 
 class ConnectionManifest(Manifest):
-    """The Prompt flow connection that leads to the endpoint; never its key."""
+    """The Prompt flow connection to the endpoint; never its key."""
 
     STAGE = "connection"
     COMMAND = "phi3 connect"
@@ -387,7 +387,7 @@ class LayersCheck(Part):
 
 
 class ExportCheck(Part):
-    """An export held against what it was made of; only a `note` where nothing can differ."""
+    """An export compared with the original; only a `note` if nothing can differ."""
 
     passed: bool
     problems: Sequence[str] = ()
@@ -409,7 +409,7 @@ class ExportManifest(Manifest):
     """The tuned model in another form; each form has a class of its own in EXPORTS."""
 
     path: str
-    of: str | None = None  # done_id of the model that it was made of
+    of: str | None = None  # done_id of the exported model
     precision: str | None = None
     bytes: int | None = None
     check: ExportCheck | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import psutil
 
-# The system rounds the moment a process was created; two processes with one pid lie further apart.
+# The system rounds the moment a process was created; two processes with one pid are further apart.
 _SAME_SECONDS = 1.0
 
 
@@ -23,7 +23,7 @@ def find(pid: int, started: float) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
         same = abs(process.create_time() - started) < _SAME_SECONDS
-        # A killed process that nobody has waited for yet is still listed.
+        # A killed process that was not waited for yet is still listed.
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.Error:
         return None

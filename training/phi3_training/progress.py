@@ -13,5 +13,5 @@ def no_progress(_done: int, _total: int, _text: str) -> None:
 
 
 def note(progress: Progress, text: str) -> None:
-    """Say what is being done, where nobody knows how much of it there is."""
+    """Report work of unknown length."""
     progress(0, 0, text)

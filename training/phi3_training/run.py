@@ -23,7 +23,7 @@ from .manifests import VERSION, Manifest
 
 M = TypeVar("M", bound=Manifest)
 
-RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone goes on with
+RECIPE_FILE = "recipe.yaml"  # in the run folder: what `--run NAME` alone uses
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -84,7 +84,7 @@ class Run:
         )
 
     def require(self, kind: type[M]) -> M:
-        """The same; raises StageError, with the command that makes it, where there is none."""
+        """The same; raises StageError, with the command that creates it, if there is none."""
         manifest = self.read(kind)
         if manifest is None:
             raise StageError(

@@ -151,7 +151,7 @@ def decode(line: Line) -> tuple[str | None, list[Problem]]:
     """The line's text, or None and why there is none."""
     if line.is_too_long:
         what = f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
-        fix = "split the conversation, or check that line ends are not missing"
+        fix = "split the conversation, or check for missing line endings"
         return None, [Problem("line-too-long", what, fix)]
     if control := _CONTROL.search(line.data):
         return None, [_control_byte(line, control)]
@@ -266,7 +266,7 @@ class StrictJson:
             for key, _ in pairs:
                 if key in seen:
                     what = f"the key {key!r} occurs twice in one object"
-                    fix = "keep one of them: which one counts is left to chance"
+                    fix = "keep one of them: JSON does not define which one counts"
                     self._problems.append(Problem("repeated-key", what, fix))
                 seen.add(key)
         return value

@@ -297,7 +297,7 @@ def prepare(
         target = _targets(data, findings)
         if not faults and not data.validation and not (target == _number("validation")).any():
             what = "all conversations ask the same question, so none can be held out"
-            fix = "add conversations, or name held-out ones under data.validation"
+            fix = "add conversations, or name a file of held-out ones under data.validation"
             faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
         if faults:
             faults = in_order(faults)
@@ -307,7 +307,9 @@ def prepare(
         # Rows were copied after all were checked: their source must still be the same.
         for one in scans:
             if one.has_changed():
-                raise StageError(f"{one.path} was changed while it was read; prepare again")
+                raise StageError(
+                    f"{one.path} changed while it was being read; run the command again"
+                )
         listed = write_findings(run.path / REPORT, findings)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)

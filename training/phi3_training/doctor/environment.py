@@ -202,7 +202,7 @@ def _remembered(home: Path) -> Iterator[int]:
 def _heartbeat(port: int) -> str | None:
     """The service's version; "" for another program, None where nobody listens."""
     session = requests.Session()
-    session.trust_env = False  # this machine is asked, never through a proxy
+    session.trust_env = False  # this machine is queried directly, never through a proxy
     try:
         answer = session.get(f"http://127.0.0.1:{port}/heartbeat", timeout=SECONDS)
     except requests.exceptions.ConnectTimeout:

@@ -62,14 +62,14 @@ def _dtype(wanted: str, device: str, *, has_bfloat16: bool) -> tuple[Dtype, str]
     if wanted == "bfloat16":
         return "bfloat16", "as the recipe says"
     if wanted == "float16" and device == "cpu":
-        return "float32", "float16, which the recipe asks for, needs a GPU"
+        return "float32", "the recipe sets float16, which needs a GPU"
     if wanted == "float16":
         return "float16", "as the recipe says"
     if device == "cuda" and has_bfloat16:
         return "bfloat16", "the GPU supports it"
     if device == "cuda":
         return "float16", "the GPU has no bfloat16"
-    return "float32", f"exact, and what a {device} computes fastest"
+    return "float32", f"exact, and the fastest on a {device}"
 
 
 def _cpu_frozen(

@@ -329,7 +329,7 @@ def pack(
     folder, zip_path = out / source.name, out / f"{source.name}.zip"
     if folder.resolve() == flow.resolve():
         raise UsageError(f"{folder} is the flow itself; choose another folder with --out FOLDER")
-    # Only a bundle is ever replaced: never somebody's own folder of that name.
+    # Only a bundle is ever replaced: never another folder of that name.
     if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
         raise UsageError(f"{folder} exists and is not a bundle; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)

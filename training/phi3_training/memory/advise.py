@@ -125,7 +125,8 @@ class Planner:
         return Need(max(phases, key=lambda phase: phase.total), self.device, sharing)
 
     def loading(self, ram: Device) -> Need:
-        """The RAM beside a GPU: weights pass through it, and a QLoRA adapter is merged there."""
+        """The RAM of a GPU machine: weights pass through it, and a QLoRA adapter is merged "
+        "there."""
         full = self.recipe.finetune.method == "full"
         each = FLOAT32 if full else compute_bytes(self.recipe, self.device)
         size = each * self.shape.parameters
@@ -256,7 +257,7 @@ def _training(plan: Planner) -> PlanLine:
         setting = _words(_difference(recipe, most)) or "this one"
         fix = (
             f"Even the smallest setting ({setting}) needs "
-            f"{gib(plan.with_(most).training().total)}: take a larger device or a smaller model"
+            f"{gib(plan.with_(most).training().total)}: use a larger device or a smaller model"
         )
     text = f"does not fit: {text}. {need.too_much}. {fix}"
     return PlanLine("finetune", text, True, details | {"change": dict(change)})

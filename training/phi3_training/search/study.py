@@ -141,7 +141,7 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
     """
     go(journey, stages_until(BaseManifest))
     study = _open(journey, plan)
-    # A trial that a killed process left running is none: its values are proposed again.
+    # A trial that a killed process left running does not count: its values are proposed again.
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     while len(done := finished_trials(study)) < plan.trials:
@@ -208,9 +208,9 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
     other = [name for name, value in parts.items() if known.get(name, value) != value]
     if other:
         raise UsageError(
-            f"{journey.run.path / 'search'} contains a search with a different "
-            f"{' and '.join(other)}; its trials cannot be compared with new ones. Name another "
-            f"run folder with --run NAME, or delete that folder."
+            f"{journey.run.path / 'search'} contains a search from before the "
+            f"{' and '.join(other)} changed; its trials cannot be compared with new ones. Name "
+            "another run folder with --run NAME, or delete that folder."
         )
     for name, value in parts.items():
         study.set_user_attr(name, value)

@@ -41,5 +41,5 @@ def target_of(run: Run) -> str:
 
 
 def is_here(run: Run) -> bool:
-    """Whether a run was made on this machine."""
+    """Whether a run was created on this machine."""
     return target_of(run) == HERE

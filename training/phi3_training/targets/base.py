@@ -40,7 +40,7 @@ class Access:
 
 
 class Target(Protocol):
-    """Where the journey runs. What it makes is told in manifests; failures are StageErrors."""
+    """Where a run takes place. Results are recorded in manifests; failures are StageErrors."""
 
     name: str
 
@@ -86,11 +86,11 @@ class Target(Protocol):
         ...
 
     def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
-        """Write the Prompt flow connections that lead to the endpoint."""
+        """Write the Prompt flow connections for the endpoint."""
         ...
 
     def is_connected(self, run: Run) -> bool:
-        """Whether the run's connections still lead to its endpoint; another run may have them."""
+        """Whether the run's connections still point to its endpoint; another run may have them."""
         ...
 
     def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:

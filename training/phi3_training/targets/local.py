@@ -145,13 +145,13 @@ class LocalTarget:
         key = self._known_key(recipe, run, endpoint)
         if key is None:
             raise StageError(
-                "The endpoint's key is held by no process any more; "
-                "start the endpoint anew with: phi3 down && phi3 up"
+                "No running process holds the endpoint's key any more; restart the endpoint with: "
+                "phi3 down && phi3 up"
             )
         return connect(endpoint, key, recipe.connection.name, recipe.connection.dialect)
 
     def is_connected(self, run: Run) -> bool:
-        """Yes: a connection that another run has taken over is told where it is used."""
+        """Yes: a connection that another run has taken over is reported where it is used."""
         del run
         return True
 
@@ -164,7 +164,7 @@ class LocalTarget:
         return AnswerManifest(question=recipe.ask, answer=answer)
 
     def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
-        """The endpoint's key: of this object, else of the store if that leads to this endpoint.
+        """The endpoint's key: of this object, else of the store if that points to this endpoint.
 
         Neither has it after a stop between `deploy` and `connect`, or when another run connected
         since.

@@ -46,7 +46,7 @@ def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Find
                 yield _TOOL.ok("install", "installed with its extra `flow` into a new environment")
             else:
                 python, home = Path(sys.executable), beside(wheel, folder)
-                said = "installed alone, beside this environment's Prompt flow"
+                said = "installed separately, with this environment's Prompt flow"
                 yield _TOOL.ok("install", said)
             yield from search(python, home)
         except Phi3TrainingError as error:
@@ -79,7 +79,7 @@ def build(project: Path, folder: Path) -> Path:
 
 
 def beside(wheel: Path, folder: Path) -> Path:
-    """Install the wheel alone below `folder`; all else is this environment's. Where it lies."""
+    """Install only the wheel below `folder`; all else is this environment's. Returns its path."""
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow", "flow")
     target = folder / "installed"
@@ -94,7 +94,7 @@ def _fresh(wheel: Path, folder: Path, constraints: Path) -> tuple[Path, Path]:
     try:
         venv.create(home, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise StageError(f"No new environment can be made here: {error}") from None
+        raise StageError(f"No new environment can be created here: {error}") from None
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [str(python), "-m", "pip", "install", "--constraint", str(constraints)]
     _run([*pip, f"{wheel}[flow]"], 1800, "The wheel cannot be installed")
@@ -105,7 +105,7 @@ def search(python: Path, folder: Path) -> Iterator[Finding]:
     """Look for the tool below `folder`; StageError if the search itself fails."""
     probe = Path(__file__).with_name("probe.py")
     command = [str(python), "-I", str(probe), str(folder)]
-    said = _run(command, 120, "The search for the tool broke off")
+    said = _run(command, 120, "The search for the tool failed")
     for check, ok, text, fix in json.loads(said.splitlines()[-1]):
         yield _TOOL.ok(check, text) if ok else _TOOL.fault(check, text, fix)
 

@@ -62,7 +62,7 @@ def chat_format(folder: Path) -> ChatFormat:
 
 
 class TokenEngine:
-    """An engine made of a chat format and a step model; see `base.Engine`."""
+    """An engine built from a chat format and a step model; see `base.Engine`."""
 
     def __init__(
         self,

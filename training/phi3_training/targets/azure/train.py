@@ -314,7 +314,7 @@ def _measured_in_training(run: Run, job: str, questions: str) -> MetricsManifest
     """What came back with the training job, if it answered the same questions and is still here."""
     try:
         metrics = _brought(run, TRAIN).read(MetricsManifest)
-    except StageError:  # a second job measures anew
+    except StageError:  # a second job evaluates again
         return None
     if metrics is None or (metrics.job, metrics.asked) != (job, questions):
         return None
