@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from phi3_training.errors import RecipeError
+from phi3_training.data import question_of
+from phi3_training.errors import RecipeError, StageError
 from phi3_training.recipe import load_recipe, save_recipe
+from phi3_training.run import Run
 
 PROJECT = Path(__file__).resolve().parents[3]
+SHIPPED = PROJECT / "training/recipes/phi3-tiny.yaml"
 RECIPES = sorted((PROJECT / "training/recipes").glob("**/*.yaml"))
 
 
@@ -204,3 +208,30 @@ def test_saved_recipe_reads_the_same(path: Path, tmp_path: Path) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
 
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_own_chats_are_not_judged_by_the_shops_questions(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("{}\n")
+    shipped = load_recipe(SHIPPED)
+    assert shipped.data.validation
+    assert shipped.ask
+
+    own = load_recipe(SHIPPED, [f"data.train={mine}"])
+
+    assert (own.data.validation, own.ask) == ([], None)
+    assert own.data.replay == shipped.data.replay  # what the model knows, whatever the chats
+
+    named = load_recipe(SHIPPED, [f"data.train={mine}", f"data.validation={mine}", "ask=Why?"])
+    assert (named.data.validation, named.ask) == ([mine], "Why?")
+
+
+def test_the_question_is_the_first_that_is_held_out(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "mine")
+    recipe = load_recipe(SHIPPED, ["ask=null"])
+    with pytest.raises(StageError, match="phi3 data prepare"):
+        question_of(recipe, run)
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    run.file("data", "validation.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert question_of(recipe, run) == "user"
+    assert question_of(load_recipe(SHIPPED, ["ask=Why?"]), run) == "Why?"

@@ -14,7 +14,7 @@ from ..journey import RECIPE_FILE, Journey
 from ..manifests import ModelManifest
 from ..models import small
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
-from ..recipe import AuditRule, Recipe, load_recipe
+from ..recipe import AuditRule, Recipe, load_recipe, replaced_with_chats
 from ..run import Run, check_run_name
 from ..targets import HERE, get_target, is_here, target_of
 
@@ -116,6 +116,11 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     args.words = _with_recipe(args)
     words = [*args.words, *from_options(args)]
     recipe = recipe_of(words, on)
+    if make_run and replaced_with_chats(words):
+        console.note(
+            "With data.train, chats of your own: held-out chats and question are taken from them "
+            "(name others with data.validation=FILE and ask=QUESTION)."
+        )
     if make_run and recipe.model.is_small:
         recipe = _with_small_weights(recipe, words, on)
     path = args.runs.resolve() / (args.run or run_name(recipe, on))

@@ -130,6 +130,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
         return _next_on(journey.target.name, journey.run.name)
     flow = os.path.relpath(journey.flow)
     binary = _prefix()
+    question = journey.run.require(AnswerManifest).question
     return [
         (f"{binary}phi3 chat", "a conversation in this terminal"),
         (
@@ -137,7 +138,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
             "Prompt flow's chat page in the browser; Ctrl-C closes it",
         ),
         (
-            f'{binary}pf flow test --flow {flow} --inputs input_data="{journey.recipe.ask}"',
+            f'{binary}pf flow test --flow {flow} --inputs input_data="{question}"',
             "one question through the flow",
         ),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .check import CheckReport, FileReport, check, read_conversations, show
 from .conversation import Conversation, Message
 from .faults import Fault
-from .prepare import prepare
+from .prepare import prepare, question_of
 from .sources import fingerprints
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check",
     "fingerprints",
     "prepare",
+    "question_of",
     "read_conversations",
     "show",
 ]

@@ -25,6 +25,7 @@ import numpy as np
 from ..errors import DataError, StageError
 from ..manifests import DatasetManifest, Prepared
 from ..manifests import Source as Input
+from ..recipe import Recipe
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
 from .arrays import U8, U64, Bools, Ints, mixed
@@ -487,3 +488,21 @@ def _choices(
                 f"{taught['new']} ask for something that no training chat answers"
             )
     return [*lines, *sentences(findings.counts(), REPORT)]
+
+
+def question_of(recipe: Recipe, run: Run) -> str:
+    """What is asked at the end: the recipe's question, else the first that is held out.
+
+    Raises StageError where the recipe has none and no chats are prepared.
+    """
+    if recipe.ask is not None:
+        return recipe.ask
+    for part in ("validation", "train"):
+        path = run.path / "data" / f"{part}.jsonl"
+        if path.is_file():
+            with path.open(encoding="utf-8") as stream:
+                messages = json.loads(stream.readline() or "{}").get("messages", [])
+            for message in messages:
+                if message["role"] == "user":
+                    return str(message["content"])
+    raise StageError(f"The run {run.name!r} has no prepared chats yet: phi3 data prepare")

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
+from ..data.prepare import question_of
 from ..finetune.rows import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder
@@ -36,7 +37,8 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     questions = collect(recipe.evaluate, run)
     base = base_folder(run)
     tuned = run.path / run.require(ModelManifest).path
-    own = Asked([{"role": "user", "content": recipe.ask}])
+    question = question_of(recipe, run)
+    own = Asked([{"role": "user", "content": question}])
     asked = _distinct([*(Asked(q.prompt, q.expected) for q in questions), own])
     judge = choose_judge(recipe, run)
     total = 2 * len(asked)
@@ -55,7 +57,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     return figures_of(rows, recipe.evaluate).model_copy(
         update={
             "ask": AskedBoth(
-                question=recipe.ask, before=was.text(own.prompt), after=now.text(own.prompt)
+                question=question, before=was.text(own.prompt), after=now.text(own.prompt)
             ),
             "answered_by": judge.as_dict(),
             "choices": [judge.sentence, *_remarks(rows, now)],

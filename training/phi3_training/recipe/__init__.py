@@ -4,6 +4,7 @@ from .azure import AzureSection as AzureSection
 from .loading import Recipe as Recipe
 from .loading import load_recipe as load_recipe
 from .loading import read_yaml as read_yaml
+from .loading import replaced_with_chats as replaced_with_chats
 from .loading import save_recipe as save_recipe
 from .sections import AuditRule as AuditRule
 from .sections import BaseSection as BaseSection

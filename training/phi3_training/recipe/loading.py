@@ -52,7 +52,7 @@ class Recipe(Section):
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
     azure: AzureSection = AzureSection()
-    ask: Annotated[str, Field(min_length=1)] = "Who founded Microsoft?"
+    ask: Annotated[str, Field(min_length=1)] | None = None  # None: the first held-out question
 
     @model_validator(mode="after")
     def _flash_packs_one_row(self) -> Recipe:
@@ -74,6 +74,8 @@ class Recipe(Section):
 
 # What a recipe sets for one model and would be wrong for another.
 _OF_THE_MODEL = ("model", "base", "finetune", "evaluate", "gate", "serve")
+# What a recipe sets for its chats and would be wrong for others.
+_OF_THE_CHATS: Mapping[str, Any] = {"data.validation": [], "ask": None}
 
 
 def load_recipe(
@@ -83,6 +85,9 @@ def load_recipe(
 
     `model_from` names a recipe whose model, and the sections that are set for it, are taken instead
     of the recipe's own and of an override of `model.name_or_path`.
+
+    With `data.train` overridden, the recipe's held-out chats and its question are replaced as well:
+    see `replaced_with_chats`.
 
     Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
     that a path names but that do not exist.
@@ -100,6 +105,8 @@ def load_recipe(
             content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
         overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
     faults += _apply_overrides(content, overrides)
+    for key, value in replaced_with_chats(overrides).items():
+        _set(content, key.split("."), value)
     _resolve_paths(content, Path.cwd())  # paths typed on the command line
     try:
         recipe = Recipe.model_validate(content)
@@ -111,6 +118,18 @@ def load_recipe(
     if faults:
         raise RecipeError(str(path), faults)
     return recipe
+
+
+def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
+    """What overriding `data.train` replaces: held-out chats and question of the recipe's own chats.
+
+    A share of the new chats is held back, and the first of them is asked. A key that is overridden
+    itself stays; empty where `data.train` is not overridden.
+    """
+    typed = {text.partition("=")[0] for text in overrides}
+    if "data.train" not in typed:
+        return {}
+    return {key: value for key, value in _OF_THE_CHATS.items() if key not in typed}
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

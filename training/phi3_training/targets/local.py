@@ -157,11 +157,13 @@ class LocalTarget:
 
     def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer through the stored connection."""
+        from ..data import question_of
         from ..flow.ask import ask
 
-        del run, progress
-        answer = ask(flow, recipe.ask, connection_name=recipe.connection.name)
-        return AnswerManifest(question=recipe.ask, answer=answer)
+        del progress
+        question = question_of(recipe, run)
+        answer = ask(flow, question, connection_name=recipe.connection.name)
+        return AnswerManifest(question=question, answer=answer)
 
     def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
         """The endpoint's key: of this object, else of the store if that points to this endpoint.

@@ -29,6 +29,7 @@ from phi3_tool.errors import (
 )
 
 from ...carried import copy_carried
+from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
 from ...progress import Progress, note
@@ -119,7 +120,8 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     before = traffic_shares(endpoint.traffic)
     ensure_deployment(clients, section, run, target, model, progress)
     access = access_to(clients, target.endpoint)
-    reply = _first_answer(clients, access, target, recipe.ask, progress)
+    question = question_of(recipe, run)
+    reply = _first_answer(clients, access, target, question, progress)
     move_traffic(clients, section, target.endpoint, {target.name: 100}, progress)
     idle = _delete_surplus(clients, section, run, target, progress)
     choices = [
@@ -144,7 +146,7 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
         instance_count=settings.instance_count,
         traffic={target.name: 100},
         traffic_before=before,
-        smoke={"question": recipe.ask, "answer": reply.text, "request_id": reply.request_id},
+        smoke={"question": question, "answer": reply.text, "request_id": reply.request_id},
         choices=choices,
     )
 

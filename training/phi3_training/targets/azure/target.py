@@ -168,15 +168,16 @@ class AzureTarget:
 
     def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer through each connection that was written: here and in the workspaces."""
+        from ...data import question_of
         from ...flow.ask import ask
         from .prompt_flow import stored_connections
 
-        answers = {}
+        question, answers = question_of(recipe, run), {}
         for place, connection in stored_connections(self._of(run)[0], run).items():
             note(progress, f"asking through the connection of {place}")
-            answers[place] = ask(flow, recipe.ask, connection=connection)
+            answers[place] = ask(flow, question, connection=connection)
         return AnswerManifest(
-            question=recipe.ask,
+            question=question,
             answer=next(iter(answers.values())),
             asked_through=list(answers),
         )
