@@ -91,7 +91,7 @@ def test_retry_after_is_obeyed() -> None:
         ):
             started = time.monotonic()
             assert client.chat(QUESTION).attempts == 2
-            assert 0.55 < time.monotonic() - started < 3
+            assert 0.55 < time.monotonic() - started < 15  # neither 0 nor the 20 of Retry-After
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:

@@ -17,7 +17,7 @@ from tests.integration.stub_endpoint import Reply, Seen, StubEndpoint, no_listen
 from phi3_tool import ConnectionSettings
 from phi3_training.doctor import Finding, State
 from phi3_training.doctor.endpoint import endpoint as endpoint_findings
-from phi3_training.doctor.flow import Connection, _package, _tools, flow
+from phi3_training.doctor.flow import Connection, flow, package_tool, tools_of
 from phi3_training.doctor.probe import ask, connection_findings, token_finding
 from phi3_training.flow.bundle import FlowSource, connection_of
 
@@ -213,17 +213,17 @@ def test_without_prompt_flow_the_flow_is_not_checked() -> None:
 
 def test_a_tool_that_prompt_flow_did_not_find(tmp_path: Path) -> None:
     source = FlowSource.read(ROOT / "flows/phi3_chat")
-    assert _tools(source, tmp_path).state is State.SKIPPED
+    assert tools_of(source, tmp_path).state is State.SKIPPED
     (tmp_path / ".promptflow").mkdir()
     (tmp_path / ".promptflow" / "flow.tools.json").write_text('{"code": {}, "package": {}}')
-    found = _tools(source, tmp_path)
+    found = tools_of(source, tmp_path)
     assert found.state is State.FAULT
     assert "integrate_with_promptflow.py" in found.said
 
 
 def test_the_package_tool_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    found = _package()
+    found = package_tool()
     assert found.state is State.WARNING
     assert "pip install" in found.fix
 

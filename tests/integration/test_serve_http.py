@@ -104,7 +104,7 @@ def test_a_slow_sender_is_408(engine: Engine) -> None:
         started = time.monotonic()
         connection = raw_post(endpoint, "/score", b'{"input', length=1000)
         assert b"408" in connection.recv(200)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         connection.close()
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from phi3_training.cli import main
-from phi3_training.commands.chat import _converse
+from phi3_training.commands.chat import converse
 from phi3_training.commands.common import recipe_of
 from phi3_training.journey import Journey
 from phi3_training.manifests import DatasetManifest
 from phi3_training.run import Run
-from phi3_training.stages import STAGES
+from phi3_training.stages import STAGES, stages_of
 from phi3_training.targets import get_target
 
 
@@ -137,7 +137,7 @@ def test_plan_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     plan = json.loads(capsys.readouterr().out)
     assert plan["to_do"][0] == "prepare"
-    assert len(plan["to_do"]) == 9
+    assert plan["to_do"] == [stage.title for stage in stages_of(in_cloud=False)]
     assert not (tmp_path / "runs").exists()
 
 
@@ -229,7 +229,7 @@ def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
     args = argparse.Namespace(system="Be kind.")
 
-    assert _converse(client, args, {}, 120) == 0  # type: ignore[arg-type]
+    assert converse(client, args, {}, 120) == 0  # type: ignore[arg-type]
 
     assert len(client.asked) == len(questions)
     first, last = client.asked[1], client.asked[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.memory.inference import evaluate_phase, save_phase, serve_phase, served_weights
-from phi3_training.memory.model import GIB, KNOWN, _ram, of_size, shape_from
+from phi3_training.memory.model import GIB, KNOWN, of_size, ram, shape_from
 from phi3_training.memory.training import (
     Work,
     activation_bytes,
@@ -186,7 +186,7 @@ def test_ram_of_a_container_is_its_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{GIB // 4}\n")
     (tmp_path / "memory.current").write_text(f"{GIB // 8}\n")
     (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {GIB // 16}\n")
-    total, available = _ram(tmp_path)
+    total, available = ram(tmp_path)
     assert total == GIB // 4
     assert available <= GIB // 4 - GIB // 16
 
@@ -195,7 +195,7 @@ def test_ram_of_a_container_is_its_limit(tmp_path: Path) -> None:
 def test_no_limit_means_the_machine(tmp_path: Path, limit: str | None) -> None:
     if limit:
         (tmp_path / "memory.max").write_text(limit)
-    assert _ram(tmp_path)[0] > GIB // 4
+    assert ram(tmp_path)[0] > GIB // 4
 
 
 def test_planned_device_is_all_free() -> None:

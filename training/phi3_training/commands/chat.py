@@ -221,7 +221,7 @@ def run_chat(args: argparse.Namespace) -> int:
     with replace(access, endpoint=url).client(**known) as client:
         if args.question is not None:
             return _ask_once(client, args, parameters)
-        return _converse(client, args, parameters, length - args.max_new_tokens)
+        return converse(client, args, parameters, length - args.max_new_tokens)
 
 
 def streaming_url(endpoint: str) -> str:
@@ -242,7 +242,7 @@ def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[
     return 0
 
 
-def _converse(
+def converse(
     client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any], room: int
 ) -> int:
     """Questions and answers until an empty line; what does not fit into `room` is left out."""

@@ -41,7 +41,7 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
         yield HERE.fault("folder", str(error), "name the flow's folder: phi3 doctor --flow FOLDER")
         for check in ("validate", "tools"):
             yield HERE.skipped(check, "there is no flow to check")
-    yield _package()
+    yield package_tool()
 
 
 def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Iterator[Finding]:
@@ -66,7 +66,7 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         )
     else:
         yield HERE.ok("validate", "Prompt flow accepts it")
-    yield _tools(source, copy)
+    yield tools_of(source, copy)
 
 
 def _validate(copy: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _validate(copy: Path) -> dict[str, Any]:
     return {"errors": [{"message": lines[-1]}]}
 
 
-def _tools(source: FlowSource, copy: Path) -> Finding:
+def tools_of(source: FlowSource, copy: Path) -> Finding:
     """Every node's tool is in what Prompt flow found."""
     try:
         found = json.loads((copy / ".promptflow" / "flow.tools.json").read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _tools(source: FlowSource, copy: Path) -> Finding:
     return HERE.ok("tools", f"found: {', '.join(sorted(wanted))}")
 
 
-def _package() -> Finding:
+def package_tool() -> Finding:
     """Prompt flow lists the package tool where its entry point is installed."""
     names = {entry.name for entry in metadata.entry_points(group="package_tools")}
     if "phi3_tool" in names:

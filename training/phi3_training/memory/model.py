@@ -241,7 +241,7 @@ def this_device() -> Device:
 
 def this_ram() -> Device:
     """This machine's RAM; a Mac's is its GPU's as well."""
-    total, available = _ram()
+    total, available = ram()
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return Device("mps", "the memory of this Mac", total, available, is_here=True)
     return Device("cpu", "the RAM of this machine", total, available, is_here=True)
@@ -257,7 +257,7 @@ def torch_has_cuda() -> bool:
     return any((Path(torch.origin).parent / "lib").glob("*torch_cuda*"))
 
 
-def _ram(cgroup: Path = _CGROUP) -> tuple[int, int]:
+def ram(cgroup: Path = _CGROUP) -> tuple[int, int]:
     """RAM in all and free, within what a container is allowed."""
     memory = psutil.virtual_memory()
     limit = _number(cgroup / "memory.max")
