@@ -18,7 +18,7 @@ FLOW = ROOT / "flows/phi3_chat"
 
 CONNECT_AND_READ = """
 import json, sys
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.flow.connect import connect
 from phi3_training.manifests import EndpointManifest
 
@@ -39,7 +39,7 @@ print(json.dumps({
 """
 FOREIGN = """
 import sys
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.errors import Phi3TrainingError
 from promptflow.client import PFClient
 from promptflow.connections import CustomConnection, OpenAIConnection
@@ -61,7 +61,7 @@ for doing in (store.delete_connection, store.read_connection):
 print(theirs.get("mine", with_secrets=True).secrets["key"])
 """
 LOST = """
-from phi3_training import promptflow_store as store
+from phi3_training.flow import store
 from phi3_training.errors import Phi3TrainingError
 for name in ("phi3_connection", "never_written"):
     try:
