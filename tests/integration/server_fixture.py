@@ -68,7 +68,7 @@ def teach(folder: Path) -> Taught:
     run = Run.open(folder / "run")
     recipe = load_recipe(folder / "recipe.yaml")
     manifest = prepare_base(recipe, run)
-    model_dir = run.path / manifest["path"]
+    model_dir = run.path / manifest.path
     onnx_dir = folder / "onnx"
     export_onnx(model_dir, onnx_dir, "fp32")
     return Taught(model_dir, onnx_dir)

@@ -135,7 +135,7 @@ def test_figures_are_those_of_the_rows(tuned: Tuned) -> None:
     text = (tuned.run.path / tuned.metrics.rows).read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     for when in ("before", "after"):
-        for part, figures in tuned.metrics[when].items():
+        for part, figures in getattr(tuned.metrics, when).items():
             chosen = [row for row in rows if row["part"] == part]
             right = sum(is_right(row, when) for row in chosen)
             assert (figures["rows"], figures["correct"]) == (len(chosen), right)
