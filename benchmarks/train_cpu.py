@@ -26,7 +26,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support import tiny_training
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from phi3_training.finetune import trainer as product
@@ -296,6 +296,7 @@ def measure(compared: list[Way], rounds: int, steps: int) -> dict[torch.dtype, f
             rates[dtype] = max(rates.get(dtype, 0.0), multiply_rate(dtype))
         for way in compared:
             trainer = way.make(steps + 1)
+            trainer.remove_callback(PrinterCallback)
             clock = Clock(trainer)
             trainer.add_callback(clock)
             trainer.train()
@@ -348,6 +349,7 @@ def compare(work: Path, model: str | None, *, quick: bool) -> None:
         batch = padded([row.example for row in encode_rows(chat, [("", c) for c in held_out])])
         for way in [*tuned, best]:
             trainer = way.make(MAX_STEPS)
+            trainer.remove_callback(PrinterCallback)
             watch = UntilLoss(batch)
             trainer.add_callback(watch)
             trainer.train()
