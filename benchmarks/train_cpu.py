@@ -26,7 +26,13 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support import tiny_training
-from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from phi3_training.finetune import trainer as product
