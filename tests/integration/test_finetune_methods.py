@@ -25,9 +25,10 @@ from phi3_training.finetune.weights import (
     load_model,
     peft_config,
 )
+from phi3_training.manifests import ModelManifest
 from phi3_training.run import Run
 
-Trained = Callable[..., tuple[Run, dict[str, Any]]]
+Trained = Callable[..., tuple[Run, ModelManifest]]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path: Path, base: Path) -> Trained:
     """Fine-tune with overrides; the run and its manifest."""
 
-    def train(*overrides: str, name: str = "a") -> tuple[Run, dict[str, Any]]:
+    def train(*overrides: str, name: str = "a") -> tuple[Run, ModelManifest]:
         recipe = make_recipe(tmp_path / name, base, *overrides)
         run = make_run(tmp_path / name, recipe)
         return run, finetune(recipe, run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from tests.integration.finetune_fixture import CHATS, loss_log, make_base, make_
 
 from phi3_training.errors import RecipeError
 from phi3_training.finetune import finetune
+from phi3_training.manifests import ModelManifest
 from phi3_training.run import Run
 
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("options") / "base")
 
 
-def trained(folder: Path, base: Path, *overrides: str) -> tuple[Run, dict[str, Any]]:
+def trained(folder: Path, base: Path, *overrides: str) -> tuple[Run, ModelManifest]:
     recipe = make_recipe(folder, base, *overrides)
     run = make_run(folder, recipe)
     return run, finetune(recipe, run)

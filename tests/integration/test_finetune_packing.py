@@ -103,9 +103,9 @@ def test_a_packed_training_learns_the_same(base: Path, tmp_path: Path) -> None:
         manifests.append(finetune(recipe, make_run(tmp_path / name, recipe)))
     plain, packed = manifests
     for key in ("learnt_tokens", "tokens", "steps"):
-        assert packed[key] == plain[key]
+        assert getattr(packed, key) == getattr(plain, key)
     for key in ("first_loss", "final_loss"):
-        assert packed[key] == pytest.approx(plain[key], abs=1e-4)
+        assert getattr(packed, key) == pytest.approx(getattr(plain, key), abs=1e-4)
 
 
 def test_flash_attention_packs_one_row_at_a_time(base: Path, tmp_path: Path) -> None:

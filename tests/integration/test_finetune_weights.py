@@ -19,6 +19,7 @@ from tests.integration.tiny_model import (
 from phi3_training.errors import DataError, StageError
 from phi3_training.finetune import prepare_base
 from phi3_training.finetune.weights import find_weights, load_model
+from phi3_training.manifests import BaseManifest
 from phi3_training.models.folder import new_folder
 from phi3_training.progress import no_progress
 from phi3_training.prompt import ChatFormat
@@ -43,7 +44,7 @@ def short_base(chats: Path, **changes: object) -> BaseSection:
     return base.model_copy(update={"num_train_epochs": 2, **changes})
 
 
-def make(tmp: Path, name: str, chats: Path, **changes: object) -> dict[str, object]:
+def make(tmp: Path, name: str, chats: Path, **changes: object) -> BaseManifest:
     recipe = tiny_recipe(chats).model_copy(update={"base": short_base(chats, **changes)})
     return prepare_base(recipe, Run.open(tmp / name))
 
