@@ -26,7 +26,6 @@ from ..manifests import (
     ModelManifest,
     RegistrationManifest,
 )
-from ..memory import memory_plan, of_size, row_sizes
 from ..planning import PlanLine
 from ..recipe import Recipe
 from ..run import Run
@@ -249,6 +248,8 @@ def run_plan(args: argparse.Namespace) -> int:
 def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
     """What a device that is not here would hold; nothing where no such one is named."""
     if args.device_gb is not None:
+        from ..memory import memory_plan, of_size, row_sizes
+
         device = of_size(args.device_gb, args.device or "cuda")
         return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
     if args.device is not None:
