@@ -170,4 +170,4 @@ def test_a_new_model_is_converted_anew(run: Run) -> None:
 def test_a_model_trained_whole_has_nothing_to_merge(run: Run) -> None:
     run.write(run.require(ModelManifest).model_copy(update={"adapter": None}))
     assert exported(run, "merged") == 0
-    assert "no adapter" in (check_of(run, "merged").note or "")
+    assert "no merged adapter" in (check_of(run, "merged").note or "")

@@ -75,7 +75,7 @@ def test_the_log_names_engine_and_reason(taught: Taught, tmp_path: Path) -> None
     name, reason = choose_engine("auto")
     told = log.read_text()
     assert f"engine {name}: {reason}" in told
-    assert f"answers at {server.endpoint} and" in told
+    assert f"at {server.endpoint} and" in told
     assert "uvicorn" not in told, "good news under the name uvicorn.error"
 
 

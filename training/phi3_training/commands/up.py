@@ -30,7 +30,7 @@ from ..planning import PlanLine
 from ..recipe import Recipe
 from ..run import Run
 from ..stages import stages_of, stages_until
-from ..targets import Target, get_target, is_here, target_of
+from ..targets import HERE, Target, get_target, is_here, target_of
 from .common import (
     add_adapter,
     add_allow,
@@ -42,6 +42,7 @@ from .common import (
     from_options,
     journey_of,
     recipe_of,
+    where_to_run,
 )
 
 # What a finished `phi3 up` shows: before and after, the answer, and what to type next.
@@ -204,12 +205,13 @@ def register_up(subparsers: Any) -> None:
 
 def run_up(args: argparse.Namespace) -> int:
     """Do the journey and show what came out of it."""
+    # Before the run folder and its weights: a misspelt name costs no download.
+    stages = stages_of(in_cloud=where_to_run(args) != HERE)
+    again = _stages_named(args.again, stages)
     journey = journey_of(args)
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it started.
     os.environ.pop("PHI3_ENDPOINT", None)
-    stages = stages_of(in_cloud=journey.in_cloud)
     with journey.run.lock():
-        again = _stages_named(args.again, stages)
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages, again=again)
     if args.output == "json":
