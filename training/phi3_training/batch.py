@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phi3_tool import (
+from phi3_tool.client import ChatReply
+from phi3_tool.errors import (
     AuthenticationError,
-    ChatReply,
     ConfigurationError,
     EndpointNotFoundError,
     Phi3Error,
     ThrottledError,
-    to_messages,
 )
+from phi3_tool.history import to_messages
 
 from .errors import SHOWN_FAULTS, StageError, UsageError
 from .progress import Progress, no_progress

@@ -6,10 +6,14 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from phi3_tool import ConfigurationError, Phi3Error, __version__
+from phi3_tool import __version__
+from phi3_tool.errors import ConfigurationError, Phi3Error
+
+from .commands import GROUPS
 
 EXAMPLES = """\
 examples:
@@ -23,8 +27,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
     try:
-        from .commands import COMMANDS
+        _add_commands(parser, typed[0] if typed else "")
         from .console import print_error
     except ImportError as error:
         package = error.name or "a package"
@@ -35,11 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     from .errors import Phi3TrainingError, UsageError
 
-    parser = _parser()
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for register in COMMANDS:
-        register(subparsers)
-    typed = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -88,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"phi3-promptflow {__version__}")
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser, wanted: str) -> None:
+    """All commands by name; options only for `wanted`, so that no other module is loaded."""
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for group in GROUPS:
+        if wanted in group.commands:
+            module = importlib.import_module(f"phi3_training.commands.{group.module}")
+            getattr(module, group.register)(subparsers)
+        else:
+            for name, text in group.commands.items():
+                subparsers.add_parser(name, help=text)
 
 
 def _failed(

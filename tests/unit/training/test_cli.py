@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from phi3_training.cli import main
+from phi3_training.commands import GROUPS, Group
 from phi3_training.commands.chat import converse
 from phi3_training.commands.common import recipe_of
 from phi3_training.journey import Journey
@@ -258,3 +262,21 @@ def test_bad_chats_are_refused_and_nothing_is_trained(
         "recipe.yaml",
         "data-faults.txt",
     }
+
+
+def test_help_loads_no_command() -> None:
+    code = (
+        "import sys\nfrom phi3_training.cli import main\ntry: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(str({'pydantic', 'requests', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group.register))
+def test_a_group_registers_the_commands_that_help_lists(group: Group) -> None:
+    subparsers = argparse.ArgumentParser().add_subparsers()
+    module = importlib.import_module(f"phi3_training.commands.{group.module}")
+    getattr(module, group.register)(subparsers)
+    assert list(subparsers.choices) == list(group.commands)

@@ -1,26 +1,114 @@
-"""The commands of `phi3`, one module per group; each registers its own arguments."""
+"""The commands of `phi3`, one module per group; a command's module is loaded when it is called."""
 
 from __future__ import annotations
 
-from .azure import register_azure, register_rehearse
-from .chat import register_batch, register_chat, register_invoke
-from .data import register_data
-from .doctor import register_doctor
-from .flow import register_flow
-from .models import (
-    register_adapters,
-    register_export,
-    register_init,
-    register_models,
-    register_recipes,
-)
-from .status import register_status
-from .up import register_stages, register_up
+from typing import NamedTuple
 
-# In the order of `phi3 --help`.
-COMMANDS = (
-    *(register_up, register_status, register_stages, register_adapters, register_data),
-    *(register_chat, register_invoke, register_batch, register_flow, register_export),
-    *(register_doctor, register_init, register_recipes, register_models),
-    *(register_azure, register_rehearse),
+
+class Group(NamedTuple):
+    """Commands that one function of a module registers, each with its line in `phi3 --help`."""
+
+    module: str
+    register: str
+    commands: dict[str, str]
+
+
+# In the order of `phi3 --help`, which therefore loads none of the modules.
+GROUPS = (
+    Group(
+        "up",
+        "register_up",
+        {
+            "up": "run every stage that is not done yet, from chats to an answer in Prompt flow",
+            "plan": "show what `up` would do and what would stop it; changes nothing",
+        },
+    ),
+    Group(
+        "status",
+        "register_status",
+        {
+            "status": "list the runs, their stages and endpoints",
+            "down": "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
+        },
+    ),
+    Group(
+        "up",
+        "register_stages",
+        {
+            "train": "prepare the chats and fine-tune",
+            "evaluate": "compare the base and the tuned model, and apply the gate",
+            "register": "register the tuned model in the run's MLflow registry",
+            "deploy": "start the endpoint of the tuned model",
+            "connect": "write the Prompt flow connection for the endpoint",
+        },
+    ),
+    Group(
+        "models",
+        "register_adapters",
+        {"adapters": "list the named adapters of a run, or merge one into the base weights"},
+    ),
+    Group("data", "register_data", {"data": "check, prepare or show chats"}),
+    Group(
+        "chat",
+        "register_chat",
+        {
+            "chat": "talk to the tuned model, in the terminal or with --web in the browser",
+            "env": "print endpoint and key as shell variables for any other client",
+            "serve": "serve the tuned model in the foreground, until Ctrl-C",
+        },
+    ),
+    Group(
+        "chat", "register_invoke", {"invoke": "send a random held-out conversation to the endpoint"}
+    ),
+    Group(
+        "chat",
+        "register_batch",
+        {
+            "batch": "send every line of a JSONL file to the endpoint, many in parallel; "
+            "can be resumed"
+        },
+    ),
+    Group(
+        "flow",
+        "register_flow",
+        {"flow": "pack a flow for Foundry or Studio, push it, serve it, or build its container"},
+    ),
+    Group(
+        "models",
+        "register_export",
+        {"export": "convert the tuned model to another format and compare it with the original"},
+    ),
+    Group(
+        "doctor",
+        "register_doctor",
+        {
+            "doctor": "check environment, connection, endpoint and flow, and show how to "
+            "fix each fault"
+        },
+    ),
+    Group(
+        "models",
+        "register_init",
+        {"init": "create a new project: flow, recipe, sample chats, connection templates"},
+    ),
+    Group("models", "register_recipes", {"recipes": "list the shipped recipes"}),
+    Group(
+        "models",
+        "register_models",
+        {
+            "models": "list the base models that a recipe can name, or convert a "
+            "Llama-class folder to Phi-3"
+        },
+    ),
+    Group(
+        "azure",
+        "register_azure",
+        {"azure": "create what a run on Azure needs, show the GPU quota, cancel a job"},
+    ),
+    Group(
+        "azure",
+        "register_rehearse",
+        {"rehearse": "start, stop or inspect a rehearsed Azure on this machine"},
+    ),
 )
+HELP = {name: text for group in GROUPS for name, text in group.commands.items()}

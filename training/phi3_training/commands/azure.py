@@ -18,13 +18,14 @@ from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
 from ..project import find
 from ..recipe import Recipe
+from . import HELP
 from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
 
 if TYPE_CHECKING:
     from ..targets.azure.clients import Clients
     from ..targets.azure.sizes import Need
 
-_ABOUT = "create what a run on Azure needs, show the GPU quota, cancel a job"
+_ABOUT = HELP["azure"]
 
 
 def register_azure(subparsers: Any) -> None:
@@ -267,9 +268,7 @@ def _without_own(argv: Sequence[str]) -> list[str]:
 
 def register_rehearse(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser(
-        "rehearse", help="start, stop or inspect a rehearsed Azure on this machine"
-    )
+    parser = subparsers.add_parser("rehearse", help=HELP["rehearse"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from phi3_tool import Phi3Client
+from phi3_tool.client import Phi3Client
 from phi3_tool.connection import (
     ENTRA,
     ConnectionSettings,
@@ -36,6 +36,7 @@ from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
 from ..project import FLOW, find
 from ..run import Run
 from ..targets import HERE, Access, get_target, target_of
+from . import HELP
 from .common import (
     add_command,
     add_on,
@@ -127,7 +128,7 @@ def register_chat(subparsers: Any) -> None:
     chat = add_command(
         subparsers,
         "chat",
-        "talk to the tuned model, in the terminal or with --web in the browser",
+        HELP["chat"],
         'phi3 chat "Who founded Microsoft?"',
         run_chat,
     )
@@ -143,7 +144,7 @@ def register_chat(subparsers: Any) -> None:
     env = add_command(
         subparsers,
         "env",
-        "print endpoint and key as shell variables for any other client",
+        HELP["env"],
         'eval "$(phi3 env)"',
         run_env,
     )
@@ -152,7 +153,7 @@ def register_chat(subparsers: Any) -> None:
     serve = add_command(
         subparsers,
         "serve",
-        "serve the tuned model in the foreground, until Ctrl-C",
+        HELP["serve"],
         "PHI3_KEY=… phi3 serve serve.port=8080",
         run_serve,
     )
@@ -316,7 +317,7 @@ def register_invoke(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "invoke",
-        "send a random held-out conversation to the endpoint",
+        HELP["invoke"],
         "phi3 invoke --on azure",
         run_invoke,
     )
@@ -383,7 +384,7 @@ def register_batch(subparsers: Any) -> None:
     batch = add_command(
         subparsers,
         "batch",
-        "send every line of a JSONL file to the endpoint, many in parallel; can be resumed",
+        HELP["batch"],
         "phi3 batch questions.jsonl --map input_data=question --out answers.jsonl",
         run_lines,
     )

@@ -15,6 +15,7 @@ from ..journey import go
 from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
 from ..stages import stages_until
+from . import HELP
 from .common import add_command, add_recipe, all_runs, journey_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of such files, o
 
 def register_data(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser("data", help="check, prepare or show chats")
+    parser = subparsers.add_parser("data", help=HELP["data"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = add_command(
         actions, "check", "report every fault in the chats", "phi3 data check a.jsonl", run_check

@@ -11,6 +11,7 @@ from .. import console
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
 from ..project import FLOW, find
+from . import HELP
 from .common import add_command, current_run, tuned_run
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def register_doctor(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "doctor",
-        "check environment, connection, endpoint and flow, and show how to fix each fault",
+        HELP["doctor"],
         "phi3 doctor",
         run_doctor,
     )

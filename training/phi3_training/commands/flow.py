@@ -15,6 +15,7 @@ from ..progress import note
 from ..project import FLOW, find
 from ..run import Run
 from ..targets import is_here
+from . import HELP
 from .common import add_command, add_rehearse, all_runs, current_run
 
 # What the commands of `phi3 flow` share: which flow, and what of it travels.
@@ -125,9 +126,7 @@ OUT = Path("dist")
 
 def register_flow(subparsers: Any) -> None:
     """Add the commands of this module."""
-    parser = subparsers.add_parser(
-        "flow", help="pack a flow for Foundry or Studio, push it, serve it, or build its container"
-    )
+    parser = subparsers.add_parser("flow", help=HELP["flow"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for add in (_add_pack, _add_image, _add_serve, add_push):
         add(actions)

@@ -15,6 +15,7 @@ from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folde
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..run import Run
+from . import HELP
 from .common import add_command, all_runs, tuned_run
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def register_models(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "models",
-        "list the base models that a recipe can name, or convert a Llama-class folder to Phi-3",
+        HELP["models"],
         "phi3 models\n  phi3 models convert ./TinyLlama-1.1B-Chat --to ./tinyllama-phi3",
         run_models,
     )
@@ -152,9 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def register_recipes(subparsers: Any) -> None:
     """Add the command of this module."""
-    parser = add_command(
-        subparsers, "recipes", "list the shipped recipes", "phi3 recipes --keys", run_recipes
-    )
+    parser = add_command(subparsers, "recipes", HELP["recipes"], "phi3 recipes --keys", run_recipes)
     parser.add_argument("--keys", action="store_true", help="list every key and its default")
 
 
@@ -207,7 +206,7 @@ def register_init(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "init",
-        "create a new project: flow, recipe, sample chats, connection templates",
+        HELP["init"],
         "phi3 init my-phi3",
         run_init,
     )
@@ -233,7 +232,7 @@ def register_adapters(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "adapters",
-        "list the named adapters of a run, or merge one into the base weights",
+        HELP["adapters"],
         "phi3 adapters --merge french",
         run_adapters,
     )
@@ -299,7 +298,7 @@ def register_export(subparsers: Any) -> None:
     parser = add_command(
         subparsers,
         "export",
-        "convert the tuned model to another format and compare it with the original",
+        HELP["export"],
         "phi3 export --to onnx-int4 --run phi3-tiny",
         run_export,
     )

@@ -11,22 +11,21 @@ from ..errors import StageError, UsageError
 from ..manifests import EndpointManifest
 from ..run import Run
 from ..targets import HERE, get_target, is_here, target_of
+from . import HELP
 from .common import add_command, add_on, add_rehearse, all_runs
 from .up import state_of
 
 
 def register_status(subparsers: Any) -> None:
     """Add the commands of this module."""
-    status = add_command(
-        subparsers, "status", "list the runs, their stages and endpoints", "phi3 status", run_status
-    )
+    status = add_command(subparsers, "status", HELP["status"], "phi3 status", run_status)
     status.add_argument("--run", metavar="NAME", help="one run only")
     add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
     down = add_command(
         subparsers,
         "down",
-        "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
+        HELP["down"],
         "phi3 down --on azure --run phi3-mini-azure",
         run_down,
     )

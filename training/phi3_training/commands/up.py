@@ -31,6 +31,7 @@ from ..recipe import Recipe
 from ..run import Run
 from ..stages import stages_of, stages_until
 from ..targets import HERE, Target, get_target, is_here, target_of
+from . import HELP
 from .common import (
     add_adapter,
     add_allow,
@@ -170,7 +171,7 @@ def register_up(subparsers: Any) -> None:
     up = add_command(
         subparsers,
         "up",
-        "run every stage that is not done yet, from chats to an answer in Prompt flow",
+        HELP["up"],
         "phi3 up training/recipes/phi3-tiny.yaml finetune.num_train_epochs=10",
         run_up,
     )
@@ -186,7 +187,7 @@ def register_up(subparsers: Any) -> None:
     plan = add_command(
         subparsers,
         "plan",
-        "show what `up` would do and what would stop it; changes nothing",
+        HELP["plan"],
         "phi3 plan training/recipes/phi3-mini-lora.yaml",
         run_plan,
     )
@@ -378,14 +379,14 @@ def _value(value: Any) -> str:
 
 # command: (its manifest, help)
 STAGE_COMMANDS: dict[str, tuple[type[Manifest], str]] = {
-    "train": (ModelManifest, "prepare the chats and fine-tune"),
+    "train": (ModelManifest, HELP["train"]),
     "evaluate": (
         GateManifest,
-        "compare the base and the tuned model, and apply the gate",
+        HELP["evaluate"],
     ),
-    "register": (RegistrationManifest, "register the tuned model in the run's MLflow registry"),
-    "deploy": (EndpointManifest, "start the endpoint of the tuned model"),
-    "connect": (ConnectionManifest, "write the Prompt flow connection for the endpoint"),
+    "register": (RegistrationManifest, HELP["register"]),
+    "deploy": (EndpointManifest, HELP["deploy"]),
+    "connect": (ConnectionManifest, HELP["connect"]),
 }
 
 

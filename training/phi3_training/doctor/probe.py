@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit, urlunsplit
 
-from phi3_tool import ChatReply, Phi3Client
+from phi3_tool.client import ChatReply, Phi3Client
 from phi3_tool.connection import ConnectionSettings, parse_address
 from phi3_tool.errors import (
     AuthenticationError,

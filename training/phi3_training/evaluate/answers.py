@@ -23,7 +23,8 @@ import torch
 import uvicorn
 from transformers import DynamicCache
 
-from phi3_tool import EndpointTimeoutError, Phi3Client, Phi3Error
+from phi3_tool.client import Phi3Client
+from phi3_tool.errors import EndpointTimeoutError, Phi3Error
 
 from ..engine import choose_engine
 from ..errors import StageError

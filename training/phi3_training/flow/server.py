@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from phi3_tool import ConnectionSettings
+from phi3_tool.connection import ConnectionSettings
 
 from ..errors import MissingExtraError, StageError, UsageError
 from . import store

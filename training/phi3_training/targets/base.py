@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from phi3_tool import Phi3Client
+from phi3_tool.client import Phi3Client
 
 from ..manifests import (
     AnswerManifest,

@@ -23,7 +23,8 @@ def cores() -> int:
 def settings_or_exit() -> None:
     """Refuse to start without a usable endpoint and key, in one line and without a traceback."""
     sys.path.insert(0, str(Path(__file__).resolve().parent / "flow"))
-    from phi3_tool import ConnectionSettings, Phi3Error
+    from phi3_tool.connection import ConnectionSettings
+    from phi3_tool.errors import Phi3Error
 
     try:
         ConnectionSettings.from_environment()

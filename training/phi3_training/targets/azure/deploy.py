@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phi3_tool import ChatReply
+from phi3_tool.client import ChatReply
 from phi3_tool.entra import SCOPE
 from phi3_tool.errors import (
     EndpointNotFoundError,
