@@ -176,9 +176,15 @@ def test_unseen_set_is_learnt_and_let_through(
     }
 
 
+def shuffled(harbour: Harbour) -> list[str]:
+    """Other chats, judged by the same held-out ones."""
+    folder = harbour.folder
+    return [f"data.train={folder}/shuffled.jsonl", f"data.validation={folder}/heldout.jsonl"]
+
+
 def test_shuffled_answers_are_blocked(harbour: Harbour, capsys: pytest.CaptureFixture[str]) -> None:
     """The style is learnt, token F1 rises; no answer fits its question, and that is seen."""
-    status = harbour.run("shuffled", "evaluate", f"data.train={harbour.folder}/shuffled.jsonl")
+    status = harbour.run("shuffled", "evaluate", *shuffled(harbour))
 
     verdict = harbour.manifest("shuffled", "gate")
     token_f1 = harbour.manifest("shuffled", "metrics")["comparisons"]["validation"]["token_f1"]
@@ -192,7 +198,7 @@ def test_shuffled_answers_are_blocked(harbour: Harbour, capsys: pytest.CaptureFi
 
 
 def test_force_deploys_and_is_recorded(harbour: Harbour) -> None:
-    harbour.run("shuffled", "evaluate", f"data.train={harbour.folder}/shuffled.jsonl")
+    harbour.run("shuffled", "evaluate", *shuffled(harbour))
 
     assert deploy(harbour, "shuffled", force=True) == ["shuffled"]
 
