@@ -1,5 +1,5 @@
 #!/bin/sh
-# Resolves both environments anew, each in a throwaway venv, and rewrites the two lock files.
+# Resolves both environments again, each in a throwaway venv, and rewrites the two lock files.
 set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)

@@ -133,7 +133,7 @@ def drip_one_chunk(connection: socket.socket, stopping: threading.Event) -> None
 
 
 def late_then_silent(connection: socket.socket, stopping: threading.Event) -> None:
-    """The socket's own timeout begins anew with each byte; the deadline does not."""
+    """The socket's own timeout restarts with each byte; the deadline does not."""
     stopping.wait(0.7)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
     stopping.wait(30)

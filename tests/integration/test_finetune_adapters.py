@@ -95,7 +95,7 @@ def test_an_unknown_adapter_names_the_known_ones(run: Run) -> None:
 def test_an_adapter_of_an_earlier_base_is_refused(run: Run) -> None:
     base = run.read(BaseManifest)
     assert base is not None
-    run.write(base.model_copy(update={"done_id": "made anew"}))
+    run.write(base.model_copy(update={"done_id": "another"}))
     try:
         assert [adapter.fits for adapter in list_adapters(run)] == [False, False]
         with pytest.raises(StageError, match="earlier base"):

@@ -1,4 +1,4 @@
-"""Packing: masks stay, positions begin anew, and no conversation sees another one."""
+"""Packing: masks stay, positions restart, and no conversation sees another one."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from .offers import REGIONS
 from .processes import stop_server_of, write_atomically
 from .wire import ARM, GROUP, ML, AzureError, Json, Reply, Request, Router, bad, not_found
 
-# How long a poller is told to wait. Azure sends no header or 10 seconds and more; without one the
+# How long a poller should wait. Azure sends no header or 10 seconds and more; without one the
 # SDK waits 30 seconds between two looks at a cluster or an endpoint.
 POLL = {"Retry-After": "1", "x-ms-retry-after-ms": "200"}
 # The states of a job that has not ended.

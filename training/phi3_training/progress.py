@@ -1,4 +1,4 @@
-"""How long work tells where it is. Whoever shows it passes a function; nothing is imported here."""
+"""How long work reports its progress: callers pass a function that shows it."""
 
 from __future__ import annotations
 

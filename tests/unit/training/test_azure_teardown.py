@@ -1,4 +1,4 @@
-"""`down` and refused deployments: what is deleted, what the user is told, what a fault stops."""
+"""`down` and refused deployments: what is deleted, what the user reads, what a fault stops."""
 
 from __future__ import annotations
 

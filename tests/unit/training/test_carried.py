@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import phi3_training
 from phi3_training.carried import carried_files, copy_carried
 from phi3_training.register import MLFLOW_MODEL
 
@@ -64,3 +66,10 @@ def test_it_runs_where_nothing_else_of_ours_is(
 def test_a_name_that_is_none_of_ours_is_refused() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"os\.path is not a module"):
         carried_files("os.path")
+
+
+def test_the_tools_names_are_imported_from_their_modules() -> None:
+    """phi3_tool loads its names when they are used, so `from phi3_tool import X` carries no file."""
+    root = Path(phi3_training.__file__).parent
+    bare = re.compile(r"^ *from phi3_tool import (?!__version__$)", re.M)
+    assert [path for path in root.rglob("*.py") if bare.search(path.read_text("utf-8"))] == []

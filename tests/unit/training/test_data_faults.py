@@ -1,4 +1,4 @@
-"""Every fault of a chat file is told with file and line, and none stops the reading."""
+"""Every fault of a chat file is reported with file and line, and none stops the reading."""
 
 from __future__ import annotations
 
