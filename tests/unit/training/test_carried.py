@@ -69,7 +69,7 @@ def test_a_name_that_is_none_of_ours_is_refused() -> None:
 
 
 def test_the_tools_names_are_imported_from_their_modules() -> None:
-    """phi3_tool loads its names when they are used, so `from phi3_tool import X` carries no file."""
+    """phi3_tool loads its names when they are used: `from phi3_tool import X` carries no file."""
     root = Path(phi3_training.__file__).parent
     bare = re.compile(r"^ *from phi3_tool import (?!__version__$)", re.M)
     assert [path for path in root.rglob("*.py") if bare.search(path.read_text("utf-8"))] == []
