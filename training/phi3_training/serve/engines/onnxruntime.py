@@ -57,7 +57,7 @@ def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:
             "convert the tuned model again with: phi3 deploy"
         ) from None
     chat = chat_format(onnx_dir)
-    threads = num_threads or _threads_for(onnx_dir)
+    threads = num_threads or threads_for(onnx_dir)
     try:
         model = BatchedSession(onnx_dir, config["decoder"], threads)
         # One token now: a model that the library cannot run fails before it is served.
@@ -71,8 +71,10 @@ def step_model(onnx_dir: Path, num_threads: int | None = None) -> StepModel:
     return model
 
 
-def _threads_for(onnx_dir: Path) -> int:
-    size = sum(file.stat().st_size for file in onnx_dir.glob("*.onnx*"))
+def threads_for(onnx_dir: Path) -> int:
+    """One thread for a small model, or one for each core of the machine."""
+    # All files: weights lie in model.onnx, model.onnx.data or model.int8.data, by precision.
+    size = sum(file.stat().st_size for file in onnx_dir.iterdir() if file.is_file())
     if size < _SMALL_MODEL_BYTES:
         return 1
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
