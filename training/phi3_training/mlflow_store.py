@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .quiet import captured_output
+from .progress import captured_output
 from .run import Run
 
 # Read at import time by MLflow: no usage reports, no progress bars, from a user's laptop.
