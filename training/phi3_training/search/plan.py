@@ -25,6 +25,17 @@ _SECTIONS = ("finetune", "data", "base", "model")
 _FIXED = ("data.seed", "data.validation", "data.validation_share")
 
 
+def _check_range(given: FloatRange | IntRange) -> FloatRange | IntRange:
+    # The rules of Optuna's suggest_float and suggest_int, which would raise only in a trial.
+    if given.low >= given.high:
+        raise ValueError(f"low must be below high, got {given.low} and {given.high}")
+    if given.log and given.low <= 0:
+        raise ValueError(f"log needs a low above 0, got {given.low}")
+    if given.log and given.step is not None:
+        raise ValueError("log and step exclude each other")
+    return given
+
+
 class FloatRange(Section):
     """Any number from low to high; log: spread evenly over the powers of ten."""
 
@@ -33,11 +44,7 @@ class FloatRange(Section):
     high: float
     log: bool = False
     step: Annotated[float, Field(gt=0.0)] | None = None
-
-    @model_validator(mode="after")
-    def _is_range(self) -> FloatRange:
-        _check_range(self)
-        return self
+    _range = model_validator(mode="after")(_check_range)
 
 
 class IntRange(Section):
@@ -48,11 +55,7 @@ class IntRange(Section):
     high: int
     log: bool = False
     step: Positive | None = None
-
-    @model_validator(mode="after")
-    def _is_range(self) -> IntRange:
-        _check_range(self)
-        return self
+    _range = model_validator(mode="after")(_check_range)
 
 
 class Choices(Section):
@@ -109,15 +112,6 @@ def overrides_of(values: Mapping[str, Value]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _check_range(found: FloatRange | IntRange) -> None:
-    if found.low >= found.high:
-        raise ValueError(f"low must be below high, got {found.low} and {found.high}")
-    if found.log and found.low <= 0:
-        raise ValueError(f"log needs a low above 0, got {found.low}")
-    if found.log and found.step is not None:
-        raise ValueError("log and step exclude each other")
-
-
 # The following look at the file as it was written, so that a fault of its form hides no other.
 def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
     from ..evaluate.figures import METRICS
@@ -150,8 +144,8 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
             faults[f"parameters.{key}: does not affect training; expected {sections}"] = None
         elif key in _FIXED:
             faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
-        elif found := _probes(parameter):
-            probes[key] = found
+        elif values := _probes(parameter):
+            probes[key] = values
     # The others are set as well: some keys make sense only together.
     first = {key: values[0] for key, values in probes.items()}
     for key, values in probes.items():
@@ -164,8 +158,8 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
 
 
 def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
-    found = content.get("parameters")
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    listed = content.get("parameters")
+    return {str(key): value for key, value in listed.items()} if isinstance(listed, dict) else {}
 
 
 def _probes(parameter: Any) -> list[Value]:
