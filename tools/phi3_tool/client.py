@@ -35,7 +35,7 @@ from .errors import (
     one_line,
 )
 from .failures import LOCAL_REASON, Failure, Retry, RetryBudget, failure_of
-from .transport import Deadline, Poster, body_pieces, deadline_applies
+from .transport import Deadline, Poster, body_pieces, deadline_applies, system_reason
 from .wire import (
     OPENAI_PARAMETERS,
     Answer,
@@ -47,10 +47,19 @@ from .wire import (
     read_pieces,
 )
 
-# One call to an endpoint: its state across attempts, its checks, and what a broken line means.
-# No input or output of its own; client.py drives it.
+log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 100  # Azure answers 431 beyond it
+# Far beyond any chat answer; keeps a server that never stops from filling our memory.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+_MAX_ERROR_BYTES = 64 * 1024
+# An error's body may add words to its status; nobody waits long for them.
+_ERROR_BODY_SECONDS = 1.0
+# For the line end and [DONE] after the last piece, so that the connection can be reused.
+_AFTER_LAST_PIECE_SECONDS = 0.25
+# Asks for one deployment, whatever the traffic rules say; answers carry it as well.
+_DEPLOYMENT = "azureml-model-deployment"
+_WELL_KNOWN = OPENAI_PARAMETERS | {"max_new_tokens", "do_sample"}
 _DEPLOYMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -126,11 +135,9 @@ def checked_request_id(request_id: str | None) -> str:
 def transport_failure(
     error: Exception, call: Call, address: Address, limits: Limits, *, answering: bool
 ) -> Failure:
-    """What a broken line means. `answering`: a 200 had already begun to arrive.
-
-    Returns the failure rather than raising it: raised inside the handler, it would drag along
-    the lower exception, which holds the request and with it the key.
-    """
+    """What a broken line means. `answering`: a 200 had already begun to arrive."""
+    # Returned, not raised: raised inside the handler it would drag along the lower exception, which
+    # holds the request and with it the key.
     if call.deadline.remaining <= 0:
         return Failure(
             EndpointTimeoutError(
@@ -160,11 +167,7 @@ def transport_failure(
                 "check the deployment's log if it happens again"
             )
         )
-    return _unreachable(error, address)
-
-
-def _unreachable(error: Exception, address: Address) -> Failure:
-    why = one_line(_system_reason(error) or type(error).__name__)
+    why = one_line(system_reason(error) or type(error).__name__)
     if isinstance(error, requests.exceptions.SSLError) and "certificate" in str(error).lower():
         return Failure(
             ServiceError(
@@ -182,21 +185,6 @@ def _unreachable(error: Exception, address: Address) -> Failure:
     return Failure(failure, Retry.BOUNDED if broken else Retry.NEVER)
 
 
-def _system_reason(error: BaseException) -> str | None:
-    """The operating system's word on it, wherever in the chain it sits."""
-    seen: set[int] = set()
-    waiting: list[object] = [error]
-    while waiting:
-        item = waiting.pop()
-        if not isinstance(item, BaseException) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, OSError) and item.strerror:
-            return str(item.strerror)
-        waiting += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
-    return None
-
-
 def _is_duration(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -205,16 +193,6 @@ def refuse(faults: list[str]) -> None:
     """Raise one error that names all faults, if there are any."""
     if faults:
         raise ConfigurationError.from_faults("The endpoint cannot be used", faults)
-
-
-log = logging.getLogger(__name__)
-
-#: Far beyond any chat answer; keeps a server that never stops from filling our memory.
-MAX_ANSWER_BYTES = 16 * 1024 * 1024
-_MAX_ERROR_BYTES = 64 * 1024
-_ERROR_BODY_SECONDS = 1.0
-_AFTER_LAST_PIECE_SECONDS = 0.25
-_DEPLOYMENT = "azureml-model-deployment"
 
 
 @dataclass(frozen=True)
@@ -264,7 +242,7 @@ class Phi3Client:
         dialect: str | None = None,
         connect_timeout: float = 5.0,
         read_timeout: float = 180.0,
-        deadline: float = 240.0,
+        deadline: float = 240.0,  # above the 180 s that Azure lets one request take
         max_retries: int = 4,
         backoff: float = 0.5,
     ) -> None:
@@ -395,6 +373,7 @@ class Phi3Client:
         if self._deployment:
             headers[_DEPLOYMENT] = self._deployment
         if self._address.dialect == "openai" and not set(parameters) <= _WELL_KNOWN:
+            # Of Azure's images only the older one needs it; all take it.
             headers["extra-parameters"] = "pass-through"
         return Call(
             body=encoded,
@@ -535,9 +514,6 @@ class Phi3Client:
         if self._pid != os.getpid():
             self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
-
-
-_WELL_KNOWN = OPENAI_PARAMETERS | {"max_new_tokens", "do_sample"}
 
 
 def _one_piece(text: str) -> Generator[str, None, None]:

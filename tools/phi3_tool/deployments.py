@@ -21,6 +21,7 @@ from .transport import Deadline, body_pieces, deadline_applies, new_session
 
 log = logging.getLogger(__name__)
 
+# An editor waits for the list.
 SECONDS = 5.0
 _MAX_BYTES = 1024 * 1024
 _MAX_NAMES = 200

@@ -197,3 +197,18 @@ def body_pieces(response: requests.Response) -> Iterator[bytes]:
         if not piece:
             return
         yield piece
+
+
+def system_reason(error: BaseException) -> str | None:
+    """The operating system's word on it, wherever in the chain it sits."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, BaseException) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, OSError) and item.strerror:
+            return str(item.strerror)
+        waiting += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
+    return None
