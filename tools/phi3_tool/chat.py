@@ -43,7 +43,7 @@ _SHOW = "print_chat_output"
 _SETTLE = "resolve_generator"
 _REPLACED = "phi3_shows_pieces"
 
-Record = dict[str, Any]
+Record = dict[str, list[str]]  # the pieces of each output that was shown
 
 
 def print_pieces_as_they_come() -> None:

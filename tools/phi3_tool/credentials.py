@@ -6,7 +6,6 @@ Nothing here is written anywhere; the secret is held in a closure so that no rep
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
@@ -86,5 +85,5 @@ class BearerAuth(AuthBase):
     def __repr__(self) -> str:
         return "<BearerAuth: hidden>"
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> object:
         raise TypeError("a credential is not written to anything")

@@ -28,7 +28,7 @@ def rough_tokens(text: str) -> int:
 
 
 def to_messages(
-    chat_history: Sequence[Mapping[str, Any]] | None,
+    chat_history: Sequence[Mapping[str, object]] | None,
     user_input: str,
     system_prompt: str | None = None,
     *,
@@ -89,7 +89,7 @@ def from_messages(
 
 
 def read_turns(
-    chat_history: Sequence[Mapping[str, Any]] | None,
+    chat_history: Sequence[Mapping[str, object]] | None,
     input_key: str = "input_data",
     output_key: str = "answer",
 ) -> list[Turn]:

@@ -311,7 +311,7 @@ def _no_answer(what: str, reason: str | None) -> ModelError:
     )
 
 
-def _optional_text(payload: Mapping[str, Any], name: str) -> str | None:
+def _optional_text(payload: Mapping[str, object], name: str) -> str | None:
     value = payload.get(name)
     return value if isinstance(value, str) else None
 

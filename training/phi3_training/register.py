@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from .carried import copy_carried
 from .manifests import (
@@ -64,7 +63,7 @@ def register(name: str, run: Run) -> RegistrationManifest:
     )
 
 
-def _params(run: Run) -> dict[str, Any]:
+def _params(run: Run) -> dict[str, str]:
     """Data and fine-tuning settings, cut to the 500 characters that every MLflow store takes."""
     manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
     return {

@@ -15,7 +15,7 @@ from functools import lru_cache
 # A word is common, and tells nothing, in more than this share of a set's different answers.
 _COMMON_SHARE, _COMMON_FROM = 0.1, 3
 # Of the other words: most if there is nothing else, few next to a number or a name.
-_WORDS_NEEDED, _WORDS_BESIDE = 2 / 3, 3
+_WORDS_NEEDED, _WORDS_NEXT_TO = 2 / 3, 3
 
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(re.findall(r"\w+", _NUMBERS))}
@@ -170,16 +170,16 @@ def _says_all(said: _Text, telling: Telling) -> bool:
     # In the same order: "from 5 to 9" does not tell "from 9 to 5".
     if tuple(dict.fromkeys(v for v in said.values if v in wanted)) != wanted:
         return False
-    found, wanted_words = len(telling.words & have), len(telling.words)
+    matches, wanted_words = len(telling.words & have), len(telling.words)
     if telling.values or telling.names:
-        return found >= wanted_words // _WORDS_BESIDE
-    return found >= _WORDS_NEEDED * wanted_words
+        return matches >= wanted_words // _WORDS_NEXT_TO
+    return matches >= _WORDS_NEEDED * wanted_words
 
 
 def _contradicts(said: _Text, wanted: _Text) -> bool:
     """Yes against no, am against pm, other units, or a "not" on one side only."""
-    for one, other in ((said, wanted), (wanted, said)):
-        if one.raw & _YES and other.raw & _NO and not other.raw & _YES:
+    for text, other in ((said, wanted), (wanted, said)):
+        if text.raw & _YES and other.raw & _NO and not other.raw & _YES:
             return True
     units, right = (
         {_UNITS[word] for word in text.words if word in _UNITS} for text in (said, wanted)

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from phi3_tool.connection import ConnectionSettings, environment_names_endpoint
@@ -54,23 +53,20 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
     copy_flow(source, copy)
     quiet_home(scratch)
     try:
-        verdict = _validate(copy)
+        faults = _faults_in(copy)
     except subprocess.TimeoutExpired:
-        verdict = {"errors": [{"message": f"no result within {SECONDS} s"}]}
-    errors = verdict.get("errors", [])
-    said = [e.get("message", e) if isinstance(e, dict) else e for e in errors]
-    faults = [str(message).strip().splitlines()[0] for message in said]
-    fix = f"pf flow validate --source {source.folder}"
+        faults = [f"no result within {SECONDS} s"]
     if faults:
-        yield HERE.fault(
-            "validate", "; ".join(dict.fromkeys(faults)), f"see the full message: {fix}"
-        )
+        said = "; ".join(dict.fromkeys(fault.strip().splitlines()[0] for fault in faults))
+        fix = f"see the full message: pf flow validate --source {source.folder}"
+        yield HERE.fault("validate", said, fix)
     else:
         yield HERE.ok("validate", "Prompt flow accepts it")
     yield tools_of(source, copy)
 
 
-def _validate(copy: Path) -> dict[str, Any]:
+def _faults_in(copy: Path) -> list[str]:
+    """What `pf flow validate` says of the folder; empty where it accepts it."""
     done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
         [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
         cwd=copy.parent,
@@ -81,15 +77,16 @@ def _validate(copy: Path) -> dict[str, Any]:
         timeout=SECONDS,
         check=False,
     )
+    # Its JSON comes after whatever else was printed.
     start = done.stdout.find("{")
     try:
         verdict = json.loads(done.stdout[start:]) if start >= 0 else None
     except ValueError:
         verdict = None
     if isinstance(verdict, dict) and (done.returncode == 0 or verdict.get("errors")):
-        return verdict
-    lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
-    return {"errors": [{"message": lines[-1]}]}
+        errors = verdict.get("errors", [])
+        return [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
+    return [((done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"])[-1]]
 
 
 def tools_of(source: FlowSource, copy: Path) -> Finding:

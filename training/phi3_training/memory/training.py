@@ -178,7 +178,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
     Gradients of weights grow as activations are given back, so nothing between is higher. They
     are there from the start when they are accumulated over several batches.
     """
-    kept = {
+    always = {
         "weights": weight_bytes(shape, work),
         "adapter": _adapter_weights(shape, work) * work.learning_bytes,
         "optimiser": optimiser_bytes(shape, work),
@@ -186,7 +186,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
     }
     gradients = gradient_bytes(shape, work)
     if work.processes > 1:  # what the processes exchange is held in addition to the gradients
-        kept["exchange"] = gradients
+        always["exchange"] = gradients
     before = gradients if work.accumulation > 1 else 0
     held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
     backward = backward_bytes(shape, work)
@@ -201,7 +201,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
         {"gradients": gradients, "activations": layer, "backward pass": backward},
     )
     higher = max(summits, key=lambda parts: sum(parts.values()))
-    parts = {**kept, **higher, "heap": heap_bytes(shape, work)}
+    parts = {**always, **higher, "heap": heap_bytes(shape, work)}
     return Phase("train", {name: size for name, size in parts.items() if size})
 
 
@@ -269,8 +269,8 @@ def activation_bytes(shape: ModelShape, work: Work) -> int:
     """
     layer = layer_bytes(shape, work)
     if work.dense:
-        kept = work.positions * shape.hidden * FLOAT32 if work.checkpointing else layer
-        return shape.layers * kept + work.positions * shape.hidden * FLOAT32
+        each = work.positions * shape.hidden * FLOAT32 if work.checkpointing else layer
+        return shape.layers * each + work.positions * shape.hidden * FLOAT32
     ends = work.positions * shape.hidden * (2 * FLOAT32 + (FLOAT32 if work.full else 0))
     if not work.checkpointing:
         return shape.layers * layer + ends
@@ -345,8 +345,9 @@ def _score_bytes(shape: ModelShape, work: Work) -> int:
     """What one layer keeps that grows with the square of the rows' length."""
     squares = work.batch * work.tokens**2
     if work.attention == "eager":
-        kept = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
-        return squares * shape.heads * kept
+        # The softmax in float32, and its copy in the compute type where that is another one.
+        each = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
+        return squares * shape.heads * each
     return squares * work.compute if work.masked else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,6 +13,9 @@ from ..errors import RecipeError
 from ..recipe import Recipe, read_yaml
 from ..recipe.faults import plain
 from ..recipe.sections import Positive, Section
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # A recipe with these overrides applied; raises RecipeError.
 MakeRecipe = Callable[[Sequence[str]], Recipe]
@@ -113,7 +116,7 @@ def overrides_of(values: Mapping[str, Value]) -> list[str]:
 
 
 # The following look at the file as it was written, so that a fault of its form hides no other.
-def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
     from ..evaluate.figures import METRICS
     from ..evaluate.questions import PARTS
 
@@ -135,7 +138,7 @@ def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
     return faults
 
 
-def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]:
+def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[str]:
     faults: dict[str, None] = {}
     probes: dict[str, list[Value]] = {}
     for key, parameter in _parameters(content).items():
@@ -157,12 +160,12 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
     return list(faults)
 
 
-def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(content: Mapping[str, object]) -> dict[str, object]:
     listed = content.get("parameters")
     return {str(key): value for key, value in listed.items()} if isinstance(listed, dict) else {}
 
 
-def _probes(parameter: Any) -> list[Value]:
+def _probes(parameter: object) -> list[Value]:
     """Values that the recipe must accept; one in between shows keys that need whole numbers."""
     if not isinstance(parameter, dict):
         return []
@@ -174,7 +177,7 @@ def _probes(parameter: Any) -> list[Value]:
     return [*numbers, *(choices if isinstance(choices, list) else [])]
 
 
-def _fault_line(item: Any) -> str:
+def _fault_line(item: ErrorDetails) -> str:
     """One fault in the file's own terms: `parameters.finetune.lora_r.low: is missing`."""
     key = ".".join(str(part) for part in item["loc"] if part not in ("float", "int", "categorical"))
     if item["type"] == "extra_forbidden":

@@ -21,6 +21,7 @@ from .plan import Choices, MakeRecipe, SearchPlan, overrides_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.gridspec import SubplotSpec
 
 _TRIAL, _BEST = "#4a7fb5", "#d1632b"
 
@@ -64,7 +65,7 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
     figure = Figure(figsize=(9, 3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
 
-    def panel(place: Any, title: str, at: Sequence[float]) -> Axes:
+    def panel(place: SubplotSpec, title: str, at: Sequence[float]) -> Axes:
         axes = figure.add_subplot(place, title=title)
         chosen = measured.index(best)
         axes.scatter(at, values, color=_TRIAL, alpha=0.75, gid=f"trials of {title}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from ...errors import StageError
 from ...recipe.azure import PollSection
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from azure.mgmt.resource.resources import ResourceManagementClient
 
 log = logging.getLogger(__name__)
+C = TypeVar("C")
 
 # The control plane. An endpoint with Entra sign-in takes tokens for another audience, ml.azure.com.
 ARM = "https://management.azure.com"
@@ -110,12 +111,10 @@ class InTenant:
 
 
 def quiet_sdks() -> None:
-    """Turn the SDKs' logs off, unless the program itself logs at INFO or below.
-
-    azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
-    azure.core's HTTP log would show what is sent. Where they do log, their records are scrubbed:
-    urllib3 logs every URL with its query, signatures included.
-    """
+    """Turn the SDKs' logs off, unless the program itself logs at INFO or below."""
+    # azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
+    # azure.core's HTTP log would show what is sent. Where they do log, their records are scrubbed:
+    # urllib3 logs every URL with its query, signatures included.
     known = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
     for name in {*known, "urllib3.connectionpool"}:
         logger = logging.getLogger(name)
@@ -142,12 +141,10 @@ class _ScrubbingFilter(logging.Filter):
 
 @dataclass
 class ModelAnswers:
-    """What a registry answered about model versions.
+    """What a registry answered about model versions."""
 
-    The SDK's classes drop the metadata that replaced the tags in June 2026 (sizes for fine-tuning,
-    retirement dates), so the answers are kept as they pass.
-    """
-
+    # The SDK's classes drop the metadata that replaced the tags in June 2026 (sizes for
+    # fine-tuning, retirement dates), so the answers are kept as they pass.
     seen: dict[tuple[str, str], Mapping[str, object]] = field(default_factory=dict)
 
     def keep(self, response: PipelineResponse[Any, Any]) -> None:
@@ -227,34 +224,31 @@ class Clients:
         """ARM: resource groups, and any resource by its id."""
         from azure.mgmt.resource.resources import ResourceManagementClient
 
-        return ResourceManagementClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(ResourceManagementClient)
 
     @cached_property
     def authorization(self) -> AuthorizationManagementClient:
         """Role assignments."""
         from azure.mgmt.authorization import AuthorizationManagementClient
 
-        return AuthorizationManagementClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(AuthorizationManagementClient)
 
     @cached_property
     def identities(self) -> ManagedServiceIdentityClient:
         """User-assigned identities."""
         from azure.mgmt.msi import ManagedServiceIdentityClient
 
-        return ManagedServiceIdentityClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(ManagedServiceIdentityClient)
 
     @cached_property
     def quota(self) -> QuotaMgmtClient:
         """Quota requests."""
         from azure.mgmt.quota import QuotaMgmtClient
 
-        return QuotaMgmtClient(self.credential, self.place.subscription_id, **self._options())
+        return self._of_subscription(QuotaMgmtClient)
+
+    def _of_subscription(self, kind: Callable[..., C]) -> C:
+        return kind(self.credential, self.place.subscription_id, **self._options())
 
     def arm(self) -> PipelineClient[Any, Any]:
         """ARM without an SDK, for what none of them has; sign-in and retries as everywhere."""
@@ -296,8 +290,9 @@ class Clients:
         )
 
     def _options(self) -> dict[str, Any]:
-        """Of every client. azure-core repeats GET and PUT after 408, 429, 5xx and resets, POST only
-        after 500, 503 and 504, and never a 409; operations.py deals with the rest."""
+        """The options that every client takes."""
+        # azure-core repeats GET and PUT after 408, 429, 5xx and resets, POST only after 500, 503
+        # and 504, and never a 409; operations.py deals with the rest.
         return {
             "retry_total": self.poll.retry_total,
             "retry_backoff_factor": self.poll.retry_backoff_factor,

@@ -87,7 +87,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 class ProgressLines:
-    """Progress as lines of the log, at most one in a second: the log is uploaded as it grows."""
+    """Progress as lines of the log, at most one in a second."""
+
+    # The log is uploaded as it grows, and read in full at each poll.
 
     def __init__(self) -> None:
         self._last = 0.0

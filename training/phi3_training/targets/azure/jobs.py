@@ -17,8 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
 
 from ... import console
 from ...errors import StageError
@@ -198,11 +197,10 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
     """Cancel the run's jobs that are still at work; a line for each."""
     lines = []
     for record in recorded_jobs(run).values():
-        doing = f"Cancelling the job {record.name}"
-        job = get_or_none(partial(clients.ml.jobs.get, record.name), doing)
+        job = _find(clients, record.name)
         if job is None or status_of(job) not in WORKING:
             continue
-        with explained(doing):
+        with explained(f"Cancelling the job {record.name}"):
             # Enough to hear that Azure has accepted; the job ends in its own time.
             clients.ml.jobs.begin_cancel(record.name).wait(60)
         lines.append(f"cancelled the job {record.name}")
@@ -212,7 +210,7 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
 class LogTap:
     """Takes what one thread prints about a job, line by line; other threads print as before."""
 
-    def __init__(self, stream: Any, file: IO[str], progress: Progress) -> None:
+    def __init__(self, stream: TextIO, file: IO[str], progress: Progress) -> None:
         self._stream = stream
         self._file = file
         self._progress = progress
@@ -240,7 +238,7 @@ class LogTap:
     def write(self, text: str) -> int:
         """As a stream's."""
         if threading.get_ident() != self._thread:
-            return int(self._stream.write(text))
+            return self._stream.write(text)
         if self._closed:
             raise _ClosedError
         *lines, self._rest = (self._rest + text).split("\n")
@@ -311,12 +309,10 @@ def follow_job(
     *,
     limit: float,
 ) -> Job:
-    """The job when it is completed. StageError for every other end; Ctrl-C leaves it running.
-
-    The SDK streams the log, without a time limit, and returns normally for a job that was cancelled
-    or stopped responding; so the status is polled in this thread as well.
-    """
-    resume = f"phi3 up --on azure --run {run.name}"
+    """The job when it is completed. StageError for every other end; Ctrl-C leaves it running."""
+    # The SDK streams the log without a time limit, and returns normally for a job that was
+    # cancelled or stopped responding; so the status is polled in this thread as well.
+    resume = _resume(run)
     log_path = run.file("azure", f"{purpose}.log")
     with log_path.open("w", encoding="utf-8") as file:
         tap = LogTap(sys.stdout, file, progress)
@@ -352,13 +348,16 @@ def follow_job(
     raise StageError("\n".join(parts))
 
 
+def _resume(run: Run) -> str:
+    return f"phi3 up --on azure --run {run.name}"
+
+
 def _until_done(
     clients: Clients, run: Run, name: str, tap: LogTap, progress: Progress, limit: float
 ) -> Job:
     """Poll the status until the job has ended."""
     from azure.core.exceptions import AzureError
 
-    resume = f"phi3 up --on azure --run {run.name}"
     started, failures = time.monotonic(), 0
     while True:
         try:
@@ -370,7 +369,7 @@ def _until_done(
             if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
                 raise StageError(
                     f"The job {name} is still running, but its status cannot be read: "
-                    f"{message_of(error)}. Resume: {resume}"
+                    f"{message_of(error)}. Resume: {_resume(run)}"
                 ) from None
             time.sleep(clients.poll.job_interval)
             continue
@@ -383,7 +382,7 @@ def _until_done(
         if seconds > limit:
             raise StageError(
                 f"The job {name} is still {status} after {limit:.0f} s and may bill. Wait longer: "
-                f"{resume}; or cancel it: phi3 azure cancel --run {run.name}"
+                f"{_resume(run)}; or cancel it: phi3 azure cancel --run {run.name}"
             )
         time.sleep(clients.poll.job_interval)
 
@@ -467,7 +466,8 @@ def _read_log(clients: Clients, name: str) -> list[str]:
 
 
 def output_path(job_name: str, output: str) -> str:
-    """The path a job writes one of our outputs to, so that it can be found without guessing."""
+    """The path a job writes one of our outputs to."""
+    # Set by us, not by Azure, so that it is found without guessing.
     return f"azureml://datastores/{OUTPUT_STORE}/paths/phi3/{job_name}/{output}"
 
 
@@ -478,23 +478,16 @@ def path_of_output(job: Job, output: str) -> str:
 
 
 def datastore_of(path: str) -> tuple[str, str] | None:
-    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else.
-
-    Also None for a template such as `…/paths/azureml/${{name}}/…`, which Azure answers until it has
-    filled it in.
-    """
+    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else."""
     match = _DATASTORE_PATH.search(path)
+    # Until it has filled it in Azure answers a template: `…/paths/azureml/${{name}}/…`.
     return None if match is None or "${{" in path else (match["store"], match["path"])
 
 
 def open_store(
     clients: Clients, store: str, prefix: str
 ) -> tuple[ContainerClient, list[BlobProperties]]:
-    """A datastore's container and the blobs below `prefix`.
-
-    By the store's key or signature, kept in memory only; where a policy switches keys off (401,
-    403), by the sign-in, which then needs Storage Blob Data Reader.
-    """
+    """A datastore's container and the blobs below `prefix`; keys stay in memory."""
     from azure.core.exceptions import HttpResponseError
 
     start = prefix.strip("/") + "/"
@@ -502,6 +495,8 @@ def open_store(
         container = _container(clients, store, with_key=True)
         return container, list(container.list_blobs(name_starts_with=start))
     except HttpResponseError as error:
+        # Where a policy switches account keys off, the sign-in is left; it needs the role Storage
+        # Blob Data Reader.
         if error.status_code not in (401, 403):
             raise
         container = _container(clients, store, with_key=False)

@@ -118,8 +118,7 @@ def find_foundation_model(
 ) -> FoundationModel | None:
     """The model by name and version; None where the registry has none.
 
-    `latest` is the version that was created last, not the highest number. StageError where the
-    model's defaults cannot be read.
+    StageError where the model's defaults cannot be read.
     """
     from azure.ai.ml.exceptions import ValidationException
     from azure.core.exceptions import HttpResponseError
@@ -129,7 +128,7 @@ def find_foundation_model(
     with explained(f"Looking for the model {name} in the registry {section.registry_name}"):
         try:
             if version == "latest":
-                try:
+                try:  # the version that was created last, not the highest number
                     version = str(models.get(name=name, label="latest").version)
                 except ValidationException:  # so the SDK says that no version is listed
                     version = LAST_VERSIONS.get(name.lower())
@@ -151,7 +150,7 @@ def foundation_model(model: Model, properties: Mapping[str, object]) -> Foundati
     only in our table.
     """
     name = str(model.name)
-    tags: dict[str, Any] = dict(model.tags or {})
+    tags: dict[str, object] = dict(model.tags or {})
     metadata = _mapping(
         properties.get("systemMetadata") or getattr(model, "_system_metadata", None)
     )
@@ -244,11 +243,9 @@ class Parameters:
 def merge_parameters(
     defaults: Mapping[str, Scalar], from_recipe: Mapping[str, Scalar], inputs: Mapping[str, object]
 ) -> Parameters:
-    """The parameters for a component with these inputs; StageError with every fault of the recipe.
-
-    What the model's defaults have and the component has not is left out: since February 2025 they
-    have learning_rate_min and _max, which make the SDK's call fail. The recipe's own are refused.
-    """
+    """The parameters for a component; StageError with every fault of the recipe."""
+    # What the model's defaults have and the component has not is left out: since February 2025 they
+    # have learning_rate_min and _max, which make the SDK's call fail. The recipe's own are refused.
     values: dict[str, Scalar] = {}
     sources: dict[str, str] = {}
     dropped: list[str] = []
@@ -282,10 +279,7 @@ def merge_parameters(
 
 
 def fitted(value: Scalar, spec: object) -> Scalar:
-    """The value in the type of a component's input. ValueError if it is not an allowed value.
-
-    An input with choices is a string, even where they look like numbers (`precision`: "32", "16").
-    """
+    """The value in the type of a component's input. ValueError if it is not an allowed value."""
 
     def of_spec(name: str) -> Any:
         return spec.get(name) if isinstance(spec, Mapping) else getattr(spec, name, None)
@@ -313,6 +307,8 @@ def fitted(value: Scalar, spec: object) -> Scalar:
             raise ValueError("expected true or false")
     if kind == "boolean":
         return text == "true"
+    # An input with choices is a string, even where they look like numbers (`precision`: "32",
+    # "16").
     choices = [str(item) for item in of_spec("enum") or ()]
     if choices and text not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}")

@@ -204,7 +204,8 @@ def _ensure(
 
 
 def _register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
-    """A subscription must register a resource provider once; that takes a minute or two."""
+    """Register a resource provider, which a subscription must do once."""
+    # That takes a minute or two.
     providers = clients.resources.providers
     with explained(f"Registering the provider {namespace}"):
         provider = providers.register(namespace)
@@ -269,17 +270,15 @@ class Grant:
         return f"{self.role} on {last_part(self.scope)}"
 
     def body(self, subscription_id: str) -> RoleAssignmentCreateParameters:
-        """What is sent.
-
-        Without a type the SDK sends "User", and Azure then looks up an identity that it may not
-        know yet (PrincipalNotFound); "ServicePrincipal" is right for every managed identity.
-        """
+        """What is sent."""
         from azure.mgmt.authorization.v2022_04_01.models import RoleAssignmentCreateParameters
 
         definition = "providers/Microsoft.Authorization/roleDefinitions"
         return RoleAssignmentCreateParameters(
             role_definition_id=f"/subscriptions/{subscription_id}/{definition}/{ROLES[self.role]}",
             principal_id=self.principal_id,
+            # Without a type the SDK sends "User", and Azure then looks up an identity that it may
+            # not know yet (PrincipalNotFound). This is right for every managed identity.
             principal_type="ServicePrincipal",
         )
 
@@ -294,9 +293,10 @@ def grants(
 ) -> list[Grant]:
     """What the identity gets: the tutorials' roles, or only what a deployment and a flow need.
 
-    A user-assigned identity gets nothing by itself, unlike an endpoint's own ("Authentication and
-    authorization for online endpoints"). `group` and `connections` are ARM ids.
+    `group` and `connections` are ARM ids.
     """
+    # A user-assigned identity gets nothing by itself, unlike an endpoint's own ("Authentication and
+    # authorization for online endpoints").
     wanted: list[tuple[str, str]] = []
     if not least_privilege:
         wanted.append(("Contributor", group))  # as in the tutorials; wider than anything needs

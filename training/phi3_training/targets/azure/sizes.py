@@ -210,11 +210,9 @@ class Need:
 
 
 def cores_needed(size: Size, instances: int, *, online: bool) -> tuple[int, str]:
-    """Cores that must be free, and why so many.
-
-    An online deployment needs quota for a fifth more machines than it has, rounded up, unless its
-    size is exempt: one T4 machine needs quota for two.
-    """
+    """Cores that must be free, and why so many."""
+    # An online deployment needs quota for a fifth more machines than it has, rounded up, unless its
+    # size is exempt: one T4 machine needs quota for two.
     if online and size.extra_quota:
         return math.ceil(1.2 * instances) * size.cores, "with 20 % reserved for upgrades"
     if online:
@@ -285,11 +283,9 @@ def short_of_quota(needs: list[Need], *, of_limit: bool = False) -> list[Need]:
 
 
 def quota_shortage(needs: list[Need]) -> list[Need]:
-    """Those of the two needs that would stop `up`.
-
-    The cluster gives its cores back before the endpoint needs them, so the endpoint's need is held
-    against the limit, not against what is free now.
-    """
+    """Those of the two needs that would stop `up`."""
+    # The cluster gives its cores back before the endpoint needs them, so the endpoint's need is
+    # held against the limit, not against what is free now.
     training, endpoint = needs
     return short_of_quota([training]) + short_of_quota([endpoint], of_limit=True)
 
