@@ -1,10 +1,10 @@
 """The Prompt flow tool "Phi-3 chat": one question and its history in, the answer's text out.
 
-With connection_type.py the only module that imports Prompt flow. Annotations stay real objects
-here, because Prompt flow reads them: no postponed evaluation, and Optional[...] in place of newer
-spellings.
+With connection_type.py the only module that imports Prompt flow.
 """
 
+# Annotations stay real objects here, because Prompt flow reads them: no postponed evaluation, and
+# Optional[...] in place of newer spellings.
 import hashlib
 import logging
 import os

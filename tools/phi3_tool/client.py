@@ -261,7 +261,7 @@ class Phi3Client:
             refuse(["the key is missing: give `key` or `token_provider`"])
         self._deployment = deployment
         self._closed = threading.Event()
-        self._pid = os.getpid()
+        self._pid = os.getpid()  # a forked child gets a pool of its own, see _poster
         self._pooled = Poster(self._address)
 
     @classmethod
@@ -422,6 +422,7 @@ class Phi3Client:
 
     def _attempt(self, call: Call, auth: BearerAuth) -> _Arrival | Failure:
         response: requests.Response | None = None
+        # Of this attempt alone: an error's body shortens it.
         reading = Deadline(call.deadline.remaining, self._limits.read)
         try:
             with deadline_applies(reading):
@@ -452,16 +453,16 @@ class Phi3Client:
     def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
         """The failure in a complete or incomplete error answer: its status is what counts."""
         reading.shorten(_ERROR_BODY_SECONDS)
-        said = bytearray()
+        body = bytearray()
         try:
             for piece in body_pieces(response):
-                said += piece
-                if len(said) > _MAX_ERROR_BYTES:
+                body += piece
+                if len(body) > _MAX_ERROR_BYTES:
                     break
         except (requests.RequestException, HTTPError, OSError):
             log.debug("the body of a status %d was cut off", response.status_code)
         response.close()
-        text = said.decode("utf-8", "replace")
+        text = body.decode("utf-8", "replace")
         return failure_of(response.status_code, response.headers, text, self._credential.quote)
 
     def _read(self, arrival: _Arrival, call: Call) -> Answer:

@@ -36,6 +36,7 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
     if not isinstance(endpoint, str) or not endpoint.strip():
         raise ConfigurationError("the endpoint URL is missing")
     text = endpoint.strip()
+    # requests would percent-encode them, other clients read them in their own way.
     if not text.isascii() or not text.isprintable() or any(c in text for c in " \\<>\"'`{}"):
         raise ConfigurationError(
             "the endpoint URL contains spaces or characters that a URL cannot have"
@@ -161,8 +162,7 @@ class ConnectionSettings:
     ) -> ConnectionSettings:
         """Settings of a CustomConnection or a mapping; one error names all that is wrong.
 
-        `${env:NAME}` values are looked up in the environment: Prompt flow's own commands do so
-        only when they serve a flow, and pass the text on as it stands when they test one.
+        `${env:NAME}` values are looked up in the environment.
         """
         if isinstance(connection, ConnectionSettings):
             return connection
@@ -292,6 +292,8 @@ def _filled_in(
         faults.append(f"{name} must be text")
         return None
     text = str(value).strip()
+    # Prompt flow's own commands look it up only when they serve a flow; when they test one, the
+    # text comes as it stands.
     variable = _ENVIRONMENT.fullmatch(text)
     if variable:
         text = environment.get(variable[1], "").strip()

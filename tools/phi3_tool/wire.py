@@ -361,6 +361,7 @@ def read_lines(pieces: Iterable[bytes]) -> Iterator[str]:
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
     """Events out of lines. An event cut off before its blank line still counts if it has data."""
+    # The HTML standard drops such an event; here it may be the one with the finish_reason.
     name = "message"
     data: list[str] = []
     for line in lines:
@@ -381,6 +382,8 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
 
 def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[str]:
     """The text pieces of a streamed answer; an error where it fails or ends too early."""
+    # Servers that speak this dialect loosely leave out [DONE]; a finish_reason then ends the
+    # answer.
     finished = False
     for event in events:
         if event.data.strip() == "[DONE]":

@@ -26,9 +26,7 @@ _DATA = (".css", ".html", ".txt", ".yaml", ".typed")
 def carried_files(*modules: str) -> dict[str, Path]:
     """Every file that these modules run, by its path below the folder that Python looks in.
 
-    Imports inside functions count, and so do names of modules in strings, for `python -m`. Of the
-    packages above a module only what their `__init__` imports at once counts: Python runs that
-    and no more. Raises ModuleNotFoundError for a module that is not ours.
+    Raises ModuleNotFoundError for a module that is not ours.
     """
     files: dict[str, Path] = {}
     waiting = list(modules)
@@ -42,11 +40,13 @@ def carried_files(*modules: str) -> dict[str, Path]:
         if path is None:
             raise ModuleNotFoundError(f"{module} is not a module of phi3_training or phi3_tool")
         _add(files, path)
+        # Imports inside functions count, and so do names of modules in strings, for `python -m`.
         waiting += _imports(path, module, lazily=True)
         parts = module.split(".")
         for length in range(1, len(parts)):
             parent = ".".join(parts[:length])
             init = _file_of(parent)
+            # Of a package above only what its `__init__` imports at once: Python runs no more.
             if init is not None and parent not in seen:
                 _add(files, init)
                 waiting += _imports(init, parent, lazily=False)

@@ -24,7 +24,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "GIT_PYTHON_REFRESH": "quiet",
+    "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns where there is no git
 }
 
 

@@ -36,6 +36,7 @@ def register(name: str, run: Run) -> RegistrationManifest:
     with quiet_mlflow(), tempfile.TemporaryDirectory(prefix="phi3-model-") as code:
         import mlflow
 
+        # The model answers where phi3 is not installed: it brings the files that it runs.
         copy_carried(Path(code), MLFLOW_MODEL)
 
         mlflow.set_tracking_uri(tracking_uri(run))
@@ -64,7 +65,8 @@ def register(name: str, run: Run) -> RegistrationManifest:
 
 
 def _params(run: Run) -> dict[str, str]:
-    """Data and fine-tuning settings, cut to the 500 characters that every MLflow store takes."""
+    """Data and fine-tuning settings."""
+    # 500 characters: the shortest limit of an MLflow store; longer ones fail the whole call.
     manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
     return {
         f"{manifest.STAGE}.{key}": str(value)[:500]

@@ -1,4 +1,4 @@
-"""What an answer tells: its numbers, names and the words that set it apart from other answers.
+"""The facts of an answer: its numbers, names and the words that set it apart from other answers.
 
 Decides whether an answer has the expected words, and whether one chat teaches what another one
 asks. Standard library only; reads and writes nothing. docs/evaluation.md states the rules.
@@ -20,18 +20,10 @@ _WORDS_NEEDED, _WORDS_NEXT_TO = 2 / 3, 3
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(re.findall(r"\w+", _NUMBERS))}
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_MONTHS = (
-    "january",
-    "february",
-    "april",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-)  # not may and march: they are verbs as well
+# Not may and march: they are verbs as well.
+_MONTHS = re.findall(
+    r"\w+", "january february april june july august september october november december"
+)
 _SIGNS = {"$": " dollar ", "€": " euro ", "£": " pound ", "%": " percent ", "°": " degree "}
 _HALF_DAYS = frozenset({"am", "pm"})
 # Of an answer's units one must be expected: "two liters" does not tell "two kilos".
@@ -48,6 +40,8 @@ _UNITS = {
 }
 _YES, _NO = frozenset({"yes", "yeah", "yep"}), frozenset({"no", "nope"})
 _NOT = frozenset({"no", "not", "never", "cannot", "none", "nobody", "nothing", "without"})
+# They tell nothing in any answer. Last line: greetings, and what is left of "I'll", "don't" and so
+# on.
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -64,9 +58,13 @@ _TOKEN = re.compile(
     r"(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.:]\d+)*)(?:(?:st|nd|rd|th)\b)?"
     r"|(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)?)"
 )
+# "x200", "b12": a name with a figure in it.
 _MIXED = re.compile(r"[^\W_]*(?:\d[^\W\d_]|[^\W\d_]\d)[^\W_]*")
+# "5pm", "3kg": a number with its unit.
 _JOINED_UNIT = re.compile(r"(\d)(am|pm|h|hrs?|min|mins|km|cm|mm|m|kg|g|l|ml|k)\b", re.IGNORECASE)
+# "p.m." is pm.
 _DOTTED = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
+# A capital after one of these says nothing about a name.
 _SENTENCE = re.compile(r"[.!?:;\n]\s*[\"'“(]*$")
 
 
@@ -208,7 +206,7 @@ def _read(text: str) -> _Text:
     values: list[str] = []
     soft, names = set(), set()
     raw: set[str] = set()
-    values += sorted(mixed)  # "x200", "b12": a name with a figure is a value
+    values += sorted(mixed)
     plain = _MIXED.sub(lambda m: " " * len(m.group()), plain) if mixed else plain
     for match in _TOKEN.finditer(plain):
         if match.group("number"):
@@ -256,6 +254,7 @@ def _number(text: str) -> str:
 def _stem(word: str) -> str:
     """A word without 's, and in the singular where a plural is plain to see."""
     word = word.removesuffix("'s").removesuffix("n't").replace("'", "")
+    # No stemmer, which would join words of other meanings: only endings that a plural alone has.
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("xes", "ches", "shes", "sses", "zes")):

@@ -36,7 +36,7 @@ from .finding import Finding, Group
 ENDPOINT, CONNECTION = Group("endpoint"), Group("connection")
 # Azure's images answer GET / with 200 when they are ready, vLLM and its kin GET /health.
 HEALTH_PATHS = ("/", "/health")
-ROUND_TRIPS = 3
+ROUND_TRIPS = 3  # their median counts, so that one slow answer does not
 QUESTION = [{"role": "user", "content": "Who founded Microsoft?"}]
 # The answers that an endpoint of the other dialect could well give.
 _MISUNDERSTOOD = (EndpointNotFoundError, RequestRejectedError, ModelError, UnreadableAnswerError)
@@ -70,6 +70,7 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
                 tried[HEALTH_PATHS[1]] = get(HEALTH_PATHS[1])[0]
             path, status = list(tried.items())[-1]
             yield _health(tried)
+            # The connection is open by now, so that no TLS handshake is timed.
             yield _latency([get(path)[1] for _ in range(ROUND_TRIPS)], status, slow_ms)
         except requests.exceptions.RequestException as error:
             reason = one_line(credential.scrub(system_reason(error) or type(error).__name__))
@@ -85,6 +86,7 @@ def _health(tried: dict[str, int]) -> Finding:
     path, status = list(tried.items())[-1]
     if status == 200:
         return ENDPOINT.ok("health", f"GET {path} returns 200")
+    # Azure's gateway may pass /score alone.
     if set(tried.values()) <= {404, 405, 501}:
         return ENDPOINT.skipped("health", f"it has no health route (tried {' and '.join(tried)})")
     if status in (401, 403):
@@ -155,7 +157,7 @@ def _one_token(
             connect_timeout=min(5.0, seconds),
             read_timeout=seconds,
             deadline=seconds,
-            max_retries=0,
+            max_retries=0,  # the doctor reports what it meets
         ) as client:
             return client.chat(QUESTION, max_new_tokens=1, temperature=0.0)
     except Phi3Error as error:
@@ -220,7 +222,8 @@ def token_finding(asked: Asked) -> Finding:
 
 
 def _parts(error: Phi3Error) -> tuple[str, str]:
-    """What happened and what fixes it: our messages have the fix after a colon."""
+    """What happened and what fixes it."""
+    # Messages of phi3_tool have the fix after a colon; status and ids follow in brackets.
     what, colon, fix = error.message.partition(": ")
     facts = str(error)[len(error.message) :]
     return (what + facts, fix) if colon else (error.message + facts, "see docs/doctor.md")

@@ -27,7 +27,7 @@ from .endpoint import CONNECTION
 from .finding import Finding, Group
 
 HERE = Group("flow")
-SECONDS = 120
+SECONDS = 120  # `pf flow validate` imports the flow's code, which may be slow to load
 
 
 def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         return
     copy = scratch / source.name
     copy_flow(source, copy)
-    quiet_home(scratch)
+    quiet_home(scratch)  # no usage report, no service left running
     try:
         faults = _faults_in(copy)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,6 @@
 """The metrics of a set of answers, before and after, with paired bootstrap intervals.
 
-Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing. Each resample draws
-rows with replacement, with both models' answers to a row together.
+Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -155,7 +154,7 @@ def _comparison(
 ) -> Comparison:
     before, after = (float(metric.of_sums(side.sum(axis=0, keepdims=True))[0]) for side in columns)
     was, now = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]  # 2.5 and 97.5 for 95 %
     low, high = np.percentile(now - was, tails)
     was_low, was_high = np.percentile(was, tails)
     now_low, now_high = np.percentile(now, tails)
@@ -165,6 +164,8 @@ def _comparison(
 
 def _weights(rows: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Numbers]:
     """How often each row is drawn, in blocks of resamples."""
+    # Rows are drawn with replacement, and with a row both models' answers to it (a paired
+    # bootstrap): how hard the questions are then does not widen the interval of the difference.
     random = np.random.default_rng(seed)
     block = max(1, _CELLS // rows)
     for first in range(0, resamples, block):

@@ -22,7 +22,7 @@ from .rows import read_rows
 
 PATH = "evaluate/report.html"
 _SHOWN = 12  # answers side by side in each section
-_SMOOTHED = 25  # points of the drawn mean curve's window divide the steps by this
+_SMOOTHED = 25  # the mean curve's window is this fraction of the steps
 
 # What the bars show of each part: its plainest share.
 _BARS = (
@@ -88,6 +88,7 @@ def write(run: Run, verdict: GateManifest) -> str:
 
 def _curves(losses: Sequence[float]) -> dict[str, object]:
     """Loss of each step and its moving mean, on a logarithmic scale of whole powers of ten."""
+    # A loss of 0 has no logarithm: a model that knows its few rows by heart comes near it.
     logs = [math.log10(max(loss, 1e-6)) for loss in losses] or [0.0]
     low, high = math.floor(min(logs)), math.ceil(max(logs))
     high = max(high, low + 1)

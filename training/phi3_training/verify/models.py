@@ -58,6 +58,7 @@ def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
 
     Raises StageError when a weight is missing. `model` is used up.
     """
+    # Merged again in float32: what the file holds was rounded to its own type once.
     whole = model.merge_and_unload().state_dict()
     with ExitStack() as stack:
         before, after = (_tensors(folder, stack) for folder in (base, merged))
