@@ -88,14 +88,14 @@ class Inventory:
                 mark = "" if item.state == "succeeded" else f", {item.state}: still bills"
                 lines.append(
                     f"deployment {item.name} of {endpoint.name}: {item.count} x {item.size}{mark}; "
-                    f"{price.text()}"
+                    f"{price}"
                 )
         for cluster in self.clusters:
             # A cluster bills for the nodes that it has, idle or not, until the idle time is over.
             count = cluster.nodes if cluster.nodes is not None else cluster.least
             if count:
                 price = price_of(cluster.size, count, self.region)
-                lines.append(f"cluster {cluster.name}: {count} x {cluster.size}; {price.text()}")
+                lines.append(f"cluster {cluster.name}: {count} x {cluster.size}; {price}")
             elif cluster.nodes is None:
                 lines.append(f"cluster {cluster.name}: bills while it has nodes (not counted)")
         return lines
@@ -312,12 +312,12 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         PlanLine(
             "cost",
             f"training: up to {compute.max_instances} x {compute.size} while a job runs and "
-            f"{compute.idle_time_before_scale_down} s after; {training.text()}{always}",
+            f"{compute.idle_time_before_scale_down} s after; {training}{always}",
         ),
         PlanLine(
             "cost",
             f"endpoint: {endpoint.instance_count} x {endpoint.instance_type} from `deploy` until "
-            f"`phi3 down --on azure`, used or not; {serving.text()}",
+            f"`phi3 down --on azure`, used or not; {serving}",
         ),
         PlanLine(
             "cost", "storage, container registry, key vault, logs: small charges, until --all"
