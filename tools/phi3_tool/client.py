@@ -35,7 +35,14 @@ from .errors import (
     one_line,
 )
 from .failures import LOCAL_REASON, Failure, Retry, RetryBudget, failure_of
-from .transport import Deadline, Poster, body_pieces, deadline_applies, system_reason
+from .transport import (
+    Deadline,
+    Poster,
+    body_pieces,
+    deadline_applies,
+    read_up_to,
+    system_reason,
+)
 from .wire import (
     OPENAI_PARAMETERS,
     Answer,
@@ -321,7 +328,8 @@ class Phi3Client:
         call = self._new_call(messages, parameters, request_id, stream=streams)
         arrival = self._deliver(call)
         if arrival.body is not None:
-            return _one_piece(self._read(arrival, call).text)
+            text = self._read(arrival, call).text
+            return (piece for piece in (text,) if piece)
         pieces = self._pieces(arrival, call)
         # Started here, so that closing it reaches its `finally` even if it is never iterated.
         next(pieces)
@@ -436,7 +444,7 @@ class Phi3Client:
                 return self._failure_in(response, reading)
             if call.stream and "json" not in response.headers.get("Content-Type", ""):
                 return _Arrival(response, reading, None)
-            body = _read_up_to(response, MAX_ANSWER_BYTES)
+            body = bytes(read_up_to(MAX_ANSWER_BYTES, response))
             response.close()
         except (requests.RequestException, HTTPError, OSError) as error:
             if response is not None:
@@ -455,10 +463,7 @@ class Phi3Client:
         reading.shorten(_ERROR_BODY_SECONDS)
         body = bytearray()
         try:
-            for piece in body_pieces(response):
-                body += piece
-                if len(body) > _MAX_ERROR_BYTES:
-                    break
+            read_up_to(_MAX_ERROR_BYTES, response, body)
         except (requests.RequestException, HTTPError, OSError):
             log.debug("the body of a status %d was cut off", response.status_code)
         response.close()
@@ -515,21 +520,6 @@ class Phi3Client:
         if self._pid != os.getpid():
             self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
-
-
-def _one_piece(text: str) -> Generator[str, None, None]:
-    if text:
-        yield text
-
-
-def _read_up_to(response: requests.Response, limit: int) -> bytes:
-    """The body; one that is longer than the limit comes back as soon as it is seen to be."""
-    body = bytearray()
-    for piece in body_pieces(response):
-        body += piece
-        if len(body) > limit:
-            break
-    return bytes(body)
 
 
 def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:

@@ -201,6 +201,16 @@ def body_pieces(response: requests.Response) -> Iterator[bytes]:
         yield piece
 
 
+def read_up_to(limit: int, response: requests.Response, body: bytearray | None = None) -> bytearray:
+    """The body, into `body`; one that is longer than `limit` ends as soon as it is seen to be."""
+    body = bytearray() if body is None else body
+    for piece in body_pieces(response):
+        body += piece
+        if len(body) > limit:
+            break
+    return body
+
+
 def system_reason(error: BaseException) -> str | None:
     """The operating system's word on it, wherever in the chain it sits."""
     seen: set[int] = set()

@@ -26,6 +26,7 @@ from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
 
 if TYPE_CHECKING:
+    from azure.ai.ml import Input
     from azure.ai.ml.entities import Model, PipelineJob
 
 PIPELINE_OUTPUT = "trained_model"
@@ -380,14 +381,14 @@ def prepare_pipeline(
 
 def pipeline_inputs(
     recipe: Recipe, run: Run, foundation: FoundationModel, prepared: PreparedPipeline
-) -> dict[str, Any]:
+) -> dict[str, Input | Scalar]:
     """Every input that is sent, by name: values, and the SDK's Input for files and models."""
     from azure.ai.ml import Input
 
     cluster = recipe.azure.compute.name
     paths = data_files(run)
     # mlflow_model_path takes precedence over the component's huggingface_id.
-    inputs: dict[str, Any] = {
+    inputs: dict[str, Input | Scalar] = {
         "mlflow_model_path": Input(type="mlflow_model", path=foundation.id),
         "number_of_gpu_to_use_finetuning": prepared.gpus,
         "num_nodes_finetune": recipe.azure.train.instance_count,

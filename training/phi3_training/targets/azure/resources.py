@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # ARM's answer about a subscription, for its tenant; and connections of a workspace. The other API
 # versions are in the table below; everything else is left to the SDKs.
 SUBSCRIPTION_API, CONNECTIONS_API = "2022-12-01", "2024-04-01"
+Body = dict[str, Any]  # of a resource, as ARM's JSON has it
 StepRunner = Callable[[str, str, Callable[[], Outcome]], bool]
 
 
@@ -124,7 +125,7 @@ def ensure_dependents(
     place = clients.place
     # In this order: insights names log analytics. Each body is made only where it is needed, since
     # the vault's asks Azure for the tenant.
-    bodies: dict[ResourceKind, Callable[[], dict[str, Any]]] = {
+    bodies: dict[ResourceKind, Callable[[], Body]] = {
         STORAGE: lambda: {
             "kind": "StorageV2",
             "sku": {"name": "Standard_LRS"},  # three copies in one data centre: the cheapest
@@ -164,7 +165,7 @@ def ensure_dependents(
 def _ensure(
     clients: Clients,
     kind: ResourceKind,
-    own_body: Callable[[], dict[str, Any]],
+    own_body: Callable[[], Body],
     tags: dict[str, str],
     progress: Progress,
 ) -> Outcome:
@@ -177,7 +178,7 @@ def _ensure(
     def read() -> object:
         return resources.get_by_id(resource_id, api_version=kind.api_version)
 
-    def put(body: Any) -> object:
+    def put(body: Any) -> object:  # the SDK asks for a model of its own, and takes JSON
         return resources.begin_create_or_update_by_id(
             resource_id, body, api_version=kind.api_version
         )
