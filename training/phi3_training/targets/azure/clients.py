@@ -1,14 +1,13 @@
 """Signs in and makes the clients of Azure's SDKs, once each, with the recipe's retries and polls.
 
 Reads the environment and the sign-ins of az, azd and others; keeps tokens in memory only. Importing
-azure.ai.ml takes seconds and reads its poll times at import, so both wait for the first use.
+azure.ai.ml takes seconds, so it waits for the first use.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -271,11 +270,6 @@ class Clients:
         )
 
     def _ml(self, **where: Any) -> MLClient:
-        # azure-ai-ml reads these two when it is imported, and never again; its own defaults let the
-        # pause between two looks at a job grow from 2 to 60 s. Values set by the user stay.
-        seconds = str(max(1, round(self.poll.job_interval)))
-        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
-        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)
         from azure.ai.ml import MLClient
 
         quiet_sdks()  # again: importing azure.ai.ml has made new loggers

@@ -21,7 +21,7 @@ from ...manifests import BaseManifest, ModelManifest
 from ...recipe import Recipe
 from ...run import Run, write_atomically
 
-# How lines of the log that are not plain text begin; `jobs.LogTap` reads them on the other side.
+# How lines of the log that are not plain text begin; `jobs.JobLog` reads them on the other side.
 PROGRESS, ERROR = "phi3-progress ", "phi3-error "
 MANIFESTS = "manifests"
 # What goes back to the run folder, besides the manifests.

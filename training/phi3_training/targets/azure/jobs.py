@@ -6,18 +6,18 @@ Reads and writes <run>/azure/jobs.json (which job does what for this run) and wr
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import secrets
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any, Literal, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ... import console
 from ...errors import StageError
@@ -65,10 +65,6 @@ _LOG_NAMES = (
     re.compile(r"/user_logs/.*\.txt$"),
     re.compile(r"/logs/azureml/.*\.txt$"),
 )
-# A refusal of the storage service: the SDK prints the body of any answer as if it were the log.
-_STORAGE_REFUSAL = re.compile(r"^\ufeff?<\?xml|^<Error>")
-# What the SDK prints before and after the log.
-_SDK_FRAME = re.compile(r"(RunId: |Streaming \S+$|Execution Summary$|=+$)")
 
 
 @dataclass(frozen=True)
@@ -207,69 +203,22 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
     return lines
 
 
-class LogTap:
-    """Takes what one thread prints about a job, line by line; other threads print as before."""
+class JobLog:
+    """What a job has logged so far: lines for people and the file, its progress and its error."""
 
-    def __init__(self, stream: TextIO, file: IO[str], progress: Progress) -> None:
-        self._stream = stream
+    def __init__(self, file: IO[str], progress: Progress) -> None:
         self._file = file
         self._progress = progress
-        self._thread: int | None = None
-        self._rest = ""
-        self._closed = False
-        self._shown_links: set[str] = set()
-        self.ended = threading.Event()
-        self.line_count = 0
-        self.refused = False
-        self.sdk_error: str | None = None
+        self.ended = threading.Event()  # the job has; what is left of its log is read once more
+        self.closed = False  # nobody waits for the job any more
         self.last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self.error: str | None = None
         self.last_progress: tuple[int, int, str] = (0, 0, "")
 
-    def take_over(self) -> None:
-        """What this thread writes from now on is the job's."""
-        self._thread = threading.get_ident()
-
-    def close(self) -> None:
-        """The next write of the job's thread ends it."""
-        self._closed = True
-        self.ended.set()
-
-    def write(self, text: str) -> int:
-        """As a stream's."""
-        if threading.get_ident() != self._thread:
-            return self._stream.write(text)
-        if self._closed:
-            raise _ClosedError
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._take(line.rstrip())
-        return len(text)
-
-    def flush(self) -> None:
-        """As a stream's."""
-        if threading.get_ident() != self._thread:
-            self._stream.flush()
-        elif self._closed:
-            raise _ClosedError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _take(self, line: str) -> None:
-        if _STORAGE_REFUSAL.match(line):
-            raise _RefusedError
-        if not line:
+    def take(self, line: str) -> None:
+        """Show one line and write it to the file, or note the progress or error that it carries."""
+        if not line or self.closed:
             return
-        if _SDK_FRAME.match(line):
-            self._file.write(line + "\n")
-            return
-        if line.startswith("Web View: "):  # printed at the beginning and at the end
-            if line not in self._shown_links:
-                console.note(line)
-            self._shown_links.add(line)
-            return
-        self.line_count += 1
         if line.startswith(PROGRESS):
             try:
                 done, total, text = json.loads(line.removeprefix(PROGRESS))
@@ -292,14 +241,6 @@ class LogTap:
         console.note(line)
 
 
-class _ClosedError(Exception):
-    """Nobody reads the job's log any more."""
-
-
-class _RefusedError(Exception):
-    """The SDK may not read the log, and prints the refusal as if it were the log."""
-
-
 def follow_job(
     clients: Clients,
     run: Run,
@@ -310,38 +251,40 @@ def follow_job(
     limit: float,
 ) -> Job:
     """The job when it is completed. StageError for every other end; Ctrl-C leaves it running."""
-    # The SDK streams the log without a time limit, and returns normally for a job that was
-    # cancelled or stopped responding; so the status is polled in this thread as well.
+    # Not by the SDK's `jobs.stream`: it has no time limit and cannot be stopped, prints a refusal
+    # of the storage service as if it were the log, and returns normally for a job that was
+    # cancelled.
     resume = _resume(run)
     log_path = run.file("azure", f"{purpose}.log")
     with log_path.open("w", encoding="utf-8") as file:
-        tap = LogTap(sys.stdout, file, progress)
-        with redirect_stdout(tap):
-            # A daemon: the SDK's stream cannot be stopped from outside, only by an exception from
-            # the tap at its next line, and phi3 must be able to exit before that.
-            stream = threading.Thread(target=_stream, args=(clients, name, tap), daemon=True)
-            stream.start()
-            try:
-                job = _until_done(clients, run, name, tap, progress, limit)
-                tap.ended.set()
-                # Two polls, and time to fetch the last lines.
-                stream.join(2 * clients.poll.job_interval + 10)
-            except KeyboardInterrupt:
-                console.note(f"The job {name} is still running in Azure and bills until it ends.")
-                console.note(f"Resume: {resume}")
-                console.note(f"Cancel it: phi3 azure cancel --run {run.name}")
-                raise
-            finally:
-                tap.close()
+        job_log = JobLog(file, progress)
+        # In a thread of its own: where the storage cannot be reached, its retries take minutes.
+        reader = threading.Thread(
+            target=_read_until_ended, args=(clients, name, job_log), daemon=True
+        )
+        reader.start()
+        try:
+            job = _until_done(clients, run, name, job_log, progress, limit)
+            job_log.ended.set()
+            # Two polls, and time to fetch the last lines.
+            reader.join(2 * clients.poll.job_interval + 10)
+        except KeyboardInterrupt:
+            console.note(f"The job {name} is still running in Azure and bills until it ends.")
+            console.note(f"Resume: {resume}")
+            console.note(f"Cancel it: phi3 azure cancel --run {run.name}")
+            raise
+        finally:
+            job_log.closed = True
+            job_log.ended.set()
     status = status_of(job)
     if status == "completed":
         return job
     parts = [f"The job {name} {_BAD_ENDS.get(status, f'ended as {status}')}."]
-    reason = tap.error or tap.sdk_error
+    reason = job_log.error or (_azures_reason(clients, name) if status == "failed" else None)
     if reason:
         parts.append(reason)
-    if tap.last_lines:
-        parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in tap.last_lines))
+    if job_log.last_lines:
+        parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in job_log.last_lines))
     parts.append(
         f"The full log: {log_path}\nFix the cause; then the same command starts a new job: {resume}"
     )
@@ -353,12 +296,12 @@ def _resume(run: Run) -> str:
 
 
 def _until_done(
-    clients: Clients, run: Run, name: str, tap: LogTap, progress: Progress, limit: float
+    clients: Clients, run: Run, name: str, job_log: JobLog, progress: Progress, limit: float
 ) -> Job:
     """Poll the status until the job has ended."""
     from azure.core.exceptions import AzureError
 
-    started, failures = time.monotonic(), 0
+    started, failures, page = time.monotonic(), 0, None
     while True:
         try:
             job: Job = clients.ml.jobs.get(name)
@@ -373,11 +316,15 @@ def _until_done(
                 ) from None
             time.sleep(clients.poll.job_interval)
             continue
+        if page is None:
+            page = getattr(job, "studio_url", None)
+            if page:
+                console.note(f"Web View: {page}")
         status = status_of(job)
         if status == "completed" or status in _BAD_ENDS:
             return job
         seconds = time.monotonic() - started
-        done, total, text = tap.last_progress
+        done, total, text = job_log.last_progress
         progress(done, total, f"{status}, {seconds:.0f} s{': ' + text if text else ''}")
         if seconds > limit:
             raise StageError(
@@ -387,67 +334,49 @@ def _until_done(
         time.sleep(clients.poll.job_interval)
 
 
-def _stream(clients: Clients, name: str, tap: LogTap) -> None:
-    """Let the SDK print the log into the tap; where it cannot, read the log from the storage."""
+def _azures_reason(clients: Clients, name: str) -> str | None:
+    """Code and message of a failed job's error."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    tap.take_over()
-    for _ in range(3):  # after a network fault; the log then starts again from its beginning
-        try:
+    # A job's own fields do not have them; the SDK's stream of an ended job raises them at its end.
+    try:
+        with redirect_stdout(io.StringIO()):
             clients.ml.jobs.stream(name)
-        except _ClosedError:
-            return
-        except MlException as error:  # so the SDK says that the job failed
-            # Code and message of the job's error, as JSON inside a text.
-            match = re.search(r"\{.*\}", str(error), re.DOTALL)
-            try:
-                details = json.loads(match[0])["error"] if match else {}
-                tap.sdk_error = scrub(f"{details['code']}: {details['message']}")
-            except (ValueError, KeyError, TypeError):
-                tap.sdk_error = message_of(error)
-            break
-        except _RefusedError:
-            tap.refused = True
-            break
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            # The SDK signs the log's address with the store's account key, and fails like this
-            # where the service hands out a signature instead of the key.
-            log.info("the SDK cannot read the log of %s: %s", name, type(error).__name__)
-            tap.refused = True
-            break
-        except (AzureError, OSError) as error:
-            log.info("the log of %s is not available: %s", name, scrub(str(error)))
-            time.sleep(clients.poll.job_interval)
-        else:
-            break
-    if tap.refused or not tap.line_count:  # the SDK shows nothing of a job that has ended
-        _stream_from_storage(clients, name, tap)
+    except MlException as error:
+        match = re.search(r"\{.*\}", str(error), re.DOTALL)  # JSON inside a text
+        try:
+            details = json.loads(match[0])["error"] if match else {}
+            return scrub(f"{details['code']}: {details['message']}")
+        except (ValueError, KeyError, TypeError):
+            return message_of(error)
+    except (AzureError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        log.info("the reason of %s is not available: %s", name, scrub(str(error)))
+    return None
 
 
-def _stream_from_storage(clients: Clients, name: str, tap: LogTap) -> None:
-    """The same without the SDK's help, until the job's end has been seen."""
+def _read_until_ended(clients: Clients, name: str, job_log: JobLog) -> None:
+    """Hand over the log's new lines, until the job's end has been seen."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    seen = tap.line_count
+    seen = 0
     while True:
-        is_last = tap.ended.is_set()
+        is_last = job_log.ended.is_set()
         try:
-            lines = [line for line in _read_log(clients, name) if line.strip()]
-            tap.write("".join(f"{line}\n" for line in lines[seen:]))
+            lines = _read_log(clients, name, whole=is_last)
+            for line in lines[seen:]:
+                job_log.take(line)
             seen = max(seen, len(lines))
-        except _ClosedError:
-            return
         except (AzureError, MlException, OSError, ValueError, AttributeError, TypeError) as error:
             log.info("the log of %s is not available: %s", name, scrub(str(error)))
         if is_last:
             return
-        tap.ended.wait(clients.poll.job_interval)
+        job_log.ended.wait(clients.poll.job_interval)
 
 
-def _read_log(clients: Clients, name: str) -> list[str]:
-    """The log so far, without a last line that is still being written."""
+def _read_log(clients: Clients, name: str, *, whole: bool) -> list[str]:
+    """The log so far; unless `whole`, without a last line that is still being written."""
     job = clients.ml.jobs.get(name)
     default = (getattr(job, "outputs", None) or {}).get("default")
     named = datastore_of(str(getattr(default, "path", None) or ""))
@@ -461,7 +390,10 @@ def _read_log(clients: Clients, name: str) -> list[str]:
                 # In full each time, as the SDK does.
                 content: bytes = container.download_blob(blob_name).readall()
                 text = content.decode("utf-8", "replace")
-                return text[: text.rfind("\n") + 1].splitlines()
+                end = len(text) if whole else text.rfind("\n") + 1
+                # Of a line that a progress bar has written over, what stands there now.
+                lines = text[:end].removesuffix("\n").split("\n") if end else []
+                return [line.rstrip().rpartition("\r")[2] for line in lines]
     return []
 
 
