@@ -52,7 +52,7 @@ class _ThreadTee(io.TextIOBase):
         self._other.flush()
 
     def isatty(self) -> bool:
-        return self._other.isatty()
+        return not self._other.closed and self._other.isatty()
 
     def fileno(self) -> int:
         return self._other.fileno()

@@ -10,11 +10,10 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import StageError
 from ...recipe.azure import PollSection
@@ -295,30 +294,3 @@ class Clients:
             "polling_interval": self.poll.interval,
             "logging_enable": False,
         }
-
-
-class _WithoutBlankLines:
-    """A stream without what azure-ai-ml prints after each upload: a colour code and a newline."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._after_color = False
-
-    def write(self, text: str) -> int:
-        """As a stream's."""
-        if text.strip("\n") == "\x1b[39m":
-            self._after_color = True
-            return len(text)
-        skip = self._after_color and text == "\n"
-        self._after_color = False
-        return len(text) if skip else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quiet_uploads() -> Iterator[None]:
-    """Around calls of azure.ai.ml that upload files."""
-    with redirect_stderr(cast(TextIO, _WithoutBlankLines(sys.stderr))):
-        yield

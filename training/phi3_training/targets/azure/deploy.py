@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import time
@@ -32,12 +33,12 @@ from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
-from .clients import Clients, quiet_uploads
+from .clients import Clients
 from .environments import serving_environment
 from .failures import explained, scrub
 from .operations import Outcome, create, delete, find, state_of, without_dots
@@ -224,11 +225,17 @@ def ensure_deployment(
         delete_deployment(clients, section, target, progress)
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
+
+    def start() -> object:
+        # azure-ai-ml prints a colour code and a newline after each upload.
+        with captured_output(io.StringIO()):
+            return operations.begin_create_or_update(entity)
+
     try:
-        with without_dots(), quiet_uploads():
+        with without_dots():
             create(
                 f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
-                lambda: operations.begin_create_or_update(entity),
+                start,
                 read,
                 progress,
                 limit=section.poll.deploy_timeout,

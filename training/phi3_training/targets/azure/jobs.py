@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from ... import console
 from ...errors import StageError
 from ...manifests import MetricsManifest, ModelManifest
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from ...run import Run, write_atomically
-from .clients import Clients, quiet_uploads
+from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
 from .operations import TRIES, get_or_none, is_absent, is_transient
@@ -170,7 +170,8 @@ def _submit(clients: Clients, name: str, build: Callable[[str], Job]) -> Job:
     for tries_left in reversed(range(TRIES)):
         body = build(name)  # built again each time: a failed try leaves it half resolved
         try:
-            with quiet_uploads():
+            # azure-ai-ml prints a colour code and a newline after each upload.
+            with captured_output(io.StringIO()):
                 job = clients.ml.jobs.create_or_update(body)
         except (AzureError, MlException) as error:
             try:
