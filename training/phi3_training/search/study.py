@@ -207,10 +207,11 @@ def _run_trial(
     trial = study.ask()
     values = {key: _propose(trial, key, choice) for key, choice in plan.parameters.items()}
     title = f"trial {number}/{plan.trials}"
-    shown = ", ".join(
-        f"{key.rpartition('.')[2]}={f'{value:.4g}' if isinstance(value, float) else value}"
-        for key, value in values.items()
-    )
+    short = {
+        key.rpartition(".")[2]: f"{v:.4g}" if isinstance(v, float) else json.dumps(v).strip('"')
+        for key, v in values.items()
+    }
+    shown = ", ".join(f"{name}={text}" for name, text in short.items())
     started = time.monotonic()
 
     def watch(loss: float, step: int) -> None:
