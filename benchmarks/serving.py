@@ -34,7 +34,7 @@ from support.place import machine
 
 from phi3_training.finetune.runtime import quiet_libraries
 from phi3_training.finetune.weights import make_tokenizer
-from phi3_training.ports import free_port
+from phi3_training.processes import free_port
 from phi3_training.serve.engines import onnxruntime
 from phi3_training.serve.engines.base import Sampling
 from phi3_training.serve.engines.batch import Batcher, Job, Sampler

@@ -84,8 +84,7 @@ def test_an_unknown_certificate_is_refused_at_once(tls: ssl.SSLContext) -> None:
 
 def test_the_doctor_names_a_certificate_that_is_not_trusted(tls: ssl.SSLContext) -> None:
     from phi3_training.doctor import State
-    from phi3_training.doctor.endpoint import endpoint
-    from phi3_training.doctor.probe import ask, token_finding
+    from phi3_training.doctor.endpoint import ask, endpoint, token_finding
 
     with StubEndpoint(tls=tls) as stub:
         settings = ConnectionSettings.from_connection({"endpoint": stub.url(), "key": KEY})

@@ -16,9 +16,9 @@ from tests.integration.stub_endpoint import Reply, Seen, StubEndpoint, no_listen
 
 from phi3_tool import ConnectionSettings
 from phi3_training.doctor import Finding, State
+from phi3_training.doctor.endpoint import ask, connection_findings, token_finding
 from phi3_training.doctor.endpoint import endpoint as endpoint_findings
 from phi3_training.doctor.flow import Connection, flow, package_tool, tools_of
-from phi3_training.doctor.probe import ask, connection_findings, token_finding
 from phi3_training.flow.bundle import FlowSource, connection_of
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")

@@ -15,7 +15,7 @@ from tests.integration.pf_home import ROOT
 from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
 from phi3_training.errors import StageError
-from phi3_training.toolcheck import beside, build, check_tool, search
+from phi3_training.toolcheck import build, check_tool, install_alone, search
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 pytest.importorskip("setuptools", "77", reason="setuptools is too old to build without a network")
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return beside(wheel, tmp_path_factory.mktemp("installed"))
+    return install_alone(wheel, tmp_path_factory.mktemp("installed"))
 
 
 def replaced(old: str, new: str) -> Edit:
@@ -167,7 +167,7 @@ def test_a_wheel_that_does_not_install_is_named(wheel: Path, tmp_path: Path) -> 
     foreign = tmp_path / wheel.name.replace("py3-none", "cp27-none")
     shutil.copy(wheel, foreign)
     with pytest.raises(StageError, match=r"The wheel cannot be installed: .*not a supported wheel"):
-        beside(foreign, tmp_path)
+        install_alone(foreign, tmp_path)
 
 
 def test_a_build_that_fails_says_why(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """The Prompt flow tool "Phi-3 chat": one question and its history in, the answer's text out.
 
-With connection_type.py the only module that imports Prompt flow. Annotations stay real objects
-here, because Prompt flow reads them: no postponed evaluation, and Optional[...] in place of newer
-spellings.
+With connection_type.py the only module that imports Prompt flow.
 """
 
+# Annotations stay real objects here, because Prompt flow reads them: no postponed evaluation, and
+# Optional[...] in place of newer spellings.
 import hashlib
 import logging
 import os
@@ -13,7 +13,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, Optional, Tuple, Union
 
 from promptflow.connections import ConnectionProvider, CustomConnection
@@ -33,29 +32,26 @@ from .history import (
     to_messages,
 )
 
-# Lets `pf flow test --interactive` show a streamed answer while it arrives, and remember it.
-# Prompt flow 1.18 reads such an answer to its end before it prints the first piece; with traces on
-# it then forgets the text, and the next turn knows nothing of it. Touches nothing where that
-# command's code is not loaded; reads no files.
+log = logging.getLogger(__name__)
 
+# `pf flow test --interactive` of Prompt flow 1.18 reads a streamed answer to its end before it
+# prints the first piece; with traces on it then forgets the text, and the next turn knows nothing
+# of it. So these two functions of its loop are replaced, where that command's code is loaded at
+# all.
 _LOOP = "promptflow._sdk._orchestrator.test_submitter"
 _SHOW = "print_chat_output"
 _SETTLE = "resolve_generator"
+_REPLACED = "phi3_shows_pieces"
 
-Record = dict[str, Any]
+Record = dict[str, list[str]]  # the pieces of each output that was shown
 
 
 def print_pieces_as_they_come() -> None:
     """Put our way of showing into the loop of `--interactive`, if this process runs it."""
-    loop = sys.modules.get(_LOOP)
-    if loop is None or not hasattr(loop, _SHOW) or not hasattr(loop, _SETTLE):
+    loop: Any = sys.modules.get(_LOOP)
+    if not hasattr(loop, _SHOW) or not hasattr(loop, _SETTLE) or hasattr(loop, _REPLACED):
         return
-    if not getattr(loop, "phi3_shows_pieces", False):
-        _replace_in(loop)
-        loop.phi3_shows_pieces = True  # type: ignore[attr-defined]
-
-
-def _replace_in(loop: ModuleType) -> None:
+    setattr(loop, _REPLACED, True)
     show, settle = getattr(loop, _SHOW), getattr(loop, _SETTLE)
 
     def print_chat_output(output: object, generator_record: Record, *, generator_key: str) -> None:
@@ -75,13 +71,13 @@ def _replace_in(loop: ModuleType) -> None:
 
 
 def _shown(pieces: Iterator[object]) -> list[str]:
-    kept = []
+    texts = []
     for piece in pieces:
-        kept.append(str(piece))
-        sys.stdout.write(kept[-1])
+        texts.append(str(piece))
+        sys.stdout.write(texts[-1])
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return kept
+    return texts
 
 
 def _settle(outputs: object, record: Record) -> None:
@@ -94,8 +90,7 @@ def _settle(outputs: object, record: Record) -> None:
             outputs[name] = "".join(pieces)
 
 
-log = logging.getLogger(__name__)
-
+# Each keeps a pool of open connections.
 _MAX_CLIENTS = 16
 
 _Identity = Tuple[int, str, str, Optional[str], Optional[str]]
@@ -166,14 +161,14 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
         if isinstance(connection, str) and connection.strip():
             connection = ConnectionProvider.get_instance().get(name=connection.strip())
         if connection or environment_names_endpoint():
-            found = choices(_settings(connection))
+            entries = choices(_settings(connection))
         else:
-            found = [no_list("choose a connection first")]
+            entries = [no_list("choose a connection first")]
     except Phi3Error as error:
-        found = [no_list(error.message)]
+        entries = [no_list(error.message)]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:
-        found = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
-    return [{"value": choice.value, "display_value": choice.shown} for choice in found]
+        entries = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
+    return [{"value": choice.value, "display_value": choice.shown} for choice in entries]
 
 
 def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str, None, None]:

@@ -35,7 +35,14 @@ from .errors import (
     one_line,
 )
 from .failures import LOCAL_REASON, Failure, Retry, RetryBudget, failure_of
-from .transport import Deadline, Poster, body_pieces, deadline_applies
+from .transport import (
+    Deadline,
+    Poster,
+    body_pieces,
+    deadline_applies,
+    read_up_to,
+    system_reason,
+)
 from .wire import (
     OPENAI_PARAMETERS,
     Answer,
@@ -47,10 +54,19 @@ from .wire import (
     read_pieces,
 )
 
-# One call to an endpoint: its state across attempts, its checks, and what a broken line means.
-# No input or output of its own; client.py drives it.
+log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 100  # Azure answers 431 beyond it
+# Far beyond any chat answer; keeps a server that never stops from filling our memory.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+_MAX_ERROR_BYTES = 64 * 1024
+# An error's body may add words to its status; nobody waits long for them.
+_ERROR_BODY_SECONDS = 1.0
+# For the line end and [DONE] after the last piece, so that the connection can be reused.
+_AFTER_LAST_PIECE_SECONDS = 0.25
+# Asks for one deployment, whatever the traffic rules say; answers carry it as well.
+_DEPLOYMENT = "azureml-model-deployment"
+_WELL_KNOWN = OPENAI_PARAMETERS | {"max_new_tokens", "do_sample"}
 _DEPLOYMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -126,11 +142,9 @@ def checked_request_id(request_id: str | None) -> str:
 def transport_failure(
     error: Exception, call: Call, address: Address, limits: Limits, *, answering: bool
 ) -> Failure:
-    """What a broken line means. `answering`: a 200 had already begun to arrive.
-
-    Returns the failure rather than raising it: raised inside the handler, it would drag along
-    the lower exception, which holds the request and with it the key.
-    """
+    """What a broken line means. `answering`: a 200 had already begun to arrive."""
+    # Returned, not raised: raised inside the handler it would drag along the lower exception, which
+    # holds the request and with it the key.
     if call.deadline.remaining <= 0:
         return Failure(
             EndpointTimeoutError(
@@ -160,11 +174,7 @@ def transport_failure(
                 "check the deployment's log if it happens again"
             )
         )
-    return _unreachable(error, address)
-
-
-def _unreachable(error: Exception, address: Address) -> Failure:
-    why = one_line(_system_reason(error) or type(error).__name__)
+    why = one_line(system_reason(error) or type(error).__name__)
     if isinstance(error, requests.exceptions.SSLError) and "certificate" in str(error).lower():
         return Failure(
             ServiceError(
@@ -182,21 +192,6 @@ def _unreachable(error: Exception, address: Address) -> Failure:
     return Failure(failure, Retry.BOUNDED if broken else Retry.NEVER)
 
 
-def _system_reason(error: BaseException) -> str | None:
-    """The operating system's word on it, wherever in the chain it sits."""
-    seen: set[int] = set()
-    waiting: list[object] = [error]
-    while waiting:
-        item = waiting.pop()
-        if not isinstance(item, BaseException) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, OSError) and item.strerror:
-            return str(item.strerror)
-        waiting += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
-    return None
-
-
 def _is_duration(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -205,16 +200,6 @@ def refuse(faults: list[str]) -> None:
     """Raise one error that names all faults, if there are any."""
     if faults:
         raise ConfigurationError.from_faults("The endpoint cannot be used", faults)
-
-
-log = logging.getLogger(__name__)
-
-#: Far beyond any chat answer; keeps a server that never stops from filling our memory.
-MAX_ANSWER_BYTES = 16 * 1024 * 1024
-_MAX_ERROR_BYTES = 64 * 1024
-_ERROR_BODY_SECONDS = 1.0
-_AFTER_LAST_PIECE_SECONDS = 0.25
-_DEPLOYMENT = "azureml-model-deployment"
 
 
 @dataclass(frozen=True)
@@ -264,7 +249,7 @@ class Phi3Client:
         dialect: str | None = None,
         connect_timeout: float = 5.0,
         read_timeout: float = 180.0,
-        deadline: float = 240.0,
+        deadline: float = 240.0,  # above the 180 s that Azure lets one request take
         max_retries: int = 4,
         backoff: float = 0.5,
     ) -> None:
@@ -283,7 +268,7 @@ class Phi3Client:
             refuse(["the key is missing: give `key` or `token_provider`"])
         self._deployment = deployment
         self._closed = threading.Event()
-        self._pid = os.getpid()
+        self._pid = os.getpid()  # a forked child gets a pool of its own, see _poster
         self._pooled = Poster(self._address)
 
     @classmethod
@@ -343,7 +328,8 @@ class Phi3Client:
         call = self._new_call(messages, parameters, request_id, stream=streams)
         arrival = self._deliver(call)
         if arrival.body is not None:
-            return _one_piece(self._read(arrival, call).text)
+            text = self._read(arrival, call).text
+            return (piece for piece in (text,) if piece)
         pieces = self._pieces(arrival, call)
         # Started here, so that closing it reaches its `finally` even if it is never iterated.
         next(pieces)
@@ -395,6 +381,7 @@ class Phi3Client:
         if self._deployment:
             headers[_DEPLOYMENT] = self._deployment
         if self._address.dialect == "openai" and not set(parameters) <= _WELL_KNOWN:
+            # Of Azure's images only the older one needs it; all take it.
             headers["extra-parameters"] = "pass-through"
         return Call(
             body=encoded,
@@ -443,6 +430,7 @@ class Phi3Client:
 
     def _attempt(self, call: Call, auth: BearerAuth) -> _Arrival | Failure:
         response: requests.Response | None = None
+        # Of this attempt alone: an error's body shortens it.
         reading = Deadline(call.deadline.remaining, self._limits.read)
         try:
             with deadline_applies(reading):
@@ -456,7 +444,7 @@ class Phi3Client:
                 return self._failure_in(response, reading)
             if call.stream and "json" not in response.headers.get("Content-Type", ""):
                 return _Arrival(response, reading, None)
-            body = _read_up_to(response, MAX_ANSWER_BYTES)
+            body = bytes(read_up_to(MAX_ANSWER_BYTES, response))
             response.close()
         except (requests.RequestException, HTTPError, OSError) as error:
             if response is not None:
@@ -473,16 +461,13 @@ class Phi3Client:
     def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
         """The failure in a complete or incomplete error answer: its status is what counts."""
         reading.shorten(_ERROR_BODY_SECONDS)
-        said = bytearray()
+        body = bytearray()
         try:
-            for piece in body_pieces(response):
-                said += piece
-                if len(said) > _MAX_ERROR_BYTES:
-                    break
+            read_up_to(_MAX_ERROR_BYTES, response, body)
         except (requests.RequestException, HTTPError, OSError):
             log.debug("the body of a status %d was cut off", response.status_code)
         response.close()
-        text = said.decode("utf-8", "replace")
+        text = body.decode("utf-8", "replace")
         return failure_of(response.status_code, response.headers, text, self._credential.quote)
 
     def _read(self, arrival: _Arrival, call: Call) -> Answer:
@@ -535,24 +520,6 @@ class Phi3Client:
         if self._pid != os.getpid():
             self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
-
-
-_WELL_KNOWN = OPENAI_PARAMETERS | {"max_new_tokens", "do_sample"}
-
-
-def _one_piece(text: str) -> Generator[str, None, None]:
-    if text:
-        yield text
-
-
-def _read_up_to(response: requests.Response, limit: int) -> bytes:
-    """The body; one that is longer than the limit comes back as soon as it is seen to be."""
-    body = bytearray()
-    for piece in body_pieces(response):
-        body += piece
-        if len(body) > limit:
-            break
-    return bytes(body)
 
 
 def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:

@@ -17,9 +17,6 @@ from .credentials import clean_secret
 from .errors import ConfigurationError
 from .wire import DIALECTS, Dialect, guess_dialect
 
-# Endpoint URLs: what is a usable one, which dialect it speaks, and whether a key may go there.
-# Pure functions over text; read nothing, write nothing.
-
 # Deliberately narrow: two URL parsers must never disagree about where a key goes.
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 
@@ -39,6 +36,7 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
     if not isinstance(endpoint, str) or not endpoint.strip():
         raise ConfigurationError("the endpoint URL is missing")
     text = endpoint.strip()
+    # requests would percent-encode them, other clients read them in their own way.
     if not text.isascii() or not text.isprintable() or any(c in text for c in " \\<>\"'`{}"):
         raise ConfigurationError(
             "the endpoint URL contains spaces or characters that a URL cannot have"
@@ -82,18 +80,20 @@ def in_dialect(endpoint: str, dialect: Dialect) -> str:
 
     Our own endpoint, and Azure's images that speak both, answer on either path.
     """
-    usual = {"score": "/score", "openai": "/v1/chat/completions"}
     parts = urlsplit(endpoint)
-    for ending in usual.values():
-        if parts.path.endswith(ending):
-            path = parts.path[: -len(ending)] + usual[dialect]
-            return urlunsplit(parts._replace(path=path))
+    path = parts.path.rstrip("/")
+    for ending in ("/v1/chat/completions", "/chat/completions", "/v1", "/score"):
+        if path.endswith(ending):
+            if (ending == "/score") == (dialect == "score"):
+                return endpoint
+            other = "/score" if dialect == "score" else "/v1/chat/completions"
+            return urlunsplit(parts._replace(path=path[: -len(ending)] + other))
     return endpoint
 
 
-def same_endpoint(one: str, other: str) -> bool:
+def same_endpoint(url: str, other: str) -> bool:
     """Whether two URLs point to the same endpoint, possibly in another dialect."""
-    return in_dialect(one, "score") == in_dialect(other, "score")
+    return in_dialect(url, "score") == in_dialect(other, "score")
 
 
 def is_loopback(host: str) -> bool:
@@ -113,8 +113,8 @@ def _choose_dialect(url: str, asked: str | None) -> Dialect:
     if chosen is None:
         raise ConfigurationError(f"dialect is {asked!r}, but must be 'score' or 'openai'")
     path = urlsplit(url).path.strip("/")
-    told = guess_dialect(url) if path.endswith(("score", "chat/completions", "v1")) else None
-    if not path or (told is not None and told != chosen):
+    by_path = guess_dialect(url) if path.endswith(("score", "chat/completions", "v1")) else chosen
+    if not path or by_path != chosen:
         fitting = "/score" if chosen == "score" else "/v1/chat/completions"
         raise ConfigurationError(
             f"dialect is {chosen!r}, but the endpoint URL does not fit it: it should end with"
@@ -162,46 +162,45 @@ class ConnectionSettings:
     ) -> ConnectionSettings:
         """Settings of a CustomConnection or a mapping; one error names all that is wrong.
 
-        `${env:NAME}` values are looked up in the environment: Prompt flow's own commands do so
-        only when they serve a flow, and pass the text on as it stands when they test one.
+        `${env:NAME}` values are looked up in the environment.
         """
         if isinstance(connection, ConnectionSettings):
             return connection
         configs, secrets = _parts_of(connection)
         environment = os.environ if environ is None else environ
         faults: list[str] = []
-        found: dict[str, str | None] = {}
+        values: dict[str, str | None] = {}
         entra = ENTRA in {str(part.get("auth")).strip() for part in (configs, secrets or {})}
         for setting, names in _NAMES.items():
             if entra and setting == "key":
                 continue
-            found[setting] = _find(setting, names, configs, secrets, environment, faults)
+            values[setting] = _find(setting, names, configs, secrets, environment, faults)
         what = f"The connection cannot be used ({_FIX})"
-        return cls._checked(found, faults, what, entra=entra)
+        return cls._checked(values, faults, what, entra=entra)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> ConnectionSettings:
         """Settings of PHI3_ENDPOINT and PHI3_KEY, as `phi3 env` prints them."""
         environment = os.environ if environ is None else environ
-        found = {
+        values = {
             setting: environment.get(f"PHI3_{setting.upper()}", "").strip() or None
             for setting in _NAMES
         }
-        entra = environment.get("PHI3_AUTH", "").strip() == ENTRA and found["key"] is None
+        entra = environment.get("PHI3_AUTH", "").strip() == ENTRA and values["key"] is None
         needed = ("endpoint",) if entra else ("endpoint", "key")
-        faults = [f"PHI3_{name.upper()} is not set" for name in needed if found[name] is None]
+        faults = [f"PHI3_{name.upper()} is not set" for name in needed if values[name] is None]
         what = 'The environment sets no usable endpoint (`eval "$(phi3 env)"` sets it)'
-        return cls._checked(found, faults, what, entra=entra)
+        return cls._checked(values, faults, what, entra=entra)
 
     @classmethod
     def _checked(
-        cls, found: Mapping[str, str | None], faults: list[str], what: str, *, entra: bool
+        cls, given: Mapping[str, str | None], faults: list[str], what: str, *, entra: bool
     ) -> ConnectionSettings:
-        endpoint, length = found["endpoint"], found["context_length"]
-        key = "" if entra else found["key"]
+        endpoint, length = given["endpoint"], given["context_length"]
+        key = "" if entra else given["key"]
         if endpoint is not None:
             try:
-                parse_address(endpoint, found["dialect"])
+                parse_address(endpoint, given["dialect"])
             except ConfigurationError as error:
                 faults.append(error.message)
         if key:
@@ -216,8 +215,8 @@ class ConnectionSettings:
         return cls(
             endpoint=endpoint,
             key=key,
-            deployment=found["deployment"],
-            dialect=found["dialect"],
+            deployment=given["deployment"],
+            dialect=given["dialect"],
             context_length=int(length) if length else None,
             auth=ENTRA if entra else None,
         )
@@ -293,6 +292,8 @@ def _filled_in(
         faults.append(f"{name} must be text")
         return None
     text = str(value).strip()
+    # Prompt flow's own commands look it up only when they serve a flow; when they test one, the
+    # text comes as it stands.
     variable = _ENVIRONMENT.fullmatch(text)
     if variable:
         text = environment.get(variable[1], "").strip()

@@ -1,12 +1,11 @@
 """The key or token of an endpoint: checked, sent as a Bearer header, and kept out of every text.
 
-Nothing here is written anywhere; the secret is held in a closure so that no repr can show it.
+Nothing here is written anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from requests import PreparedRequest
 from requests.auth import AuthBase
@@ -23,6 +22,7 @@ def clean_secret(value: object, what: str = "key") -> str:
     secret = value.strip()
     if secret.lower().startswith("bearer "):
         raise ConfigurationError(f"the {what} starts with the word Bearer: give only the {what}")
+    # requests refuses such a header with an error that quotes it, secret and all.
     if not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ConfigurationError(
             f"the {what} contains a line break, a space or another invalid character: copy it "
@@ -40,6 +40,8 @@ class Credential:
         self.renewable = token_provider is not None
         self.is_set = self.renewable or key is not None
         secret = None if key is None else clean_secret(key)
+        # In closures, so that neither a repr nor vars() nor a debugger's list of attributes shows
+        # it.
         self._fetch: Callable[[], str | None] = token_provider or (lambda: secret)
         self._current: Callable[[], str | None] = lambda: secret
 
@@ -66,8 +68,9 @@ class Credential:
 
 
 class BearerAuth(AuthBase):
-    """Sets the Authorization header. As an auth object it also keeps ~/.netrc from doing so."""
+    """Sets the Authorization header."""
 
+    # An auth object, not a header: with one requests does not look for a key in ~/.netrc.
     def __init__(self, secret: str | None) -> None:
         self._secret: Callable[[], str | None] = lambda: secret
 
@@ -86,5 +89,5 @@ class BearerAuth(AuthBase):
     def __repr__(self) -> str:
         return "<BearerAuth: hidden>"
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> object:
         raise TypeError("a credential is not written to anything")

@@ -17,10 +17,11 @@ from .connection import ENTRA, Address, ConnectionSettings, parse_address
 from .credentials import Credential
 from .entra import credential_of
 from .errors import one_line
-from .transport import Deadline, body_pieces, deadline_applies, new_session
+from .transport import Deadline, deadline_applies, new_session, read_up_to
 
 log = logging.getLogger(__name__)
 
+# An editor waits for the list.
 SECONDS = 5.0
 _MAX_BYTES = 1024 * 1024
 _MAX_NAMES = 200
@@ -83,7 +84,6 @@ def _models_url(address: Address) -> str:
 
 def _get(url: str, address: Address, credential: Credential) -> tuple[int, bytes]:
     deadline = Deadline(SECONDS, SECONDS)
-    body = bytearray()
     with new_session(address) as session, deadline_applies(deadline):
         response = session.get(
             url,
@@ -94,11 +94,7 @@ def _get(url: str, address: Address, credential: Credential) -> tuple[int, bytes
             stream=True,
         )
         with response:
-            for piece in body_pieces(response):
-                body += piece
-                if len(body) > _MAX_BYTES:
-                    break
-    return response.status_code, bytes(body)
+            return response.status_code, bytes(read_up_to(_MAX_BYTES, response))
 
 
 def not_told(url: str, status: int) -> str:

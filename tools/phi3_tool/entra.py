@@ -1,7 +1,4 @@
-"""Tokens of Microsoft Entra ID for an endpoint without a key; azure-identity gives them.
-
-It is looked up only here and only then: the package itself needs requests alone.
-"""
+"""Tokens of Microsoft Entra ID for an endpoint without a key; azure-identity gives them."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from .connection import ENTRA, ConnectionSettings
 from .credentials import Credential
 from .errors import ConfigurationError, one_line
 
+# An endpoint's audience; a token for ARM (management.azure.com) gets a 401 there.
 SCOPE = "https://ml.azure.com/.default"
 
 
@@ -24,6 +22,7 @@ def credential_of(settings: ConnectionSettings) -> Credential:
 
 def entra_tokens() -> Callable[[], str]:
     """A provider of fresh tokens, from whatever sign-in DefaultAzureCredential finds."""
+    # By name, when it is needed: the package itself needs requests alone.
     try:
         identity = importlib.import_module("azure.identity")
         azure_error = importlib.import_module("azure.core.exceptions").AzureError

@@ -1,7 +1,6 @@
 """Turns an answer that is not a success into the right error, and says whether to try again.
 
-The table is Azure's: a managed online endpoint wraps what its container returns in a
-424 and puts the container's own status and a reason into headers.
+The table is Azure's ("Troubleshoot online endpoints deployment and scoring", HTTP status codes).
 """
 
 from __future__ import annotations
@@ -30,12 +29,10 @@ from .errors import (
 )
 from .wire import reported_failure
 
-# When a failed attempt is worth another one, and how long to wait before it.
-# Pure arithmetic: full jitter, the server's own wish up to a ceiling, and never past the deadline.
-
-#: Longest wait that a server may ask of us, in seconds.
+# Retries have full jitter: the wait is drawn from 0 to a ceiling that doubles, so that clients
+# which failed together do not come back together. Both ceilings in seconds: of a wait that a server
+# asks for, and of one that we choose.
 RETRY_AFTER_CEILING = 30.0
-#: Longest wait of our own choosing, in seconds.
 BACKOFF_CEILING = 20.0
 
 
@@ -64,8 +61,7 @@ class RetryBudget:
     def next_wait(self, retry: Retry, retry_after: float | None, remaining: float) -> float | None:
         """Seconds to wait before the next attempt, or None where there must be none.
 
-        `remaining` is what is left of the call's deadline: a wait that would eat it whole is
-        not begun, so that the caller hears the real failure and hears it at once.
+        `remaining` is what is left of the call's deadline.
         """
         if retry is Retry.NEVER or self._left <= 0:
             return None
@@ -78,11 +74,14 @@ class RetryBudget:
         self._ceiling *= 2
         if retry_after is not None:
             wait = min(retry_after, RETRY_AFTER_CEILING)
+        # A wait that would use up the deadline is not begun: the caller hears the real failure now.
         return wait if wait < remaining else None
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """The wait a server asks for: milliseconds, seconds or an HTTP date; None if it asks none."""
+    # Azure documents none of these for managed endpoints; its own batch client reads the first and
+    # last.
     for name in ("x-ms-retry-after-ms", "retry-after-ms"):
         milliseconds = _plain_number(headers.get(name))
         if milliseconds is not None:
@@ -107,13 +106,18 @@ def _plain_number(value: str | None) -> float | None:
     return float(text)
 
 
+# A managed online endpoint wraps whatever its container answers other than 200 in a 424, and puts
+# the container's own status and a reason into these headers.
 INNER_STATUS = "ms-azureml-model-error-statuscode"
 INNER_REASON = "ms-azureml-model-error-reason"
-LOCAL_REASON = "x-phi3-reason"
+LOCAL_REASON = "x-phi3-reason"  # our own server's word on a failure that it answers with 200
 
+# The container refuses the request itself: the same request fails again.
 _REJECTED = (400, 413, 422)
 _NOT_READY = ("model_not_ready", "too_few_model_instance")
+# More than 2 x max_concurrent_requests_per_instance x instances are waiting.
 _TOO_MANY = "too_many_pending_request"
+# What Azure's own batch scoring repeats of the container's statuses; 408 is repeated once only.
 _RETRYABLE_INNER = (429, 500, 504)
 
 
@@ -168,7 +172,7 @@ def server_words(body: str) -> str:
 def _plain_failure(status: int, says: str) -> Failure:
     if status in (401, 403):
         return Failure(_authentication(status, says))
-    if status in (404, 405):
+    if status in (404, 405):  # 404 also where no deployment has traffic
         return Failure(
             EndpointNotFoundError(
                 "No deployment answers at this URL: check that its path is the scoring URI's, "
@@ -182,7 +186,7 @@ def _plain_failure(status: int, says: str) -> Failure:
                 "The model took longer than the endpoint's request timeout: raise"
                 f" request_timeout_ms of the deployment, or lower max_new_tokens.{says}"
             ),
-            Retry.ONCE,
+            Retry.ONCE,  # a second try costs another whole timeout, 180 s at most
         )
     if status == 429:
         return Failure(_throttled(says), Retry.BOUNDED)
@@ -197,6 +201,8 @@ def _plain_failure(status: int, says: str) -> Failure:
                 f" parameters.{says}"
             )
         )
+    # 502 to 504 are documented for Kubernetes endpoints alone; proxies in between send them as
+    # well.
     retry = Retry.BOUNDED if status in (500, 502, 503, 504) else Retry.NEVER
     return Failure(
         ServiceError(
@@ -210,8 +216,10 @@ def _plain_failure(status: int, says: str) -> Failure:
 def _dependency_failure(
     headers: Mapping[str, str], said: str, says: str, quote: Callable[[str], str]
 ) -> Failure:
-    inner = _whole_number(headers.get(INNER_STATUS))
+    text = headers.get(INNER_STATUS, "").strip()
+    inner = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else None
     reason = quote(headers.get(INNER_REASON, "")) or None
+    # What Azure's gateway writes itself while no container is up yet; without a reason header.
     if reason is None and "no healthy upstream" in said.lower():
         reason = _NOT_READY[0]
     if inner in _REJECTED:
@@ -271,8 +279,3 @@ def _redirect(headers: Mapping[str, str]) -> ConfigurationError:
         f"The endpoint redirects{where}, and a key is never sent after a redirect: put the final"
         " URL into the connection"
     )
-
-
-def _whole_number(value: str | None) -> int | None:
-    text = (value or "").strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 6 else None

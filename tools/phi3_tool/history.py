@@ -1,8 +1,4 @@
-"""Prompt flow's chat_history to role messages and back, trimmed to a budget in whole turns.
-
-Pure functions; a system message appears only where a system prompt is set, because an empty one
-would still change the tokens that the model sees.
-"""
+"""Prompt flow's chat_history to role messages and back, trimmed to a budget in whole turns."""
 
 from __future__ import annotations
 
@@ -26,12 +22,13 @@ Turn = tuple[str, str]
 
 
 def rough_tokens(text: str) -> int:
-    """A cautious guess without a tokenizer: three bytes to a token."""
+    """A cautious guess without a tokenizer."""
+    # English has about four bytes to a token, other European languages and code about three.
     return math.ceil(len(text.encode("utf-8", "replace")) / 3)
 
 
 def to_messages(
-    chat_history: Sequence[Mapping[str, Any]] | None,
+    chat_history: Sequence[Mapping[str, object]] | None,
     user_input: str,
     system_prompt: str | None = None,
     *,
@@ -48,9 +45,11 @@ def to_messages(
     """
     if not isinstance(user_input, str) or not user_input.strip():
         raise RequestRejectedError("The question is empty: type something to ask")
-    # Its white space stays: it was trained with, and other tokens would be another prompt.
-    said = bool(system_prompt and system_prompt.strip())
-    head = [{"role": "system", "content": system_prompt or ""}] if said else []
+    # Its white space stays: it was trained with, and other tokens would be another prompt. A blank
+    # one is left out, since an empty system message changes the tokens that the model sees.
+    head: list[dict[str, str]] = []
+    if system_prompt and system_prompt.strip():
+        head = [{"role": "system", "content": system_prompt}]
     question = {"role": "user", "content": user_input}
     turns = [
         [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -90,7 +89,7 @@ def from_messages(
 
 
 def read_turns(
-    chat_history: Sequence[Mapping[str, Any]] | None,
+    chat_history: Sequence[Mapping[str, object]] | None,
     input_key: str = "input_data",
     output_key: str = "answer",
 ) -> list[Turn]:
@@ -135,12 +134,13 @@ def _newest_within(
     cost: Callable[[str], int],
 ) -> list[list[dict[str, str]]]:
     left = budget - sum(cost(message["content"]) for message in always)
-    kept = 0
+    fitting = 0
     for turn in reversed(turns):
         left -= sum(cost(message["content"]) for message in turn)
         if left < 0:
             break
-        kept += 1
-    if kept < len(turns):
-        log.info("left out %d of %d earlier turns to fit the budget", len(turns) - kept, len(turns))
-    return turns[len(turns) - kept :]
+        fitting += 1
+    surplus = len(turns) - fitting
+    if surplus:
+        log.info("left out %d of %d earlier turns to fit the budget", surplus, len(turns))
+    return turns[surplus:]

@@ -1,8 +1,4 @@
-"""A requests session whose every read obeys one total deadline, even where a server drips bytes.
-
-Socket timeouts alone restart with each byte that arrives; here each read of the socket,
-headers included, is given no more than what is left of the call's deadline.
-"""
+"""A requests session whose every read obeys one total deadline, even where a server drips bytes."""
 
 from __future__ import annotations
 
@@ -26,6 +22,7 @@ from urllib3.util.retry import Retry as UrllibRetry
 
 from .connection import Address
 
+# Connections that stay open for each host: as many threads can ask at once without a new handshake.
 POOL_SIZE = 64
 _CHUNK = 64 * 1024
 
@@ -47,10 +44,12 @@ class Deadline:
         self._end = min(self._end, time.monotonic() + seconds)
 
     def limit(self, seconds: float | None = None) -> float:
-        """The timeout for one socket operation; small, but never zero (zero means no waiting)."""
+        """The timeout for one socket operation."""
+        # Never zero: settimeout(0) makes a socket non-blocking.
         return max(0.001, min(self._silence if seconds is None else seconds, self.remaining))
 
 
+# http.client makes its response object itself, so the deadline cannot be passed as an argument.
 _DEADLINE: ContextVar[Deadline | None] = ContextVar("phi3_tool_deadline", default=None)
 
 
@@ -65,12 +64,15 @@ def deadline_applies(deadline: Deadline) -> Iterator[None]:
 
 
 class _DeadlinePassed(socket.timeout):
-    """Of the class that urllib3 takes for a read timeout on every Python version."""
+    """The class that urllib3 takes for a read timeout on every Python version."""
 
 
 class _TimedReader(io.RawIOBase):
     """The socket's reader with its timeout reset before each read."""
 
+    # A socket's timeout starts again with each byte that arrives, so a server that drips bytes
+    # would be waited for without end. Here each read, of headers too, gets what is left of the
+    # deadline.
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, deadline: Deadline) -> None:
         super().__init__()
         self._raw = raw
@@ -197,3 +199,28 @@ def body_pieces(response: requests.Response) -> Iterator[bytes]:
         if not piece:
             return
         yield piece
+
+
+def read_up_to(limit: int, response: requests.Response, body: bytearray | None = None) -> bytearray:
+    """The body, into `body`; one that is longer than `limit` ends as soon as it is seen to be."""
+    body = bytearray() if body is None else body
+    for piece in body_pieces(response):
+        body += piece
+        if len(body) > limit:
+            break
+    return body
+
+
+def system_reason(error: BaseException) -> str | None:
+    """The operating system's word on it, wherever in the chain it sits."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, BaseException) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, OSError) and item.strerror:
+            return str(item.strerror)
+        waiting += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
+    return None

@@ -28,7 +28,8 @@ Quote = Callable[[str], str]
 DIALECTS: tuple[Dialect, ...] = ("score", "openai")
 ROLES = ("system", "user", "assistant")
 
-#: What every OpenAI-shaped route of Azure's images knows; anything else needs a header to pass.
+# What every OpenAI-shaped route of Azure's images knows. Anything else is a 400 on its
+# /chat/completions unless the header extra-parameters lets it pass.
 OPENAI_PARAMETERS = frozenset(
     (
         "model",
@@ -92,7 +93,7 @@ def build_request(
         body: dict[str, Any] = {"messages": clean, **settings}
         if length is not None:
             body["max_tokens"] = length
-        # Greedy decoding has no name of its own in this dialect.
+        # Greedy decoding has no name of its own in this dialect, and do_sample is dropped there.
         if body.pop("do_sample", True) is False:
             body["temperature"] = 0
         if stream:
@@ -103,7 +104,8 @@ def build_request(
     if stream:
         raise RequestRejectedError("The score dialect cannot stream: use the openai dialect")
     if length is not None:
-        # One Azure image obeys only the first name, another only the second.
+        # foundation-model-inference obeys only the first name, foundation-model-serve only the
+        # second; each ignores the other one.
         settings.update(max_new_tokens=length, max_tokens=length)
     return {"input_data": {"input_string": clean, "parameters": settings}}
 
@@ -119,12 +121,15 @@ def read_answer(
     """
     why = quote(reason) if reason else None
     if isinstance(payload, dict):
+        # foundation-model-serve: {"output": null, "error": {"status_code": …, "body": …}}, with
+        # 200.
         if payload.get("error") and payload.get("output") is None and not payload.get("choices"):
             raise _reported(payload["error"], why, quote)
         if "choices" in payload:
             return _read_choices(payload, why, quote)
         if "output" in payload:
             return _read_output(payload, why)
+    # foundation-model-inference answers a body that it cannot read with 200 and {}.
     if not payload and (payload is None or isinstance(payload, (dict, list))):
         raise _no_answer("an empty answer", why)
     text = _text_in(payload) if isinstance(payload, list) else None
@@ -169,6 +174,7 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     if not messages:
         raise RequestRejectedError("There is no message to send: give at least one user message")
     clean = [_check_message(index, message) for index, message in enumerate(messages)]
+    # As the MLflow image's predictor asserts; vLLM's images leave it to the chat template.
     late = [i for i, message in enumerate(clean) if message["role"] == "system" and i > 0]
     if late:
         raise RequestRejectedError(
@@ -235,7 +241,8 @@ def _read_output(payload: dict[str, Any], reason: str | None) -> Answer:
             f"The endpoint's output is {_kind(payload['output'])}, not text: check that the URL"
             " is the scoring URI of a chat model"
         )
-    # Azure's older image turns its own missing answer into this word and sends no usage with it.
+    # foundation-model-inference turns its own missing answer (a prompt beyond the context, a
+    # refused parameter) into this word, and sends no usage with it.
     if text == "None" and not usage.get("completion_tokens"):
         raise _no_answer('{"output": "None"}', reason)
     return Answer(
@@ -275,6 +282,7 @@ def message_text(message: object) -> str | None:
 
 def _text_in(value: object) -> str | None:
     """The text in `"text"`, `["text", …]`, `[{"0": "text"}]` and one list around these."""
+    # Lists come from text generation and from the plain MLflow image, whose tables become records.
     for _ in range(2):
         if isinstance(value, list) and value:
             value = value[0]
@@ -303,7 +311,7 @@ def _no_answer(what: str, reason: str | None) -> ModelError:
     )
 
 
-def _optional_text(payload: Mapping[str, Any], name: str) -> str | None:
+def _optional_text(payload: Mapping[str, object], name: str) -> str | None:
     value = payload.get(name)
     return value if isinstance(value, str) else None
 
@@ -353,6 +361,7 @@ def read_lines(pieces: Iterable[bytes]) -> Iterator[str]:
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
     """Events out of lines. An event cut off before its blank line still counts if it has data."""
+    # The HTML standard drops such an event; here it may be the one with the finish_reason.
     name = "message"
     data: list[str] = []
     for line in lines:
@@ -373,6 +382,8 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
 
 def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[str]:
     """The text pieces of a streamed answer; an error where it fails or ends too early."""
+    # Servers that speak this dialect loosely leave out [DONE]; a finish_reason then ends the
+    # answer.
     finished = False
     for event in events:
         if event.data.strip() == "[DONE]":
@@ -389,7 +400,10 @@ def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[st
 
 
 def _read_chunk(event: Event, quote: Quote) -> tuple[str, bool]:
-    chunk = _decoded(event.data)
+    try:
+        chunk = json.loads(event.data)
+    except (ValueError, RecursionError):
+        chunk = None
     if chunk is None and event.name != "error":
         raise UnreadableAnswerError(
             "The stream contains an event that is not JSON (or was cut off): check that the URL is"
@@ -412,10 +426,3 @@ def _read_chunk(event: Event, quote: Quote) -> tuple[str, bool]:
     if finish == "error":
         raise ModelError("The model failed in the middle of its answer", reason="error")
     return text, finish is not None
-
-
-def _decoded(data: str) -> object:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None

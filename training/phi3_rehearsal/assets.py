@@ -237,10 +237,7 @@ def _registry_asset(request: Request) -> Json:
         "id": f"azureml://registries/azureml/{family}/{name}/versions/{version}",
         "name": version,
         "type": f"{ML}/registries/{family}/versions",
-        "systemData": {
-            "createdAt": "2026-06-18T00:00:00Z",
-            "lastModifiedAt": "2026-07-01T00:00:00Z",
-        },
+        "systemData": dict.fromkeys(("createdAt", "lastModifiedAt"), "2026-06-18T00:00:00Z"),
         "properties": properties,
     }
 

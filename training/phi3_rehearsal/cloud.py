@@ -50,11 +50,7 @@ class Operation:
 
 
 class Cloud:
-    """The state of one rehearsal. Handlers hold `lock`; what they change is saved after them.
-
-    A resource is the document that Azure answers with; keys that begin with "_" are the
-    rehearsal's own and are never sent.
-    """
+    """The state of one rehearsal. Handlers hold `lock`; what they change is saved after them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -72,6 +68,7 @@ class Cloud:
         state: Json = {"resources": {}, "operations": {}, "quota": {}}
         if self._state_file.is_file():
             state |= json.loads(self._state_file.read_text(encoding="utf-8"))
+        # The documents that Azure answers with; keys that begin with "_" are our own, never sent.
         # By id in lower case: Azure ignores case in ids and answers with the first spelling.
         self.resources: dict[str, Json] = state["resources"]
         self.operations = {k: Operation(**v) for k, v in state["operations"].items()}
@@ -145,10 +142,8 @@ class Cloud:
     # status to poll) and Location (the result).
 
     def operate(self, doc: Json, *, kind: str = "operations", by_itself: bool = True) -> Operation:
-        """Begin an operation on `doc` that ends at once, an injected delay aside.
-
-        One that does not end `by_itself` ends by `finish` alone.
-        """
+        """Begin an operation on `doc`; one that does not end `by_itself` ends by `finish` alone."""
+        # At once, an injected delay aside: Azure's minutes would teach nothing here.
         ends = time.time() + self.faults.slowness(doc["id"], kind) if by_itself else None
         operation = Operation(str(uuid.uuid4()), doc["id"], kind, ends)
         self.operations[operation.name] = operation
@@ -173,6 +168,7 @@ class Cloud:
 
     def settle(self) -> None:
         """End the operations whose time has come."""
+        # No clock runs here: each call looks first, so that a poll finds what Azure would answer.
         for name, operation in list(self.operations.items()):
             ends = operation.ends
             if operation.status == "InProgress" and ends is not None and ends <= time.time():
@@ -184,6 +180,7 @@ class Cloud:
         region = doc.get("location") or "eastus"
         base = f"https://{ARM}/subscriptions/{subscription}/providers/Microsoft.Rehearsal"
         tail = f"{operation.name}?api-version=2024-10-01"
+        # azure-core polls the first where both are there, and fetches the result from the resource.
         headers = {
             "Azure-AsyncOperation": f"{base}/locations/{region}/operationsStatus/{tail}",
             "Location": f"{base}/locations/{region}/operationResults/{tail}",
@@ -199,7 +196,7 @@ class Cloud:
         digest = hmac.new(self._seed, text.encode(), hashlib.sha256).digest()
         return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
-    def seal(self, value: Any) -> str:
+    def seal(self, value: object) -> str:
         """`value` in a form that only this rehearsal reads."""
         return self._fernet.encrypt(json.dumps(value).encode()).decode()
 
@@ -267,7 +264,7 @@ def need_group(cloud: Cloud, request: Request) -> Json:
     return cloud.need(request.id(GROUP), code="ResourceGroupNotFound", message=text)
 
 
-def check_location(value: Any) -> str:
+def check_location(value: object) -> str:
     """The region, in Azure's own spelling. Raises AzureError (400)."""
     location = str(value or "").replace(" ", "").lower()
     if location not in REGIONS:

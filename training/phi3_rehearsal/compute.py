@@ -77,7 +77,8 @@ def get_compute(cloud: Cloud, request: Request) -> Reply:
 
 @route("POST", ARM, _COMPUTE + "/listNodes")
 def list_nodes(cloud: Cloud, request: Request) -> Reply:
-    """The nodes that jobs run on now; idle ones are gone at once here."""
+    """The nodes that jobs run on now."""
+    # Idle ones are gone at once here; on Azure they stay, and bill, for the scale-down time.
     nodes = [
         {"nodeId": f"tvm-{index}", "privateIpAddress": f"10.0.0.{4 + index}", "port": 50000 + index}
         | {"nodeState": "running", "runId": name}
@@ -138,16 +139,11 @@ def list_sizes(_cloud: Cloud, _request: Request) -> Reply:
         "supportedComputeTypes": ["AmlCompute", "ComputeInstance"],
     }
     sizes = [
-        {
-            "name": name,
-            "family": s.family,
-            "vCPUs": s.cores,
-            "gpus": s.gpus,
-            "memoryGB": s.memory_gb,
-        }
+        {"name": name, "family": s.family, "vCPUs": s.cores, "gpus": s.gpus}
+        | {"memoryGB": s.memory_gb, **same}
         for name, s in offers.SIZES.items()
     ]
-    return Reply(200, {"value": [size | same for size in sizes]})
+    return Reply(200, {"value": sizes})
 
 
 # --- quota, in cores of each family: as Azure Machine Learning tells it, and as Microsoft.Quota ---
@@ -180,12 +176,12 @@ def get_quota(cloud: Cloud, request: Request) -> Reply:
 
 @route("PUT", ARM, _QUOTA_SCOPE + "/quotas/{family}")
 def put_quota(cloud: Cloud, request: Request) -> Reply:
-    """Ask for a limit. Up to 400 cores are granted, so that both answers can be rehearsed; on Azure
-    a request for GPUs mostly goes to support."""
+    """Ask for a limit."""
     family, location = _family(request.args["family"]), request.args["loc"]
     wanted = ((request.json().get("properties") or {}).get("limit") or {}).get("value")
     if not isinstance(wanted, int) or wanted < 0:
         raise bad("The limit value is invalid.", "InvalidQuotaLimit")
+    # So that both answers can be rehearsed; on Azure a request for GPUs mostly goes to support.
     if wanted > 400:
         text = f"The quota request for {family} cannot be granted automatically; "
         raise bad(text + "open a support request.", "ContactSupport")
@@ -246,5 +242,7 @@ def used(cloud: Cloud, location: str, family: str) -> int:
 
 
 def deployment_cores(size: offers.Size, instances: int) -> int:
-    """The quota that a deployment takes: a fifth more instances, except on some sizes."""
+    """The quota that a deployment takes."""
+    # 20 % more instances for upgrades, rounded up ("Manage and increase quotas"), except on some
+    # sizes.
     return size.cores * (math.ceil(instances * 1.2) if size.reserve else instances)

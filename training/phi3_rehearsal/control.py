@@ -31,6 +31,7 @@ from .processes import ProcessId, RehearsalError, spawn, write_atomically
 from .wire import Json
 
 SUBSCRIPTION = "5ab5c817-0000-4000-8000-5ab5c8170000"
+# It stops its jobs and servers first, and a server finishes the answers that it has begun.
 _START_SECONDS, _STOP_SECONDS, _POLL_SECONDS = 60.0, 60.0, 0.05
 
 
@@ -124,11 +125,9 @@ def stop(folder: Path) -> bool:
 
 
 def _environment(folder: Path, url: str, ca_file: str) -> dict[str, str]:
-    """The variables that lead the official SDKs to the rehearsal instead of Azure.
-
-    azure-core, msal, requests, the storage SDK and Prompt flow all read them: real host names, no
-    change of code.
-    """
+    """The variables that lead the official SDKs to the rehearsal instead of Azure."""
+    # azure-core, msal, requests, the storage SDK and Prompt flow all read them, so that they use
+    # the real host names and need no change of code.
     local = "localhost,127.0.0.1,::1"
     return {
         "HTTPS_PROXY": url,
@@ -230,10 +229,8 @@ def run_inside(command: Sequence[str], folder: Path) -> int:
 
 
 def ends_with_parent() -> Callable[[], None] | None:
-    """What a process calls so that the kernel kills it when its parent dies (Linux).
-
-    A killed `phi3 … --rehearse` must not leave its other half at work on the run.
-    """
+    """What a process calls so that the kernel kills it when its parent dies (Linux)."""
+    # A killed `phi3 … --rehearse` must not leave its other half at work on the run.
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)

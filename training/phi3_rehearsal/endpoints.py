@@ -29,6 +29,7 @@ ENDPOINT = WORKSPACE + "/onlineEndpoints/{name}"
 # 3 to 32 letters, digits and single dashes, a letter first.
 _NAME = re.compile(r"[A-Za-z](?!.*--)[A-Za-z0-9-]{1,30}[A-Za-z0-9]")
 KEYS = ("primary", "secondary")
+# In these states every other change is a 409.
 _CHANGING = ("Creating", "Updating", "Deleting")
 
 
@@ -38,7 +39,7 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     workspace, body = need_workspace(cloud, request), request.json()
     arm_id, name, given = request.id(ENDPOINT), request.args["name"], body.get("properties") or {}
     before, region = cloud.get(arm_id), workspace["location"]
-    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise bad(
             f"The endpoint name '{name}' is invalid: 3 to 32 letters, digits and single dashes, "
             "starting with a letter.",
@@ -62,6 +63,7 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
         if cloud.get(f"{arm_id}/deployments/{deployment}") is None:
             text = f"The traffic rule names the deployment '{deployment}', which does not exist."
             raise bad(text, "InvalidTraffic")
+    # 0 in all is allowed: the deployments then answer by their header alone.
     if sum(traffic.values()) not in (0, 100):
         text = f"The traffic adds up to {sum(traffic.values())}; expected 0 or 100."
         raise bad(text, "InvalidTraffic")
@@ -90,8 +92,7 @@ def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
     if not users:
         principal = str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower()))
         return {"type": "SystemAssigned", "principalId": principal, "tenantId": identity.TENANT}
-    known = {user: cloud.need(user, "identity")["properties"] for user in users}
-    ids = {u: {k: p[k] for k in ("principalId", "clientId")} for u, p in known.items()}
+    ids = identity.user_identities(cloud, users)
     return {"type": "UserAssigned", "userAssignedIdentities": ids}
 
 
@@ -149,7 +150,7 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
     arm_id, name, body = request.id(_DEPLOYMENT), request.args["deployment"], request.json()
     given = body.get("properties") or {}
     instances = int((body.get("sku") or {}).get("capacity") or 1)
-    if not 3 <= len(name) <= 32 or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise bad(f"The deployment name '{name}' is invalid.", "InvalidDeploymentName")
     if endpoint["properties"]["provisioningState"] != "Succeeded":
         raise AzureError(409, "Conflict", f"The endpoint '{endpoint['name']}' is not ready.")
@@ -401,6 +402,7 @@ def score(cloud: Cloud, request: Request) -> Reply:
         endpoint = next(
             (e for e in endpoints if (e["name"].lower(), e["location"]) == wanted), None
         )
+        # Azure's gateway answers these in plain text, not as the resource manager's JSON.
         if endpoint is None:
             return _plain(404, b"Specified endpoint could not be found")
         if not _may_score(cloud, endpoint, request):

@@ -24,7 +24,7 @@ TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
 CLIENT = "c11e4700-0000-4000-8000-c11e47000000"
 CALLER = "0b1ec700-0000-4000-8000-0b1ec7000000"
 LOGIN = "login.microsoftonline.com"
-_TOKEN_SECONDS = 3600
+_TOKEN_SECONDS = 3600  # Entra's tokens are good for 60 to 90 minutes
 # Whom a token must be for, by the names that `route` uses.
 _MANAGEMENT = ("https://management.azure.com", "https://management.core.windows.net")
 AUDIENCES = {
@@ -53,6 +53,7 @@ def openid_configuration(_cloud: Cloud, request: Request) -> Reply:
 def sign_in(cloud: Cloud, request: Request) -> Reply:
     """A token for the service principal, if its secret is right."""
     form = dict(parse_qsl(request.body.decode("utf-8", "replace")))
+    # A service principal alone: nobody sits at a browser here, and no device code is confirmed.
     if form.get("grant_type") != "client_credentials":
         text = "AADSTS70003: The app requested an unsupported grant type."
         return Reply(400, {"error": "unsupported_grant_type", "error_description": text})
@@ -162,7 +163,7 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
             f"The role assignment ID '{guid}' is not valid. The role assignment ID must be a GUID."
         )
         raise bad(text, "InvalidRoleAssignmentId")
-    if len(scope.split("/")) > 3:
+    if len(scope.split("/")) > 3:  # every subscription exists in a rehearsal
         cloud.need(scope, "scope")
     role = str(given.get("roleDefinitionId", "")).rsplit("/", 1)[-1].lower()
     if role not in ROLES:
@@ -173,7 +174,8 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
         for doc in cloud.children("/subscriptions")
         if doc["type"] != _ROLE_KIND
     }
-    # The SDK sends "User" where the caller says nothing.
+    # azure-mgmt-authorization sends "User" where the caller says nothing, and Azure then looks for
+    # a person of that id.
     if given.get("principalType") in (None, "User") and principal in known:
         text = f"The PrincipalId '{principal}' has type 'ServicePrincipal', which is different "
         raise bad(text + "from specified PrinciaplType 'User'.", "UnmatchedPrincipalType")
@@ -205,13 +207,14 @@ def put_assignment(cloud: Cloud, request: Request) -> Reply:
     )
 
 
-def _need_assignment(cloud: Cloud, request: Request) -> Json:
-    arm_id = request.id(_ROLE + "/{guid}")
-    text = f"The role assignment '{arm_id}' is not found."
-    return cloud.need(arm_id, code="RoleAssignmentNotFound", message=text)
-
-
-on_get(_ROLE + "/{guid}", _need_assignment)
+on_get(
+    _ROLE + "/{guid}",
+    lambda cloud, request: cloud.need(
+        request.id(_ROLE + "/{guid}"),
+        code="RoleAssignmentNotFound",
+        message=f"The role assignment '{request.args['guid']}' is not found.",
+    ),
+)
 
 
 @route("DELETE", ARM, _ROLE + "/{guid}")
@@ -238,6 +241,12 @@ def list_assignments(cloud: Cloud, request: Request) -> Reply:
         if near and (not wanted or doc["properties"]["principalId"] == wanted.group(1)):
             docs.append(doc)
     return listed(docs)
+
+
+def user_identities(cloud: Cloud, users: Json) -> Json:
+    """`userAssignedIdentities` as Azure answers it. Raises AzureError (404)."""
+    known = {user: cloud.need(user, "identity")["properties"] for user in users}
+    return {u: {k: p[k] for k in ("principalId", "clientId")} for u, p in known.items()}
 
 
 def roles_of(cloud: Cloud, principal: str, scope: str) -> set[str]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import yaml
 
@@ -215,7 +215,7 @@ def _variables(plan: JobPlan, rank: int | None, port: int) -> dict[str, str]:
 # --- chat_completion_pipeline: `phi3 train` on the tiny model ---
 
 # The component's inputs that a recipe's `finetune` section has under the same name.
-_FINETUNE: dict[str, Callable[[str], Any]] = {
+_FINETUNE: dict[str, Callable[[str], object]] = {
     "num_train_epochs": int,
     "per_device_train_batch_size": int,
     "gradient_accumulation_steps": int,

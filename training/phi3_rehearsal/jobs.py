@@ -35,13 +35,12 @@ _children: dict[int, subprocess.Popen[bytes]] = {}
 
 @route("PUT", ARM, _JOB)
 def put_job(cloud: Cloud, request: Request) -> Reply:
-    """Submit a job; a name that exists already is answered with the job it names.
-
-    The SDK makes the name up and repeats the call when an answer is lost: that must start nothing.
-    """
+    """Submit a job; a name that exists already is answered with the job it names."""
     workspace, body = need_workspace(cloud, request), request.json()
     name, given = request.args["name"], body.get("properties") or {}
     before = cloud.get(request.id(_JOB))
+    # The SDK makes the name up and repeats the call when an answer is lost: that must start
+    # nothing.
     if before is not None:
         for key in ("tags", "displayName", "description"):
             if given.get(key) is not None:
@@ -414,7 +413,7 @@ def get_run(cloud: Cloud, request: Request) -> Reply:
 
 @route("GET", REGIONAL, _RUN + "/children", audience="regional")
 def list_children(cloud: Cloud, request: Request) -> Reply:
-    """None: a rehearsed pipeline is one process."""
+    """The steps of a pipeline: none, because a rehearsed one is a single process."""
     need_job(cloud, request)
     return Reply(200, {"value": []})
 
@@ -433,15 +432,10 @@ def run_data(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"runMetadata": run, "runDefinition": None, "jobSpecification": None})
 
 
-_ASSETS = "/{kind:data|modelregistry}/v1.0" + WORKSPACE
+_ASSETS = "/{kind:data|modelregistry}/v1.0" + WORKSPACE + "/{list:dataversion|models}"
 
 
-@route(
-    "POST",
-    REGIONAL,
-    _ASSETS + "/{list:dataversion|models}/batchGetResolvedUris",
-    audience="regional",
-)
+@route("POST", REGIONAL, _ASSETS + "/batchGetResolvedUris", audience="regional")
 def resolve_assets(_cloud: Cloud, request: Request) -> Reply:
     """The address of each asset's files: here the asset's own."""
     data, uris = request.args["kind"] == "data", request.json().get("values") or []

@@ -16,7 +16,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -110,6 +109,7 @@ def write_atomically(path: Path, text: str) -> None:
 # and the key through a pipe, the port comes out in a status file, `GET /` says that it is ready.
 
 _SERVER_MODULE = "phi3_training.serve"
+# Loading a model of several GB on a busy machine takes minutes.
 _START_SECONDS, _POLL_SECONDS, _PROBE_SECONDS = 300.0, 0.05, 2.0
 _STOP_SECONDS = 40.0  # it finishes the answers that it has begun, which takes 30 seconds at most
 
@@ -125,7 +125,7 @@ class Server:
     port: int
 
 
-def start_server(settings: dict[str, Any], *, key: str, log_path: Path) -> Server:
+def start_server(settings: Json, *, key: str, log_path: Path) -> Server:
     """Start a server and wait until it answers. Raises RehearsalError with its log's last line."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     status_file = log_path.with_suffix(".status.json")

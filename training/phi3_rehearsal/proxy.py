@@ -27,7 +27,7 @@ from .identity import check_token
 from .wire import AzureError, Reply, Request
 
 _log = logging.getLogger(__name__)
-_IDLE_SECONDS = 300.0
+_IDLE_SECONDS = 300.0  # of a kept-alive connection; the SDKs poll more often
 
 
 class Proxy:
@@ -93,7 +93,9 @@ class _Connection(BaseHTTPRequestHandler):
         return answered
 
     def _serve(self) -> None:
-        request = self._request()
+        host = self._host or (urlsplit(self.path).hostname or "")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, host, self.path, headers, self._body())
         try:
             reply = self._answer(request)
         except _CutError:
@@ -106,11 +108,6 @@ class _Connection(BaseHTTPRequestHandler):
 
     # The names that http.server calls.
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _serve  # noqa: N815
-
-    def _request(self) -> Request:
-        host = self._host or (urlsplit(self.path).hostname or "")
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        return Request(self.command, host, self.path, headers, self._body())
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
@@ -165,7 +162,7 @@ class _Connection(BaseHTTPRequestHandler):
 
     def _cut(self) -> None:
         """Reset the connection: no polite end, as when a gateway dies."""
-        linger = struct.pack("ii", 1, 0)
+        linger = struct.pack("ii", 1, 0)  # on, 0 s: close() sends RST, not FIN
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.close_connection = True
         self.connection.close()

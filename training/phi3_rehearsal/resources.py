@@ -145,7 +145,7 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
 def _make_from_template(cloud: Cloud, request: Request, values: Json) -> list[str]:
     """The ids of the workspace and of what was made with it, from the template's parameters."""
     location = check_location(values.get("location"))
-    made, ids = [], {}
+    created, ids = [], {}
     for part, kind, default in _PARTS:
         state = values.get(f"{part}Option") or default
         if state == "none" or values.get("kind", "").lower() == "project":
@@ -155,7 +155,7 @@ def _make_from_template(cloud: Cloud, request: Request, values: Json) -> list[st
         ids[part] = arm_id
         if state == "new":
             _put_part(cloud, arm_id, kind, {"location": location})
-            made.append(arm_id)
+            created.append(arm_id)
         else:
             cloud.need(arm_id, kind)
     optional = {
@@ -172,7 +172,7 @@ def _make_from_template(cloud: Cloud, request: Request, values: Json) -> list[st
     }
     arm_id = request.id(GROUP) + f"/providers/{workspaces.KIND}/{values['workspaceName']}"
     workspaces.make(cloud, arm_id, body)
-    return [*made, arm_id]
+    return [*created, arm_id]
 
 
 def _need_deployment(cloud: Cloud, request: Request) -> Json:

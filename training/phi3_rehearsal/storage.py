@@ -62,7 +62,7 @@ class Blob:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.part")
         part.write_bytes(content)
-        part.replace(self.path)
+        part.replace(self.path)  # a job that reads now sees the old blob or the new one
         write_atomically(self._details, json.dumps({"type": kind, "metadata": metadata}))
 
     def describe(self, metadata: dict[str, str]) -> None:
@@ -233,8 +233,8 @@ def get_container(cloud: Cloud, request: Request) -> Reply:
     prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
     blobs, folders = [], dict[str, None]()
     for name in files.names(container, prefix):
-        folder, found, _rest = name[len(prefix) :].partition(delimiter or "\n")
-        if found:  # deeper levels are listed as one folder
+        folder, separator, _rest = name[len(prefix) :].partition(delimiter or "\n")
+        if separator:  # deeper levels are listed as one folder
             folders[prefix + folder + delimiter] = None
         else:
             blobs.append(_listed(Blob(files, container, name)))
@@ -313,7 +313,8 @@ def checked(cloud: Cloud, request: Request) -> str:
 
 
 def _account_text(account: str, query: dict[str, str]) -> str:
-    """What an account SAS signs. Ours says `spr` in the query and not in what is signed."""
+    """What an account SAS signs."""
+    # Ours says `spr` in the query and not in what is signed.
     names = ("sp", "ss", "srt", "st", "se", "sip", "spr", "sv", "ses")
     return "\n".join([account, *_values({**query, "spr": ""}, names), ""])
 

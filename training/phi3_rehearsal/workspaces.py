@@ -11,7 +11,7 @@ import uuid
 import yaml
 
 from .cloud import Cloud, check_location, need_group, on_get, on_list, public, route, stamps
-from .identity import CALLER, TENANT
+from .identity import CALLER, TENANT, user_identities
 from .storage import account_key, account_sas, share_file
 from .wire import ARM, GROUP, ML, REGIONAL, WORKSPACE, AzureError, Json, Reply, Request, bad
 
@@ -88,9 +88,7 @@ def _identity(cloud: Cloud, arm_id: str, asked: Json) -> Json:
     # The SDK's template spells it with underscores, the REST API does not.
     users = asked.get("userAssignedIdentities") or asked.get("user_assigned_identities")
     if users:
-        known = {user: cloud.need(user, "identity")["properties"] for user in users}
-        ids = {u: {k: p[k] for k in ("principalId", "clientId")} for u, p in known.items()}
-        identity["userAssignedIdentities"] = ids
+        identity["userAssignedIdentities"] = user_identities(cloud, users)
     return identity
 
 
@@ -108,7 +106,8 @@ def put_workspace(cloud: Cloud, request: Request) -> Reply:
 
 @route("PATCH", ARM, WORKSPACE)
 def patch_workspace(cloud: Cloud, request: Request) -> Reply:
-    """Update tags and properties: what the SDK calls when a workspace that exists is made."""
+    """Update tags and properties."""
+    # What azure-ai-ml calls when a workspace that exists is made again.
     workspace, body = need_workspace(cloud, request), request.json()
     merged = {
         **{k: workspace.get(k) for k in ("location", "kind", "identity", "tags")},
@@ -120,7 +119,7 @@ def patch_workspace(cloud: Cloud, request: Request) -> Reply:
 
 @route("DELETE", ARM, WORKSPACE)
 def delete_workspace(cloud: Cloud, request: Request) -> Reply:
-    """Delete it, but no hub with projects. Its name stays reserved for 14 days unless purged."""
+    """Delete it, but no hub with projects."""
     workspace = cloud.get(request.id(WORKSPACE))
     if workspace is None:
         return Reply(204)
@@ -130,6 +129,7 @@ def delete_workspace(cloud: Cloud, request: Request) -> Reply:
             text = f"The hub '{name}' cannot be deleted: the project '{other['name']}' "
             raise AzureError(409, "Conflict", text + "belongs to it.")
     cloud.release(arm_id)
+    # Soft-deleted for 14 days, and its name with it, unless it is purged.
     if request.query.get("forcetopurge", "").lower() != "true":
         cloud.put(_deleted_id(arm_id), _DELETED_KIND, {"properties": {"id": arm_id}})
     return cloud.accepted(workspace, cloud.operate(workspace, kind="delete"), 202, body=False)

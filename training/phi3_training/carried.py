@@ -26,11 +26,9 @@ _DATA = (".css", ".html", ".txt", ".yaml", ".typed")
 def carried_files(*modules: str) -> dict[str, Path]:
     """Every file that these modules run, by its path below the folder that Python looks in.
 
-    Imports inside functions count, and so do names of modules in strings, for `python -m`. Of the
-    packages above a module only what their `__init__` imports at once counts: Python runs that
-    and no more. Raises ModuleNotFoundError for a module that is not ours.
+    Raises ModuleNotFoundError for a module that is not ours.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     waiting = list(modules)
     seen: set[str] = set()
     while waiting:
@@ -41,16 +39,18 @@ def carried_files(*modules: str) -> dict[str, Path]:
         path = _file_of(module)
         if path is None:
             raise ModuleNotFoundError(f"{module} is not a module of phi3_training or phi3_tool")
-        _add(found, path)
+        _add(files, path)
+        # Imports inside functions count, and so do names of modules in strings, for `python -m`.
         waiting += _imports(path, module, lazily=True)
         parts = module.split(".")
         for length in range(1, len(parts)):
             parent = ".".join(parts[:length])
             init = _file_of(parent)
+            # Of a package above only what its `__init__` imports at once: Python runs no more.
             if init is not None and parent not in seen:
-                _add(found, init)
+                _add(files, init)
                 waiting += _imports(init, parent, lazily=False)
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def copy_carried(target: Path, *modules: str) -> None:
@@ -72,11 +72,11 @@ def _file_of(module: str) -> Path | None:
     return None
 
 
-def _add(found: dict[str, Path], path: Path) -> None:
+def _add(files: dict[str, Path], path: Path) -> None:
     data = [other for other in path.parent.iterdir() if other.suffix in _DATA]
     for item in (path, *data):
         root = next(p.parent for p in _PACKAGES.values() if item.is_relative_to(p))
-        found[item.relative_to(root).as_posix()] = item
+        files[item.relative_to(root).as_posix()] = item
 
 
 def _imports(path: Path, module: str, *, lazily: bool) -> list[str]:

@@ -54,15 +54,15 @@ class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has 
     def _answer(self, messages: list[dict[str, str]], limit: int) -> str:
         ids = self._torch.tensor([self._format.encode_prompt(messages)])
         with self._torch.inference_mode():
-            made = self._model.generate(
+            output = self._model.generate(
                 ids,
                 attention_mask=self._torch.ones_like(ids),
                 max_new_tokens=limit,
-                do_sample=False,
+                do_sample=False,  # the same answer each time, as evaluated
                 eos_token_id=list(self._format.stop_token_ids),
                 pad_token_id=self._format.pad_token_id,
             )
-        return self._format.decode(made[0, ids.shape[1] :].tolist()).strip()
+        return self._format.decode(output[0, ids.shape[1] :].tolist()).strip()
 
 
 mlflow.models.set_model(TunedPhi3())

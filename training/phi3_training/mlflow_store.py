@@ -10,10 +10,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .quiet import captured_output
+from .progress import captured_output
 from .run import Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # Read at import time by MLflow: no usage reports, no progress bars, from a user's laptop.
 QUIET = {
@@ -21,7 +24,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "GIT_PYTHON_REFRESH": "quiet",
+    "GIT_PYTHON_REFRESH": "quiet",  # GitPython warns where there is no git
 }
 
 
@@ -30,7 +33,7 @@ def tracking_uri(run: Run) -> str:
     return f"sqlite:///{run.path / 'mlflow.db'}"
 
 
-def experiment_of(name: str, run: Run) -> tuple[Any, str]:
+def experiment_of(name: str, run: Run) -> tuple[MlflowClient, str]:
     """A client of the run's store and the id of the experiment `name`, made if need be."""
     from mlflow import MlflowClient
 

@@ -43,7 +43,7 @@ RULES = (
     Rule("filelock", ">=3.20,<3.30", "3.30 forbids inherited locks: the chat page's server dies"),
     Rule(
         "azure-ai-ml",
-        "<1.33",
+        "<1.33",  # 1.32.0 is the last that promptflow-azure 1.18.5 can be imported with
         "1.33 dropped a module that every pfazure command imports",
         needed=False,
         with_package="promptflow-azure",

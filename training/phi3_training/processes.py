@@ -1,10 +1,12 @@
-"""Tells processes apart and ends them. A system reuses pids, so the start time goes with the pid.
+"""Processes and ports of this machine: tells processes apart, ends them, finds a free port.
 
-Reads the table of processes; writes nothing.
+A system reuses pids, so the start time goes with the pid. Reads the table of processes; writes
+nothing.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 
 import psutil
@@ -46,3 +48,10 @@ def end(processes: Iterable[psutil.Process], seconds: float) -> bool:
                 continue
         alive = psutil.wait_procs(alive, seconds)[1]
     return not alive
+
+
+def free_port() -> int:
+    """A free port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from .carried import copy_carried
 from .manifests import (
@@ -37,6 +36,7 @@ def register(name: str, run: Run) -> RegistrationManifest:
     with quiet_mlflow(), tempfile.TemporaryDirectory(prefix="phi3-model-") as code:
         import mlflow
 
+        # The model answers where phi3 is not installed: it brings the files that it runs.
         copy_carried(Path(code), MLFLOW_MODEL)
 
         mlflow.set_tracking_uri(tracking_uri(run))
@@ -64,8 +64,9 @@ def register(name: str, run: Run) -> RegistrationManifest:
     )
 
 
-def _params(run: Run) -> dict[str, Any]:
-    """Data and fine-tuning settings, cut to the 500 characters that every MLflow store takes."""
+def _params(run: Run) -> dict[str, str]:
+    """Data and fine-tuning settings."""
+    # 500 characters: the shortest limit of an MLflow store; longer ones fail the whole call.
     manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
     return {
         f"{manifest.STAGE}.{key}": str(value)[:500]

@@ -1,4 +1,4 @@
-"""What an answer tells: its numbers, names and the words that set it apart from other answers.
+"""The facts of an answer: its numbers, names and the words that set it apart from other answers.
 
 Decides whether an answer has the expected words, and whether one chat teaches what another one
 asks. Standard library only; reads and writes nothing. docs/evaluation.md states the rules.
@@ -15,23 +15,15 @@ from functools import lru_cache
 # A word is common, and tells nothing, in more than this share of a set's different answers.
 _COMMON_SHARE, _COMMON_FROM = 0.1, 3
 # Of the other words: most if there is nothing else, few next to a number or a name.
-_WORDS_NEEDED, _WORDS_BESIDE = 2 / 3, 3
+_WORDS_NEEDED, _WORDS_NEXT_TO = 2 / 3, 3
 
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(re.findall(r"\w+", _NUMBERS))}
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_MONTHS = (
-    "january",
-    "february",
-    "april",
-    "june",
-    "july",
-    "august",
-    "september",
-    "october",
-    "november",
-    "december",
-)  # not may and march: they are verbs as well
+# Not may and march: they are verbs as well.
+_MONTHS = re.findall(
+    r"\w+", "january february april june july august september october november december"
+)
 _SIGNS = {"$": " dollar ", "€": " euro ", "£": " pound ", "%": " percent ", "°": " degree "}
 _HALF_DAYS = frozenset({"am", "pm"})
 # Of an answer's units one must be expected: "two liters" does not tell "two kilos".
@@ -48,6 +40,8 @@ _UNITS = {
 }
 _YES, _NO = frozenset({"yes", "yeah", "yep"}), frozenset({"no", "nope"})
 _NOT = frozenset({"no", "not", "never", "cannot", "none", "nobody", "nothing", "without"})
+# They tell nothing in any answer. Last line: greetings, and what is left of "I'll", "don't" and so
+# on.
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -64,9 +58,13 @@ _TOKEN = re.compile(
     r"(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.:]\d+)*)(?:(?:st|nd|rd|th)\b)?"
     r"|(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)?)"
 )
+# "x200", "b12": a name with a figure in it.
 _MIXED = re.compile(r"[^\W_]*(?:\d[^\W\d_]|[^\W\d_]\d)[^\W_]*")
+# "5pm", "3kg": a number with its unit.
 _JOINED_UNIT = re.compile(r"(\d)(am|pm|h|hrs?|min|mins|km|cm|mm|m|kg|g|l|ml|k)\b", re.IGNORECASE)
+# "p.m." is pm.
 _DOTTED = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
+# A capital after one of these says nothing about a name.
 _SENTENCE = re.compile(r"[.!?:;\n]\s*[\"'“(]*$")
 
 
@@ -170,16 +168,16 @@ def _says_all(said: _Text, telling: Telling) -> bool:
     # In the same order: "from 5 to 9" does not tell "from 9 to 5".
     if tuple(dict.fromkeys(v for v in said.values if v in wanted)) != wanted:
         return False
-    found, wanted_words = len(telling.words & have), len(telling.words)
+    matches, wanted_words = len(telling.words & have), len(telling.words)
     if telling.values or telling.names:
-        return found >= wanted_words // _WORDS_BESIDE
-    return found >= _WORDS_NEEDED * wanted_words
+        return matches >= wanted_words // _WORDS_NEXT_TO
+    return matches >= _WORDS_NEEDED * wanted_words
 
 
 def _contradicts(said: _Text, wanted: _Text) -> bool:
     """Yes against no, am against pm, other units, or a "not" on one side only."""
-    for one, other in ((said, wanted), (wanted, said)):
-        if one.raw & _YES and other.raw & _NO and not other.raw & _YES:
+    for text, other in ((said, wanted), (wanted, said)):
+        if text.raw & _YES and other.raw & _NO and not other.raw & _YES:
             return True
     units, right = (
         {_UNITS[word] for word in text.words if word in _UNITS} for text in (said, wanted)
@@ -208,7 +206,7 @@ def _read(text: str) -> _Text:
     values: list[str] = []
     soft, names = set(), set()
     raw: set[str] = set()
-    values += sorted(mixed)  # "x200", "b12": a name with a figure is a value
+    values += sorted(mixed)
     plain = _MIXED.sub(lambda m: " " * len(m.group()), plain) if mixed else plain
     for match in _TOKEN.finditer(plain):
         if match.group("number"):
@@ -256,6 +254,7 @@ def _number(text: str) -> str:
 def _stem(word: str) -> str:
     """A word without 's, and in the singular where a plural is plain to see."""
     word = word.removesuffix("'s").removesuffix("n't").replace("'", "")
+    # No stemmer, which would join words of other meanings: only endings that a plural alone has.
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("xes", "ches", "shes", "sses", "zes")):

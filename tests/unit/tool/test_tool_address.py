@@ -93,6 +93,10 @@ def test_the_same_endpoint_in_the_other_dialect() -> None:
         assert in_dialect(score, "openai") == in_dialect(openai, "openai") == openai
         assert in_dialect(openai, "score") == in_dialect(score, "score") == score
         assert same_endpoint(score, openai)
+    for shorter in (f"{AZURE}/v1", f"{AZURE}/chat/completions"):
+        assert in_dialect(shorter, "score") == f"{AZURE}/score"
+        assert in_dialect(shorter, "openai") == shorter, "it speaks that dialect already"
+        assert same_endpoint(f"{AZURE}/score", shorter)
     assert in_dialect(f"{AZURE}/my/phi3", "openai") == f"{AZURE}/my/phi3"
     assert not same_endpoint(f"{AZURE}/score", "https://other.example/score")
 

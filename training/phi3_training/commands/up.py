@@ -26,7 +26,7 @@ from ..manifests import (
     ModelManifest,
     RegistrationManifest,
 )
-from ..planning import PlanLine
+from ..progress import PlanLine
 from ..recipe import Recipe
 from ..run import Run
 from ..stages import stages_of, stages_until

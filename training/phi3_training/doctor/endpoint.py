@@ -1,6 +1,7 @@
-"""The endpoint itself: does it say that it is well, and how far away is it.
+"""The endpoint: is it up, how far away is it, and does it answer one question for one token.
 
-Asks its health page a few times over one connection, with the connection's key.
+Sends the connection's key, as a flow would, to the connection's endpoint and nowhere else. The one
+answer shows key, dialect and traffic as well.
 """
 
 from __future__ import annotations
@@ -8,20 +9,39 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 
-from phi3_tool.connection import ConnectionSettings, parse_address
+from phi3_tool.client import ChatReply, Phi3Client
+from phi3_tool.connection import ConnectionSettings, in_dialect, parse_address
 from phi3_tool.entra import credential_of
-from phi3_tool.errors import ConfigurationError, one_line
-from phi3_tool.transport import new_session
+from phi3_tool.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    EndpointNotFoundError,
+    ModelError,
+    Phi3Error,
+    RequestRejectedError,
+    ThrottledError,
+    UnreadableAnswerError,
+    one_line,
+)
+from phi3_tool.transport import new_session, system_reason
+from phi3_tool.wire import Dialect
 
 from .finding import Finding, Group
 
-HERE = Group("endpoint")
-PATHS = ("/", "/health")  # Azure's images have the first, vLLM and its kin the second
-TIMES = 3
+ENDPOINT, CONNECTION = Group("endpoint"), Group("connection")
+# Azure's images answer GET / with 200 when they are ready, vLLM and its kin GET /health.
+HEALTH_PATHS = ("/", "/health")
+ROUND_TRIPS = 3  # their median counts, so that one slow answer does not
+QUESTION = [{"role": "user", "content": "Who founded Microsoft?"}]
+# The answers that an endpoint of the other dialect could well give.
+_MISUNDERSTOOD = (EndpointNotFoundError, RequestRejectedError, ModelError, UnreadableAnswerError)
+# Such an answer came after the check of the key.
+_KEY_PASSED = (*_MISUNDERSTOOD, ThrottledError)
 
 
 def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> Iterator[Finding]:
@@ -31,8 +51,8 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
         credential = credential_of(settings)
         credential.auth()
     except ConfigurationError as error:
-        yield HERE.fault("health", error.message, "az login, or pip install azure-identity")
-        yield HERE.skipped("latency", "it cannot be queried")
+        yield ENDPOINT.fault("health", error.message, "az login, or pip install azure-identity")
+        yield ENDPOINT.skipped("latency", "it cannot be queried")
         return
     with new_session(address) as session:
 
@@ -45,31 +65,33 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
             return answer.status_code, 1000 * (time.monotonic() - started)
 
         try:
-            tried = {path: get(path)[0] for path in PATHS[:1]}
-            if tried[PATHS[0]] == 404:
-                tried[PATHS[1]] = get(PATHS[1])[0]
+            tried = {path: get(path)[0] for path in HEALTH_PATHS[:1]}
+            if tried[HEALTH_PATHS[0]] == 404:
+                tried[HEALTH_PATHS[1]] = get(HEALTH_PATHS[1])[0]
             path, status = list(tried.items())[-1]
             yield _health(tried)
-            yield _latency([get(path)[1] for _ in range(TIMES)], status, slow_ms)
+            # The connection is open by now, so that no TLS handshake is timed.
+            yield _latency([get(path)[1] for _ in range(ROUND_TRIPS)], status, slow_ms)
         except requests.exceptions.RequestException as error:
-            reason = one_line(credential.scrub(_reason(error)))
-            yield HERE.fault(
+            reason = one_line(credential.scrub(system_reason(error) or type(error).__name__))
+            yield ENDPOINT.fault(
                 "health",
                 f"no answer from {address.shown}: {reason}",
                 _fix(error, address.is_loopback),
             )
-            yield HERE.skipped("latency", "it does not answer")
+            yield ENDPOINT.skipped("latency", "it does not answer")
 
 
 def _health(tried: dict[str, int]) -> Finding:
     path, status = list(tried.items())[-1]
     if status == 200:
-        return HERE.ok("health", f"GET {path} returns 200")
+        return ENDPOINT.ok("health", f"GET {path} returns 200")
+    # Azure's gateway may pass /score alone.
     if set(tried.values()) <= {404, 405, 501}:
-        return HERE.skipped("health", f"it has no health route (tried {' and '.join(tried)})")
+        return ENDPOINT.skipped("health", f"it has no health route (tried {' and '.join(tried)})")
     if status in (401, 403):
-        return HERE.skipped("health", f"you lack the permission for GET {path} ({status})")
-    return HERE.fault(
+        return ENDPOINT.skipped("health", f"you lack the permission for GET {path} ({status})")
+    return ENDPOINT.fault(
         "health",
         f"GET {path} returns {status}; a healthy endpoint returns 200",
         "check the deployment's state and log; for a local one: phi3 status",
@@ -83,26 +105,12 @@ def _latency(taken: list[float], status: int, slow_ms: float) -> Finding:
         f"{status})"
     )
     if middle > slow_ms:
-        return HERE.warning(
+        return ENDPOINT.warning(
             "latency",
             f"{said}, which is slow",
             "check network, proxy and region; run the flow close to the endpoint",
         )
-    return HERE.ok("latency", said)
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost word on it: the outer ones repeat pools and addresses."""
-    inner: BaseException | None = error
-    said = type(error).__name__
-    while inner is not None:
-        if isinstance(inner, OSError) and inner.strerror:
-            said = str(inner.strerror)
-        nested = [
-            a for a in (*inner.args, getattr(inner, "reason", None)) if isinstance(a, BaseException)
-        ]
-        inner = nested[0] if nested else inner.__cause__ or inner.__context__
-    return said
+    return ENDPOINT.ok("latency", said)
 
 
 def _fix(error: Exception, loopback: bool) -> str:
@@ -113,3 +121,109 @@ def _fix(error: Exception, loopback: bool) -> str:
     if loopback:
         return "start the local endpoint: phi3 up"
     return "check the host name, the network and the proxy"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer, or why there was none; `other`: the URL of the other dialect, if that answered."""
+
+    settings: ConnectionSettings
+    dialect: str
+    reply: ChatReply | None = None
+    error: Phi3Error | None = None
+    other: str | None = None
+
+
+def ask(settings: ConnectionSettings, seconds: float) -> Asked:
+    """Request one token; if that is not understood, try the other dialect's path."""
+    dialect = parse_address(settings.endpoint, settings.dialect).dialect
+    outcome = _one_token(settings.endpoint, settings, settings.dialect, seconds)
+    if isinstance(outcome, ChatReply):
+        return Asked(settings, dialect, reply=outcome)
+    opposite: Dialect = "openai" if dialect == "score" else "score"
+    url = in_dialect(settings.endpoint, opposite)
+    other = None
+    if isinstance(outcome, _MISUNDERSTOOD) and url != settings.endpoint:
+        other = url if isinstance(_one_token(url, settings, None, seconds), ChatReply) else None
+    return Asked(settings, dialect, error=outcome, other=other)
+
+
+def _one_token(
+    url: str, settings: ConnectionSettings, dialect: str | None, seconds: float
+) -> ChatReply | Phi3Error:
+    try:
+        with Phi3Client.from_connection(
+            replace(settings, endpoint=url, dialect=dialect),
+            connect_timeout=min(5.0, seconds),
+            read_timeout=seconds,
+            deadline=seconds,
+            max_retries=0,  # the doctor reports what it meets
+        ) as client:
+            return client.chat(QUESTION, max_new_tokens=1, temperature=0.0)
+    except Phi3Error as error:
+        return error.with_traceback(None)
+
+
+def connection_findings(asked: Asked) -> Iterator[Finding]:
+    """Key accepted, dialect right, deployment with traffic."""
+    if isinstance(asked.error, AuthenticationError):
+        yield CONNECTION.fault("key", *_parts(asked.error))
+    elif asked.reply or isinstance(asked.error, _KEY_PASSED):
+        yield CONNECTION.ok("key", "accepted")
+    else:
+        yield CONNECTION.skipped("key", "the question did not reach the check of the key")
+    yield _dialect(asked)
+    yield _traffic(asked)
+
+
+def _dialect(asked: Asked) -> Finding:
+    source = "as the connection says" if asked.settings.dialect else "guessed from the path"
+    if asked.other:
+        return CONNECTION.fault(
+            "dialect",
+            f"{asked.dialect} ({source}) is not understood there, but {asked.other} answers",
+            f"pf connection update --name NAME --set configs.endpoint={asked.other}"
+            " (or PHI3_ENDPOINT)",
+        )
+    if asked.reply:
+        return CONNECTION.ok("dialect", f"{asked.dialect} ({source}): the answer was understood")
+    if isinstance(asked.error, UnreadableAnswerError):
+        said, fix = _parts(asked.error)
+        return CONNECTION.fault("dialect", f"{asked.dialect} ({source}): {said}", fix)
+    return CONNECTION.skipped("dialect", "no answer to check it with")
+
+
+def _traffic(asked: Asked) -> Finding:
+    wanted = asked.settings.deployment
+    if asked.reply:
+        named = asked.reply.deployment
+        if wanted and named and named != wanted:
+            return CONNECTION.fault(
+                "deployment",
+                f"requested {wanted}, but {named} answered",
+                f"look for {wanted} among the endpoint's deployments, or remove it from the "
+                f"connection",
+            )
+        return CONNECTION.ok("deployment", f"{named} answered" if named else "there is one")
+    if isinstance(asked.error, EndpointNotFoundError) and not asked.other:
+        which = f"no deployment {wanted}" if wanted else "no deployment with traffic"
+        said, fix = _parts(asked.error)
+        return CONNECTION.fault("deployment", f"{which} at this address: {said}", fix)
+    return CONNECTION.skipped("deployment", "none answered")
+
+
+def token_finding(asked: Asked) -> Finding:
+    """Whether the endpoint generated one token, and how long it took."""
+    if asked.reply:
+        return ENDPOINT.ok("one token", f"answered in {1000 * asked.reply.seconds:.0f} ms")
+    if asked.error is None:
+        return ENDPOINT.skipped("one token", "it was not queried")
+    return ENDPOINT.fault("one token", *_parts(asked.error))
+
+
+def _parts(error: Phi3Error) -> tuple[str, str]:
+    """What happened and what fixes it."""
+    # Messages of phi3_tool have the fix after a colon; status and ids follow in brackets.
+    what, colon, fix = error.message.partition(": ")
+    facts = str(error)[len(error.message) :]
+    return (what + facts, fix) if colon else (error.message + facts, "see docs/doctor.md")

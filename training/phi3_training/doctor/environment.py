@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import requests
 import yaml
@@ -58,18 +57,18 @@ def check_python(python: tuple[int, ...]) -> Finding:
 
 def check_versions(version_of: Installed) -> Finding:
     """Prompt flow's own packages are all of one version."""
-    found = {name: version for name in OF_ONE_VERSION if (version := version_of(name))}
-    if not found:
+    versions = {name: version for name in OF_ONE_VERSION if (version := version_of(name))}
+    if not versions:
         return HERE.skipped("versions", "Prompt flow is not installed")
-    shown = ", ".join(f"{name} {version}" for name, version in found.items())
-    if len(set(found.values())) > 1:
-        newest = max(found.values(), key=Version)
-        return HERE.fault(
-            "versions",
-            f"Prompt flow's packages have different versions: {shown}",
-            "pip install " + " ".join(f'"{name}=={newest}"' for name in found),
-        )
-    return HERE.ok("versions", f"{', '.join(found)}: {next(iter(found.values()))}")
+    if len(set(versions.values())) == 1:
+        return HERE.ok("versions", f"{', '.join(versions)}: {next(iter(versions.values()))}")
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    newest = max(versions.values(), key=Version)
+    return HERE.fault(
+        "versions",
+        f"Prompt flow's packages have different versions: {shown}",
+        "pip install " + " ".join(f'"{name}=={newest}"' for name in versions),
+    )
 
 
 def check_rules(version_of: Installed) -> Iterator[Finding]:
@@ -104,10 +103,8 @@ def check_keyring() -> Finding:
     return HERE.ok("keyring", said)
 
 
-# Prompt flow's own doings on this machine: usage reports, and its local service.
-# Reads pf.yaml (of Prompt flow's home and of this folder) and the ports its service remembered;
-# asks each of those ports whether the service is there. Starts and stops nothing.
-
+# What Prompt flow does by itself on this machine: usage reports, and its local service. Each port
+# that the service remembered is asked whether the service is there; none is started or stopped.
 SECONDS = 2.0
 
 
@@ -132,9 +129,9 @@ def service(home: Path, folder: Path, version_of: Installed = installed) -> Iter
     yield check_service(home, settings, version_of)
 
 
-def read_settings(home: Path, folder: Path) -> dict[str, Any]:
+def read_settings(home: Path, folder: Path) -> dict[str, object]:
     """The settings in force: those of the nearest pf.yaml above, then those of the home."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     nearest = next(
         (d / "pf.yaml" for d in (folder, *folder.parents) if (d / "pf.yaml").is_file()), None
     )
@@ -147,12 +144,13 @@ def read_settings(home: Path, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def check_telemetry(settings: dict[str, Any]) -> Finding:
+def check_telemetry(settings: dict[str, object]) -> Finding:
     """Usage reports are on unless they were switched off."""
-    asked = settings.get("telemetry")
-    enabled = asked.get("enabled", True) if isinstance(asked, dict) else True
+    section = settings.get("telemetry")
+    enabled = section.get("enabled", True) if isinstance(section, dict) else True
     if str(enabled).lower() == "false":
         return HERE.ok("telemetry", "off")
+    # Ten seconds measured behind a proxy that drops the packets; none where the name is unknown.
     return HERE.warning(
         "telemetry",
         "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds "
@@ -161,23 +159,25 @@ def check_telemetry(settings: dict[str, Any]) -> Finding:
     )
 
 
-def check_service(home: Path, settings: dict[str, Any], version_of: Installed) -> Finding:
+def check_service(home: Path, settings: dict[str, object], version_of: Installed) -> Finding:
     """The local service, where one runs, is Prompt flow's and of this version."""
+    # 23333 by default, the next free one where that is taken.
     ports = sorted(_remembered(home))
-    alive = {port: said for port in ports if (said := _heartbeat(port)) is not None}
-    ours = version_of("promptflow")
-    for port, said in alive.items():
-        if said == "":
+    alive = {port: version for port in ports if (version := _heartbeat(port)) is not None}
+    installed_version = version_of("promptflow")
+    for port, version in alive.items():
+        if version == "":  # `pf service stop` kills whatever listens on a remembered port
             return HERE.fault(
                 "service",
                 f"port {port}, which Prompt flow uses for its service, belongs to another "
                 f"program; `pf service stop` would kill it",
                 "pf service start --port PORT, with a free port",
             )
-        if ours and said != ours:
+        if installed_version and version != installed_version:
             return HERE.fault(
                 "service",
-                f"Prompt flow's service on port {port} has version {said}, but {ours} is installed",
+                f"Prompt flow's service on port {port} has version {version}, but "
+                f"{installed_version} is installed",
                 "pf service start --force",
             )
     if alive:
@@ -214,7 +214,7 @@ def _heartbeat(port: int) -> str | None:
     finally:
         session.close()
     try:
-        said = json.loads(answer.text)
+        versions = json.loads(answer.text)
     except ValueError:
         return ""
-    return str(said.get("promptflow", "")) if isinstance(said, dict) else ""
+    return str(versions.get("promptflow", "")) if isinstance(versions, dict) else ""

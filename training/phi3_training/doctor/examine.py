@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-
-from phi3_tool.connection import ConnectionSettings
 
 from ..errors import UsageError
 from ..flow.bundle import FlowSource, connection_of
 from ..packages import Installed, installed
-from .endpoint import endpoint
+from .endpoint import CONNECTION, ENDPOINT, ask, connection_findings, endpoint, token_finding
 from .environment import environment, promptflow_home, service
 from .finding import Finding, Group
 from .flow import Connection, flow
-from .probe import CONNECTION, ENDPOINT, ask, connection_findings, token_finding
 
 DEFAULT_CONNECTION = "phi3_connection"
 
@@ -36,25 +34,29 @@ def examine(setup: Setup) -> Iterator[Finding]:
     """Every finding, as soon as it is there; none of them holds the key."""
     yield from environment(setup.version_of)
     yield from service(promptflow_home(), setup.folder, setup.version_of)
-    connection = Connection(setup.connection or _named_in(setup.flow) or DEFAULT_CONNECTION)
-    for finding in connection.checks():
-        yield finding.changed(_scrubber(connection.settings))
-    for finding in _asked(connection, setup):
-        yield finding.changed(_scrubber(connection.settings))
+    try:
+        named = setup.connection or connection_of(FlowSource.read(setup.flow).dag)
+    except UsageError:  # the checks of the flow say why
+        named = None
+    connection = Connection(named or DEFAULT_CONNECTION)
     there = setup.version_of("promptflow") is not None
-    for finding in flow(setup.flow, promptflow_there=there):
-        yield finding.changed(_scrubber(connection.settings))
-    yield from _left_out()
 
+    def scrub(text: str) -> str:
+        # An endpoint or a library may have quoted the key.
+        key = connection.settings.key if connection.settings else ""
+        return text.replace(key, "***") if key else text
 
-def _left_out() -> Iterator[Finding]:
-    """Checks that take longer and are run only when named."""
-    yield Group("flow").skipped(
-        "wheel", "builds the package, which takes longer", "phi3 doctor --tool"
-    )
-    yield Group("model").skipped(
-        "tokens", "compares training with serving, which takes longer", "phi3 doctor --tokens"
-    )
+    # A chain of generators: the connection's settings are there once its checks have run.
+    for finding in chain(
+        connection.checks(),
+        _asked(connection, setup),
+        flow(setup.flow, promptflow_there=there),
+    ):
+        yield finding.changed(scrub)
+    # Checks that take longer and are run only when named.
+    tool, tokens = "builds the package, which takes longer", "compares training with serving, "
+    yield Group("flow").skipped("wheel", tool, "phi3 doctor --tool")
+    yield Group("model").skipped("tokens", tokens + "which takes longer", "phi3 doctor --tokens")
 
 
 def _asked(connection: Connection, setup: Setup) -> Iterator[Finding]:
@@ -69,16 +71,3 @@ def _asked(connection: Connection, setup: Setup) -> Iterator[Finding]:
     yield from connection_findings(asked)
     yield from endpoint(settings, min(setup.seconds, 10.0), setup.slow_ms)
     yield token_finding(asked)
-
-
-def _named_in(folder: Path) -> str | None:
-    try:
-        return connection_of(FlowSource.read(folder).dag)
-    except UsageError:
-        return None
-
-
-def _scrubber(settings: ConnectionSettings | None) -> Callable[[str], str]:
-    """Takes the key out of a text, should an endpoint or a library have quoted it."""
-    key = settings.key if settings else ""
-    return lambda text: text.replace(key, "***") if key else text

@@ -14,20 +14,20 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from phi3_tool.connection import ConnectionSettings, environment_names_endpoint, is_loopback
+from phi3_tool.connection import ConnectionSettings, environment_names_endpoint
 from phi3_tool.errors import ConfigurationError
 
 from ..errors import MissingExtraError, StageError, UsageError
 from ..flow import store
 from ..flow.bundle import FlowSource, copy_flow
 from ..flow.home import PF_MAIN, quiet_home
+from .endpoint import CONNECTION
 from .finding import Finding, Group
 
 HERE = Group("flow")
-SECONDS = 120
+SECONDS = 120  # `pf flow validate` imports the flow's code, which may be slow to load
 
 
 def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
@@ -51,25 +51,22 @@ def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Itera
         return
     copy = scratch / source.name
     copy_flow(source, copy)
-    quiet_home(scratch)
+    quiet_home(scratch)  # no usage report, no service left running
     try:
-        verdict = _validate(copy)
+        faults = _faults_in(copy)
     except subprocess.TimeoutExpired:
-        verdict = {"errors": [{"message": f"no result within {SECONDS} s"}]}
-    errors = verdict.get("errors", [])
-    said = [e.get("message", e) if isinstance(e, dict) else e for e in errors]
-    faults = [str(message).strip().splitlines()[0] for message in said]
-    fix = f"pf flow validate --source {source.folder}"
+        faults = [f"no result within {SECONDS} s"]
     if faults:
-        yield HERE.fault(
-            "validate", "; ".join(dict.fromkeys(faults)), f"see the full message: {fix}"
-        )
+        said = "; ".join(dict.fromkeys(fault.strip().splitlines()[0] for fault in faults))
+        fix = f"see the full message: pf flow validate --source {source.folder}"
+        yield HERE.fault("validate", said, fix)
     else:
         yield HERE.ok("validate", "Prompt flow accepts it")
     yield tools_of(source, copy)
 
 
-def _validate(copy: Path) -> dict[str, Any]:
+def _faults_in(copy: Path) -> list[str]:
+    """What `pf flow validate` says of the folder; empty where it accepts it."""
     done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
         [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
         cwd=copy.parent,
@@ -80,24 +77,25 @@ def _validate(copy: Path) -> dict[str, Any]:
         timeout=SECONDS,
         check=False,
     )
+    # Its JSON comes after whatever else was printed.
     start = done.stdout.find("{")
     try:
         verdict = json.loads(done.stdout[start:]) if start >= 0 else None
     except ValueError:
         verdict = None
     if isinstance(verdict, dict) and (done.returncode == 0 or verdict.get("errors")):
-        return verdict
-    lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
-    return {"errors": [{"message": lines[-1]}]}
+        errors = verdict.get("errors", [])
+        return [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
+    return [((done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"])[-1]]
 
 
 def tools_of(source: FlowSource, copy: Path) -> Finding:
     """Every node's tool is in what Prompt flow found."""
     try:
-        found = json.loads((copy / ".promptflow" / "flow.tools.json").read_text(encoding="utf-8"))
+        listed = json.loads((copy / ".promptflow" / "flow.tools.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return HERE.skipped("tools", "Prompt flow wrote no list of the tools it found")
-    known = {*found.get("code", {}), *found.get("package", {})}
+    known = {*listed.get("code", {}), *listed.get("package", {})}
     wanted = {*source.tool_sources, *source.package_tools}
     missing = sorted(wanted - known)
     if missing:
@@ -112,8 +110,7 @@ def tools_of(source: FlowSource, copy: Path) -> Finding:
 
 def package_tool() -> Finding:
     """Prompt flow lists the package tool where its entry point is installed."""
-    names = {entry.name for entry in metadata.entry_points(group="package_tools")}
-    if "phi3_tool" in names:
+    if any(e.name == "phi3_tool" for e in metadata.entry_points(group="package_tools")):
         return HERE.ok("package tool", "installed: Prompt flow lists Phi-3 chat among its tools")
     return HERE.warning(
         "package tool",
@@ -125,7 +122,6 @@ def package_tool() -> Finding:
 # The connection: is it there, is it whole, and does it lead over https or to this machine.
 # Reads the environment or Prompt flow's store; asks nothing over the network.
 
-CONNECTION = Group("connection")
 _CONNECT = "phi3 connect, or create one by hand: connections/README.md"
 
 
@@ -140,7 +136,13 @@ class Connection:
     def checks(self) -> Iterator[Finding]:
         """Present, whole, over https; afterwards `settings` is there, or `why_not` says why not."""
         try:
-            found, said = self._find()
+            # The environment outranks the store.
+            if environment_names_endpoint():
+                stored: object | None = None
+                said = "from PHI3_ENDPOINT and PHI3_KEY, which take precedence over the store"
+            else:
+                stored = store.stored_connection(self.name)
+                said = f"{self.name}, in {store.database()}"
         except (StageError, MissingExtraError) as error:
             self.why_not = "there is no connection to use"
             yield CONNECTION.fault("present", str(error), _CONNECT)
@@ -152,23 +154,21 @@ class Connection:
         try:
             self.settings = (
                 ConnectionSettings.from_environment()
-                if found is None
-                else ConnectionSettings.from_connection(found)
+                if stored is None
+                else ConnectionSettings.from_connection(stored)
             )
         except ConfigurationError as error:
             faults = list(error.faults) or [error.message]
             self.why_not = "the connection cannot be used as it is"
-        yield from self._shape_and_https(found, faults)
+        yield from self._shape_and_https(stored, faults)
 
-    def _find(self) -> tuple[object | None, str]:
-        """The stored connection, or None where the environment outranks it."""
-        if environment_names_endpoint():
-            return None, "from PHI3_ENDPOINT and PHI3_KEY, which take precedence over the store"
-        found = store.stored_connection(self.name)
-        return found, f"{self.name}, in {store.database()}"
-
-    def _shape_and_https(self, found: object | None, faults: list[str]) -> Iterator[Finding]:
-        fix = _fix(self.name, in_environment=found is None)
+    def _shape_and_https(self, stored: object | None, faults: list[str]) -> Iterator[Finding]:
+        fix = 'eval "$(phi3 env)", or set PHI3_ENDPOINT and PHI3_KEY by hand'
+        if stored is not None:
+            fix = (
+                f"phi3 connect connection.name={self.name}, or pf connection update --name "
+                f"{self.name} --set configs.endpoint=URL secrets.key=KEY"
+            )
         plain = [fault for fault in faults if "plain http" in fault]
         others = [fault for fault in faults if fault not in plain]
         if others:
@@ -180,7 +180,12 @@ class Connection:
         elif self.settings is None:
             yield CONNECTION.skipped("https", "the endpoint's address is not usable yet")
         else:
-            yield CONNECTION.ok("https", _way(self.settings.endpoint))
+            # Plain http to another host is refused when the settings are read.
+            parts = urlsplit(self.settings.endpoint)
+            said = f"the key goes over https to {parts.hostname}"
+            if parts.scheme.lower() != "https":
+                said = "plain http, to this machine only"
+            yield CONNECTION.ok("https", said)
 
     def _shown(self) -> str:
         if self.settings is None:
@@ -192,20 +197,3 @@ class Connection:
         }
         said = [f"{name} {value}" for name, value in options.items() if value is not None]
         return ", ".join([self.settings.endpoint.partition("?")[0], "a key", *said])
-
-
-def _way(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
-    if parts.scheme.lower() == "https":
-        return f"the key goes over https to {parts.hostname}"
-    here = is_loopback((parts.hostname or "").lower())
-    return "plain http, to this machine only" if here else f"plain http to {parts.hostname}"
-
-
-def _fix(name: str, *, in_environment: bool) -> str:
-    if in_environment:
-        return 'eval "$(phi3 env)", or set PHI3_ENDPOINT and PHI3_KEY by hand'
-    return (
-        f"phi3 connect connection.name={name}, or pf connection update --name {name}"
-        " --set configs.endpoint=URL secrets.key=KEY"
-    )

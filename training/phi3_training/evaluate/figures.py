@@ -1,7 +1,6 @@
 """The metrics of a set of answers, before and after, with paired bootstrap intervals.
 
-Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing. Each resample draws
-rows with replacement, with both models' answers to a row together.
+Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from . import corpus
 
 Row = Mapping[str, Any]
 Side = Literal["before", "after"]
+Better = Literal["higher", "lower", "neither"]
 Numbers = NDArray[np.float64]
 
 _CELLS = 4_000_000  # of one block of resampling weights: 32 MB
@@ -32,7 +32,7 @@ class Metric:
     label: str
     columns: Callable[[Sequence[Row], Side], Numbers]
     of_sums: Callable[[Numbers], Numbers]
-    better: Literal["higher", "lower", "neither"] = "higher"
+    better: Better = "higher"
     form: str = ".3f"
 
     @property
@@ -56,7 +56,7 @@ class Metric:
         return " points" if self.form.endswith("%") else ""
 
 
-def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> Metric:
+def _mean(name: str, label: str, form: str = ".1%", better: Better = "higher") -> Metric:
     def columns(rows: Sequence[Row], side: Side) -> Numbers:
         values = [row[side + "_scores"].get(name) for row in rows]
         return np.array([(0.0, 0.0) if v is None else (float(v), 1.0) for v in values])
@@ -65,6 +65,7 @@ def _mean(name: str, label: str, form: str = ".1%", better: Any = "higher") -> M
 
 
 def _perplexity_columns(rows: Sequence[Row], side: Side) -> Numbers:
+    # Of the whole set's tokens, not the mean over rows: a long answer counts for more.
     scores = [row[side + "_scores"] for row in rows]
     pairs = [(s.get("nll"), s.get("tokens")) for s in scores]
     return np.array([(0.0, 0.0) if nll is None else (nll, count) for nll, count in pairs])
@@ -80,8 +81,8 @@ def _corpus(name: corpus.Name, label: str) -> Metric:
 def _ratio(sums: Numbers) -> Numbers:
     # A resample without any measured row has no value; it counts as 0 rather than as a warning.
     safe = np.where(sums[:, 1] > 0, sums[:, 1], 1.0)
-    found: Numbers = sums[:, 0] / safe
-    return found
+    ratio: Numbers = sums[:, 0] / safe
+    return ratio
 
 
 METRICS = {
@@ -98,7 +99,7 @@ METRICS = {
             "perplexity",
             "perplexity of expected answer",
             _perplexity_columns,
-            lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),
+            lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)),  # e^710 overflows a float64
             "lower",
             ",.2f",
         ),
@@ -153,7 +154,7 @@ def _comparison(
 ) -> Comparison:
     before, after = (float(metric.of_sums(side.sum(axis=0, keepdims=True))[0]) for side in columns)
     was, now = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]  # 2.5 and 97.5 for 95 %
     low, high = np.percentile(now - was, tails)
     was_low, was_high = np.percentile(was, tails)
     now_low, now_high = np.percentile(now, tails)
@@ -161,8 +162,10 @@ def _comparison(
     return Comparison(len(columns[0]), before, after, after - before, *map(float, bounds))
 
 
-def _weights(rows: int, resamples: int, seed: Any) -> Iterator[Numbers]:
+def _weights(rows: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Numbers]:
     """How often each row is drawn, in blocks of resamples."""
+    # Rows are drawn with replacement, and with a row both models' answers to it (a paired
+    # bootstrap): how hard the questions are then does not widen the interval of the difference.
     random = np.random.default_rng(seed)
     block = max(1, _CELLS // rows)
     for first in range(0, resamples, block):

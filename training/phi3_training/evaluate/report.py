@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -23,7 +22,7 @@ from .rows import read_rows
 
 PATH = "evaluate/report.html"
 _SHOWN = 12  # answers side by side in each section
-_SMOOTHED = 25  # points of the drawn mean curve's window divide the steps by this
+_SMOOTHED = 25  # the mean curve's window is this fraction of the steps
 
 # What the bars show of each part: its plainest share.
 _BARS = (
@@ -41,29 +40,13 @@ _BARS = (
 
 def write(run: Run, verdict: GateManifest) -> str:
     """Write the page; its path inside the run folder."""
-    metrics = run.require(MetricsManifest)
-    model = run.require(ModelManifest)
-    page = _page(run.name, model, metrics, verdict, read_rows(run), _losses(run, model))
-    write_atomically(run.path / PATH, page)
-    return PATH
-
-
-def _losses(run: Run, model: ModelManifest) -> list[float]:
+    metrics, model = run.require(MetricsManifest), run.require(ModelManifest)
+    rows = read_rows(run)
+    losses: list[float] = []
     path = run.path / (model.loss_log or "finetune/loss.jsonl")
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    return [float(line["loss"]) for line in lines if line.get("loss") is not None]
-
-
-def _page(
-    name: str,
-    model: ModelManifest,
-    metrics: MetricsManifest,
-    verdict: GateManifest,
-    rows: Sequence[Row],
-    losses: Sequence[float],
-) -> str:
+    if path.is_file():  # not of a model that another tool tuned
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        losses = [float(line["loss"]) for line in lines if line.get("loss") is not None]
     # What models and people wrote is text, never markup.
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -74,8 +57,8 @@ def _page(
     comparisons = metrics.comparisons
     bars = [(label, comparisons.get(part, {}).get(key)) for part, key, label in _BARS]
     probes = [row for row in rows if row["part"] == "probes"]
-    return page.get_template("report.html").render(
-        name=name,
+    content = page.get_template("report.html").render(
+        name=run.name,
         model=model,
         verdict=verdict,
         outcome=summary(verdict),
@@ -99,10 +82,13 @@ def _page(
         ],
         shown=_SHOWN,
     )
+    write_atomically(run.path / PATH, content)
+    return PATH
 
 
-def _curves(losses: Sequence[float]) -> dict[str, Any]:
+def _curves(losses: Sequence[float]) -> dict[str, object]:
     """Loss of each step and its moving mean, on a logarithmic scale of whole powers of ten."""
+    # A loss of 0 has no logarithm: a model that knows its few rows by heart comes near it.
     logs = [math.log10(max(loss, 1e-6)) for loss in losses] or [0.0]
     low, high = math.floor(min(logs)), math.ceil(max(logs))
     high = max(high, low + 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import processes
 from ..errors import StageError
 from ..manifests import ModelManifest
-from ..ports import free_port
+from ..processes import free_port
 from ..progress import Progress
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically

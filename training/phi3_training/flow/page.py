@@ -33,7 +33,7 @@ from phi3_tool.connection import ConnectionSettings
 from .. import processes
 from ..errors import MissingExtraError, StageError
 from ..packages import RULES, Installed, installed
-from ..ports import free_port
+from ..processes import free_port
 from .bundle import FlowSource, connection_of, copy_flow
 from .home import PF_MAIN, quiet_home
 

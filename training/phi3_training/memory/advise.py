@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from ..engine import choose_engine
-from ..planning import PlanLine
+from ..progress import PlanLine
 from ..recipe import Recipe
 from .inference import convert_phase, evaluate_phase, row_bytes, save_phase, serve_phase
 from .model import (
@@ -101,36 +101,28 @@ class Planner:
     device: Device
     rows: RowSizes
 
-    def with_(self, changes: Changes) -> Planner:
-        """The same with `section.key` of the recipe changed."""
-        return replace(self, recipe=changed(self.recipe, changes))
-
     @property
     def work(self) -> Work:
         """One training step."""
         return work_of(self.recipe, self.shape, self.device, self.rows)
 
-    @property
-    def processes(self) -> int:
-        """The training processes of this machine."""
-        return self.recipe.finetune.num_processes // self.recipe.finetune.num_machines
-
-    def training(self) -> Need:
-        """The higher one of a training step and of writing the model."""
-        work = self.work
+    def training(self, changes: Changes | None = None) -> Need:
+        """The higher one of a training step and of writing the model, with changed settings."""
+        recipe = changed(self.recipe, changes or {})
+        work = work_of(recipe, self.shape, self.device, self.rows)
         phases = [step_phase(self.shape, work)]
         if work.method != "qlora":  # merged in RAM, see loading
             phases.append(save_phase(self.shape, work))
-        sharing = 1 if self.device.kind == "cuda" else self.processes
+        # Each process has a GPU of its own, but all share one RAM.
+        sharing = 1 if self.device.kind == "cuda" else _processes(recipe)
         return Need(max(phases, key=lambda phase: phase.total), self.device, sharing)
 
     def loading(self, ram: Device) -> Need:
-        """The RAM of a GPU machine: weights pass through it, and a QLoRA adapter is merged "
-        "there."""
+        """The RAM of a GPU machine: weights pass through it, and a QLoRA adapter merges there."""
         full = self.recipe.finetune.method == "full"
         each = FLOAT32 if full else compute_bytes(self.recipe, self.device)
-        size = each * self.shape.parameters
-        return Need(Phase("load", {"weights on their way to the GPU": size}), ram, self.processes)
+        parts = {"weights on their way to the GPU": each * self.shape.parameters}
+        return Need(Phase("load", parts), ram, _processes(self.recipe))
 
     def evaluation(self, at_once: int) -> Need:
         """Asking and scoring one model; base and tuned model follow one another."""
@@ -147,35 +139,34 @@ class Planner:
         return Need(phase, self.device)
 
     def sparing(self) -> Iterator[Changes]:
-        """Settings from the recipe's own to the most sparing, each with the same rows per step.
-
-        They change as little of what is learnt as can be: methods late, the length last. A limit
-        below the longest row would cut it; above, it matters to packed rows alone.
-        """
+        """Settings from the recipe's own to the most sparing, each with the same rows per step."""
         settings, limit = self.recipe.finetune, self.recipe.data.max_length
         on_gpu = self.device.kind == "cuda"
         methods = [m for m in _LADDER[settings.method] if m != "qlora" or on_gpu]
+        # A limit below the longest row would cut it; above, it matters to packed rows alone.
         least = 0
         if self.rows.is_known:
             least = self.rows.longest if settings.packing else limit
         lengths = [limit, *(n for n in _halves(limit, _SHORTEST) if n >= least)]
-        kept = sorted({settings.gradient_checkpointing, True})
-        own = settings.per_device_train_batch_size
-        for length, method, batch in product(lengths, methods, self._batches(kept, own)):
+        checkpointing = sorted({settings.gradient_checkpointing, True})
+        batches = self._batches(checkpointing, settings.per_device_train_batch_size)
+        # As little of what is learnt changes as can be: methods late, the length last.
+        for length, method, batch in product(lengths, methods, batches):
             yield {**batch, "finetune.method": method, "data.max_length": length}
 
     def proposal(self) -> Changes | None:
-        """The fastest setting of the recipe's own method that fits with some room.
+        """The fastest setting of the recipe's own method that fits with some room."""
+        step = self.recipe.finetune.per_device_train_batch_size
+        step *= self.recipe.finetune.gradient_accumulation_steps
+        # Fast: nothing is computed twice, and batches are large.
+        return self.first_fit(self._batches((False, True), step), 1 + MARGIN)
 
-        Fast: nothing is computed twice, and batches are large.
-        """
-        return self._first_fit(self._batches((False, True)), 1 + MARGIN)
+    def first_fit(self, settings: Iterable[Changes], room: float = 1.0) -> Changes | None:
+        """The first of these settings that fits."""
+        free = self.device.available
+        return next((c for c in settings if self.training(c).total * room <= free), None)
 
-    def cure(self) -> Changes | None:
-        """The first sparing setting that fits."""
-        return self._first_fit(self.sparing())
-
-    def _batches(self, checkpointing: Sequence[bool], largest: int | None = None) -> list[Changes]:
+    def _batches(self, checkpointing: Sequence[bool], largest: int) -> list[Changes]:
         """Ways to take the same rows per step, large batches first."""
         settings = self.recipe.finetune
         step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
@@ -183,18 +174,17 @@ class Planner:
             {
                 "finetune.per_device_train_batch_size": size,
                 "finetune.gradient_accumulation_steps": step // size,
-                "finetune.gradient_checkpointing": kept,
+                "finetune.gradient_checkpointing": again,
             }
-            for kept in checkpointing
-            for size in range(largest or step, 0, -1)
+            for again in checkpointing
+            for size in range(largest, 0, -1)
             if step % size == 0
         ]
 
-    def _first_fit(self, settings: Iterable[Changes], room: float = 1.0) -> Changes | None:
-        for changes in settings:
-            if self.with_(changes).training().total * room <= self.device.available:
-                return changes
-        return None
+
+def _processes(recipe: Recipe) -> int:
+    """The training processes of this machine."""
+    return recipe.finetune.num_processes // recipe.finetune.num_machines
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -217,9 +207,8 @@ def memory_plan(recipe: Recipe, device: Device, rows: RowSizes | None = None) ->
     lines = [_training(plan)]
     if device.kind == "cuda" and device.is_here:
         need = plan.loading(this_ram())
-        text = f"fits: {need} of RAM"
-        if not need.fits:
-            text = f"does not fit: {need} of RAM. {need.too_much}"
+        text = f"does not fit: {need} of RAM. {need.too_much}"
+        text = f"fits: {need} of RAM" if need.fits else text
         lines.append(PlanLine("finetune", text, not need.fits, _details(need, shape)))
     lines.append(_evaluation(plan))
     if recipe.serve.engine != "upstream":
@@ -248,16 +237,16 @@ def _training(plan: Planner) -> PlanLine:
         better = _difference(recipe, best or {})
         remark = f"; better: {_words(better)}" if better else "" if best else ", but tightly"
         return PlanLine("finetune", f"fits{remark}; {text}", details=details)
-    cure = plan.cure()
+    cure = plan.first_fit(plan.sparing())
     change = _difference(recipe, cure or {})
     if cure is not None:
-        fix = f"It fits ({gib(plan.with_(cure).training().total)}) with {_words(change)}"
+        fix = f"It fits ({gib(plan.training(cure).total)}) with {_words(change)}"
     else:
-        *_, most = plan.sparing()
-        setting = _words(_difference(recipe, most)) or "this one"
+        *_, smallest = plan.sparing()
+        setting = _words(_difference(recipe, smallest)) or "this one"
         fix = (
-            f"Even the smallest setting ({setting}) needs "
-            f"{gib(plan.with_(most).training().total)}: use a larger device or a smaller model"
+            f"Even the smallest setting ({setting}) needs {gib(plan.training(smallest).total)}: "
+            "use a larger device or a smaller model"
         )
     text = f"does not fit: {text}. {need.too_much}. {fix}"
     return PlanLine("finetune", text, True, details | {"change": dict(change)})

@@ -1,6 +1,8 @@
-"""The memory of the device that trains: this machine's RAM, its GPU, or one that is only planned.
+"""What a memory plan starts from: the model's sizes and the device's memory.
 
-Reads psutil, the container's limit, and torch (imported only where there is a GPU).
+Sizes come from a config alone (a recipe's base section, a config.json in a folder or in the Hugging
+Face cache, or our table), never from the network or weights. Memory comes from psutil, the
+container's limit, and torch (imported only where there is a GPU).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -22,9 +24,6 @@ from ..engine import has_gpu
 from ..models.catalogue import CATALOGUE
 from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
-
-# The sizes of a model, from its config alone: a recipe's base section, config.json, or our table.
-# Reads config.json in a folder or in the Hugging Face cache; never the network, never weights.
 
 CONFIG = "config.json"
 # Attention windows and rotary tables change no size, so a few numbers of each config suffice.
@@ -111,7 +110,7 @@ class ModelShape:
         """Numbers that the key/value cache holds for each token of a conversation."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
-    def adapted(self, target_modules: str | list[str]) -> tuple[Linear, ...]:
+    def adapted(self, target_modules: str | Sequence[str]) -> tuple[Linear, ...]:
         """The matrices of one layer that get an adapter, chosen as peft does."""
         if target_modules == "all-linear":
             return self.linears
@@ -187,10 +186,10 @@ def cached_file(model: ModelSection, name: str) -> Path | None:
     except ImportError:
         return None
     try:
-        found = try_to_load_from_cache(model.name_or_path, name, revision=model.revision)
-    except HFValidationError:
+        cached = try_to_load_from_cache(model.name_or_path, name, revision=model.revision)
+    except HFValidationError:  # the name is a folder's
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 Kind = Literal["cpu", "cuda", "mps"]
@@ -258,29 +257,23 @@ def torch_has_cuda() -> bool:
 
 
 def ram(cgroup: Path = _CGROUP) -> tuple[int, int]:
-    """RAM in all and free, within what a container is allowed."""
+    """RAM in all and free, within what a container is allowed (cgroup v2)."""
     memory = psutil.virtual_memory()
-    limit = _number(cgroup / "memory.max")
-    if limit is None or limit >= memory.total:
+    limit = _words(cgroup / "memory.max")
+    # "max" where there is no limit.
+    if not limit or not limit[0].isdecimal() or int(limit[0]) >= memory.total:
         return memory.total, memory.available
-    used = _number(cgroup / "memory.current") or 0
+    used = int((_words(cgroup / "memory.current") or ["0"])[0])
     # Cached files count as used, and are given up when memory is wanted.
-    used -= _inactive_files(cgroup / "memory.stat")
-    return limit, max(0, min(memory.available, limit - used))
+    words = _words(cgroup / "memory.stat")
+    if "inactive_file" in words:
+        used -= int(words[words.index("inactive_file") + 1])
+    total = int(limit[0])
+    return total, max(0, min(memory.available, total - used))
 
 
-def _number(path: Path) -> int | None:
+def _words(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="ascii").strip()
+        return path.read_text(encoding="ascii").split()
     except OSError:
-        return None
-    return int(text) if text.isdecimal() else None  # "max" where there is no limit
-
-
-def _inactive_files(path: Path) -> int:
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    counts = [line.split()[1] for line in lines if line.startswith("inactive_file ")]
-    return int(counts[0]) if counts else 0
+        return []

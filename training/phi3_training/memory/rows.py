@@ -10,8 +10,9 @@ import heapq
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -106,31 +107,28 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     if folder is None:
         name = recipe.model.name_or_path
         how = f"estimated from the bytes of {place}: the tokenizer of {name} is not here yet"
-        return _combined(recipe, parts, _guess, how)
+
+        def guess(size: int, _row: Messages) -> _Tokens:
+            tokens = math.ceil(size / _BYTES_PER_TOKEN)
+            return _Tokens(tokens, tokens, tokens)
+
+        return _combined(recipe, parts, guess, how)
     return _combined(recipe, parts, lambda _size, row: _count(chat, row), f"counted in {place}")
 
 
 def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    base = run.read(BaseManifest)
-    if base is not None and _is_base_of(base, recipe):
-        return _with_tokenizer(run.path / base.path)
-    named = recipe.model.name_or_path
-    folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
-    if folder is not None and folder.is_dir():
-        return _with_tokenizer(folder)
-    cached = cached_file(recipe.model, "tokenizer.json")
-    return None if cached is None else cached.parent
-
-
-def _with_tokenizer(folder: Path) -> Path | None:
-    return folder if (folder / "tokenizer.json").is_file() else None
-
-
-def _is_base_of(manifest: BaseManifest, recipe: Recipe) -> bool:
-    """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
-    named = manifest.settings.get("name_or_path")
-    return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
+    base, named = run.read(BaseManifest), recipe.model.name_or_path
+    # Only where it is the recipe's: an earlier recipe of that name may have had another base.
+    trained_on = None if base is None else base.settings.get("name_or_path")
+    if base is not None and (trained_on == named or (trained_on is None and recipe.model.is_tiny)):
+        folder: Path | None = run.path / base.path
+    else:
+        folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
+        if folder is None or not folder.is_dir():
+            cached = cached_file(recipe.model, "tokenizer.json")
+            folder = None if cached is None else cached.parent
+    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
@@ -140,38 +138,32 @@ def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
         return None
     try:
         for part in PARTS:
-            known = [one.sha256 for one in manifest.inputs.get(part, ())]
+            known = [file.sha256 for file in manifest.inputs.get(part, ())]
             sources = getattr(recipe.data, part)
             is_hub = any(isinstance(source, HubSet) for source in sources)  # has no hash
             if not is_hub and known != fingerprints(sources):
                 return None
-        outputs = {name: run.path / one.path for name, one in manifest.outputs.items()}
-        return {name: _of_lines(path) for name, path in outputs.items()}
+        outputs = manifest.outputs.items()
+        return {name: _of_lines(run.path / file.path) for name, file in outputs}
     except OSError:
         return None
 
 
 def _of_lines(path: Path) -> _Part:
     """A prepared file: lines are compared by their bytes, and only the largest are read as JSON."""
-    rows = 0
-
-    def counted(lines: Iterable[bytes]) -> Iterable[bytes]:
-        nonlocal rows
-        for line in lines:
-            rows += 1
-            yield line
-
+    rows = count()
     with path.open("rb") as stream:
-        lines = heapq.nlargest(_COUNTED + 1, counted(stream), key=len)
-    rest = len(lines[_COUNTED]) if len(lines) > _COUNTED else 0
-    largest = [(len(line), json.loads(line)["messages"]) for line in lines[:_COUNTED]]
-    return _Part(largest, rest, rows, path.stat().st_size)
+        numbered = ((len(line), next(rows), line) for line in stream)
+        lines = heapq.nlargest(_COUNTED + 1, numbered)
+    rest = lines[_COUNTED][0] if len(lines) > _COUNTED else 0
+    largest = [(size, json.loads(line)["messages"]) for size, _row, line in lines[:_COUNTED]]
+    return _Part(largest, rest, next(rows), path.stat().st_size)
 
 
 def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
     """The beginnings of the recipe's own files; held-out rows are still among those of train."""
     sources, _faults = chosen_sources({part: getattr(recipe.data, part) for part in PARTS})
-    found: dict[str, list[_Part]] = {}
+    read: dict[str, list[_Part]] = {}
     is_cut = False
     with tempfile.TemporaryDirectory() as folder:
         for number, (part, source) in enumerate(sources):
@@ -179,11 +171,19 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
             inner.mkdir()
             table = Table([scan_start(source, inner, _READ)])
             is_cut |= len(table) >= _READ
-            found.setdefault(part, []).append(_of_table(table))
+            read.setdefault(part, []).append(_of_table(table))
     names = [place_of(source).name for _part, source in sources]
     place = names[0] if len(names) == 1 else f"{len(names)} files"
     start = f"the first {_READ:,} rows of " if is_cut else ""
-    return {part: _joined(parts) for part, parts in found.items()}, start + place
+    return {
+        name: _Part(
+            largest=[row for part in parts for row in part.largest],
+            rest=max(part.rest for part in parts),
+            rows=sum(part.rows for part in parts),
+            size=sum(part.size for part in parts),
+        )
+        for name, parts in read.items()
+    }, start + place
 
 
 def _of_table(table: Table) -> _Part:
@@ -195,15 +195,6 @@ def _of_table(table: Table) -> _Part:
         largest.append((int(table.text_size[row]) + 40 * len(messages), messages))
     rest = int(table.text_size[order[_COUNTED]]) + 80 if len(order) > _COUNTED else 0
     return _Part(largest, rest, len(table), int(table.text_size.sum()) + 80 * len(table))
-
-
-def _joined(parts: Sequence[_Part]) -> _Part:
-    return _Part(
-        [one for part in parts for one in part.largest],
-        max(part.rest for part in parts),
-        sum(part.rows for part in parts),
-        sum(part.size for part in parts),
-    )
 
 
 def _combined(
@@ -276,20 +267,15 @@ def _count(chat: ChatFormat, messages: Messages) -> _Tokens | None:
     return _Tokens(len(mask), sum(mask), answer)
 
 
-def _guess(size: int, _messages: Messages) -> _Tokens:
-    tokens = math.ceil(size / _BYTES_PER_TOKEN)
-    return _Tokens(tokens, tokens, tokens)
-
-
 def _extra_prompts(
     recipe: Recipe, tokens_of: Callable[[int, Messages], _Tokens | None]
 ) -> list[int]:
     """The longest question of each other evaluation file, whose faults are reported there."""
-    found = []
+    prompts = []
     for _part, path in extra_files(recipe.evaluate):
         try:
             part = _of_lines(path)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        found.append(_lengths(part, tokens_of)[0].prompt)
-    return found
+        prompts.append(_lengths(part, tokens_of)[0].prompt)
+    return prompts

@@ -6,7 +6,7 @@ benchmarks/memory_plan.py compares them with measured peaks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,7 +59,7 @@ class Work:
     attention: str = "sdpa"
     lora_r: int = 16
     lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: str | Sequence[str] = "all-linear"
     packing: bool = False
     own_loss: bool = False
     processes: int = 1
@@ -67,6 +67,21 @@ class Work:
     dense: bool = False  # by finetune/dense.py: no padding, gradients by hand
     merged: int = 0  # bytes of a number of weights loaded again to merge into; 0: none are
     learnt: float = 1.0  # share of the batch's tokens that are learnt; 1 is the most
+
+    @property
+    def full(self) -> bool:
+        """Whether all weights learn, without an adapter."""
+        return self.method == "full"
+
+    @property
+    def learning_bytes(self) -> int:
+        """Of a weight that learns: float32 (autocast computes in less), QLoRA's where it can."""
+        return HALF if self.method == "qlora" and not self.float16 else FLOAT32
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of a number between the layers: as the embedding gives it."""
+        return FLOAT32 if self.full else self.compute
 
     @property
     def positions(self) -> int:
@@ -88,7 +103,6 @@ class Work:
 def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -> Work:
     """The work that a recipe means on a device, for rows of such sizes."""
     settings = recipe.finetune
-    modules = settings.target_modules
     limit = min(recipe.data.max_length, shape.context)
     batch, tokens, learnt = _largest_batch(recipe, rows, limit)
     precision = _precision(recipe, device, shape)
@@ -104,7 +118,7 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -
         attention=recipe.model.attn_implementation or "sdpa",
         lora_r=settings.lora_r,
         lora_dropout=settings.lora_dropout,
-        target_modules=modules if isinstance(modules, str) else tuple(modules),
+        target_modules=settings.target_modules,
         packing=settings.packing,
         own_loss=settings.loss is not None,
         processes=settings.num_processes,
@@ -164,29 +178,30 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
     Gradients of weights grow as activations are given back, so nothing between is higher. They
     are there from the start when they are accumulated over several batches.
     """
-    kept = {
+    always = {
         "weights": weight_bytes(shape, work),
-        "adapter": _adapter_weights(shape, work) * _adapter_bytes(work),
+        "adapter": _adapter_weights(shape, work) * work.learning_bytes,
         "optimiser": optimiser_bytes(shape, work),
         "working copies": working_copies(shape, work),
     }
     gradients = gradient_bytes(shape, work)
     if work.processes > 1:  # what the processes exchange is held in addition to the gradients
-        kept["exchange"] = gradients
+        always["exchange"] = gradients
     before = gradients if work.accumulation > 1 else 0
     held, layer = activation_bytes(shape, work), layer_bytes(shape, work)
     backward = backward_bytes(shape, work)
     summits = (
         {"gradients": before, "activations": held, "loss": loss_bytes(shape, work)},
         {
-            "gradients": max(before, _head_gradient(shape, work)),
+            # The output matrix is the first one to get its gradient.
+            "gradients": max(before, FLOAT32 * shape.vocab * shape.hidden if work.full else 0),
             "activations": held + (layer if work.checkpointing else 0),
             "backward pass": backward,
         },
         {"gradients": gradients, "activations": layer, "backward pass": backward},
     )
     higher = max(summits, key=lambda parts: sum(parts.values()))
-    parts = {**kept, **higher, "heap": heap_bytes(shape, work)}
+    parts = {**always, **higher, "heap": heap_bytes(shape, work)}
     return Phase("train", {name: size for name, size in parts.items() if size})
 
 
@@ -218,12 +233,12 @@ def learning_weights(shape: ModelShape, work: Work) -> int:
 
 def gradient_bytes(shape: ModelShape, work: Work) -> int:
     """One number for each weight that learns, in that weight's type."""
-    return learning_weights(shape, work) * _adapter_bytes(work)
+    return learning_weights(shape, work) * work.learning_bytes
 
 
 def optimiser_bytes(shape: ModelShape, work: Work) -> int:
     """AdamW's two moments of each weight that learns, in that weight's type."""
-    return _MOMENTS * learning_weights(shape, work) * _adapter_bytes(work)
+    return _MOMENTS * learning_weights(shape, work) * work.learning_bytes
 
 
 def working_copies(shape: ModelShape, work: Work) -> int:
@@ -233,7 +248,7 @@ def working_copies(shape: ModelShape, work: Work) -> int:
     matrix at a time; DoRA builds one whole matrix from its adapter (float32: itself, the sum with
     the base matrix, and its square) to measure its columns.
     """
-    adapted = shape.adapted(_modules(work))
+    adapted = shape.adapted(work.target_modules)
     largest = max((linear.weights for linear in shape.linears), default=0)
     size = 0
     if work.compute < FLOAT32 and work.method != "qlora" and not work.dense:
@@ -254,12 +269,12 @@ def activation_bytes(shape: ModelShape, work: Work) -> int:
     """
     layer = layer_bytes(shape, work)
     if work.dense:
-        kept = work.positions * shape.hidden * FLOAT32 if work.checkpointing else layer
-        return shape.layers * kept + work.positions * shape.hidden * FLOAT32
-    ends = work.positions * shape.hidden * (2 * FLOAT32 + (FLOAT32 if _is_full(work) else 0))
+        each = work.positions * shape.hidden * FLOAT32 if work.checkpointing else layer
+        return shape.layers * each + work.positions * shape.hidden * FLOAT32
+    ends = work.positions * shape.hidden * (2 * FLOAT32 + (FLOAT32 if work.full else 0))
     if not work.checkpointing:
         return shape.layers * layer + ends
-    return shape.layers * work.positions * shape.hidden * _stream_bytes(work) + ends
+    return shape.layers * work.positions * shape.hidden * work.stream_bytes + ends
 
 
 def layer_bytes(shape: ModelShape, work: Work) -> int:
@@ -279,14 +294,17 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
         return _dense_layer_bytes(shape, work)
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inputs = _kept_inputs(shape, work)
+    names = _adapted_names(shape, work)
     numbers = queries + 2 * keys + queries + keys + queries + 3 * i
-    numbers += (2 * h if "norms" in inputs else 0) + (i if "down" in inputs else 0)
+    # Inputs of matrices are kept for those that learn or have an adapter: the norms' outputs feed
+    # the fused projections, the MLP's product feeds down_proj.
+    numbers += 2 * h if work.full or names - {"down_proj", "o_proj"} else 0
+    numbers += i if work.full or "down_proj" in names else 0
     if keys < queries and (work.attention == "eager" or work.masked):
         numbers += 2 * queries  # k and v are repeated for every query head
     size = work.positions * (b * numbers + 2 * FLOAT32 * h)
-    if _is_full(work):
-        size += work.positions * 2 * h * _stream_bytes(work)
+    if work.full:
+        size += work.positions * 2 * h * work.stream_bytes
     return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
 
 
@@ -299,28 +317,24 @@ def _dense_layer_bytes(shape: ModelShape, work: Work) -> int:
     """
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    names = {linear.name.rpartition(".")[2] for linear in shape.adapted(_modules(work))}
     inputs = {"qkv_proj": h, "o_proj": queries, "gate_up_proj": h, "down_proj": i}
-    numbers = 2 * i + sum(inputs[name] for name in names)
+    numbers = 2 * i + sum(inputs[name] for name in _adapted_names(shape, work))
     size = b * numbers + FLOAT32 * (2 * h + 2 * queries + 2 * keys)
     return work.positions * size + _adapter_activations(shape, work)
 
 
-def _kept_inputs(shape: ModelShape, work: Work) -> set[str]:
-    """Which inputs of matrices are kept: those of matrices that learn or have an adapter."""
-    if _is_full(work):
-        return {"norms", "down"}
-    names = {linear.name.rpartition(".")[2] for linear in shape.adapted(_modules(work))}
-    kept = {"down"} if "down_proj" in names else set()
-    return kept | ({"norms"} if names - {"down_proj", "o_proj"} else set())
+def _adapted_names(shape: ModelShape, work: Work) -> set[str]:
+    """The adapted modules of one layer, by the last part of their names."""
+    return {linear.name.rpartition(".")[2] for linear in shape.adapted(work.target_modules)}
 
 
 def _adapter_activations(shape: ModelShape, work: Work) -> int:
-    if _is_full(work):
+    if work.full:
         return 0
     size = 0
+    # Dropout keeps a mask: in the number's type on a CPU, a byte each on a GPU.
     noise = work.compute if work.device == "cpu" else 1
-    for linear in shape.adapted(_modules(work)):
+    for linear in shape.adapted(work.target_modules):
         size += work.compute * work.lora_r
         size += noise * linear.inputs if work.lora_dropout else 0
         size += 2 * work.compute * linear.outputs if work.method == "dora" else 0
@@ -331,8 +345,9 @@ def _score_bytes(shape: ModelShape, work: Work) -> int:
     """What one layer keeps that grows with the square of the rows' length."""
     squares = work.batch * work.tokens**2
     if work.attention == "eager":
-        kept = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
-        return squares * shape.heads * kept
+        # The softmax in float32, and its copy in the compute type where that is another one.
+        each = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
+        return squares * shape.heads * each
     return squares * work.compute if work.masked else 0
 
 
@@ -346,7 +361,8 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     computed, and three float32 copies.
     """
     learnt = int(work.positions * work.learnt)
-    head = _head_gradient(shape, work)
+    # The output matrix is the first one to get its gradient.
+    head = FLOAT32 * shape.vocab * shape.hidden if work.full else 0
     if work.dense:  # piece by piece, the gradient of the states at once; nothing is kept
         pieces = _SCORED_AT_ONCE * shape.vocab * (FLOAT32 + 2 * work.compute)
         return pieces + learnt * shape.hidden * (FLOAT32 + 2 * work.compute)
@@ -359,11 +375,6 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     if work.device != "cuda":  # no kernel there: the tile in float32, its exponentials, gradient
         tile += 3 * min(learnt, _TILE_TOKENS) * _TILE_WORDS * FLOAT32
     return tile + learnt * shape.hidden * (FLOAT32 + work.compute) + head
-
-
-def _head_gradient(shape: ModelShape, work: Work) -> int:
-    """The gradient of the output matrix, the first one there is."""
-    return FLOAT32 * shape.vocab * shape.hidden if _is_full(work) else 0
 
 
 def backward_bytes(shape: ModelShape, work: Work) -> int:
@@ -382,29 +393,10 @@ def backward_bytes(shape: ModelShape, work: Work) -> int:
 
 def _adapter_weights(shape: ModelShape, work: Work) -> int:
     """r·(inputs + outputs) for each adapted matrix; DoRA adds a size for each output."""
-    if _is_full(work):
+    if work.full:
         return 0
-    count = 0
-    for linear in shape.adapted(_modules(work)):
-        count += work.lora_r * (linear.inputs + linear.outputs)
-        count += linear.outputs if work.method == "dora" else 0
-    return shape.layers * count
-
-
-def _adapter_bytes(work: Work) -> int:
-    """Weights that learn are float32 (autocast computes in less); QLoRA's are where they can."""
-    return HALF if work.method == "qlora" and not work.float16 else FLOAT32
-
-
-def _stream_bytes(work: Work) -> int:
-    """Bytes of a number between the layers: as the embedding gives it."""
-    return FLOAT32 if _is_full(work) else work.compute
-
-
-def _modules(work: Work) -> str | list[str]:
-    modules = work.target_modules
-    return modules if isinstance(modules, str) else list(modules)
-
-
-def _is_full(work: Work) -> bool:
-    return work.method == "full"
+    return shape.layers * sum(
+        work.lora_r * (linear.inputs + linear.outputs)
+        + (linear.outputs if work.method == "dora" else 0)
+        for linear in shape.adapted(work.target_modules)
+    )

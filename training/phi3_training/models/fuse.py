@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import StageError
-from ..quiet import captured_output
+from ..progress import captured_output
 
 # Prompt tokens on which both readings of the weights are compared, a few ids spread over the
 # vocabulary: enough to reach every matrix, and every position offset of a rotary pair.

@@ -141,7 +141,7 @@ def _write(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from ..quiet import captured_output
+    from ..progress import captured_output
     from .folder import new_folder
     from .fuse import check_difference, fuse, largest_difference
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,6 +13,9 @@ from ..errors import RecipeError
 from ..recipe import Recipe, read_yaml
 from ..recipe.faults import plain
 from ..recipe.sections import Positive, Section
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # A recipe with these overrides applied; raises RecipeError.
 MakeRecipe = Callable[[Sequence[str]], Recipe]
@@ -25,6 +28,17 @@ _SECTIONS = ("finetune", "data", "base", "model")
 _FIXED = ("data.seed", "data.validation", "data.validation_share")
 
 
+def _check_range(given: FloatRange | IntRange) -> FloatRange | IntRange:
+    # The rules of Optuna's suggest_float and suggest_int, which would raise only in a trial.
+    if given.low >= given.high:
+        raise ValueError(f"low must be below high, got {given.low} and {given.high}")
+    if given.log and given.low <= 0:
+        raise ValueError(f"log needs a low above 0, got {given.low}")
+    if given.log and given.step is not None:
+        raise ValueError("log and step exclude each other")
+    return given
+
+
 class FloatRange(Section):
     """Any number from low to high; log: spread evenly over the powers of ten."""
 
@@ -33,11 +47,7 @@ class FloatRange(Section):
     high: float
     log: bool = False
     step: Annotated[float, Field(gt=0.0)] | None = None
-
-    @model_validator(mode="after")
-    def _is_range(self) -> FloatRange:
-        _check_range(self)
-        return self
+    _range = model_validator(mode="after")(_check_range)
 
 
 class IntRange(Section):
@@ -48,11 +58,7 @@ class IntRange(Section):
     high: int
     log: bool = False
     step: Positive | None = None
-
-    @model_validator(mode="after")
-    def _is_range(self) -> IntRange:
-        _check_range(self)
-        return self
+    _range = model_validator(mode="after")(_check_range)
 
 
 class Choices(Section):
@@ -109,17 +115,8 @@ def overrides_of(values: Mapping[str, Value]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _check_range(found: FloatRange | IntRange) -> None:
-    if found.low >= found.high:
-        raise ValueError(f"low must be below high, got {found.low} and {found.high}")
-    if found.log and found.low <= 0:
-        raise ValueError(f"log needs a low above 0, got {found.low}")
-    if found.log and found.step is not None:
-        raise ValueError("log and step exclude each other")
-
-
 # The following look at the file as it was written, so that a fault of its form hides no other.
-def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
     from ..evaluate.figures import METRICS
     from ..evaluate.questions import PARTS
 
@@ -141,7 +138,7 @@ def _metric_faults(content: Mapping[str, Any], recipe: Recipe) -> list[str]:
     return faults
 
 
-def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]:
+def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[str]:
     faults: dict[str, None] = {}
     probes: dict[str, list[Value]] = {}
     for key, parameter in _parameters(content).items():
@@ -150,8 +147,8 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
             faults[f"parameters.{key}: does not affect training; expected {sections}"] = None
         elif key in _FIXED:
             faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
-        elif found := _probes(parameter):
-            probes[key] = found
+        elif values := _probes(parameter):
+            probes[key] = values
     # The others are set as well: some keys make sense only together.
     first = {key: values[0] for key, values in probes.items()}
     for key, values in probes.items():
@@ -163,12 +160,12 @@ def _parameter_faults(content: Mapping[str, Any], make: MakeRecipe) -> list[str]
     return list(faults)
 
 
-def _parameters(content: Mapping[str, Any]) -> dict[str, Any]:
-    found = content.get("parameters")
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+def _parameters(content: Mapping[str, object]) -> dict[str, object]:
+    listed = content.get("parameters")
+    return {str(key): value for key, value in listed.items()} if isinstance(listed, dict) else {}
 
 
-def _probes(parameter: Any) -> list[Value]:
+def _probes(parameter: object) -> list[Value]:
     """Values that the recipe must accept; one in between shows keys that need whole numbers."""
     if not isinstance(parameter, dict):
         return []
@@ -180,7 +177,7 @@ def _probes(parameter: Any) -> list[Value]:
     return [*numbers, *(choices if isinstance(choices, list) else [])]
 
 
-def _fault_line(item: Any) -> str:
+def _fault_line(item: ErrorDetails) -> str:
     """One fault in the file's own terms: `parameters.finetune.lora_r.low: is missing`."""
     key = ".".join(str(part) for part in item["loc"] if part not in ("float", "int", "categorical"))
     if item["type"] == "extra_forbidden":

@@ -21,13 +21,14 @@ from .plan import Choices, MakeRecipe, SearchPlan, overrides_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.gridspec import SubplotSpec
 
 _TRIAL, _BEST = "#4a7fb5", "#d1632b"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What came of a trial; `value` is None where it was ended early or failed."""
+    """The outcome of a trial; `value` is None where it was pruned or failed."""
 
     number: int
     state: str  # complete, pruned or fail
@@ -64,7 +65,7 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
     figure = Figure(figsize=(9, 3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
 
-    def panel(place: Any, title: str, at: Sequence[float]) -> Axes:
+    def panel(place: SubplotSpec, title: str, at: Sequence[float]) -> Axes:
         axes = figure.add_subplot(place, title=title)
         chosen = measured.index(best)
         axes.scatter(at, values, color=_TRIAL, alpha=0.75, gid=f"trials of {title}")
@@ -79,7 +80,7 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
     history.plot(lost, [0] * len(lost), "x", color="gray", transform=history.get_xaxis_transform())
     for place, (key, parameter) in enumerate(plan.parameters.items()):
         at = [trial.parameters[key] for trial in measured]
-        if isinstance(parameter, Choices):  # told apart as JSON: 1, 1.0 and true are equal
+        if isinstance(parameter, Choices):  # compared as JSON: in Python 1, 1.0 and true are equal
             names = [json.dumps(choice) for choice in parameter.choices]
             at = [names.index(json.dumps(value)) for value in at]
             panel(grid[1 + place // 2, place % 2], key, at).set_xticks(range(len(names)), names)

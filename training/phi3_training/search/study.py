@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -30,7 +29,6 @@ from ..stages import stages_until
 from .plan import (
     TRAINING_METRICS,
     Choices,
-    FloatRange,
     IntRange,
     MakeRecipe,
     Parameter,
@@ -40,18 +38,28 @@ from .plan import (
 )
 from .report import Finished, best_of, write_report
 
-# One trial of a search: a separate run folder that reuses the run's chats and base.
-# Writes run/search/trials/trial-NNN/; reads what training logs there.
-
-# Told of each held-out loss with its step; ends the trial by raising.
+# Gets each held-out loss with its step; ends the trial by raising.
 Watch = Callable[[float, int], None]
+# So many trials are drawn at random before Optuna's sampler (TPE) models what is good.
+_RANDOM_TRIALS = 5
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+# Keys of a recipe that do not change what a trial measures.
+_NO_PART = {"save_steps", "save_seconds", "save_total_limit", "allow", "num_threads"}
 
 
 def trial_journey(whole: Journey, recipe: Recipe, number: int) -> Journey:
     """The journey of trial `number`, with chats and base where its recipe has the same ones."""
     run = Run.open(whole.run.path / "search" / "trials" / f"trial-{number:03d}")
     if recipe.data == whole.recipe.data:
-        _take_chats(whole.run, run)
+        dataset = whole.run.require(DatasetManifest)
+        for part in dataset.outputs.values():
+            target = run.file(part.path)
+            target.unlink(missing_ok=True)
+            try:
+                os.link(whole.run.path / part.path, target)  # large chats are on the disk once
+            except OSError:  # a file system without links
+                shutil.copyfile(whole.run.path / part.path, target)
+        run.write(dataset)
     if (recipe.base, recipe.model) == (whole.recipe.base, whole.recipe.model):
         manifest = whole.run.require(BaseManifest)
         place = whole.run.path / manifest.path  # an absolute path stays what it is
@@ -72,35 +80,21 @@ def measure(journey: Journey, metric: str, progress: Progress, watch: Watch) -> 
             training = stage.manifest is ModelManifest
             shown = _watched(progress, journey.run, watch) if training else progress
             do(journey, stage, shown)
-    value = _figure(journey.run, metric)
+    part, _, figure = metric.partition(".")
+    value: float | None
+    if figure:
+        value = journey.run.require(MetricsManifest).after.get(part, {}).get(figure)
+    else:
+        value = getattr(journey.run.require(ModelManifest), metric)
     if value is None or not math.isfinite(value):
         raise StageError(f"The trial has no value for {metric} (found: {value}).")
-    return value
-
-
-def drop_weights(folder: Path) -> None:
-    """Remove what takes room in a trial that is not the best; its figures and adapter stay."""
-    for name in ("model", "finetune/checkpoints"):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-
-
-def _take_chats(whole: Run, run: Run) -> None:
-    manifest = whole.require(DatasetManifest)
-    for part in manifest.outputs.values():
-        target = run.file(part.path)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(whole.path / part.path, target)  # large chats are on the disk once
-        except OSError:
-            shutil.copyfile(whole.path / part.path, target)
-    run.write(manifest)
+    return float(value)
 
 
 def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
     """`progress` that also reports each new held-out loss that training logs."""
     log = run.path / "finetune" / "eval.jsonl"
-    told: set[int] = set()
+    reported: set[int] = set()
     size = 0
 
     def step(done: int, total: int, text: str) -> None:
@@ -111,26 +105,11 @@ def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
         size = log.stat().st_size
         for line in log.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            if entry["step"] <= done and entry["step"] not in told:
-                told.add(entry["step"])
+            if entry["step"] <= done and entry["step"] not in reported:
+                reported.add(entry["step"])
                 watch(float(entry["loss"]), int(entry["step"]))
 
     return step
-
-
-def _figure(run: Run, metric: str) -> float | None:
-    part, _, figure = metric.partition(".")
-    if not figure:
-        found = getattr(run.require(ModelManifest), metric)
-    else:
-        found = run.require(MetricsManifest).after.get(part, {}).get(figure)
-    return None if found is None else float(found)
-
-
-# So many trials are drawn at random before Optuna's sampler (TPE) models what is good.
-_RANDOM_TRIALS = 5
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_NO_PART = {"save_steps", "save_seconds", "save_total_limit", "allow", "num_threads"}
 
 
 def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, Any]:
@@ -148,15 +127,17 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
         _run_trial(journey, plan, make, study, len(done) + 1)
         done = finished_trials(study)
         best = best_of(done, maximize=plan.direction == "maximize")
+        # Figures and adapters stay; what takes room stays of the best alone.
         for other in done:
-            if other is not best:
-                drop_weights(journey.run.path / other.folder)
+            for name in ("model", "finetune/checkpoints"):
+                if other is not best:
+                    shutil.rmtree(journey.run.path / other.folder / name, ignore_errors=True)
     return write_report(journey, plan, make, finished_trials(study))
 
 
 def finished_trials(study: optuna.Study) -> list[Finished]:
     """The outcome of each trial that was not interrupted, in the order of proposal."""
-    kept = [
+    ended = [
         trial
         for trial in study.get_trials(deepcopy=False)
         if trial.state in _DONE or (trial.state == TrialState.FAIL and "remark" in trial.user_attrs)
@@ -170,7 +151,7 @@ def finished_trials(study: optuna.Study) -> list[Finished]:
             seconds=trial.user_attrs.get("seconds"),
             remark=trial.user_attrs.get("remark"),
         )
-        for number, trial in enumerate(kept, start=1)
+        for number, trial in enumerate(ended, start=1)
     ]
 
 
@@ -226,7 +207,11 @@ def _run_trial(
     trial = study.ask()
     values = {key: _propose(trial, key, choice) for key, choice in plan.parameters.items()}
     title = f"trial {number}/{plan.trials}"
-    shown = ", ".join(f"{key.rpartition('.')[2]}={_short(v)}" for key, v in values.items())
+    short = {
+        key.rpartition(".")[2]: f"{v:.4g}" if isinstance(v, float) else json.dumps(v).strip('"')
+        for key, v in values.items()
+    }
+    shown = ", ".join(f"{name}={text}" for name, text in short.items())
     started = time.monotonic()
 
     def watch(loss: float, step: int) -> None:
@@ -235,28 +220,25 @@ def _run_trial(
         if trial.should_prune():
             raise optuna.TrialPruned(f"pruned after step {step}: held-out loss {loss:.3f}")
 
+    remark = None
     try:
         with console.progress_bar(title) as progress:
             own = trial_journey(journey, make(overrides_of(values)), number)
             value = measure(own, plan.metric, progress, watch)
+        outcome = f"{plan.metric} {value:.4g}"
+        result: tuple[float | None, TrialState | None] = (value, None)
     except optuna.TrialPruned as pruned:
-        _tell(study, trial, started, TrialState.PRUNED, str(pruned))
-        console.stage_done(title, f"{shown}: {pruned}", time.monotonic() - started)
+        outcome = remark = str(pruned)
+        result = (None, TrialState.PRUNED)
     except (StageError, DataError, RecipeError) as error:
-        _tell(study, trial, started, TrialState.FAIL, str(error))
-        console.stage_done(title, f"{shown}: failed. {error}", time.monotonic() - started)
-    else:
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
-        study.tell(trial, value)
-        console.stage_done(title, f"{shown}: {plan.metric} {value:.4g}", time.monotonic() - started)
-
-
-def _tell(
-    study: optuna.Study, trial: optuna.Trial, started: float, state: TrialState, remark: str
-) -> None:
-    trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
-    trial.set_user_attr("remark", remark)
-    study.tell(trial, state=state)
+        outcome, remark = f"failed. {error}", str(error)
+        result = (None, TrialState.FAIL)
+    if remark is not None:
+        trial.set_user_attr("remark", remark)
+    seconds = time.monotonic() - started
+    trial.set_user_attr("seconds", round(seconds, 3))
+    study.tell(trial, result[0], state=result[1])
+    console.stage_done(title, f"{shown}: {outcome}", seconds)
 
 
 def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
@@ -265,9 +247,6 @@ def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
     if isinstance(parameter, IntRange):
         step = parameter.step or 1
         return trial.suggest_int(key, parameter.low, parameter.high, step=step, log=parameter.log)
-    found: FloatRange = parameter
-    return trial.suggest_float(key, found.low, found.high, step=found.step, log=found.log)
-
-
-def _short(value: Value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value).strip('"')
+    return trial.suggest_float(
+        key, parameter.low, parameter.high, step=parameter.step, log=parameter.log
+    )

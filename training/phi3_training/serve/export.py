@@ -23,8 +23,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import MissingExtraError, StageError
 from ..manifests import EXPORTS, ModelManifest
-from ..progress import Progress, note
-from ..quiet import captured_output
+from ..progress import Progress, captured_output, note
 from ..run import Run
 
 # Rewrites a float32 ONNX folder so that its matrices are multiplied as 8-bit integers.

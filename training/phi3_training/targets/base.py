@@ -20,7 +20,7 @@ from ..manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
-from ..planning import PlanLine as PlanLine
+from ..progress import PlanLine as PlanLine
 from ..progress import Progress
 from ..recipe import Recipe
 from ..run import Run

@@ -6,7 +6,6 @@ environment needs the network.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -17,8 +16,11 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.version import Version
+
 from ..doctor.finding import Finding, Group
 from ..errors import MissingExtraError, Phi3TrainingError, StageError
+from ..packages import installed
 
 _TOOL = Group("tool")
 _SOURCES = (
@@ -26,7 +28,7 @@ _SOURCES = (
     *("training/phi3_training", "training/recipes", "training/data"),
 )
 _NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".promptflow")
-_SETUPTOOLS = 77  # what pyproject.toml asks for
+_SETUPTOOLS = "77"  # what pyproject.toml asks for
 
 
 def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Finding]:
@@ -45,7 +47,7 @@ def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Find
                 python, home = _fresh(wheel, folder, project / "constraints/local.txt")
                 yield _TOOL.ok("install", "installed with its extra `flow` into a new environment")
             else:
-                python, home = Path(sys.executable), beside(wheel, folder)
+                python, home = Path(sys.executable), install_alone(wheel, folder)
                 said = "installed separately, with this environment's Prompt flow"
                 yield _TOOL.ok("install", said)
             yield from search(python, home)
@@ -69,8 +71,9 @@ def build(project: Path, folder: Path) -> Path:
             shutil.copy(project / name, source / name)
     options = ["--no-deps", "--wheel-dir", str(folder / "wheel")]
     reason = ""
-    if _has_setuptools():
-        options.append("--no-build-isolation")  # needs no network
+    # A build in this environment needs no network; with an older setuptools pip fetches one.
+    if Version(installed("setuptools") or "0") >= Version(_SETUPTOOLS):
+        options.append("--no-build-isolation")
     else:
         reason = f' (no network is needed with: pip install "setuptools>={_SETUPTOOLS}")'
     pip = [sys.executable, "-m", "pip", "wheel"]
@@ -78,7 +81,7 @@ def build(project: Path, folder: Path) -> Path:
     return next((folder / "wheel").glob("*.whl"))
 
 
-def beside(wheel: Path, folder: Path) -> Path:
+def install_alone(wheel: Path, folder: Path) -> Path:
     """Install only the wheel below `folder`; all else is this environment's. Returns its path."""
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow", "flow")
@@ -125,10 +128,3 @@ def _run(command: list[str], seconds: int, failure: str, hint: str = "") -> str:
         errors = [line for line in lines if "Error" in line]
         raise StageError(f"{failure}: {(errors or lines or ['no reason given'])[-1]}{hint}")
     return done.stdout
-
-
-def _has_setuptools() -> bool:
-    try:
-        return int(importlib.metadata.version("setuptools").split(".")[0]) >= _SETUPTOOLS
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return False

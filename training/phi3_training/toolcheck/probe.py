@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 GROUP = "package_tools"
+ENTRY_FIX = "correct the entry point in setup.py"
 Finding = tuple[str, bool, str, str]
 
 
@@ -22,19 +23,8 @@ class FaultError(Exception):
     """A fault (check, said, fix) that ends the search."""
 
 
-def hide_other_copies(folder: Path) -> None:
-    """Let this project come from `folder` alone, however this environment has it otherwise."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
-    sys.path[:] = [str(folder)] + [
-        entry
-        for entry in sys.path
-        if _below(entry, folder) or not (Path(entry) / "phi3_tool").is_dir()
-    ]
-
-
 def examine(folder: Path) -> Iterator[Finding]:
     """Entry point, listing, the function of each tool, and whether Prompt flow has it."""
-    fix = "correct the entry point in setup.py"
     points = [
         point
         for point in importlib.metadata.entry_points(group=GROUP)
@@ -45,11 +35,11 @@ def examine(folder: Path) -> Iterator[Finding]:
         fix = "name the listing function under `entry_points` in setup.py"
         raise FaultError("entry point", said, fix)
     point = points[0]
-    importable = f"make {point.module} importable, or {fix}"
-    listing = getattr(_load("entry point", point.module, folder, importable), point.attr, None)
+    fix = f"make {point.module} importable, or {ENTRY_FIX}"
+    listing = getattr(_load("entry point", point.module, folder, fix), point.attr, None)
     if not callable(listing):
         said = f"the entry point names {point.value}, and there is no such function"
-        raise FaultError("entry point", said, fix)
+        raise FaultError("entry point", said, ENTRY_FIX)
     try:
         tools = listing()
     except Exception as error:  # noqa: BLE001 - whatever it is, Prompt flow would swallow it
@@ -69,12 +59,13 @@ def examine(folder: Path) -> Iterator[Finding]:
             said = f"{identifier}: {home} has no function {name!r}"
             raise FaultError("tool", said, "correct `function` in the tool's YAML")
         yield "tool", True, f"{home}.{name} can be imported", ""
-        found = collect_package_tools([identifier]).get(identifier)
-        if found is None:
+        # Prompt flow leaves a tool out of its list with no more than a warning in its log.
+        entry = collect_package_tools([identifier]).get(identifier)
+        if entry is None:
             said = f"Prompt flow does not list {identifier}"
             raise FaultError("prompt flow", said, "see its warning with: pf tool list")
-        said = f'Prompt flow lists it as "{found["name"]}" of {found["package"]} '
-        yield "prompt flow", True, said + found["package_version"], ""
+        said = f'Prompt flow lists it as "{entry["name"]}" of {entry["package"]} '
+        yield "prompt flow", True, said + entry["package_version"], ""
 
 
 def _load(check: str, name: str, folder: Path, fix: str) -> ModuleType:
@@ -99,7 +90,11 @@ def _why(doing: str, error: BaseException) -> str:
 
 def main(folder: Path) -> None:
     """Print the findings as JSON, as far as the search came."""
-    hide_other_copies(folder)
+    # This project may come from `folder` alone, however this environment has it otherwise: as an
+    # editable install (a finder of its own) or on another entry of the path.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
+    others = [e for e in sys.path if _below(e, folder) or not (Path(e) / "phi3_tool").is_dir()]
+    sys.path[:] = [str(folder), *others]
     findings: list[Finding] = []
     try:
         findings.extend(examine(folder))

@@ -58,6 +58,7 @@ def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
 
     Raises StageError when a weight is missing. `model` is used up.
     """
+    # Merged again in float32: what the file holds was rounded to its own type once.
     whole = model.merge_and_unload().state_dict()
     with ExitStack() as stack:
         before, after = (_tensors(folder, stack) for folder in (base, merged))
@@ -79,12 +80,12 @@ def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _layer(
-    name: str, expected: torch.Tensor, found: torch.Tensor, before: torch.Tensor | None
+    name: str, expected: torch.Tensor, merged: torch.Tensor, before: torch.Tensor | None
 ) -> Layer:
-    dtype = str(found.dtype).removeprefix("torch.")
-    if expected.shape != found.shape:
+    dtype = str(merged.dtype).removeprefix("torch.")
+    if expected.shape != merged.shape:
         return Layer(name, float("inf"), float("inf"), dtype)
-    away = float((found.float() - expected.float()).norm())
+    away = float((merged.float() - expected.float()).norm())
     size = float(expected.float().norm())
     moved = float((expected.float() - before.float()).norm()) if before is not None else 0.0
     return Layer(name, away / size if size else away, away / moved if moved else 0.0, dtype)

@@ -1,21 +1,19 @@
 """Signs in and makes the clients of Azure's SDKs, once each, with the recipe's retries and polls.
 
 Reads the environment and the sign-ins of az, azd and others; keeps tokens in memory only. Importing
-azure.ai.ml takes seconds and reads its poll times at import, so both wait for the first use.
+azure.ai.ml takes seconds, so it waits for the first use.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import StageError
 from ...recipe.azure import PollSection
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from azure.mgmt.resource.resources import ResourceManagementClient
 
 log = logging.getLogger(__name__)
+C = TypeVar("C")
 
 # The control plane. An endpoint with Entra sign-in takes tokens for another audience, ml.azure.com.
 ARM = "https://management.azure.com"
@@ -110,12 +109,10 @@ class InTenant:
 
 
 def quiet_sdks() -> None:
-    """Turn the SDKs' logs off, unless the program itself logs at INFO or below.
-
-    azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
-    azure.core's HTTP log would show what is sent. Where they do log, their records are scrubbed:
-    urllib3 logs every URL with its query, signatures included.
-    """
+    """Turn the SDKs' logs off, unless the program itself logs at INFO or below."""
+    # azure.identity logs every credential that fails, azure.ai.ml prints while it deploys, and
+    # azure.core's HTTP log would show what is sent. Where they do log, their records are scrubbed:
+    # urllib3 logs every URL with its query, signatures included.
     known = [name for name in logging.root.manager.loggerDict if name.startswith(_NOISY_LOGGERS)]
     for name in {*known, "urllib3.connectionpool"}:
         logger = logging.getLogger(name)
@@ -142,12 +139,10 @@ class _ScrubbingFilter(logging.Filter):
 
 @dataclass
 class ModelAnswers:
-    """What a registry answered about model versions.
+    """What a registry answered about model versions."""
 
-    The SDK's classes drop the metadata that replaced the tags in June 2026 (sizes for fine-tuning,
-    retirement dates), so the answers are kept as they pass.
-    """
-
+    # The SDK's classes drop the metadata that replaced the tags in June 2026 (sizes for
+    # fine-tuning, retirement dates), so the answers are kept as they pass.
     seen: dict[tuple[str, str], Mapping[str, object]] = field(default_factory=dict)
 
     def keep(self, response: PipelineResponse[Any, Any]) -> None:
@@ -227,34 +222,31 @@ class Clients:
         """ARM: resource groups, and any resource by its id."""
         from azure.mgmt.resource.resources import ResourceManagementClient
 
-        return ResourceManagementClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(ResourceManagementClient)
 
     @cached_property
     def authorization(self) -> AuthorizationManagementClient:
         """Role assignments."""
         from azure.mgmt.authorization import AuthorizationManagementClient
 
-        return AuthorizationManagementClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(AuthorizationManagementClient)
 
     @cached_property
     def identities(self) -> ManagedServiceIdentityClient:
         """User-assigned identities."""
         from azure.mgmt.msi import ManagedServiceIdentityClient
 
-        return ManagedServiceIdentityClient(
-            self.credential, self.place.subscription_id, **self._options()
-        )
+        return self._of_subscription(ManagedServiceIdentityClient)
 
     @cached_property
     def quota(self) -> QuotaMgmtClient:
         """Quota requests."""
         from azure.mgmt.quota import QuotaMgmtClient
 
-        return QuotaMgmtClient(self.credential, self.place.subscription_id, **self._options())
+        return self._of_subscription(QuotaMgmtClient)
+
+    def _of_subscription(self, kind: Callable[..., C]) -> C:
+        return kind(self.credential, self.place.subscription_id, **self._options())
 
     def arm(self) -> PipelineClient[Any, Any]:
         """ARM without an SDK, for what none of them has; sign-in and retries as everywhere."""
@@ -277,11 +269,6 @@ class Clients:
         )
 
     def _ml(self, **where: Any) -> MLClient:
-        # azure-ai-ml reads these two when it is imported, and never again; its own defaults let the
-        # pause between two looks at a job grow from 2 to 60 s. Values set by the user stay.
-        seconds = str(max(1, round(self.poll.job_interval)))
-        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MIN", seconds)
-        os.environ.setdefault("AZUREML_RUN_POLLING_INTERVAL_MAX", seconds)
         from azure.ai.ml import MLClient
 
         quiet_sdks()  # again: importing azure.ai.ml has made new loggers
@@ -296,8 +283,9 @@ class Clients:
         )
 
     def _options(self) -> dict[str, Any]:
-        """Of every client. azure-core repeats GET and PUT after 408, 429, 5xx and resets, POST only
-        after 500, 503 and 504, and never a 409; operations.py deals with the rest."""
+        """The options that every client takes."""
+        # azure-core repeats GET and PUT after 408, 429, 5xx and resets, POST only after 500, 503
+        # and 504, and never a 409; operations.py deals with the rest.
         return {
             "retry_total": self.poll.retry_total,
             "retry_backoff_factor": self.poll.retry_backoff_factor,
@@ -306,30 +294,3 @@ class Clients:
             "polling_interval": self.poll.interval,
             "logging_enable": False,
         }
-
-
-class _WithoutBlankLines:
-    """A stream without what azure-ai-ml prints after each upload: a colour code and a newline."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._after_color = False
-
-    def write(self, text: str) -> int:
-        """As a stream's."""
-        if text.strip("\n") == "\x1b[39m":
-            self._after_color = True
-            return len(text)
-        skip = self._after_color and text == "\n"
-        self._after_color = False
-        return len(text) if skip else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quiet_uploads() -> Iterator[None]:
-    """Around calls of azure.ai.ml that upload files."""
-    with redirect_stderr(cast(TextIO, _WithoutBlankLines(sys.stderr))):
-        yield

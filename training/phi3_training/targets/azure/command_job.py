@@ -10,8 +10,9 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...carried import carried_files
 from ...errors import StageError
@@ -21,7 +22,7 @@ from ...run import Run, fingerprint, sha256_of, write_atomically
 from .clients import Clients
 from .environments import JOB_ENVIRONMENT, job_conda_file
 from .jobs import output_path
-from .operations import get_or_none
+from .operations import find
 from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
 
@@ -43,11 +44,9 @@ def data_files(run: Run) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """What a job gets: a folder of chats, and next to it a recipe whose paths are relative to it.
+    """What a job gets: a folder of chats, and a recipe whose paths are relative to it."""
 
-    The two are separate inputs, so that another learning rate does not upload the chats again.
-    """
-
+    # Two inputs, so that another learning rate does not upload the chats again.
     data: Path
     recipe: Path
     training_data: str  # fingerprint of what the tuned model depends on
@@ -222,13 +221,11 @@ def _command(
 
     train = recipe.azure.train
     is_distributed = machines.all_processes > 1
-    distribution: dict[str, Any] = {}
-    if is_distributed:
-        # Azure ML then sets RANK, LOCAL_RANK, WORLD_SIZE and NODE_RANK in each process.
-        distribution["distribution"] = {
-            "type": "pytorch",
-            "process_count_per_instance": machines.processes,
-        }
+    # Azure ML then sets RANK, LOCAL_RANK, WORLD_SIZE and NODE_RANK in each process.
+    distribution: dict[str, str | int] = {
+        "type": "pytorch",
+        "process_count_per_instance": machines.processes,
+    }
     return command(
         name=name,
         display_name=f"{recipe.name} {what}",
@@ -250,7 +247,7 @@ def _command(
         shm_size=train.shm_size,
         timeout=train.timeout_minutes * 60,  # seconds; the job then ends itself and stops billing
         tags={JOB_RUN_TAG: run.name, **resource_tags(recipe.azure)},
-        **distribution,
+        distribution=distribution if is_distributed else None,
     )
 
 
@@ -267,11 +264,9 @@ def _environment(clients: Clients, recipe: Recipe, run: Run) -> str | Environmen
         where = f"azureml://registries/{named.registry_name}/environments/{named.name}"
         return f"{where}/labels/latest" if is_latest else f"{where}/versions/{named.version}"
     path, version = job_conda_file(recipe, run)
-    environments = clients.ml.environments
-    doing = f"Looking for the environment {JOB_ENVIRONMENT}"
     # An environment that exists has its image built already.
-    known = get_or_none(lambda: environments.get(JOB_ENVIRONMENT, version=version), doing)
-    if known is not None:
+    read = partial(clients.ml.environments.get, version=version)
+    if find("environment", JOB_ENVIRONMENT, read) is not None:
         return f"azureml:{JOB_ENVIRONMENT}:{version}"
     return Environment(
         name=JOB_ENVIRONMENT,

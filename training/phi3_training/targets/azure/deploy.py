@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import time
@@ -32,15 +33,15 @@ from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
-from .clients import Clients, quiet_uploads
+from .clients import Clients
 from .environments import serving_environment
 from .failures import explained, scrub
-from .operations import Outcome, create, delete, get_or_none, state_of, without_dots
+from .operations import Outcome, create, delete, find, state_of, without_dots
 from .place import (
     AZURE,
     RUN_TAG,
@@ -73,6 +74,7 @@ __all__ = ["init", "run"]
 _SCORING = "phi3_training.serve.azure_score"
 LOG_LINES = 80  # of each container, in deployment.log
 _SHOWN_LINES = 20  # of them, in an error
+# After a lost answer the endpoint may still have its old shares.
 _TRAFFIC_TRIES = 3
 # Seconds that a new deployment may take for its first answer after Azure calls it ready.
 _SMOKE_SECONDS = 300.0
@@ -163,7 +165,7 @@ def ensure_endpoint(
 
     wanted = section.endpoint.auth_mode
     operations = clients.ml.online_endpoints
-    existing = get_or_none(lambda: operations.get(name), f"Looking for the endpoint {name}")
+    existing = find("endpoint", name, operations.get)
     if existing is not None and state_of(existing) == "succeeded":
         auth_mode = str(existing.auth_mode).lower()
         if auth_mode != wanted:
@@ -210,11 +212,8 @@ def ensure_deployment(
     StageError with the end of its log, and with what bills now.
     """
     operations = clients.ml.online_deployments
-
     read = partial(operations.get, target.name, target.endpoint)
-    existing: OnlineDeployment | None = get_or_none(
-        read, f"Looking for the deployment {target.name}"
-    )
+    existing: OnlineDeployment | None = find("deployment", target.name, lambda _name: read())
     if existing is not None and state_of(existing) == "succeeded":
         # A name that the recipe sets may hold another version; a derived one names its version.
         held = str(getattr(existing, "model", "") or "").lower()
@@ -226,11 +225,17 @@ def ensure_deployment(
         delete_deployment(clients, section, target, progress)
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
+
+    def start() -> object:
+        # azure-ai-ml prints a colour code and a newline after each upload.
+        with captured_output(io.StringIO()):
+            return operations.begin_create_or_update(entity)
+
     try:
-        with without_dots(), quiet_uploads():
+        with without_dots():
             create(
                 f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
-                lambda: operations.begin_create_or_update(entity),
+                start,
                 read,
                 progress,
                 limit=section.poll.deploy_timeout,
@@ -244,11 +249,7 @@ def ensure_deployment(
 def deployment_entity(
     section: AzureSection, run: Run, target: DeploymentId, model: ServedModel
 ) -> ManagedOnlineDeployment:
-    """The body of the deployment, as the SDK's entity.
-
-    A model of our own job brings scoring script and environment; a model of the pipeline is served
-    by the image that its MLmodel file names.
-    """
+    """The body of the deployment, as the SDK's entity."""
     from azure.ai.ml.entities import (
         CodeConfiguration,
         ManagedOnlineDeployment,
@@ -258,6 +259,8 @@ def deployment_entity(
 
     settings = section.endpoint
     own: dict[str, Any] = {}
+    # A model of our own job brings scoring script and environment; a model of the pipeline is
+    # served by the image that its MLmodel file names.
     if model.route == "job":
         own = {
             "code_configuration": CodeConfiguration(
@@ -303,10 +306,11 @@ def code_folder(run: Run) -> Path:
 
 def _with_log(clients: Clients, run: Run, target: DeploymentId, message: str) -> str:
     """The failure, the end of the container's log, and what bills now."""
-    operations = clients.ml.online_deployments
+    get = clients.ml.online_deployments.get
     try:
-        read = partial(operations.get, target.name, target.endpoint)
-        exists = get_or_none(read, f"Looking for the deployment {target.name}") is not None
+        exists = (
+            find("deployment", target.name, lambda name: get(name, target.endpoint)) is not None
+        )
     except StageError:  # it may exist, and then it bills
         exists = True
     if not exists:
@@ -315,8 +319,7 @@ def _with_log(clients: Clients, run: Run, target: DeploymentId, message: str) ->
     if text:
         path = run.file("azure", "deployment.log")
         path.write_text(text + "\n", encoding="utf-8")
-        shown = "\n".join(f"  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
-        message += f"\nThe end of its log (more in {path}):\n{shown}"
+        message += f"\nThe end of its log (more in {path}):{_last_lines(text)}"
     return (
         f"{message}\nThe deployment {target.name} stays in {target.endpoint} as it is and bills "
         f"until it is deleted: phi3 down --on azure --failed --run {run.name}. "
@@ -340,6 +343,10 @@ def _read_log(clients: Clients, target: DeploymentId) -> str:
         except AzureError as error:
             log.info("no log of the %s: %s", container, type(error).__name__)
     return scrub("\n".join(part.strip() for part in parts if part.strip()))
+
+
+def _last_lines(text: str) -> str:
+    return "".join(f"\n  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
 
 
 def access_to(clients: Clients, name: str) -> Access:
@@ -382,8 +389,7 @@ def _first_answer(
                 # A status of 200 means that the model itself answered, and not with text.
                 may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
                 if time.monotonic() > ends or not may_settle:
-                    text = _read_log(clients, target)
-                    lines = "".join(f"\n  {line}" for line in text.splitlines()[-_SHOWN_LINES:])
+                    lines = _last_lines(_read_log(clients, target))
                     log_end = f"\nThe end of its log:{lines}" if lines else ""
                     raise StageError(
                         f"The deployment {target.name} of {target.endpoint} is up but does not "

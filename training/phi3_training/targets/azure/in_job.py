@@ -21,7 +21,7 @@ from ...manifests import BaseManifest, ModelManifest
 from ...recipe import Recipe
 from ...run import Run, write_atomically
 
-# How lines of the log that are not plain text begin; `jobs.LogTap` reads them on the other side.
+# How lines of the log that are not plain text begin; `jobs.JobLog` reads them on the other side.
 PROGRESS, ERROR = "phi3-progress ", "phi3-error "
 MANIFESTS = "manifests"
 # What goes back to the run folder, besides the manifests.
@@ -87,7 +87,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 class ProgressLines:
-    """Progress as lines of the log, at most one in a second: the log is uploaded as it grows."""
+    """Progress as lines of the log, at most one in a second."""
+
+    # The log is uploaded as it grows, and read in full at each poll.
 
     def __init__(self) -> None:
         self._last = 0.0

@@ -6,26 +6,25 @@ Reads and writes <run>/azure/jobs.json (which job does what for this run) and wr
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import secrets
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ... import console
 from ...errors import StageError
 from ...manifests import MetricsManifest, ModelManifest
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from ...run import Run, write_atomically
-from .clients import Clients, quiet_uploads
+from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
 from .operations import TRIES, get_or_none, is_absent, is_transient
@@ -66,10 +65,6 @@ _LOG_NAMES = (
     re.compile(r"/user_logs/.*\.txt$"),
     re.compile(r"/logs/azureml/.*\.txt$"),
 )
-# A refusal of the storage service: the SDK prints the body of any answer as if it were the log.
-_STORAGE_REFUSAL = re.compile(r"^\ufeff?<\?xml|^<Error>")
-# What the SDK prints before and after the log.
-_SDK_FRAME = re.compile(r"(RunId: |Streaming \S+$|Execution Summary$|=+$)")
 
 
 @dataclass(frozen=True)
@@ -175,7 +170,8 @@ def _submit(clients: Clients, name: str, build: Callable[[str], Job]) -> Job:
     for tries_left in reversed(range(TRIES)):
         body = build(name)  # built again each time: a failed try leaves it half resolved
         try:
-            with quiet_uploads():
+            # azure-ai-ml prints a colour code and a newline after each upload.
+            with captured_output(io.StringIO()):
                 job = clients.ml.jobs.create_or_update(body)
         except (AzureError, MlException) as error:
             try:
@@ -198,80 +194,32 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
     """Cancel the run's jobs that are still at work; a line for each."""
     lines = []
     for record in recorded_jobs(run).values():
-        doing = f"Cancelling the job {record.name}"
-        job = get_or_none(partial(clients.ml.jobs.get, record.name), doing)
+        job = _find(clients, record.name)
         if job is None or status_of(job) not in WORKING:
             continue
-        with explained(doing):
+        with explained(f"Cancelling the job {record.name}"):
             # Enough to hear that Azure has accepted; the job ends in its own time.
             clients.ml.jobs.begin_cancel(record.name).wait(60)
         lines.append(f"cancelled the job {record.name}")
     return lines
 
 
-class LogTap:
-    """Takes what one thread prints about a job, line by line; other threads print as before."""
+class JobLog:
+    """What a job has logged so far: lines for people and the file, its progress and its error."""
 
-    def __init__(self, stream: Any, file: IO[str], progress: Progress) -> None:
-        self._stream = stream
+    def __init__(self, file: IO[str], progress: Progress) -> None:
         self._file = file
         self._progress = progress
-        self._thread: int | None = None
-        self._rest = ""
-        self._closed = False
-        self._shown_links: set[str] = set()
-        self.ended = threading.Event()
-        self.line_count = 0
-        self.refused = False
-        self.sdk_error: str | None = None
+        self.ended = threading.Event()  # the job has; what is left of its log is read once more
+        self.closed = False  # nobody waits for the job any more
         self.last_lines: deque[str] = deque(maxlen=_SHOWN_LINES)
         self.error: str | None = None
         self.last_progress: tuple[int, int, str] = (0, 0, "")
 
-    def take_over(self) -> None:
-        """What this thread writes from now on is the job's."""
-        self._thread = threading.get_ident()
-
-    def close(self) -> None:
-        """The next write of the job's thread ends it."""
-        self._closed = True
-        self.ended.set()
-
-    def write(self, text: str) -> int:
-        """As a stream's."""
-        if threading.get_ident() != self._thread:
-            return int(self._stream.write(text))
-        if self._closed:
-            raise _ClosedError
-        *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._take(line.rstrip())
-        return len(text)
-
-    def flush(self) -> None:
-        """As a stream's."""
-        if threading.get_ident() != self._thread:
-            self._stream.flush()
-        elif self._closed:
-            raise _ClosedError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _take(self, line: str) -> None:
-        if _STORAGE_REFUSAL.match(line):
-            raise _RefusedError
-        if not line:
+    def take(self, line: str) -> None:
+        """Show one line and write it to the file, or note the progress or error that it carries."""
+        if not line or self.closed:
             return
-        if _SDK_FRAME.match(line):
-            self._file.write(line + "\n")
-            return
-        if line.startswith("Web View: "):  # printed at the beginning and at the end
-            if line not in self._shown_links:
-                console.note(line)
-            self._shown_links.add(line)
-            return
-        self.line_count += 1
         if line.startswith(PROGRESS):
             try:
                 done, total, text = json.loads(line.removeprefix(PROGRESS))
@@ -294,14 +242,6 @@ class LogTap:
         console.note(line)
 
 
-class _ClosedError(Exception):
-    """Nobody reads the job's log any more."""
-
-
-class _RefusedError(Exception):
-    """The SDK may not read the log, and prints the refusal as if it were the log."""
-
-
 def follow_job(
     clients: Clients,
     run: Run,
@@ -311,55 +251,58 @@ def follow_job(
     *,
     limit: float,
 ) -> Job:
-    """The job when it is completed. StageError for every other end; Ctrl-C leaves it running.
-
-    The SDK streams the log, without a time limit, and returns normally for a job that was cancelled
-    or stopped responding; so the status is polled in this thread as well.
-    """
-    resume = f"phi3 up --on azure --run {run.name}"
+    """The job when it is completed. StageError for every other end; Ctrl-C leaves it running."""
+    # Not by the SDK's `jobs.stream`: it has no time limit and cannot be stopped, prints a refusal
+    # of the storage service as if it were the log, and returns normally for a job that was
+    # cancelled.
+    resume = _resume(run)
     log_path = run.file("azure", f"{purpose}.log")
     with log_path.open("w", encoding="utf-8") as file:
-        tap = LogTap(sys.stdout, file, progress)
-        with redirect_stdout(tap):
-            # A daemon: the SDK's stream cannot be stopped from outside, only by an exception from
-            # the tap at its next line, and phi3 must be able to exit before that.
-            stream = threading.Thread(target=_stream, args=(clients, name, tap), daemon=True)
-            stream.start()
-            try:
-                job = _until_done(clients, run, name, tap, progress, limit)
-                tap.ended.set()
-                # Two polls, and time to fetch the last lines.
-                stream.join(2 * clients.poll.job_interval + 10)
-            except KeyboardInterrupt:
-                console.note(f"The job {name} is still running in Azure and bills until it ends.")
-                console.note(f"Resume: {resume}")
-                console.note(f"Cancel it: phi3 azure cancel --run {run.name}")
-                raise
-            finally:
-                tap.close()
+        job_log = JobLog(file, progress)
+        # In a thread of its own: where the storage cannot be reached, its retries take minutes.
+        reader = threading.Thread(
+            target=_read_until_ended, args=(clients, name, job_log), daemon=True
+        )
+        reader.start()
+        try:
+            job = _until_done(clients, run, name, job_log, progress, limit)
+            job_log.ended.set()
+            # Two polls, and time to fetch the last lines.
+            reader.join(2 * clients.poll.job_interval + 10)
+        except KeyboardInterrupt:
+            console.note(f"The job {name} is still running in Azure and bills until it ends.")
+            console.note(f"Resume: {resume}")
+            console.note(f"Cancel it: phi3 azure cancel --run {run.name}")
+            raise
+        finally:
+            job_log.closed = True
+            job_log.ended.set()
     status = status_of(job)
     if status == "completed":
         return job
     parts = [f"The job {name} {_BAD_ENDS.get(status, f'ended as {status}')}."]
-    reason = tap.error or tap.sdk_error
+    reason = job_log.error or (_azures_reason(clients, name) if status == "failed" else None)
     if reason:
         parts.append(reason)
-    if tap.last_lines:
-        parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in tap.last_lines))
+    if job_log.last_lines:
+        parts.append("Its last lines:\n" + "\n".join(f"  {line}" for line in job_log.last_lines))
     parts.append(
         f"The full log: {log_path}\nFix the cause; then the same command starts a new job: {resume}"
     )
     raise StageError("\n".join(parts))
 
 
+def _resume(run: Run) -> str:
+    return f"phi3 up --on azure --run {run.name}"
+
+
 def _until_done(
-    clients: Clients, run: Run, name: str, tap: LogTap, progress: Progress, limit: float
+    clients: Clients, run: Run, name: str, job_log: JobLog, progress: Progress, limit: float
 ) -> Job:
     """Poll the status until the job has ended."""
     from azure.core.exceptions import AzureError
 
-    resume = f"phi3 up --on azure --run {run.name}"
-    started, failures = time.monotonic(), 0
+    started, failures, page = time.monotonic(), 0, None
     while True:
         try:
             job: Job = clients.ml.jobs.get(name)
@@ -370,85 +313,71 @@ def _until_done(
             if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
                 raise StageError(
                     f"The job {name} is still running, but its status cannot be read: "
-                    f"{message_of(error)}. Resume: {resume}"
+                    f"{message_of(error)}. Resume: {_resume(run)}"
                 ) from None
             time.sleep(clients.poll.job_interval)
             continue
+        if page is None:
+            page = getattr(job, "studio_url", None)
+            if page:
+                console.note(f"Web View: {page}")
         status = status_of(job)
         if status == "completed" or status in _BAD_ENDS:
             return job
         seconds = time.monotonic() - started
-        done, total, text = tap.last_progress
+        done, total, text = job_log.last_progress
         progress(done, total, f"{status}, {seconds:.0f} s{': ' + text if text else ''}")
         if seconds > limit:
             raise StageError(
                 f"The job {name} is still {status} after {limit:.0f} s and may bill. Wait longer: "
-                f"{resume}; or cancel it: phi3 azure cancel --run {run.name}"
+                f"{_resume(run)}; or cancel it: phi3 azure cancel --run {run.name}"
             )
         time.sleep(clients.poll.job_interval)
 
 
-def _stream(clients: Clients, name: str, tap: LogTap) -> None:
-    """Let the SDK print the log into the tap; where it cannot, read the log from the storage."""
+def _azures_reason(clients: Clients, name: str) -> str | None:
+    """Code and message of a failed job's error."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    tap.take_over()
-    for _ in range(3):  # after a network fault; the log then starts again from its beginning
-        try:
+    # A job's own fields do not have them; the SDK's stream of an ended job raises them at its end.
+    try:
+        with redirect_stdout(io.StringIO()):
             clients.ml.jobs.stream(name)
-        except _ClosedError:
-            return
-        except MlException as error:  # so the SDK says that the job failed
-            # Code and message of the job's error, as JSON inside a text.
-            match = re.search(r"\{.*\}", str(error), re.DOTALL)
-            try:
-                details = json.loads(match[0])["error"] if match else {}
-                tap.sdk_error = scrub(f"{details['code']}: {details['message']}")
-            except (ValueError, KeyError, TypeError):
-                tap.sdk_error = message_of(error)
-            break
-        except _RefusedError:
-            tap.refused = True
-            break
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            # The SDK signs the log's address with the store's account key, and fails like this
-            # where the service hands out a signature instead of the key.
-            log.info("the SDK cannot read the log of %s: %s", name, type(error).__name__)
-            tap.refused = True
-            break
-        except (AzureError, OSError) as error:
-            log.info("the log of %s is not available: %s", name, scrub(str(error)))
-            time.sleep(clients.poll.job_interval)
-        else:
-            break
-    if tap.refused or not tap.line_count:  # the SDK shows nothing of a job that has ended
-        _stream_from_storage(clients, name, tap)
+    except MlException as error:
+        match = re.search(r"\{.*\}", str(error), re.DOTALL)  # JSON inside a text
+        try:
+            details = json.loads(match[0])["error"] if match else {}
+            return scrub(f"{details['code']}: {details['message']}")
+        except (ValueError, KeyError, TypeError):
+            return message_of(error)
+    except (AzureError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        log.info("the reason of %s is not available: %s", name, scrub(str(error)))
+    return None
 
 
-def _stream_from_storage(clients: Clients, name: str, tap: LogTap) -> None:
-    """The same without the SDK's help, until the job's end has been seen."""
+def _read_until_ended(clients: Clients, name: str, job_log: JobLog) -> None:
+    """Hand over the log's new lines, until the job's end has been seen."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    seen = tap.line_count
+    seen = 0
     while True:
-        is_last = tap.ended.is_set()
+        is_last = job_log.ended.is_set()
         try:
-            lines = [line for line in _read_log(clients, name) if line.strip()]
-            tap.write("".join(f"{line}\n" for line in lines[seen:]))
+            lines = _read_log(clients, name, whole=is_last)
+            for line in lines[seen:]:
+                job_log.take(line)
             seen = max(seen, len(lines))
-        except _ClosedError:
-            return
         except (AzureError, MlException, OSError, ValueError, AttributeError, TypeError) as error:
             log.info("the log of %s is not available: %s", name, scrub(str(error)))
         if is_last:
             return
-        tap.ended.wait(clients.poll.job_interval)
+        job_log.ended.wait(clients.poll.job_interval)
 
 
-def _read_log(clients: Clients, name: str) -> list[str]:
-    """The log so far, without a last line that is still being written."""
+def _read_log(clients: Clients, name: str, *, whole: bool) -> list[str]:
+    """The log so far; unless `whole`, without a last line that is still being written."""
     job = clients.ml.jobs.get(name)
     default = (getattr(job, "outputs", None) or {}).get("default")
     named = datastore_of(str(getattr(default, "path", None) or ""))
@@ -462,12 +391,16 @@ def _read_log(clients: Clients, name: str) -> list[str]:
                 # In full each time, as the SDK does.
                 content: bytes = container.download_blob(blob_name).readall()
                 text = content.decode("utf-8", "replace")
-                return text[: text.rfind("\n") + 1].splitlines()
+                end = len(text) if whole else text.rfind("\n") + 1
+                # Of a line that a progress bar has written over, what stands there now.
+                lines = text[:end].removesuffix("\n").split("\n") if end else []
+                return [line.rstrip().rpartition("\r")[2] for line in lines]
     return []
 
 
 def output_path(job_name: str, output: str) -> str:
-    """The path a job writes one of our outputs to, so that it can be found without guessing."""
+    """The path a job writes one of our outputs to."""
+    # Set by us, not by Azure, so that it is found without guessing.
     return f"azureml://datastores/{OUTPUT_STORE}/paths/phi3/{job_name}/{output}"
 
 
@@ -478,23 +411,16 @@ def path_of_output(job: Job, output: str) -> str:
 
 
 def datastore_of(path: str) -> tuple[str, str] | None:
-    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else.
-
-    Also None for a template such as `…/paths/azureml/${{name}}/…`, which Azure answers until it has
-    filled it in.
-    """
+    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else."""
     match = _DATASTORE_PATH.search(path)
+    # Until it has filled it in Azure answers a template: `…/paths/azureml/${{name}}/…`.
     return None if match is None or "${{" in path else (match["store"], match["path"])
 
 
 def open_store(
     clients: Clients, store: str, prefix: str
 ) -> tuple[ContainerClient, list[BlobProperties]]:
-    """A datastore's container and the blobs below `prefix`.
-
-    By the store's key or signature, kept in memory only; where a policy switches keys off (401,
-    403), by the sign-in, which then needs Storage Blob Data Reader.
-    """
+    """A datastore's container and the blobs below `prefix`; keys stay in memory."""
     from azure.core.exceptions import HttpResponseError
 
     start = prefix.strip("/") + "/"
@@ -502,6 +428,8 @@ def open_store(
         container = _container(clients, store, with_key=True)
         return container, list(container.list_blobs(name_starts_with=start))
     except HttpResponseError as error:
+        # Where a policy switches account keys off, the sign-in is left; it needs the role Storage
+        # Blob Data Reader.
         if error.status_code not in (401, 403):
             raise
         container = _container(clients, store, with_key=False)

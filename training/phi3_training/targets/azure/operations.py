@@ -105,6 +105,11 @@ def get_or_none(read: Callable[[], T], doing: str) -> T | None:
             raise
 
 
+def find(what: str, name: str, read: Callable[[str], T]) -> T | None:
+    """The resource `name`, by `read(name)`; None when it does not exist."""
+    return get_or_none(lambda: read(name), f"Looking for the {what} {name}")
+
+
 def state_of(resource: object) -> str:
     """The provisioning state, in lower case; '' if there is none."""
     state = getattr(resource, "provisioning_state", None)
@@ -117,11 +122,9 @@ def state_of(resource: object) -> str:
 
 
 def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> None:
-    """Wait for a long-running operation: raises what it raises, StageError after `limit` seconds.
-
-    `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while
-    the operation still runs (azure-ai-ml 1.32 and 1.35).
-    """
+    """Wait for an operation: raises what it raises, StageError after `limit` seconds."""
+    # `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while the
+    # operation still runs (azure-ai-ml 1.32 and 1.35).
     started = time.monotonic()
     while not poller.done():
         poller.wait(1.0)  # only how often progress is shown; the poller asks Azure at its own pace
@@ -146,7 +149,6 @@ def create(
 ) -> T:
     """Start an operation, wait for it, and return what `read` then finds.
 
-    After a transient fault it first looks whether the resource exists or is being made.
     `limit` and `pause` are in seconds. Raises StageError when the tries or the time are used up.
     """
     from azure.ai.ml.exceptions import MlException
@@ -171,6 +173,8 @@ def create(
             if not tries or time.monotonic() > ends or not (is_transient(error) or lost_poll):
                 raise stage_error(error, doing) from None
             log.info("%s: trying again after %s", doing, type(error).__name__)
+        # The fault may have hit the answer alone: look whether the resource exists, or is being
+        # made.
         with _noted_on_interrupt(doing):
             while (resource := get_or_none(read, doing)) is not None:
                 state = state_of(resource)
@@ -233,9 +237,8 @@ def delete(
             if not is_absent(error) and not (tries > 1 and is_transient(error)):
                 raise stage_error(error, doing) from None
         tries -= 1
-        while (resource := get_or_none(read, doing)) is not None and state_of(
-            resource
-        ) == "deleting":
+        resource = get_or_none(read, doing)
+        while resource is not None and state_of(resource) == "deleting":
             if time.monotonic() > ends:
                 raise StageError(
                     f"{doing}: still being deleted at the time limit; check with: phi3 status "
@@ -243,6 +246,7 @@ def delete(
                 )
             note(progress, f"{doing}: deleting")
             time.sleep(pause)
+            resource = get_or_none(read, doing)
         if resource is None:
             return True
         note(progress, f"{doing}: trying again")

@@ -26,6 +26,7 @@ from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
 
 if TYPE_CHECKING:
+    from azure.ai.ml import Input
     from azure.ai.ml.entities import Model, PipelineJob
 
 PIPELINE_OUTPUT = "trained_model"
@@ -118,8 +119,7 @@ def find_foundation_model(
 ) -> FoundationModel | None:
     """The model by name and version; None where the registry has none.
 
-    `latest` is the version that was created last, not the highest number. StageError where the
-    model's defaults cannot be read.
+    StageError where the model's defaults cannot be read.
     """
     from azure.ai.ml.exceptions import ValidationException
     from azure.core.exceptions import HttpResponseError
@@ -129,7 +129,7 @@ def find_foundation_model(
     with explained(f"Looking for the model {name} in the registry {section.registry_name}"):
         try:
             if version == "latest":
-                try:
+                try:  # the version that was created last, not the highest number
                     version = str(models.get(name=name, label="latest").version)
                 except ValidationException:  # so the SDK says that no version is listed
                     version = LAST_VERSIONS.get(name.lower())
@@ -151,7 +151,7 @@ def foundation_model(model: Model, properties: Mapping[str, object]) -> Foundati
     only in our table.
     """
     name = str(model.name)
-    tags: dict[str, Any] = dict(model.tags or {})
+    tags: dict[str, object] = dict(model.tags or {})
     metadata = _mapping(
         properties.get("systemMetadata") or getattr(model, "_system_metadata", None)
     )
@@ -244,11 +244,9 @@ class Parameters:
 def merge_parameters(
     defaults: Mapping[str, Scalar], from_recipe: Mapping[str, Scalar], inputs: Mapping[str, object]
 ) -> Parameters:
-    """The parameters for a component with these inputs; StageError with every fault of the recipe.
-
-    What the model's defaults have and the component has not is left out: since February 2025 they
-    have learning_rate_min and _max, which make the SDK's call fail. The recipe's own are refused.
-    """
+    """The parameters for a component; StageError with every fault of the recipe."""
+    # What the model's defaults have and the component has not is left out: since February 2025 they
+    # have learning_rate_min and _max, which make the SDK's call fail. The recipe's own are refused.
     values: dict[str, Scalar] = {}
     sources: dict[str, str] = {}
     dropped: list[str] = []
@@ -282,10 +280,7 @@ def merge_parameters(
 
 
 def fitted(value: Scalar, spec: object) -> Scalar:
-    """The value in the type of a component's input. ValueError if it is not an allowed value.
-
-    An input with choices is a string, even where they look like numbers (`precision`: "32", "16").
-    """
+    """The value in the type of a component's input. ValueError if it is not an allowed value."""
 
     def of_spec(name: str) -> Any:
         return spec.get(name) if isinstance(spec, Mapping) else getattr(spec, name, None)
@@ -313,6 +308,8 @@ def fitted(value: Scalar, spec: object) -> Scalar:
             raise ValueError("expected true or false")
     if kind == "boolean":
         return text == "true"
+    # An input with choices is a string, even where they look like numbers (`precision`: "32",
+    # "16").
     choices = [str(item) for item in of_spec("enum") or ()]
     if choices and text not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}")
@@ -384,14 +381,14 @@ def prepare_pipeline(
 
 def pipeline_inputs(
     recipe: Recipe, run: Run, foundation: FoundationModel, prepared: PreparedPipeline
-) -> dict[str, Any]:
+) -> dict[str, Input | Scalar]:
     """Every input that is sent, by name: values, and the SDK's Input for files and models."""
     from azure.ai.ml import Input
 
     cluster = recipe.azure.compute.name
     paths = data_files(run)
     # mlflow_model_path takes precedence over the component's huggingface_id.
-    inputs: dict[str, Any] = {
+    inputs: dict[str, Input | Scalar] = {
         "mlflow_model_path": Input(type="mlflow_model", path=foundation.id),
         "number_of_gpu_to_use_finetuning": prepared.gpus,
         "num_nodes_finetune": recipe.azure.train.instance_count,

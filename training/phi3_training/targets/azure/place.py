@@ -167,10 +167,7 @@ def find_place(section: AzureSection, environment: Mapping[str, str], folder: Pa
 
 
 def _read_config(folder: Path) -> tuple[Mapping[str, object], Path | None]:
-    """The SDK's config.json, where MLClient.from_config would find it; empty if there is none.
-
-    A model's folder has a config.json as well, so only one that names a workspace counts.
-    """
+    """The SDK's config.json, where MLClient.from_config would find it; empty if there is none."""
     folder = folder.resolve()
     for inner in (".azureml", "aml_config", "."):
         for parent in (folder, *folder.parents):
@@ -190,6 +187,7 @@ def _read_config(folder: Path) -> tuple[Mapping[str, object], Path | None]:
                     "resource_group": ids.get("resourceGroups"),
                     "workspace_name": ids.get("workspaces"),
                 }, path
+            # A model's folder has a config.json as well.
             if {"subscription_id", "workspace_name"} <= content.keys():
                 return content, path
     return {}, None
@@ -259,12 +257,10 @@ def section_of(run: Run) -> AzureSection:
 
 
 def endpoint_name(section: AzureSection, place: Place, run: Run) -> str:
-    """The recipe's, else the run's name with a hash of subscription, workspace and run.
-
-    An endpoint's name is its host name, unique in the region across all customers.
-    """
+    """The recipe's, else the run's name with a hash of subscription, workspace and run."""
     if section.endpoint.name is not None:
         return section.endpoint.name
+    # An endpoint's name is its host name, unique in the region across all customers.
     mark = fingerprint([place.workspace_id().lower(), run.name])[:8]
     words = _lower_words(run.name)
     name = words if words[:1].isalpha() else f"m-{words}".rstrip("-")  # a letter comes first
@@ -272,14 +268,12 @@ def endpoint_name(section: AzureSection, place: Place, run: Run) -> str:
 
 
 def deployment_name(section: AzureSection, model: str, version: str) -> str:
-    """The recipe's, else one that changes with the model's version and with how it is served.
-
-    A changed model or setting is then a new deployment next to the old one, never an update of the
-    one that has the traffic.
-    """
+    """The recipe's, else one that changes with the model's version and with how it is served."""
     settings = section.endpoint
     if settings.deployment is not None:
         return settings.deployment
+    # A changed model or setting is a new deployment next to the old one, never an update of the one
+    # that has the traffic.
     ignored = {"name", "auth_mode", "keep_deployments"}
     shape = settings.model_dump(mode="json", exclude=ignored)
     # Six hex digits: deployments are compared within one endpoint, which has at most 20.
@@ -313,8 +307,8 @@ class RunResource:
 
 
 def record(run: Run, resource: RunResource) -> None:
-    """Write the resource down. Call this before the call that makes it: a process killed in
-    between leaves a name too many, never a GPU that nobody knows of."""
+    """Write the resource down; call this before the call that makes it."""
+    # A process killed in between leaves a name too many, never a GPU that nobody knows of.
     known = recorded_resources(run)
     if resource not in known:
         _write_resources(run, [*known, resource])

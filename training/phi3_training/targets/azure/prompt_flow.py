@@ -98,11 +98,9 @@ def stored_connections(clients: Clients, run: Run) -> dict[str, Any]:
 
 
 def connection_body(access: Access) -> dict[str, Any]:
-    """The connection as ARM takes it; with Entra sign-in it holds no secret at all.
-
-    By REST, because azure-ai-ml has no credential class for several custom keys. ARM refuses
-    custom keys that are empty, so with Entra the key says how to sign in.
-    """
+    """The connection as ARM takes it; with Entra sign-in it holds no secret at all."""
+    # By REST, because azure-ai-ml has no credential class for several custom keys. ARM refuses
+    # custom keys that are empty, so with Entra the one key says how to sign in.
     keys = {"auth": ENTRA} if access.key is None else {"key": access.key}
     return {
         "properties": {
@@ -248,11 +246,7 @@ class PushedFlow:
 def push_flow(
     clients: Clients, run: Run, bundle: Bundle, workspace: str, progress: Progress
 ) -> PushedFlow:
-    """Make the flow in a workspace or project.
-
-    Prompt flow cannot change a flow's files in the cloud, so a changed folder makes a new flow; one
-    of the same content is found by its tag and not made twice.
-    """
+    """Make the flow in a workspace or project."""
     store.quiet()
     try:
         from promptflow.azure import PFClient
@@ -265,6 +259,8 @@ def push_flow(
     doing = f"Pushing the flow {name} into {workspace}"
     resource = RunResource("flow", name, workspace)
     pushed_before = resource in recorded_resources(run, "flow")
+    # Prompt flow cannot change a flow's files in the cloud, so a changed folder makes a new flow;
+    # one of the same content is found by its tag and not made twice.
     flow = flow_of_content(client, bundle.sha256, doing, must_know=pushed_before)
     state: Literal["exists", "made"] = "exists"
     if flow is None:

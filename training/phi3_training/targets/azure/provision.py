@@ -16,7 +16,7 @@ from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
-from .operations import Outcome, create, get_or_none, state_of
+from .operations import Outcome, create, find, get_or_none, state_of
 from .place import AZURE, resource_tags
 from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
@@ -143,8 +143,7 @@ class _Provisioning:
     def check_quota(self) -> None:
         """Before anything is made: do the cluster and the endpoint fit into the quota?"""
         name = self.recipe.azure.compute.name
-        doing = f"Looking for the cluster {name}"
-        if get_or_none(lambda: self.clients.ml.compute.get(name), doing) is not None:
+        if find("cluster", name, self.clients.ml.compute.get) is not None:
             return  # its cores are part of what is used already
         note(self.progress, "quota of the GPU family")
         refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
@@ -162,18 +161,7 @@ class _Provisioning:
             self.done.dependents = adopted
             for what, resource in (("resource group", place.resource_group), *adopted.named()):
                 self.step(what, resource, lambda: "exists")
-            # Azure answers the region's name as "eastus" or as "East US".
-            location = str(existing.location or place.location).replace(" ", "").lower()
-
-            def check_location() -> Outcome:
-                if location == place.location:
-                    return "exists"
-                raise StageError(
-                    f"it is in {location}, not in {place.location}. "
-                    f"Fix: set azure.location={location}"
-                )
-
-            self.step("workspace", name, check_location)
+            self.step("workspace", name, partial(_check_location, existing, place.location))
             return
         if not self.step("resource group", place.resource_group, self._resource_group):
             return
@@ -285,10 +273,19 @@ class _Provisioning:
         )
 
 
+def _check_location(workspace: Workspace, wanted: str) -> Outcome:
+    # Azure answers the region's name as "eastus" or as "East US".
+    location = str(workspace.location or wanted).replace(" ", "").lower()
+    if location != wanted:
+        raise StageError(
+            f"it is in {location}, not in {wanted}. Fix: set azure.location={location}"
+        )
+    return "exists"
+
+
 def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
     """The workspace, hub or project; None where it does not exist or is being deleted."""
-    workspaces = clients.subscription.workspaces
-    workspace = get_or_none(lambda: workspaces.get(name), f"Looking for the {what} {name}")
+    workspace = find(what, name, clients.subscription.workspaces.get)
     return None if state_of(workspace) in ("deleting", "softdeleted") else workspace
 
 
@@ -299,7 +296,7 @@ def ensure_cluster(
     from azure.ai.ml.entities import AmlCompute
 
     operations, name = clients.ml.compute, section.name
-    existing = get_or_none(lambda: operations.get(name), f"Looking for the cluster {name}")
+    existing = find("cluster", name, operations.get)
     # A failed one is put again. One that is being deleted refuses that with a 409 until it is gone,
     # which `create` waits for.
     if existing is not None and state_of(existing) not in ("failed", "deleting"):
@@ -367,13 +364,10 @@ def is_provisioned(
     if any(_workspace(clients, "workspace", name) is None for name in names):
         return False
     if wanted & {"roles", "project"}:
-        identities = clients.identities.user_assigned_identities
-        read = partial(identities.get, place.resource_group, place.identity)
-        if get_or_none(read, f"Looking for the identity {place.identity}") is None:
+        read = partial(clients.identities.user_assigned_identities.get, place.resource_group)
+        if find("identity", place.identity, read) is None:
             return False
     if "cluster" in wanted:
-        name = section.compute.name
-        doing = f"Looking for the cluster {name}"
-        cluster = get_or_none(lambda: clients.ml.compute.get(name), doing)
+        cluster = find("cluster", section.compute.name, clients.ml.compute.get)
         return cluster is not None and state_of(cluster) not in ("failed", "deleting")
     return True

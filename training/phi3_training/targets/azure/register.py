@@ -144,8 +144,8 @@ def _create(
     with TemporaryDirectory(prefix="phi3-model-") as folder:
         with explained(f"Downloading the model of the job {job}"):
             clients.ml.jobs.download(job, download_path=folder, output_name=output)
-        found = sorted(Path(folder).rglob("MLmodel"), key=lambda path: len(path.parts))
-        if not found:
+        models = sorted(Path(folder).rglob("MLmodel"), key=lambda path: len(path.parts))
+        if not models:
             tried = "\n".join(refusals)
             raise StageError(
                 f"The job {job} has no MLflow model that Azure accepts. Tried:\n{tried}\n"
@@ -156,7 +156,7 @@ def _create(
             entity = Model(
                 name=name,
                 version=version,
-                path=found[0].parent,
+                path=models[0].parent,
                 type="mlflow_model",
                 tags=tags,
             )
@@ -164,11 +164,9 @@ def _create(
 
 
 def _sources(clients: Clients, job_model: ModelManifest) -> Iterator[str]:
-    """Where the model may be: the job's output, the path that Azure says it has, a step's output.
-
-    Registering from the output keeps the lineage from model to job. For a pipeline Azure now and
-    then finds nothing there, and the model is only an output of one of its steps.
-    """
+    """Where the model may be: the job's output, the path that Azure names, a step's output."""
+    # Registering from the output keeps the lineage from model to job. For a pipeline Azure now and
+    # then finds nothing there, and the model is only an output of one of its steps.
     job, output = job_model.job, job_model.output
     yield job_model.model_output or f"azureml://jobs/{job}/outputs/{output}"
     with explained(f"Reading the job {job}"):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # ARM's answer about a subscription, for its tenant; and connections of a workspace. The other API
 # versions are in the table below; everything else is left to the SDKs.
 SUBSCRIPTION_API, CONNECTIONS_API = "2022-12-01", "2024-04-01"
+Body = dict[str, Any]  # of a resource, as ARM's JSON has it
 StepRunner = Callable[[str, str, Callable[[], Outcome]], bool]
 
 
@@ -124,7 +125,7 @@ def ensure_dependents(
     place = clients.place
     # In this order: insights names log analytics. Each body is made only where it is needed, since
     # the vault's asks Azure for the tenant.
-    bodies: dict[ResourceKind, Callable[[], dict[str, Any]]] = {
+    bodies: dict[ResourceKind, Callable[[], Body]] = {
         STORAGE: lambda: {
             "kind": "StorageV2",
             "sku": {"name": "Standard_LRS"},  # three copies in one data centre: the cheapest
@@ -164,7 +165,7 @@ def ensure_dependents(
 def _ensure(
     clients: Clients,
     kind: ResourceKind,
-    own_body: Callable[[], dict[str, Any]],
+    own_body: Callable[[], Body],
     tags: dict[str, str],
     progress: Progress,
 ) -> Outcome:
@@ -177,7 +178,7 @@ def _ensure(
     def read() -> object:
         return resources.get_by_id(resource_id, api_version=kind.api_version)
 
-    def put(body: Any) -> object:
+    def put(body: Any) -> object:  # the SDK asks for a model of its own, and takes JSON
         return resources.begin_create_or_update_by_id(
             resource_id, body, api_version=kind.api_version
         )
@@ -204,7 +205,8 @@ def _ensure(
 
 
 def _register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
-    """A subscription must register a resource provider once; that takes a minute or two."""
+    """Register a resource provider, which a subscription must do once."""
+    # That takes a minute or two.
     providers = clients.resources.providers
     with explained(f"Registering the provider {namespace}"):
         provider = providers.register(namespace)
@@ -269,17 +271,15 @@ class Grant:
         return f"{self.role} on {last_part(self.scope)}"
 
     def body(self, subscription_id: str) -> RoleAssignmentCreateParameters:
-        """What is sent.
-
-        Without a type the SDK sends "User", and Azure then looks up an identity that it may not
-        know yet (PrincipalNotFound); "ServicePrincipal" is right for every managed identity.
-        """
+        """What is sent."""
         from azure.mgmt.authorization.v2022_04_01.models import RoleAssignmentCreateParameters
 
         definition = "providers/Microsoft.Authorization/roleDefinitions"
         return RoleAssignmentCreateParameters(
             role_definition_id=f"/subscriptions/{subscription_id}/{definition}/{ROLES[self.role]}",
             principal_id=self.principal_id,
+            # Without a type the SDK sends "User", and Azure then looks up an identity that it may
+            # not know yet (PrincipalNotFound). This is right for every managed identity.
             principal_type="ServicePrincipal",
         )
 
@@ -294,9 +294,10 @@ def grants(
 ) -> list[Grant]:
     """What the identity gets: the tutorials' roles, or only what a deployment and a flow need.
 
-    A user-assigned identity gets nothing by itself, unlike an endpoint's own ("Authentication and
-    authorization for online endpoints"). `group` and `connections` are ARM ids.
+    `group` and `connections` are ARM ids.
     """
+    # A user-assigned identity gets nothing by itself, unlike an endpoint's own ("Authentication and
+    # authorization for online endpoints").
     wanted: list[tuple[str, str]] = []
     if not least_privilege:
         wanted.append(("Contributor", group))  # as in the tutorials; wider than anything needs

@@ -154,31 +154,16 @@ def gpus_in(clients: Clients, name: str, key: str) -> int:
     return size.gpus
 
 
-@dataclass(frozen=True)
-class Price:
-    """What some machines cost together; `per_hour` (US dollars) is None where it is not known."""
-
-    size: str
-    count: int
-    region: str
-    per_hour: float | None
-
-    def text(self) -> str:
-        """A few words for a line of the plan or of the status."""
-        if self.per_hour is None:
-            return f"price of {self.size} unknown: see {PRICE_PAGE}"
-        month = self.per_hour * _HOURS_PER_MONTH
-        return (
-            f"{self.per_hour:.2f} USD per hour, {month:,.0f} per month if left on "
-            f"(list price of {PRICE_REGION}, {PRICE_DATE})"
-        )
-
-
-def price_of(size: str, count: int, region: str) -> Price:
-    """The price of `count` machines; known for the table's region alone."""
+def price_of(size: str, count: int, region: str) -> str:
+    """What `count` machines cost together, in a few words; known for the table's region alone."""
     known = TABLE.get(size.lower())
-    each = known.usd_per_hour if known and region == PRICE_REGION else None
-    return Price(size, count, region, None if each is None else each * count)
+    if known is None or known.usd_per_hour is None or region != PRICE_REGION:
+        return f"price of {size} unknown: see {PRICE_PAGE}"
+    hour = known.usd_per_hour * count
+    return (
+        f"{hour:.2f} USD per hour, {hour * _HOURS_PER_MONTH:,.0f} per month if left on "
+        f"(list price of {PRICE_REGION}, {PRICE_DATE})"
+    )
 
 
 @dataclass(frozen=True)
@@ -210,11 +195,9 @@ class Need:
 
 
 def cores_needed(size: Size, instances: int, *, online: bool) -> tuple[int, str]:
-    """Cores that must be free, and why so many.
-
-    An online deployment needs quota for a fifth more machines than it has, rounded up, unless its
-    size is exempt: one T4 machine needs quota for two.
-    """
+    """Cores that must be free, and why so many."""
+    # An online deployment needs quota for a fifth more machines than it has, rounded up, unless its
+    # size is exempt: one T4 machine needs quota for two.
     if online and size.extra_quota:
         return math.ceil(1.2 * instances) * size.cores, "with 20 % reserved for upgrades"
     if online:
@@ -285,11 +268,9 @@ def short_of_quota(needs: list[Need], *, of_limit: bool = False) -> list[Need]:
 
 
 def quota_shortage(needs: list[Need]) -> list[Need]:
-    """Those of the two needs that would stop `up`.
-
-    The cluster gives its cores back before the endpoint needs them, so the endpoint's need is held
-    against the limit, not against what is free now.
-    """
+    """Those of the two needs that would stop `up`."""
+    # The cluster gives its cores back before the endpoint needs them, so the endpoint's need is
+    # held against the limit, not against what is free now.
     training, endpoint = needs
     return short_of_quota([training]) + short_of_quota([endpoint], of_limit=True)
 

@@ -20,7 +20,7 @@ from .clients import Clients
 from .deploy import traffic_shares
 from .failures import message_of
 from .jobs import recorded_jobs
-from .operations import get_or_none, is_absent, state_of
+from .operations import find, is_absent, state_of
 from .place import RUN_TAG, endpoint_name
 from .sizes import price_of, quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
@@ -88,14 +88,14 @@ class Inventory:
                 mark = "" if item.state == "succeeded" else f", {item.state}: still bills"
                 lines.append(
                     f"deployment {item.name} of {endpoint.name}: {item.count} x {item.size}{mark}; "
-                    f"{price.text()}"
+                    f"{price}"
                 )
         for cluster in self.clusters:
             # A cluster bills for the nodes that it has, idle or not, until the idle time is over.
             count = cluster.nodes if cluster.nodes is not None else cluster.least
             if count:
                 price = price_of(cluster.size, count, self.region)
-                lines.append(f"cluster {cluster.name}: {count} x {cluster.size}; {price.text()}")
+                lines.append(f"cluster {cluster.name}: {count} x {cluster.size}; {price}")
             elif cluster.nodes is None:
                 lines.append(f"cluster {cluster.name}: bills while it has nodes (not counted)")
         return lines
@@ -148,8 +148,8 @@ def take_inventory(clients: Clients, run: Run) -> Inventory:
             status = getattr(job, "status", None)
             inventory.jobs.append((name, str(getattr(status, "value", status))))
     groups, group = clients.resources.resource_groups, clients.place.resource_group
-    found = _read(inventory, "resource group", partial(_listed, groups.get, group))
-    inventory.group_exists = bool(found or inventory.unknown)
+    listed = _read(inventory, "resource group", partial(_listed, groups.get, group))
+    inventory.group_exists = bool(listed or inventory.unknown)
     registration = run.read(RegistrationManifest)
     if registration is not None:
         models = _read(inventory, "models", partial(ml.models.list, name=registration.model))
@@ -250,17 +250,12 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     name, deployment = manifest.endpoint_name, manifest.deployment
     state = partial(EndpointState, url=manifest.endpoint, name=name, deployment=deployment)
     ml = clients.ml
-    endpoint = get_or_none(
-        lambda: ml.online_endpoints.get(name), f"Looking for the endpoint {name}"
-    )
+    endpoint = find("endpoint", name, ml.online_endpoints.get)
     if endpoint is None:
         return state("down", reason="the endpoint is gone")
-    found = get_or_none(
-        lambda: ml.online_deployments.get(deployment, name),
-        f"Looking for the deployment {deployment}",
-    )
-    if found is None or state_of(found) != "succeeded":
-        how = "is gone" if found is None else f"is {state_of(found)}"
+    existing = find("deployment", deployment, lambda own: ml.online_deployments.get(own, name))
+    if existing is None or state_of(existing) != "succeeded":
+        how = "is gone" if existing is None else f"is {state_of(existing)}"
         return state("down", reason=f"the deployment {how}")
     # An endpoint without traffic rules answers 404, however well its deployment is.
     if not traffic_shares(endpoint.traffic).get(deployment):
@@ -317,12 +312,12 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         PlanLine(
             "cost",
             f"training: up to {compute.max_instances} x {compute.size} while a job runs and "
-            f"{compute.idle_time_before_scale_down} s after; {training.text()}{always}",
+            f"{compute.idle_time_before_scale_down} s after; {training}{always}",
         ),
         PlanLine(
             "cost",
             f"endpoint: {endpoint.instance_count} x {endpoint.instance_type} from `deploy` until "
-            f"`phi3 down --on azure`, used or not; {serving.text()}",
+            f"`phi3 down --on azure`, used or not; {serving}",
         ),
         PlanLine(
             "cost", "storage, container registry, key vault, logs: small charges, until --all"
@@ -344,7 +339,7 @@ def _existing(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     )
     for stage, what, name, read in reads:
         try:
-            exists = get_or_none(partial(read, name), f"Looking for the {what} {name}") is not None
+            exists = find(what, name, read) is not None
         except StageError as error:
             return [*lines, PlanLine(stage, str(error), stops=True)]
         then = "exists and is used" if exists else "would be created"

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ...errors import MissingExtraError, StageError
 from ...flow import store
@@ -30,7 +30,7 @@ from .clients import Clients
 from .deploy import DeploymentId, delete_deployment, traffic_shares
 from .failures import explained
 from .jobs import cancel_all
-from .operations import delete, get_or_none, state_of
+from .operations import delete, find, get_or_none, state_of
 from .place import (
     RUN_TAG,
     RunResource,
@@ -42,9 +42,6 @@ from .place import (
 from .prompt_flow import delete_connection
 from .resources import DELETION_ORDER, IDENTITY, SOFT_DELETED, dependents_of, grants
 from .status import take_inventory
-
-if TYPE_CHECKING:
-    from azure.ai.ml.entities import OnlineEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +85,13 @@ def remove_run(
     """
     work = _Teardown(clients, section, run, progress)
     receipt = work.receipt
+    failed_deployments = partial(work.idle_deployments, only_failed=True)
+    # A failed cluster stays so until it is deleted.
+    failed_cluster = partial(work.cluster, only_failed=True)
     if only == "failed":
-        work.each(work.failed_deployments, work.failed_cluster)
+        work.each(failed_deployments, failed_cluster)
     elif only == "idle":
-        work.each(work.failed_deployments, work.idle_deployments, work.failed_cluster)
+        work.each(failed_deployments, work.idle_deployments, failed_cluster)
     else:
         # Jobs hold the cluster, so they end first. Connections go while the list of what the run
         # has made still names the endpoints that they must point to.
@@ -201,16 +201,12 @@ class _Teardown:
     def _endpoint_names(self) -> set[str]:
         """Every endpoint that the run may have made or deployed to."""
         # The derived name as well, should made.json be lost; the endpoint's tag then says whose.
-        made = {resource.name for resource in recorded_resources(self.run, "endpoint")}
+        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
         derived = endpoint_name(self.section, self.clients.place, self.run)
-        return made | self._deployed_to() | {derived}
+        return created | self._deployed_to() | {derived}
 
     def _deployed_to(self) -> set[str]:
         return {resource.parent for resource in recorded_resources(self.run, "deployment")}
-
-    def _find_endpoint(self, name: str) -> OnlineEndpoint | None:
-        operations = self.clients.ml.online_endpoints
-        return get_or_none(lambda: operations.get(name), f"Looking for the endpoint {name}")
 
     def endpoints(self) -> None:
         """The run's endpoint with all its deployments; of somebody else's only our deployments.
@@ -218,14 +214,14 @@ class _Teardown:
         Where all of that is gone, so is the connection on this machine, and the manifests of the
         stages that have to be done again.
         """
-        made = {resource.name for resource in recorded_resources(self.run, "endpoint")}
+        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
         deployed_to = self._deployed_to()
         operations = self.clients.ml.online_endpoints
         for name in sorted(self._endpoint_names()):
-            endpoint = self._find_endpoint(name)
+            endpoint = find("endpoint", name, operations.get)
             if endpoint is None:  # deleted in the studio, or never created
                 forget(self.run, RunResource("endpoint", name))
-            elif name in made or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
+            elif name in created or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
                 work = partial(
                     self._delete,
                     f"endpoint {name}",
@@ -252,17 +248,10 @@ class _Teardown:
         for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
             self.run.forget(kind)
 
-    def failed_deployments(self) -> None:
-        """The run's deployments that failed."""
-        self._delete_without_traffic(only_failed=True)
-
-    def idle_deployments(self) -> None:
+    def idle_deployments(self, *, only_failed: bool = False) -> None:
         """The run's deployments without traffic."""
-        self._delete_without_traffic(only_failed=False)
-
-    def _delete_without_traffic(self, *, only_failed: bool) -> None:
         for name in sorted(self._deployed_to()):
-            endpoint = self._find_endpoint(name)
+            endpoint = find("endpoint", name, self.clients.ml.online_endpoints.get)
             if endpoint is not None:
                 shares = traffic_shares(endpoint.traffic)
                 self._delete_deployments(name, shares, only_failed=only_failed)
@@ -291,15 +280,11 @@ class _Teardown:
             if self._try(what, work):
                 forget(self.run, RunResource("deployment", name, endpoint))
 
-    def failed_cluster(self) -> None:
-        """The cluster, if it failed: it stays so until it is deleted."""
-        self.cluster(only_failed=True)
-
     def cluster(self, *, only_failed: bool = False) -> None:
         """The cluster, where phi3 made it."""
         name, operations = self.section.compute.name, self.clients.ml.compute
         what = f"cluster {name}"
-        cluster = get_or_none(lambda: operations.get(name), f"Looking for the {what}")
+        cluster = find("cluster", name, operations.get)
         if cluster is None or (only_failed and state_of(cluster) != "failed"):
             return
         if not self._keeps(what, cluster):
@@ -318,8 +303,7 @@ class _Teardown:
             ("workspace", place.workspace_name),
         ):
             what = f"{kind_name} {name}"
-            read_workspace = partial(workspaces.get, name)
-            workspace = get_or_none(read_workspace, f"Looking for the {what}")
+            workspace = find(kind_name, name, workspaces.get)
             if workspace is not None and not self._keeps(what, workspace):
                 # Permanently: a soft-deleted workspace keeps its name, and could not be brought
                 # back anyway without the storage account and the vault, which go next.
@@ -329,7 +313,7 @@ class _Teardown:
                     delete_dependent_resources=False,
                     permanently_delete=True,
                 )
-                self._delete(what, start, read_workspace)
+                self._delete(what, start, partial(workspaces.get, name))
                 receipt.deleted.append(what)
         resources = self.clients.resources.resources
         for kind in DELETION_ORDER:
@@ -352,14 +336,12 @@ class _Teardown:
         """The identity's role assignments; they would outlive it as entries without a name."""
         place = self.clients.place
         identities = self.clients.identities.user_assigned_identities
-        identity = get_or_none(
-            lambda: identities.get(place.resource_group, place.identity),
-            f"Looking for the {IDENTITY.what} {place.identity}",
-        )
+        read = partial(identities.get, place.resource_group)
+        identity = find(IDENTITY.what, place.identity, read)
         if identity is None:
             return
-        workspaces, name = self.clients.subscription.workspaces, place.workspace_name
-        workspace = get_or_none(lambda: workspaces.get(name), f"Looking for the workspace {name}")
+        workspaces = self.clients.subscription.workspaces
+        workspace = find("workspace", place.workspace_name, workspaces.get)
         operations = self.clients.authorization.role_assignments
         for grant in grants(
             str(identity.principal_id),
@@ -378,7 +360,7 @@ class _Teardown:
         name = self.clients.place.resource_group
         what = f"resource group {name}"
         groups = self.clients.resources.resource_groups
-        group = get_or_none(lambda: groups.get(name), f"Looking for the {what}")
+        group = find("resource group", name, groups.get)
         if group is None or self._keeps(what, group):
             return
         with explained(f"Listing what is in the {what}"):

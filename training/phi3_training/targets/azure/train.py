@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from azure.ai.ml.entities import Job
 
 Route = Literal["pipeline", "job"]
-_LARGEST = 512 * 2**20  # bytes; a larger file of a job stays in Azure
+# Bytes; a larger file stays in Azure. Adapters and figures are far below, merged weights above.
+_LARGEST = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -359,11 +360,9 @@ def _remove(path: Path) -> None:
 
 
 def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress: Progress) -> None:
-    """Copy the files of a job's output over `folder`. StageError when there are none.
-
-    Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a named
-    output and say nothing of it. Its download is only the last resort.
-    """
+    """Copy the files of a job's output over `folder`. StageError when there are none."""
+    # Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a
+    # named output and say nothing of it. Its own download is the last resort.
     doing = f"Fetching the output {output} of the job {job.name}"
     # Inside the folder, so on the same disk, and gone again whatever happens.
     with TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
@@ -416,5 +415,6 @@ def _download_blobs(
 
 
 def _limit(recipe: Recipe) -> float:
-    """Seconds to wait for a job. It ends itself at its own limit; 4 hours more for a machine."""
+    """Seconds to wait for a job."""
+    # It ends itself at its own limit, counted from its start; 4 hours more to wait for a machine.
     return recipe.azure.train.timeout_minutes * 60.0 + 4 * 3600.0
