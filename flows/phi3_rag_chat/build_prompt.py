@@ -6,5 +6,5 @@ from phi3_tool.grounding import grounded
 
 
 @tool
-def build_prompt(input_data: str, passages: list, min_score: float = 0.35) -> dict:
+def build_prompt(input_data: str, passages: list, min_score: float = 0.0) -> dict:
     return grounded(input_data, passages, min_score)

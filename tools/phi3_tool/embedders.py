@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from .errors import AuthenticationError, ConfigurationError, ServiceError, one_line
 from .index import Embedder
@@ -118,7 +119,11 @@ class EndpointEmbedder:
                 f"The embeddings endpoint {base!r} is not an address; "
                 "expected something like https://HOST/v1"
             )
-        if key and self.base.startswith("http://") and not is_loopback(self.base):
+        if (
+            key
+            and self.base.startswith("http://")
+            and not is_loopback(urlsplit(self.base).hostname or "")
+        ):
             raise ConfigurationError(f"The key would go over plain http to {self.base}; use https")
         self.model, self._key = model, key
         self.identity = f"endpoint:{model}"

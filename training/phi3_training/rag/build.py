@@ -1,9 +1,9 @@
 """`phi3 rag index`: brings an index file up to date with a folder of documents.
 
-Unchanged files cost nothing (size and time, then SHA-256), removed ones leave the index, and equal
-passages are embedded once. Everything becomes visible in one transaction: a search, or a process
-that is killed, sees the old generation or the new one. Vectors are kept in a second file while
-they are computed, so that an interrupted run computes only what is missing.
+Unchanged files cost nothing (size and time, then SHA-256), removed ones leave the index, and a
+paragraph that stayed keeps its vector. Everything becomes visible in one transaction: a search, or
+a process that is killed, sees the old generation or the new one. Vectors are kept in a second file
+while they are computed, so that an interrupted run computes only what is missing.
 """
 
 from __future__ import annotations
@@ -267,8 +267,14 @@ def _replace(
     cutter: Cutter,
 ) -> None:
     """Read a document and put its passages in the place of its old ones."""
+    vectors: dict[tuple[str, str], bytes] = {}
     found = database.execute("SELECT id FROM document WHERE path = ?", (name,)).fetchone()
     if found:
+        # A paragraph that stayed as it was keeps its vector.
+        for heading, text, vector in database.execute(
+            "SELECT heading, text, vector FROM passage WHERE document = ?", found
+        ):
+            vectors[heading, text] = vector
         _forget(database, found[0])
     number = database.execute(
         "INSERT INTO document(path, sha256, size, modified, passages) VALUES(?, ?, ?, ?, 0)",
@@ -278,10 +284,10 @@ def _replace(
     count = 0
     for count, passage in enumerate(passages, 1):
         database.execute(
-            "INSERT INTO passage(document, number, heading, text, page, first, last) "
-            "VALUES(?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO passage(document, number, heading, text, page, first, last, vector) "
+            "VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
             (number, count, passage.heading, passage.text, passage.page, passage.first,
-             passage.last),
+             passage.last, vectors.get((passage.heading, passage.text))),
         )  # fmt: skip
     database.execute("UPDATE document SET passages = ? WHERE id = ?", (count, number))
 
@@ -295,15 +301,6 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
     """Give every passage without a vector its vector; how many had to be computed."""
     with closing(sqlite3.connect(_cache(path), isolation_level=None)) as cache:
         cache.execute("CREATE TABLE IF NOT EXISTS vector (sha BLOB PRIMARY KEY, vector BLOB)")
-        for heading, text, vector in database.execute(
-            "SELECT heading, text, vector FROM passage WHERE vector IS NOT NULL"
-        ):
-            # What an unchanged paragraph of a changed file had before is gone with its old rows;
-            # what other documents hold serves again.
-            cache.execute(
-                "INSERT OR IGNORE INTO vector VALUES(?, ?)",
-                (_key(embedder, Passage(text, heading, None, 0, 0).searched), vector),
-            )
         (total,) = database.execute("SELECT count(*) FROM passage WHERE vector IS NULL").fetchone()
         started, done, computed = time.monotonic(), 0, 0
         for batch in _batches(database):

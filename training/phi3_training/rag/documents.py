@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import re
 import zipfile
@@ -262,6 +263,8 @@ def _pdf(path: Path) -> Iterator[Section]:
         from pypdf.errors import PdfReadError
     except ImportError:
         raise MissingExtraError("pypdf", "rag") from None
+    # What it finds odd it also reports as errors; its log would appear between the progress lines.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     offset = 0
     try:
         with PdfReader(path) as reader:
