@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -34,6 +35,7 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
+from phi3_training.rag.figures import measure, read_questions
 
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
@@ -395,3 +397,32 @@ def test_two_writers_do_not_meet(tmp_path: Path, handbook: Path) -> None:
         first.join(30)
     time.sleep(0)
     assert index(tmp_path, handbook, Bag()).unchanged == 3
+
+
+def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> None:
+    bag = Bag()
+    index(tmp_path, handbook, bag)
+    file = tmp_path / "questions.jsonl"
+    rows = [
+        {"question": "Mossback weighs kg", "answer": "2.4 kg"},
+        {"question": "goods full refund", "answer": "60 DAYS"},
+        {"question": "open from nine", "source": "tents.md", "heading": "Care"},
+        {"question": "zeppelin", "answerable": False},
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    found = measure(DocumentIndex(tmp_path / "index.sqlite"), bag, read_questions(file))
+    assert (found.questions, found.unanswerable, found.refused) == (3, 1, 1.0)
+    assert found.hits[1] == pytest.approx(2 / 3)
+    assert found.hits[10] == 1.0
+    (missed,) = found.worst
+    assert missed[0] == 3
+    assert missed[2].startswith("hours.html")
+    place = next(k for k in (2, 3, 4) if found.mrr == pytest.approx((2 + 1 / k) / 3))
+    assert found.ndcg == pytest.approx((2 + 1 / math.log2(place + 1)) / 3)
+
+
+def test_every_fault_of_the_questions_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "a"}\n{\n{"question": "a", "answer": "b", "gold": 1}\n')
+    with pytest.raises(UsageError, match=r"(?s):1: neither.*:2: not JSON.*:3: unknown key gold"):
+        read_questions(file)

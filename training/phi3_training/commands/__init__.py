@@ -48,7 +48,11 @@ GROUPS = (
         {"adapters": "list the named adapters of a run, or merge one into the base weights"},
     ),
     Group("data", "register_data", {"data": "check, prepare or show chats"}),
-    Group("rag", "register_rag", {"rag": "index your documents, and search them"}),
+    Group(
+        "rag",
+        "register_rag",
+        {"rag": "index your documents, search them, measure how well it finds"},
+    ),
     Group(
         "chat",
         "register_chat",

@@ -1,16 +1,20 @@
-"""`phi3 rag index | search`: documents into an index, and a look at what a question finds."""
+"""`phi3 rag index | search | evaluate`: documents into an index, and how well it finds them."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from phi3_tool.index import QUERY_TYPES
+from phi3_tool.embedders import embedder_of
+from phi3_tool.errors import Phi3Error
+from phi3_tool.index import QUERY_TYPES, DocumentIndex
 
 from .. import console
 from ..errors import UsageError
@@ -21,6 +25,7 @@ from .common import add_command
 
 DEFAULT_RUN = "documents"
 _SHOWN_CHARACTERS = 300
+_SHOWN_QUESTIONS = 5
 
 
 def register_rag(subparsers: Any) -> None:
@@ -76,6 +81,18 @@ def register_rag(subparsers: Any) -> None:
     search.add_argument("-k", "--top-k", type=int, default=4, metavar="COUNT", help="default 4")
     search.add_argument("--query-type", choices=QUERY_TYPES, default="hybrid")
     _add_run(search)
+
+    evaluate = add_command(
+        actions, "evaluate", "measure how well the index finds what your questions ask for",
+        "phi3 rag evaluate questions.jsonl", run_evaluate,
+    )  # fmt: skip
+    evaluate.add_argument(
+        "questions",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
+    )
+    _add_run(evaluate)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -137,11 +154,7 @@ def run_index(args: argparse.Namespace) -> int:
 
 def run_search(args: argparse.Namespace) -> int:
     """Show what a question finds."""
-    from phi3_tool.embedders import embedder_of
-    from phi3_tool.errors import Phi3Error
-    from phi3_tool.index import DocumentIndex
-
-    try:
+    with _tool_errors():
         index = DocumentIndex(index_file(Run(args.runs / args.run)))
         embedder = None
         if args.query_type != "keyword":
@@ -149,8 +162,6 @@ def run_search(args: argparse.Namespace) -> int:
         hits = index.search(
             args.question, top_k=args.top_k, query_type=args.query_type, embedder=embedder
         )
-    except Phi3Error as error:
-        raise UsageError(error.message) from None
     if args.output == "json":
         console.print_json([hit.as_lookup() for hit in hits])
         return 0
@@ -165,3 +176,40 @@ def run_search(args: argparse.Namespace) -> int:
     if not hits:
         console.out.print("Nothing was found.")
     return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Look the questions of a file up and print the figures."""
+    from ..rag.figures import measure, read_questions
+
+    questions = read_questions(args.questions)
+    with _tool_errors():
+        index = DocumentIndex(index_file(Run(args.runs / args.run)))
+        found = measure(index, embedder_of(index.facts(), index.path), questions)
+    if args.output == "json":
+        console.print_json(asdict(found))
+        return 0
+    rows = [
+        [f"right passage among the first {k}", f"{share:.1%}"] for k, share in found.hits.items()
+    ]
+    rows += [["mean reciprocal rank (10)", f"{found.mrr:.3f}"], ["nDCG (10)", f"{found.ndcg:.3f}"]]
+    rows.append([f"nothing scores {found.min_score}, so not answered", f"{found.lost:.1%}"])
+    if found.refused is not None:
+        text = f"unanswerable, and nothing scores {found.min_score}"
+        rows.append([f"{text} ({found.unanswerable} questions)", f"{found.refused:.1%}"])
+    rows.append(["time for a question (median)", f"{found.median_seconds * 1000:.1f} ms"])
+    console.table(f"{found.questions} questions", ["", ""], rows)
+    for line, question, place in found.worst[:_SHOWN_QUESTIONS]:
+        console.out.print(f"  line {line}: {question}\n      first: {place}", markup=False)
+    left = len(found.worst) - _SHOWN_QUESTIONS
+    if left > 0:
+        console.out.print(f"  … and {left} more; all of them with: -o json", markup=False)
+    return 0
+
+
+@contextmanager
+def _tool_errors() -> Iterator[None]:
+    try:
+        yield
+    except Phi3Error as error:
+        raise UsageError(error.message) from None
