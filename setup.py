@@ -28,8 +28,17 @@ FLOW = [
     'uvloop>=0.21; sys_platform != "win32"',
     'httptools>=0.6; sys_platform != "win32"',
 ]
-LOCAL = [
+# What `phi3 rag` reads documents with; all pure Python.
+RAG = [
     *CLI,
+    "pypdf>=6",
+    "mammoth>=1.9",  # DOCX, with its headings
+    "semchunk>=4,<5",  # cuts at sentences; offsets=True is new in 3 and its form may change
+    "onnxruntime>=1.24",
+    "tokenizers>=0.22",
+]
+LOCAL = [
+    *RAG,
     "torch==2.13.0",  # one tested version; a range would fetch gigabytes of CUDA builds
     "transformers>=5.23,<6",  # 6 is not tested: tokenizer and Trainer names change by major
     "trl>=1.16,<2",  # renames its arguments between majors, silently for some
@@ -133,6 +142,7 @@ setup(
     extras_require={
         "flow": FLOW,
         "local": LOCAL,
+        "rag": RAG,
         "qlora": QLORA,
         "tensorboard": TENSORBOARD,
         "azure": AZURE,

@@ -18,7 +18,14 @@ from phi3_training.cli import main
 from phi3_training.errors import StageError, WeightsUnavailableError
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.models.fuse import convert, fuse, largest_difference
-from phi3_training.models.small import CHAT_TEMPLATE, SMOLLM2, Wheel, prepare, prepared_folder
+from phi3_training.models.small import (
+    CHAT_TEMPLATE,
+    SMOLLM2,
+    folder_of,
+    prepare,
+    prepared_folder,
+)
+from phi3_training.models.wheels import Wheel
 from phi3_training.prompt import ChatFormat
 
 CONVERSATION = [
@@ -255,4 +262,4 @@ def test_the_list_names_licence_size_and_what_small_is(
     )
     assert all(Path(row["recipe"]).is_file() for row in rows.values())
     assert all("GiB" in row["memory_to_train"] for row in rows.values())
-    assert SMOLLM2.sha256[:8] in SMOLLM2.folder.name
+    assert SMOLLM2.sha256[:8] in folder_of(SMOLLM2).name

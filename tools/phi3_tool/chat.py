@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Optional, Tuple, Union
 
@@ -23,7 +23,8 @@ from .client import Phi3Client
 from .connection import ConnectionSettings, environment_names_endpoint
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
-from .errors import Phi3Error
+from .errors import Phi3Error, RequestRejectedError
+from .grounding import NOT_IN_DOCUMENTS, sources_note, with_sources
 from .history import (
     BROKE_OFF,
     DEFAULT_CONTEXT_LENGTH,
@@ -31,6 +32,7 @@ from .history import (
     rough_tokens,
     to_messages,
 )
+from .index import hits_of
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +151,25 @@ def phi3_chat(
     except Phi3Error as error:
         # Prompt flow shows and stores a failed node's whole traceback: keep it to this one line.
         raise error.with_traceback(None) from None
+
+
+def phi3_rag_chat(prompt: Mapping[str, Any], **asked: Any) -> Any:
+    """`phi3_chat` on a prompt with passages (`grounding.grounded`), sources under the answer.
+
+    Where no passage fits, the answer is NOT_IN_DOCUMENTS and the model is not asked.
+    """
+    try:
+        hits = hits_of(prompt["passages"])
+    except KeyError:
+        raise RequestRejectedError(
+            "prompt must be the output of build_prompt: text and passages"
+        ) from None
+    if not prompt["text"]:
+        return NOT_IN_DOCUMENTS
+    answer = phi3_chat(input_data=prompt["text"], **asked)
+    if isinstance(answer, str):
+        return answer + sources_note(answer, hits)
+    return with_sources(answer, hits)
 
 
 def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]

@@ -17,6 +17,8 @@ TOKENS_AROUND_MESSAGE = 5
 DEFAULT_CONTEXT_LENGTH = 4096
 #: Starts the note at the end of an incomplete streamed answer; the model never sees the note.
 BROKE_OFF = "\n\n[The answer was cut off. "
+#: Starts the list of sources under an answer from documents; the model never sees it either.
+SOURCES = "\n\nSources:\n"
 
 Turn = tuple[str, str]
 
@@ -112,6 +114,7 @@ def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | N
         )
     question = _one_text(inputs, input_key)
     answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
+    answer = answer.partition(SOURCES)[0]
     if question is None:
         raise RequestRejectedError(f"chat_history[{index}] has no text under inputs.{input_key}")
     if not answer or not question.strip():

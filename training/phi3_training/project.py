@@ -20,6 +20,7 @@ _INSTALLED = _PACKAGE / "shipped"
 RECIPES = Path("training/recipes")
 DATA = Path("training/data")
 FLOW = Path("flows/phi3_chat")
+RAG_FLOW = Path("flows/phi3_rag_chat")
 DEFAULT_RECIPES = {
     "local": RECIPES / "phi3-small.yaml",
     "azure": RECIPES / "phi3-mini-azure.yaml",
@@ -27,7 +28,7 @@ DEFAULT_RECIPES = {
 TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
 
 _OWN_RECIPE = "recipe.yaml"
-_NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc")
+_NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc", "index.sqlite*")
 
 
 def find(path: Path) -> Path:
@@ -67,7 +68,7 @@ def copy_project(target: Path) -> list[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not empty; name a new folder: phi3 init FOLDER")
     target.mkdir(parents=True, exist_ok=True)
-    for folder in (FLOW, Path("tools/phi3_tool"), Path("connections")):
+    for folder in (FLOW, RAG_FLOW, Path("tools/phi3_tool"), Path("connections")):
         shutil.copytree(find(folder), target / folder, ignore=_NEVER)
     for name in ("outdoor_chats.jsonl", "outdoor_chats_heldout.jsonl", "general_chats.jsonl"):
         (target / "data").mkdir(exist_ok=True)

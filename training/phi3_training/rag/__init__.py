@@ -1,0 +1,1 @@
+"""Documents: read, cut into passages, embedded and kept in one SQLite file that flows search."""

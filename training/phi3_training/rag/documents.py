@@ -1,0 +1,349 @@
+"""Documents to sections of plain text, with heading, page and offsets; every fault with its path.
+
+Text, Markdown and HTML by the standard library, PDF by pypdf, DOCX by mammoth, passages in CSV or
+JSON lines. Nothing in a document is executed, fetched or followed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtraError, Phi3TrainingError
+
+MAX_BYTES = 200 << 20
+#: Of a DOCX, unpacked: a real one of 1,000 pages has about 40 MB; a zip bomb has gigabytes.
+MAX_UNPACKED = 200 << 20
+_HIDDEN = re.compile(r"^[.~]|^__MACOSX$|\.tmp$")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Text under one heading; `start` is its offset in the document's text, in characters."""
+
+    text: str
+    heading: tuple[str, ...]
+    page: int | None
+    start: int
+
+
+@dataclass(frozen=True)
+class DocumentFault:
+    """A file that cannot be read, why, and what to do."""
+
+    path: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}; {self.fix}"
+
+
+class DocumentError(Phi3TrainingError):
+    """Documents that cannot be read; `faults` holds all of them."""
+
+    def __init__(self, faults: Sequence[DocumentFault]) -> None:
+        self.faults = tuple(faults)
+        count = "1 document" if len(faults) == 1 else f"{len(faults)} documents"
+        lines = "\n".join(f"  {fault}" for fault in faults)
+        super().__init__(
+            f"{count} could not be read; the index was not changed:\n{lines}\n"
+            "Index the others with: --skip-unreadable"
+        )
+
+
+class UnreadableError(Exception):
+    """Why a file cannot be read, and what to do; `fault_of` adds the path."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFault]]:
+    """The files that are meant, by the name that a citation shows, and what is wrong with others.
+
+    A folder is read with its subfolders, in order of names; hidden files are left out, and links
+    that lead out of the folder are faults.
+    """
+    files: dict[str, Path] = {}
+    faults: list[DocumentFault] = []
+    for source in sources:
+        if source.is_dir():
+            root = source.resolve()
+            for folder, names, members in os.walk(source):
+                names[:] = sorted(name for name in names if not _HIDDEN.search(name))
+                for member in sorted(members):
+                    path = Path(folder) / member
+                    name = path.relative_to(source).as_posix()
+                    if _HIDDEN.search(member):
+                        continue
+                    if not path.resolve().is_relative_to(root):
+                        fault = DocumentFault(name, "is a link out of the folder", "copy the file")
+                        faults.append(fault)
+                    else:
+                        files[name] = path
+        elif source.is_file():
+            files[source.name] = source
+        else:
+            faults.append(DocumentFault(str(source), "does not exist", "check the path"))
+    return files, faults
+
+
+def read_sections(path: Path) -> Iterator[Section]:
+    """The sections of a file, in order.
+
+    Raises UnreadableError, or whatever a parser raises on a broken file: see `fault_of`.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        known = ", ".join(sorted(READERS))
+        raise UnreadableError(f"files of the kind {path.suffix or '(none)'} are not read", known)
+    if path.stat().st_size > MAX_BYTES:
+        raise UnreadableError(f"has more than {MAX_BYTES >> 20} MB", "split it")
+    found = False
+    for section in reader(path):
+        if section.text.strip():
+            found = True
+            yield section
+    if not found:
+        raise UnreadableError(*_EMPTY.get(path.suffix.lower(), ("has no text", "remove it")))
+
+
+def fault_of(error: Exception, name: str) -> DocumentFault:
+    """What an exception of `read_sections` means; raises it again when it is not about the file."""
+    if isinstance(error, UnreadableError):
+        fix = error.fix
+        if error.what.endswith("are not read"):
+            fix = f"convert it to one of {fix}"
+        return DocumentFault(name, error.what, fix)
+    if isinstance(error, MissingExtraError):
+        raise error
+    if isinstance(error, OSError):
+        return DocumentFault(name, error.strerror or str(error), "check the file")
+    return DocumentFault(name, f"is broken ({type(error).__name__})", "open it and save it again")
+
+
+_EMPTY = {
+    ".pdf": (
+        "has no text: it is probably a scan",
+        "run text recognition (OCR) on it first, for example with ocrmypdf",
+    )
+}
+
+
+def _text_of(path: Path) -> str:
+    raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if b"\0" in raw[:4096]:
+            raise UnreadableError("is not text", "convert it to text or PDF") from None
+        if error.start and raw.count(b"\n", 0, error.start) > 10**6:
+            raise UnreadableError("is not UTF-8", "save it as UTF-8") from None
+        # What Windows' editors write in western Europe and America.
+        return raw.decode("cp1252", "replace")
+
+
+def _plain(path: Path) -> Iterator[Section]:
+    yield Section(_text_of(path), (), None, 0)
+
+
+_HEADING = re.compile(r"^ {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_FENCE = re.compile(r"^ {0,3}(```|~~~)")
+
+
+def _markdown(path: Path) -> Iterator[Section]:
+    """One section per heading; lines that look like headings inside fenced code are text."""
+    heading: list[str] = []
+    lines: list[str] = []
+    start = offset = 0
+    fence = ""
+    for line in _text_of(path).splitlines(keepends=True):
+        border = _FENCE.match(line)
+        if border:
+            fence = "" if fence == border.group(1) else fence or border.group(1)
+        title = None if fence else _HEADING.match(line.rstrip("\r\n"))
+        if title:
+            yield Section("".join(lines), tuple(heading), None, start)
+            level = len(title.group(1))
+            heading = [*heading[: level - 1], title.group(2)]
+            lines, start = [], offset + len(line)
+        else:
+            lines.append(line)
+        offset += len(line)
+    yield Section("".join(lines), tuple(heading), None, start)
+
+
+class _Html(HTMLParser):
+    """Text of a page by headings; what a browser does not show is left out."""
+
+    SKIPPED = frozenset(("script", "style", "template", "noscript", "svg", "head", "iframe"))
+    BLOCKS = frozenset(
+        """
+        p div li ul ol tr table section article header footer main br h1 h2 h3 h4 h5 h6
+        blockquote pre dt dd figure figcaption nav aside form
+        """.split()  # noqa: SIM905 - easier to read than thirty quoted words
+    )
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.sections: list[Section] = []
+        self._heading: list[str] = []
+        self._title: list[str] | None = None
+        self._parts: list[str] = []
+        self._skip = 0
+        self._length = 0
+
+    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.SKIPPED:
+            self._skip += 1
+        elif not self._skip and re.fullmatch("h[1-6]", tag):
+            self._close()
+            self._title = []
+        elif tag in self.BLOCKS:
+            self._parts.append("\n")
+        elif tag in ("td", "th"):
+            self._parts.append(" | ")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.SKIPPED:
+            self._skip = max(0, self._skip - 1)
+        elif re.fullmatch("h[1-6]", tag) and self._title is not None:
+            title = " ".join("".join(self._title).split())
+            self._heading = [*self._heading[: int(tag[1]) - 1], title]
+            self._title = None
+        elif tag in self.BLOCKS:
+            self._parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skip:
+            (self._parts if self._title is None else self._title).append(data)
+
+    def close(self) -> None:
+        super().close()
+        self._close()
+
+    def _close(self) -> None:
+        text = re.sub(r"[ \t\r\f\v]+", " ", "".join(self._parts))
+        text = re.sub(r" ?\n[ \n]*", "\n", text).strip()
+        if text:
+            self.sections.append(Section(text, tuple(self._heading), None, self._length))
+            self._length += len(text) + 1
+        self._parts = []
+
+
+def _html_sections(text: str) -> list[Section]:
+    parser = _Html()
+    parser.feed(text)
+    parser.close()
+    return parser.sections
+
+
+def _html(path: Path) -> Iterator[Section]:
+    yield from _html_sections(_text_of(path))
+
+
+def _pdf(path: Path) -> Iterator[Section]:
+    """One section per page, read one after the other: 10,000 pages take no more memory than one."""
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PdfReadError
+    except ImportError:
+        raise MissingExtraError("pypdf", "rag") from None
+    # What it finds odd it also reports as errors; its log would appear between the progress lines.
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    offset = 0
+    try:
+        with PdfReader(path) as reader:
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise UnreadableError("is locked with a password", "save it without one")
+            for number, page in enumerate(reader.pages, 1):
+                text = page.extract_text()
+                yield Section(text, (), number, offset)
+                offset += len(text) + 1
+    except PdfReadError as error:
+        raise UnreadableError(f"is a broken PDF ({error})", "open it and save it again") from None
+
+
+def _docx(path: Path) -> Iterator[Section]:
+    try:
+        import mammoth
+    except ImportError:
+        raise MissingExtraError("mammoth", "rag") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_UNPACKED:
+                raise UnreadableError(
+                    f"unpacks to more than {MAX_UNPACKED >> 20} MB", "save it without pictures"
+                )
+    except zipfile.BadZipFile:
+        raise UnreadableError("is not a DOCX file", "open it and save it as .docx") from None
+    with path.open("rb") as file:
+        # Pictures would come as base64 inside the text.
+        no_picture = mammoth.images.img_element(lambda _image: {"src": ""})
+        html = mammoth.convert_to_html(file, convert_image=no_picture).value
+    yield from _html_sections(html)
+
+
+_TEXT_KEYS = ("text", "content", "passage", "body")
+_TITLE_KEYS = ("heading", "title", "name")
+
+
+def _csv(path: Path) -> Iterator[Section]:
+    text = _text_of(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    yield from _passages(enumerate(rows, 2))
+
+
+def _jsonl(path: Path) -> Iterator[Section]:
+    def rows() -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(_text_of(path).split("\n"), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError:
+                    raise UnreadableError(
+                        f"line {number} is not JSON", "correct the line"
+                    ) from None
+
+    yield from _passages(rows())
+
+
+def _passages(rows: Iterator[tuple[int, Any]]) -> Iterator[Section]:
+    offset = 0
+    for number, row in rows:
+        fields = row if isinstance(row, dict) else {}
+        text = next((fields[key] for key in _TEXT_KEYS if isinstance(fields.get(key), str)), None)
+        if text is None:
+            wanted = " or ".join(_TEXT_KEYS)
+            raise UnreadableError(f"row {number} has no passage", f"give it a key {wanted}")
+        title = next((fields[key] for key in _TITLE_KEYS if isinstance(fields.get(key), str)), "")
+        yield Section(text, (title,) if title else (), None, offset)
+        offset += len(text) + 1
+
+
+READERS: dict[str, Callable[[Path], Iterator[Section]]] = {
+    ".md": _markdown,
+    ".markdown": _markdown,
+    ".txt": _plain,
+    ".html": _html,
+    ".htm": _html,
+    ".pdf": _pdf,
+    ".docx": _docx,
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+}
