@@ -185,7 +185,7 @@ def test_wrong_order_names_the_command_that_repairs_it() -> None:
 def viewer(tmp_path_factory: pytest.TempPathFactory) -> TokenViewer:
     folder = tmp_path_factory.mktemp("model")
     texts = ["Hi? Hello. Who? Me. no yes"]
-    make_tokenizer(texts, vocab_size=300, model_max_length=512).save_pretrained(folder)
+    make_tokenizer(texts, folder, vocab_size=300, model_max_length=512)
     (folder / "config.json").write_text('{"max_position_embeddings": 512}')
     return TokenViewer(folder)
 
