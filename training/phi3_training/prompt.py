@@ -279,16 +279,18 @@ class ChatFormat:
     def encode_example(self, messages: Sequence[Message]) -> Example:
         """The token ids of a whole conversation and the mask of what is to be learnt.
 
-        Learnt are each answer, the token that ends its turn, and the end of text that the
-        template writes after the last one.
+        Learnt are each answer without `"weight": 0`, the token that ends its turn, and the end of
+        text that the template writes after the last one.
         """
         checked = _checked(messages, last_role="assistant")
         text = self._guarded_text(checked, add_generation_prompt=False)
         ids, starts, control = self._guard.encode(text)
         mask = [0] * len(ids)
         last = len(checked) - 1
+        # OpenAI's `weight`: an answer of weight 0 is context for the next ones.
+        learnt = iter(m.get("weight", 1) != 0 for m in messages if m["role"] == "assistant")
         for position, message in enumerate(checked):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and next(learnt):
                 start, end = self._answer_span(text, checked[:position], message["content"])
                 _mark(mask, starts, control, (start, end), to_the_end=position == last)
         return Example(ids, mask)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from phi3_training.data.conversation import carried, read_row
+from phi3_training.data.formats import carried, read_row
 from phi3_training.data.jsonl import Range, Sound, StrictJson, accept, chunks, decode
 from phi3_training.data.sources import digest_range
 
@@ -69,11 +69,11 @@ def strictly(line: bytes) -> tuple[list[str], dict[str, Any]] | None:
     row, problems = StrictJson().read(text)
     if problems or not isinstance(row, dict):
         return None
-    form, messages, problems = read_row(row)
+    read = read_row(row)
     extra, wrong = carried(row)
-    if problems or wrong or form is None:
+    if read.problems or wrong or read.form is None:
         return None
-    return [message.content for message in messages], extra
+    return [message.content for message in read.messages], extra
 
 
 def chunks_of(line: bytes) -> Any:

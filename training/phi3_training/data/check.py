@@ -66,6 +66,8 @@ class FileReport:
     size: int
     sha256: str
     faults: tuple[Fault, ...]
+    remarks: tuple[str, ...]
+    unused_keys: dict[str, int]
 
     def __str__(self) -> str:
         found = _count(len(self.faults), "fault") if self.faults else "no fault"
@@ -83,6 +85,8 @@ class FileReport:
             "bytes": self.size,
             "sha256": self.sha256,
             "faults": len(self.faults),
+            "remarks": list(self.remarks),
+            "unused_keys": self.unused_keys,
         }
 
 
@@ -97,7 +101,9 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """For people: one line per file, the lengths, then the first faults and warnings."""
-        lines = [str(file) for file in self.files]
+        lines = [
+            line for file in self.files for line in (str(file), *(f"  {r}" for r in file.remarks))
+        ]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
         if self.warnings:
@@ -149,6 +155,8 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
         size=one.size,
         sha256=one.sha256,
         faults=tuple(fault for fault in faults if fault.path == one.path),
+        remarks=tuple(one.remarks()),
+        unused_keys=dict(one.unused),
     )
 
 

@@ -330,6 +330,8 @@ class Digest:
     filled: bool = False
     stop: bool = False  # the file is not what it seems: nothing else in it counts
     formats: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     several_turns: int = 0
     flags: list[tuple[int, int, str]] = field(default_factory=list)
     # One entry per valid row. Where it is: in the source itself, or in the block file.
@@ -382,6 +384,9 @@ class Digester:
         self._columns.extend((line, size, offset, in_source, identity, question, len(text)))
         digest.filled = True
         digest.formats[sound.form] += 1
+        if sound.unused or sound.notes:
+            digest.unused.update(sound.unused)
+            digest.notes.update(sound.notes)
         digest.several_turns += len(sound.texts) > 3
         self._texts.append(text)
         self._systems.append(system)

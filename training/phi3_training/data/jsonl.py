@@ -17,8 +17,9 @@ import numpy as np
 import orjson
 
 from .arrays import U8, Ints
-from .conversation import CARRIED, Message, carried, check_characters, read_row
+from .conversation import CARRIED, check_characters
 from .faults import Problem
+from .formats import Row, carried, read_row
 
 # The lines of a chat file as bytes, in flat memory, with what is wrong with them as bytes.
 
@@ -311,13 +312,17 @@ class Sound(NamedTuple):
     has_system: bool
     joined: bytes
     written: bytes | None
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, form: str, messages: Sequence[Message], extra: Mapping[str, Any]) -> Sound:
+    def of(cls, row: Row, extra: Mapping[str, Any]) -> Sound:
         """A row that must be rewritten."""
+        messages = row.messages
         texts = [message.content for message in messages]
         written = encode({"messages": [message.to_dict() for message in messages], **extra})
-        return cls(form, texts, messages[0].role == "system", join(texts), written)
+        has_system = messages[0].role == "system"
+        return cls(str(row.form), texts, has_system, join(texts), written, row.unused, row.notes)
 
 
 class _Plain(NamedTuple):
@@ -431,8 +436,8 @@ def _roles(count: int) -> list[str]:
 
 def _accept_other(row: dict[str, Any], line: bytes) -> Sound | None:
     """A row in another format or with more keys, through the general rules."""
-    form, messages, problems = read_row(row)
-    if problems or form is None or _hides_colon(line) or b"\x7f" in line:
+    read = read_row(row)
+    if read.problems or read.form is None or _hides_colon(line) or b"\x7f" in line:
         return None
     extra, problems = carried(row)
     if problems or (len(line) > len(_LONG_NUMBER) and _LONG_NUMBER in line.translate(_DIGITS)):
@@ -443,7 +448,7 @@ def _accept_other(row: dict[str, Any], line: bytes) -> Sound | None:
         return None
     if whole.count(b":") != line.count(b":"):
         return None
-    return Sound.of(form, messages, extra)
+    return Sound.of(read, extra)
 
 
 def _hides(line: bytes, texts: Sequence[str]) -> bool:

@@ -487,6 +487,8 @@ def _choices(
                 f"held-out questions: {taught['reworded']} reword what a training chat answers, "
                 f"{taught['new']} ask for something that no training chat answers"
             )
+    for one in findings.table.scans:
+        lines += [f"{one.path.name}: {remark}" for remark in one.remarks()]
     return [*lines, *sentences(findings.counts(), REPORT)]
 
 

@@ -57,6 +57,8 @@ class Scan:
     digests: list[Digest] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
     several_turns: int = 0
     size: int = 0
     sha256: str = ""
@@ -75,6 +77,16 @@ class Scan:
     def rows(self) -> int:
         """How many sound rows there are."""
         return self.formats.total()
+
+    def remarks(self) -> list[str]:
+        """What was decided about rows of this source, and which keys of them were not read."""
+        lines = [f"{note} ({_rows(count)})" for note, count in sorted(self.notes.items())]
+        if self.unused:
+            keys = ", ".join(
+                f"{key} ({_rows(count)})" for key, count in sorted(self.unused.items())
+            )
+            lines.append(f"keys that were not read: {keys}")
+        return lines
 
     def fault(self, line: int, problem: Problem) -> None:
         """Note a problem."""
@@ -95,6 +107,8 @@ class Scan:
             blanks += [Lines(run.first + first, run.many) for run in digest.blanks]
             filled |= digest.filled
             self.formats += digest.formats
+            self.unused += digest.unused
+            self.notes += digest.notes
             self.several_turns += digest.several_turns
             first += digest.lines
         if ends.many:
@@ -105,6 +119,10 @@ class Scan:
         if not filled:
             what = "the file contains no conversation" if self.size else "the file is empty"
             self.fault(0, Problem("no-rows", what, "write one conversation per line"))
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
 
 
 def _joined(runs: Iterable[Lines]) -> list[Lines]:

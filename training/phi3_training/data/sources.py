@@ -11,9 +11,9 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from ..errors import MissingExtraError
 from ..recipe.sections import HUB, HubSet
 from ..run import fingerprint, sha256_of
-from .conversation import LIST_KEYS, carried, read_row
 from .digest import Digest, Digester
 from .faults import Problem
+from .formats import JSON_CELLS, carried, read_row
 from .jsonl import (
     BOM,
     LINE_LIMIT,
@@ -137,12 +137,12 @@ def _sound_or_problems(value: Any, problems: list[Problem]) -> Sound | list[Prob
         kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
         what = f"the line is {kinds.get(type(value), 'a number')}, not an object"
         return problems or [Problem("not-an-object", what, 'write {"messages": […]}')]
-    form, messages, found = read_row(value)
+    row = read_row(value)
     extra, wrong = carried(value)
-    problems = [*problems, *found, *wrong]
-    if problems or form is None:
+    problems = [*problems, *row.problems, *wrong]
+    if problems or row.form is None:
         return problems
-    return Sound.of(form, messages, extra)
+    return Sound.of(row, extra)
 
 
 # A JSON file that is one array of rows, read row by row: memory holds one row, not the file.
@@ -300,7 +300,9 @@ def _row(line: int, cells: dict[str, str], json: StrictJson) -> Raw:
     """An empty cell is a key that is not there; lists of messages are JSON in their cell."""
     row: dict[str, Any] = {key: value for key, value in cells.items() if value}
     problems: list[Problem] = []
-    for key in LIST_KEYS & row.keys():
+    for key in JSON_CELLS & row.keys():
+        if not row[key].lstrip().startswith("["):
+            continue
         row[key], found = json.read(row[key])
         problems += [problem._replace(column=None) for problem in found]
         if row[key] is None:

@@ -300,7 +300,7 @@ class _Auditor:
             yield from self._ends(row, [i for i, learnt in enumerate(mask) if learnt])
 
     def _ends(self, row: Row, trained: Sequence[int]) -> Iterator[tuple[str, str]]:
-        answers = sum(message["role"] == "assistant" for message in row.messages)
+        answers = sum(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in row.messages)
         ids = row.example.input_ids
         ends = sum(ids[i] in self._stops for i in trained)
         if trained and ends < answers:

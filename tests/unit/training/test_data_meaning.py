@@ -1,0 +1,259 @@
+"""What rows mean: nothing that their owner said is dropped without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phi3_training.data import Conversation, check, read_conversations
+from phi3_training.data.check import TokenViewer
+from phi3_training.data.formats import read_row
+from phi3_training.finetune.weights import make_tokenizer
+
+ASK, SAY = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
+ASK_SHAREGPT = {"from": "human", "value": "Hi?"}
+SYSTEM = ("system", "Be kind.")
+PAIR = [("user", "Hi?"), ("assistant", "Hello.")]
+EARLIER = [("user", "Who?"), ("assistant", "Me.")]
+PHI3 = "<|user|>\nHi?<|end|>\n<|assistant|>\nHello.<|end|>\n"
+CHATML = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+TURN = {"inputs": {"input_data": "Who?"}, "outputs": {"answer": "Me."}}
+
+READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "anthropic system": ({"system": "Be kind.", "messages": [ASK, SAY]}, [SYSTEM, *PAIR]),
+    "same system twice": (
+        {"system": "Be kind.", "messages": [{"role": "system", "content": "Be kind."}, ASK, SAY]},
+        [SYSTEM, *PAIR],
+    ),
+    "system prompt of a pair": (
+        {"system_prompt": "Be kind.", "input": "Hi?", "output": "Hello."},
+        [SYSTEM, *PAIR],
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "Be kind."}, ASK, SAY]},
+        [SYSTEM, *PAIR],
+    ),
+    "text parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}, SAY]},
+        PAIR,
+    ),
+    "two text parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "A"}, "B"]}, SAY]},
+        [("user", "A\nB"), PAIR[1]],
+    ),
+    "question/answer": ({"question": "Hi?", "answer": "Hello."}, PAIR),
+    "Question/Answer": ({"Question": "Hi?", "Answer": "Hello."}, PAIR),
+    "query/response": ({"query": "Hi?", "response": "Hello."}, PAIR),
+    "instruction/response": ({"instruction": "Hi?", "response": "Hello."}, PAIR),
+    "context (Dolly)": (
+        {"instruction": "Hi?", "context": "It rains.", "response": "Hello."},
+        [("user", "Hi?\n\nIt rains."), PAIR[1]],
+    ),
+    "alpaca history": (
+        {"instruction": "Hi?", "output": "Hello.", "history": [["Who?", "Me."]]},
+        [*EARLIER, *PAIR],
+    ),
+    "TRL prompt and completion": ({"prompt": [ASK], "completion": [SAY]}, PAIR),
+    "TRL prompt list, completion text": ({"prompt": [ASK], "completion": "Hello."}, PAIR),
+    "preference, implicit prompt": ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, PAIR),
+    "preference, explicit prompt": (
+        {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."},
+        PAIR,
+    ),
+    "preference, prompt repeated": (
+        {"prompt": [ASK], "chosen": [ASK, SAY], "rejected": [ASK]},
+        PAIR,
+    ),
+    "prompt flow": (
+        {"input_data": "Hi?", "chat_history": [TURN], "answer": "Hello."},
+        [*EARLIER, *PAIR],
+    ),
+    "prompt flow batch": (
+        {"inputs.input_data": "Hi?", "inputs.chat_history": [], "outputs.answer": "Hello."},
+        PAIR,
+    ),
+    "prompt flow record": ({"inputs": {"question": "Hi?"}, "outputs": {"answer": "Hello."}}, PAIR),
+    "rendered by Phi-3": ({"text": PHI3 + "<|endoftext|>"}, PAIR),
+    "rendered, with system": (
+        {"text": "<|system|>\nBe kind.<|end|>\n" + PHI3},
+        [SYSTEM, *PAIR],
+    ),
+    "rendered as ChatML": ({"text": CHATML}, PAIR),
+    "rendered prompt": (
+        {"prompt": PHI3.partition("Hello.")[0], "completion": "Hello."},
+        PAIR,
+    ),
+    "null keys": ({"messages": [ASK, {**SAY, "tool_calls": None}], "tools": []}, PAIR),
+    "desirable": ({"prompt": "Hi?", "completion": "Hello.", "label": True}, PAIR),
+    "both forms alike": ({"messages": [ASK, SAY], "prompt": "Hi?", "completion": "Hello."}, PAIR),
+}
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "two systems": (
+        {"system": "Be rude.", "messages": [{"role": "system", "content": "Be kind."}, ASK, SAY]},
+        "two-formats",
+        "'system' differs",
+    ),
+    "tools": ({"messages": [ASK, SAY], "tools": [{"type": "function"}]}, "meaning", "'tools'"),
+    "context of messages": ({"messages": [ASK, SAY], "context": "x"}, "meaning", "'context'"),
+    "tool call": (
+        {"messages": [ASK, {**SAY, "tool_calls": [{"id": "1"}]}]},
+        "tools",
+        "messages[1] uses tools ('tool_calls')",
+    ),
+    "tool turn": (
+        {"messages": [ASK, {"role": "tool", "content": "4"}, SAY]},
+        "tools",
+        "messages[1] uses tools ('tool')",
+    ),
+    "sharegpt function call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "function_call", "value": "b"},
+            ]
+        },
+        "tools",
+        "'function_call'",
+    ),
+    "forms differ": (
+        {"messages": [ASK, SAY], "prompt": "Hi?", "completion": "Bye."},
+        "two-formats",
+        "messages and prompt/completion",
+    ),
+    "answers differ": (
+        {"question": "Hi?", "answer": "Hello.", "response": "Bye."},
+        "two-formats",
+        "'answer' and 'response' differ",
+    ),
+    "undesirable": (
+        {"prompt": "Hi?", "completion": "Hello.", "label": False},
+        "meaning",
+        "'label' is false",
+    ),
+    "share of a weight": (
+        {"messages": [ASK, {**SAY, "weight": 0.5}]},
+        "weight",
+        "messages[1].weight is 0.5",
+    ),
+    "nothing to learn": (
+        {"messages": [ASK, {**SAY, "weight": 0}]},
+        "nothing-to-learn",
+        "weight 0",
+    ),
+    "Llama's template": (
+        {"text": "<s>[INST] Hi? [/INST] Hello. </s>"},
+        "rendered-text",
+        "template",
+    ),
+    "plain text": ({"text": "Once upon a time."}, "rendered-text", "plain text"),
+    "picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, SAY]},
+        "not-text",
+        "'image_url'",
+    ),
+    "greeting first": ({"messages": [SAY, ASK, SAY]}, "role-order", "starts with an assistant"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_row_says_what_its_owner_said(name: str) -> None:
+    row, wanted = READ[name]
+    read = read_row(row)
+    assert read.problems == []
+    assert [(message.role, message.content) for message in read.messages] == wanted
+    assert all(message.learn for message in read.messages)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_kept_is_refused_by_name(name: str) -> None:
+    row, kind, words = REFUSED[name]
+    (problem,) = read_row(row).problems
+    assert problem.kind == kind
+    assert words in problem.what
+
+
+def test_wrong_order_names_the_command_that_repairs_it() -> None:
+    (problem,) = read_row({"messages": [ASK, ASK, SAY]}).problems
+    assert "phi3 data fix FILE -o NEW" in problem.fix
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory: pytest.TempPathFactory) -> TokenViewer:
+    folder = tmp_path_factory.mktemp("model")
+    texts = ["Hi? Hello. Who? Me. no yes"]
+    make_tokenizer(texts, folder, vocab_size=300, model_max_length=512)
+    (folder / "config.json").write_text('{"max_position_embeddings": 512}')
+    return TokenViewer(folder)
+
+
+def one(path: Path, row: dict[str, Any]) -> Conversation:
+    path.write_text(json.dumps(row), encoding="utf-8")
+    (conversation,) = read_conversations([path])
+    return conversation
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}]
+)
+@pytest.mark.parametrize(
+    "keys", [("messages", "role", "content"), ("conversations", "from", "value")]
+)
+def test_an_answer_of_weight_0_is_context(
+    tmp_path: Path, viewer: TokenViewer, mark: dict[str, Any], keys: tuple[str, str, str]
+) -> None:
+    name, role, text = keys
+    turns = [
+        {role: "user", text: "Who?"},
+        {role: "assistant", text: "no", **mark},
+        {role: "user", text: "Hi?"},
+        {role: "assistant", text: "yes", "weight": 1},
+    ]
+    conversation = one(tmp_path / "a.jsonl", {name: turns})
+    assert [message.learn for message in conversation.messages] == [True, False, True, True]
+    # Written to the run in OpenAI's form, and read back with the same meaning.
+    assert conversation.to_dict()["messages"][1]["weight"] == 0
+    again = Conversation.from_dict(conversation.to_dict(), conversation.source, conversation.line)
+    assert again == conversation
+    trained = "".join(s.text for s in viewer.view(conversation).stretches if s.trained)
+    context = "".join(s.text for s in viewer.view(conversation).stretches if not s.trained)
+    assert "yes" in trained
+    assert "no" not in trained
+    assert "no" in context
+
+
+def test_turns_after_the_last_lesson_are_left_out(tmp_path: Path) -> None:
+    turns = [ASK, SAY, {"role": "user", "content": "Who?"}, {**SAY, "content": "no", "weight": 0}]
+    conversation = one(tmp_path / "a.jsonl", {"messages": turns})
+    assert [message.content for message in conversation.messages] == ["Hi?", "Hello."]
+
+
+def test_keys_that_are_not_read_are_named_with_their_count(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {
+            "messages": [{**ASK, "content": f"Hi {n}?", "name": "x"}, SAY],
+            "score": 1,
+            "prompt_id": "a",
+        }
+        for n in range(3)
+    ]
+    rows.append({"question": "Who?", "answer": "Me.", "id": 4})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    report = check([path])
+    (file,) = report.files
+    assert file.unused_keys == {"messages[].name": 3, "score": 3, "id": 1}
+    line = "  keys that were not read: id (1 row), messages[].name (3 rows), score (3 rows)"
+    assert line in report.lines()
+    assert report.as_dict()["files"][0]["unused_keys"] == file.unused_keys
+
+
+def test_that_chosen_is_taken_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}))
+    report = check([path])
+    assert report.files[0].formats == {"preference": 1}
+    assert any("'chosen' is learnt, 'rejected' is not used (1 row)" in x for x in report.lines())
