@@ -26,7 +26,7 @@ from .sources import source_of
 
 def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
     """All conversations of all sources. Raises DataError with every fault of every one."""
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, _ = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory() as folder:
         findings = Findings(scan(sources, Path(folder)), Rules("refuse", "warn"))
         if faults := [*faults, *findings.faults()]:
@@ -39,7 +39,7 @@ def show(source: Path | str, count: int) -> list[Conversation]:
 
     Raises DataError with every fault found if no row is valid.
     """
-    sources, faults = chosen_sources({"train": [source_of(source)]})
+    sources, faults, _ = chosen_sources({"train": [source_of(source)]})
     found: list[Conversation] = []
     with tempfile.TemporaryDirectory() as folder:
         for _, one in sources:
@@ -66,6 +66,7 @@ class FileReport:
     size: int
     sha256: str
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         found = _count(len(self.faults), "fault") if self.faults else "no fault"
@@ -83,6 +84,7 @@ class FileReport:
             "bytes": self.size,
             "sha256": self.sha256,
             "faults": len(self.faults),
+            "notes": list(self.notes),
         }
 
 
@@ -94,10 +96,13 @@ class CheckReport:
     faults: list[Fault]
     warnings: list[Fault]
     tokens: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: one line per file, the lengths, then the first faults and warnings."""
-        lines = [str(file) for file in self.files]
+        lines = [f"note: {note}" for note in self.notes]
+        for file in self.files:
+            lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
         if self.warnings:
@@ -116,6 +121,7 @@ class CheckReport:
             "faults": [fault.as_dict() for fault in self.faults],
             "warnings": [warning.as_dict() for warning in self.warnings],
             "tokens": self.tokens,
+            "notes": list(self.notes),
         }
 
 
@@ -126,7 +132,7 @@ def check(
 
     `tokenizer` is a model folder to count tokens with.
     """
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
         scans = scan(sources, Path(folder), workers=workers)
         findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
@@ -136,6 +142,7 @@ def check(
             faults=faults,
             warnings=in_order(findings.warnings()),
             tokens=lengths(findings.table, np.arange(len(findings.table)), tokenizer),
+            notes=tuple(notes),
         )
 
 
@@ -149,6 +156,7 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
         size=one.size,
         sha256=one.sha256,
         faults=tuple(fault for fault in faults if fault.path == one.path),
+        notes=tuple(one.notes),
     )
 
 
