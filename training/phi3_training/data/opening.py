@@ -75,9 +75,9 @@ class Encoding(NamedTuple):
         """Say what is not as usual."""
         if self.packed:
             note("unpacked with gzip")
-        if self.codec == "utf-8" and self.mark:
+        if self.mark and self.codec == "utf-8":
             note("a byte-order mark (BOM) at its start was skipped")
-        elif self.codec.startswith("utf"):
+        elif self.mark:
             note(f"read as {self.codec.upper()}, as its byte-order mark says")
 
 
