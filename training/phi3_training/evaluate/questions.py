@@ -85,7 +85,7 @@ def _read(path: Path, part: str) -> list[Question]:
         for raw in rows_of(path):
             if raw.problems:
                 told = Fault.at(path, raw.line, raw.problems[0], raw.row)
-                raise StageError(f"A file of questions has a fault: {told}")
+                raise StageError(f"{told} (expected questions like the chats)")
             questions.append(_question(raw.value, part, path, raw.row or raw.line))
     except OSError as error:
         raise StageError(f"{path} cannot be read ({error.strerror})") from None
