@@ -246,7 +246,7 @@ def test_keys_that_are_not_read_are_named_with_their_count(tmp_path: Path) -> No
     report = check([path])
     (file,) = report.files
     assert file.unused_keys == {"messages[].name": 3, "score": 3, "id": 1}
-    line = "  keys that were not read: id (1 row), messages[].name (3 rows), score (3 rows)"
+    line = "  note: keys that were not read: id (1 row), messages[].name (3 rows), score (3 rows)"
     assert line in report.lines()
     assert report.as_dict()["files"][0]["unused_keys"] == file.unused_keys
 

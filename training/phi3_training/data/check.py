@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .sources import source_of
 
 def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
     """All conversations of all sources. Raises DataError with every fault of every one."""
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, _ = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory() as folder:
         findings = Findings(scan(sources, Path(folder)), Rules("refuse", "warn"))
         if faults := [*faults, *findings.faults()]:
@@ -39,7 +39,7 @@ def show(source: Path | str, count: int) -> list[Conversation]:
 
     Raises DataError with every fault found if no row is valid.
     """
-    sources, faults = chosen_sources({"train": [source_of(source)]})
+    sources, faults, _ = chosen_sources({"train": [source_of(source)]})
     found: list[Conversation] = []
     with tempfile.TemporaryDirectory() as folder:
         for _, one in sources:
@@ -66,8 +66,8 @@ class FileReport:
     size: int
     sha256: str
     faults: tuple[Fault, ...]
-    remarks: tuple[str, ...]
-    unused_keys: dict[str, int]
+    notes: tuple[str, ...] = ()
+    unused_keys: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         found = _count(len(self.faults), "fault") if self.faults else "no fault"
@@ -85,7 +85,7 @@ class FileReport:
             "bytes": self.size,
             "sha256": self.sha256,
             "faults": len(self.faults),
-            "remarks": list(self.remarks),
+            "notes": list(self.notes),
             "unused_keys": self.unused_keys,
         }
 
@@ -98,12 +98,13 @@ class CheckReport:
     faults: list[Fault]
     warnings: list[Fault]
     tokens: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: one line per file, the lengths, then the first faults and warnings."""
-        lines = [
-            line for file in self.files for line in (str(file), *(f"  {r}" for r in file.remarks))
-        ]
+        lines = [f"note: {note}" for note in self.notes]
+        for file in self.files:
+            lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
         if self.warnings:
@@ -122,6 +123,7 @@ class CheckReport:
             "faults": [fault.as_dict() for fault in self.faults],
             "warnings": [warning.as_dict() for warning in self.warnings],
             "tokens": self.tokens,
+            "notes": list(self.notes),
         }
 
 
@@ -132,7 +134,7 @@ def check(
 
     `tokenizer` is a model folder to count tokens with.
     """
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
         scans = scan(sources, Path(folder), workers=workers)
         findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
@@ -142,6 +144,7 @@ def check(
             faults=faults,
             warnings=in_order(findings.warnings()),
             tokens=lengths(findings.table, np.arange(len(findings.table)), tokenizer),
+            notes=tuple(notes),
         )
 
 
@@ -155,7 +158,7 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
         size=one.size,
         sha256=one.sha256,
         faults=tuple(fault for fault in faults if fault.path == one.path),
-        remarks=tuple(one.remarks()),
+        notes=tuple(one.notes),
         unused_keys=dict(one.unused),
     )
 

@@ -29,8 +29,9 @@ from ..recipe import Recipe
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
 from .arrays import U8, U64, Bools, Ints, mixed
-from .faults import Fault, in_order, write_report
+from .faults import Fault, in_order, shown, write_report
 from .findings import Findings, Rules, lengths, sentences, write_findings
+from .folders import Folder, named
 from .scan import Scan, Span, Table, scan
 from .sources import Source, expand, place_of
 
@@ -290,13 +291,14 @@ def prepare(
     every source; then the run's chats stay as they were.
     """
     started = time.monotonic()
-    sources, faults = chosen_sources({part: getattr(data, part) for part in PARTS})
+    sources, faults, notes = chosen_sources({part: getattr(data, part) for part in PARTS})
+    draws = all(part != "validation" for part, _ in sources)  # a share of what is trained on
     with _staging(run.path) as staging:
         scans = scan(sources, staging, workers=workers)
         findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
         faults += findings.faults()
-        target = _targets(data, findings)
-        if not faults and not data.validation and not (target == _number("validation")).any():
+        target = _targets(data, findings, draws=draws)
+        if not faults and draws and not (target == _number("validation")).any():
             what = "all conversations ask the same question, so none can be held out"
             fix = "add conversations, or name a file of held-out ones under data.validation"
             faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
@@ -338,33 +340,73 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=taught,
-        choices=_choices(data, findings, writers, taught),
+        choices=[*notes, *_choices(data, findings, writers, taught, draws=draws)],
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def chosen_sources(
-    parts: dict[str, Sequence[Source]],
-) -> tuple[list[tuple[str, Source]], list[Fault]]:
-    """The sources to read, folders opened, and a fault for each that is named again."""
+class Chosen(NamedTuple):
+    """The sources to read, with their parts; faults of the choice, and what to know of it."""
+
+    sources: list[tuple[str, Source]]
+    faults: list[Fault]
+    notes: list[str]
+
+
+def chosen_sources(parts: Mapping[str, Sequence[Source]]) -> Chosen:
+    """The sources to read, folders opened, and a fault for each that is named again.
+
+    A folder's files that are named for validation, or else for test, are held out if no source of
+    validation is named: they are never trained on.
+    """
     chosen: list[tuple[str, Source]] = []
-    faults = []
-    named: dict[str, str] = {}
+    faults, notes = [], []
+    seen: dict[str, str] = {}
     for part, sources in parts.items():
         for source in sources:
-            inside = expand(source)
-            if not inside:
+            folder = expand(source)
+            if not folder.all:
                 what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
                 faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
-            for one in inside:
+            notes += [f"{shown(place_of(source))}: {note}" for note in folder.notes()]
+            for taken, one in _by_part(part, folder, place_of(source), parts, notes):
                 key = str(one.resolve() if isinstance(one, Path) else one)
-                if key in named:
-                    what = f"named twice, under data.{named[key]} and data.{part}"
+                if key in seen:
+                    what = f"named twice, under data.{seen[key]} and data.{taken}"
                     faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
                     continue
-                named[key] = part
-                chosen.append((part, one))
-    return chosen, faults
+                seen[key] = taken
+                chosen.append((taken, one))
+    order = list(PARTS)
+    chosen.sort(key=lambda one: order.index(one[0]))
+    return Chosen(chosen, faults, notes)
+
+
+def _by_part(
+    part: str,
+    folder: Folder,
+    path: Path,
+    parts: Mapping[str, Sequence[Source]],
+    notes: list[str],
+) -> list[tuple[str, Source]]:
+    """The files of a folder that is named under `part`, and the part that each belongs to."""
+    splits = {split: files for split, files in folder.splits.items() if files}
+    if len(splits) < 2 and "test" not in splits and "validation" not in splits:
+        return [(part, one) for one in folder.all]
+    wanted = {"train": "train", "replay": "train"}.get(part)
+    if wanted is None or wanted not in splits:  # held out, or named for it in so many words
+        wanted = next(split for split in ("validation", "test", "train") if split in splits)
+    taken = {wanted: part}
+    held = next((split for split in ("validation", "test") if split in splits), None)
+    if part == "train" and held not in (None, wanted) and not parts.get("validation"):
+        taken[str(held)] = "validation"
+    for split, files in splits.items():
+        names = named([place_of(one).relative_to(path).as_posix() for one in files])
+        what = {None: "not read", "validation": "held out"}.get(taken.get(split), "read")
+        notes.append(f"{shown(path)}: {what}, as its name says ({split}): {names}")
+    return [
+        (taken[split], one) for split, files in splits.items() if split in taken for one in files
+    ]
 
 
 @contextmanager
@@ -383,12 +425,12 @@ def _number(part: str) -> int:
     return PARTS.index(part) + 1
 
 
-def _targets(data: DataSection, findings: Findings) -> U8:
+def _targets(data: DataSection, findings: Findings, *, draws: bool) -> U8:
     """For each row the number of the part it is written to; 0 for removed ones."""
     table = findings.table
     numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
     target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
-    if not data.validation:
+    if draws:
         rows = np.flatnonzero(target == _number("train"))
         if len(rows):
             chosen = _held_out(data, findings, rows)
@@ -472,11 +514,16 @@ def _input(one: Scan) -> Input:
 
 
 def _choices(
-    data: DataSection, findings: Findings, writers: Writers, taught: Mapping[str, int] | None
+    data: DataSection,
+    findings: Findings,
+    writers: Writers,
+    taught: Mapping[str, int] | None,
+    *,
+    draws: bool,
 ) -> list[str]:
     """What was found and chosen, each with its reason."""
-    lines = []
-    if not data.validation:
+    lines = [f"{shown(one.path)}: {note}" for one in findings.table.scans for note in one.notes]
+    if draws:
         rows = writers["validation"].rows
         lines.append(
             f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
@@ -487,8 +534,6 @@ def _choices(
                 f"held-out questions: {taught['reworded']} reword what a training chat answers, "
                 f"{taught['new']} ask for something that no training chat answers"
             )
-    for one in findings.table.scans:
-        lines += [f"{one.path.name}: {remark}" for remark in one.remarks()]
     return [*lines, *sentences(findings.counts(), REPORT)]
 
 
