@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import SHOWN_FAULTS, DataError, UsageError
+from ..errors import FIX_HINT, MENDED, SHOWN_FAULTS, DataError, UsageError, folded
 from ..prompt import ChatFormat
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
@@ -100,6 +100,7 @@ class CheckReport:
         lines = [str(file) for file in self.files]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
+        lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
         if self.warnings:
             lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
         return lines
@@ -153,9 +154,12 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
 
 
 def _first(faults: Sequence[Fault]) -> list[str]:
-    lines = [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
-    if len(faults) > SHOWN_FAULTS:
-        lines.append(f"  … and {len(faults) - SHOWN_FAULTS} more (all of them: --report FILE)")
+    found = folded(faults)
+    lines = [f"  {line}" for line in found[:SHOWN_FAULTS]]
+    if len(found) > SHOWN_FAULTS:
+        lines.append(f"  … and {len(found) - SHOWN_FAULTS} more lines")
+    if len(lines) < len(faults):
+        lines.append("  (every row: --report FILE, or -o json)")
     return lines
 
 
