@@ -24,7 +24,6 @@ from .manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
-from .models.catalogue import weights_folder
 from .targets import CloudTarget
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
@@ -61,10 +60,11 @@ def _data_inputs(journey: Journey) -> Any:
 
 def _prepare(journey: Journey) -> DatasetManifest:
     from .data import prepare
+    from .finetune.limits import TokenRules, tokenizer_folder
 
-    model = weights_folder(journey.recipe.model.name_or_path)
-    tokenizer = model if model and (model / "tokenizer.json").is_file() else None
-    return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
+    recipe = journey.recipe
+    folder, rules = tokenizer_folder(recipe), TokenRules.of(recipe)
+    return prepare(recipe.data, journey.run, tokenizer=folder, rules=rules)
 
 
 def _data_summary(manifest: DatasetManifest) -> str:

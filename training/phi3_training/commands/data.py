@@ -16,7 +16,7 @@ from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
 from ..stages import stages_until
 from . import HELP
-from .common import add_command, add_recipe, all_runs, journey_of
+from .common import add_command, add_recipe, all_runs, journey_of, recipe_of
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
@@ -31,7 +31,13 @@ def register_data(subparsers: Any) -> None:
     check = add_command(
         actions, "check", "report every fault in the chats", "phi3 data check a.jsonl", run_check
     )
-    check.add_argument("files", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    check.add_argument(
+        "files",
+        nargs="+",
+        metavar="SOURCE",
+        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are judged by its "
+        "own data: keys and the tokenizer of its model",
+    )
     check.add_argument("--report", type=Path, metavar="FILE", help="write every fault to this file")
     check.add_argument(
         "--model",
@@ -81,9 +87,24 @@ def register_data(subparsers: Any) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Check sources; exit 1 with all faults when there are any."""
-    from ..data import check
+    from ..data import check, check_recipe
+    from ..finetune.limits import TokenRules, chat_of, tokenizer_folder
+    from ..recipe import DataSection
 
-    report = check(args.files, args.model)
+    if args.files[0].endswith((".yaml", ".yml")):
+        recipe = recipe_of(args.files)
+        rules = TokenRules.of(recipe, args.model)
+        if rules is None:
+            console.note(
+                f"The tokenizer of {recipe.model.name_or_path} is not on this machine yet, so no "
+                "row is compared with data.max_length (--model FOLDER names one)."
+            )
+        report = check_recipe(recipe.data, rules, args.model or tokenizer_folder(recipe))
+    else:
+        rules = None
+        if args.model:
+            rules = TokenRules(chat_of(args.model), DataSection(train=[*args.files]))
+        report = check(args.files, args.model, rules=rules)
     if args.report:
         write_atomically(args.report, report.every_line())
     if args.output == "json":

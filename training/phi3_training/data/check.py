@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 from ..errors import FIX_HINT, MENDED, SHOWN_FAULTS, DataError, UsageError, folded
 from ..prompt import ChatFormat
+from ..recipe import DataSection
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
 from .findings import Findings, Rules, lengths, sentence
-from .prepare import chosen_sources
+from .prepare import chosen_sources, examine
 from .scan import Scan, Table, scan, scan_start
+from .skipping import TokenRules, Verdict, judge_tokens
 from .sources import source_of
 
 # Chats as Conversations: for callers that want a few of them in memory. A small set, all of it.
@@ -94,6 +96,8 @@ class CheckReport:
     faults: list[Fault]
     warnings: list[Fault]
     tokens: dict[str, Any] | None
+    skipped: Sequence[Fault] = ()  # by data.bad_rows and data.too_long of a recipe
+    cut: Sequence[Fault] = ()
 
     def lines(self) -> list[str]:
         """For people: one line per file, the lengths, then the first faults and warnings."""
@@ -101,6 +105,10 @@ class CheckReport:
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
         lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
+        for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
+            if rows:
+                count = len({(fault.path, fault.line) for fault in rows})
+                lines += [f"{_count(count, 'row')} will be {done}:", *_first(rows)]
         if self.warnings:
             lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
         return lines
@@ -108,6 +116,8 @@ class CheckReport:
     def every_line(self) -> str:
         """Every fault and warning, one line each, for a file."""
         faults = [f"fault: {fault}\n" for fault in self.faults]
+        for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
+            faults += [f"{done}: {fault.place}: {fault.what}\n" for fault in rows]
         return "".join([*faults, *(f"warning: {warning}\n" for warning in self.warnings)])
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,27 +126,59 @@ class CheckReport:
             "files": [file.as_dict() for file in self.files],
             "faults": [fault.as_dict() for fault in self.faults],
             "warnings": [warning.as_dict() for warning in self.warnings],
+            "skipped": [fault.as_dict() for fault in self.skipped],
+            "cut": [fault.as_dict() for fault in self.cut],
             "tokens": self.tokens,
         }
 
 
 def check(
-    paths: Sequence[Path | str], tokenizer: Path | None = None, *, workers: int | None = None
+    paths: Sequence[Path | str],
+    tokenizer: Path | None = None,
+    *,
+    rules: TokenRules | None = None,
+    workers: int | None = None,
 ) -> CheckReport:
     """Read all sources to their ends and report what is in them, every fault and every warning.
 
-    `tokenizer` is a model folder to count tokens with.
+    `tokenizer` is a model folder to count tokens with. What its `rules` say of rows is a warning
+    here, because no recipe says how long they may be.
     """
     sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
         scans = scan(sources, Path(folder), workers=workers)
         findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
         faults = in_order([*faults, *findings.faults()])
+        table = findings.table
+        verdict = Verdict()
+        if rules is not None:
+            target = np.ones(len(table), np.uint8)
+            judge_tokens(DataSection(train=[*paths]), table, target, {"train": 1}, rules, verdict)
+        return CheckReport(
+            files=tuple(_file_report(one, faults) for one in scans),
+            faults=faults,
+            warnings=in_order([*findings.warnings(), *verdict.faults]),
+            tokens=lengths(table, np.arange(len(table)), tokenizer),
+        )
+
+
+def check_recipe(
+    data: DataSection,
+    rules: TokenRules | None,
+    tokenizer: Path | None = None,
+    *,
+    workers: int | None = None,
+) -> CheckReport:
+    """What `prepare` would say of a recipe's chats; writes nothing that stays."""
+    with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
+        scans, findings, target, verdict, faults = examine(data, Path(folder), rules, workers)
         return CheckReport(
             files=tuple(_file_report(one, faults) for one in scans),
             faults=faults,
             warnings=in_order(findings.warnings()),
-            tokens=lengths(findings.table, np.arange(len(findings.table)), tokenizer),
+            tokens=lengths(findings.table, np.flatnonzero(target), tokenizer),
+            skipped=in_order(verdict.skipped),
+            cut=in_order(verdict.cut),
         )
 
 

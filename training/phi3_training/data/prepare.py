@@ -32,6 +32,7 @@ from .arrays import U8, U64, Bools, Ints, mixed
 from .faults import Fault, in_order, write_report
 from .findings import Findings, Rules, lengths, sentences, write_findings
 from .scan import Scan, Span, Table, scan
+from .skipping import TokenRules, Verdict, judge
 from .sources import Source, expand, place_of
 
 if TYPE_CHECKING:
@@ -281,27 +282,56 @@ PARTS = ("train", "replay", "validation")
 Writers = dict[str, RowWriter]
 
 
+class Examined(NamedTuple):
+    """The chats of a recipe before anything is written; `target` numbers the part of each row."""
+
+    scans: list[Scan]
+    findings: Findings
+    target: U8
+    verdict: Verdict
+    faults: list[Fault]
+
+
+def examine(
+    data: DataSection, folder: Path, rules: TokenRules | None, workers: int | None = None
+) -> Examined:
+    """Read and judge all chats of a recipe; block files go to `folder`."""
+    sources, faults = chosen_sources({part: getattr(data, part) for part in PARTS})
+    scans = scan(sources, folder, workers=workers)
+    findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
+    target = _targets(findings)
+    verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
+    target[verdict.rows] = 0
+    _hold_out(data, findings, target)
+    faults += verdict.faults
+    if not faults and not (target == _number("train")).any():
+        what, fix = "no conversation is left to train on", "correct its rows, or name another file"
+        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+    if not faults and not data.validation and not (target == _number("validation")).any():
+        what = "all conversations ask the same question, so none can be held out"
+        fix = "add conversations, or name a file of held-out ones under data.validation"
+        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+    return Examined(scans, findings, target, verdict, in_order(faults))
+
+
 def prepare(
-    data: DataSection, run: Run, *, tokenizer: Path | None = None, workers: int | None = None
+    data: DataSection,
+    run: Run,
+    *,
+    tokenizer: Path | None = None,
+    rules: TokenRules | None = None,
+    workers: int | None = None,
 ) -> DatasetManifest:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
-    `tokenizer` is a model folder to count tokens with. Raises DataError with every fault of
-    every source; then the run's chats stay as they were.
+    `tokenizer` is a model folder to count tokens with; `rules` says which rows its model cannot
+    be trained on. Raises DataError with every fault of every source; then the run's chats stay
+    as they were.
     """
     started = time.monotonic()
-    sources, faults = chosen_sources({part: getattr(data, part) for part in PARTS})
     with _staging(run.path) as staging:
-        scans = scan(sources, staging, workers=workers)
-        findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
-        faults += findings.faults()
-        target = _targets(data, findings)
-        if not faults and not data.validation and not (target == _number("validation")).any():
-            what = "all conversations ask the same question, so none can be held out"
-            fix = "add conversations, or name a file of held-out ones under data.validation"
-            faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+        scans, findings, target, verdict, faults = examine(data, staging, rules, workers)
         if faults:
-            faults = in_order(faults)
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
         writers = _write(findings, target, staging)
@@ -311,7 +341,7 @@ def prepare(
                 raise StageError(
                     f"{one.path} changed while it was being read; run the command again"
                 )
-        listed = write_findings(run.path / REPORT, findings)
+        listed = write_findings(run.path / REPORT, findings, verdict.skipped, verdict.cut)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
         _publish(writers, run)
@@ -319,6 +349,9 @@ def prepare(
     (run.path / FAULTS).unlink(missing_ok=True)
     order = [part for part in ("train", "validation", "replay") if part in writers]
     counts = findings.counts()
+    counts["removed"] |= verdict.removed()
+    if verdict.cut:
+        counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
     return DatasetManifest(
         inputs={
             part: [_input(one) for one in scans if one.part == part]
@@ -338,7 +371,7 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=taught,
-        choices=_choices(data, findings, writers, taught),
+        choices=_choices(data, counts, writers, taught),
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -383,17 +416,19 @@ def _number(part: str) -> int:
     return PARTS.index(part) + 1
 
 
-def _targets(data: DataSection, findings: Findings) -> U8:
-    """For each row the number of the part it is written to; 0 for removed ones."""
+def _targets(findings: Findings) -> U8:
+    """For each row the number of the part that its source is named under; 0 for removed ones."""
     table = findings.table
     numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
-    target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
-    if not data.validation:
-        rows = np.flatnonzero(target == _number("train"))
-        if len(rows):
-            chosen = _held_out(data, findings, rows)
-            target[rows[chosen]] = _number("validation")
-    return target
+    return np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
+
+
+def _hold_out(data: DataSection, findings: Findings, target: U8) -> None:
+    """Move a share of the training rows to the held-out part, where no file is named for it."""
+    rows = np.flatnonzero(target == _number("train"))
+    if not data.validation and len(rows):
+        chosen = _held_out(data, findings, rows)
+        target[rows[chosen]] = _number("validation")
 
 
 def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
@@ -472,7 +507,10 @@ def _input(one: Scan) -> Input:
 
 
 def _choices(
-    data: DataSection, findings: Findings, writers: Writers, taught: Mapping[str, int] | None
+    data: DataSection,
+    counts: Mapping[str, Mapping[str, int]],
+    writers: Writers,
+    taught: Mapping[str, int] | None,
 ) -> list[str]:
     """What was found and chosen, each with its reason."""
     lines = []
@@ -487,7 +525,7 @@ def _choices(
                 f"held-out questions: {taught['reworded']} reword what a training chat answers, "
                 f"{taught['new']} ask for something that no training chat answers"
             )
-    return [*lines, *sentences(findings.counts(), REPORT)]
+    return [*lines, *sentences(counts, REPORT)]
 
 
 def question_of(recipe: Recipe, run: Run) -> str:
