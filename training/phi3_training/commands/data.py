@@ -103,7 +103,9 @@ def run_check(args: argparse.Namespace) -> int:
     else:
         rules = None
         if args.model:
-            rules = TokenRules(chat_of(args.model), DataSection(train=[*args.files]))
+            rules = TokenRules(
+                chat_of(args.model), DataSection(train=[Path(one) for one in args.files])
+            )
         report = check(args.files, args.model, rules=rules)
     if args.report:
         write_atomically(args.report, report.every_line())

@@ -153,7 +153,8 @@ def check(
         verdict = Verdict()
         if rules is not None:
             target = np.ones(len(table), np.uint8)
-            judge_tokens(DataSection(train=[*paths]), table, target, {"train": 1}, rules, verdict)
+            train = [source for _, source in sources]
+            judge_tokens(DataSection(train=train), table, target, {"train": 1}, rules, verdict)
         return CheckReport(
             files=tuple(_file_report(one, faults) for one in scans),
             faults=faults,

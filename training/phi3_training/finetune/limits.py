@@ -40,7 +40,7 @@ class TokenRules:
         self._chat = chat
         self._data = data
         self._allow = frozenset(allow)
-        self.parts = frozenset(parts)
+        self.parts: Collection[str] = frozenset(parts)
         self.limit = min(data.max_length, chat.context_length)
 
     @classmethod
