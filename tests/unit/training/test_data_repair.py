@@ -214,3 +214,32 @@ def test_convert_repairs_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="starts with an assistant message"):
         convert([source], tmp_path / "b.jsonl")
     assert not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '[{"prompt": "a", "completion": "b"}, {broken, {"prompt": "c"}]'),
+        ("a.csv", 'prompt,completion\na,b\n"c"x,d\ne,f\n'),
+    ],
+)
+def test_a_file_that_is_not_read_to_its_end_is_not_half_repaired(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(DataError, match=name):
+        fix([tmp_path / name], tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_a_row_of_a_table_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\nc,d,e\nf,g\n")
+
+    report = fix([tmp_path / "a.csv"], tmp_path / "b.jsonl")
+
+    assert [row["messages"] for row in read(tmp_path / "b.jsonl")] == [
+        turns("u:a a:b"),
+        turns("u:f a:g"),
+    ]
+    assert [(change.line, change.kind) for change in report.changes] == [(3, "left-out")]

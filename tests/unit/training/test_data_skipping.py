@@ -199,3 +199,14 @@ def test_check_of_a_recipe_says_what_prepare_would(
     assert cli.main(["data", "check", str(recipe), "data.too_long=cut", "-o", "json"]) == 0
     assert [row["line"] for row in json.loads(capsys.readouterr().out)["cut"]] == [7]
     assert cli.main(["data", "check", str(source), "--model", str(folder)]) == 0
+
+
+def test_a_file_that_breaks_off_is_never_skipped(
+    tmp_path: Path, run: Run, chat: ChatFormat
+) -> None:
+    source = tmp_path / "a.json"
+    rows = [{"prompt": f"What is number {n}?", "completion": f"{n}."} for n in range(40)]
+    source.write_text(json.dumps(rows).removesuffix("]") + ", {broken")
+
+    with pytest.raises(DataError, match="broken JSON"):
+        prepared(source, run, chat, bad_rows="skip")

@@ -88,18 +88,20 @@ def register_data(subparsers: Any) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Check sources; exit 1 with all faults when there are any."""
     from ..data import check, check_recipe
-    from ..finetune.limits import TokenRules, chat_of, tokenizer_folder
+    from ..finetune.limits import TokenRules, chat_of
+    from ..memory.rows import tokenizer_folder
     from ..recipe import DataSection
 
     if args.files[0].endswith((".yaml", ".yml")):
         recipe = recipe_of(args.files)
-        rules = TokenRules.of(recipe, args.model)
+        folder = args.model or tokenizer_folder(recipe, None)
+        rules = TokenRules.of(recipe, folder) if folder is not None else None
         if rules is None:
             console.note(
                 f"The tokenizer of {recipe.model.name_or_path} is not on this machine yet, so no "
                 "row is compared with data.max_length (--model FOLDER names one)."
             )
-        report = check_recipe(recipe.data, rules, args.model or tokenizer_folder(recipe))
+        report = check_recipe(recipe.data, rules, folder)
     else:
         rules = None
         if args.model:

@@ -30,6 +30,7 @@ from .jsonl import (
 )
 from .prepare import chosen_sources
 from .scan import Table, scan
+from .skipping import ends_reading
 from .sources import Raw, Source, is_lines, place_of, rows_of, source_of
 
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "function_response"}
@@ -122,8 +123,10 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
         for source in sources:
             place = place_of(source)
             for raw in raw_rows(source):
-                if raw.line == 0:
-                    raise DataError([Fault.at(place, 0, problem) for problem in raw.problems])
+                lost = [problem for problem in raw.problems if ends_reading(source, problem)]
+                if raw.line == 0 or lost:  # more than a row would be left out
+                    problems = lost or raw.problems
+                    raise DataError([Fault.at(place, raw.line, problem) for problem in problems])
                 if raw.value is None and not raw.problems:
                     changes.append(Change(place, raw.line, "blank", "a blank line was left out"))
                     continue

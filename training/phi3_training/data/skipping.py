@@ -17,7 +17,7 @@ from .arrays import U8, Ints
 from .faults import Fault, Problem
 from .findings import Findings
 from .scan import Scan, Table
-from .sources import is_lines
+from .sources import Source, is_lines
 
 TOO_LONG = "too-long"
 
@@ -29,8 +29,8 @@ _BATCH = 1000
 _LONGER = 64  # bytes that a rewording adds at most
 # Faults of a file although they name a line; nothing but the file can be left out.
 _OF_THE_FILE = {"crlf", "byte-order-mark"}
-# After these the rest of an array or a table was not read.
-_END_READING = {"broken-json", "line-too-long", "broken-csv", "broken-parquet", "not-utf8"}
+# After these the rest of an array or of a parquet file was not read.
+_END_READING = {"broken-json", "line-too-long", "broken-parquet", "not-utf8"}
 
 
 class TokenRules(Protocol):
@@ -106,9 +106,16 @@ def too_many(skipped: int, rows: int, ceiling: float) -> str:
 def _of_a_row(fault: Fault, scans: dict[Path, Scan]) -> bool:
     if not fault.line or fault.kind in _OF_THE_FILE:
         return False
-    source = scans[fault.path].source
-    lines = isinstance(source, Path) and is_lines(source)
-    return lines or fault.kind not in _END_READING
+    return not ends_reading(scans[fault.path].source, fault)
+
+
+def ends_reading(source: Source, problem: Fault | Problem) -> bool:
+    """Whether what comes after the problem was not read, so that more than a row is lost."""
+    if "the rest was not read" in problem.what:
+        return True
+    if isinstance(source, Path) and (is_lines(source) or source.suffix.lower() in (".csv", ".tsv")):
+        return False
+    return problem.kind in _END_READING
 
 
 def judge_tokens(

@@ -12,7 +12,6 @@ from pathlib import Path
 from ..data.faults import Problem
 from ..data.skipping import TOO_LONG, too_many
 from ..errors import StageError, UsageError
-from ..models.catalogue import weights_folder
 from ..prompt import ChatFormat
 from ..recipe import DataSection, Recipe
 from .audit import RULES, Row
@@ -44,15 +43,11 @@ class TokenRules:
         self.limit = min(data.max_length, chat.context_length)
 
     @classmethod
-    def of(cls, recipe: Recipe, folder: Path | None = None) -> TokenRules | None:
-        """The rules of a recipe; None while its tokenizer is not on this machine.
+    def of(cls, recipe: Recipe, folder: Path) -> TokenRules:
+        """The rules of a recipe with the tokenizer of a model folder.
 
-        `folder` is a model folder in place of the recipe's. Raises UsageError for one without a
-        fast tokenizer or a chat template.
+        Raises UsageError for a folder without a fast tokenizer or a chat template.
         """
-        folder = folder or tokenizer_folder(recipe)
-        if folder is None:
-            return None
         # Held-out chats are audited where the training looks at their loss.
         parts = {"train", "replay", *(["validation"] if recipe.finetune.eval_steps else [])}
         return cls(chat_of(folder), recipe.data, allow=recipe.finetune.allow, parts=parts)
@@ -99,14 +94,6 @@ class TokenRules:
         more = "" if is_context else "raise data.max_length, "
         what = f"it has {size} tokens{row.place}, {name} is {self.limit}"
         return Problem(TOO_LONG, what, f"shorten it, {more}or set data.too_long=skip or cut")
-
-
-def tokenizer_folder(recipe: Recipe) -> Path | None:
-    """The folder with the tokenizer of the recipe's model, if it is on this machine already."""
-    if recipe.model.is_tiny:  # its tokenizer is made of the run's base chats
-        return None
-    folder = weights_folder(recipe.model.name_or_path)
-    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def chat_of(folder: Path) -> ChatFormat:

@@ -110,10 +110,10 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     return _combined(recipe, parts, lambda _size, row: _count(chat, row), f"counted in {place}")
 
 
-def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
+def tokenizer_folder(recipe: Recipe, run: Run | None) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    base = run.read(BaseManifest)
-    if base is not None and _is_base_of(base, recipe):
+    base = run.read(BaseManifest) if run is not None else None
+    if run is not None and base is not None and _is_base_of(base, recipe):
         return _with_tokenizer(run.path / base.path)
     named = recipe.model.name_or_path
     folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
