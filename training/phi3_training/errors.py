@@ -34,6 +34,8 @@ class LocatedFault(Protocol):
     @property
     def line(self) -> int: ...
     @property
+    def row(self) -> int | None: ...
+    @property
     def kind(self) -> str: ...
     @property
     def what(self) -> str: ...
@@ -59,13 +61,14 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     lines: list[str] = []
     for fault in faults:
         same = groups[_alike(fault)]
-        rows = list(dict.fromkeys(one.line for one in same))
+        rows = list(dict.fromkeys((one.line, one.row) for one in same))
         if len(rows) < _FOLDED_FROM:
             lines.append(str(fault))
         elif fault is same[0]:
             text = str(fault).removeprefix(f"{fault.place}: ")
             such = "" if len({one.what for one in same}) == 1 else " such as"
-            named = ", ".join([fault.place, *map(str, rows[1:_LINES_NAMED])])
+            lines_named = dict.fromkeys(line for line, _ in rows[1:] if line != fault.line)
+            named = ", ".join([fault.place, *map(str, [*lines_named][: _LINES_NAMED - 1])])
             more = len(rows) > _LINES_NAMED
             at = f"first at {named} …" if more else f"at {named}"
             lines.append(f"{len(rows)} rows{such}: {text}; {at}")

@@ -45,8 +45,9 @@ TRAPS: dict[str, bytes] = {
     "delete, raw": LINE.replace(b"you", b"\x7f"),
     "delete in an unknown key": b'{"x": "\x7f", ' + LINE[1:],
     "delete, escaped": LINE.replace(b"you", b"\\u007f"),
-    "C1, raw": LINE.replace(b"you", "\x85".encode()),
-    "C1, escaped": LINE.replace(b"you", b"\\u0085"),
+    "C1, raw": LINE.replace(b"you", "\x86".encode()),
+    "NEL, raw": LINE.replace(b"you", "\x85".encode()),
+    "C1, escaped": LINE.replace(b"you", b"\\u0086"),
     "C1 in the id": LINE.replace(b"a:1", "\x90".encode()),
     "lone surrogate": LINE.replace(b"you", b"\\ud83d"),
     "surrogate pair": LINE.replace(b"you", b"\\ud83d\\ude00"),
@@ -134,11 +135,11 @@ def test_control_character_at_the_very_end_of_a_file(tmp_path: Path) -> None:
     """There is nothing behind it that could be looked at together with it."""
     path = tmp_path / "a.jsonl"
     start = json.dumps({"messages": MESSAGES}).encode()[:-1] + b', "prompt": "'
-    for end in (b"\\b", b"\\f", b"\\u0007", b"\x7f", "\x85".encode()):
+    for end in (b"\\b", b"\\f", b"\\u0007", b"\x7f", "\x86".encode()):
         path.write_bytes(start + end + b'"}')
         digest = digest_range(path, Range(0, path.stat().st_size), tmp_path / "rows")
 
-        assert [problem.kind for _, problem in digest.faults] == ["control-character"], end
+        assert [problem.kind for _, problem, _ in digest.faults] == ["control-character"], end
 
 
 def test_thousands_of_damaged_lines_are_read_alike() -> None:

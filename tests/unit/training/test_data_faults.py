@@ -199,20 +199,39 @@ def test_byte_offset_counts_from_the_start_of_the_file(tmp_path: Path) -> None:
     assert f"(byte {len(sound(1)) + 1 + 8} of the file)" in fault.what
 
 
-def test_byte_order_mark_is_one_fault_and_the_row_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    (fault,) = faults_of(path, b"\xef\xbb\xbf" + sound(1) + b"\n")
-
-    assert (fault.line, fault.kind) == (1, "byte-order-mark")
-    assert len(show(path, 9)) == 1
+def notes_of(path: Path, content: bytes) -> list[str]:
+    """What is noted of a file, which has no fault."""
+    assert faults_of(path, content) == []
+    return list(check([path]).files[0].notes)
 
 
-def test_crlf_is_one_fault_with_first_line_and_count(tmp_path: Path) -> None:
+def test_byte_order_mark_is_skipped_and_noted(tmp_path: Path) -> None:
+    (note,) = notes_of(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + sound(1) + b"\n" + sound(2))
+
+    assert "byte-order mark" in note
+    assert len(show(tmp_path / "a.jsonl", 9)) == 2
+
+
+def test_crlf_is_noted_once_with_a_count(tmp_path: Path) -> None:
     lines = sound(1) + b"\n" + sound(2) + b"\r\n" + sound(3) + b"\r\n" + sound(4) + b"\n"
-    (fault,) = faults_of(tmp_path / "a.jsonl", lines)
+    (note,) = notes_of(tmp_path / "a.jsonl", lines)
 
-    assert (fault.line, fault.kind) == (2, "crlf")
-    assert fault.what.startswith("2 lines end with CRLF")
+    assert note.startswith("2 lines with Windows line ends")
+    assert len(show(tmp_path / "a.jsonl", 9)) == 4
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+@pytest.mark.parametrize("escaped", [True, False])
+def test_other_line_ends_inside_of_texts_stay(tmp_path: Path, mark: str, escaped: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"messages": [{"role": "user", "content": f"One{mark}two?"}, BOT]}
+    notes = notes_of(path, json.dumps(row, ensure_ascii=escaped).encode() + b"\n" + sound(2))
+
+    assert len(notes) == (0 if escaped else 1)
+    assert [(c.line, c.messages[0].content) for c in show(path, 9)] == [
+        (1, f"One{mark}two?"),
+        (2, "Question 2?"),
+    ]
 
 
 def test_line_of_five_megabytes_is_named_and_not_quoted(tmp_path: Path) -> None:
@@ -285,23 +304,10 @@ def test_blank_lines_at_the_end_are_fine(tmp_path: Path) -> None:
     assert faults_of(tmp_path / "a.jsonl", sound(1) + b"\n\n  \n\n") == []
 
 
-def test_blank_lines_between_rows_are_one_fault(tmp_path: Path) -> None:
-    (fault,) = faults_of(tmp_path / "a.jsonl", sound(1) + b"\n\n\n" + sound(2) + b"\n\n")
-
-    assert (fault.line, fault.what) == (2, "2 blank lines between conversations")
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        ('{"a": 1}\n{"b": 2}\n'.encode("utf-16"), "not-utf8"),
-        (json.dumps([{"messages": []}] * 9, indent=2).encode(), "json-array"),
-    ],
-)
-def test_file_of_another_kind_is_one_fault(tmp_path: Path, content: bytes, kind: str) -> None:
-    (fault,) = faults_of(tmp_path / "a.jsonl", content)
-
-    assert (fault.line, fault.kind) == (0, kind)
+def test_blank_lines_between_rows_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert faults_of(path, b"\n" + sound(1) + b"\n\n \n\r\n" + sound(2) + b"\n\n") == []
+    assert [c.line for c in show(path, 9)] == [2, 6]
 
 
 def test_every_fault_of_one_row_is_told(tmp_path: Path) -> None:
@@ -335,19 +341,17 @@ def test_all_faults_of_one_file_at_once(tmp_path: Path) -> None:
 
     faults = [fault for fault in caught.value.faults if isinstance(fault, Fault)]
     assert [(fault.path.name, fault.line, fault.kind) for fault in faults] == [
-        ("a.jsonl", 1, "byte-order-mark"),
         ("a.jsonl", 2, "broken-json"),
         ("a.jsonl", 3, "missing-role"),
         ("a.jsonl", 4, "wrong-type"),
         ("a.jsonl", 5, "empty-content"),
-        ("a.jsonl", 5, "crlf"),
         ("a.jsonl", 6, "role-order"),
         ("a.jsonl", 7, "line-too-long"),
         ("a.jsonl", 8, "duplicate"),
         ("a.jsonl", 9, "not-utf8"),
         ("none.jsonl", 0, "no-such-file"),
     ]
-    assert "The chats have 11 faults; nothing was written" in str(caught.value)
+    assert "The chats have 9 faults; nothing was written" in str(caught.value)
     assert f"{path}:7: the line has 5.0 MB" in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -127,15 +128,15 @@ def test_sharegpt_with_greetings_is_repaired_and_the_errors_of_check_name_the_co
 
 
 def test_json_report_has_every_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write(tmp_path / "a.jsonl", {"messages": turns("a:Hi u:Q a:A")}, "")
+    source = write(tmp_path / "a.jsonl", {"messages": turns("a:Hi u:Q a:A")}, "", "17")
     command = ["data", "fix", str(source), "-o", str(tmp_path / "b.jsonl"), "-o", "json"]
 
     assert cli.main(command) == 0
 
     report = json.loads(capsys.readouterr().out)
-    assert report["counts"] == {"greeting": 1, "blank": 1}
+    assert report["counts"] == {"greeting": 1, "left-out": 1}
     places = [(change["file"], change["line"]) for change in report["changes"]]
-    assert places == [(str(source), 1), (str(source), 2)]
+    assert places == [(str(source), 1), (str(source), 3)]
 
 
 def test_control_characters_and_spelling_of_roles(tmp_path: Path) -> None:
@@ -243,3 +244,29 @@ def test_a_row_of_a_table_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
         turns("u:f a:g"),
     ]
     assert [(change.line, change.kind) for change in report.changes] == [(3, "left-out")]
+
+
+def test_files_are_read_as_every_other_command_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": turns("a:Hi u:Q a:A")}, {"messages": turns("u:R a:B")}, {"messages": []}]
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress(b"\r\n".join(json.dumps(row).encode() for row in rows))
+    )
+    (tmp_path / "b.json").write_text(json.dumps({"data": rows[:1] * 2}), encoding="utf-16")
+    out = tmp_path / "out.jsonl"
+
+    command = [
+        "data",
+        "fix",
+        str(tmp_path / "a.jsonl.gz"),
+        str(tmp_path / "b.json"),
+        "-o",
+        str(out),
+    ]
+    assert cli.main(command) == 0
+
+    shown = capsys.readouterr().out
+    assert read(out) == [{"messages": turns("u:Q a:A")}, {"messages": turns("u:R a:B")}]
+    assert f"note: {tmp_path / 'a.jsonl.gz'}: unpacked with gzip" in shown
+    assert f"{tmp_path / 'b.json'}:1 (row 2): the row was left out: it is the same" in shown

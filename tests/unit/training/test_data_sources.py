@@ -136,13 +136,6 @@ def test_faults_of_csv_have_lines(
     assert kinds(path) == expected
 
 
-def test_csv_in_another_encoding(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_bytes("prompt,completion\nCafé?,Oui.\n".encode("latin-1"))
-
-    assert kinds(path) == [(0, "not-utf8")]
-
-
 def test_parquet_with_nested_messages(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist([{"messages": MESSAGES, "prompt_id": "x"}]), path)

@@ -367,7 +367,8 @@ def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
     """A row of the held-out chats and its line number."""
     part = run.require(DatasetManifest).outputs.get("validation")
     path = run.path / part.path if part else Path()
-    lines = path.read_text(encoding="utf-8").splitlines() if part and path.is_file() else []
+    # Not splitlines(), which also cuts at U+2028 inside of a text.
+    lines = path.read_text(encoding="utf-8").split("\n") if part and path.is_file() else []
     rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise StageError(f"The run {run.name!r} has no held-out chats; create them with: phi3 up")

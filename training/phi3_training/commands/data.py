@@ -21,7 +21,10 @@ from .common import add_command, add_recipe, all_runs, journey_of, recipe_of
 if TYPE_CHECKING:
     from ..data.check import Stretch
 
-SOURCE_HELP = "a .jsonl, .json, .csv or .parquet file, a folder of such files, or hub:NAME:SPLIT"
+SOURCE_HELP = (
+    "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz), a folder of such files, "
+    "or hub:NAME:SPLIT"
+)
 
 
 def register_data(subparsers: Any) -> None:

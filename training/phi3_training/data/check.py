@@ -28,7 +28,7 @@ from .sources import source_of
 
 def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
     """All conversations of all sources. Raises DataError with every fault of every one."""
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, _ = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory() as folder:
         findings = Findings(scan(sources, Path(folder)), Rules("refuse", "warn"))
         if faults := [*faults, *findings.faults()]:
@@ -41,7 +41,7 @@ def show(source: Path | str, count: int) -> list[Conversation]:
 
     Raises DataError with every fault found if no row is valid.
     """
-    sources, faults = chosen_sources({"train": [source_of(source)]})
+    sources, faults, _ = chosen_sources({"train": [source_of(source)]})
     found: list[Conversation] = []
     with tempfile.TemporaryDirectory() as folder:
         for _, one in sources:
@@ -68,6 +68,7 @@ class FileReport:
     size: int
     sha256: str
     faults: tuple[Fault, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         found = _count(len(self.faults), "fault") if self.faults else "no fault"
@@ -85,6 +86,7 @@ class FileReport:
             "bytes": self.size,
             "sha256": self.sha256,
             "faults": len(self.faults),
+            "notes": list(self.notes),
         }
 
 
@@ -98,16 +100,19 @@ class CheckReport:
     tokens: dict[str, Any] | None
     skipped: Sequence[Fault] = ()  # by data.bad_rows and data.too_long of a recipe
     cut: Sequence[Fault] = ()
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: one line per file, the lengths, then the first faults and warnings."""
-        lines = [str(file) for file in self.files]
+        lines = [f"note: {note}" for note in self.notes]
+        for file in self.files:
+            lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
         lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
         for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
             if rows:
-                count = len({(fault.path, fault.line) for fault in rows})
+                count = len({(fault.path, fault.line, fault.row) for fault in rows})
                 lines += [f"{_count(count, 'row')} will be {done}:", *_first(rows)]
         if self.warnings:
             lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
@@ -129,6 +134,7 @@ class CheckReport:
             "skipped": [fault.as_dict() for fault in self.skipped],
             "cut": [fault.as_dict() for fault in self.cut],
             "tokens": self.tokens,
+            "notes": list(self.notes),
         }
 
 
@@ -144,7 +150,7 @@ def check(
     `tokenizer` is a model folder to count tokens with. What its `rules` say of rows is a warning
     here, because no recipe says how long they may be.
     """
-    sources, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
         scans = scan(sources, Path(folder), workers=workers)
         findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
@@ -160,6 +166,7 @@ def check(
             faults=faults,
             warnings=in_order([*findings.warnings(), *verdict.faults]),
             tokens=lengths(table, np.arange(len(table)), tokenizer),
+            notes=tuple(notes),
         )
 
 
@@ -172,7 +179,8 @@ def check_recipe(
 ) -> CheckReport:
     """What `prepare` would say of a recipe's chats; writes nothing that stays."""
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
-        scans, findings, target, verdict, faults = examine(data, Path(folder), rules, workers)
+        examined = examine(data, Path(folder), rules, workers)
+        scans, findings, target, verdict, faults, notes, _ = examined
         return CheckReport(
             files=tuple(_file_report(one, faults) for one in scans),
             faults=faults,
@@ -180,6 +188,7 @@ def check_recipe(
             tokens=lengths(findings.table, np.flatnonzero(target), tokenizer),
             skipped=in_order(verdict.skipped),
             cut=in_order(verdict.cut),
+            notes=tuple(notes),
         )
 
 
@@ -193,6 +202,7 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
         size=one.size,
         sha256=one.sha256,
         faults=tuple(fault for fault in faults if fault.path == one.path),
+        notes=tuple(one.notes),
     )
 
 

@@ -59,8 +59,9 @@ class Conversation:
 
 # What a conversation must look like: types, roles, content and order. Every fault is reported.
 
-# C0 and C1 controls but tab and line ends, and halves of surrogate pairs, which UTF-8 cannot hold.
-UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# C0 and C1 controls but tab and line ends (U+0085 is one), and halves of surrogate pairs, which
+# UTF-8 cannot hold.
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "an array", str: "text", bool: "true/false", type(None): "null"}
 
 

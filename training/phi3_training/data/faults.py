@@ -32,31 +32,39 @@ class Fault:
     what: str
     fix: str
     column: int | None = None
+    row: int | None = None  # where lines do not tell rows apart: its number, from 1
 
     @classmethod
-    def at(cls, path: Path, line: int, problem: Problem) -> Fault:
+    def at(cls, path: Path, line: int, problem: Problem, row: int = 0) -> Fault:
         """The problem, found at this place."""
-        return cls(path, line, problem.kind, problem.what, problem.fix, problem.column)
+        found = problem.kind, problem.what, problem.fix, problem.column
+        return cls(path, line, *found, row or None)
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}; {self.fix}"
 
     @property
     def place(self) -> str:
-        """`file`, `file:line` or `file:line:column`, as editors open it."""
-        parts = [shown(self.path), *(str(n) for n in (self.line, self.column) if n)]
-        return ":".join(parts)
+        """`file`, `file:line` or `file:line:column`, as editors open it, and the row's number."""
+        return place(self.path, self.line, self.row or 0, self.column)
 
     def as_dict(self) -> dict[str, Any]:
         """For `-o json`."""
         return {
             "file": str(self.path),
             "line": self.line or None,
+            "row": self.row,
             "column": self.column,
             "kind": self.kind,
             "what": self.what,
             "fix": self.fix,
         }
+
+
+def place(path: Path, line: int, row: int = 0, column: int | None = None) -> str:
+    """A place as a person reads it; the row is named where it is not the line."""
+    where = ":".join([shown(path), *(str(n) for n in (line, column) if n)])
+    return f"{where} (row {row})" if row and row != line else where
 
 
 def shown(path: Path) -> str:
@@ -73,7 +81,9 @@ def in_order(faults: Iterable[Fault]) -> list[Fault]:
     rank: dict[Path, int] = {}
     for fault in faults:
         rank.setdefault(fault.path, len(rank))
-    return sorted(faults, key=lambda fault: (rank[fault.path], fault.line, fault.column or 0))
+    return sorted(
+        faults, key=lambda fault: (rank[fault.path], fault.line, fault.row or 0, fault.column or 0)
+    )
 
 
 def write_report(path: Path, faults: Sequence[Fault]) -> None:

@@ -20,7 +20,7 @@ from ..prompt import ChatFormat
 from ..recipe import HubSet
 from .arrays import U64, Bools, Ints
 from .digest import BANDS, NAMES, Measure
-from .faults import Fault, Problem, in_order, shown
+from .faults import Fault, Problem, in_order
 from .scan import Scan, Table
 
 # Finds rows that are there twice, nearly twice, or on both sides of the split. Reads a Table.
@@ -213,11 +213,10 @@ class Findings:
         for kind, pairs in lists:
             for row, other in zip(pairs.rows.tolist(), pairs.others.tolist(), strict=True):
                 problem = self._problem(kind, row, other)
-                yield Fault.at(*self.table.place(row), problem)
+                yield Fault.at(*self.table.place(row), problem, int(self.table.number[row]))
 
     def _problem(self, kind: str, row: int, other: int) -> Problem:
-        path, line = self.table.place(other)
-        first = f"{shown(path)}:{line}"
+        first = self.table.named(other)
         if kind == "duplicate":
             fix = "keep one of the two, or set data.duplicates=remove"
             return Problem(kind, f"the same conversation as {first}", fix)

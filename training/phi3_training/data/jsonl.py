@@ -26,8 +26,6 @@ from .faults import Problem
 _DOUBTFUL_DIGITS = np.frombuffer(b"013789", np.uint8)
 
 LINE_LIMIT = 1 << 20
-BOM = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _CHUNK = 1 << 16
 _STEP = 1 << 18
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -85,37 +83,44 @@ class Chunk(NamedTuple):
 def chunks(stream: BinaryIO, part: Range) -> Iterator[Chunk]:
     """The lines of a range, some hundred kilobytes at a time.
 
-    Holds one line more than that at most, of limited size.
+    Holds one line more than that at most, of limited size. Seeks once, unless the range is the
+    start.
     """
     offset = part.start
     if offset:
         stream.seek(offset - 1)
         # Of the line before ours. One that fills the whole range is not read to its end here.
-        offset += _rest_of_line(stream, part.end - offset + 1)
-    while offset < part.end and (text := stream.read(min(_STEP, part.end - offset))):
+        size, has_end = _rest_of_line(stream, part.end - offset + 1)
+        offset += size + has_end - 1
+    rest = b""
+    while (wanted := part.end - offset - len(rest)) > 0:
+        new = stream.read(min(_STEP, wanted))
+        text, cut, has_end = rest + new, 0, False
         lines = text.split(b"\n")
-        behind, cut = offset + len(text), 0
         rest = lines.pop()
-        if rest and lines and behind < part.end:
-            behind -= len(rest)  # read again with the next ones: cheaper than to join them
-            stream.seek(behind)
-        elif rest:
+        if rest and (not new or not lines or len(new) == wanted):
             more = stream.readline(LINE_LIMIT + 1)
-            text += more
+            has_end = more.endswith(b"\n")
             lines.append(rest + more.removesuffix(b"\n"))
-            cut = 0 if more.endswith(b"\n") else _rest_of_line(stream)
-            behind = stream.tell()
-        yield Chunk(offset, text, lines, cut)
-        offset = behind
+            text, rest = text + more, b""
+            if more and not has_end:
+                cut, has_end = _rest_of_line(stream)
+                cut += has_end
+        if lines:
+            yield Chunk(offset, text, lines, cut - (cut > 0 and has_end))
+        if not new:
+            return
+        offset += len(text) - len(rest) + cut
 
 
-def _rest_of_line(stream: BinaryIO, most: int = sys.maxsize) -> int:
+def _rest_of_line(stream: BinaryIO, most: int = sys.maxsize) -> tuple[int, bool]:
+    """How many bytes the line still has, and whether a line end follows them."""
     size = 0
     while size < most and (data := stream.readline(_CHUNK)):
         size += len(data)
         if data.endswith(b"\n"):
-            return size - 1
-    return size
+            return size - 1, True
+    return size, False
 
 
 def doubtful_lines(chunk: Chunk) -> set[int]:
@@ -159,48 +164,6 @@ def decode(line: Line) -> tuple[str | None, list[Problem]]:
         return line.data.decode("utf-8"), []
     except UnicodeDecodeError as error:
         return None, [_not_utf8(line, error.start)]
-
-
-def whole_file_problem(first: Line) -> Problem | None:
-    """What the first line tells about a file that is no JSON lines at all."""
-    if first.data.startswith(_UTF16_MARKS):
-        return Problem(
-            "not-utf8",
-            "the file is UTF-16, not UTF-8",
-            "save it as UTF-8 without a byte-order mark",
-        )
-    if first.data.strip() == b"[":
-        return Problem(
-            "json-array",
-            "the file is one JSON array over many lines, not JSON lines",
-            "name it .json, or write one object per line, e.g. with: jq -c '.[]' OLD > NEW",
-        )
-    return None
-
-
-def byte_order_mark() -> Problem:
-    """The fault of a first line that starts with the UTF-8 mark."""
-    return Problem(
-        "byte-order-mark",
-        "the file starts with a byte-order mark (BOM)",
-        "save it as UTF-8 without BOM",
-    )
-
-
-def blank(count: int) -> Problem:
-    """The fault of blank lines with conversations after them."""
-    what = "a blank line" if count == 1 else f"{count} blank lines"
-    return Problem("blank-line", f"{what} between conversations", "remove the blank lines")
-
-
-def crlf(count: int) -> Problem:
-    """The one fault of a file with Windows line endings, reported at its first such line."""
-    lines = "1 line ends" if count == 1 else f"{count} lines end"
-    return Problem(
-        "crlf",
-        f"{lines} with CRLF (Windows line endings), first here",
-        "save the file with LF line endings, e.g. with: sed -i 's/\\r$//' FILE",
-    )
 
 
 def _control_byte(line: Line, match: re.Match[bytes]) -> Problem:
@@ -376,7 +339,7 @@ def _colons(text: bytes, ends: Ints) -> Ints:
 
 def _read(line: bytes) -> _Plain | dict[str, Any] | None:
     """A line as a plain row, as an object of any other form, or neither."""
-    if len(line) > LINE_LIMIT or line.endswith(b"\r"):
+    if len(line) > LINE_LIMIT:
         return None
     try:
         row = orjson.loads(line)  # refuses NaN, lone surrogates, bad UTF-8 and raw controls

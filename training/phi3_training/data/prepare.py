@@ -29,8 +29,9 @@ from ..recipe import Recipe
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
 from .arrays import U8, U64, Bools, Ints, mixed
-from .faults import Fault, in_order, write_report
+from .faults import Fault, in_order, shown, write_report
 from .findings import Findings, Rules, lengths, sentences, write_findings
+from .folders import Folder, named
 from .scan import Scan, Span, Table, scan
 from .skipping import TokenRules, Verdict, judge
 from .sources import Source, expand, place_of
@@ -290,28 +291,32 @@ class Examined(NamedTuple):
     target: U8
     verdict: Verdict
     faults: list[Fault]
+    notes: list[str]
+    draws: bool  # whether a share of what is trained on is held out
 
 
 def examine(
     data: DataSection, folder: Path, rules: TokenRules | None, workers: int | None = None
 ) -> Examined:
     """Read and judge all chats of a recipe; block files go to `folder`."""
-    sources, faults = chosen_sources({part: getattr(data, part) for part in PARTS})
+    sources, faults, notes = chosen_sources({part: getattr(data, part) for part in PARTS})
+    draws = all(part != "validation" for part, _ in sources)
     scans = scan(sources, folder, workers=workers)
     findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
     target = _targets(findings)
     verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
     target[verdict.rows] = 0
-    _hold_out(data, findings, target)
+    if draws:
+        _hold_out(data, findings, target)
     faults += verdict.faults
     if not faults and not (target == _number("train")).any():
         what, fix = "no conversation is left to train on", "correct its rows, or name another file"
         faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
-    if not faults and not data.validation and not (target == _number("validation")).any():
+    if not faults and draws and not (target == _number("validation")).any():
         what = "all conversations ask the same question, so none can be held out"
         fix = "add conversations, or name a file of held-out ones under data.validation"
         faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
-    return Examined(scans, findings, target, verdict, in_order(faults))
+    return Examined(scans, findings, target, verdict, in_order(faults), notes, draws)
 
 
 def prepare(
@@ -330,7 +335,8 @@ def prepare(
     """
     started = time.monotonic()
     with _staging(run.path) as staging:
-        scans, findings, target, verdict, faults = examine(data, staging, rules, workers)
+        examined = examine(data, staging, rules, workers)
+        scans, findings, target, verdict, faults, notes, draws = examined
         if faults:
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
@@ -371,33 +377,73 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=taught,
-        choices=_choices(data, counts, writers, taught),
+        choices=[*notes, *_choices(data, scans, counts, writers, taught, draws=draws)],
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def chosen_sources(
-    parts: dict[str, Sequence[Source]],
-) -> tuple[list[tuple[str, Source]], list[Fault]]:
-    """The sources to read, folders opened, and a fault for each that is named again."""
+class Chosen(NamedTuple):
+    """The sources to read, with their parts; faults of the choice, and what to know of it."""
+
+    sources: list[tuple[str, Source]]
+    faults: list[Fault]
+    notes: list[str]
+
+
+def chosen_sources(parts: Mapping[str, Sequence[Source]]) -> Chosen:
+    """The sources to read, folders opened, and a fault for each that is named again.
+
+    A folder's files that are named for validation, or else for test, are held out if no source of
+    validation is named: they are never trained on.
+    """
     chosen: list[tuple[str, Source]] = []
-    faults = []
-    named: dict[str, str] = {}
+    faults, notes = [], []
+    seen: dict[str, str] = {}
     for part, sources in parts.items():
         for source in sources:
-            inside = expand(source)
-            if not inside:
+            folder = expand(source)
+            if not folder.all:
                 what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
                 faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
-            for one in inside:
+            notes += [f"{shown(place_of(source))}: {note}" for note in folder.notes()]
+            for taken, one in _by_part(part, folder, place_of(source), parts, notes):
                 key = str(one.resolve() if isinstance(one, Path) else one)
-                if key in named:
-                    what = f"named twice, under data.{named[key]} and data.{part}"
+                if key in seen:
+                    what = f"named twice, under data.{seen[key]} and data.{taken}"
                     faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
                     continue
-                named[key] = part
-                chosen.append((part, one))
-    return chosen, faults
+                seen[key] = taken
+                chosen.append((taken, one))
+    order = list(PARTS)
+    chosen.sort(key=lambda one: order.index(one[0]))
+    return Chosen(chosen, faults, notes)
+
+
+def _by_part(
+    part: str,
+    folder: Folder,
+    path: Path,
+    parts: Mapping[str, Sequence[Source]],
+    notes: list[str],
+) -> list[tuple[str, Source]]:
+    """The files of a folder that is named under `part`, and the part that each belongs to."""
+    splits = {split: files for split, files in folder.splits.items() if files}
+    if len(splits) < 2 and "test" not in splits and "validation" not in splits:
+        return [(part, one) for one in folder.all]
+    wanted = {"train": "train", "replay": "train"}.get(part)
+    if wanted is None or wanted not in splits:  # held out, or named for it in so many words
+        wanted = next(split for split in ("validation", "test", "train") if split in splits)
+    taken = {wanted: part}
+    held = next((split for split in ("validation", "test") if split in splits), None)
+    if part == "train" and held not in (None, wanted) and not parts.get("validation"):
+        taken[str(held)] = "validation"
+    for split, files in splits.items():
+        names = named([place_of(one).relative_to(path).as_posix() for one in files])
+        what = {None: "not read", "validation": "held out"}.get(taken.get(split), "read")
+        notes.append(f"{shown(path)}: {what}, as its name says ({split}): {names}")
+    return [
+        (taken[split], one) for split, files in splits.items() if split in taken for one in files
+    ]
 
 
 @contextmanager
@@ -424,9 +470,9 @@ def _targets(findings: Findings) -> U8:
 
 
 def _hold_out(data: DataSection, findings: Findings, target: U8) -> None:
-    """Move a share of the training rows to the held-out part, where no file is named for it."""
+    """Move a share of the training rows to the held-out part."""
     rows = np.flatnonzero(target == _number("train"))
-    if not data.validation and len(rows):
+    if len(rows):
         chosen = _held_out(data, findings, rows)
         target[rows[chosen]] = _number("validation")
 
@@ -508,13 +554,16 @@ def _input(one: Scan) -> Input:
 
 def _choices(
     data: DataSection,
+    scans: Sequence[Scan],
     counts: Mapping[str, Mapping[str, int]],
     writers: Writers,
     taught: Mapping[str, int] | None,
+    *,
+    draws: bool,
 ) -> list[str]:
     """What was found and chosen, each with its reason."""
-    lines = []
-    if not data.validation:
+    lines = [f"{shown(one.path)}: {note}" for one in scans for note in one.notes]
+    if draws:
         rows = writers["validation"].rows
         lines.append(
             f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "

@@ -11,27 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from ..errors import DataError, UsageError, folded
 from .conversation import LIST_KEYS, ROLES, SHAREGPT, UNFIT, carried, read_row
-from .faults import Fault, Problem, in_order, shown
-from .jsonl import (
-    BOM,
-    LINE_LIMIT,
-    Range,
-    Sound,
-    StrictJson,
-    chunks,
-    decode,
-    encode,
-    whole_file_problem,
-)
+from .documents import Raw
+from .faults import Fault, Problem, in_order, place, shown
+from .jsonl import LINE_LIMIT, Sound, encode
+from .opening import Note
 from .prepare import chosen_sources
 from .scan import Table, scan
 from .skipping import ends_reading
-from .sources import Raw, Source, is_lines, place_of, rows_of, source_of
+from .sources import Source, place_of, rows_of, source_of
 
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "function_response"}
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
@@ -48,17 +41,22 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """A step and where the row is in the source. Line 0 stands for the file as a whole."""
+    """A step and where the row is; `row` is its number where lines do not tell rows apart."""
 
     path: Path
     line: int
+    row: int | None
     kind: str
     what: str
 
     @property
     def place(self) -> str:
-        """`file:line`, as editors open it."""
-        return f"{shown(self.path)}:{self.line}" if self.line else shown(self.path)
+        """`file:line`, as editors open it; with the row where several may be on the line."""
+        return place(self.path, self.line, self.row or 0)
+
+    def as_fault(self, fix: str) -> Fault:
+        """The change as what is wrong with the row."""
+        return Fault(self.path, self.line, self.kind, self.what, fix, row=self.row)
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
@@ -67,7 +65,8 @@ class Change:
         """For `-o json`."""
         return {
             "file": str(self.path),
-            "line": self.line or None,
+            "line": self.line,
+            "row": self.row,
             "kind": self.kind,
             "what": self.what,
         }
@@ -81,18 +80,19 @@ class FixReport:
     read: int
     written: int
     changes: tuple[Change, ...]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people: the counts, then the changes, those of one kind on one line."""
         out = len([change for change in self.changes if change.kind == "left-out"])
-        changed = {(c.path, c.line) for c in self.changes if c.kind not in ("left-out", "blank")}
+        changed = {(c.path, c.line, c.row) for c in self.changes if c.kind != "left-out"}
         counts = (
             f"{shown(self.out)}: {self.written} of {self.read} rows written, {len(changed)} of "
             f"them repaired, {out} left out"
         )
         if not self.changes:
-            return [f"{counts}: nothing had to be repaired"]
-        return [counts, *(f"  {line}" for line in folded(self.changes))]
+            return [*self.notes, f"{counts}: nothing had to be repaired"]
+        return [*self.notes, counts, *(f"  {line}" for line in folded(self.changes))]
 
     def every_line(self) -> str:
         """Every change, one line each, for a file."""
@@ -106,6 +106,7 @@ class FixReport:
             "written": self.written,
             "counts": dict(Counter(change.kind for change in self.changes)),
             "changes": [change.as_dict() for change in self.changes],
+            "notes": list(self.notes),
         }
 
 
@@ -115,40 +116,51 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
     Raises UsageError where `out` may not be written, and DataError where a source cannot be read
     or where no row is left; then nothing is written.
     """
-    sources = _opened(paths, out, force=force)
+    sources, notes = _opened(paths, out, force=force)
     changes: list[Change] = []
     seen: dict[bytes, str] = {}
     read = 0
     with _written(out) as stream:
         for source in sources:
-            place = place_of(source)
-            for raw in raw_rows(source):
+            path = place_of(source)
+            for raw in _rows(source, partial(_note, notes, path)):
                 lost = [problem for problem in raw.problems if ends_reading(source, problem)]
                 if raw.line == 0 or lost:  # more than a row would be left out
                     problems = lost or raw.problems
-                    raise DataError([Fault.at(place, raw.line, problem) for problem in problems])
-                if raw.value is None and not raw.problems:
-                    changes.append(Change(place, raw.line, "blank", "a blank line was left out"))
-                    continue
+                    raise DataError([Fault.at(path, raw.line, p, raw.row) for p in problems])
                 read += 1
                 row, steps = _row(raw)
                 if row is not None:
                     key = hashlib.sha256(b"%d" % row.has_system + row.joined).digest()
-                    here = f"{shown(place)}:{raw.line}"
+                    here = place(path, raw.line, raw.row)
                     first = seen.setdefault(key, here)
                     if first != here:
                         steps = [_left_out(f"it is the same conversation as {first}")]
                         row = None
-                changes += [Change(place, raw.line, *step) for step in steps]
+                changes += [Change(path, raw.line, raw.row or None, *step) for step in steps]
                 if row is not None and row.written is not None:
                     stream.write(row.written + b"\n")
         written = sum(1 for _ in seen)
         if not written:
             stop = "correct the rows in their source"
-            raise DataError([Fault(c.path, c.line, c.kind, c.what, stop) for c in changes] or [
-                Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
-            ])  # fmt: skip
-    return FixReport(out, read, written, tuple(changes))
+            none = Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
+            raise DataError([change.as_fault(stop) for change in changes] or [none])
+    return FixReport(out, read, written, tuple(changes), tuple(notes))
+
+
+def _rows(source: Source, note: Note) -> Iterator[Raw]:
+    """The rows as they stand; a source that cannot be read is a problem of its line 0."""
+    try:
+        yield from rows_of(source, note)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        yield Raw(0, None, [Problem("unreadable", what, "name a file that you can read")])
+
+
+def _note(notes: list[str], path: Path, text: str) -> None:
+    line = f"note: {shown(path)}: {text}"
+    if line not in notes:
+        notes.append(line)
 
 
 def _left_out(why: str) -> Step:
@@ -278,47 +290,6 @@ def _joined(
     return {**first, text_key: _BETWEEN.join(texts)}
 
 
-def raw_rows(source: Source) -> Iterator[Raw]:
-    """The rows of any source as they stand, with what was wrong on the way.
-
-    Line 0 with problems: the file is not readable at all. A blank line is a row of None without
-    problems.
-    """
-    try:
-        if isinstance(source, Path) and is_lines(source):
-            yield from _line_rows(source)
-        else:
-            yield from rows_of(source)
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        yield Raw(0, None, [Problem("unreadable", what, "name a file that you can read")])
-
-
-def _line_rows(path: Path) -> Iterator[Raw]:
-    strict = StrictJson()
-    number = 0
-    with path.open("rb") as stream:
-        for chunk in chunks(stream, Range(0, path.stat().st_size)):
-            offset = chunk.offset
-            for index, data in enumerate(chunk.lines):
-                number += 1
-                line = chunk.line(index, number, offset)
-                offset += len(data) + 1
-                if number == 1:
-                    if problem := whole_file_problem(line):
-                        yield Raw(0, None, [problem])
-                        return
-                    line = line._replace(data=line.data.removeprefix(BOM))
-                if line.is_blank:
-                    yield Raw(number, None, [])
-                    continue
-                text, problems = decode(line)
-                if text is None:
-                    yield Raw(number, None, problems)
-                else:
-                    yield Raw(number, *strict.read(text))
-
-
 # The same conversations in another form: messages, or what OpenAI's fine-tuning takes.
 
 Form = Literal["messages", "openai"]
@@ -333,11 +304,13 @@ class ConvertReport:
     formats: dict[str, int]
     written: int
     dropped: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For people."""
         read = ", ".join(f"{count} {name}" for name, count in self.formats.items())
-        lines = [f"{shown(self.out)}: {self.written} rows written as {self.form} (read: {read})"]
+        lines = [*self.notes]
+        lines += [f"{shown(self.out)}: {self.written} rows written as {self.form} (read: {read})"]
         lines += [
             f"  {count} rows had {key!r}, which OpenAI's form has no place for; it was left out"
             for key, count in self.dropped.items()
@@ -352,6 +325,7 @@ class ConvertReport:
             "formats": self.formats,
             "written": self.written,
             "dropped": self.dropped,
+            "notes": list(self.notes),
         }
 
 
@@ -364,7 +338,7 @@ def convert(
     (https://platform.openai.com/docs/guides/supervised-fine-tuning). Raises UsageError where
     `out` may not be written, and DataError with every fault of every source.
     """
-    sources = _opened(paths, out, force=force)
+    sources, notes = _opened(paths, out, force=force)
     dropped: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="phi3-convert-") as folder, _written(out) as stream:
         scans = scan([("train", source) for source in sources], Path(folder))
@@ -374,10 +348,12 @@ def convert(
         formats: Counter[str] = Counter()
         for one in scans:
             formats += one.formats
+            for text in one.notes:
+                _note(notes, one.path, text)
         rewrite = _openai(dropped) if form == "openai" else encode
         for row in range(len(table)):
             stream.write(rewrite(table.conversation(row).to_dict()) + b"\n")
-    return ConvertReport(out, form, dict(formats), len(table), dict(dropped))
+    return ConvertReport(out, form, dict(formats), len(table), dict(dropped), tuple(notes))
 
 
 def _openai(dropped: Counter[str]) -> Callable[[dict[str, Any]], bytes]:
@@ -388,11 +364,16 @@ def _openai(dropped: Counter[str]) -> Callable[[dict[str, Any]], bytes]:
     return rewrite
 
 
-def _opened(paths: Sequence[Path | str], out: Path, *, force: bool) -> list[Source]:
-    """The sources to read. Raises UsageError for an `out` that would destroy something."""
+def _opened(
+    paths: Sequence[Path | str], out: Path, *, force: bool
+) -> tuple[list[Source], list[str]]:
+    """The sources to read, and notes on them.
+
+    Raises UsageError for an `out` that would destroy something.
+    """
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UsageError(f"{out}: JSON lines are written; name a file that ends with .jsonl")
-    chosen, faults = chosen_sources({"train": [source_of(path) for path in paths]})
+    chosen, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
     sources = [source for _, source in chosen]
     if any(isinstance(one, Path) and one.resolve() == out.resolve() for one in sources):
         raise UsageError(f"{out} is one of the files to read; write to another file with -o OUT")
@@ -402,7 +383,7 @@ def _opened(paths: Sequence[Path | str], out: Path, *, force: bool) -> list[Sour
         raise UsageError(f"{out} exists already; name another file, or replace it with --force")
     if faults:
         raise DataError(faults)
-    return sources
+    return sources, notes
 
 
 @contextmanager

@@ -25,18 +25,21 @@ import orjson
 from ..errors import StageError
 from .arrays import U32, U64, Bools, Ints, keep_freed_memory
 from .conversation import Conversation
-from .digest import BANDS, Digest, Lines
-from .faults import Fault, Problem
-from .jsonl import Range, blank, crlf, join
+from .digest import BANDS, Digest
+from .faults import Fault, Problem, place
+from .jsonl import Range, join
+from .opening import BrokenFileError
 from .sources import (
     BLOCK,
+    CRLF,
+    SEPARATOR,
+    Reading,
     Source,
+    digest_packed,
     digest_range,
     digest_rows,
     hash_of,
-    is_lines,
     place_of,
-    rows_of,
     stamp,
 )
 
@@ -58,6 +61,7 @@ class Scan:
     firsts: list[int] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
     several_turns: int = 0
+    notes: list[str] = field(default_factory=list)
     size: int = 0
     sha256: str = ""
     changed_at: int = 0
@@ -76,46 +80,42 @@ class Scan:
         """How many sound rows there are."""
         return self.formats.total()
 
-    def fault(self, line: int, problem: Problem) -> None:
+    def fault(self, line: int, problem: Problem, row: int = 0) -> None:
         """Note a problem."""
-        self.faults.append(Fault.at(self.path, line, problem))
+        self.faults.append(Fault.at(self.path, line, problem, row))
+
+    def note(self, text: str) -> None:
+        """Note what a person should know of the source."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def add(self, digests: Iterable[Digest]) -> None:
         """Put the blocks together as if they had been read in one go."""
-        ends, blanks, filled, first = Lines(0, 0), [], False, 0
+        filled, first = False, 0
+        seen: Counter[str] = Counter()
         for digest in digests:
             self.digests.append(digest)
             self.firsts.append(first)
-            for line, problem in digest.faults:
-                self.fault(line + first if line else 0, problem)
-            if digest.stop:
-                return
-            if digest.crlf.many:
-                ends = Lines(ends.first or digest.crlf.first + first, ends.many + digest.crlf.many)
-            blanks += [Lines(run.first + first, run.many) for run in digest.blanks]
+            for line, problem, row in digest.faults:
+                self.fault(line + first if line else 0, problem, row)
+            seen += digest.notes
             filled |= digest.filled
             self.formats += digest.formats
             self.several_turns += digest.several_turns
             first += digest.lines
-        if ends.many:
-            self.fault(ends.first, crlf(ends.many))
-        for run in _joined(blanks):
-            if run.behind <= first:  # blank lines at the end of a file are fine
-                self.fault(run.first, blank(run.many))
+        for kind, many in seen.items():
+            lines = "1 line" if many == 1 else f"{many} lines"
+            self.note(_NOTES[kind].format(lines=lines))
         if not filled:
             what = "the file contains no conversation" if self.size else "the file is empty"
             self.fault(0, Problem("no-rows", what, "write one conversation per line"))
 
 
-def _joined(runs: Iterable[Lines]) -> list[Lines]:
-    """Runs that touch, at the border of two blocks, as one."""
-    joined: list[Lines] = []
-    for run in runs:
-        if joined and joined[-1].behind == run.first:
-            joined[-1] = Lines(joined[-1].first, joined[-1].many + run.many)
-        else:
-            joined.append(run)
-    return joined
+_NOTES = {
+    CRLF: "{lines} with Windows line ends (CRLF), read like others",
+    SEPARATOR: "{lines} with U+2028, U+2029 or U+0085 in a text, which some editors take for the "
+    "end of a line; kept as they are",
+}
 
 
 def scan(
@@ -130,11 +130,13 @@ def scan(
     tasks: list[tuple[Scan, list[Task]]] = []
     for number, one in enumerate(scans):
         with _told(one):
-            _stamp(one)
-            if isinstance(one.source, Path) and is_lines(one.source):
-                tasks.append((one, _tasks(one.source, one.size, folder, number, block)))
+            reading = _opened(one)
+            if reading.in_ranges:
+                reading.encoding.tell(one.note)
+                tasks.append((one, _tasks(one.path, one.size, folder, number, block)))
             else:
-                one.add(digest_rows(rows_of(one.source), folder, str(number)))
+                one.sha256 = stamp(one.source)
+                one.add(_read_through(one, reading, folder, str(number)))
     _read(tasks, workers or _workers(sum(one.size for one, _ in tasks)))
     return scans
 
@@ -143,13 +145,22 @@ def scan_start(source: Source, folder: Path, rows: int) -> Scan:
     """As much of a source as holds `rows` sound rows, in whole blocks."""
     one = Scan(source)
     with _told(one):
-        _stamp(one)
-        digests: Iterable[Digest] = digest_rows(rows_of(source), folder, "0")
-        if isinstance(source, Path) and is_lines(source):
-            tasks = _tasks(source, one.size, folder, 0, BLOCK)
-            digests = (digest_range(*task) for task in tasks)
+        reading = _opened(one)
+        if reading.in_ranges:
+            tasks = _tasks(one.path, one.size, folder, 0, BLOCK)
+            digests: Iterable[Digest] = (digest_range(*task) for task in tasks)
+        else:
+            digests = _read_through(one, reading, folder, "0")
         one.add(_until(digests, rows))
     return one
+
+
+def _read_through(one: Scan, reading: Reading, folder: Path, name: str) -> Iterator[Digest]:
+    """The blocks of a source that can only be read from its start."""
+    if reading.kind == "lines" and isinstance(one.source, Path):
+        reading.encoding.tell(one.note)
+        return digest_packed(one.source, reading.encoding, folder, name)
+    return digest_rows(reading.rows(one.note), folder, name)
 
 
 def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:
@@ -167,14 +178,17 @@ def _told(one: Scan) -> Iterator[None]:
         yield
     except FileNotFoundError:
         one.fault(0, Problem("no-such-file", "no such file", "check its path and spelling"))
+    except BrokenFileError as error:
+        one.fault(0, error.problem)
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
         one.fault(0, Problem("unreadable", what, "name a file that you can read"))
 
 
-def _stamp(one: Scan) -> None:
-    one.size, one.sha256 = stamp(one.source)
-    one.changed_at = _moment(one.source)
+def _opened(one: Scan) -> Reading:
+    if isinstance(one.source, Path):
+        one.size, one.changed_at = one.source.stat().st_size, _moment(one.source)
+    return Reading.of(one.source)
 
 
 def _moment(source: Source) -> int:
@@ -227,7 +241,7 @@ def _results(futures: list[Future[Digest]]) -> Iterator[Digest]:
         yield future.result()
 
 
-# All sound rows of all sources as columns: 60 bytes a row, and each row's text on demand.
+# All sound rows of all sources as columns: 64 bytes a row, and each row's text on demand.
 
 Column = TypeVar("Column", bound=np.generic)
 _SPAN = 1 << 20  # bytes that are copied at once
@@ -252,6 +266,7 @@ class Table:
         self.line: U32 = _column(
             [d.line + np.uint32(f) for d, f in zip(digests, firsts, strict=True)], np.uint32
         )
+        self.number: U32 = _column([d.number for d in digests], np.uint32)
         self.size: U32 = _column([d.size for d in digests], np.uint32)
         self.offset: U64 = _column([d.offset for d in digests], np.uint64)
         self.identity: U64 = _column([d.identity for d in digests], np.uint64)
@@ -274,6 +289,10 @@ class Table:
     def place(self, row: int) -> tuple[Path, int]:
         """The source and line of a row."""
         return self.scans[int(self.source[row])].path, int(self.line[row])
+
+    def named(self, row: int) -> str:
+        """The place of a row as a person reads it."""
+        return place(*self.place(row), int(self.number[row]))
 
     def conversation(self, row: int) -> Conversation:
         """A row, read back."""

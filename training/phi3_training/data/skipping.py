@@ -17,7 +17,7 @@ from .arrays import U8, Ints
 from .faults import Fault, Problem
 from .findings import Findings
 from .scan import Scan, Table
-from .sources import Source, is_lines
+from .sources import Reading, Source
 
 TOO_LONG = "too-long"
 
@@ -27,10 +27,9 @@ EVERY_ROW = 20_000
 SAMPLE = 1000
 _BATCH = 1000
 _LONGER = 64  # bytes that a rewording adds at most
-# Faults of a file although they name a line; nothing but the file can be left out.
-_OF_THE_FILE = {"crlf", "byte-order-mark"}
-# After these the rest of an array or of a parquet file was not read.
-_END_READING = {"broken-json", "line-too-long", "broken-parquet", "not-utf8"}
+# After these the rest of a file was not read; of JSON lines and tables only a line was not.
+_OF_A_LINE = {"broken-json", "line-too-long", "not-utf8"}
+_END_READING = _OF_A_LINE | {"broken-parquet", "broken-arrow", "broken-gzip"}
 
 
 class TokenRules(Protocol):
@@ -56,7 +55,7 @@ class Verdict:
 
     def removed(self) -> dict[str, int]:
         """How many rows were skipped, by key."""
-        rows = {(fault.path, fault.line): fault.kind for fault in self.skipped}
+        rows = {(fault.path, fault.line, fault.row): fault.kind for fault in self.skipped}
         long = sum(kind == TOO_LONG for kind in rows.values())
         counts = {"data.bad_rows": len(rows) - long, "data.too_long": long}
         return {key: count for key, count in counts.items() if count}
@@ -83,8 +82,10 @@ def judge(
         judge_tokens(data, findings.table, target, numbers, rules, verdict)
     for part in numbers:
         paths = {one.path: one.rows for one in findings.table.scans if one.part == part}
-        lines = {(f.path, f.line) for f in verdict.skipped if f.path in paths}
-        unread = {(f.path, f.line) for f in verdict.skipped if f in of_scans and f.path in paths}
+        lines = {(f.path, f.line, f.row) for f in verdict.skipped if f.path in paths}
+        unread = {
+            (f.path, f.line, f.row) for f in verdict.skipped if f in of_scans and f.path in paths
+        }
         reason = too_many(len(lines), sum(paths.values()) + len(unread), data.max_skipped)
         if reason:
             fix = "correct them, or raise data.max_skipped"
@@ -104,18 +105,16 @@ def too_many(skipped: int, rows: int, ceiling: float) -> str:
 
 
 def _of_a_row(fault: Fault, scans: dict[Path, Scan]) -> bool:
-    if not fault.line or fault.kind in _OF_THE_FILE:
-        return False
-    return not ends_reading(scans[fault.path].source, fault)
+    return bool(fault.line) and not ends_reading(scans[fault.path].source, fault)
 
 
 def ends_reading(source: Source, problem: Fault | Problem) -> bool:
     """Whether what comes after the problem was not read, so that more than a row is lost."""
     if "the rest was not read" in problem.what:
         return True
-    if isinstance(source, Path) and (is_lines(source) or source.suffix.lower() in (".csv", ".tsv")):
+    if problem.kind not in _END_READING:
         return False
-    return problem.kind in _END_READING
+    return problem.kind not in _OF_A_LINE or Reading.of(source).kind == "document"
 
 
 def judge_tokens(

@@ -2,94 +2,125 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, Literal
 
 from ..errors import MissingExtraError
 from ..recipe.sections import HUB, HubSet
 from ..run import fingerprint, sha256_of
-from .conversation import LIST_KEYS, carried, read_row
+from .conversation import carried, read_row
 from .digest import Digest, Digester
+from .documents import Raw, document_rows, is_document
 from .faults import Problem
-from .jsonl import (
-    BOM,
-    LINE_LIMIT,
-    Chunk,
-    Line,
-    Range,
-    Sound,
-    StrictJson,
-    accept,
-    byte_order_mark,
-    chunks,
-    decode,
-    whole_file_problem,
-)
+from .folders import Folder, expand_folder
+from .jsonl import Chunk, Line, Range, Sound, StrictJson, accept, chunks, decode
+from .opening import PLAIN, BrokenFileError, Encoding, Note, encoding_of, open_text
+from .tables import column_rows, csv_rows, without_nulls
 
 # One block of rows, read, checked and digested: the unit of work of one process.
 # Reads a range of bytes of a JSON lines file, or rows that another reader gives; writes the sound
 # rows to block files.
 
 BLOCK = 1 << 23
-
-
-class Raw(NamedTuple):
-    """A row as a reader of another kind of file gives it, with what was wrong on the way."""
-
-    line: int
-    value: Any
-    problems: list[Problem]
+CRLF, SEPARATOR = "crlf", "separator"
+# U+2028, U+2029 and NEL, which JSON allows in texts.
+_SEPARATORS = (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85")
 
 
 def digest_range(source: Path, part: Range, path: Path) -> Digest:
     """Read the lines that start in a range of a JSON lines file; the rows go to `path`."""
-    digester = Digester(path)
-    with source.open("rb") as stream, path.open("wb") as rows:
-        strict = _Strict(digester.digest, at_start=part.start == 0)
-        for chunk in chunks(stream, part):
-            _digest_chunk(chunk, digester, strict, rows)
-            if digester.digest.stop:
-                break
-    return digester.finish()
+    with source.open("rb") as stream:
+        return next(_digests(stream, part, iter([path]), copy=False))
 
 
-def _digest_chunk(chunk: Chunk, digester: Digester, strict: _Strict, rows: BinaryIO) -> None:
+def digest_packed(source: Path, encoding: Encoding, folder: Path, name: str) -> Iterator[Digest]:
+    """The same for JSON lines that are packed or not UTF-8, in blocks, unpacked on the way."""
+    paths = (folder / f"{name}-{number:05}.jsonl" for number in count())
+    with open_text(source, encoding) as stream:
+        yield from _digests(stream, Range(0, sys.maxsize), paths, copy=True)
+
+
+def _digests(
+    stream: BinaryIO, part: Range, paths: Iterator[Path], *, copy: bool
+) -> Iterator[Digest]:
+    found = chunks(stream, part)
+    more = True
+    while more:
+        more = False
+        digester = Digester(next(paths))
+        with digester.digest.path.open("wb") as rows:
+            strict = _Strict(digester.digest, at_start=part.start == 0)
+            try:
+                for chunk in found:
+                    _digest_chunk(chunk, digester, strict, rows, copy=copy)
+                    if copy and digester.written > BLOCK:
+                        more = True
+                        break
+            except BrokenFileError as error:
+                digester.digest.fault(digester.digest.lines + 1, error.problem)
+                digester.digest.filled = True
+        yield digester.finish()
+
+
+def _digest_chunk(
+    chunk: Chunk, digester: Digester, strict: _Strict, rows: BinaryIO, *, copy: bool
+) -> None:
     offset, number = chunk.offset, digester.digest.lines
+    _note_lines(chunk, digester.digest)
     for index, sound in enumerate(accept(chunk)):
         number += 1
         size = len(chunk.lines[index])
         if sound is None:
             sound = strict.read(chunk.line(index, number, offset))
         if sound is not None:
+            if copy and sound.written is None:
+                sound = sound._replace(written=chunk.lines[index])
             digester.take(number, sound, offset, size, rows)
-        elif digester.digest.stop:
-            break
         offset += size + 1
     digester.digest.lines = number
+
+
+def _note_lines(chunk: Chunk, digest: Digest) -> None:
+    """Count line ends of Windows, and what other programs take for line ends inside of texts."""
+    if b"\r\n" in chunk.text or chunk.lines[-1].endswith(b"\r"):
+        digest.notes[CRLF] += sum(line.endswith(b"\r") for line in chunk.lines)
+    if any(mark in chunk.text for mark in _SEPARATORS):
+        digest.notes[SEPARATOR] += sum(
+            any(mark in line for mark in _SEPARATORS) for line in chunk.lines
+        )
 
 
 def digest_rows(raws: Iterable[Raw], folder: Path, name: str) -> Iterator[Digest]:
     """The same for rows of other kinds of files, in blocks; `line` numbers are the file's own."""
     rows = iter(raws)
-    number, more = 0, True
+    number, more, last = 0, True, 0
     while more:
         more = False
         digester = Digester(folder / f"{name}-{number:05}.jsonl")
         number += 1
         with digester.digest.path.open("wb") as stream:
-            for raw in rows:
-                found = _sound_or_problems(raw.value, raw.problems)
-                if isinstance(found, Sound):
-                    digester.take(raw.line, found, 0, 0, stream)
-                else:
-                    digester.digest.faults += [(raw.line, problem) for problem in found]
+            try:
+                for raw in rows:
+                    last = raw.line
+                    found = _sound_or_problems(raw.value, raw.problems)
+                    if isinstance(found, Sound):
+                        digester.take(raw.line, found, 0, 0, stream, raw.row)
+                    else:
+                        for problem in found:
+                            digester.digest.fault(raw.line, problem, raw.row)
+                    digester.digest.filled = True
+                    if digester.written > BLOCK:
+                        more = True
+                        break
+            except BrokenFileError as error:
+                digester.digest.fault(last, error.problem)
                 digester.digest.filled = True
-                if digester.written > BLOCK:
-                    more = True
-                    break
         yield digester.finish()
 
 
@@ -103,18 +134,9 @@ class _Strict:
 
     def read(self, line: Line) -> Sound | None:
         """The line's row, if it is sound."""
-        if self._at_start and line.number == 1:
-            if problem := whole_file_problem(line):
-                self._digest.stop = True
-                self._digest.fault(0, problem)
-                return None
-            if line.data.startswith(BOM):
-                self._digest.fault(1, byte_order_mark())
-                line = line._replace(data=line.data.removeprefix(BOM))
-        if line.data.endswith(b"\r"):
-            self._digest.add_crlf(line.number)
+        if self._at_start and line.offset == 0:
+            line = line._replace(data=line.data.removeprefix(codecs.BOM_UTF8))
         if line.is_blank:
-            self._digest.add_blank(line.number)
             return None
         self._digest.filled = True
         found = self._row(line)
@@ -145,191 +167,6 @@ def _sound_or_problems(value: Any, problems: list[Problem]) -> Sound | list[Prob
     return Sound.of(form, messages, extra)
 
 
-# A JSON file that is one array of rows, read row by row: memory holds one row, not the file.
-
-_CHUNK = 1 << 16
-_SPACES = " \t\r\n"
-
-
-def is_array(path: Path) -> bool:
-    """Whether the first character of a file that is not a space opens an array."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except OSError:
-        return False
-
-
-def array_rows(path: Path) -> Iterator[Raw]:
-    """The elements of the array, each with the line that it starts on."""
-    with path.open(encoding="utf-8-sig") as stream:
-        try:
-            yield from _Elements(stream).read()
-        except UnicodeDecodeError:
-            problem = Problem("not-utf8", "the file is not UTF-8", "save the file as UTF-8")
-            yield Raw(0, None, [problem])
-
-
-class _Elements:
-    """Walks over the text of an array with a window of limited size."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._text = ""
-        self._place = 0
-        self._line = 1
-        self._json = StrictJson()
-
-    def read(self) -> Iterator[Raw]:
-        """All elements; what breaks the array ends the reading."""
-        self._peek()
-        self._place += 1  # the bracket
-        if self._peek() == "]":
-            self._place += 1
-            yield from self._end()
-            return
-        while True:
-            self._peek()
-            line = self._line
-            value, problems, end = self._element()
-            yield Raw(line, value, problems)
-            if end is None:
-                return
-            self._go_to(end)
-            mark = self._peek()
-            self._place += 1
-            if mark == "]":
-                yield from self._end()
-                return
-            if mark != ",":
-                where = "at the end of the file" if not mark else f"near {mark!r}"
-                what = f"the JSON array is broken {where}; the rest was not read"
-                fix = "write rows with commas between them, and ] at the end"
-                yield Raw(self._line, None, [Problem("broken-json", what, fix)])
-                return
-
-    def _end(self) -> Iterator[Raw]:
-        if self._peek():
-            what = "there is text after the JSON array"
-            yield Raw(self._line, None, [Problem("broken-json", what, "remove it")])
-
-    def _element(self) -> tuple[object, list[Problem], int | None]:
-        while True:
-            value, problems, end = self._json.read_at(self._text, self._place)
-            whole = end is not None and end < len(self._text)
-            if whole or len(self._text) - self._place > LINE_LIMIT or not self._more():
-                break
-        if end is None:
-            problems = [problems[0]._replace(column=None)]
-            if len(self._text) - self._place > LINE_LIMIT:
-                what = f"the row is broken or larger than {LINE_LIMIT >> 20} MiB"
-                problems = [Problem("line-too-long", what, "split the conversation")]
-        return value, problems, end
-
-    def _peek(self) -> str:
-        """The next character that is not a space; empty at the end."""
-        while True:
-            start = self._place
-            while start < len(self._text) and self._text[start] in _SPACES:
-                start += 1
-            self._go_to(start)
-            if start < len(self._text):
-                return self._text[start]
-            if not self._more():
-                return ""
-
-    def _go_to(self, place: int) -> None:
-        self._line += self._text.count("\n", self._place, place)
-        self._place = place
-
-    def _more(self) -> bool:
-        chunk = self._stream.read(max(_CHUNK, len(self._text) - self._place))
-        self._text, self._place = self._text[self._place :] + chunk, 0
-        return bool(chunk)
-
-
-# Chats in tables, CSV and parquet: a column for each key of a format; `messages` may be JSON.
-
-_BATCH = 256
-
-
-def csv_rows(path: Path) -> Iterator[Raw]:
-    """The rows of a CSV or TSV file, whose first line names the columns."""
-    csv.field_size_limit(LINE_LIMIT)
-    tabs = path.suffix.lower() == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if tabs else ",", strict=True)
-        try:
-            yield from _named(reader)
-        except UnicodeDecodeError:
-            fix = "save the file as UTF-8"
-            yield Raw(0, None, [Problem("not-utf8", "the file is not UTF-8", fix)])
-        except csv.Error as error:
-            what = "broken CSV; the rest was not read"
-            fix = 'put texts with commas, quotes or line breaks in quotes, and double each "'
-            yield Raw(reader.line_num, None, [Problem("broken-csv", f"{what} ({error})", fix)])
-
-
-def _named(reader: Any) -> Iterator[Raw]:
-    names = next(reader, None)
-    if names is None:
-        return
-    if repeated := [name for name in names if names.count(name) > 1]:
-        problem = Problem(
-            "repeated-key",
-            f"the column {repeated[0]!r} occurs twice",
-            "keep one of them: it is undefined which one counts",
-        )
-        yield Raw(1, None, [problem])
-        return
-    json = StrictJson()
-    line = reader.line_num + 1
-    for values in reader:
-        start, line = line, reader.line_num + 1
-        if not values:
-            continue
-        if len(values) != len(names):
-            what = f"the row has {len(values)} columns, the header has {len(names)}"
-            fix = "write a value, or nothing between commas, for each column"
-            yield Raw(start, None, [Problem("broken-csv", what, fix)])
-            continue
-        yield _row(start, dict(zip(names, values, strict=True)), json)
-
-
-def _row(line: int, cells: dict[str, str], json: StrictJson) -> Raw:
-    """An empty cell is a key that is not there; lists of messages are JSON in their cell."""
-    row: dict[str, Any] = {key: value for key, value in cells.items() if value}
-    problems: list[Problem] = []
-    for key in LIST_KEYS & row.keys():
-        row[key], found = json.read(row[key])
-        problems += [problem._replace(column=None) for problem in found]
-        if row[key] is None:
-            return Raw(line, None, problems)
-    return Raw(line, row, problems)
-
-
-def parquet_rows(path: Path) -> Iterator[Raw]:
-    """The rows of a parquet file, counted from 1."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "local") from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Raw(number, {k: v for k, v in row.items() if v is not None}, [])
-    except (pa.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())[:120]
-        problem = Problem(
-            "broken-parquet", f"not a complete parquet file ({why})", "write the file again"
-        )
-        yield Raw(number + 1 if number else 0, None, [problem])
-
-
 # Sets of the Hugging Face hub, through the `datasets` library: a split, or a share of one.
 
 
@@ -348,7 +185,7 @@ def hub_rows(source: HubSet) -> Iterator[Raw]:
         yield Raw(0, None, [_unreachable(source, error)])
         return
     for number, row in enumerate(rows, start=1):
-        yield Raw(number, {key: value for key, value in row.items() if value is not None}, [])
+        yield Raw(number, without_nulls(row), [], number)
 
 
 def _unreachable(source: HubSet, error: Exception) -> Problem:
@@ -367,9 +204,7 @@ def _unreachable(source: HubSet, error: Exception) -> Problem:
 
 
 Source = Path | HubSet
-_LINES = (".jsonl", ".ndjson")
-_TABLES = (".csv", ".tsv", ".parquet")
-SUFFIXES = (*_LINES, ".json", *_TABLES)
+Kind = Literal["lines", "document", "csv", "columns", "hub"]
 
 
 def source_of(text: Path | str) -> Source:
@@ -382,41 +217,91 @@ def place_of(source: Source) -> Path:
     return source if isinstance(source, Path) else Path(str(source))
 
 
-def expand(source: Source) -> list[Source]:
-    """A folder as the chat files in it, in the order of their names; anything else as it is."""
+def expand(source: Source) -> Folder:
+    """A folder as the chat files in it, by their split; anything else as it is."""
     if isinstance(source, Path) and source.is_dir():
-        inside = sorted(source.rglob("*"))
-        return [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
-    return [source]
+        return expand_folder(source)
+    return Folder({"train": [source]})
 
 
-def is_lines(path: Path) -> bool:
-    """Whether a file is read as JSON lines: by its name, and `.json` by its first character."""
-    suffix = path.suffix.lower()
-    return suffix not in _TABLES and not (suffix == ".json" and is_array(path))
+def no_note(_text: str) -> None:
+    """Takes a note of a file that nobody wants."""
 
 
-def rows_of(source: Source) -> Iterator[Raw]:
-    """The rows of a source that is not JSON lines."""
-    if isinstance(source, HubSet):
-        return hub_rows(source)
-    suffix = source.suffix.lower()
-    if suffix == ".json":
-        return array_rows(source)
-    return parquet_rows(source) if suffix == ".parquet" else csv_rows(source)
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: by its name, and JSON by its first characters."""
+
+    source: Source
+    kind: Kind
+    encoding: Encoding = PLAIN  # of JSON; a table's is found when it is read
+
+    @classmethod
+    def of(cls, source: Source) -> Reading:
+        """Look at the start of a source. Raises OSError and BrokenFileError."""
+        if isinstance(source, HubSet):
+            return cls(source, "hub")
+        suffixes = [suffix.lower() for suffix in source.suffixes[-2:]]
+        if suffixes and suffixes[-1] in (".parquet", ".arrow"):
+            with source.open("rb"):
+                return cls(source, "columns")
+        encoding = encoding_of(source)
+        if {".csv", ".tsv"} & set(suffixes):
+            return cls(source, "csv", encoding)
+        return cls(source, "document" if is_document(source, encoding) else "lines", encoding)
+
+    @property
+    def in_ranges(self) -> bool:
+        """Whether the file is read in place, from any line on."""
+        return self.kind == "lines" and self.encoding.is_plain
+
+    def rows(self, note: Note) -> Iterator[Raw]:
+        """The rows of a source that is not JSON lines."""
+        if isinstance(self.source, HubSet):
+            return hub_rows(self.source)
+        if self.kind == "columns":
+            return column_rows(self.source)
+        if self.kind == "csv":
+            return csv_rows(self.source, note)
+        self.encoding.tell(note)
+        if self.kind == "document":
+            return document_rows(self.source, self.encoding, note)
+        return line_rows(self.source, self.encoding)
 
 
-def stamp(source: Source) -> tuple[int, str]:
-    """The size of a source, and the hash of a file that is not hashed while it is read.
+def rows_of(source: Source, note: Note = no_note) -> Iterator[Raw]:
+    """The rows of any source, of whatever kind, before they are read as chats.
 
-    Raises OSError for a file that cannot be read.
+    Each has its line (and its number, where lines do not tell rows apart), and problems in place
+    of a value where it cannot be read; a problem of the whole file has line 0. `note` is given
+    what a person should know of the file. Raises OSError.
     """
-    if isinstance(source, HubSet):
-        return 0, ""
-    with source.open("rb"):
-        pass
-    size = source.stat().st_size
-    return size, "" if is_lines(source) else hash_of(source)
+    line = 0
+    try:
+        for raw in Reading.of(source).rows(note):
+            line = raw.line
+            yield raw
+    except BrokenFileError as error:
+        yield Raw(line, None, [error.problem])
+
+
+def line_rows(path: Path, encoding: Encoding) -> Iterator[Raw]:
+    """The rows of JSON lines; blank lines are skipped."""
+    strict, number = StrictJson(), 0
+    with open_text(path, encoding) as stream:
+        for chunk in chunks(stream, Range(0, sys.maxsize)):
+            for index in range(len(chunk.lines)):
+                number += 1
+                line = chunk.line(index, number, 0)
+                if not line.is_blank:
+                    text, problems = decode(line)
+                    value, found = (None, problems) if text is None else strict.read(text)
+                    yield Raw(number, value, found)
+
+
+def stamp(source: Source) -> str:
+    """The hash of a source; a set of the hub has none."""
+    return hash_of(source) if isinstance(source, Path) else ""
 
 
 def hash_of(path: Path) -> str:
@@ -437,6 +322,6 @@ def fingerprints(sources: Sequence[Source]) -> list[str]:
     """What the data stage depends on: the bytes of files, the name and split of sets."""
     found = []
     for source in sources:
-        for one in expand(source):
+        for one in expand(source).all:
             found.append(hash_of(one) if isinstance(one, Path) else fingerprint(str(one)))
     return found

@@ -5,13 +5,14 @@ Reads run/data/*.jsonl and the question files that the recipe names; writes noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.faults import Fault
 from ..data.prepare import origins
+from ..data.sources import rows_of
 from ..errors import StageError
 from ..finetune.rows import Conversation
 from ..project import shipped_data
@@ -80,16 +81,19 @@ def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:
 
 def _read(path: Path, part: str) -> list[Question]:
     questions = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                questions.append(_question(line, part, path, number))
+    try:
+        for raw in rows_of(path):
+            if raw.problems:
+                told = Fault.at(path, raw.line, raw.problems[0], raw.row)
+                raise StageError(f"{told} (expected questions like the chats)")
+            questions.append(_question(raw.value, part, path, raw.row or raw.line))
+    except OSError as error:
+        raise StageError(f"{path} cannot be read ({error.strerror})") from None
     return questions
 
 
-def _question(line: str, part: str, path: Path, number: int) -> Question:
+def _question(row: Any, part: str, path: Path, number: int) -> Question:
     try:
-        row = json.loads(line)
         messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
         accept = tuple(map(str, row.get("accept", ())))
     except (ValueError, TypeError, KeyError, AttributeError):

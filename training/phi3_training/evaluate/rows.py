@@ -114,7 +114,9 @@ def read_rows(run: Run) -> list[Row]:
     """Read them back. Raises StageError when they are not there, or of an older version."""
     path = run.path / PATH
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines(), which also cuts at U+2028 inside of a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
     except (OSError, ValueError):
         rows = []
     if not rows or any("after_scores" not in row for row in rows):

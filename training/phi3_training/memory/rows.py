@@ -139,9 +139,10 @@ def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
     if manifest is None:
         return None
     try:
+        chosen = chosen_sources({part: getattr(recipe.data, part) for part in PARTS}).sources
         for part in PARTS:
             known = [one.sha256 for one in manifest.inputs.get(part, ())]
-            sources = getattr(recipe.data, part)
+            sources = [source for taken, source in chosen if taken == part]
             is_hub = any(isinstance(source, HubSet) for source in sources)  # has no hash
             if not is_hub and known != fingerprints(sources):
                 return None
@@ -170,7 +171,7 @@ def _of_lines(path: Path) -> _Part:
 
 def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
     """The beginnings of the recipe's own files; held-out rows are still among those of train."""
-    sources, _faults = chosen_sources({part: getattr(recipe.data, part) for part in PARTS})
+    sources, *_ = chosen_sources({part: getattr(recipe.data, part) for part in PARTS})
     found: dict[str, list[_Part]] = {}
     is_cut = False
     with tempfile.TemporaryDirectory() as folder:
