@@ -67,8 +67,8 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
         elif fault is same[0]:
             text = str(fault).removeprefix(f"{fault.place}: ")
             such = "" if len({one.what for one in same}) == 1 else " such as"
-            lines_named = dict.fromkeys(line for line, _ in rows[1:] if line != fault.line)
-            named = ", ".join([fault.place, *map(str, [*lines_named][: _LINES_NAMED - 1])])
+            others = (str(ln) if ln != fault.line else f"row {n}" for ln, n in rows[1:_LINES_NAMED])
+            named = ", ".join([fault.place, *others])
             more = len(rows) > _LINES_NAMED
             at = f"first at {named} …" if more else f"at {named}"
             lines.append(f"{len(rows)} rows{such}: {text}; {at}")

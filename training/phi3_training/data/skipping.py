@@ -134,7 +134,8 @@ def judge_tokens(
             batch = rows[start : start + _BATCH].tolist()
             turns = [[m.to_dict() for m in table.conversation(row).messages] for row in batch]
             for index, problem in rules.broken(part, turns):
-                fault = Fault.at(*table.place(batch[index]), problem)
+                row = batch[index]
+                fault = Fault.at(*table.place(row), problem, int(table.number[row]))
                 choice = data.too_long if problem.kind == TOO_LONG else data.bad_rows
                 if choice == "refuse":
                     verdict.faults.append(fault)
@@ -142,7 +143,7 @@ def judge_tokens(
                     verdict.cut.append(fault)
                 else:
                     verdict.skipped.append(fault)
-                    verdict.rows.append(batch[index])
+                    verdict.rows.append(row)
 
 
 def worth_asking(table: Table, rows: Ints, limit: int) -> Ints:
