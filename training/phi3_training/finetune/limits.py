@@ -88,7 +88,8 @@ class TokenRules:
         size = len(row.example.input_ids)
         if size <= self.limit:
             means = RULES[rule]
-            return Problem(rule, f"{means.what.rstrip('.')} ({detail})", means.fix.rstrip("."))
+            fix = f"{means.fix.rstrip('.')}; to train anyway: --allow {rule}"
+            return Problem(rule, f"{means.what.rstrip('.')} ({detail})", fix)
         is_context = self.limit < self._data.max_length
         name = "the model's context length" if is_context else "data.max_length"
         more = "" if is_context else "raise data.max_length, "
