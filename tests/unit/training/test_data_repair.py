@@ -270,3 +270,17 @@ def test_files_are_read_as_every_other_command_reads_them(
     assert read(out) == [{"messages": turns("u:Q a:A")}, {"messages": turns("u:R a:B")}]
     assert f"note: {tmp_path / 'a.jsonl.gz'}: unpacked with gzip" in shown
     assert f"{tmp_path / 'b.json'}:1 (row 2): the row was left out: it is the same" in shown
+
+
+def test_keys_that_are_not_written_are_named_once(tmp_path: Path) -> None:
+    rows = [{"messages": turns(f"u:Q{n} a:A"), "id": n + 1, "prompt_id": "kept"} for n in range(3)]
+    other = {"instruction": "Do", "input": "this", "output": "Done", "topic": "work"}
+    source = write(tmp_path / "a.jsonl", *rows, other)
+
+    report = fix([source], tmp_path / "b.jsonl")
+
+    assert report.changes == ()
+    assert report.notes == (
+        f"note: {source}: 'id' of 3 rows is not used and not written",
+        f"note: {source}: 'topic' of 1 rows is not used and not written",
+    )

@@ -29,6 +29,7 @@ from .sources import Source, place_of, rows_of, source_of
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "function_call", "function_response"}
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _ROLE_NAMES = {**{role: role for role in ROLES}, **SHAREGPT.aliases}
+_USED = {*LIST_KEYS, "from", "value"}
 _BETWEEN = "\n\n"  # joined turns: paragraphs of one message
 
 
@@ -119,6 +120,7 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
     sources, notes = _opened(paths, out, force=force)
     changes: list[Change] = []
     seen: dict[bytes, str] = {}
+    unused: Counter[str] = Counter()
     read = 0
     with _written(out) as stream:
         for source in sources:
@@ -137,6 +139,8 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
                     if first != here:
                         steps = [_left_out(f"it is the same conversation as {first}")]
                         row = None
+                if row is not None:
+                    unused.update(f"{shown(path)}: {key!r}" for key in _unused(raw.value, row))
                 changes += [Change(path, raw.line, raw.row or None, *step) for step in steps]
                 if row is not None and row.written is not None:
                     stream.write(row.written + b"\n")
@@ -145,7 +149,27 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
             stop = "correct the rows in their source"
             none = Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
             raise DataError([change.as_fault(stop) for change in changes] or [none])
+    # What no conversation has a place for is named, once per file and key.
+    notes += [f"note: {key} of {rows} rows is not used and not written"
+              for key, rows in unused.items()]  # fmt: skip
     return FixReport(out, read, written, tuple(changes), tuple(notes))
+
+
+def _unused(value: Mapping[str, Any], row: Sound) -> set[str]:
+    """Keys of a row and of its turns that left no trace in what is written."""
+    written = row.written or b""
+    parts: list[Mapping[str, Any]] = [value]
+    for key in LIST_KEYS & value.keys():
+        parts += [turn for turn in value[key] if isinstance(turn, dict)]
+    return {
+        key
+        for part in parts
+        for key, content in part.items()
+        if key not in _USED
+        and content not in (None, "", [], {})
+        and encode(key) + b":" not in written
+        and not (isinstance(content, str) and any(content.strip() in text for text in row.texts))
+    }
 
 
 def _rows(source: Source, note: Note) -> Iterator[Raw]:
