@@ -77,4 +77,4 @@ def test_fault_of_a_question_file_is_placed(run: Run, tmp_path: Path, line: str,
     with pytest.raises(StageError, match=told) as caught:
         collect(EvaluateSection(canary=[path]), run)
 
-    assert str(caught.value).startswith(f"{path}:2: ")
+    assert str(caught.value).startswith(f"{path}:2:")
