@@ -17,7 +17,7 @@ from phi3_training.finetune.audit import Row, Seen, SeenPacked, audit, audit_pac
 from phi3_training.finetune.rows import encode_rows
 from phi3_training.finetune.trainer import audit_trainer
 from phi3_training.finetune.weights import chat_format, load_model
-from phi3_training.manifests import ModelManifest
+from phi3_training.manifests import BaseManifest, ModelManifest
 from phi3_training.prompt import ChatFormat
 from phi3_training.run import Run
 
@@ -106,11 +106,11 @@ def test_the_command_stops_and_allow_is_recorded(
     short = "data.max_length=18"
     assert main([*words, short]) == 1
     said = capsys.readouterr().err
-    assert "cut-answer" in said
-    assert "data/train.jsonl:" in said
-    assert "Raise data.max_length" in said
+    # Known from the tokenizer, before the base is loaded, and by the person's own file.
+    assert "data.max_length is 18" in said
+    assert "raise data.max_length, or set data.too_long=skip or cut" in said
     run = Run(tmp_path / "runs" / "small")
-    assert run.read(ModelManifest) is None
+    assert run.read(BaseManifest) is None
     assert not (run.path / "finetune" / "loss.jsonl").exists()
     assert main([*words, short, "--allow", "cut-answer"]) == 0
     manifest = run.read(ModelManifest)
@@ -121,6 +121,16 @@ def test_the_command_stops_and_allow_is_recorded(
     # What follows needs no --allow: the model is trained.
     assert main([*words, short]) == 0
     assert "already done" in capsys.readouterr().err
+
+
+def test_too_long_rows_are_cut_where_the_recipe_says_so(base: Path, tmp_path: Path) -> None:
+    make_recipe(tmp_path, base)
+    words = ["train", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "runs")]
+    assert main([*words, "data.max_length=18", "data.too_long=cut"]) == 0
+    manifest = Run(tmp_path / "runs" / "small").read(ModelManifest)
+    assert manifest is not None
+    assert any("rows of more than 18 tokens (data.too_long)" in it for it in manifest.choices)
+    assert manifest.audit["allow"] == []
 
 
 def test_an_unknown_rule_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

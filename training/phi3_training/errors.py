@@ -11,6 +11,7 @@ Phi3TrainingError          anything below; `phi3` prints it as one block and exi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,60 @@ from typing import Protocol
 SHOWN_FAULTS = 20
 
 
-class LocatedFault(Protocol):
-    """What `DataError` needs of a fault: `str(fault)` is `file:line: what happened; fix`."""
+# Kinds of faults that `phi3 data fix` repairs, or leaves out with the reason.
+MENDED = frozenset(
+    {"role-order", "empty-content", "no-messages", "unknown-role", "duplicate", "control-character"}
+)
+FIX_HINT = "Repair a copy with: phi3 data fix FILE -o FIXED.jsonl"
 
+
+class LocatedFault(Protocol):
+    """What is needed to list a fault: `str(fault)` is `file:line: what happened; fix`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def row(self) -> int | None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def what(self) -> str: ...
+    @property
+    def place(self) -> str: ...
     def __str__(self) -> str: ...
+
+
+_FOLDED_FROM = 3  # faults of one kind; fewer are one line each
+_LINES_NAMED = 5
+_VARIES = re.compile(r"\d+|'[^']*'|\([^)]*\)")  # numbers, names in quotes, remarks in brackets
+
+
+def folded(faults: Sequence[LocatedFault]) -> list[str]:
+    """The faults for a terminal: those of one kind in one file are one line, with their rows.
+
+    `73 rows: what; fix; first at chats.jsonl:4, 9, 12 …`, and "73 rows such as" where the
+    texts differ in more than their places.
+    """
+    groups: dict[tuple[Path, str, str], list[LocatedFault]] = {}
+    for fault in faults:
+        groups.setdefault(_alike(fault), []).append(fault)
+    lines: list[str] = []
+    for fault in faults:
+        same = groups[_alike(fault)]
+        rows = list(dict.fromkeys((one.line, one.row) for one in same))
+        if len(rows) < _FOLDED_FROM:
+            lines.append(str(fault))
+        elif fault is same[0]:
+            text = str(fault).removeprefix(f"{fault.place}: ")
+            such = "" if len({one.what for one in same}) == 1 else " such as"
+            others = (str(ln) if ln != fault.line else f"row {n}" for ln, n in rows[1:_LINES_NAMED])
+            named = ", ".join([fault.place, *others])
+            more = len(rows) > _LINES_NAMED
+            at = f"first at {named} …" if more else f"at {named}"
+            lines.append(f"{len(rows)} rows{such}: {text}; {at}")
+    return lines
 
 
 class Phi3TrainingError(Exception):
@@ -42,8 +93,12 @@ class RecipeError(UsageError):
         super().__init__(f"{source} has {count}:\n{lines}")
 
 
+def _alike(fault: LocatedFault) -> tuple[Path, str, str]:
+    return fault.path, fault.kind, _VARIES.sub("#", fault.what)
+
+
 class DataError(Phi3TrainingError):
-    """Chats that cannot be trained on; `faults` holds all of them, the message the first 20."""
+    """Chats that cannot be trained on; `faults` holds all, the message the first 20 kinds."""
 
     def __init__(self, faults: Sequence[LocatedFault], report_path: Path | None = None) -> None:
         self.faults = tuple(faults)
@@ -53,13 +108,16 @@ class DataError(Phi3TrainingError):
     def _message(self) -> str:
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         lines = [f"The chats have {count}; nothing was written or trained:"]
-        lines += [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
-        left = len(self.faults) - SHOWN_FAULTS
+        found = folded(self.faults)
+        lines += [f"  {line}" for line in found[:SHOWN_FAULTS]]
+        left = len(found) - SHOWN_FAULTS
         if left > 0:
-            lines.append(f"  … and {left} more")
+            lines.append(f"  … and {left} more lines")
         if self.report_path is not None:
             lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
+        if any(fault.kind in MENDED for fault in self.faults):
+            lines.append(FIX_HINT)
         return "\n".join(lines)
 
 

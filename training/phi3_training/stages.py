@@ -24,7 +24,6 @@ from .manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
-from .models.catalogue import weights_folder
 from .targets import CloudTarget
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
@@ -56,15 +55,21 @@ def _data_inputs(journey: Journey) -> Any:
 
     data = journey.recipe.data
     sources = [*data.train, *data.validation, *data.replay]
-    return [section_values(journey, "data"), fingerprints(sources)]
+    # Which rows are skipped is a matter of the model's tokenizer.
+    skips = "skip" in (data.bad_rows, data.too_long)
+    model = [journey.recipe.model.name_or_path] if skips else []
+    return [section_values(journey, "data"), fingerprints(sources), *model]
 
 
 def _prepare(journey: Journey) -> DatasetManifest:
     from .data import prepare
+    from .finetune.limits import TokenRules
+    from .memory.rows import tokenizer_folder
 
-    model = weights_folder(journey.recipe.model.name_or_path)
-    tokenizer = model if model and (model / "tokenizer.json").is_file() else None
-    return prepare(journey.recipe.data, journey.run, tokenizer=tokenizer)
+    recipe = journey.recipe
+    folder = tokenizer_folder(recipe, journey.run)
+    rules = TokenRules.of(recipe, folder) if folder is not None else None
+    return prepare(recipe.data, journey.run, tokenizer=folder, rules=rules)
 
 
 def _data_summary(manifest: DatasetManifest) -> str:

@@ -31,7 +31,8 @@ def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "command",
     ["up", "plan", "status", "down", "train", "evaluate", "register", "deploy", "connect",
-     "adapters", "chat", "env", "serve", "recipes", "data check", "data prepare", "data show"],
+     "adapters", "chat", "env", "serve", "recipes", "data check", "data fix",
+     "data convert", "data prepare", "data show"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]

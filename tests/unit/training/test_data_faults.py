@@ -364,18 +364,45 @@ def test_paths_below_the_current_folder_are_shown_short(
     assert fault.place == "a.jsonl:1"
 
 
-def test_check_report_shows_twenty_and_keeps_all(tmp_path: Path) -> None:
+def test_faults_of_one_kind_are_one_line_and_all_are_in_the_report(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"17\n" * 50 + sound(1))
+    path.write_bytes(b"17\n" * 50 + sound(1) + b'\n{"a": 1}' * 2)
 
     report = check([path])
 
     lines = report.lines()
-    assert len(lines) == 1 + 1 + 20 + 1
-    assert lines[0].endswith("1 conversation (messages; 0 with several turns), 50 faults")
-    assert lines[-1] == "  … and 30 more (all of them: --report FILE)"
-    assert len(report.as_dict()["faults"]) == 50
+    assert lines[0].endswith("1 conversation (messages; 0 with several turns), 52 faults")
+    kind = '50 rows: the line is a number, not an object; write {"messages": […]}'
+    assert lines[2] == f"  {kind}; first at {path}:1, 2, 3, 4, 5 …"
+    assert [line.split(": ")[0] for line in lines[3:5]] == [f"  {path}:52", f"  {path}:53"]
+    assert lines[5] == "  (every row: --report FILE, or -o json)"
+    assert len(report.every_line().splitlines()) == 52
+    assert len(report.as_dict()["faults"]) == 52
     assert report.as_dict()["faults"][49]["line"] == 50
+
+
+def test_rows_of_one_kind_whose_texts_differ_are_folded_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(sound(n) + b"\n" for n in (1, 1, 2, 2, 3, 3)))
+
+    with pytest.raises(DataError) as caught:
+        read_conversations([path])
+
+    assert len(caught.value.faults) == 3
+    folded = f"  3 rows such as: the same conversation as {path}:1; keep one of the two"
+    assert folded in str(caught.value)
+    assert f"; at {path}:2, 4, 6\n" in str(caught.value)
+
+
+def test_check_report_shows_twenty_lines(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number:02}.jsonl" for number in range(25)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"17\n" + sound(number))
+
+    lines = check(paths).lines()
+
+    assert len([line for line in lines if "the line is a number" in line]) == 20
+    assert lines[-2:] == ["  … and 5 more lines", "  (every row: --report FILE, or -o json)"]
 
 
 def test_show_of_a_file_without_a_sound_row_tells_why(tmp_path: Path) -> None:

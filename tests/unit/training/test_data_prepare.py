@@ -179,7 +179,7 @@ def test_nothing_is_written_when_anything_is_wrong(tmp_path: Path, run: Run, tra
     assert report == [str(fault) for fault in caught.value.faults]
     assert len(report) == 30
     assert report[29].startswith(f"{held}:31:2: broken JSON at the end of the line")
-    assert "… and 10 more" in str(caught.value)
+    assert f"first at {held}:2:2, 3, 4, 5, 6 …" in str(caught.value)
     assert f"Full list: {run.path / 'data-faults.txt'}" in str(caught.value)
 
 

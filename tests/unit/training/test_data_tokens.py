@@ -163,7 +163,7 @@ def test_check_command_writes_every_fault_to_a_report(
     path.write_text("17\n" * 30)
 
     assert cli.main(["data", "check", str(path), "--report", str(report)]) == 1
-    assert "… and 10 more (all of them: --report FILE)" in capsys.readouterr().out
+    assert "(every row: --report FILE, or -o json)" in capsys.readouterr().out
     lines = report.read_text().splitlines()
     assert len(lines) == 30
     assert lines[29].startswith(f"fault: {path}:30: the line is a number")

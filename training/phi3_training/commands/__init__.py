@@ -47,7 +47,7 @@ GROUPS = (
         "register_adapters",
         {"adapters": "list the named adapters of a run, or merge one into the base weights"},
     ),
-    Group("data", "register_data", {"data": "check, prepare or show chats"}),
+    Group("data", "register_data", {"data": "check, repair, convert, prepare or show chats"}),
     Group(
         "rag",
         "register_rag",

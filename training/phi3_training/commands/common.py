@@ -20,9 +20,9 @@ from ..targets import HERE, get_target, is_here, target_of
 
 
 def add_command(
-    subparsers: Any, name: str, help_text: str, example: str, run: Any
+    subparsers: Any, name: str, help_text: str, example: str, run: Any, *, own_output: bool = False
 ) -> argparse.ArgumentParser:
-    """A subcommand with the options that every command has."""
+    """A subcommand with the options that every command has; -o is left to it with `own_output`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=help_text,
@@ -31,9 +31,10 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="output format"
-    )
+    if not own_output:
+        parser.add_argument(
+            "-o", "--output", choices=("text", "json"), default="text", help="output format"
+        )
     parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`phi3 data check | prepare | show`: look at chats before anything is trained on them."""
+"""`phi3 data check | fix | convert | prepare | show`: chats before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
 from ..stages import stages_until
 from . import HELP
-from .common import add_command, add_recipe, all_runs, journey_of
+from .common import add_command, add_recipe, all_runs, journey_of, recipe_of
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
@@ -34,7 +34,13 @@ def register_data(subparsers: Any) -> None:
     check = add_command(
         actions, "check", "report every fault in the chats", "phi3 data check a.jsonl", run_check
     )
-    check.add_argument("files", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    check.add_argument(
+        "files",
+        nargs="+",
+        metavar="SOURCE",
+        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are judged by its "
+        "own data: keys and the tokenizer of its model",
+    )
     check.add_argument("--report", type=Path, metavar="FILE", help="write every fault to this file")
     check.add_argument(
         "--model",
@@ -47,6 +53,23 @@ def register_data(subparsers: Any) -> None:
         run_prepare,
     )  # fmt: skip
     add_recipe(prepare)
+    fix = add_command(
+        actions, "fix", "write a repaired copy of chats, and list every change",
+        "phi3 data fix chats.jsonl -o fixed.jsonl", run_fix, own_output=True,
+    )  # fmt: skip
+    _add_out(fix)
+    fix.add_argument("--report", type=Path, metavar="FILE", help="write every change to this file")
+    convert = add_command(
+        actions, "convert", "write chats of any format in one form, unchanged",
+        "phi3 data convert chats.csv -o chats.jsonl", run_convert, own_output=True,
+    )  # fmt: skip
+    _add_out(convert)
+    convert.add_argument(
+        "--to",
+        choices=("messages", "openai"),
+        default="messages",
+        help="messages (default), or the chat form of OpenAI's fine-tuning",
+    )
     show = add_command(
         actions, "show", "print conversations", "phi3 data show a.jsonl -n 3 --tokens", run_show
     )
@@ -67,9 +90,28 @@ def register_data(subparsers: Any) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Check sources; exit 1 with all faults when there are any."""
-    from ..data import check
+    from ..data import check, check_recipe
+    from ..finetune.limits import TokenRules, chat_of
+    from ..memory.rows import tokenizer_folder
+    from ..recipe import DataSection
 
-    report = check(args.files, args.model)
+    if args.files[0].endswith((".yaml", ".yml")):
+        recipe = recipe_of(args.files)
+        folder = args.model or tokenizer_folder(recipe, None)
+        rules = TokenRules.of(recipe, folder) if folder is not None else None
+        if rules is None:
+            console.note(
+                f"The tokenizer of {recipe.model.name_or_path} is not on this machine yet, so no "
+                "row is compared with data.max_length (--model FOLDER names one)."
+            )
+        report = check_recipe(recipe.data, rules, folder)
+    else:
+        rules = None
+        if args.model:
+            rules = TokenRules(
+                chat_of(args.model), DataSection(train=[Path(one) for one in args.files])
+            )
+        report = check(args.files, args.model, rules=rules)
     if args.report:
         write_atomically(args.report, report.every_line())
     if args.output == "json":
@@ -78,6 +120,70 @@ def run_check(args: argparse.Namespace) -> int:
         for line in report.lines():
             console.out.print(line, markup=False)
     return 1 if report.faults else 0
+
+
+class _Out(argparse.Action):
+    """-o FILE names the file to write; -o text and -o json are what they are everywhere else."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        if values in ("text", "json"):
+            namespace.output = values
+        else:
+            namespace.out = Path(values)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    """The sources to read, the file to write, and --force over an existing one."""
+    parser.add_argument("files", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument(
+        "-o",
+        "--output",
+        "--out",
+        action=_Out,
+        default="text",
+        metavar="OUT",
+        help="the .jsonl file to write; a second -o json prints the report as JSON",
+    )
+    parser.set_defaults(out=None)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def _out_of(args: argparse.Namespace) -> Path:
+    if args.out is None:
+        raise UsageError("Name the file to write: -o OUT.jsonl")
+    out: Path = args.out
+    return out
+
+
+def run_fix(args: argparse.Namespace) -> int:
+    """Repair a copy."""
+    from ..data.repair import fix
+
+    report = fix(args.files, _out_of(args), force=args.force)
+    if args.report:
+        write_atomically(args.report, report.every_line())
+    if args.output == "json":
+        console.print_json(report.as_dict())
+        return 0
+    for line in report.lines():
+        console.out.print(line, markup=False)
+    if args.report:
+        console.out.print(f"Every change: {args.report}", markup=False)
+    console.out.print(f"Next: phi3 data check {report.out}", markup=False)
+    return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Write another form."""
+    from ..data.repair import convert
+
+    report = convert(args.files, _out_of(args), args.to, force=args.force)
+    if args.output == "json":
+        console.print_json(report.as_dict())
+    else:
+        for line in report.lines():
+            console.out.print(line, markup=False)
+    return 0
 
 
 def run_prepare(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .check import CheckReport, FileReport, check, read_conversations, show
+from .check import CheckReport, FileReport, check, check_recipe, read_conversations, show
 from .conversation import Conversation, Message
 from .faults import Fault
 from .prepare import prepare, question_of
@@ -15,6 +15,7 @@ __all__ = [
     "FileReport",
     "Message",
     "check",
+    "check_recipe",
     "fingerprints",
     "prepare",
     "question_of",

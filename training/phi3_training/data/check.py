@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import SHOWN_FAULTS, DataError, UsageError
+from ..errors import FIX_HINT, MENDED, SHOWN_FAULTS, DataError, UsageError, folded
 from ..prompt import ChatFormat
+from ..recipe import DataSection
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
 from .findings import Findings, Rules, lengths, sentence
-from .prepare import chosen_sources
+from .prepare import chosen_sources, examine
 from .scan import Scan, Table, scan, scan_start
+from .skipping import TokenRules, Verdict, judge_tokens
 from .sources import source_of
 
 # Chats as Conversations: for callers that want a few of them in memory. A small set, all of it.
@@ -98,6 +100,8 @@ class CheckReport:
     faults: list[Fault]
     warnings: list[Fault]
     tokens: dict[str, Any] | None
+    skipped: Sequence[Fault] = ()  # by data.bad_rows and data.too_long of a recipe
+    cut: Sequence[Fault] = ()
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -107,6 +111,11 @@ class CheckReport:
             lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
+        lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
+        for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
+            if rows:
+                count = len({(fault.path, fault.line, fault.row) for fault in rows})
+                lines += [f"{_count(count, 'row')} will be {done}:", *_first(rows)]
         if self.warnings:
             lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
         return lines
@@ -114,6 +123,8 @@ class CheckReport:
     def every_line(self) -> str:
         """Every fault and warning, one line each, for a file."""
         faults = [f"fault: {fault}\n" for fault in self.faults]
+        for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
+            faults += [f"{done}: {fault.place}: {fault.what}\n" for fault in rows]
         return "".join([*faults, *(f"warning: {warning}\n" for warning in self.warnings)])
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,28 +133,63 @@ class CheckReport:
             "files": [file.as_dict() for file in self.files],
             "faults": [fault.as_dict() for fault in self.faults],
             "warnings": [warning.as_dict() for warning in self.warnings],
+            "skipped": [fault.as_dict() for fault in self.skipped],
+            "cut": [fault.as_dict() for fault in self.cut],
             "tokens": self.tokens,
             "notes": list(self.notes),
         }
 
 
 def check(
-    paths: Sequence[Path | str], tokenizer: Path | None = None, *, workers: int | None = None
+    paths: Sequence[Path | str],
+    tokenizer: Path | None = None,
+    *,
+    rules: TokenRules | None = None,
+    workers: int | None = None,
 ) -> CheckReport:
     """Read all sources to their ends and report what is in them, every fault and every warning.
 
-    `tokenizer` is a model folder to count tokens with.
+    `tokenizer` is a model folder to count tokens with. What its `rules` say of rows is a warning
+    here, because no recipe says how long they may be.
     """
     sources, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
         scans = scan(sources, Path(folder), workers=workers)
         findings = Findings(scans, Rules(duplicates="refuse", near_duplicates="warn"))
         faults = in_order([*faults, *findings.faults()])
+        table = findings.table
+        verdict = Verdict()
+        if rules is not None:
+            target = np.ones(len(table), np.uint8)
+            train = [source for _, source in sources]
+            judge_tokens(DataSection(train=train), table, target, {"train": 1}, rules, verdict)
+        return CheckReport(
+            files=tuple(_file_report(one, faults) for one in scans),
+            faults=faults,
+            warnings=in_order([*findings.warnings(), *verdict.faults]),
+            tokens=lengths(table, np.arange(len(table)), tokenizer),
+            notes=tuple(notes),
+        )
+
+
+def check_recipe(
+    data: DataSection,
+    rules: TokenRules | None,
+    tokenizer: Path | None = None,
+    *,
+    workers: int | None = None,
+) -> CheckReport:
+    """What `prepare` would say of a recipe's chats; writes nothing that stays."""
+    with tempfile.TemporaryDirectory(prefix="phi3-check-") as folder:
+        examined = examine(data, Path(folder), rules, workers)
+        scans, findings, target, verdict, faults, notes, _ = examined
         return CheckReport(
             files=tuple(_file_report(one, faults) for one in scans),
             faults=faults,
             warnings=in_order(findings.warnings()),
-            tokens=lengths(findings.table, np.arange(len(findings.table)), tokenizer),
+            tokens=lengths(findings.table, np.flatnonzero(target), tokenizer),
+            skipped=in_order(verdict.skipped),
+            cut=in_order(verdict.cut),
             notes=tuple(notes),
         )
 
@@ -164,9 +210,12 @@ def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
 
 
 def _first(faults: Sequence[Fault]) -> list[str]:
-    lines = [f"  {fault}" for fault in faults[:SHOWN_FAULTS]]
-    if len(faults) > SHOWN_FAULTS:
-        lines.append(f"  … and {len(faults) - SHOWN_FAULTS} more (all of them: --report FILE)")
+    found = folded(faults)
+    lines = [f"  {line}" for line in found[:SHOWN_FAULTS]]
+    if len(found) > SHOWN_FAULTS:
+        lines.append(f"  … and {len(found) - SHOWN_FAULTS} more lines")
+    if len(lines) < len(faults):
+        lines.append("  (every row: --report FILE, or -o json)")
     return lines
 
 

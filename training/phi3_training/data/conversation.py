@@ -63,7 +63,7 @@ class Conversation:
 
 # C0 and C1 controls but tab and line ends (U+0085 is one), and halves of surrogate pairs, which
 # UTF-8 cannot hold.
-_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "an array", str: "text", bool: "true/false", type(None): "null"}
 
 
@@ -85,7 +85,7 @@ def check_characters(place: str, value: str) -> list[Problem]:
     """The first character of a text that has no place in training data."""
     if value.isascii() and value.replace("\n", "").isprintable():
         return []  # nearly every text, in a fraction of the time
-    unfit = _UNFIT.search(value)
+    unfit = UNFIT.search(value)
     if unfit is None:
         return []
     code = ord(unfit.group())

@@ -6,7 +6,7 @@ Faults stop the run, removed rows are left out and listed, warnings are only rep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -235,14 +235,19 @@ def _sizes(lists: list[tuple[str, Pairs]]) -> dict[str, int]:
     return {kind: len(pairs.rows) for kind, pairs in lists if len(pairs.rows)}
 
 
-def write_findings(path: Path, findings: Findings) -> bool:
-    """Write each removed row and each warning, one line each; False if there is none."""
+def write_findings(
+    path: Path, findings: Findings, skipped: Sequence[Fault] = (), cut: Sequence[Fault] = ()
+) -> bool:
+    """Write each removed, skipped or cut row and each warning, one line each; False for none."""
     count = 0
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as stream:
         for fault in findings.removed():
             stream.write(f"removed: {fault.place}: {fault.what}\n")
             count += 1
+        for done, faults in (("skipped", skipped), ("cut", cut)):
+            stream.writelines(f"{done}: {fault.place}: {fault.what}\n" for fault in faults)
+            count += len(faults)
         for fault in findings.warnings():
             stream.write(f"warning: {fault}\n")
             count += 1
@@ -280,14 +285,21 @@ def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] 
         return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
     chat = _format(tokenizer)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
-    chosen = [table.conversation(int(row)).messages for row in rows[picked]]
-    examples = (chat.encode_example([turn.to_dict() for turn in turns]) for turns in chosen)
-    counted = np.array([len(example.input_ids) for example in examples], np.float64)
+    counted = np.array([_tokens(table, int(row), chat) for row in rows[picked]], np.float64)
     if len(picked) == len(rows):
         return _summary(counted, f"counted with the tokenizer of {tokenizer}")
     share = counted.sum() / max(sizes[picked].sum(), 1.0)
     how = f"estimated from {len(picked)} rows counted with the tokenizer of {tokenizer}"
     return _summary(sizes * share, how)
+
+
+def _tokens(table: Table, row: int, chat: ChatFormat) -> float:
+    """Tokens of a row; estimated where the model's template cannot write it."""
+    try:
+        turns = table.conversation(row).messages
+        return len(chat.encode_example([turn.to_dict() for turn in turns]).input_ids)
+    except ValueError:
+        return float(table.text_size[row]) / _BYTES_PER_TOKEN
 
 
 def _format(folder: Path) -> ChatFormat:

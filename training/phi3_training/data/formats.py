@@ -42,17 +42,17 @@ LIST_KEYS = ("messages", "conversations", "conversation")
 _FORMS = {"messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 # ShareGPT's names, and OpenAI's newer name for a system message.
-_ALIASES = {
+ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "developer": "system",
 }  # fmt: skip
-_TOOL_ROLES = frozenset(
+TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
      "tool_call", "tool_response")
 )  # fmt: skip
 # OpenAI's `weight`, axolotl's `train` and `training`: whether an answer is learnt.
 _WEIGHTS = ("weight", "train", "training")
-_MEANT_FOR_TOOLS = ("tool_calls", "function_call", "tool_call_id")
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 # Beside a conversation these change what the model should say, and Phi-3's template has no place.
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
 _SYSTEMS = ("system", "system_prompt", "system_message")
@@ -215,9 +215,9 @@ class _Reader:
         role_key = next((key for key in _ROLE_KEYS if key in turn), None)
         text_key = next((key for key in _TEXT_KEYS if key in turn), None)
         role = self._role(place, turn, role_key)
-        called = [key for key in _MEANT_FOR_TOOLS if turn.get(key)]
+        called = [key for key in TOOL_KEYS if turn.get(key)]
         said = turn.get(role_key) if role_key else None
-        if called or (isinstance(said, str) and said in _TOOL_ROLES):
+        if called or (isinstance(said, str) and said in TOOL_ROLES):
             what = f"{place} uses tools ({', '.join(map(repr, called)) or repr(said)})"
             fix = "leave the row out, by hand or with: phi3 data fix FILE -o NEW"
             self.problems.append(Problem("tools", what, fix))
@@ -248,12 +248,12 @@ class _Reader:
         if not isinstance(role, str):
             self.problems.append(wrong_type(f"{place}.{key}", role, "text"))
             return None
-        if role in ROLES or role in _ALIASES:
-            return _ALIASES.get(role, role)
-        if role in _TOOL_ROLES:
+        if role in ROLES or role in ROLE_ALIASES:
+            return ROLE_ALIASES.get(role, role)
+        if role in TOOL_ROLES:
             return None
         near = role.strip().lower()
-        known = [*_ALIASES, *ROLES]
+        known = [*ROLE_ALIASES, *ROLES]
         fix = f"write {near!r}" if near in known else f"known roles: {', '.join(known)}"
         what = f"{place} has the unknown role {role[:40]!r}"
         self.problems.append(Problem("unknown-role", what, fix))

@@ -33,6 +33,7 @@ from .faults import Fault, in_order, shown, write_report
 from .findings import Findings, Rules, lengths, sentences, write_findings
 from .folders import Folder, named
 from .scan import Scan, Span, Table, scan
+from .skipping import TokenRules, Verdict, judge
 from .sources import Source, expand, place_of
 
 if TYPE_CHECKING:
@@ -282,28 +283,61 @@ PARTS = ("train", "replay", "validation")
 Writers = dict[str, RowWriter]
 
 
+class Examined(NamedTuple):
+    """The chats of a recipe before anything is written; `target` numbers the part of each row."""
+
+    scans: list[Scan]
+    findings: Findings
+    target: U8
+    verdict: Verdict
+    faults: list[Fault]
+    notes: list[str]
+    draws: bool  # whether a share of what is trained on is held out
+
+
+def examine(
+    data: DataSection, folder: Path, rules: TokenRules | None, workers: int | None = None
+) -> Examined:
+    """Read and judge all chats of a recipe; block files go to `folder`."""
+    sources, faults, notes = chosen_sources({part: getattr(data, part) for part in PARTS})
+    draws = all(part != "validation" for part, _ in sources)
+    scans = scan(sources, folder, workers=workers)
+    findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
+    target = _targets(findings)
+    verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
+    target[verdict.rows] = 0
+    if draws:
+        _hold_out(data, findings, target)
+    faults += verdict.faults
+    if not faults and not (target == _number("train")).any():
+        what, fix = "no conversation is left to train on", "correct its rows, or name another file"
+        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+    if not faults and draws and not (target == _number("validation")).any():
+        what = "all conversations ask the same question, so none can be held out"
+        fix = "add conversations, or name a file of held-out ones under data.validation"
+        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+    return Examined(scans, findings, target, verdict, in_order(faults), notes, draws)
+
+
 def prepare(
-    data: DataSection, run: Run, *, tokenizer: Path | None = None, workers: int | None = None
+    data: DataSection,
+    run: Run,
+    *,
+    tokenizer: Path | None = None,
+    rules: TokenRules | None = None,
+    workers: int | None = None,
 ) -> DatasetManifest:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
-    `tokenizer` is a model folder to count tokens with. Raises DataError with every fault of
-    every source; then the run's chats stay as they were.
+    `tokenizer` is a model folder to count tokens with; `rules` says which rows its model cannot
+    be trained on. Raises DataError with every fault of every source; then the run's chats stay
+    as they were.
     """
     started = time.monotonic()
-    sources, faults, notes = chosen_sources({part: getattr(data, part) for part in PARTS})
-    draws = all(part != "validation" for part, _ in sources)  # a share of what is trained on
     with _staging(run.path) as staging:
-        scans = scan(sources, staging, workers=workers)
-        findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
-        faults += findings.faults()
-        target = _targets(data, findings, draws=draws)
-        if not faults and draws and not (target == _number("validation")).any():
-            what = "all conversations ask the same question, so none can be held out"
-            fix = "add conversations, or name a file of held-out ones under data.validation"
-            faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+        examined = examine(data, staging, rules, workers)
+        scans, findings, target, verdict, faults, notes, draws = examined
         if faults:
-            faults = in_order(faults)
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
         writers = _write(findings, target, staging)
@@ -313,7 +347,7 @@ def prepare(
                 raise StageError(
                     f"{one.path} changed while it was being read; run the command again"
                 )
-        listed = write_findings(run.path / REPORT, findings)
+        listed = write_findings(run.path / REPORT, findings, verdict.skipped, verdict.cut)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
         _publish(writers, run)
@@ -321,6 +355,9 @@ def prepare(
     (run.path / FAULTS).unlink(missing_ok=True)
     order = [part for part in ("train", "validation", "replay") if part in writers]
     counts = findings.counts()
+    counts["removed"] |= verdict.removed()
+    if verdict.cut:
+        counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
     return DatasetManifest(
         inputs={
             part: [_input(one) for one in scans if one.part == part]
@@ -340,7 +377,7 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=taught,
-        choices=[*notes, *_choices(data, findings, writers, taught, draws=draws)],
+        choices=[*notes, *_choices(data, scans, counts, writers, taught, draws=draws)],
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -425,17 +462,19 @@ def _number(part: str) -> int:
     return PARTS.index(part) + 1
 
 
-def _targets(data: DataSection, findings: Findings, *, draws: bool) -> U8:
-    """For each row the number of the part it is written to; 0 for removed ones."""
+def _targets(findings: Findings) -> U8:
+    """For each row the number of the part that its source is named under; 0 for removed ones."""
     table = findings.table
     numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
-    target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
-    if draws:
-        rows = np.flatnonzero(target == _number("train"))
-        if len(rows):
-            chosen = _held_out(data, findings, rows)
-            target[rows[chosen]] = _number("validation")
-    return target
+    return np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
+
+
+def _hold_out(data: DataSection, findings: Findings, target: U8) -> None:
+    """Move a share of the training rows to the held-out part."""
+    rows = np.flatnonzero(target == _number("train"))
+    if len(rows):
+        chosen = _held_out(data, findings, rows)
+        target[rows[chosen]] = _number("validation")
 
 
 def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
@@ -515,14 +554,15 @@ def _input(one: Scan) -> Input:
 
 def _choices(
     data: DataSection,
-    findings: Findings,
+    scans: Sequence[Scan],
+    counts: Mapping[str, Mapping[str, int]],
     writers: Writers,
     taught: Mapping[str, int] | None,
     *,
     draws: bool,
 ) -> list[str]:
     """What was found and chosen, each with its reason."""
-    lines = [f"{shown(one.path)}: {note}" for one in findings.table.scans for note in one.notes]
+    lines = [f"{shown(one.path)}: {note}" for one in scans for note in one.notes]
     if draws:
         rows = writers["validation"].rows
         lines.append(
@@ -534,7 +574,7 @@ def _choices(
                 f"held-out questions: {taught['reworded']} reword what a training chat answers, "
                 f"{taught['new']} ask for something that no training chat answers"
             )
-    return [*lines, *sentences(findings.counts(), REPORT)]
+    return [*lines, *sentences(counts, REPORT)]
 
 
 def question_of(recipe: Recipe, run: Run) -> str:

@@ -188,6 +188,7 @@ class Finding:
     rule: str
     place: str
     detail: str
+    row: int | None = None  # its number among the audited rows
 
 
 @dataclass
@@ -221,7 +222,8 @@ class Report:
     def choices(self) -> list[str]:
         """What a user should see of it: what was let pass."""
         found = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
-        return [f"label audit: {found}; trained anyway because of --allow"] if found else []
+        how = "trained anyway (--allow, or data.too_long=cut)"
+        return [f"label audit: {found}; {how}"] if found else []
 
     def manifest(self, allow: Collection[str]) -> dict[str, Any]:
         """For the run: the shares of trained tokens, and what was found and allowed."""
@@ -256,13 +258,13 @@ def audit(rows: Sequence[Row], seen: Sequence[Seen], chat: ChatFormat) -> Report
     """Compare each row with how the trainer has it; both in the same order."""
     auditor = _Auditor(chat)
     report = Report(len(rows))
-    for row, given in zip(rows, seen, strict=True):
+    for number, (row, given) in enumerate(zip(rows, seen, strict=True)):
         trained = sum(label != IGNORED for label in given.labels)
         report.shares.append(trained / max(1, len(given.labels)))
         asked = next((m["content"] for m in row.messages if m["role"] == "user"), "")
         named = f"{row.place} ({asked[:40]!r}{'…' if len(asked) > 40 else ''})"
         report.findings += [
-            Finding(rule, named, detail) for rule, detail in auditor.findings(row, given)
+            Finding(rule, named, detail, number) for rule, detail in auditor.findings(row, given)
         ]
     return report
 

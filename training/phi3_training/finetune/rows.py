@@ -90,14 +90,19 @@ def audited(
     Raises StageError for a breach of a rule that is not allowed (None: no rule can be). Rows longer
     than `limit` are cut where that is allowed; rows that teach nothing are left out likewise.
     """
-    given = [_cut(row, limit) for row in rows]
-    seen = [Seen(row.example.input_ids, expected_labels(row.example)) for row in given]
-    report = audit(rows, seen, chat)
+    given, report = audit_rows(chat, rows, limit)
     report.refuse(allow)
     kept = [row for row in given if any(row.example.assistant_mask)]
     if not kept:
         raise StageError("There is nothing to train on: no row has a token to learn.")
     return kept, report
+
+
+def audit_rows(chat: ChatFormat, rows: Sequence[Row], limit: int) -> tuple[list[Row], Report]:
+    """The rows as a trainer would be given them, at most `limit` tokens each, and their audit."""
+    given = [_cut(row, limit) for row in rows]
+    seen = [Seen(row.example.input_ids, expected_labels(row.example)) for row in given]
+    return given, audit(rows, seen, chat)
 
 
 def _cut(row: Row, limit: int) -> Row:

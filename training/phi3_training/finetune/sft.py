@@ -22,9 +22,10 @@ from ..recipe import Recipe
 from ..run import Run
 from .audit import Row
 from .checkpoints import Checkpoints
+from .limits import trainable
 from .rows import (
+    Located,
     audited,
-    encode_rows,
     read_located,
     with_casual_copies,
     with_rewordings,
@@ -46,6 +47,10 @@ from .weights import (
     write_adapter,
 )
 
+# What the recipe itself lets pass with data.too_long=cut; a row without a token to learn is left
+# out by `audited`.
+_CUT = ("cut-answer", "nothing-trained")
+
 
 def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | None:
     """Train, merge and save; the manifest with its `path`.
@@ -60,13 +65,15 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
     check_method(recipe.finetune, runtime.device)
     _check_one_gpu(recipe)
-    rows, counts = _rows(recipe, run, chat)
+    located, counts = _rows(recipe, run)
     limit = min(recipe.data.max_length, chat.context_length)
-    rows, report = audited(chat, rows, limit, recipe.finetune.allow)
+    allow = [*recipe.finetune.allow, *(_CUT if recipe.data.too_long == "cut" else ())]
+    rows, skipped = trainable(chat, located, limit, recipe.data)
+    rows, report = audited(chat, rows, limit, allow)
     held_out: list[Row] = []
     if recipe.finetune.eval_steps is not None:
-        located = read_located(run.path / "data" / "validation.jsonl", run.path)
-        held_out, _ = audited(chat, encode_rows(chat, located), limit, recipe.finetune.allow)
+        located = list(read_located(run.path / "data" / "validation.jsonl", run.path))
+        held_out, _ = audited(chat, trainable(chat, located, limit, recipe.data)[0], limit, allow)
     learnt = [row.example for row in rows]
     with torch_threads(runtime.threads):
         model = load_for_training(folder, recipe, runtime)
@@ -90,7 +97,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
                 "Check finetune.target_modules (all-linear always fits)."
             ) from None
         # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
-        audit_trainer(trainer, rows, chat).refuse(recipe.finetune.allow)
+        audit_trainer(trainer, rows, chat).refuse(allow)
         _train(trainer, recipe, log, saves.newest())
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if not is_main_process():
@@ -130,20 +137,21 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         choices=[
             *runtime.choices,
             *saves.choices(),
+            *skipped,
             *report.choices(),
             *([kept] if kept else []),
         ],
     )
 
 
-def _rows(recipe: Recipe, run: Run, chat: ChatFormat) -> tuple[list[Row], dict[str, int]]:
+def _rows(recipe: Recipe, run: Run) -> tuple[list[Located], dict[str, int]]:
     """The new chats, their casual copies and rewordings, and the old chats that are replayed."""
     train = list(read_located(run.path / "data" / "train.jsonl", run.path))
     replay_file = run.path / "data" / "replay.jsonl"
     replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
     casual = with_casual_copies(train) if recipe.data.casual_copies else train
     rows = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
-    return encode_rows(chat, [*rows, *replay]), {
+    return [*rows, *replay], {
         "train": len(train),
         "casual_copies": len(casual) - len(train),
         "rewordings": len(rows) - len(casual),

@@ -116,19 +116,27 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
     return _combined(recipe, parts, lambda _size, row: _count(chat, row), f"counted in {place}")
 
 
-def tokenizer_folder(recipe: Recipe, run: Run) -> Path | None:
+def tokenizer_folder(recipe: Recipe, run: Run | None) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
-    base, named = run.read(BaseManifest), recipe.model.name_or_path
-    # Only where it is the recipe's: an earlier recipe of that name may have had another base.
-    trained_on = None if base is None else base.settings.get("name_or_path")
-    if base is not None and (trained_on == named or (trained_on is None and recipe.model.is_tiny)):
-        folder: Path | None = run.path / base.path
-    else:
-        folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
-        if folder is None or not folder.is_dir():
-            cached = cached_file(recipe.model, "tokenizer.json")
-            folder = None if cached is None else cached.parent
-    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
+    base = run.read(BaseManifest) if run is not None else None
+    if run is not None and base is not None and _is_base_of(base, recipe):
+        return _with_tokenizer(run.path / base.path)
+    named = recipe.model.name_or_path
+    folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
+    if folder is not None and folder.is_dir():
+        return _with_tokenizer(folder)
+    cached = cached_file(recipe.model, "tokenizer.json")
+    return None if cached is None else cached.parent
+
+
+def _with_tokenizer(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def _is_base_of(manifest: BaseManifest, recipe: Recipe) -> bool:
+    """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
+    named = manifest.settings.get("name_or_path")
+    return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:

@@ -97,6 +97,9 @@ class DataSection(Section):
     replay: list[Source] = []
     duplicates: Literal["auto", "refuse", "remove"] = "auto"
     near_duplicates: Literal["auto", "warn", "remove"] = "auto"
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    max_skipped: Share = 0.05
     casual_copies: bool = False
     rewordings: Annotated[int, Field(ge=0, le=20)] = 0
     seed: int = 42

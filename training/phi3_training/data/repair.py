@@ -1,0 +1,403 @@
+"""`phi3 data fix` and `phi3 data convert`: chats of any format written as messages, one per line.
+
+`fix` repairs what `check` refuses and lists every change; `convert` changes no conversation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from ..errors import DataError, UsageError, folded
+from .conversation import ROLES, UNFIT
+from .documents import Raw
+from .faults import Fault, Problem, in_order, place, shown
+from .formats import LIST_KEYS, ROLE_ALIASES, TOOL_KEYS, TOOL_ROLES, carried, read_row
+from .jsonl import LINE_LIMIT, Sound, encode
+from .opening import Note
+from .prepare import chosen_sources
+from .scan import Table, scan
+from .skipping import ends_reading
+from .sources import Source, place_of, rows_of, source_of
+
+_ROLE_NAMES = {**{role: role for role in ROLES}, **ROLE_ALIASES}
+_BETWEEN = "\n\n"  # joined turns: paragraphs of one message
+
+
+class Step(NamedTuple):
+    """What was done to a row; `kind` is a stable name."""
+
+    kind: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A step and where the row is; `row` is its number where lines do not tell rows apart."""
+
+    path: Path
+    line: int
+    row: int | None
+    kind: str
+    what: str
+
+    @property
+    def place(self) -> str:
+        """`file:line`, as editors open it; with the row where several may be on the line."""
+        return place(self.path, self.line, self.row or 0)
+
+    def as_fault(self, fix: str) -> Fault:
+        """The change as what is wrong with the row."""
+        return Fault(self.path, self.line, self.kind, self.what, fix, row=self.row)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`."""
+        return {
+            "file": str(self.path),
+            "line": self.line,
+            "row": self.row,
+            "kind": self.kind,
+            "what": self.what,
+        }
+
+
+@dataclass(frozen=True)
+class FixReport:
+    """What `fix` read, wrote and changed."""
+
+    out: Path
+    read: int
+    written: int
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people: the counts, then the changes, those of one kind on one line."""
+        out = len([change for change in self.changes if change.kind == "left-out"])
+        changed = {(c.path, c.line, c.row) for c in self.changes if c.kind != "left-out"}
+        counts = (
+            f"{shown(self.out)}: {self.written} of {self.read} rows written, {len(changed)} of "
+            f"them repaired, {out} left out"
+        )
+        if not self.changes:
+            return [*self.notes, f"{counts}: nothing had to be repaired"]
+        return [*self.notes, counts, *(f"  {line}" for line in folded(self.changes))]
+
+    def every_line(self) -> str:
+        """Every change, one line each, for a file."""
+        return "".join(f"{change.kind}: {change}\n" for change in self.changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`: nothing is left out."""
+        return {
+            "out": str(self.out),
+            "read": self.read,
+            "written": self.written,
+            "counts": dict(Counter(change.kind for change in self.changes)),
+            "changes": [change.as_dict() for change in self.changes],
+            "notes": list(self.notes),
+        }
+
+
+def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixReport:
+    """Write a copy of the chats that passes `phi3 data check`.
+
+    Raises UsageError where `out` may not be written, and DataError where a source cannot be read
+    or where no row is left; then nothing is written.
+    """
+    sources, notes = _opened(paths, out, force=force)
+    changes: list[Change] = []
+    seen: dict[bytes, str] = {}
+    unused: Counter[str] = Counter()
+    read = 0
+    with _written(out) as stream:
+        for source in sources:
+            path = place_of(source)
+            for raw in _rows(source, partial(_note, notes, path)):
+                lost = [problem for problem in raw.problems if ends_reading(source, problem)]
+                if raw.line == 0 or lost:  # more than a row would be left out
+                    problems = lost or raw.problems
+                    raise DataError([Fault.at(path, raw.line, p, raw.row) for p in problems])
+                read += 1
+                row, steps = _row(raw)
+                if row is not None:
+                    key = hashlib.sha256(b"%d" % row.has_system + row.joined).digest()
+                    here = place(path, raw.line, raw.row)
+                    first = seen.setdefault(key, here)
+                    if first != here:
+                        steps = [_left_out(f"it is the same conversation as {first}")]
+                        row = None
+                if row is not None:
+                    unused.update(f"{shown(path)}: {key!r}" for key in row.unused)
+                changes += [Change(path, raw.line, raw.row or None, *step) for step in steps]
+                if row is not None and row.written is not None:
+                    stream.write(row.written + b"\n")
+        written = sum(1 for _ in seen)
+        if not written:
+            stop = "correct the rows in their source"
+            none = Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
+            raise DataError([change.as_fault(stop) for change in changes] or [none])
+    # What no conversation has a place for is named, once per file and key.
+    notes += [f"note: {key} of {rows} rows is not used and not written"
+              for key, rows in unused.items()]  # fmt: skip
+    return FixReport(out, read, written, tuple(changes), tuple(notes))
+
+
+def _rows(source: Source, note: Note) -> Iterator[Raw]:
+    """The rows as they stand; a source that cannot be read is a problem of its line 0."""
+    try:
+        yield from rows_of(source, note)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        yield Raw(0, None, [Problem("unreadable", what, "name a file that you can read")])
+
+
+def _note(notes: list[str], path: Path, text: str) -> None:
+    line = f"note: {shown(path)}: {text}"
+    if line not in notes:
+        notes.append(line)
+
+
+def _left_out(why: str) -> Step:
+    return Step("left-out", f"the row was left out: {why}")
+
+
+def _row(raw: Raw) -> tuple[Sound | None, list[Step]]:
+    """The row as it is written, and what was done to it; None where it is left out."""
+    value = raw.value
+    if raw.problems:  # what it says is not certain: repeated keys, broken JSON
+        return None, [_left_out("; ".join(problem.what for problem in raw.problems))]
+    if not isinstance(value, dict):
+        return None, [_left_out("it is not an object")]
+    if not any(value.values()):
+        return None, [_left_out("it is empty")]
+    if why := _tools(value):
+        return None, [_left_out(why)]
+    row, problems = _read(value)
+    steps: list[Step] = []
+    if problems:
+        value, steps = _mended(value)
+        row, problems = _read(value)
+    if row is None:
+        return None, [_left_out("; ".join(problem.what for problem in problems))]
+    if len(row.written or b"") > LINE_LIMIT:
+        return None, [_left_out(f"it is longer than {LINE_LIMIT >> 20} MiB")]
+    return row, steps
+
+
+def _read(value: Mapping[str, Any]) -> tuple[Sound | None, list[Problem]]:
+    """What the reader of every other command makes of the row."""
+    row = read_row(value)
+    extra, wrong = carried(value)
+    problems = [*row.problems, *wrong]
+    return (None, problems) if problems or row.form is None else (Sound.of(row, extra), [])
+
+
+def _tools(row: Mapping[str, Any]) -> str:
+    """Why a row with tools is left out: without their turns its answers come from nowhere."""
+    for key in row.keys() & set(LIST_KEYS):
+        for number, turn in enumerate(row[key] if isinstance(row[key], list) else [], start=1):
+            if not isinstance(turn, dict):
+                continue
+            role = turn.get("role", turn.get("from"))
+            if str(role).strip().lower() in TOOL_ROLES:
+                return f"turn {number} is of the role {role!r}, and tools cannot be trained on"
+            for name in TOOL_KEYS:
+                if turn.get(name):
+                    return f"turn {number} has {name!r}, and tools cannot be trained on"
+    return ""
+
+
+def _mended(row: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
+    """The row with what can be repaired repaired; the reader judges the result."""
+    steps: list[Step] = []
+    row = {key: _clean(value, key, steps) for key, value in row.items()}
+    for key in row.keys() & set(LIST_KEYS):
+        turns = row[key]
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+            row[key] = _mended_turns([dict(turn) for turn in turns], steps)
+    return row, steps
+
+
+def _clean(value: Any, place: str, steps: list[Step]) -> Any:
+    """A value whose texts have no character that cannot be trained on."""
+    if isinstance(value, str) and (found := UNFIT.findall(value)):
+        names = ", ".join(f"U+{ord(mark):04X}" for mark in dict.fromkeys(found))
+        what = f"control characters ({names}, {len(found)} in all) were removed from {place}"
+        steps.append(Step("characters", what))
+        return UNFIT.sub("", value)
+    if isinstance(value, list):
+        return [_clean(item, f"{place}[{i}]", steps) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: _clean(item, f"{place}.{key}", steps) for key, item in value.items()}
+    return value
+
+
+def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
+    """The turns in the order of Phi-3's template, as far as dropping and joining brings them."""
+    role_key, text_key = ("role", "content") if "role" in turns[0] else ("from", "value")
+
+    def role(turn: Mapping[str, Any]) -> str | None:
+        return _ROLE_NAMES.get(str(turn.get(role_key)))
+
+    kept: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns, start=1):
+        spelt, plain = turn.get(role_key), str(turn.get(role_key)).strip().lower()
+        if spelt != plain and plain in _ROLE_NAMES:
+            steps.append(Step("role-name", f"the role {spelt!r} was written as {plain!r}"))
+            turn[role_key] = plain
+        text = turn.get(text_key)
+        if text is None or text == [] or (isinstance(text, str) and not text.strip()):
+            named = role(turn) or "unknown"
+            steps.append(Step("empty-turn", f"turn {number} ({named}) was empty and was dropped"))
+            continue
+        before = kept[-1] if kept else None
+        if before is not None and role(turn) is not None and role(before) == role(turn):
+            joined = _joined(before, turn, text_key)
+            if joined is not None:
+                kept[-1] = joined
+                what = f"two {role(turn)} turns in a row were joined (turn {number})"
+                steps.append(Step("joined", what))
+                continue
+        kept.append(turn)
+    start = 1 if kept and role(kept[0]) == "system" else 0
+    if len(kept) > start + 1 and role(kept[start]) == "assistant":
+        said = str(kept.pop(start).get(text_key))
+        quoted = repr(said if len(said) <= 40 else said[:39] + "…")
+        steps.append(
+            Step("greeting", f"the greeting {quoted} before the first question was dropped")
+        )
+    if len(kept) > start + 1 and role(kept[-1]) == "user":
+        kept.pop()
+        steps.append(Step("open-end", "the last question, which has no answer, was cut off"))
+    return kept
+
+
+def _joined(
+    first: Mapping[str, Any], second: Mapping[str, Any], text_key: str
+) -> dict[str, Any] | None:
+    """Two turns as one; None where anything else about them differs (such as a weight)."""
+    rest = [{k: v for k, v in turn.items() if k != text_key} for turn in (first, second)]
+    texts = [first[text_key], second[text_key]]
+    names = [part.pop("from", part.pop("role", None)) for part in rest]  # human and user are one
+    if rest[0] != rest[1] or not all(isinstance(text, str) for text in texts) or not names[0]:
+        return None
+    return {**first, text_key: _BETWEEN.join(texts)}
+
+
+# The same conversations in another form: messages, or what OpenAI's fine-tuning takes.
+
+Form = Literal["messages", "openai"]
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` read and wrote; `dropped` counts keys that the form has no place for."""
+
+    out: Path
+    form: Form
+    formats: dict[str, int]
+    written: int
+    dropped: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """For people."""
+        read = ", ".join(f"{count} {name}" for name, count in self.formats.items())
+        lines = [*self.notes]
+        lines += [f"{shown(self.out)}: {self.written} rows written as {self.form} (read: {read})"]
+        lines += [
+            f"  {count} rows had {key!r}, which OpenAI's form has no place for; it was left out"
+            for key, count in self.dropped.items()
+        ]
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `-o json`."""
+        return {
+            "out": str(self.out),
+            "to": self.form,
+            "formats": self.formats,
+            "written": self.written,
+            "dropped": self.dropped,
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    paths: Sequence[Path | str], out: Path, form: Form = "messages", *, force: bool = False
+) -> ConvertReport:
+    """Write all conversations, unchanged and in order, in one form.
+
+    `openai` is the chat form of OpenAI's fine-tuning: an object with `messages` alone
+    (https://platform.openai.com/docs/guides/supervised-fine-tuning). Raises UsageError where
+    `out` may not be written, and DataError with every fault of every source.
+    """
+    sources, notes = _opened(paths, out, force=force)
+    dropped: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="phi3-convert-") as folder, _written(out) as stream:
+        scans = scan([("train", source) for source in sources], Path(folder))
+        if faults := in_order(fault for one in scans for fault in one.faults):
+            raise DataError(faults)
+        table = Table(scans)
+        formats: Counter[str] = Counter()
+        for one in scans:
+            formats += one.formats
+            for text in one.notes:
+                _note(notes, one.path, text)
+        rewrite = _openai(dropped) if form == "openai" else encode
+        for row in range(len(table)):
+            stream.write(rewrite(table.conversation(row).to_dict()) + b"\n")
+    return ConvertReport(out, form, dict(formats), len(table), dict(dropped), tuple(notes))
+
+
+def _openai(dropped: Counter[str]) -> Callable[[dict[str, Any]], bytes]:
+    def rewrite(row: dict[str, Any]) -> bytes:
+        dropped.update(row.keys() - {"messages"})
+        return encode({"messages": row["messages"]})
+
+    return rewrite
+
+
+def _opened(
+    paths: Sequence[Path | str], out: Path, *, force: bool
+) -> tuple[list[Source], list[str]]:
+    """The sources to read, and notes on them.
+
+    Raises UsageError for an `out` that would destroy something.
+    """
+    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise UsageError(f"{out}: JSON lines are written; name a file that ends with .jsonl")
+    chosen, faults, notes = chosen_sources({"train": [source_of(path) for path in paths]})
+    sources = [source for _, source in chosen]
+    if any(isinstance(one, Path) and one.resolve() == out.resolve() for one in sources):
+        raise UsageError(f"{out} is one of the files to read; write to another file with -o OUT")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out} cannot be written: name a file in a folder that exists")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists already; name another file, or replace it with --force")
+    if faults:
+        raise DataError(faults)
+    return sources, notes
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `out` once all is written; nothing after an error."""
+    temporary = out.with_name(f".{out.name}.new")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
