@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from ...errors import StageError
+from ...models.layers import check_adapter
 from .base import Engine
 from .batch import Logits
 from .named import NamedEngines
@@ -38,7 +39,7 @@ def load(
 
     Raises StageError when one of them cannot be loaded.
     """
-    shared = _Shared(step_model(base_dir, num_threads).model, own)
+    shared = _Shared(step_model(base_dir, num_threads).model, base_dir, own)
     keys = {name: f"adapter{number}" for number, name in enumerate(adapters)}
     for name, folder in adapters.items():
         shared.add(keys[name], name, folder)
@@ -54,9 +55,11 @@ def load(
 class _Shared:
     """The one model in memory; one adapter is switched on at a time."""
 
-    def __init__(self, base: Any, own: Path) -> None:
+    def __init__(self, base: Any, base_dir: Path, own: Path) -> None:
+        self._base_dir = base_dir
         self._turn = threading.Lock()
         self._current = _OWN
+        check_adapter(own, base_dir)
         with _loading(_OWN, own):
             self.model: Any = PeftModel.from_pretrained(
                 base, own, adapter_name=_OWN, local_files_only=True
@@ -64,6 +67,7 @@ class _Shared:
 
     def add(self, key: str, name: str, folder: Path) -> None:
         """Load one more adapter next to the others."""
+        check_adapter(folder, self._base_dir)
         with _loading(name, folder):
             self.model.load_adapter(folder, adapter_name=key, local_files_only=True)
         self.model.eval()
