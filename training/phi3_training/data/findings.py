@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..prompt import ChatFormat
 from ..recipe import HubSet
 from .arrays import U64, Bools, Ints
@@ -273,7 +273,10 @@ _BYTES_PER_TOKEN = 4.0  # of English text with tokenizers of the usual size
 
 
 def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] | None:
-    """Statistics over some rows; None when there are none."""
+    """Statistics over some rows; None when there are none.
+
+    Raises DataError for rows that the model's chat template cannot write.
+    """
     if not len(rows):
         return None
     sizes = table.text_size[rows].astype(np.float64)
@@ -281,9 +284,19 @@ def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] 
         return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
     chat = _format(tokenizer)
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
-    chosen = [table.conversation(int(row)).messages for row in rows[picked]]
-    examples = (chat.encode_example([turn.to_dict() for turn in turns]) for turns in chosen)
-    counted = np.array([len(example.input_ids) for example in examples], np.float64)
+    found, faults = [], []
+    for row in rows[picked].tolist():
+        chosen = table.conversation(row)
+        try:
+            example = chat.encode_example([turn.to_dict() for turn in chosen.messages])
+            found.append(len(example.input_ids))
+        except ValueError as error:
+            what, _, fix = str(error).partition("; ")
+            problem = Problem("template", what, fix.rstrip(".") or "change or remove the row")
+            faults.append(Fault.at(chosen.source, chosen.line, problem))
+    if faults:
+        raise DataError(in_order(faults))
+    counted = np.array(found, np.float64)
     if len(picked) == len(rows):
         return _summary(counted, f"counted with the tokenizer of {tokenizer}")
     share = counted.sum() / max(sizes[picked].sum(), 1.0)

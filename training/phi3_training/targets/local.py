@@ -88,10 +88,11 @@ class LocalTarget:
         return evaluate(recipe, run, progress)
 
     def register(self, recipe: Recipe, run: Run) -> RegistrationManifest:
-        """Register with MLflow in the run folder."""
+        """Register with MLflow in the run folder, under the run's name."""
+        del recipe
         from ..register import register
 
-        return register(recipe.name, run)
+        return register(run)
 
     def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Start the endpoint of this run, on the port it had before where that is free.
