@@ -121,7 +121,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
     assert model.tags["validation_exact_match"] == "0.5"
     assert model.tags["gate_passed"] == "True"
     assert len(model.tags["data_hash"]) == 16
-    assert recorded_resources(run, "model") == [RunResource("model", "phi3:1")]
+    assert recorded_resources(run, "model") == [RunResource("model", "r:1")]
 
 
 def test_a_jobs_model_is_registered_once(run: Run) -> None:

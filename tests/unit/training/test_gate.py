@@ -184,7 +184,7 @@ def test_deploy_is_refused_unless_forced(tmp_path: Path, force: bool) -> None:
     run.write(verdict.model_copy(update={"report": "evaluate/report.html"}))
 
     if not force:
-        with pytest.raises(StageError, match="data/validation\.jsonl:"):
+        with pytest.raises(StageError, match=r"data/validation\.jsonl:"):
             gate.require_passed(run, force=False)
         return
     recorded = gate.require_passed(run, force=True)
