@@ -76,7 +76,7 @@ def test_fused_names_on_separate_matrices_are_all_of_them() -> None:
     assert targets_in(TUTORIAL, LLAMA).choices == []
 
 
-@pytest.mark.parametrize("wanted", ["all-linear", ["o_proj"], r".*\.(o_proj|down_proj)"])
+@pytest.mark.parametrize("wanted", ["all-linear", ["o_proj"], ".*_proj", r".*\.(o_proj|down_proj)"])
 def test_what_fits_stays_as_it_is(wanted: str | list[str]) -> None:
     found = targets_in(wanted, PHI3)
     assert (found.names, found.choices) == (wanted, [])
@@ -88,7 +88,16 @@ def test_one_name_needs_no_list() -> None:
 
 @pytest.mark.parametrize(
     "wanted",
-    [["o_proj", "query_key_value"], ["Wqkv"], [], ".*q_proj", "q_proj,v_proj", "(", ["proj"]],
+    [
+        r".*\.(q_proj|o_proj)",
+        ["o_proj", "query_key_value"],
+        ["Wqkv"],
+        [],
+        ".*q_proj",
+        "q_proj,v_proj",
+        "(",
+        ["proj"],
+    ],
 )
 def test_what_matches_nothing_is_refused_with_the_names(wanted: str | list[str]) -> None:
     with pytest.raises(ValueError, match=r"finetune\.target_modules") as caught:

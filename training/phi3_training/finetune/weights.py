@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,7 +348,10 @@ def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
     check_adapter(adapter, folder)
     model = load_model(folder, dtype)
     try:
-        return PeftModel.from_pretrained(model, adapter, local_files_only=True)
+        with warnings.catch_warnings():
+            # Keys that other tools (unsloth) add to the config: peft's advice is to upgrade peft.
+            warnings.filterwarnings("ignore", "Unexpected keyword arguments")
+            return PeftModel.from_pretrained(model, adapter, local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise StageError(
             f"The adapter in {adapter} cannot be loaded over {folder}: {_first_line(error)}."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,7 @@ def _own_names(name: str, modules: Collection[str]) -> list[str]:
     """What the model calls it; empty where it has no such layer."""
     if _matches(name, modules):
         return [name]
-    before, dot, last = name.rpartition(".")
-    others = (_WHOLE[last],) if last in _WHOLE else _PARTS.get(last, ())
-    found = [f"{before}{dot}{other}" for other in others]
+    found = _elsewhere(name)
     return found if found and all(_matches(other, modules) for other in found) else []
 
 
@@ -123,7 +121,29 @@ def _checked_pattern(pattern: str, modules: Collection[str]) -> str:
             f"model; {_has(modules)}; several names are written [o_proj, down_proj], and an "
             f"expression is for whole names such as {next(iter(modules), 'none')}"
         )
+    half = {
+        other: module
+        for module in modules
+        for other in _elsewhere(module)
+        if expression.fullmatch(other) and not expression.fullmatch(module)
+    }
+    if half:
+        raise ValueError(
+            f"finetune.target_modules: the regular expression {pattern!r} means "
+            f"{_lasts(half)} as well, which this model has as {_lasts(half.values())}: name that"
+        )
     return pattern
+
+
+def _elsewhere(module: str) -> list[str]:
+    """What models with these matrices apart, or in one, call this one."""
+    before, dot, last = module.rpartition(".")
+    others = (_WHOLE[last],) if last in _WHOLE else _PARTS.get(last, ())
+    return [f"{before}{dot}{other}" for other in others]
+
+
+def _lasts(modules: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
 def _has(modules: Collection[str]) -> str:

@@ -59,16 +59,16 @@ class _Shared:
         self._base_dir = base_dir
         self._turn = threading.Lock()
         self._current = _OWN
-        check_adapter(own, base_dir)
         with _loading(_OWN, own):
+            check_adapter(own, base_dir)
             self.model: Any = PeftModel.from_pretrained(
                 base, own, adapter_name=_OWN, local_files_only=True
             ).eval()
 
     def add(self, key: str, name: str, folder: Path) -> None:
         """Load one more adapter next to the others."""
-        check_adapter(folder, self._base_dir)
         with _loading(name, folder):
+            check_adapter(folder, self._base_dir)
             self.model.load_adapter(folder, adapter_name=key, local_files_only=True)
         self.model.eval()
 
@@ -86,7 +86,9 @@ class _Shared:
 def _loading(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except StageError as error:
+        raise StageError(f"The adapter {name!r} cannot be served. {error}") from None
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise StageError(
             f"The adapter {name!r} in {folder} cannot be loaded over this base model: {error}"
         ) from None
