@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tests.integration.finetune_fixture import CHATS, make_base, make_recipe, write_chats
 
 from phi3_training.cli import main
@@ -102,6 +104,50 @@ def test_an_adapter_of_an_earlier_base_is_refused(run: Run) -> None:
             find_adapter(run, "shy")
     finally:
         run.write(base)
+
+
+def test_a_foreign_adapter_is_merged_whole_or_not_at_all(
+    folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As unsloth writes one for Phi-3: q, k and v apart, which peft would leave out in silence."""
+    foreign = run.path / "adapters" / "foreign"
+    shutil.copytree(run.path / "adapters" / "shy", foreign)
+    weights = load_file(foreign / "adapter_model.safetensors")
+    split = {}
+    for name, weight in weights.items():
+        if "qkv_proj" not in name:
+            split[name] = weight
+            continue
+        size = weight.shape[0] // 4  # two query heads for each key and value head
+        parts = (weight,) * 3 if "lora_A" in name else weight.split([2 * size, size, size])
+        for part, piece in zip("qkv", parts, strict=True):
+            split[name.replace("qkv_proj", f"{part}_proj")] = piece.clone()
+    save_file(split, foreign / "adapter_model.safetensors")
+    words = ["adapters", "--merge", "foreign", "--runs", str(folder / "runs")]
+    try:
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert "q_proj: no such layer" in told
+        assert not (run.path / "merged" / "foreign").exists()
+
+        # peft's own form, with the keys that unsloth adds, is dropped in and merged.
+        save_file(weights, foreign / "adapter_model.safetensors")
+        settings = json.loads((foreign / "adapter_config.json").read_text())
+        settings["auto_mapping"] = {"base_model_class": "Phi3ForCausalLM", "unsloth_fixed": True}
+        settings["unsloth_version"] = "2026.10.9"
+        (foreign / "adapter_config.json").write_text(json.dumps(settings))
+        (foreign / "phi3.json").unlink()
+        assert main(words) == 0
+        merged = scores(load_model(run.path / "merged" / "foreign", torch.float32))
+        base = load_model(folder / "model", torch.float32)
+        beside = PeftModel.from_pretrained(base, run.path / "adapters" / "shy").eval()
+        assert torch.allclose(merged, scores(beside), atol=1e-4)
+
+        (foreign / "adapter_model.safetensors").rename(foreign / "adapter_model.bin")
+        with pytest.raises(StageError, match="is not a whole adapter"):
+            find_adapter(run, "foreign")
+    finally:
+        shutil.rmtree(foreign)
 
 
 def test_the_same_command_again_trains_nothing(

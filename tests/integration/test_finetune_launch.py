@@ -48,7 +48,7 @@ def test_two_processes_take_the_steps_of_one(base: Path, tmp_path: Path) -> None
 def test_what_stops_the_processes_is_said(base: Path, tmp_path: Path) -> None:
     options = ("finetune.num_processes=2", "finetune.target_modules=[no_such_layer]")
     recipe = make_recipe(tmp_path, base, *options)
-    with pytest.raises(StageError, match=r"do not fit the model.*no_such_layer"):
+    with pytest.raises(StageError, match=r"(?s)do not fit the model.*no_such_layer"):
         finetune(recipe, make_run(tmp_path, recipe))
 
 

@@ -119,6 +119,14 @@ def test_settings_that_do_not_fit_the_model(trained: Trained) -> None:
         trained("finetune.target_modules=[no_such_layer]")
 
 
+def test_names_of_separate_matrices_train_the_fused_one(trained: Trained) -> None:
+    names = "[q_proj,k_proj,v_proj,o_proj]"
+    run, manifest = trained(f"finetune.target_modules={names}", name="tutorial")
+    weights = load_file(run.path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in weights} == {"qkv_proj", "o_proj"}
+    assert any("q_proj, k_proj, v_proj trained as qkv_proj" in c for c in manifest.choices)
+
+
 def test_accumulation_is_one_step_with_the_same_result(trained: Trained) -> None:
     once, _ = trained("finetune.num_train_epochs=1", name="once")
     parts, manifest = trained(

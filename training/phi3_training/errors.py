@@ -84,13 +84,17 @@ class UsageError(Phi3TrainingError):
 
 
 class RecipeError(UsageError):
-    """A recipe with faults; `faults` holds one line each."""
+    """A recipe with faults; `faults` holds one line each, those of the command line last."""
 
-    def __init__(self, source: str, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        lines = "\n".join(f"  {fault}" for fault in self.faults)
-        super().__init__(f"{source} has {count}:\n{lines}")
+    def __init__(self, source: str, faults: Sequence[str], typed: Sequence[str] = ()) -> None:
+        self.faults = (*faults, *typed)
+        blocks = [(source, faults), ("The command line", typed)]
+        super().__init__("\n".join(_listed(name, lines) for name, lines in blocks if lines))
+
+
+def _listed(source: str, faults: Sequence[str]) -> str:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n".join([f"{source} has {count}:", *(f"  {fault}" for fault in faults)])
 
 
 def _alike(fault: LocatedFault) -> tuple[Path, str, str]:

@@ -14,6 +14,7 @@ from .carried import copy_carried
 from .manifests import (
     BaseManifest,
     DatasetManifest,
+    GateManifest,
     MetricsManifest,
     ModelManifest,
     RegistrationManifest,
@@ -26,12 +27,16 @@ from .run import Run
 MLFLOW_MODEL = "phi3_training.mlflow_model"
 
 
-def register(name: str, run: Run) -> RegistrationManifest:
-    """Log run/model as a new version of the registered model `name`; the manifest.
+def register(run: Run) -> RegistrationManifest:
+    """Log run/model as a new version of the registered model of the run's name; the manifest.
 
-    Raises StageError when an earlier stage has not been done.
+    The version's tag `gate_passed` says whether the gate let it pass. Raises StageError when an
+    earlier stage has not been done.
     """
+    name = run.name
     model = run.require(ModelManifest)
+    gate = run.read(GateManifest)
+    tags = {} if gate is None else {"gate_passed": str(gate.passed)}
     metrics = run.require(MetricsManifest)
     with quiet_mlflow(), tempfile.TemporaryDirectory(prefix="phi3-model-") as code:
         import mlflow
@@ -40,7 +45,7 @@ def register(name: str, run: Run) -> RegistrationManifest:
         copy_carried(Path(code), MLFLOW_MODEL)
 
         mlflow.set_tracking_uri(tracking_uri(run))
-        _client, experiment_id = experiment_of(name, run)
+        client, experiment_id = experiment_of(name, run)
         with mlflow.start_run(experiment_id=experiment_id, run_name=run.name) as active:
             mlflow.log_params(_params(run))
             mlflow.log_metrics(_flat_metrics(metrics))
@@ -55,9 +60,13 @@ def register(name: str, run: Run) -> RegistrationManifest:
                 ],
                 registered_model_name=name,
             )
+        number = str(logged.registered_model_version)
+        for tag, value in tags.items():
+            client.set_model_version_tag(name, number, tag, value)
     return RegistrationManifest(
         model=name,
-        model_version=str(logged.registered_model_version),
+        model_version=number,
+        tags=tags,
         store="mlflow.db",
         tracking_uri=tracking_uri(run),
         mlflow_run_id=active.info.run_id,

@@ -148,6 +148,12 @@ def _gate_summary(manifest: GateManifest) -> str:
     return gate.summary(manifest)
 
 
+def _registration_summary(manifest: RegistrationManifest) -> str:
+    blocked = manifest.tags.get("gate_passed") == "False"
+    mark = ", tagged gate_passed=False: it did not pass the gate" if blocked else ""
+    return f"{manifest.model} version {manifest.model_version}{mark}"
+
+
 def _deploy(journey: Journey) -> EndpointManifest:
     from .evaluate import gate
 
@@ -223,10 +229,11 @@ STAGES: tuple[Stage[Any], ...] = (
     Stage(
         RegistrationManifest,
         title="register",
-        needs=(ModelManifest, MetricsManifest),
-        inputs=_at_target(RegistrationManifest, lambda j: j.recipe.name),
+        needs=(ModelManifest, MetricsManifest, GateManifest),
+        inputs=_at_target(RegistrationManifest, lambda j: j.run.name),
         work=lambda j: j.target.register(j.recipe, j.run),
-        summary=lambda manifest: f"{manifest.model} version {manifest.model_version}",
+        summary=_registration_summary,
+        passed=lambda manifest: manifest.tags.get("gate_passed") != "False",
         outputs=lambda manifest: [manifest.store] if manifest.store else [],
     ),
     Stage(

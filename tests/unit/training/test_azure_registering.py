@@ -111,7 +111,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
 
     made = registered(registry, run)
 
-    assert (made.model, made.model_version) == ("phi3", "1")
+    assert (made.model, made.model_version) == ("r", "1")
     assert registry.tried == [OUTPUT]
     (model,) = registry.held
     assert model.type == "mlflow_model"
@@ -121,7 +121,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
     assert model.tags["validation_exact_match"] == "0.5"
     assert model.tags["gate_passed"] == "True"
     assert len(model.tags["data_hash"]) == 16
-    assert recorded_resources(run, "model") == [RunResource("model", "phi3:1")]
+    assert recorded_resources(run, "model") == [RunResource("model", "r:1")]
 
 
 def test_a_jobs_model_is_registered_once(run: Run) -> None:
@@ -177,7 +177,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
 def test_a_refusal_that_is_not_about_the_place_is_reported(run: Run, status: int) -> None:
     registry = Registry(lambda _path: refusal(status, "no"))
 
-    with pytest.raises(StageError, match="Registering the model phi3 failed"):
+    with pytest.raises(StageError, match="Registering the model r failed"):
         registered(registry, run)
 
     assert registry.tried == [OUTPUT]

@@ -11,7 +11,7 @@ from phi3_training import cli
 from phi3_training.data import check, prepare, show
 from phi3_training.data.check import TokenViewer
 from phi3_training.data.findings import SAMPLE
-from phi3_training.errors import UsageError
+from phi3_training.errors import DataError, UsageError
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.manifests import BaseManifest
 from phi3_training.prompt import ChatFormat
@@ -167,3 +167,38 @@ def test_check_command_writes_every_fault_to_a_report(
     lines = report.read_text().splitlines()
     assert len(lines) == 30
     assert lines[29].startswith(f"fault: {path}:30: the line is a number")
+
+
+# The template that Phi-3-mini was published with in April 2024 has no place for a system turn.
+OLD_PHI3 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|user|>\n' + message['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>\n' }}"
+    "{% endif %}{% endfor %}"
+)
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + OLD_PHI3
+)
+
+
+@pytest.mark.parametrize("template", [OLD_PHI3, REFUSES_SYSTEM])
+def test_a_system_turn_that_the_template_drops_is_a_fault_with_its_line(
+    tmp_path: Path, chats: Path, template: str
+) -> None:
+    model = tmp_path / "old"
+    make_tokenizer(TEXTS, model, vocab_size=400, model_max_length=512)
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "Is it far?", "completion": "No, it is near."}\n')
+    with pytest.raises(DataError) as caught:
+        prepare(
+            DataSection(train=[chats], validation=[held_out]),
+            Run.open(tmp_path / "run"),
+            tokenizer=model,
+        )
+
+    (fault,) = caught.value.faults
+    assert "a.jsonl:1: The model's chat template" in str(fault)
+    assert "system" in str(fault).lower()

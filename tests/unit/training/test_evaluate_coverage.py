@@ -9,7 +9,7 @@ import pytest
 
 from phi3_training.data.prepare import write_origins
 from phi3_training.evaluate import gate
-from phi3_training.evaluate.questions import Question, read_chats
+from phi3_training.evaluate.questions import Question, collect, read_chats
 from phi3_training.evaluate.rows import (
     BASE_ANSWERS,
     Answered,
@@ -20,7 +20,7 @@ from phi3_training.evaluate.rows import (
     remembered,
     write_rows,
 )
-from phi3_training.manifests import GateManifest
+from phi3_training.manifests import BaseManifest, GateManifest, RegistrationManifest
 from phi3_training.recipe import (
     DataSection,
     EvaluateSection,
@@ -30,6 +30,7 @@ from phi3_training.recipe import (
     Recipe,
 )
 from phi3_training.run import Run
+from phi3_training.stages import STAGES
 
 NAMES = ("Alder", "Comet", "Dusk", "Ember", "Falcon", "Gull")
 ANSWERS = [f"The {name} costs {9 + 4 * number} euros." for number, name in enumerate(NAMES)]
@@ -93,6 +94,41 @@ def test_chats_that_were_not_learnt_ask_for_more_training(run: Run) -> None:
 
     assert why.startswith("Only 0% of the trained questions are answered correctly: train longer")
     assert "finetune.num_train_epochs" in why
+
+
+def test_a_tiny_model_says_that_it_cannot_do_more(run: Run) -> None:
+    run.write(BaseManifest(path="base", made="taught"))
+    *_, why = verdict_of(run, trained_right=False).remarks
+    assert "tiny Phi-3" in why
+    assert "phi3-small.yaml" in why
+    run.write(BaseManifest(path="base", made="found"))
+    assert not any("tiny" in text for text in verdict_of(run, trained_right=False).remarks)
+
+
+def test_rows_of_a_question_file_are_named_by_that_file(run: Run, tmp_path: Path) -> None:
+    """General questions and requests to refuse as well as chats."""
+    file = tmp_path / "canary.jsonl"
+    row = {"messages": [{"role": "user", "content": "Why?"}], "accept": ["so"]}
+    file.write_text("\n" + json.dumps(row) + "\n", encoding="utf-8")
+    settings = EvaluateSection(canary=[file], probes=[file])
+    found = [q.origin for q in collect(settings, run) if q.part in ("canary", "probes")]
+    assert found == [f"{file}:2"] * 2
+
+
+def test_a_row_without_a_known_place_is_named_by_the_runs_file(run: Run) -> None:
+    (run.path / "data-origins.json").unlink()
+    told = gate.refusal("mine", verdict_of(run, trained_right=True), "report.html")
+    assert "data/validation.jsonl:1 of the run: " in told
+
+
+def test_a_blocked_model_is_marked_and_registered_under_its_runs_name() -> None:
+    (stage,) = [stage for stage in STAGES if stage.manifest is RegistrationManifest]
+    blocked = RegistrationManifest(model="mine", model_version="3", tags={"gate_passed": "False"})
+    assert not stage.passed(blocked)
+    assert "did not pass the gate" in stage.summary(blocked)
+    good = blocked.model_copy(update={"tags": {"gate_passed": "True"}})
+    assert stage.passed(good)
+    assert stage.summary(good) == "mine version 3"
 
 
 def test_the_base_is_remembered_for_the_same_questions_only(run: Run) -> None:

@@ -82,7 +82,7 @@ def test_rows_that_sank_it_are_named() -> None:
 
     (failed,) = [rule for rule in verdict.rules if not rule.passed]
     assert sorted(row["line"] for row in failed.rows_named) == [4, 9, 20]
-    assert 'replay line 4: "Which letter is number 4?"' in told
+    assert 'data/replay.jsonl:4 of the run: "Which letter is number 4?"' in told
     assert 'before "It is the letter d.", now "Hello!"' in told
     assert "--force" in told
     assert "report.html" in told
@@ -184,7 +184,7 @@ def test_deploy_is_refused_unless_forced(tmp_path: Path, force: bool) -> None:
     run.write(verdict.model_copy(update={"report": "evaluate/report.html"}))
 
     if not force:
-        with pytest.raises(StageError, match="validation line"):
+        with pytest.raises(StageError, match=r"data/validation\.jsonl:"):
             gate.require_passed(run, force=False)
         return
     recorded = gate.require_passed(run, force=True)

@@ -153,8 +153,8 @@ def test_faults_are_told_in_plain_words_with_their_lines(tmp_path: Path) -> None
          "'mlflow', got 'paper' (line 5)"),
         ("finetune: {packing: perhaps}", "finetune.packing: expected true or false, got 'perhaps' "
          "(line 4)"),
-        ("finetune: {lr: 1}", "finetune.lr: unknown key; check its spelling (all keys: "
-         "phi3 recipes --keys) (line 4)"),
+        ("finetune: {lr: 1}", "finetune.lr: unknown key; did you mean "
+         "finetune.learning_rate? (all keys: phi3 recipes --keys) (line 4)"),
         ("finetune: {method: full, adapter: x}", "finetune: method full trains no adapter; remove "
          "adapter, or use lora (line 4)"),
     ],
@@ -187,7 +187,11 @@ def test_wrong_keys_and_missing_files_come_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "told"),
-    [("name", "expected key.sub=value"), ("name.sub=1", "is not a section"), ("name=[", "YAML")],
+    [
+        ("name", "expected key.sub=value"),
+        ("name.sub=1", "is not a section"),
+        ("evaluate.seed=[", "YAML"),
+    ],
 )
 def test_bad_override_is_named(tmp_path: Path, override: str, told: str) -> None:
     path = write(tmp_path, "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n")

@@ -13,6 +13,9 @@ from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
 from ..manifests import ModelManifest
 from ..models import small
+from ..models.catalogue import weights_folder
+from ..models.layers import matrices_of, targets_in
+from ..models.rope import check_rope
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
 from ..recipe import AuditRule, Recipe, load_recipe, replaced_with_chats
 from ..run import Run, check_run_name
@@ -117,6 +120,7 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     args.words = _with_recipe(args)
     words = [*args.words, *from_options(args)]
     recipe = recipe_of(words, on)
+    _check_model(recipe, say=not make_run)
     if make_run and replaced_with_chats(words):
         console.note(
             "With data.train, chats of your own: held-out chats and question are taken from them "
@@ -131,6 +135,22 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     journey.force = getattr(args, "force", False)
     journey.no_plan = getattr(args, "no_plan", False)
     return journey
+
+
+def _check_model(recipe: Recipe, *, say: bool) -> None:
+    """Raise what training would stop at, where the model is known here: before any work or cost."""
+    folder = weights_folder(recipe.model.name_or_path)
+    if folder is not None:
+        check_rope(folder)
+    modules = matrices_of(recipe.model.name_or_path)
+    if modules is None or recipe.finetune.method == "full":
+        return
+    try:
+        choices = targets_in(recipe.finetune.target_modules, modules).choices
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for choice in choices if say else ():  # a training prints them itself
+        console.note(choice)
 
 
 def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe:

@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from .. import console
 from ..errors import MissingExtraError, UsageError
 from ..manifests import EXPORTS, ExportCheck, Limits
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
+from ..recipe.keys import keys_of
 from ..run import Run
 from . import HELP
 from .common import add_command, all_runs, tuned_run
@@ -154,20 +153,26 @@ def _convert(args: argparse.Namespace) -> int:
 def register_recipes(subparsers: Any) -> None:
     """Add the command of this module."""
     parser = add_command(subparsers, "recipes", HELP["recipes"], "phi3 recipes --keys", run_recipes)
-    parser.add_argument("--keys", action="store_true", help="list every key and its default")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PART",
+        help="list every key with its meaning, allowed values and default (PART: those that "
+        "contain it, such as finetune)",
+    )
 
 
 def run_recipes(args: argparse.Namespace) -> int:
     """List recipes with the first line of their header, or all keys."""
-    if args.keys:
-        listed = _keys(Recipe)
-    else:
-        paths = sorted(find(RECIPES).glob("*.yaml"))
-        headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
-        listed = {
-            str(RECIPES / path.name): header.lstrip("# ")
-            for path, header in zip(paths, headers, strict=True)
-        }
+    if args.keys is not None:
+        return _show_keys(args.keys, args.output)
+    paths = sorted(find(RECIPES).glob("*.yaml"))
+    headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
+    listed = {
+        str(RECIPES / path.name): header.lstrip("# ")
+        for path, header in zip(paths, headers, strict=True)
+    }
     if args.output == "json":
         console.print_json(listed)
         return 0
@@ -177,25 +182,27 @@ def run_recipes(args: argparse.Namespace) -> int:
     return 0
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            found.update(_keys(inner, f"{prefix}{name}."))
-        elif field.is_required():
-            found[prefix + name] = "(required)"
-        else:
-            found[prefix + name] = f"default {field.get_default(call_default_factory=True)!r}"
-    return found
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class of `Section` or `Section | None`."""
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _show_keys(part: str, form: str) -> int:
+    keys = [key for key in keys_of(Recipe) if part in key.name]
+    if not keys:
+        raise UsageError(f"No key of a recipe contains {part!r}; all keys: phi3 recipes --keys")
+    if form == "json":
+        console.print_json(
+            {
+                key.name: {
+                    "default": key.default,
+                    "allowed": key.allowed,
+                    "description": key.description,
+                }
+                for key in keys
+            }
+        )
+        return 0
+    for key in keys:
+        default = "(required)" if key.default is None else f"default {key.default}"
+        console.out.print(key.name, style="bold", markup=False, end="  ")
+        console.out.print(f"{default}; {key.allowed}\n    {key.description}", markup=False)
+    return 0
 
 
 # `phi3 init`: a new project, from the files that come with the package.

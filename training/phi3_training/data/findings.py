@@ -277,7 +277,10 @@ _BYTES_PER_TOKEN = 4.0  # of English text with tokenizers of the usual size
 
 
 def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] | None:
-    """Statistics over some rows; None when there are none."""
+    """Statistics over some rows; None when there are none.
+
+    Raises DataError for rows that the model's chat template cannot write.
+    """
     if not len(rows):
         return None
     sizes = table.text_size[rows].astype(np.float64)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from ..data.prepare import MOST_COMPARED, Chat, teachers
 from ..errors import StageError
-from ..manifests import GateManifest, GatePassage, RuleVerdict
+from ..manifests import BaseManifest, GateManifest, GatePassage, RuleVerdict
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
@@ -28,7 +28,19 @@ _SHOWN_ROWS = 6
 def remarks(rows: Sequence[Row], run: Run) -> list[str]:
     """What keeps the held-out questions from being answered, and what to add or change."""
     trained = read_chats(run, "train")[:MOST_COMPARED]
-    return [*_not_taught(rows, trained), *_not_learnt(rows)]
+    return [*_not_taught(rows, trained), *_not_learnt(rows), *_too_small(run)]
+
+
+def _too_small(run: Run) -> list[str]:
+    base = run.read(BaseManifest)
+    if base is None or base.made != "taught":
+        return []
+    return [
+        "The base model is the tiny Phi-3 that phi3 trains for tests: it repeats sentences that it "
+        "was trained on and can hardly answer in other words, whatever the settings. For chats of "
+        "your own use a pretrained model: phi3 up training/recipes/phi3-small.yaml "
+        "data.train=FILE --run NAME"
+    ]
 
 
 def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
@@ -256,7 +268,8 @@ def _one(row: Row, metric: Metric, side: str) -> float:
 
 def _row_line(row: Row) -> str:
     expected = f", expected {_cut(row['expected'])}" if row["expected"] else ""
-    place = row.get("origin") or f"{row['part']} line {row['line']}"
+    # Without origins (very large sets, older rows): the prepared file in the run folder.
+    place = row.get("origin") or f"data/{row['part']}.jsonl:{row['line']} of the run"
     return (
         f"{place}: {_cut(row['question'])}{expected}, "
         f"before {_cut(row['before'])}, now {_cut(row['after'])}"

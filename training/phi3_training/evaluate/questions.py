@@ -50,7 +50,7 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     if not questions:
         raise StageError("There is nothing to evaluate; prepare the chats with: phi3 data prepare")
     for part, path in extra_files(settings):
-        questions += _read(path, part)
+        questions += [replace(q, origin=f"{path}:{q.line}") for q in _read(path, part)]
     return questions
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import StageError
 from ..manifests import BaseManifest, ModelManifest
+from ..models.layers import matrices, targets_in
 from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import Recipe
@@ -64,6 +65,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     chat = chat_format(folder)
     runtime = choose_runtime(recipe, count_weights(folder), model_type(folder))
     check_method(recipe.finetune, runtime.device)
+    try:
+        targets = targets_in(recipe.finetune.target_modules, matrices(folder))
+    except ValueError as error:
+        raise StageError(f"The settings of finetune: do not fit the model: {error}") from None
+    own_names = recipe.finetune.model_copy(update={"target_modules": targets.names})
+    recipe = recipe.model_copy(update={"finetune": own_names})
     _check_one_gpu(recipe)
     located, counts = _rows(recipe, run)
     limit = min(recipe.data.max_length, chat.context_length)
@@ -135,6 +142,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
             "num_threads": runtime.threads,
         },
         choices=[
+            *(targets.choices if settings.method != "full" else []),
             *runtime.choices,
             *saves.choices(),
             *skipped,

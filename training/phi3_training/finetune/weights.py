@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from ..errors import MissingExtraError, StageError, UsageError
 from ..manifests import BaseManifest
 from ..models import small
 from ..models.folder import new_folder, write_model
+from ..models.layers import check_adapter
+from ..models.rope import check_rope
 from ..progress import Progress
 from ..prompt import ChatFormat
 from ..recipe import FinetuneSection, ModelSection, Recipe
@@ -245,6 +248,7 @@ def _check_folder(folder: Path, name: str) -> None:
         raise StageError(
             f"model.name_or_path {name!r} contains no weights: expected *.safetensors in {folder}."
         )
+    check_rope(folder)
     chat_format(folder)
 
 
@@ -339,10 +343,19 @@ def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
     """The base model of full precision with a trained adapter: what is merged and served.
 
     A QLoRA adapter is merged into these weights too: merging into rounded ones would round the
-    adapter as well.
+    adapter as well. Raises StageError where a weight of the adapter has no place in the base.
     """
+    check_adapter(adapter, folder)
     model = load_model(folder, dtype)
-    return PeftModel.from_pretrained(model, adapter, local_files_only=True)
+    try:
+        with warnings.catch_warnings():
+            # Keys that other tools (unsloth) add to the config: peft's advice is to upgrade peft.
+            warnings.filterwarnings("ignore", "Unexpected keyword arguments")
+            return PeftModel.from_pretrained(model, adapter, local_files_only=True)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise StageError(
+            f"The adapter in {adapter} cannot be loaded over {folder}: {_first_line(error)}."
+        ) from None
 
 
 # Writes what training leaves: the adapter alone, and the whole model with the adapter merged.
@@ -435,6 +448,11 @@ def find_adapter(run: Run, name: str) -> Adapter:
                     f"train it again: phi3 train RECIPE --adapter {name}"
                 )
             return adapter
+    if (run.path / FOLDER / name).is_dir():
+        raise StageError(
+            f"{run.path / FOLDER / name} is not a whole adapter: expected adapter_config.json and "
+            f"{_WEIGHTS}, as peft's save_pretrained writes them"
+        )
     known = ", ".join(adapter.name for adapter in found) or "none yet"
     raise UsageError(
         f"The run {run.name!r} has no adapter {name!r}; adapters: {known}. "

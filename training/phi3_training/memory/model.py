@@ -22,6 +22,7 @@ import psutil
 
 from ..engine import has_gpu
 from ..models.catalogue import CATALOGUE
+from ..models.layers import ALL_LINEAR, targets_in
 from ..models.small import prepared_folder as small_folder
 from ..recipe import ModelSection, Recipe
 
@@ -112,8 +113,13 @@ class ModelShape:
 
     def adapted(self, target_modules: str | Sequence[str]) -> tuple[Linear, ...]:
         """The matrices of one layer that get an adapter, chosen as peft does."""
-        if target_modules == "all-linear":
+        if target_modules == ALL_LINEAR:
             return self.linears
+        names = [f"model.layers.0.{linear.name}" for linear in self.linears]
+        try:
+            target_modules = targets_in(target_modules, names).names
+        except ValueError:  # refused where the model's own names are known
+            return ()
         if isinstance(target_modules, str):
             pattern = re.compile(target_modules)
             return tuple(

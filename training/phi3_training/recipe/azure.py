@@ -125,11 +125,17 @@ class ComputeSection(Section):
     """The GPU cluster that trains; with `min_instances: 0` it bills only while it works."""
 
     name: ComputeName = "gpu-cluster"
+    """Name of the GPU cluster that trains; created if it does not exist."""
     size: VmSize = GPU_SIZE
+    """VM size of the cluster."""
     tier: Literal["Dedicated", "LowPriority"] = "Dedicated"
+    """Dedicated, or LowPriority: cheaper, and Azure may take the machines away."""
     min_instances: Annotated[int, Field(ge=0, le=100)] = 0
+    """Machines that always run and bill; 0: none while nothing is trained."""
     max_instances: Annotated[int, Field(ge=1, le=100)] = 1
+    """The most machines at once."""
     idle_time_before_scale_down: Annotated[int, Field(ge=60, le=86_400)] = 120
+    """Seconds without work after which a machine is released."""
 
     @model_validator(mode="after")
     def _counts_fit(self) -> ComputeSection:
@@ -142,16 +148,22 @@ class FoundationModelSection(Section):
     """The catalogue's model for the route `pipeline`; `name` None: that of model.name_or_path."""
 
     name: AssetName | None = None
+    """The catalogue's model for the route pipeline; none: that of model.name_or_path."""
     version: Version = "latest"
+    """Its version, or latest."""
     registry_name: AssetName = "azureml"
+    """Registry that has it."""
 
 
 class ComponentSection(Section):
     """The registry's fine-tuning pipeline component."""
 
     name: AssetName = "chat_completion_pipeline"
+    """Name of the fine-tuning pipeline component."""
     version: Version = "latest"
+    """Its version, or latest."""
     registry_name: AssetName = "azureml"
+    """Registry that has it."""
 
 
 class EnvironmentSection(Section):
@@ -161,87 +173,139 @@ class EnvironmentSection(Section):
     """
 
     name: AssetName | None = None
+    """An environment that exists, for the route job; none: one made of `image`."""
     version: Version = "latest"
+    """Its version, or latest."""
     registry_name: AssetName | None = None
+    """Registry that has it; none: the workspace."""
     image: Annotated[str, Field(min_length=3)] = (
         "mcr.microsoft.com/azureml/openmpi5.0-cuda12.6-ubuntu24.04:latest"
     )
+    """Container image that our trainer is installed on."""
 
 
 class AzureTrainSection(Section):
     """How the model is fine-tuned: the catalogue's pipeline, or a command job with our trainer."""
 
     route: Literal["auto", "pipeline", "job"] = "auto"
+    """pipeline: the catalogue's fine-tuning pipeline; job: our own trainer as a command job; auto
+    chooses by what the recipe needs."""
     foundation_model: FoundationModelSection = FoundationModelSection()
     component: ComponentSection = ComponentSection()
     environment: EnvironmentSection = EnvironmentSection()
     # Inputs of the component, over the model's own defaults: apply_lora, lora_r, precision, …
     parameters: dict[str, Scalar] = {}
+    """Inputs of the pipeline component by name (apply_lora, lora_r, precision, …), over the model's
+    own defaults."""
     instance_count: Positive = 1
+    """Machines that train together."""
     process_count_per_instance: Positive | None = None  # None: one for each GPU of the size
+    """Processes on each machine; none: one for each of its GPUs."""
     shm_size: Annotated[str, Field(pattern=r"^[0-9]+[bkmgBKMG]$")] = "16g"
+    """Shared memory of the container, such as 16g."""
     experiment_name: AssetName = "phi3-promptflow"
+    """Experiment in the workspace that lists the jobs."""
     timeout_minutes: Positive = 1440
+    """Minutes after which a job is cancelled."""
 
 
 class ProbeSection(Section):
     """When Azure asks the container whether it lives and is ready; seconds."""
 
     initial_delay: Annotated[int, Field(ge=1, le=3600)] = 10
+    """Seconds after the container's start before the first probe."""
     period: Annotated[int, Field(ge=1, le=3600)] = 10
+    """Seconds between probes."""
     timeout: Annotated[int, Field(ge=1, le=300)] = 10
+    """Seconds to wait for an answer."""
     success_threshold: Literal[1] = 1
+    """Successes in a row that make it healthy; Azure takes 1 only."""
     failure_threshold: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Failures in a row that make it unhealthy."""
 
 
 class EndpointSection(Section):
     """The managed online endpoint and its deployment; a GPU deployment bills until deleted."""
 
     name: EndpointName | None = None
+    """Name of the endpoint, unique in its region; none: made of the run's name."""
     auth_mode: Literal["key", "aad_token"] = "key"
+    """How clients sign in: the endpoint's key, or a Microsoft Entra token."""
     deployment: EndpointName | None = None
+    """Name of the deployment; none: a new one for each model version."""
     instance_type: VmSize = GPU_SIZE
+    """VM size that serves; it bills until phi3 down."""
     instance_count: Annotated[int, Field(ge=1, le=50)] = 1
+    """Machines that serve."""
     # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
     request_timeout_ms: Annotated[int, Field(ge=1000, le=180_000)] = 90_000
+    """Time limit of a request in milliseconds; Azure's most is 180000."""
     max_concurrent_requests_per_instance: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Requests at once on each machine; more wait or get status 429."""
     # Loading weights takes minutes; a probe that gives up earlier restarts the container for ever.
     liveness_probe: ProbeSection = ProbeSection(initial_delay=600)
+    """Whether the container lives; a failure restarts it."""
     readiness_probe: ProbeSection = ProbeSection(initial_delay=30, failure_threshold=90)
+    """Whether it is ready for requests."""
     app_insights_enabled: bool = False
+    """Send the deployment's figures to Application Insights."""
     keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
+    """Deployments kept at the endpoint; older ones without traffic are deleted."""
 
 
 class PollSection(Section):
     """Poll interval and timeouts, in seconds."""
 
     interval: Annotated[float, Field(ge=0.05, le=300)] = 10.0
+    """Seconds between looks at a resource that is being created."""
     job_interval: Annotated[float, Field(ge=0.05, le=600)] = 10.0
+    """Seconds between looks at a job."""
     retry_total: Annotated[int, Field(ge=0, le=20)] = 6
+    """Repeats of a failed call to Azure."""
     retry_backoff_factor: Annotated[float, Field(ge=0.0, le=30)] = 0.8
+    """Seconds before the first repeat; doubled each time."""
     provision_timeout: Annotated[float, Field(ge=1)] = 3600.0
+    """Seconds after which creating a resource is given up."""
     deploy_timeout: Annotated[float, Field(ge=1)] = 5400.0
+    """Seconds after which a deployment is given up."""
     delete_timeout: Annotated[float, Field(ge=1)] = 3600.0
+    """Seconds after which a deletion is given up."""
 
 
 class AzureSection(Section):
     """The `azure:` section; ids and names left out come from the environment or config.json."""
 
     subscription_id: SubscriptionId | None = None
+    """The subscription's GUID; none: AZURE_SUBSCRIPTION_ID, config.json, or that of az login."""
     tenant_id: SubscriptionId | None = None
+    """GUID of the Microsoft Entra tenant to sign in to; none: that of the sign-in."""
     resource_group: ResourceGroupName | None = None
+    """Resource group; none: AZURE_RESOURCE_GROUP, config.json, or phi3-promptflow."""
     workspace_name: WorkspaceName | None = None
+    """Azure Machine Learning workspace; none: from the environment, config.json, or a default
+    name."""
     location: Location | None = None
+    """Azure region; none: AZURE_LOCATION, config.json, or eastus."""
     storage_account: StorageName | None = None
+    """Storage account of a new workspace; none: a default name."""
     key_vault: KeyVaultName | None = None
+    """Key vault of a new workspace; none: a default name."""
     application_insights: InsightsName | None = None
+    """Application Insights of a new workspace; none: a default name."""
     log_analytics: LogAnalyticsName | None = None
+    """Log Analytics workspace of a new workspace; none: a default name."""
     container_registry: RegistryName | None = None
+    """Container registry of a new workspace; none: Azure ML makes one when it needs it."""
     identity: IdentityName | None = None
+    """User-assigned managed identity for jobs and endpoint; none: a default name."""
     hub: WorkspaceName | None = None
+    """Foundry hub that also gets the connection; none: no hub."""
     project: WorkspaceName | None = None
+    """Foundry project that also gets the connection; none: no project."""
     least_privilege: bool = False
+    """Give the identity only the roles that each step needs."""
     tags: dict[str, str] = {}
+    """Tags put on everything that is created, as name: text."""
     compute: ComputeSection = ComputeSection()
     train: AzureTrainSection = AzureTrainSection()
     endpoint: EndpointSection = EndpointSection()

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .keys import Key, meant
+
 Place = tuple[str | int, ...]
 Lines = Mapping[Place, int]
 
@@ -40,11 +42,18 @@ _EXPECTED = {
 }
 
 
-def fault_line(item: Any, lines: Lines, overrides: Sequence[str] = ()) -> str:
+def fault_line(item: Any, lines: Lines, keys: Sequence[Key]) -> str:
     """One of pydantic's findings: `finetune.lora_r: expected 1 or more, got 0 (line 7)`."""
     place: Place = tuple(item["loc"])
     key = ".".join(map(str, place)) or "recipe"
-    return f"{key}: {_what(item)}{_where(place, lines, overrides)}"
+    return f"{key}: {_what(item, key, keys)}{_where(place, lines)}"
+
+
+def is_typed(place: Sequence[str | int], overrides: Sequence[str]) -> bool:
+    """Whether an override of the command line names this key, or a section that holds it."""
+    names = tuple(map(str, place))
+    typed = [tuple(word.partition("=")[0].split(".")) for word in overrides]
+    return any(names[: len(key)] == key for key in typed)
 
 
 def plain(item: Any) -> str:
@@ -90,18 +99,16 @@ def _places(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]
             yield from _places(value, (*place, number))
 
 
-def _what(item: Any) -> str:
+def _what(item: Any, key: str, keys: Sequence[Key]) -> str:
     if item["type"] == "extra_forbidden":
-        return "unknown key; check its spelling (all keys: phi3 recipes --keys)"
+        names = meant(key, keys)
+        asked = f"did you mean {' or '.join(names)}?" if names else "check its spelling"
+        return f"unknown key; {asked} (all keys: phi3 recipes --keys)"
     return "is missing" if item["type"] == "missing" else plain(item)
 
 
-def _where(place: Place, lines: Lines, overrides: Sequence[str]) -> str:
-    """The line of the key, or of what should hold it; nothing for a key of the command line."""
-    typed = [tuple(word.partition("=")[0].split(".")) for word in overrides]
-    names = tuple(map(str, place))
-    if any(names[: len(key)] == key for key in typed):
-        return ""
+def _where(place: Place, lines: Lines) -> str:
+    """The line of the key, or of what should hold it."""
     for length in range(len(place), 0, -1):
         # One entry may stand for a list of one: its number is then nowhere in the file.
         for known in (place[:length], tuple(part for part in place[:length] if part != 0)):

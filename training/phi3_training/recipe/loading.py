@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,8 @@ from pydantic import (
 from ..errors import RecipeError
 from ..run import write_atomically
 from .azure import AzureSection
-from .faults import fault_line, lines_of
+from .faults import fault_line, is_typed, lines_of
+from .keys import keys_of
 from .sections import (
     HUB,
     BaseSection,
@@ -43,6 +45,7 @@ class Recipe(Section):
     """A whole recipe; see training/recipes/ for shipped ones."""
 
     name: Name
+    """Name of the recipe, and of its run where --run gives none."""
     model: ModelSection = ModelSection()
     base: BaseSection | None = None
     data: DataSection
@@ -52,7 +55,8 @@ class Recipe(Section):
     serve: ServeSection = ServeSection()
     connection: ConnectionSection = ConnectionSection()
     azure: AzureSection = AzureSection()
-    ask: Annotated[str, Field(min_length=1)] | None = None  # None: the first held-out question
+    ask: Annotated[str, Field(min_length=1)] | None = None
+    """The question asked at the end; none: the first held-out one."""
 
     @model_validator(mode="after")
     def _flash_packs_one_row(self) -> Recipe:
@@ -81,7 +85,9 @@ _OF_THE_CHATS: Mapping[str, Any] = {"data.validation": [], "ask": None}
 def load_recipe(
     path: Path, overrides: Sequence[str] = (), *, model_from: Path | None = None
 ) -> Recipe:
-    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+    """Read a recipe and apply `key.sub=value` overrides.
+
+    The value of a key whose type is text is taken as it was typed, any other one as YAML.
 
     `model_from` names a recipe whose model, and the sections that are set for it, are taken instead
     of the recipe's own and of an override of `model.name_or_path`.
@@ -90,7 +96,7 @@ def load_recipe(
     see `replaced_with_chats`.
 
     Raises RecipeError with every fault: unreadable YAML, unknown keys, wrong values, and files
-    that a path names but that do not exist.
+    that a path names but that do not exist. Those of overrides are reported as the command line's.
     """
     content = read_yaml(path)
     lines, faults = lines_of(path.read_text(encoding="utf-8"))
@@ -104,20 +110,37 @@ def load_recipe(
         if isinstance(content.get("data"), dict):
             content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
         overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
-    faults += _apply_overrides(content, overrides)
+    of_file = _found(deepcopy(content)) if overrides else []
+    typed = _apply_overrides(content, overrides)
     for key, value in replaced_with_chats(overrides).items():
         _set(content, key.split("."), value)
     _resolve_paths(content, Path.cwd())  # paths typed on the command line
+    keys = keys_of(Recipe)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         found = error.errors()
-        faults += [fault_line(item, lines, overrides) for item in found]
+        known = [(item["loc"], item["msg"]) for item in of_file]
+        for item in found:
+            by_hand = is_typed(item["loc"], overrides)
+            # A fault that the file alone does not have comes from what was typed, whatever its key.
+            blamed = by_hand or (bool(overrides) and (item["loc"], item["msg"]) not in known)
+            (typed if blamed else faults).append(fault_line(item, {} if blamed else lines, keys))
         recipe = _sound_part(content, found)
-    faults += _missing_files(recipe)
-    if faults:
-        raise RecipeError(str(path), faults)
+    for key, fault in _missing_files(recipe):
+        (typed if is_typed(key.split("."), overrides) else faults).append(fault)
+    if faults or typed:
+        raise RecipeError(str(path), faults, typed)
     return recipe
+
+
+def _found(content: dict[str, Any]) -> Sequence[Any]:
+    """What pydantic finds in a recipe's content."""
+    try:
+        Recipe.model_validate(content)
+    except ValidationError as error:
+        return error.errors()
+    return ()
 
 
 def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
@@ -176,12 +199,29 @@ def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[
             faults.append(f"{override!r}: expected key.sub=value, e.g. finetune.learning_rate=1e-4")
             continue
         try:
-            _set(content, key.split("."), _parse(value))
+            _set(content, key.split("."), _value(key, value))
         except yaml.YAMLError:
             faults.append(f"{override!r}: the value is not YAML")
         except TypeError:
             faults.append(f"{override!r}: {key.rpartition('.')[0]} is not a section")
     return faults
+
+
+# Mappings whose values are text under names of the user's own.
+_TEXTS_UNDER = "azure.tags."
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override: as typed where the key is text, else what YAML makes of it."""
+    known = next((one for one in keys_of(Recipe) if one.name == key), None)
+    is_list = text.startswith("[") and text.endswith("]")
+    if text in ("", "null") or (known is None and not key.startswith(_TEXTS_UNDER)):
+        return _parse(text)
+    if known is None or known.is_text:
+        return text
+    if is_list or not known.is_list_of_text:
+        return _parse(text)
+    return text if key == "finetune.target_modules" else [text]
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -221,7 +261,8 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         ]
 
 
-def _missing_files(recipe: Recipe) -> list[str]:
+def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
+    """Each key that names a file which is not there, and the fault."""
     named: dict[str, Sequence[Path | HubSet]] = {
         "base.data": recipe.base.data if recipe.base else [],
         "data.train": recipe.data.train,
@@ -231,7 +272,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
         "evaluate.probes": recipe.evaluate.probes or [],
     }
     return [
-        f"{key}: no such file: {path}"
+        (key, f"{key}: no such file: {path}")
         for key, paths in named.items()
         for path in paths
         if not (isinstance(path, HubSet) or path.is_file() or (key in _FOLDERS and path.is_dir()))

@@ -111,8 +111,11 @@ def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
 
 
 def overrides_of(values: Mapping[str, Value]) -> list[str]:
-    """`key=value` for each parameter, as the command line takes it."""
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    """`key=value` for each parameter, as the command line takes it: text as it is."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    ]
 
 
 # The following look at the file as it was written, so that a fault of its form hides no other.

@@ -26,6 +26,7 @@ from ..manifests import (
     RegistrationManifest,
 )
 from ..memory import memory_plan, row_sizes, this_device
+from ..models.layers import check_adapter
 from ..progress import Progress, no_progress, note
 from ..recipe import Recipe
 from ..run import Run
@@ -87,10 +88,11 @@ class LocalTarget:
         return evaluate(recipe, run, progress)
 
     def register(self, recipe: Recipe, run: Run) -> RegistrationManifest:
-        """Register with MLflow in the run folder."""
+        """Register with MLflow in the run folder, under the run's name."""
+        del recipe
         from ..register import register
 
-        return register(recipe.name, run)
+        return register(run)
 
     def deploy(self, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
         """Start the endpoint of this run, on the port it had before where that is free.
@@ -250,6 +252,8 @@ def _adapters(run: Run, model: ModelManifest) -> dict[str, Any]:
             "train one: phi3 train RECIPE --adapter NAME"
         )
     base = run.path / run.require(BaseManifest).path
+    for folder in named.values():  # here, where its error is seen, not in the server's log
+        check_adapter(folder, base)
     return {"base_dir": base, "adapter_dir": run.path / model.adapter, "adapters": named}
 
 

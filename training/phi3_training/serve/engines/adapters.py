@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 
 from ...errors import StageError
+from ...models.layers import check_adapter
 from .base import Engine
 from .batch import Logits
 from .named import NamedEngines
@@ -38,7 +39,7 @@ def load(
 
     Raises StageError when one of them cannot be loaded.
     """
-    shared = _Shared(step_model(base_dir, num_threads).model, own)
+    shared = _Shared(step_model(base_dir, num_threads).model, base_dir, own)
     keys = {name: f"adapter{number}" for number, name in enumerate(adapters)}
     for name, folder in adapters.items():
         shared.add(keys[name], name, folder)
@@ -54,10 +55,12 @@ def load(
 class _Shared:
     """The one model in memory; one adapter is switched on at a time."""
 
-    def __init__(self, base: Any, own: Path) -> None:
+    def __init__(self, base: Any, base_dir: Path, own: Path) -> None:
+        self._base_dir = base_dir
         self._turn = threading.Lock()
         self._current = _OWN
         with _loading(_OWN, own):
+            check_adapter(own, base_dir)
             self.model: Any = PeftModel.from_pretrained(
                 base, own, adapter_name=_OWN, local_files_only=True
             ).eval()
@@ -65,6 +68,7 @@ class _Shared:
     def add(self, key: str, name: str, folder: Path) -> None:
         """Load one more adapter next to the others."""
         with _loading(name, folder):
+            check_adapter(folder, self._base_dir)
             self.model.load_adapter(folder, adapter_name=key, local_files_only=True)
         self.model.eval()
 
@@ -82,7 +86,9 @@ class _Shared:
 def _loading(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except StageError as error:
+        raise StageError(f"The adapter {name!r} cannot be served. {error}") from None
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise StageError(
             f"The adapter {name!r} in {folder} cannot be loaded over this base model: {error}"
         ) from None

@@ -40,7 +40,7 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
     """Register the model that the run's job made."""
     job_model = run.require(ModelManifest)
     tags = _tags(recipe, run, job_model)
-    versions = _versions(clients, recipe.name)
+    versions = _versions(clients, run.name)
     model = _of_job(versions, job_model.job)
     if model is not None:
         how = "the job's model was already registered"
@@ -49,8 +49,8 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
         # meets the same version. Versions that are not whole numbers are somebody else's scheme.
         numbers = [int(str(item.version)) for item in versions if str(item.version).isdecimal()]
         version = str(max(numbers, default=0) + 1)
-        record(run, RunResource("model", f"{recipe.name}:{version}"))
-        model, source = _create(clients, recipe.name, version, job_model, tags)
+        record(run, RunResource("model", f"{run.name}:{version}"))
+        model, source = _create(clients, run.name, version, job_model, tags)
         how = f"from {source}"
     return RegistrationManifest(
         target=AZURE,
