@@ -32,6 +32,7 @@ from .history import (
     rough_tokens,
     to_messages,
 )
+from .served import refuse_requests_without_a_question
 
 # Lets `pf flow test --interactive` show a streamed answer while it arrives, and remember it.
 # Prompt flow 1.18 reads such an answer to its end before it prints the first piece; with traces on
@@ -95,6 +96,8 @@ def _settle(outputs: object, record: Record) -> None:
 
 
 log = logging.getLogger(__name__)
+
+refuse_requests_without_a_question()
 
 _MAX_CLIENTS = 16
 
