@@ -68,9 +68,11 @@ def fault_of_request(inputs: Mapping[str, Any], data: object) -> str:
 
 
 def let_the_page_leave_defaults_out() -> None:
-    """Describe as required only what has no default: before the server is made.
+    """Describe as fields only the conversation and what has no default: before the server is made.
 
-    Prompt flow's page reads this description and keeps its button grey until all is filled in.
+    Prompt flow's page draws a required field for every input of this description, whatever its
+    `required` and `default` say, and keeps its button grey until all of them are filled in. The
+    inputs that may be left out are named in the body's description, each with its default.
     """
     server = sys.modules.get(_SERVER)
     if server is None or hasattr(server, "phi3_describes"):
@@ -81,10 +83,15 @@ def let_the_page_leave_defaults_out() -> None:
         swagger: dict[str, Any] = before(flow, *others)
         body = swagger["paths"]["/score"]["post"]["requestBody"]
         schema = body["content"]["application/json"]["schema"]
+        optional = []
         for name, about in flow.inputs.items():
             if about.default is not None:
                 schema["required"].remove(name)
-                schema["properties"][name]["default"] = about.default
+                if not about.is_chat_history:
+                    del schema["properties"][name]
+                    optional.append(f"{name} ({about.default!r})")
+        if optional:
+            body["description"] += f". Optional, with defaults: {', '.join(optional)}"
         return swagger
 
     server.generate_swagger = generate_swagger  # type: ignore[attr-defined]
