@@ -61,7 +61,7 @@ def fault_of_request(inputs: Mapping[str, Any], data: object) -> str:
         sent = f"only {', '.join(map(repr, data))}" if data else "an empty object"
         return f"The request lacks the input {', '.join(map(repr, missing))}: it has {sent}"
     for name, about in inputs.items():
-        if about.is_chat_input and not (isinstance(data[name], str) and data[name].strip()):
+        if about.is_chat_input and not isinstance(data[name], str):
             sent = f"{data[name]!r:.80}"
             return f"The input {name!r} must be the question as text; the request has {sent}"
     return ""
