@@ -267,7 +267,8 @@ def test_pace_falls_by_half_and_rises_again() -> None:
     [
         ("{", "d.jsonl:1: not JSON"),
         ("[]", "not a JSON object"),
-        ('{"question": "Hi"}', "--map input_data=COLUMN"),
+        ('{"text": "Hi"}', "--map input_data=COLUMN"),
+        ('{"prompt": "a", "Question": "b"}', "prompt, Question could all be the question"),
         ('{"input_data": "  "}', "no text"),
         ("\n\n", "has no lines"),
         ('{"input_data": "Hi", "max_new_tokens": "9"}', "max_new_tokens must be a whole number"),
@@ -282,3 +283,12 @@ def test_faults_of_the_data_are_named_before_anything_is_sent(
     with pytest.raises(UsageError) as caught:
         read_lines(path, {})
     assert said in str(caught.value)
+
+
+def test_tables_are_read_and_an_obvious_column_is_the_question(tmp_path: Path) -> None:
+    path, notes = tmp_path / "d.csv", list[str]()
+    path.write_text("Question,temperature\nWhat is it?,0.5\nHow heavy?,\n", encoding="utf-8")
+    lines = read_lines(path, {}, notes.append)
+    assert [line.columns["input_data"] for line in lines] == ["What is it?", "How heavy?"]
+    assert [line.columns.get("temperature") for line in lines] == [0.5, None]
+    assert notes == ["Questions from the column Question"]

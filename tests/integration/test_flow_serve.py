@@ -59,6 +59,16 @@ def test_serves_without_store_and_keyring(home: PfHome, upstream: Endpoint, engi
         replies = [requests.post(f"{url}/score", json=body, timeout=60) for _ in range(3)]
         assert [r.json() for r in replies] == [{"answer": f"1: Hello {engine}?"}] * 3
         assert requests.get(url, timeout=20).status_code == 200  # the page, on either engine
+        shape = requests.get(f"{url}/swagger.json", timeout=20).json()["paths"]["/score"]["post"]
+        schema = shape["requestBody"]["content"]["application/json"]["schema"]
+        assert (sorted(schema["properties"]), schema["required"]) == (
+            ["chat_history", "input_data"],  # what the page draws
+            ["input_data"],
+        )
+        for sent in ({"question": "Hi?"}, {}, {"input_data": None}, [1]):
+            refused = requests.post(f"{url}/score", json=sent, timeout=60)
+            assert refused.status_code == 400, refused.text
+            assert "input_data" in refused.json()["error"]["message"]
     finally:
         interrupt(process)
     files = [path for path in home.path.rglob("*") if path.is_file()]

@@ -33,6 +33,7 @@ from .history import (
     to_messages,
 )
 from .index import hits_of
+from .served import refuse_requests_without_a_question
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,8 @@ def _settle(outputs: object, record: Record) -> None:
         if isinstance(value, Iterator) and pieces is not None:
             outputs[name] = "".join(pieces)
 
+
+refuse_requests_without_a_question()
 
 # Each keeps a pool of open connections.
 _MAX_CLIENTS = 16

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from phi3_tool.errors import (
 )
 from phi3_tool.history import to_messages
 
+from .data.sources import rows_of
 from .errors import SHOWN_FAULTS, StageError, UsageError
 from .progress import Progress, no_progress
 from .run import sha256_of, write_atomically
 
-# The lines of a batch: read from a JSONL file, every fault of it named at once; writes nothing.
+# The lines of a batch: read from a JSONL file or a table, every fault named at once; writes
+# nothing.
 
 # What the flow takes besides the question; a null counts as not given.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -36,6 +38,18 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "top_p": ((int, float), "a number"),
     "max_new_tokens": ((int,), "a whole number"),
 }
+_TEXT = "system_prompt"
+# Names that can only mean the question; compared without regard to case.
+QUESTION_COLUMNS = (
+    "input_data",
+    "question",
+    "prompt",
+    "input",
+    "query",
+    "inputs.input_data",
+    "inputs.question",
+)
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".arrow", ".gz")
 
 
 @dataclass(frozen=True)
@@ -47,22 +61,32 @@ class Line:
     turns: int = 0
 
 
-def read_lines(path: Path, renamed: Mapping[str, str]) -> list[Line]:
-    """The lines of a JSONL file, `renamed` columns given the flow's names; all faults at once."""
+def no_note(_text: str) -> None:
+    """Takes what nobody wants to be told."""
+
+
+def read_lines(
+    path: Path, renamed: Mapping[str, str], note: Callable[[str], None] = no_note
+) -> list[Line]:
+    """The rows of a JSONL file or of any table the training reads; all faults at once.
+
+    `renamed` columns get the flow's names. Where neither it nor the first row names input_data,
+    one column of QUESTION_COLUMNS is taken for it and `note` is told which.
+    """
     faults: list[str] = []
     lines: list[Line] = []
+    table = path.suffix.lower() in TABLES
     try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
+        for place, row in _table_rows(path) if table else _json_rows(path):
+            if isinstance(row, dict) and not lines and not faults:
+                renamed = _with_question(row, renamed, note)
+            columns = _columns(row, renamed, cells=table) if isinstance(row, dict) else row
+            if isinstance(columns, str):
+                faults.append(f"{path}:{place}: {columns}")
+            else:
+                lines.append(Line(len(lines), columns))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    for place, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        columns = _columns(text, renamed)
-        if isinstance(columns, str):
-            faults.append(f"{path}:{place}: {columns}")
-        else:
-            lines.append(Line(len(lines), columns))
     if faults:
         more = len(faults) - SHOWN_FAULTS
         shown = "\n  ".join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
@@ -72,21 +96,64 @@ def read_lines(path: Path, renamed: Mapping[str, str]) -> list[Line]:
     return lines
 
 
-def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
-    """The columns of a line, or what is wrong with it."""
-    try:
-        columns = json.loads(text)
-    except ValueError:
-        return "not JSON"
-    if not isinstance(columns, dict):
-        return "not a JSON object"
-    absent = [theirs for theirs in renamed.values() if theirs not in columns]
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and object of each line, or what is wrong with it."""
+    for place, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError:
+            yield place, "not JSON"
+        else:
+            yield place, row if isinstance(row, dict) else "not a JSON object"
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """The rows as the reader of the training data gives them."""
+    for raw in rows_of(path):
+        if raw.problems:
+            yield raw.line, "; ".join(f"{p.what} ({p.fix})" for p in raw.problems)
+        else:
+            yield raw.line, raw.value if isinstance(raw.value, dict) else "not a JSON object"
+
+
+def _with_question(
+    row: Mapping[str, Any], renamed: Mapping[str, str], note: Callable[[str], None]
+) -> Mapping[str, str]:
+    """`renamed`, with the column that is obviously the question's; raises where two could be."""
+    if "input_data" in row or "input_data" in renamed:
+        return renamed
+    fitting = [name for name in row if name.strip().casefold() in QUESTION_COLUMNS]
+    if len(fitting) > 1:
+        raise UsageError(
+            f"The columns {', '.join(fitting)} could all be the question; choose one with "
+            f"--map input_data=COLUMN"
+        )
+    if not fitting:
+        return renamed
+    note(f"Questions from the column {fitting[0]}")
+    return {**renamed, "input_data": fitting[0]}
+
+
+def _columns(
+    row: Mapping[str, Any], renamed: Mapping[str, str], *, cells: bool
+) -> dict[str, Any] | str:
+    """The columns of a row, or what is wrong with it; `cells`: numbers and lists may be text."""
+    absent = [theirs for theirs in renamed.values() if theirs not in row]
     if absent:
-        return f"no column {', '.join(absent)}"
-    columns = {**columns, **{ours: columns[theirs] for ours, theirs in renamed.items()}}
+        return f"no column {', '.join(absent)}; it has {', '.join(row)}"
+    columns = {**row, **{ours: row[theirs] for ours, theirs in renamed.items()}}
     question = columns.get("input_data")
     if not isinstance(question, str) or not question.strip():
-        return "no text in the column input_data (name another with --map input_data=COLUMN)"
+        return (
+            "no text in the column input_data (name another with --map input_data=COLUMN); "
+            f"it has {', '.join(row)}"
+        )
+    if cells:
+        columns.update(
+            {name: _value(columns[name]) for name in _TYPES if name in columns and name != _TEXT}
+        )
     wrong = [
         f"{name} must be {what}, not {columns[name]!r:.40}"
         for name, (kinds, what) in _TYPES.items()
@@ -94,6 +161,16 @@ def _columns(text: str, renamed: Mapping[str, str]) -> dict[str, Any] | str:
         and (not isinstance(columns[name], kinds) or isinstance(columns[name], bool))
     ]
     return "; ".join(wrong) or columns
+
+
+def _value(cell: object) -> object:
+    """What a cell's text means; an empty cell gives nothing, as a null does in JSON."""
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return json.loads(cell) if cell.strip() else None
+    except ValueError:
+        return cell
 
 
 # The answers of a batch: a JSONL file that loses nothing when its writer is killed.

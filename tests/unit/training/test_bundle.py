@@ -206,7 +206,7 @@ def test_feed_carries_no_secret(clone: Path, tmp_path: Path, feed: str) -> None:
 def test_key_of_the_environment_is_refused(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flow = copied(clone, tmp_path, "Who founded Microsoft?", KEY)
+    flow = copied(clone, tmp_path, "Maximum length", KEY)
     monkeypatch.setenv("PHI3_KEY", KEY)
     with pytest.raises(UsageError, match=r"occurs in flow\.dag\.yaml") as caught:
         pack(flow, tmp_path / "out")
@@ -223,6 +223,18 @@ def test_somebodys_own_folder_is_not_replaced(clone: Path, tmp_path: Path) -> No
     assert (mine / "thesis.txt").exists()
     with pytest.raises(UsageError, match="the flow itself"):
         pack(clone, clone.parent)
+
+
+def test_another_bundle_is_not_overwritten_in_silence(clone: Path, tmp_path: Path) -> None:
+    first = pack(clone, tmp_path / "out")
+    assert pack(clone, tmp_path / "out").sha256 == first.sha256  # the same bytes: nothing lost
+    with pytest.raises(UsageError, match="--overwrite"):
+        pack(clone, tmp_path / "out", image="phi3-session:1")
+    assert pack(clone, tmp_path / "out", image="phi3-session:1", overwrite=True)
+
+
+def test_bundle_names_the_keyring_of_a_machine_without_a_desktop(bundle: Bundle) -> None:
+    assert "keyrings.alt" in (bundle.folder / "requirements.txt").read_text(encoding="utf-8")
 
 
 def test_package_tool_asks_where_it_is_installed_from(tmp_path: Path) -> None:

@@ -389,7 +389,13 @@ def register_batch(subparsers: Any) -> None:
         "phi3 batch questions.jsonl --map input_data=question --out answers.jsonl",
         run_lines,
     )
-    batch.add_argument("data", type=Path, metavar="DATA", help="JSONL with a column input_data")
+    batch.add_argument(
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="JSONL, CSV, JSON or parquet; the question in input_data, question, prompt, input or "
+        "query",
+    )
     batch.add_argument(
         "--out",
         type=Path,
@@ -428,7 +434,7 @@ def register_batch(subparsers: Any) -> None:
 def run_lines(args: argparse.Namespace) -> int:
     """Ask; exit 1 with the fix where a line has no answer."""
     renamed = dict(args.map)
-    lines = read_lines(args.data, renamed)
+    lines = read_lines(args.data, renamed, lambda text: console.err.print(text, markup=False))
     access, known = access_of(args)
     length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
     defaults = {

@@ -148,13 +148,23 @@ def _add_pack(actions: Any) -> None:
     )
     add_flow(pack)
     _add_out(pack)
+    pack.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier zip file that differs"
+    )
 
 
 def run_pack(args: argparse.Namespace) -> int:
     """Pack; print where the results are."""
     from ..flow.bundle import pack
 
-    bundle = pack(flow_of(args), args.out, feed=args.feed, image=args.image, extra=args.add)
+    bundle = pack(
+        flow_of(args),
+        args.out,
+        feed=args.feed,
+        image=args.image,
+        extra=args.add,
+        overwrite=args.overwrite,
+    )
     if args.output == "json":
         console.print_json(
             {

@@ -309,12 +309,14 @@ def pack(
     feed: str | None = None,
     image: str | None = None,
     extra: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> Bundle:
     """Pack the flow folder `flow` under `out`.
 
     The tool's source travels inside the folder unless `feed` (a package index) or `image` (of the
     compute session) names where the package is installed from. `extra` names further files of the
-    flow folder. Raises UsageError for a flow that cannot be packed; nothing is written then.
+    flow folder. Raises UsageError for a flow that cannot be packed, and for an earlier zip of other
+    bytes without `overwrite`; nothing is written then.
     """
     source = FlowSource.read(flow)
     if image is not None:
@@ -337,13 +339,28 @@ def pack(
         staged = Path(scratch) / source.name
         copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
         (staged / IGNORE).write_text(AMLIGNORE, encoding="utf-8")
+        _name_a_keyring(staged / (source.requirements or REQUIREMENTS))
         refuse_secrets(staged)
         _describe_tools(source, staged)
         archive = Path(scratch) / "bundle.zip"
         files = _write_zip(staged, archive)
+        if not overwrite and zip_path.exists() and sha256_of(zip_path) != sha256_of(archive):
+            raise UsageError(
+                f"{zip_path} exists and is another bundle; replace it with --overwrite, or choose "
+                f"another folder with --out FOLDER"
+            )
         replace(staged, folder)
         archive.replace(zip_path)
     return Bundle(folder, zip_path, files, sha256_of(zip_path))
+
+
+def _name_a_keyring(path: Path) -> None:
+    """Require the file keyring: without a desktop, Prompt flow can store no connection else."""
+    text = path.read_text(encoding="utf-8")
+    if "keyrings.alt" not in text:
+        lines = "# Where there is no desktop, Prompt flow can store a connection only with this.\n"
+        end = "\n" if text and not text.endswith("\n") else ""
+        path.write_text(f"{text}{end}{lines}keyrings.alt>=5\n", encoding="utf-8")
 
 
 def copy_flow(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3_tool.connection import ConnectionSettings
+from phi3_tool.served import let_the_page_leave_defaults_out
 
 from ..errors import MissingExtraError, StageError, UsageError
 from . import store
@@ -105,6 +106,8 @@ def _prepare() -> None:
     os.environ.setdefault("PF_LOGGING_LEVEL", "ERROR")
     leave_traces_out()
     store.quiet()
+    _module("promptflow.core._serving.app_base")
+    let_the_page_leave_defaults_out()
     provider = _module("promptflow.core._connection_provider._connection_provider")
     provider.ConnectionProvider._instance = _provider(settings)
 

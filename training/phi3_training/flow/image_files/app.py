@@ -12,6 +12,8 @@ from promptflow.core._connection_provider._dict_connection_provider import DictC
 from promptflow.core._serving.app import create_app
 from promptflow.core._utils import init_executable
 
+from phi3_tool.served import let_the_page_leave_defaults_out
+
 FLOW = Path(__file__).resolve().parent / "flow"
 CONFIGS = ("endpoint", "deployment", "dialect", "context_length")
 
@@ -39,4 +41,5 @@ page.os = os
 os.environ["PROMPTFLOW_PROJECT_PATH"] = str(FLOW)
 os.chdir(FLOW)
 ConnectionProvider._instance = DictConnectionProvider({name: connection() for name in names()})
+let_the_page_leave_defaults_out()
 app = create_app(engine="flask")
