@@ -9,13 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, StringConstraints
 
 # `ort-genai` is the earlier name of `onnxruntime`: recipes and settings may still say it.
 EngineName = Annotated[
     Literal["auto", "onnxruntime", "transformers", "upstream"],
     BeforeValidator(lambda name: "onnxruntime" if name == "ort-genai" else name),
 ]
+
+# A web page's origin as browsers send it, or * for any page.
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s*]+)$")]
 
 _GPU_MARKS = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
 

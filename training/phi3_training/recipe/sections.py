@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..engine import EngineName
+from ..engine import EngineName, Origin
 from ..models.catalogue import SMALL, TINY
 
 Positive = Annotated[int, Field(ge=1)]
@@ -297,6 +297,8 @@ class ServeSection(Section):
     request_timeout_ms: Annotated[int, Field(ge=100, le=180_000)] = 60_000
     max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
     max_new_tokens: Positive = 256
+    # Pages of these origins may call the endpoint from a browser, e.g. http://localhost:3000
+    cors_origins: list[Origin] = []
     upstream_url: str | None = None
     upstream_model: str | None = None
 
