@@ -226,6 +226,7 @@ def test_the_export_check_crosses_the_border(tuned: Tuned, name: str) -> None:
 def test_the_evaluation_crosses_the_border(tuned: Tuned) -> None:
     """Answers, and losses of short rows beside long ones, are those of one row alone."""
     chat = ChatFormat.from_folder(tuned.model)
+    chat.stop_token_ids = ()  # whatever would end it before the border
     prompt = [{"role": "user", "content": "the kettle costs 14 euros, " * 3}]
     ids = chat.encode_prompt(prompt)
     most = BORDER - len(ids) + 12
@@ -235,10 +236,8 @@ def test_the_evaluation_crosses_the_border(tuned: Tuned) -> None:
         model, chat, [Asked(prompt)], max_new_tokens=most, at_once=4, share_limit=limit
     )
     said, _ = uncached(tuned.model, ids, most)
-    cut = next((n for n, token in enumerate(said) if token in chat.stop_token_ids), None)
-    assert cut is None or cut > BORDER - len(ids), "it stops before the border"
     assert found.said is not None
-    assert found.said.text == chat.decode(said[:cut])
+    assert found.said.text == chat.decode(said)
     rows = [
         [*talk, {"role": "assistant", "content": "It costs 12 euros."}] for talk in (SHORT, LONG)
     ]

@@ -312,6 +312,7 @@ class _Visit:
         if is_openai(self.scope["path"]):
             message = _IN_WORDS.get(status) or body.decode()
             body, content_type = json.dumps(openai_error(status, message)).encode(), _JSON
+            headers = [h for h in headers or [] if not h[0].startswith("ms-azureml-")]
         every = [*self._headers, *(headers or [])]
         await respond(self._send, status, body, content_type, headers=every)
 
