@@ -105,7 +105,8 @@ def forced(
 def _after(model: StepModel, ids: Sequence[int], length: int, switch: int | None) -> Logits:
     """The logits after `ids`, of which the model has read all but the last one."""
     if len(ids) - 1 != switch:
-        return model.step([ids[-1]])[0].copy()
+        logits: Logits = model.step([ids[-1]])[0].copy()
+        return logits
     # The rotation changes here: keys that were rotated before cannot be used any more.
     model.drop(0)
     return model.add(ids, length).copy()
