@@ -127,7 +127,10 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"[ -~]+")
 _MOST_ID = 100
 _PATHS = frozenset(
-    {"/", "/score", "/swagger.json", "/chat/completions", "/v1/chat/completions", "/v1/models"}
+    {
+        *("/", "/score", "/swagger.json", "/chat/completions"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/models"),
+    }
 )
 _TEXT, _JSON = "text/plain", "application/json"
 _STREAM = b"text/event-stream"
