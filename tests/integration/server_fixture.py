@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import requests
-import uvicorn
 
 from phi3_training.finetune import prepare_base
 from phi3_training.recipe import load_recipe
@@ -23,7 +22,7 @@ from phi3_training.run import Run
 from phi3_training.serve.config import ServerConfig
 from phi3_training.serve.engines.base import Engine
 from phi3_training.serve.export import export_onnx
-from phi3_training.serve.server import bind, create_app
+from phi3_training.serve.server import bind, create_app, server_of
 
 KEY = "test-key-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -110,15 +109,7 @@ def served(engine: Engine, **settings: Any) -> Iterator[Served]:
     """Serve `engine` from a thread on a free port."""
     config = ServerConfig(**settings)
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(engine, config, key=KEY),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=2,
-        )
-    )
+    server = server_of(create_app(engine, config, key=KEY), config, drain_seconds=2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -76,15 +76,40 @@ def test_a_wrong_key(endpoint: Served) -> None:
 
 
 def test_an_error_shows_what_to_fix(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIStatusError) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="any", messages=messages(0), temperature=1.5)
-    assert caught.value.status_code == 424
-    assert caught.value.response.headers["ms-azureml-model-error-statuscode"] == "422"
+    assert caught.value.param == "temperature"
+    assert caught.value.type == "invalid_request_error"
     assert "temperature" in str(caught.value)
 
 
+def test_one_model(client: openai.OpenAI) -> None:
+    assert client.models.retrieve("phi3-tuned").id == "phi3-tuned"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("gpt-4")
+
+
+def test_the_old_completions_say_what_to_use(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="/v1/chat/completions"):
+        client.completions.create(model="phi3-tuned", prompt="hi")
+
+
+def test_turns_as_chat_clients_send_them(client: openai.OpenAI) -> None:
+    """A greeting first, a late system message, two questions in a row."""
+    answer = client.chat.completions.create(
+        model="any",
+        messages=[
+            {"role": "assistant", "content": "Hello, how can I help?"},
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi"},
+            {"role": "user", "content": PAIRS[0][0]},
+        ],
+    )
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
 def test_a_prompt_too_long(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.APIStatusError, match="context holds 512"):
+    with pytest.raises(openai.BadRequestError, match="context holds 512"):
         client.chat.completions.create(
             model="any", messages=[{"role": "user", "content": "lamp " * 600}], stream=True
         )

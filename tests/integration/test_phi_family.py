@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
+from phi3_training.evaluate.answers import Asked, answer_losses, examine
 from phi3_training.manifests import ModelManifest, OnnxFp32Export
 from phi3_training.memory.model import shape_of
 from phi3_training.prompt import ChatFormat
@@ -25,10 +26,10 @@ from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.serve.engines import adapters, onnxruntime, transformers
 from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.batch import Job, Sampler
-from phi3_training.serve.engines.tokens import TokenEngine
+from phi3_training.serve.engines.batch import Job, Sampler, StepModel
+from phi3_training.serve.engines.tokens import TokenEngine, share_limit
 from phi3_training.serve.export import export_onnx
-from phi3_training.verify.export import greedy
+from phi3_training.verify.export import forced, greedy
 
 QUESTION = "What does the stove cost?"
 SHORT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
@@ -188,6 +189,63 @@ def test_an_answer_that_crosses_the_border_is_read_again(tuned: Tuned, name: str
             scores = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             ids = [*ids, int(scores.argmax())]
     assert said == ids[-most:]
+
+
+def uncached(folder: Path, ids: list[int], most: int) -> tuple[list[int], Any]:
+    """Greedy tokens and their scores, each from one pass over everything before it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    said, rows = [], []
+    with torch.inference_mode():
+        for _ in range(most):
+            scores = model(torch.tensor([[*ids, *said]]), use_cache=False).logits[0, -1]
+            said.append(int(scores.argmax()))
+            rows.append(scores)
+    return said, torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "transformers"])
+def test_the_export_check_crosses_the_border(tuned: Tuned, name: str) -> None:
+    """Both sides agreed on wrong scores there: what is compared is what is right."""
+    chat = ChatFormat.from_folder(tuned.model)
+    ids = chat.encode_prompt([{"role": "user", "content": "the kettle costs 14 euros, " * 3}])
+    most = BORDER - len(ids) + 12
+    said, scores = uncached(tuned.model, ids, most)
+    model: StepModel = (
+        onnxruntime.step_model(tuned.onnx)
+        if name == "onnxruntime"
+        else transformers.step_model(tuned.model, dtype=torch.float32)
+    )
+    trace = greedy(model, ids, (), most, share_limit(tuned.model))
+    assert trace.tokens == said
+    assert abs(trace.logits - scores).max() < 1e-3
+    assert abs(forced(model, ids, said, share_limit(tuned.model)) - scores).max() < 1e-3
+    stale = forced(model, ids, said)
+    assert abs(stale - scores)[BORDER - len(ids) + 1 :].max() > 0.05, "the border does not matter"
+
+
+def test_the_evaluation_crosses_the_border(tuned: Tuned) -> None:
+    """Answers, and losses of short rows beside long ones, are those of one row alone."""
+    chat = ChatFormat.from_folder(tuned.model)
+    chat.stop_token_ids = ()  # whatever would end it before the border
+    prompt = [{"role": "user", "content": "the kettle costs 14 euros, " * 3}]
+    ids = chat.encode_prompt(prompt)
+    most = BORDER - len(ids) + 12
+    model = AutoModelForCausalLM.from_pretrained(tuned.model, dtype=torch.float32)
+    limit = share_limit(tuned.model)
+    (found,) = examine(
+        model, chat, [Asked(prompt)], max_new_tokens=most, at_once=4, share_limit=limit
+    )
+    said, _ = uncached(tuned.model, ids, most)
+    assert found.said is not None
+    assert found.said.text == chat.decode(said)
+    rows = [
+        [*talk, {"role": "assistant", "content": "It costs 12 euros."}] for talk in (SHORT, LONG)
+    ]
+    both = answer_losses(model, chat, rows, share_limit=limit)
+    alone = [answer_losses(model, chat, [row])[0] for row in rows]
+    assert [one.nll for one in both if one] == pytest.approx(
+        [one.nll for one in alone if one], rel=1e-5
+    )
 
 
 def test_positions_matter_in_these_models(tuned: Tuned, tmp_path: Path) -> None:

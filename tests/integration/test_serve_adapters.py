@@ -154,7 +154,7 @@ def test_models_are_listed(endpoint: Served) -> None:
 def test_an_unknown_name_is_refused_and_the_known_ones_listed(endpoint: Served) -> None:
     body = {"model": "french", "messages": [{"role": "user", "content": "Hi"}]}
     reply = endpoint.post("/v1/chat/completions", body)
-    assert reply.headers["ms-azureml-model-error-statuscode"] == "404"
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
     assert "models: local, loud, phi3, v1.0" in reply.text
     header = {"azureml-model-deployment": "french"}
     assert endpoint.post("/score", {}, **header).status_code == 404

@@ -145,3 +145,32 @@ def test_a_connection_is_used_again(endpoint: Served) -> None:
 def test_a_cut_answer_looks_cut(engine: Engine) -> None:
     with served(engine, quirks=("cut",)) as endpoint, pytest.raises(requests.RequestException):
         endpoint.score(PAIRS[0][0])
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /score HTTP/1.1\r\nHost: loc"])
+def test_half_open_connections_are_closed(engine: Engine, sent: bytes) -> None:
+    with served(engine, idle_seconds=1) as endpoint:
+        port = int(endpoint.url.rsplit(":", 1)[1])
+        waiting = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(20)]
+        for connection in waiting:
+            connection.sendall(sent)
+        for connection in waiting:
+            assert connection.recv(100) == b"", "the endpoint did not close it"
+            connection.close()
+        assert endpoint.score(PAIRS[0][0]).json()["output"] == PAIRS[0][1]
+
+
+def test_half_a_second_request_is_closed(engine: Engine) -> None:
+    with served(engine, idle_seconds=1) as endpoint:
+        body = json.dumps(score_body(PAIRS[0][0])).encode()
+        connection = raw_post(endpoint, "/score", body)
+        connection.settimeout(30)
+        assert b"200" in connection.recv(4000)
+        connection.sendall(b"POST /score HTT")
+        assert connection.recv(100) == b""
+        connection.close()
+
+
+def test_a_slow_answer_is_no_idle_connection(engine: Engine) -> None:
+    with served(engine, idle_seconds=1, quirks=("delay:2.5",)) as endpoint:
+        assert endpoint.score(PAIRS[0][0]).json()["output"] == PAIRS[0][1]

@@ -138,6 +138,29 @@ def test_what_is_asked_of_it() -> None:
     }
 
 
+def events(*texts: str, reason: str | None = "stop") -> str:
+    choices = [{"delta": {"content": text}} for text in texts]
+    if reason:
+        choices.append({"delta": {}, "finish_reason": reason})
+    return "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason", "said"),
+    [
+        (("hello", "<|end|>"), "stop", "hello"),
+        (("hel", "lo<|e", "nd|>"), "length", "hello"),
+        (("hello<|end|>", "<|user|>", "And then?"), None, "hello"),
+        (("a <|", "b"), "stop", "a <|b"),
+        (("a <|en",), "stop", "a <|en"),
+    ],
+)
+def test_a_turns_end_shown_as_text_ends_the_answer(
+    texts: tuple[str, ...], reason: str | None, said: str
+) -> None:
+    assert ask(lambda _request: httpx.Response(200, text=events(*texts, reason=reason))) == said
+
+
 def test_leaving_closes_the_other_connection() -> None:
     closed: list[bool] = []
 

@@ -1,21 +1,32 @@
-"""The engines that run a model: their names in recipes and settings, and what `auto` takes.
+"""Values that recipes and the server's settings share: engines, what `auto` takes, web origins.
 
 Looks at what is installed and whether there is a GPU, without importing torch for it.
 """
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 # `ort-genai` is the earlier name of `onnxruntime`: recipes and settings may still say it.
 EngineName = Annotated[
     Literal["auto", "onnxruntime", "transformers", "upstream"],
     BeforeValidator(lambda name: "onnxruntime" if name == "ort-genai" else name),
 ]
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"https?://[^/\s*]+", text):
+        raise ValueError("expected an origin such as http://localhost:3000 (no path), or *")
+    return text
+
+
+# A web page's origin as browsers send it, or * for any page: a value of serve.cors_origins.
+Origin = Annotated[str, AfterValidator(_origin)]
 
 _GPU_MARKS = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
 

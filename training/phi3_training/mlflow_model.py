@@ -52,7 +52,7 @@ class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has 
         ]
 
     def _answer(self, messages: list[dict[str, str]], limit: int) -> str:
-        ids = self._torch.tensor([self._format.encode_prompt(messages)])
+        ids = self._torch.tensor([self._format.encode_prompt(messages, any_order=True)])
         with self._torch.inference_mode():
             output = self._model.generate(
                 ids,

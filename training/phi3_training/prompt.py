@@ -266,13 +266,14 @@ class ChatFormat:
         checked = _checked(messages)
         return self._template.render(checked, add_generation_prompt=add_generation_prompt)
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], *, any_order: bool = False) -> list[int]:
         """The token ids after which the model writes its answer.
 
         Raises ValueError, in a plain sentence, for a conversation that does not end with a user
-        message or whose roles are out of order.
+        message or whose roles are out of order. `any_order`: the roles may come in any order that
+        the template takes, as chat clients send them; only an answer cannot be the last message.
         """
-        checked = _checked(messages, last_role="user")
+        checked = _checked(messages, None if any_order else "user", any_order=any_order)
         text = self._guarded_text(checked, add_generation_prompt=True)
         return self._guard.encode(text)[0]
 
@@ -316,8 +317,8 @@ class ChatFormat:
         safe = [{**m, "content": self._guard.escape(m["content"])} for m in messages]
         rendered = self._template.render(safe, add_generation_prompt=add_generation_prompt)
         text = self._guard.seal(rendered)
-        system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
-        if system not in text:
+        systems = [m["content"].strip() for m in messages if m["role"] == "system"]
+        if any(system not in text for system in systems):
             raise ValueError(
                 "The model's chat template has no place for a system prompt and would drop it; "
                 "remove the system prompt or put it into the first user message."
@@ -362,7 +363,9 @@ def _mark(
                 return
 
 
-def _checked(messages: Sequence[Message], last_role: str | None = None) -> list[dict[str, str]]:
+def _checked(
+    messages: Sequence[Message], last_role: str | None = None, *, any_order: bool = False
+) -> list[dict[str, str]]:
     """The messages as role and content only, an empty system prompt left out."""
     checked = []
     for number, message in enumerate(messages, start=1):
@@ -378,8 +381,19 @@ def _checked(messages: Sequence[Message], last_role: str | None = None) -> list[
                 f"The content of message {number} is {type(content).__name__}; expected text."
             )
         checked.append({"role": role, "content": content})
-    _check_order([message["role"] for message in checked], last_role)
+    roles = [message["role"] for message in checked]
+    if any_order:
+        _check_question(roles)
+    else:
+        _check_order(roles, last_role)
     return checked
+
+
+def _check_question(roles: Sequence[str]) -> None:
+    if "user" not in roles:
+        raise ValueError("The conversation has no user message.")
+    if roles[-1] == "assistant":
+        raise ValueError("The last message has the role assistant; expected user.")
 
 
 def _check_order(roles: Sequence[str], last_role: str | None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phi3_training.run import Run
 from phi3_training.serve.engines.batch import Logits
 from phi3_training.verify import export
 from phi3_training.verify.export import MERGED, ONNX, Deviation, Prompt, deviation, forced, greedy
@@ -54,6 +56,44 @@ def test_logits_are_kept_although_the_engine_uses_its_buffer_again() -> None:
     trace = greedy(Counting(), [1], [5], 9)
     assert trace.logits.argmax(axis=1).tolist() == trace.tokens
     assert forced(Counting(), [1], trace.tokens).argmax(axis=1).tolist() == trace.tokens
+
+
+@dataclass
+class Switching(Counting):
+    """Counts how it is asked: what was added, and how many tokens by steps."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.added: list[int] = []
+        self.steps = 0
+
+    def add(self, ids: Sequence[int], length: int) -> Logits:
+        self.added.append(len(ids))
+        return super().add(ids, length)
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        self.steps += 1
+        return super().step(tokens)
+
+
+def test_both_sides_are_read_again_where_the_rotation_switches() -> None:
+    one, other = Switching(), Switching()
+    trace = greedy(one, [1], [7], 9, switch=3)
+    assert trace.tokens == [2, 3, 4, 5, 6, 7]
+    assert (one.added, one.steps) == ([1, 4], 4)
+    forced(other, [1], trace.tokens, switch=3)
+    assert (other.added, other.steps) == ([1, 4], 4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "length"), [(None, 64), ("name: r", 64), ("evaluate: {max_new_tokens: 200}", 200)]
+)
+def test_answers_are_as_long_as_in_the_evaluation(
+    recipe: str | None, length: int, tmp_path: Path
+) -> None:
+    if recipe:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    assert export.answer_length(Run(tmp_path)) == length
 
 
 def test_equal_models_do_not_deviate() -> None:

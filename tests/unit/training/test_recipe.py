@@ -91,6 +91,11 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
             "serve: {engine: upstream}",
             "upstream_url",
         ),
+        (
+            "name: a\nmodel: {name_or_path: x}\ndata: {train: chats.jsonl}\n"
+            "serve: {cors_origins: [localhost:3000]}",
+            r"cors_origins.0: expected an origin such as http://localhost:3000",
+        ),
     ],
 )
 def test_each_fault_is_named(tmp_path: Path, text: str, told: str) -> None:

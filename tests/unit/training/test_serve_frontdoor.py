@@ -20,6 +20,7 @@ from phi3_training.serve.engines.base import (
     PromptTooLongError,
     Sampling,
 )
+from phi3_training.serve.engines.named import UnknownModelError
 from phi3_training.serve.server import create_app
 
 KEY = "k3y-of-the-tests"
@@ -257,10 +258,16 @@ def test_a_stream_of_events_ends_with_done() -> None:
 
 def test_an_error_before_the_first_piece_has_a_status() -> None:
     body = {**CHAT, "stream": True}
-    answer = one(Scripted(error=PromptTooLongError(9, 8)), body, path="/v1/chat/completions")
+    engine = Scripted(error=PromptTooLongError(9, 8))
+    answer = one(engine, body, path="/chat/completions")
     assert answer.status_code == 424
     assert answer.headers["ms-azureml-model-error-statuscode"] == "400"
     assert "9 tokens" in answer.json()["error"]["message"]
+    answer = one(engine, body, path="/v1/chat/completions")
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "9 tokens" in error["message"]
 
 
 def test_an_error_in_mid_stream_is_an_event() -> None:
@@ -280,7 +287,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event() -> None:
 
 
 def test_invalid_openai_input_is_422_inside_424() -> None:
-    answer = one(Scripted("x"), {**CHAT, "temperature": 3}, path="/v1/chat/completions")
+    answer = one(Scripted("x"), {**CHAT, "temperature": 3}, path="/chat/completions")
     assert answer.status_code == 424
     assert answer.headers["ms-azureml-model-error-statuscode"] == "422"
     error = answer.json()["error"]
@@ -294,6 +301,104 @@ def test_extra_parameters_header_of_the_azure_route() -> None:
     headers = {**AUTH, "extra-parameters": "drop"}
     assert one(Scripted("x"), body, path="/chat/completions", headers=headers).status_code == 200
     assert one(Scripted("x"), body, path="/chat/completions", dialect="fms").status_code == 200
+
+
+def openai_fault(answer: httpx.Response) -> dict[str, Any]:
+    """The error of OpenAI's API: exactly its four fields, and nothing of Azure's."""
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert not [name for name in answer.headers if name.startswith("ms-azureml-model-error")]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({**CHAT, "temperature": 3}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({}, "messages"),
+        (b"{", None),
+        ({**CHAT, "tools": [{}]}, None),
+    ],
+)
+def test_openais_400(body: Any, param: str | None) -> None:
+    answer = one(Scripted("x"), body, path="/v1/chat/completions")
+    error = openai_fault(answer)
+    assert answer.status_code == 400
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_openais_401_404_408_413_429() -> None:
+    path = "/v1/chat/completions"
+    keyless = one(Scripted("x"), CHAT, path=path, headers={})
+    assert (keyless.status_code, openai_fault(keyless)["code"]) == (401, "invalid_api_key")
+    other = {**AUTH, "azureml-model-deployment": "green"}
+    assert openai_fault(one(Scripted("x"), CHAT, path=path, headers=other))["message"]
+    late = one(Scripted("x", pause=5), CHAT, path=path, request_timeout_ms=100)
+    assert (late.status_code, openai_fault(late)["code"]) == (408, "timeout")
+    large = one(Scripted("x"), b"x" * 2000, path=path, max_request_bytes=1024)
+    assert (large.status_code, openai_fault(large)["code"]) == (413, "request_too_large")
+    crowd = ask(
+        Scripted("x", pause=0.2), *[CHAT] * 7, path=path, max_concurrent_requests_per_instance=2
+    )
+    refused = [answer for answer in crowd if answer.status_code == 429]
+    assert len(refused) == 3
+    assert openai_fault(refused[0])["code"] == "rate_limit_exceeded"
+    unknown = one(Scripted(error=UnknownModelError("no such model")), CHAT, path=path)
+    assert unknown.status_code == 404
+    assert openai_fault(unknown)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_openais_api_has_and_we_do_not(path: str, method: str) -> None:
+    answer = one(Scripted("x"), {"prompt": "hi"}, path=path, method=method)
+    assert answer.status_code == 404
+    assert "POST /v1/chat/completions" in openai_fault(answer)["message"]
+
+
+def test_one_model_is_described() -> None:
+    known = one(Scripted(), b"", path="/v1/models/phi3", method="GET")
+    assert known.status_code == 200
+    assert (known.json()["id"], known.json()["object"]) == ("phi3", "model")
+    other = one(Scripted(), b"", path="/v1/models/gpt-4", method="GET")
+    error = openai_fault(other)
+    assert (other.status_code, error["code"]) == (404, "model_not_found")
+    assert "phi3" in error["message"]
+
+
+def preflight(origin: str) -> dict[str, str]:
+    """What a browser asks before it sends a page's request, without the key."""
+    return {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+
+
+def test_pages_of_a_named_origin_may_ask() -> None:
+    page = "http://localhost:3000"
+    path, named = "/v1/chat/completions", (page,)
+    asked = one(
+        Scripted(), b"", path=path, method="OPTIONS", headers=preflight(page), cors_origins=named
+    )
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == page
+    assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+    for headers, status in (({**AUTH, "Origin": page}, 200), ({"Origin": page}, 401)):
+        answer = one(Scripted("x"), CHAT, path=path, headers=headers, cors_origins=named)
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == page
+
+
+def test_pages_of_other_origins_may_not() -> None:
+    evil, named = "http://evil.example", ("http://localhost:3000",)
+    asked = one(Scripted(), b"", method="OPTIONS", headers=preflight(evil), cors_origins=named)
+    assert "access-control-allow-origin" not in asked.headers
+    answer = one(Scripted("x"), headers={**AUTH, "Origin": evil}, cors_origins=named)
+    assert "access-control-allow-origin" not in answer.headers
+    with pytest.raises(ValueError, match="cors_origins"):
+        ServerConfig(cors_origins=("localhost:3000",))
 
 
 def test_an_unknown_path_is_the_containers_404() -> None:
@@ -348,8 +453,8 @@ def test_a_failure_of_ours_shows_and_logs_no_content(caplog: pytest.LogCaptureFi
     secret = {"messages": [{"role": "user", "content": "my secret"}]}
     with caplog.at_level(logging.DEBUG):
         answer = one(Broken(), secret, path="/v1/chat/completions")
-    assert answer.status_code == 424
-    assert answer.headers["ms-azureml-model-error-statuscode"] == "500"
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
     assert "secret" not in answer.text + caplog.text
     assert "RuntimeError at" in caplog.text
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from transformers import DynamicCache
 
 from phi3_tool.client import Phi3Client
@@ -41,7 +40,7 @@ from ..serve.engines.base import Engine
 from ..serve.engines.tokens import share_limit
 from ..serve.engines.transformers import kept_rows, pad_left
 from ..serve.export import converted, export_onnx
-from ..serve.server import bind, create_app
+from ..serve.server import bind, create_app, server_of
 from .rows import Answered, AnswerLoss, Said
 
 # How probable a model finds the expected answers: negative log likelihood of their tokens.
@@ -54,25 +53,39 @@ TOKENS_PER_PASS = 4096
 
 
 def answer_losses(
-    model: Any, chat: ChatFormat, conversations: Sequence[Conversation]
+    model: Any,
+    chat: ChatFormat,
+    conversations: Sequence[Conversation],
+    *,
+    share_limit: int | None = None,
 ) -> list[AnswerLoss | None]:
-    """The loss of each conversation's answers; None where it is longer than the context."""
+    """The loss of each conversation's answers; None where it is longer than the context.
+
+    `share_limit`: longer rows share no pass with the others (see engines/tokens.py).
+    """
     examples = [chat.encode_example(conversation) for conversation in conversations]
     found: list[AnswerLoss | None] = [None] * len(examples)
     fitting = [i for i, e in enumerate(examples) if len(e.input_ids) <= chat.context_length]
-    for batch in _batches(fitting, examples):
+    for batch in _batches(fitting, examples, share_limit):
         losses = _batch_losses(model, [examples[i] for i in batch], chat.pad_token_id)
         for index, loss in zip(batch, losses, strict=True):
             found[index] = loss
     return found
 
 
-def _batches(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
+def _batches(
+    rows: Sequence[int], examples: Sequence[Example], share_limit: int | None
+) -> Iterator[list[int]]:
     """Rows of similar length together, at most this many tokens at a time."""
     batch: list[int] = []
+
+    def longer(row: int) -> bool:
+        return share_limit is not None and len(examples[row].input_ids) > share_limit
+
     for row in sorted(rows, key=lambda i: len(examples[i].input_ids)):
         # Sorted: this row is the longest so far, and the others are padded to it.
-        if batch and (len(batch) + 1) * len(examples[row].input_ids) > TOKENS_PER_PASS:
+        wide = (len(batch) + 1) * len(examples[row].input_ids) > TOKENS_PER_PASS
+        if batch and (wide or longer(batch[-1]) != longer(row)):
             yield batch
             batch = []
         batch.append(row)
@@ -181,7 +194,7 @@ def examine(
     """The answer of at most `max_new_tokens` tokens to each question, and its expected one's loss.
 
     `said` is None where a prompt alone fills the context, `loss` where question and expected answer
-    do not fit into it. `share_limit`: rows that may grow longer run alone (see engines/rope.py).
+    do not fit into it. `share_limit`: rows that may grow longer run alone (see engines/tokens.py).
     """
     losses: list[AnswerLoss | None] = [None] * len(asked)
     rows = []
@@ -193,10 +206,10 @@ def examine(
             rows.append(row)
     together = {row.index for row in rows if len(row.ids) > row.prompt}
     apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
-    found = answer_losses(model, chat, [asked[i].whole for i in apart])
+    found = answer_losses(model, chat, [asked[i].whole for i in apart], share_limit=share_limit)
     for index, loss in zip(apart, found, strict=True):
         losses[index] = loss
-    writer = _Writer(model, chat, losses)
+    writer = _Writer(model, chat, losses, share_limit)
     # Like lengths together: less padding, and a batch of questions of one form ends together.
     waiting = deque(sorted(rows, key=lambda row: (row.alone, len(row.ids))))
     while waiting or writer.rows:
@@ -250,8 +263,15 @@ def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
 class _Writer:
     """The rows being answered: their keys and values, padded on the left, and their next tokens."""
 
-    def __init__(self, model: Any, chat: ChatFormat, losses: list[AnswerLoss | None]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        chat: ChatFormat,
+        losses: list[AnswerLoss | None],
+        share_limit: int | None,
+    ) -> None:
         self.rows: list[_Row] = []
+        self._share_limit = share_limit
         self._model = model
         self._device = model.device
         self._stops = frozenset(chat.stop_token_ids)
@@ -327,11 +347,17 @@ class _Writer:
             return done
         # A finished row waits until others finish, and generates tokens that are discarded.
         tokens = torch.tensor([[row.said[-1]] for row in self.rows], device=self._device)
+        if self._mask.shape[1] == self._share_limit and self.rows[0].alone:
+            # The next token is rotated by the other factors, and so must all before it be.
+            row = self.rows[0]
+            whole = [*row.ids[: row.prompt], *row.said]
+            tokens = torch.tensor([whole], device=self._device)
+            self._cache, self._mask = DynamicCache(), self._mask[:, :0]
         self._mask = torch.cat([self._mask, torch.ones_like(tokens)], dim=1)
         logits = self._model(
             input_ids=tokens,
             attention_mask=self._mask,
-            position_ids=self._mask.sum(dim=1, keepdim=True) - 1,
+            position_ids=(self._mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -437,15 +463,7 @@ def _endpoint(engine: Engine, at_once: int) -> Iterator[tuple[str, str]]:
         max_concurrent_requests_per_instance=at_once, request_timeout_ms=_REQUEST_TIMEOUT_MS
     )
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(engine, config, key=key),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=1,
-        )
-    )
+    server = server_of(create_app(engine, config, key=key), config, drain_seconds=1)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener]}, name="phi3-evaluate", daemon=True
     )
@@ -547,7 +565,12 @@ class Judge:
         known = [i for i, one in enumerate(asked) if one.expected]
         losses: list[AnswerLoss | None] = [None] * len(asked)
         with self._loaded(folder) as model:
-            found = answer_losses(model, chat_format(folder), [asked[i].whole for i in known])
+            found = answer_losses(
+                model,
+                chat_format(folder),
+                [asked[i].whole for i in known],
+                share_limit=share_limit(folder),
+            )
         for index, loss in zip(known, found, strict=True):
             losses[index] = loss
         return [Answered(*pair) for pair in zip(said, losses, strict=True)]

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..engine import EngineName
+from ..engine import EngineName, Origin
 from ..models.catalogue import SMALL, TINY
 
 Positive = Annotated[int, Field(ge=1)]
@@ -405,6 +405,8 @@ class ServeSection(Section):
     """Largest request in bytes."""
     max_new_tokens: Positive = 256
     """Longest answer in tokens where the request does not say."""
+    cors_origins: list[Origin] = []
+    """Origins whose pages may call the endpoint from a browser, such as http://localhost:3000."""
     upstream_url: str | None = None
     """Base URL of the OpenAI-compatible server for the engine upstream."""
     upstream_model: str | None = None

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..engine import EngineName
+from ..engine import EngineName, Origin
 from ..errors import UsageError
 from .asgi import App, Receive, Scope, Send, respond
 
@@ -133,6 +133,10 @@ class ServerConfig(BaseModel):
     max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
     max_new_tokens: Positive = 256
     drain_seconds: Annotated[int, Field(ge=0)] = 30
+    # A connection without a request in progress is closed then. Longer than clients keep an idle
+    # one, so that they close first.
+    idle_seconds: Positive = 75
+    cors_origins: tuple[Origin, ...] = ()
     quirks: tuple[str, ...] = ()
 
     @field_validator("quirks")

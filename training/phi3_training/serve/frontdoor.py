@@ -1,5 +1,7 @@
 """Imitates the front door of an Azure ML online endpoint, as plain ASGI around the application.
 
+Below `/v1/` statuses and errors are OpenAI's: no 424 wrapper there.
+
 Reads and answers headers: ids, key, deployment, model time, the 424 wrapper. Logs one line per
 request: never a body, a header's value other than a checked id, or a path that it does not know.
 """
@@ -21,6 +23,7 @@ import anyio
 
 from .asgi import App, Header, Message, Receive, Scope, Send, encoded, header, respond
 from .config import ServerConfig
+from .openai_errors import is_openai, openai_error
 
 # The Bearer key of the endpoint, compared in constant time. Keeps the key in memory only.
 
@@ -124,11 +127,22 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"[ -~]+")
 _MOST_ID = 100
 _PATHS = frozenset(
-    {"/", "/score", "/swagger.json", "/chat/completions", "/v1/chat/completions", "/v1/models"}
+    {
+        *("/", "/score", "/swagger.json", "/chat/completions"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/models"),
+    }
 )
 _TEXT, _JSON = "text/plain", "application/json"
 _STREAM = b"text/event-stream"
 _TIMEOUT = b"upstream request timeout"
+# What Azure says without words, or in its own; for OpenAI's API.
+_IN_WORDS = {
+    401: "The key is missing or wrong; send it as: Authorization: Bearer KEY",
+    404: "There is no such deployment at this endpoint",
+    429: "Too many requests are waiting; try again later, or raise "
+    "serve.max_concurrent_requests_per_instance",
+    500: "internal error; see the endpoint's log",
+}
 
 
 class FrontDoor:
@@ -220,7 +234,7 @@ _UNAUTHORIZED = json.dumps(
         "error": {
             "code": "key_auth_access_denied",
             "status": 401,
-            "message": "The key is missing or wrong; send it as: Authorization: Bearer KEY",
+            "message": _IN_WORDS[401],
         }
     }
 ).encode()
@@ -283,7 +297,9 @@ class _Visit:
         model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
         extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
         self.status = inner
-        if inner != 200 and not self.scope.get("phi3.bare"):
+        # OpenAI's API has its own statuses; a forced 424 (see `config.Quirks`) is one all the same.
+        own = is_openai(self.scope["path"]) and "phi3.reason" not in self.scope
+        if inner != 200 and not own and not self.scope.get("phi3.bare"):
             self.status = 424
             extra.append(("ms-azureml-model-error-statuscode", str(inner)))
             extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
@@ -296,6 +312,10 @@ class _Visit:
         if self.status is not None:
             return
         self.status = status
+        if is_openai(self.scope["path"]):
+            message = _IN_WORDS.get(status) or body.decode()
+            body, content_type = json.dumps(openai_error(status, message)).encode(), _JSON
+            headers = [h for h in headers or [] if not h[0].startswith("ms-azureml-")]
         every = [*self._headers, *(headers or [])]
         await respond(self._send, status, body, content_type, headers=every)
 
@@ -311,6 +331,8 @@ class _Visit:
         elif not self._ended and self._streaming:
             self.status = f"{self.status}, timed out"
             event = {"error": {"code": "timeout", "message": _TIMEOUT.decode()}}
+            if is_openai(self.scope["path"]):
+                event = openai_error(408, _TIMEOUT.decode())
             body = f"data: {json.dumps(event)}\n\n".encode()
             await self._send({"type": "http.response.body", "body": body})
 

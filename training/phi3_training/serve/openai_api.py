@@ -1,6 +1,7 @@
 """OpenAI's chat API: `/v1/chat/completions`, `/chat/completions`, `/v1/models`.
 
-Reads and answers OpenAI's JSON, streaming as server-sent events. Ranges are those of the Azure
+Reads and answers OpenAI's JSON, streaming as server-sent events. Errors below `/v1/` are OpenAI's,
+those of `/chat/completions` are Azure's. Ranges are those of the Azure
 images (temperature 0 to 1), so that what works here works there.
 """
 
@@ -18,8 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .asgi import Receive, Scope, Send
 from .config import ServerConfig
-from .engines.base import Chunk, Engine, EngineError, Sampling
-from .engines.named import pick
+from .engines.base import (
+    Chunk,
+    Engine,
+    EngineError,
+    InvalidPromptError,
+    PromptTooLongError,
+    Sampling,
+)
+from .engines.named import UnknownModelError, pick
+from .openai_errors import is_openai, openai_error
 from .score_api import ChunkShape, completion, error_body, gather
 
 # The body of a chat completion request: what is known, what is refused, what it asks for.
@@ -127,16 +136,33 @@ def unsupported(asked: ChatRequest, extras: str) -> str | None:
 
 Stream = AsyncGenerator[Chunk, None]
 
+# What OpenAI's API calls an engine's error: the field at fault and a code.
+_NAMED: dict[type[EngineError], tuple[str, str | None]] = {
+    UnknownModelError: ("model", "model_not_found"),
+    PromptTooLongError: ("messages", "context_length_exceeded"),
+    InvalidPromptError: ("messages", None),
+}
+
 
 def add_openai(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     """Register the routes."""
     started = int(time.time())
 
+    about = {"object": "model", "created": started, "owned_by": "phi3-promptflow"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        about = {"object": "model", "created": started, "owned_by": "phi3-promptflow"}
         names = [config.model_name, *config.adapters]
         return {"object": "list", "data": [{"id": name, **about} for name in names]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        if name not in (config.model_name, *config.adapters):
+            served = ", ".join([config.model_name, *config.adapters])
+            message = f"The model {name!r} does not exist; models: {served}"
+            body = openai_error(404, message, param="model", code="model_not_found")
+            return JSONResponse(body, 404)
+        return JSONResponse({"id": name, **about})
 
     @app.post("/v1/chat/completions")
     async def chat_v1(request: Request) -> Response:
@@ -150,12 +176,14 @@ def add_openai(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
 
 async def _chat(request: Request, engine: Engine, config: ServerConfig, extras: str) -> Response:
+    openai = is_openai(request.url.path)
     try:
         asked = ChatRequest.model_validate_json(await request.body())
     except ValidationError as error:
-        return _invalid(error)
+        return _invalid(error, openai=openai)
     if refused := unsupported(asked, extras):
-        return JSONResponse(error_body("Bad Request", 400, refused), 400)
+        body = openai_error(400, refused) if openai else error_body("Bad Request", 400, refused)
+        return JSONResponse(body, 400)
     sampling = asked.sampling(config.max_new_tokens)
     # The model that a request names: as a deployment, or else in its body.
     deployment = request.headers.get("azureml-model-deployment")
@@ -166,10 +194,11 @@ async def _chat(request: Request, engine: Engine, config: ServerConfig, extras: 
         if asked.stream:
             stream = chosen.stream(asked.conversation(), sampling)
             first = await anext(stream)  # until it has come, errors have a status
-            return _Events(stream, first, ChunkShape(name), wants_usage=asked.wants_usage)
+            shape = ChunkShape(name)
+            return _Events(stream, first, shape, wants_usage=asked.wants_usage, openai=openai)
         answer = await gather(chosen, asked.conversation(), sampling)
     except EngineError as error:
-        return JSONResponse(_error(error), error.status)
+        return JSONResponse(_error(error, openai=openai), error.status)
     return JSONResponse(completion(name, answer.text, answer.last))
 
 
@@ -179,10 +208,16 @@ class _Events(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, stream: Stream, first: Chunk, shape: ChunkShape, *, wants_usage: bool
+        self,
+        stream: Stream,
+        first: Chunk,
+        shape: ChunkShape,
+        *,
+        wants_usage: bool,
+        openai: bool,
     ) -> None:
         self._stream = stream
-        events = _events(stream, first, shape, wants_usage)
+        events = _events(stream, first, shape, wants_usage=wants_usage, openai=openai)
         super().__init__(events, headers={"cache-control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,7 +226,7 @@ class _Events(StreamingResponse):
 
 
 async def _events(
-    stream: Stream, first: Chunk, shape: ChunkShape, wants_usage: bool
+    stream: Stream, first: Chunk, shape: ChunkShape, *, wants_usage: bool, openai: bool
 ) -> AsyncGenerator[str, None]:
     yield _event(shape.piece({"role": "assistant", "content": ""}))
     chunk = first
@@ -200,7 +235,7 @@ async def _events(
             yield _event(shape.piece({"content": chunk.text}))
             chunk = await anext(stream)
     except EngineError as error:
-        yield _event(_error(error))
+        yield _event(_error(error, openai=openai))
         return
     if chunk.text:
         yield _event(shape.piece({"content": chunk.text}))
@@ -214,17 +249,24 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _error(error: EngineError) -> dict[str, Any]:
-    code = "Bad Request" if error.status == 400 else "Engine Error"
-    return error_body(code, error.status, str(error))
+def _error(error: EngineError, *, openai: bool) -> dict[str, Any]:
+    if openai:
+        named = (names for kind, names in _NAMED.items() if isinstance(error, kind))
+        param, code = next(named, (None, None))
+        return openai_error(error.status, str(error), param=param, code=code)
+    kind = "Bad Request" if error.status == 400 else "Engine Error"
+    return error_body(kind, error.status, str(error))
 
 
-def _invalid(error: ValidationError) -> Response:
+def _invalid(error: ValidationError, *, openai: bool) -> Response:
     details = [
         {"loc": list(fault["loc"]), "msg": fault["msg"], "type": fault["type"]}
         for fault in error.errors(include_input=False, include_url=False, include_context=False)
     ]
     first = details[0]
-    where = ".".join(map(str, first["loc"])) or "body"
-    message = f"invalid input error: {where}: {first['msg']}"
-    return JSONResponse(error_body("Invalid input", 422, message, details), 422)
+    where = ".".join(map(str, first["loc"]))
+    message = f"{where or 'body'}: {first['msg']}"
+    if openai:
+        return JSONResponse(openai_error(400, message, param=where or None), 400)
+    body = error_body("Invalid input", 422, f"invalid input error: {message}", details)
+    return JSONResponse(body, 422)

@@ -23,6 +23,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..errors import Phi3TrainingError, UsageError
 from ..processes import start_time
@@ -33,6 +35,7 @@ from .engines.base import Engine
 from .frontdoor import FrontDoor
 from .loading import load_engine
 from .openai_api import add_openai
+from .openai_errors import is_openai, no_such_route, openai_error
 from .score_api import add_score, error_body, swagger
 
 # The application: routes of the model's container behind an emulated Azure front end.
@@ -41,7 +44,17 @@ from .score_api import add_score, error_body, swagger
 def create_app(engine: Engine, config: ServerConfig, *, key: str) -> App:
     """The ASGI application of one endpoint."""
     container = create_container(engine, config)
-    return FrontDoor(Quirks(container, config.quirks), key=key, config=config)
+    door = FrontDoor(Quirks(container, config.quirks), key=key, config=config)
+    if not config.cors_origins:
+        return door
+    # Around the front door: a browser asks first, without the key, and must read refusals too.
+    return CORSMiddleware(
+        door,
+        allow_origins=config.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "azureml-model-deployment", "x-phi3-reason"],
+    )
 
 
 def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
@@ -57,12 +70,18 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
         return swagger(config.model_name)
 
     @app.exception_handler(HTTPException)
-    async def refused(_request: Request, error: HTTPException) -> Response:
+    async def refused(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        if is_openai(path):
+            body = no_such_route(path, error.status_code)
+            return JSONResponse(body, 404 if path == "/v1/completions" else error.status_code)
         return JSONResponse(error_body("Error", error.status_code, error.detail), error.status_code)
 
     @app.exception_handler(Exception)
-    async def failed(_request: Request, _error: Exception) -> Response:
-        body = error_body("Internal Server Error", 500, "the endpoint failed; see its log")
+    async def failed(request: Request, _error: Exception) -> Response:
+        said = "the endpoint failed; see its log"
+        openai = is_openai(request.url.path)
+        body = openai_error(500, said) if openai else error_body("Internal Server Error", 500, said)
         return JSONResponse(body, 500)
 
     add_score(app, engine, config)
@@ -73,8 +92,60 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-# Longer than clients keep an idle connection, so that they close first.
-_KEEP_ALIVE_SECONDS = 75
+
+
+class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """uvicorn's HTTP protocol, which also closes connections that never finish their headers.
+
+    uvicorn itself counts only from the end of an answer on, so a client that sends nothing, or
+    half a request, would keep its connection for ever.
+    """
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A new connection: the first request must come in time."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Some bytes: with the end of the headers the request is in progress, and has its time."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._patience is None:
+            seconds = self.config.timeout_keep_alive
+            self._patience = self.loop.call_later(seconds, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
+def server_of(app: App, config: ServerConfig, *, drain_seconds: int) -> uvicorn.Server:
+    """The HTTP server of an application, not started yet."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=config.idle_seconds,
+            timeout_graceful_shutdown=drain_seconds,
+        )
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,17 +247,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, key: str) -> None:
     app = create_app(engine, config, key=key)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=config.drain_seconds,
-        )
-    )
+    server = server_of(app, config, drain_seconds=config.drain_seconds)
     with _signals_end_quietly():
         _announce(config, listener)
         try:

@@ -27,8 +27,11 @@ from ..manifests import (
 )
 from ..progress import Progress
 from ..prompt import ChatFormat
-from ..run import Run
+from ..recipe import EvaluateSection
+from ..recipe.loading import read_yaml
+from ..run import RECIPE_FILE, Run
 from ..serve.engines.batch import StepModel
+from ..serve.engines.tokens import share_limit
 from ..serve.export import Precision, converted
 from .parity import Vocabulary, golden
 
@@ -66,26 +69,47 @@ class Deviation:
     first_other: tuple[int, int, int] | None  # place in the answer, its token, the other's token
 
 
-def greedy(model: StepModel, prompt: Sequence[int], stops: Sequence[int], most: int) -> Trace:
-    """The likeliest answer, its end included."""
+def greedy(
+    model: StepModel,
+    prompt: Sequence[int],
+    stops: Sequence[int],
+    most: int,
+    switch: int | None = None,
+) -> Trace:
+    """The likeliest answer, its end included. `switch`: see `engines.tokens.share_limit`."""
     # Copies: an engine may write the next logits into the same memory.
     rows = [model.add(prompt, len(prompt) + most).copy()]
     tokens = [int(rows[0].argmax())]
     while len(tokens) < most and tokens[-1] not in stops:
-        rows.append(model.step([tokens[-1]])[0].copy())
+        rows.append(_after(model, [*prompt, *tokens], len(prompt) + most, switch))
         tokens.append(int(rows[-1].argmax()))
     model.drop(0)
     model.reset()
     return Trace(tokens, np.stack(rows))
 
 
-def forced(model: StepModel, prompt: Sequence[int], tokens: Sequence[int]) -> Logits:
-    """The logits of a model that is made to say `tokens`."""
-    rows = [model.add(prompt, len(prompt) + len(tokens)).copy()]
-    rows += [model.step([token])[0].copy() for token in tokens[:-1]]
+def forced(
+    model: StepModel, prompt: Sequence[int], tokens: Sequence[int], switch: int | None = None
+) -> Logits:
+    """The logits of a model that is made to say `tokens`. `switch`: as in `greedy`."""
+    length = len(prompt) + len(tokens)
+    rows = [model.add(prompt, length).copy()]
+    rows += [
+        _after(model, [*prompt, *tokens[:said]], length, switch) for said in range(1, len(tokens))
+    ]
     model.drop(0)
     model.reset()
     return np.stack(rows)
+
+
+def _after(model: StepModel, ids: Sequence[int], length: int, switch: int | None) -> Logits:
+    """The logits after `ids`, of which the model has read all but the last one."""
+    if len(ids) - 1 != switch:
+        logits: Logits = model.step([ids[-1]])[0].copy()
+        return logits
+    # The rotation changes here: keys that were rotated before cannot be used any more.
+    model.drop(0)
+    return model.add(ids, length).copy()
 
 
 def deviation(prompt: Prompt, trace: Trace, logits: Logits) -> Deviation:
@@ -165,7 +189,6 @@ ONNX: dict[str, Limits] = {
 # What the compared models are asked: fixed prompts, and the run's held-out conversations.
 # Reads run/data/validation.jsonl.
 
-MAX_NEW_TOKENS = 32
 HELD_OUT_ROWS = 64
 _QUESTIONS = (
     "Who founded Microsoft?",
@@ -217,7 +240,14 @@ def held_out(run: Run, chat: ChatFormat) -> list[HeldOut]:
 
 
 def _fits(prompt: Prompt, chat: ChatFormat) -> bool:
-    return len(prompt.ids) + MAX_NEW_TOKENS <= chat.context_length
+    return len(prompt.ids) < chat.context_length
+
+
+def answer_length(run: Run) -> int:
+    """Tokens of an answer at most: as many as the evaluation gives it (run/recipe.yaml)."""
+    path = run.path / RECIPE_FILE
+    section = read_yaml(path).get("evaluate") if path.is_file() else None
+    return EvaluateSection.model_validate(section or {}).max_new_tokens
 
 
 # Figures of a comparison against their limits; what breaks one is named by prompt or layer.
@@ -366,6 +396,8 @@ class _Exam:
         self._chat = ChatFormat.from_folder(folder)
         self._prompts = fixed_prompts(self._chat)
         self._rows = held_out(run, self._chat)
+        self._most = answer_length(run)
+        self._switch = share_limit(folder)
         self._progress = progress
         self._done, self._total = 0, 2 * (len(self._prompts) + len(self._rows))
         self.token = Vocabulary(folder).text
@@ -385,7 +417,8 @@ class _Exam:
         """The figures of the other model against those, and the problems."""
         found = []
         for prompt, trace in zip(self._prompts, said[0], strict=True):
-            found.append(deviation(prompt, trace, forced(model, prompt.ids, trace.tokens)))
+            logits = forced(model, prompt.ids, trace.tokens, self._switch)
+            found.append(deviation(prompt, trace, logits))
             self._step(sides[1])
         figures, problems = behaviour(found, limits, self.token, sides)
         if self._rows:
@@ -397,7 +430,8 @@ class _Exam:
 
     def _trace(self, model: StepModel, prompt: Prompt, name: str) -> Trace:
         self._step(name)
-        return greedy(model, prompt.ids, self._chat.stop_token_ids, MAX_NEW_TOKENS)
+        most = min(self._most, self._chat.context_length - len(prompt.ids))
+        return greedy(model, prompt.ids, self._chat.stop_token_ids, most, self._switch)
 
     def _right(self, model: StepModel, name: str) -> list[bool]:
         found = []

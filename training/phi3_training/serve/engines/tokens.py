@@ -137,8 +137,8 @@ class TokenEngine:
             raise InvalidPromptError("A message holds half a character (a lone surrogate).")
         try:
             if len(texts) > _LONG_PROMPT:
-                return await asyncio.to_thread(self._chat.encode_prompt, messages)
-            return self._chat.encode_prompt(messages)
+                return await asyncio.to_thread(self._chat.encode_prompt, messages, any_order=True)
+            return self._chat.encode_prompt(messages, any_order=True)
         except ValueError as error:
             raise InvalidPromptError(str(error)) from None
 

@@ -18,6 +18,7 @@ from .base import (
     FinishReason,
     Message,
     Sampling,
+    StopCutter,
     UpstreamError,
     UpstreamRefusalError,
 )
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _ROUTE = "/chat/completions"
 _CONNECT_SECONDS = 5.0
+# Ends of a turn that some servers show as text (Phi-3's and ChatML's): they end the answer here.
+_TURN_ENDS = ("<|end|>", "<|endoftext|>", "<|im_end|>")
 
 
 class Upstream:
@@ -55,7 +58,7 @@ class Upstream:
     ) -> AsyncGenerator[Chunk, None]:
         """The other server's answer in its own chunks."""
         body = self._body(messages, sampling)
-        reading = _Reading()
+        reading, cutter = _Reading(), StopCutter(_TURN_ENDS)
         self.active += 1
         try:
             async with self._client.stream("POST", self._url, json=body) as response:
@@ -63,10 +66,13 @@ class Upstream:
                     await response.aread()
                     raise _refusal(response, self._url)
                 async for line in response.aiter_lines():
-                    text = reading.take(line)
+                    arrived = reading.take(line)
+                    if arrived and cutter.hit:  # the usage often comes after it, more text never
+                        break
+                    text = cutter.push(arrived)
                     if text:
                         yield Chunk(text, None, reading.prompt_tokens, reading.completion_tokens)
-            yield reading.last()
+            yield reading.last(cutter.flush(), ended=cutter.hit)
         except httpx.HTTPError as error:
             raise UpstreamError(
                 f"The server behind this endpoint cannot be reached or closed the connection "
@@ -138,12 +144,15 @@ class _Reading:
             self.completion_tokens += 1
         return text
 
-    def last(self) -> Chunk:
-        """The closing chunk; an answer that was never finished is an error."""
-        if self._reason is None:
+    def last(self, text: str, *, ended: bool) -> Chunk:
+        """The closing chunk; an answer that was never finished is an error.
+
+        `text` is what is left of the answer, `ended` whether it showed the end of its turn.
+        """
+        if self._reason is None and not ended:
             raise UpstreamError("The server behind this endpoint ended its answer half-way")
-        reason: FinishReason = "length" if self._reason == "length" else "stop"
-        return Chunk("", reason, self.prompt_tokens, self.completion_tokens)
+        reason: FinishReason = "length" if self._reason == "length" and not ended else "stop"
+        return Chunk(text, reason, self.prompt_tokens, self.completion_tokens)
 
 
 def _refusal(response: httpx.Response, url: str) -> EngineError:
