@@ -244,6 +244,10 @@ def run_plan(args: argparse.Namespace) -> int:
         plan = [asdict(line) for line in lines]
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
     else:
+        stops = [line.stage for line in lines if line.stops]
+        verdict = f"Would stop at {', '.join(dict.fromkeys(stops))}" if stops else "Nothing stops it"
+        how = "see STOPS below" if stops else "start with: phi3 up and the same words"
+        console.out.print(f"{verdict}; {how}", markup=False, style="bold")
         console.out.print(f"Run folder: {journey.run.path}", markup=False)
         console.out.print(f"To do: {', '.join(todo) or 'nothing, all is done'}", markup=False)
         for line in lines:
