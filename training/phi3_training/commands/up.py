@@ -245,7 +245,8 @@ def run_plan(args: argparse.Namespace) -> int:
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
     else:
         stops = [line.stage for line in lines if line.stops]
-        verdict = f"Would stop at {', '.join(dict.fromkeys(stops))}" if stops else "Nothing stops it"
+        at = ", ".join(dict.fromkeys(stops))
+        verdict = f"Would stop at {at}" if stops else "Nothing stops it"
         how = "see STOPS below" if stops else "start with: phi3 up and the same words"
         console.out.print(f"{verdict}; {how}", markup=False, style="bold")
         console.out.print(f"Run folder: {journey.run.path}", markup=False)
