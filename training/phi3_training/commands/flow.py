@@ -237,6 +237,6 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"flow": flow, "url": url, "engine": args.engine})
     else:
-        console.err.print(f"Serving {flow} at {url} until Ctrl-C", markup=False)
+        console.err.print(f"Loading {flow}, to serve it at {url} until Ctrl-C …", markup=False)
     serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
     return 0
