@@ -49,7 +49,7 @@ from phi3_training.run import Run
 runs = [Run.open(Path(sys.argv[1]) / name) for name in ("shop", "kettle")]
 for port, run in enumerate(runs, start=1):
     endpoint = EndpointManifest(endpoint=f"http://127.0.0.1:{port}/score")
-    run.write(connect(endpoint, "key of " + run.name, run=run.name))
+    run.write(connect(endpoint, "key-of-" + run.name, run=run.name))
 shop, kettle = runs
 connected = [store.read_connection("phi3_connection")]
 make_current(shop)
@@ -139,8 +139,8 @@ def test_two_runs_keep_their_connections_and_the_flows_leads_to_the_current(
     done = home.python(TWO_RUNS, str(tmp_path / "runs"))
     assert (done.code, done.err) == (0, "")
     result = json.loads(done.out)
-    kettle = ["http://127.0.0.1:2/score", "key of kettle"]
-    assert result["connected"] == [kettle, ["http://127.0.0.1:1/score", "key of shop"]]
+    kettle = ["http://127.0.0.1:2/score", "key-of-kettle"]
+    assert result["connected"] == [kettle, ["http://127.0.0.1:1/score", "key-of-shop"]]
     assert result["own"] == kettle
     assert result["gone"] == [
         ["phi3_connection_kettle"],
