@@ -12,8 +12,10 @@ RECIPE ?= training/recipes/phi3-small.yaml
 $(VENV)/.up: setup.py constraints/local.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tested); choose one with: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing phi3-promptflow into $(VENV) (once; a few minutes) …"
+	@echo "Installing phi3-promptflow into $(VENV), once, in two steps of a few minutes each."
+	@echo "1/2 torch: the largest download (on Linux with the CUDA libraries) …"
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt torch
+	@echo "2/2 Prompt flow, transformers, ONNX Runtime and what they need …"
 	@$(PIP) install --quiet --quiet --constraint constraints/local.txt --editable '.[flow,local]'
 	@touch $@
 

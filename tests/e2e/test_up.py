@@ -149,7 +149,8 @@ def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
     """The key of that endpoint is gone with the process: a new endpoint is started."""
     first = manifest(journey, "endpoint")
     (journey.run_folder / "connection.json").unlink()
-    journey.laptop.run("pf", "connection", "delete", "--yes", "--name", "phi3_connection")
+    for name in ("phi3_connection", "phi3_connection_phi3-tiny"):
+        journey.laptop.run("pf", "connection", "delete", "--yes", "--name", name)
 
     done = journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY)
 
@@ -205,15 +206,17 @@ def test_interrupted_up_goes_on(journey: Journey) -> None:
     assert journey.laptop.run("phi3", "down", "cut").returncode == 0
 
 
-def test_two_runs_one_connection(journey: Journey) -> None:
-    """The run connected last has it; the other says so, and takes it back with `up`."""
-    other = journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny")
-    assert other.returncode == 1
-    assert "connection.name=NAME" in other.stderr
+def test_two_runs_keep_their_connections(journey: Journey) -> None:
+    """The other run became current; this one still answers, and `use` brings it back."""
+    named = journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny")
+    assert named.returncode == 0, named.stderr
+    assert "Run phi3-tiny\n" in named.stderr
 
-    assert journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY).returncode == 0
+    assert journey.laptop.run("phi3", "use", "phi3-tiny").returncode == 0
 
-    assert journey.laptop.run("phi3", "chat", ASKED, "--run", "phi3-tiny").returncode == 0
+    current = journey.laptop.run("phi3", "chat", ASKED)
+    assert current.returncode == 0, current.stderr
+    assert "Run phi3-tiny (current)" in current.stderr
 
 
 def test_down_stops_it_and_up_brings_it_back(journey: Journey) -> None:

@@ -37,6 +37,27 @@ print(json.dumps({
     "deleted": [store.delete_connection("phi3_connection") for _ in range(2)],
 }))
 """
+TWO_RUNS = """
+import json, sys
+from pathlib import Path
+from phi3_training.current import make_current
+from phi3_training.flow import store
+from phi3_training.flow.connect import connect
+from phi3_training.manifests import ConnectionManifest, EndpointManifest
+from phi3_training.run import Run
+
+runs = [Run.open(Path(sys.argv[1]) / name) for name in ("shop", "kettle")]
+for port, run in enumerate(runs, start=1):
+    endpoint = EndpointManifest(endpoint=f"http://127.0.0.1:{port}/score")
+    run.write(connect(endpoint, "key-of-" + run.name, run=run.name))
+shop, kettle = runs
+connected = [store.read_connection("phi3_connection")]
+make_current(shop)
+connected.append(store.read_connection("phi3_connection"))
+own = store.read_connection(kettle.require(ConnectionManifest).own)
+gone = [store.delete_connections_to(run.require(ConnectionManifest)) for run in (kettle, shop)]
+print(json.dumps({"connected": connected, "own": own, "gone": gone}))
+"""
 FOREIGN = """
 import sys
 from phi3_training.flow import store
@@ -110,6 +131,21 @@ def test_connection_is_written_replaced_read_and_deleted(home: PfHome) -> None:
     assert manifest["choices"] == [manifest["protection"]]
     assert KEY not in json.dumps(result["manifests"])
     assert stat.S_IMODE((home.pf_dir / "pf.sqlite").stat().st_mode) == 0o600
+
+
+def test_two_runs_keep_their_connections_and_the_flows_leads_to_the_current(
+    home: PfHome, tmp_path: Path
+) -> None:
+    done = home.python(TWO_RUNS, str(tmp_path / "runs"))
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    kettle = ["http://127.0.0.1:2/score", "key-of-kettle"]
+    assert result["connected"] == [kettle, ["http://127.0.0.1:1/score", "key-of-shop"]]
+    assert result["own"] == kettle
+    assert result["gone"] == [
+        ["phi3_connection_kettle"],
+        ["phi3_connection_shop", "phi3_connection"],
+    ]
 
 
 def test_somebody_elses_connection_stays_as_it_is(home: PfHome) -> None:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from phi3_tool import __version__
 from phi3_tool.errors import ConfigurationError, Phi3Error
 
 from .commands import GROUPS
+from .nearest import did_you_mean
 
 EXAMPLES = """\
 examples:
   phi3 up                                   fine-tune a small model, serve it, ask it
   phi3 up my.yaml data.train=my_chats.jsonl another recipe, one key changed
   phi3 chat                                 talk to the tuned model
+  phi3 runs                                 list the runs; `phi3 use RUN` chooses the current one
   phi3 down                                 stop what `up` started
   phi3 up --on azure --rehearse             the same on a rehearsed Azure, on this machine
 """
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        used = getattr(args, "parser", parser)  # whose options are the known ones
+        used.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # a recipe or key=value after an option: argparse accepts them only in one group
         args.words += rest
     if args.command is None:
@@ -80,8 +85,25 @@ def _run(args: argparse.Namespace, typed: list[str]) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """The same, with the closest known word in the error for a mistyped command or option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message; exit 2."""
+        if wrong := re.match(r"(.*)invalid choice: '(.*)' \(choose from (.*)\)", message):
+            place, typed, known = wrong.groups()
+            close = did_you_mean(typed, re.findall(r"[\w-]+", known))
+            if place.startswith("argument COMMAND"):  # --help lists them with what they do
+                message = f"there is no command {typed!r}{close or ';'} All commands: phi3 --help"
+            else:
+                message += close
+        elif wrong := re.match(r"unrecognized arguments: (-[\w-]+)", message):
+            message += did_you_mean(wrong[1], self._option_string_actions)
+        super().error(message)
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="phi3",
         description="Fine-tune Phi-3 on your own chats and talk to it in Prompt flow.",
         epilog=EXAMPLES,

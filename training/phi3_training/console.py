@@ -97,4 +97,4 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(column, justify="left" if position == 0 else "right")
     for row in rows:
         drawn.add_row(*row)
-    out.print(drawn)
+    out.print(drawn, soft_wrap=False)  # cells wrap on a narrow terminal, they are not cut off

@@ -270,6 +270,7 @@ class EndpointManifest(Manifest):
     dialect: str | None = None
     context_length: int | None = None
     gate: GatePassage | None = None
+    of: str | None = None  # done_id of the model that is served
     # On this machine.
     pid: int | None = None
     create_time: float | None = None
@@ -291,7 +292,8 @@ class ConnectionManifest(Manifest):
     STAGE = "connection"
     COMMAND = "phi3 connect"
 
-    name: str
+    name: str  # the flow's connection, which leads to the current run
+    own: str | None = None  # the run's own connection in the same store
     endpoint: str
     deployment: str | None = None
     dialect: str | None = None

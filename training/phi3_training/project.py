@@ -52,6 +52,11 @@ def find_recipe(word: str) -> Path:
     return next((recipe for recipe in there if recipe.is_file()), path)
 
 
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes, as `find_recipe` takes them, without their short forms."""
+    return sorted(path.stem for path in find(RECIPES).glob("*.yaml"))
+
+
 def shipped_data(name: str) -> Path | None:
     """A shipped file of chats or questions; None where the package came without (a cloud job)."""
     places = [folder / DATA / name for folder in (CLONE, _INSTALLED)]

@@ -24,6 +24,7 @@ from .manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
+from .run import Run
 from .targets import CloudTarget
 
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
@@ -157,10 +158,25 @@ def _registration_summary(manifest: RegistrationManifest) -> str:
 def _deploy(journey: Journey) -> EndpointManifest:
     from .evaluate import gate
 
-    passed = gate.require_passed(journey.run, force=journey.force)
+    model = journey.run.require(ModelManifest).done_id
+    before = journey.run.read(EndpointManifest)
+    passed = gate.require_passed(
+        journey.run, force=journey.force or _was_forced(before, model, journey.run)
+    )
     manifest = journey.target.deploy(journey.recipe, journey.run, journey.progress)
     remarks = [f"deployed by --force: {rule}" for rule in passed.failed]
-    return manifest.model_copy(update={"gate": passed, "choices": [*manifest.choices, *remarks]})
+    return manifest.model_copy(
+        update={"gate": passed, "of": model, "choices": [*manifest.choices, *remarks]}
+    )
+
+
+def _was_forced(before: EndpointManifest | None, model: str | None, run: Run) -> bool:
+    """Whether the same model was deployed by --force before, in spite of the same rules."""
+    from .evaluate import gate
+
+    if before is None or before.gate is None or not before.gate.forced or before.of != model:
+        return False
+    return before.gate.failed == gate.require_passed(run, force=True).failed
 
 
 def _answer_summary(manifest: AnswerManifest) -> str:

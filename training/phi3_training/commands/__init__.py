@@ -27,8 +27,17 @@ GROUPS = (
         "status",
         "register_status",
         {
-            "status": "list the runs, their stages and endpoints",
+            "status": "show the runs, their stages and endpoints",
             "down": "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
+        },
+    ),
+    Group(
+        "runs",
+        "register_runs",
+        {
+            "runs": "list the runs, which one is current, and what they take on the disk",
+            "use": "choose the current run, which chat, env, export and the flow then use",
+            "rm": "delete a run that is not serving",
         },
     ),
     Group(

@@ -31,6 +31,7 @@ from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from .. import console
 from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
+from ..current import is_current, remarks
 from ..errors import StageError, UsageError
 from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
 from ..project import FLOW, find
@@ -42,6 +43,7 @@ from .common import (
     add_on,
     add_recipe,
     add_rehearse,
+    add_which_run,
     current_run,
     has_model_here,
     journey_of,
@@ -133,8 +135,8 @@ def register_chat(subparsers: Any) -> None:
         run_chat,
     )
     chat.add_argument("question", nargs="?", help="one question (default: a conversation)")
-    chat.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(chat, "among the runs there, the last connected")
+    add_which_run(chat)
+    add_on(chat, "the current run there, else the one connected last there")
     add_rehearse(chat)
     chat.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -148,8 +150,8 @@ def register_chat(subparsers: Any) -> None:
         'eval "$(phi3 env)"',
         run_env,
     )
-    env.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(env, "among the runs there, the last connected")
+    add_which_run(env)
+    add_on(env, "the current run there, else the one connected last there")
     serve = add_command(
         subparsers,
         "serve",
@@ -163,21 +165,39 @@ def register_chat(subparsers: Any) -> None:
 def access_of(args: argparse.Namespace) -> tuple[Access, dict[str, Any]]:
     """How to reach the endpoint that is meant, and what else a client should know of it.
 
-    The environment's, else the run's: from its Prompt flow connection, on Azure from Azure itself.
+    That of --run, else the environment's, else the current run's: from the run's own Prompt flow
+    connection, on Azure from Azure itself. Says on standard error which one it is.
     """
-    if not environment_names_endpoint():
+    if args.run or not environment_names_endpoint():
         run = current_run(args)
+        _say_which(args, run)
         cloud = get_target(target_of(run)).cloud
         if cloud is not None:
             return cloud.access(run), {}
         settings = _local_settings(run)
     else:
         settings = ConnectionSettings.from_environment()
+        if args.output == "text":
+            console.err.print(
+                f"Endpoint {settings.endpoint}, which PHI3_ENDPOINT names",
+                markup=False,
+                style="dim",
+            )
     known: dict[str, Any] = {"deployment": settings.deployment, "dialect": settings.dialect}
     if settings.context_length:
         known["context_length"] = settings.context_length
     tokens = entra_tokens() if settings.auth == ENTRA else None
     return Access(settings.endpoint, settings.key or None, tokens), known
+
+
+def _say_which(args: argparse.Namespace, run: Run) -> None:
+    """Whose answers these will be, and what is wrong with them."""
+    if args.output != "text":
+        return
+    current = " (current)" if is_current(run) else ""
+    console.err.print(f"Run {run.name}{current}", markup=False, style="dim")
+    for remark in remarks(run):
+        console.err.print(f"Note: {remark}", markup=False, style="yellow")
 
 
 def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
@@ -190,15 +210,15 @@ def _local_settings(run: Run) -> ConnectionSettings:
     from ..flow.store import stored_connection
 
     again = f"phi3 up --run {run.name}"
-    name = run.require(ConnectionManifest).name
+    manifest = run.require(ConnectionManifest)
+    name = manifest.own or manifest.name
     if get_target(HERE).status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
     settings = ConnectionSettings.from_connection(stored_connection(name))
     if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
         raise StageError(
             f"The connection {name} now points to {settings.endpoint}, which is not the endpoint "
-            f"of the run {run.name!r}; restore this run with {again}, or keep both by giving one "
-            f"its own connection: connection.name=NAME"
+            f"of the run {run.name!r}; write it again with: {again}"
         )
     return settings
 
@@ -321,8 +341,8 @@ def register_invoke(subparsers: Any) -> None:
         "phi3 invoke --on azure",
         run_invoke,
     )
-    parser.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
-    add_on(parser, "among the runs there, the last connected")
+    add_which_run(parser)
+    add_on(parser, "the current run there, else the one connected last there")
     add_rehearse(parser)
     parser.add_argument(
         "--deployment", metavar="NAME", help="this deployment, regardless of its share of traffic"
@@ -424,7 +444,7 @@ def register_batch(subparsers: Any) -> None:
         help=f"lines in parallel (default {CONCURRENCY}; lowered automatically while the endpoint "
         f"throttles)",
     )
-    batch.add_argument("--run", metavar="NAME", help="which run (default: the last connected)")
+    add_which_run(batch)
     batch.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     batch.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     batch.add_argument("--top-p", type=float, default=1.0, help="default 1")

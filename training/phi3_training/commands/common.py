@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import console
+from ..current import all_runs, current_of, is_current
 from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
-from ..manifests import ModelManifest
+from ..manifests import DatasetManifest, ModelManifest
 from ..models import small
 from ..models.catalogue import weights_folder
 from ..models.layers import matrices_of, targets_in
 from ..models.rope import check_rope
-from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe
-from ..recipe import AuditRule, Recipe, load_recipe, replaced_with_chats
+from ..nearest import did_you_mean
+from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe, recipe_names
+from ..recipe import AuditRule, Recipe, load_recipe, read_yaml, replaced_with_chats
 from ..run import Run, check_run_name
 from ..targets import HERE, get_target, is_here, target_of
 
@@ -47,7 +49,7 @@ def add_command(
         metavar="FOLDER",
         help="where run folders are (default: runs, or $PHI3_RUNS)",
     )
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, parser=parser)
     return parser
 
 
@@ -57,10 +59,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="RECIPE | key=value",
-        help="the recipe (default: that of --run, else "
+        help="the recipe (default: that of --run, else that of the current run, else "
         f"{DEFAULT_RECIPES[HERE]}) and keys to change",
     )
-    parser.add_argument("--run", metavar="NAME", help="run folder (default: the recipe's name)")
+    parser.add_argument(
+        "--run",
+        metavar="NAME",
+        help="run folder (default: the recipe's name; without a recipe the current run)",
+    )
     add_on(parser, "where to run (default: where --run was created, else local)")
 
 
@@ -107,6 +113,20 @@ def add_no_plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_replace(parser: argparse.ArgumentParser) -> None:
+    """--replace: train over a run that was made from other chats."""
+    parser.add_argument(
+        "--replace", action="store_true", help="replace a run that was trained on other chats"
+    )
+
+
+def add_which_run(parser: argparse.ArgumentParser) -> None:
+    """--run NAME of the commands that use a finished run."""
+    parser.add_argument(
+        "--run", metavar="NAME", help="which run (default: the current one, see phi3 use)"
+    )
+
+
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     """--adapter NAME: which of a run's adapters is meant."""
     parser.add_argument(
@@ -116,6 +136,7 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
+    _take_current(args)
     on = where_to_run(args)
     args.words = _with_recipe(args)
     words = [*args.words, *from_options(args)]
@@ -131,6 +152,8 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
     _refuse_other_place(run, on)
+    if make_run and not getattr(args, "replace", False):
+        _refuse_other_chats(run, recipe)
     journey = Journey(recipe, run, get_target(on), find(FLOW))
     journey.force = getattr(args, "force", False)
     journey.no_plan = getattr(args, "no_plan", False)
@@ -199,6 +222,48 @@ def _refuse_other_place(run: Run, on: str) -> None:
         )
 
 
+def _take_current(args: argparse.Namespace) -> None:
+    """Without a recipe and --run the current run is meant, if there is one at that place."""
+    if args.run or any("=" not in word for word in args.words):
+        return
+    run = current_of(args.runs)
+    if run is None or args.on not in (None, target_of(run)):
+        return
+    if args.on is None and not is_here(run):  # it would bill without a word
+        on = target_of(run)
+        raise UsageError(
+            f"The current run {run.name!r} is on {on}: add --on {on} to continue it there, name "
+            "a recipe, or choose another run with: phi3 use RUN"
+        )
+    args.run = run.name
+    console.note(f"Run {run.name}, the current one (another: --run NAME, or phi3 use RUN)")
+
+
+def _refuse_other_chats(run: Run, recipe: Recipe) -> None:
+    """A model trained on other chats would be lost. The same chats at another path are the same."""
+    kept = run.path / RECIPE_FILE
+    trained = any((run.path / name).exists() for name in ("model.json", "finetune"))
+    if not trained or not kept.is_file():
+        return
+    before, now = read_yaml(kept), recipe.model_dump(mode="json")
+    if any((saved.get("finetune") or {}).get("adapter") for saved in (before, now)):
+        return  # each adapter of a run may have chats of its own
+    paths = [(saved.get("data") or {}).get("train") for saved in (before, now)]
+    if paths[0] == paths[1]:
+        return
+    from ..data import fingerprints
+
+    dataset = run.read(DatasetManifest)
+    known = [] if dataset is None else [one.sha256 for one in dataset.inputs.get("train", ())]
+    if known and known == fingerprints(recipe.data.train):
+        return
+    shown = ", ".join(map(str, paths[0] or ["unknown"]))
+    raise UsageError(
+        f"The run {run.name!r} was trained on other chats ({shown}) and would be replaced. "
+        "Keep both: add --run NAME. Replace it: add --replace"
+    )
+
+
 def from_options(args: argparse.Namespace) -> list[str]:
     """Options that are short for keys of the recipe."""
     allow, adapter = getattr(args, "allow", []), getattr(args, "adapter", None)
@@ -227,56 +292,62 @@ def recipe_of(words: Sequence[str], on: str = HERE, instead: Path | None = None)
     if len(named) > 1:
         raise UsageError(f"Expected one recipe, got {' and '.join(named)}")
     path = find_recipe(named[0]) if named else find(DEFAULT_RECIPES[on])
+    if not path.is_file():
+        names = [form for name in recipe_names() for form in (name, name.removeprefix("phi3-"))]
+        close = did_you_mean(path.stem, names) or "."
+        raise UsageError(
+            f"There is no recipe {named[0]}: no such file, and no shipped recipe of that name"
+            f"{close} Shipped recipes: phi3 recipes"
+        )
     return load_recipe(path, [word for word in words if "=" in word], model_from=instead)
 
 
-def all_runs(folder: Path) -> list[Run]:
-    """The run folders, the one worked on last first."""
-    if not folder.is_dir():
-        return []
-    runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
-    runs.sort(
-        key=lambda run: max(file.stat().st_mtime for file in run.glob("*.json")), reverse=True
-    )
-    return [Run(path.resolve()) for path in runs]
+def named_run(folder: Path, name: str) -> Run:
+    """The run `name` of a runs folder. Raises UsageError, with the closest name, if not there."""
+    check_run_name(name)
+    path = folder.resolve() / name
+    if not path.is_dir():
+        close = did_you_mean(name, [run.name for run in all_runs(folder)]) or "."
+        raise UsageError(f"There is no run {name!r} under {folder}{close} All runs: phi3 runs")
+    return Run(path)
 
 
 def current_run(args: argparse.Namespace) -> Run:
-    """The run named by --run, else the one connected last. Raises UsageError if there is none."""
+    """The run named by --run, else the current one; with --on, if that is there.
+
+    Raises UsageError where no run has an endpoint.
+    """
     if args.run:
-        check_run_name(args.run)
-        path = args.runs.resolve() / args.run
-        if not path.is_dir():
-            raise UsageError(f"There is no run {args.run!r} under {args.runs}; see: phi3 status")
-        return Run(path)
+        return named_run(args.runs, args.run)
     on = getattr(args, "on", None)
-    connected = [
-        run
-        for run in all_runs(args.runs)
-        if (run.path / "connection.json").is_file() and on in (None, target_of(run))
-    ]
-    if connected:
-        return max(connected, key=lambda run: (run.path / "connection.json").stat().st_mtime)
-    raise UsageError(
-        f"No run under {args.runs} has an endpoint yet; start one with: phi3 up (or set "
-        f"PHI3_ENDPOINT and PHI3_KEY)"
-    )
+    runs = [run for run in all_runs(args.runs) if on in (None, target_of(run))]
+    connected = [run for run in runs if (run.path / "connection.json").is_file()]
+    if not connected:
+        raise UsageError(
+            f"No run under {args.runs} has an endpoint yet; start one with: phi3 up (or set "
+            f"PHI3_ENDPOINT and PHI3_KEY)"
+        )
+    # The current one even without an endpoint: another run's answers would be taken for its own.
+    return runs[0] if is_current(runs[0]) else connected[0]
 
 
 def tuned_run(args: argparse.Namespace) -> Run:
-    """The run named by --run, else the one trained last. Raises UsageError if there is none."""
+    """The run named by --run, else the current one. Raises UsageError if it has no model here."""
     if args.run:
         return current_run(args)
-    for run in all_runs(args.runs):
-        if has_model_here(run):
-            return run
-    raise UsageError(f"No run under {args.runs} has a tuned model yet; train one with: phi3 train")
+    run = current_of(args.runs)
+    if run is None:
+        raise UsageError(
+            f"No run under {args.runs} has a tuned model yet; train one with: phi3 train"
+        )
+    if not has_model_here(run):
+        raise UsageError(
+            f"The current run {run.name!r} has no tuned model on this machine; train it with: "
+            f"phi3 train --run {run.name}, or name another run with --run NAME (all: phi3 runs)"
+        )
+    return run
 
 
 def has_model_here(run: Run) -> bool:
     """Whether the tuned model is in the run folder; one tuned on Azure stays there."""
     return run.read(ModelManifest) is not None and is_here(run)
-
-
-def _last_change(path: Path) -> float:
-    return max(item.stat().st_mtime for item in path.glob("*.json"))

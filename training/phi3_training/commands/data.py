@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from .. import console
+from ..current import all_runs
 from ..errors import UsageError
 from ..journey import go
 from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
 from ..stages import stages_until
 from . import HELP
-from .common import add_command, add_recipe, all_runs, journey_of, recipe_of
+from .common import add_command, add_recipe, add_replace, journey_of, recipe_of
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
@@ -53,6 +54,7 @@ def register_data(subparsers: Any) -> None:
         run_prepare,
     )  # fmt: skip
     add_recipe(prepare)
+    add_replace(prepare)
     fix = add_command(
         actions, "fix", "write a repaired copy of chats, and list every change",
         "phi3 data fix chats.jsonl -o fixed.jsonl", run_fix, own_output=True,

@@ -116,7 +116,8 @@ def _connection(args: argparse.Namespace) -> str | None:
         name: str | None = args.connection
         return name
     run = current_run(args)
-    return run.require(ConnectionManifest).name
+    manifest = run.require(ConnectionManifest)
+    return manifest.own or manifest.name
 
 
 def _show(finding: Finding, *, first: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..current import all_runs
 from ..errors import UsageError
 from ..flow.bundle import BASE, pack, write_image
 from ..progress import note
@@ -16,7 +17,7 @@ from ..project import FLOW, find
 from ..run import Run
 from ..targets import is_here
 from . import HELP
-from .common import add_command, add_rehearse, all_runs, current_run
+from .common import add_command, add_rehearse, current_run
 
 # What the commands of `phi3 flow` share: which flow, and what of it travels.
 
@@ -72,7 +73,9 @@ def add_push(actions: Any) -> None:
         run_push,
     )
     add_flow(push)
-    push.add_argument("--run", metavar="NAME", help="which run (default: the last on Azure)")
+    push.add_argument(
+        "--run", metavar="NAME", help="which run on Azure (default: the current one there)"
+    )
     push.add_argument(
         "--to",
         choices=("both", "workspace", "project"),
@@ -244,6 +247,6 @@ def run_serve(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json({"flow": flow, "url": url, "engine": args.engine})
     else:
-        console.err.print(f"Serving {flow} at {url} until Ctrl-C", markup=False)
+        console.err.print(f"Loading {flow}, to serve it at {url} until Ctrl-C …", markup=False)
     serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
     return 0

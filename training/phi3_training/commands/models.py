@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
+from ..current import current_of
 from ..errors import MissingExtraError, UsageError
 from ..manifests import EXPORTS, ExportCheck, Limits
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
@@ -15,7 +16,7 @@ from ..recipe import Recipe
 from ..recipe.keys import keys_of
 from ..run import Run
 from . import HELP
-from .common import add_command, all_runs, tuned_run
+from .common import add_command, add_which_run, named_run, tuned_run
 
 if TYPE_CHECKING:
     from ..finetune.weights import Adapter
@@ -243,7 +244,7 @@ def register_adapters(subparsers: Any) -> None:
         "phi3 adapters --merge french",
         run_adapters,
     )
-    parser.add_argument("--run", metavar="NAME", help="which run (default: the most recent)")
+    add_which_run(parser)
     parser.add_argument("--merge", metavar="ADAPTER", help="write run/merged/ADAPTER")
 
 
@@ -287,11 +288,10 @@ def _line(adapter: Adapter) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> Run:
-    runs = [run for run in all_runs(args.runs) if args.run in (None, run.name)]
-    if not runs:
-        named = f"no run {args.run!r}" if args.run else "no run"
-        raise UsageError(f"There is {named} under {args.runs}; create one with: phi3 up")
-    return runs[0]
+    run = named_run(args.runs, args.run) if args.run else current_of(args.runs)
+    if run is None:
+        raise UsageError(f"There is no run under {args.runs}; create one with: phi3 up")
+    return run
 
 
 # `phi3 export`: the tuned model in another format, compared with the original.
@@ -310,7 +310,7 @@ def register_export(subparsers: Any) -> None:
         run_export,
     )
     parser.add_argument("--to", choices=FORMATS, required=True, help="target format")
-    parser.add_argument("--run", metavar="NAME", help="which run (default: the last trained)")
+    add_which_run(parser)
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 from .. import console
+from ..current import all_runs
 from ..errors import StageError, UsageError
 from ..manifests import EndpointManifest
 from ..run import Run
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
-from .common import add_command, add_on, add_rehearse, all_runs
+from .common import add_command, add_on, add_rehearse, named_run
 from .up import state_of
 
 
@@ -59,28 +60,38 @@ def run_status(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(states)
     elif not states:
-        console.out.print(f"No runs under {args.runs} yet; create one with: phi3 up", markup=False)
+        console.out.print(_no_runs(args), markup=False)
     for state in states if args.output == "text" else []:
         _show_state(state)
     return 0
 
 
+def _no_runs(args: argparse.Namespace) -> str:
+    """What there is instead: runs elsewhere, or nothing yet."""
+    others = len(all_runs(args.runs))
+    if not others:
+        return f"No runs under {args.runs} yet; create one with: phi3 up"
+    text = f"No runs on {args.on} under {args.runs}; {others} elsewhere, see: phi3 runs"
+    return f"{text}. In the rehearsal: phi3 status --rehearse" if args.on == "azure" else text
+
+
 def _runs(args: argparse.Namespace, name: str | None) -> list[Run]:
-    runs = [run for run in all_runs(args.runs) if name in (None, run.name)]
-    if name is not None and not runs:
-        raise UsageError(f"There is no run {name!r} under {args.runs}; see: phi3 status")
+    runs = [named_run(args.runs, name)] if name is not None else all_runs(args.runs)
     return [run for run in runs if args.on in (None, target_of(run))]
 
 
 def _show_state(state: dict[str, Any]) -> None:
     endpoint = state["endpoint"]
-    console.out.print(f"[bold]{state['run']}[/]  {', '.join(state['done'])}")
+    current = " (current)" if state["current"] else ""
+    console.out.print(f"[bold]{state['run']}[/]{current}  {', '.join(state['done'])}")
     process = f" (process {endpoint['pid']})" if endpoint.get("pid") else ""
     where = f" {endpoint['url']}{process}" if endpoint.get("url") else ""
     console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
     if state["on"] != HERE and "lines" not in state:
         command = f"phi3 status --on {state['on']} --run {state['run']}"
         console.out.print(f"  on {state['on']}; see what exists there: {command}", markup=False)
+    for remark in state["remarks"]:
+        console.out.print(f"  note: {remark}", markup=False, style="yellow")
     for fault in state["broken"]:
         console.out.print(f"  broken: {fault}", markup=False)
     for line in state.get("lines", []):
@@ -126,12 +137,16 @@ def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
 
 def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
     """Deleting a workspace also deletes what others may have put there."""
+    lines = [f"This deletes, for the run {run.name}:", *(f"  {name}" for name in names)]
+    confirm(args, [*lines, "with everything in them, including what phi3 did not create."])
+
+
+def confirm(args: argparse.Namespace, lines: list[str]) -> None:
+    """Show what would be deleted and ask. Raises UsageError unless --yes or a typed yes."""
     if args.yes:
         return
-    console.err.print(f"This deletes, for the run {run.name}:", markup=False)
-    for name in names:
-        console.err.print(f"  {name}", markup=False)
-    console.err.print("with everything in them, including what phi3 did not create.")
+    for line in lines:
+        console.err.print(line, markup=False)
     try:
         said = input("Type yes to continue: ") if os.isatty(0) else ""
     except EOFError:

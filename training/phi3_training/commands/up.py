@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..current import is_current, make_current, remarks
 from ..errors import MissingExtraError, StageError, UsageError
 from ..journey import Journey, Stage, finished, go
 from ..manifests import (
@@ -40,6 +41,7 @@ from .common import (
     add_no_plan,
     add_recipe,
     add_rehearse,
+    add_replace,
     from_options,
     journey_of,
     recipe_of,
@@ -183,6 +185,7 @@ def register_up(subparsers: Any) -> None:
     add_allow(up)
     add_force(up)
     add_no_plan(up)
+    add_replace(up)
     add_rehearse(up)
     plan = add_command(
         subparsers,
@@ -215,6 +218,7 @@ def run_up(args: argparse.Namespace) -> int:
     with journey.run.lock():
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages, again=again)
+        make_current(journey.run)
     if args.output == "json":
         console.print_json(state_of(journey.run, journey.target))
     else:
@@ -240,6 +244,11 @@ def run_plan(args: argparse.Namespace) -> int:
         plan = [asdict(line) for line in lines]
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
     else:
+        stops = [line.stage for line in lines if line.stops]
+        at = ", ".join(dict.fromkeys(stops))
+        verdict = f"Would stop at {at}" if stops else "Nothing stops it"
+        how = "see STOPS below" if stops else "start with: phi3 up and the same words"
+        console.out.print(f"{verdict}; {how}", markup=False, style="bold")
         console.out.print(f"Run folder: {journey.run.path}", markup=False)
         console.out.print(f"To do: {', '.join(todo) or 'nothing, all is done'}", markup=False)
         for line in lines:
@@ -301,12 +310,15 @@ def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
         status = {"endpoint": {"state": "not asked", **where}}
     else:
         status = (target or get_target(name)).status(run)
+    unreadable = {EndpointManifest, ModelManifest} & broken.keys()
     answer = None if AnswerManifest in broken else run.read(AnswerManifest)
     adapters = [] if BaseManifest in broken else list_adapters(run)
     return {
         "run": run.name,
         "path": str(run.path),
         "on": name,
+        "current": is_current(run),
+        "remarks": [] if unreadable else remarks(run),
         "done": done,
         "broken": list(broken.values()),
         **status,
@@ -403,6 +415,7 @@ def register_stages(subparsers: Any) -> None:
         add_recipe(parser)
         add_adapter(parser)
         add_no_plan(parser)
+        add_replace(parser)
         if name == "train":
             add_allow(parser)
             parser.add_argument(
@@ -427,6 +440,13 @@ def run_stage(args: argparse.Namespace) -> int:
         stages = stages_until(kind, in_cloud=journey.in_cloud)
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages)
+    if kind is ConnectionManifest:
+        make_current(journey.run)
+    elif not is_current(journey.run):
+        console.note(
+            f"Run {journey.run.name}; the current run is still another one (change it with: "
+            f"phi3 use {journey.run.name})"
+        )
     if args.command == "evaluate":
         return _show_evaluation(journey.run, args.output)
     if args.output == "json":

@@ -134,7 +134,8 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
 
     def _left(answered: int, of: int) -> str:
         seconds = (time.monotonic() - started) / max(1, answered) * (of - answered)
-        return f", about {seconds:.0f} s left" if answered >= _SOME else ""
+        shown = answered >= _SOME and seconds >= 1
+        return f", about {seconds:.0f} s left" if shown else ""
 
     return step
 

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_tool.connection import ENTRA, ConnectionSettings
+from phi3_tool.connection import ENTRA, ConnectionSettings, same_endpoint
 from phi3_tool.errors import Phi3Error
 
 from ..errors import MissingExtraError, StageError, UsageError
+from ..manifests import ConnectionManifest
 from . import keyring_probe
 
 # Where the key of Prompt flow's store is kept: finds a keyring that works unattended.
@@ -223,6 +224,21 @@ def write_connection(
     keep_private(database())
 
 
+def copy_connection(source: str, target: str) -> None:
+    """Let `target` lead where `source` leads, with the same key; both were written here.
+
+    Raises StoreError for somebody else's connection `target` and where `source` cannot be read.
+    """
+    stored = stored_connection(source)
+    _refuse_foreign(target)
+    connection = _sdk("promptflow.connections").CustomConnection(
+        name=target, configs=dict(stored.configs), secrets=dict(stored.secrets)
+    )
+    with _errors_of_the_store("write", target):
+        _sdk("promptflow.client").PFClient().connections.create_or_update(connection)
+    keep_private(database())
+
+
 def read_connection(name: str) -> tuple[str, str]:
     """Endpoint and key of the connection `name`; raises StoreError where either is missing."""
     try:
@@ -279,6 +295,17 @@ def delete_connection(name: str) -> bool:
     with _errors_of_the_store("delete", name):
         _sdk("promptflow.client").PFClient().connections.delete(name)
     return True
+
+
+def delete_connections_to(connected: ConnectionManifest) -> list[str]:
+    """Delete a run's own connection, and the flow's where it leads to that run; their names."""
+    deleted = []
+    for name in dict.fromkeys((connected.own, connected.name)):
+        if name is not None and _row(name) is not None:
+            stored = ConnectionSettings.from_connection(stored_connection(name))
+            if same_endpoint(stored.endpoint, connected.endpoint) and delete_connection(name):
+                deleted.append(name)
+    return deleted
 
 
 def key_protection() -> str:

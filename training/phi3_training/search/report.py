@@ -111,6 +111,7 @@ def write_report(
     )
     # What the recipe says, not what it leaves to the defaults; paths are absolute.
     recipe = make(overrides_of(best.parameters)).model_dump(mode="json", exclude_unset=True)
+    recipe["name"] = f"{journey.run.name[:59]}-best"  # a run of its own, beside the searched one
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", header + body)
     draw(plan, trials, best, folder / "report.svg")

@@ -150,10 +150,11 @@ class LocalTarget:
                 "No running process holds the endpoint's key any more; restart the endpoint with: "
                 "phi3 down && phi3 up"
             )
-        return connect(endpoint, key, recipe.connection.name, recipe.connection.dialect)
+        section = recipe.connection
+        return connect(endpoint, key, section.name, section.dialect, run=run.name)
 
     def is_connected(self, run: Run) -> bool:
-        """Yes: a connection that another run has taken over is reported where it is used."""
+        """Yes: the run's own connection stays, whichever run is the current one."""
         del run
         return True
 
@@ -164,25 +165,30 @@ class LocalTarget:
 
         del progress
         question = question_of(recipe, run)
-        answer = ask(flow, question, connection_name=recipe.connection.name)
+        connection = run.require(ConnectionManifest)
+        name = connection.own or connection.name
+        answer = ask(flow, question, connection_name=name)
         return AnswerManifest(question=question, answer=answer)
 
     def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
         """The endpoint's key: of this object, else of the store if that points to this endpoint.
 
-        Neither has it after a stop between `deploy` and `connect`, or when another run connected
-        since.
+        Neither has it after a stop between `deploy` and `connect`.
         """
+        from ..flow.connect import own_name
         from ..flow.store import StoreError, read_connection
 
         key = self.key(run)
         if key is not None:
             return key
-        try:
-            stored, stored_key = read_connection(recipe.connection.name)
-        except StoreError:
-            return None
-        return stored_key if same_endpoint(stored, endpoint.endpoint) else None
+        for name in (own_name(recipe.connection.name, run.name), recipe.connection.name):
+            try:
+                stored, stored_key = read_connection(name)
+            except StoreError:
+                continue
+            if same_endpoint(stored, endpoint.endpoint):
+                return stored_key
+        return None
 
     def key(self, run: Run) -> str | None:
         """The key of the endpoint that this object started."""

@@ -84,16 +84,15 @@ def sign_in(
         tried.append("browser: not tried, this is not a terminal")
     attempts = "\n".join(f"  {line}" for line in tried)
     raise StageError(
-        f"Could not sign in to Azure. Tried:\n{attempts}\n"
-        "Sign in with: az login\n"
-        "or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET (a service principal), "
-        "or run on an Azure machine with a managed identity"
+        "Not signed in to Azure. Sign in with: az login\n"
+        "(or set AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET of a service principal, "
+        f"or run on an Azure machine with a managed identity). Tried:\n{attempts}"
     )
 
 
 def _shortened(text: str) -> str:
     line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= 300 else line[:297] + "…"
+    return line if len(line) <= 100 else line[:97] + "…"
 
 
 class InTenant:

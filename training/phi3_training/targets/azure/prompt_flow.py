@@ -58,7 +58,7 @@ def connect(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> C
     access = access_to(clients, endpoint.endpoint_name)
     # One connection name in three places, so that the same flow folder runs in each of them.
     # Without the deployment's name: the endpoint's traffic rules say who answers a flow.
-    here = connect_here(EndpointManifest(endpoint=access.endpoint), access.key, name)
+    here = connect_here(EndpointManifest(endpoint=access.endpoint), access.key, name, run=run.name)
     states = {}
     for workspace in (clients.place.workspace_name, clients.place.project):
         note(progress, f"connection {name} in {workspace}")

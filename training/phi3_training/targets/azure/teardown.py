@@ -237,11 +237,8 @@ class _Teardown:
             return
         connection = self.run.read(ConnectionManifest)
         if connection is not None:  # the one on this machine, if it still leads there
-            name = connection.name
             try:
-                url, _key = store.read_connection(name)
-                if url == connection.endpoint:
-                    store.delete_connection(name)
+                for name in store.delete_connections_to(connection):
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine was not deleted: %s", error)

@@ -1,0 +1,150 @@
+"""`phi3 runs | use | rm`: list the runs, choose the current one, delete one."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .. import console
+from ..current import all_runs, current_of, is_current, make_current, remarks
+from ..errors import MissingExtraError, RecipeError, StageError
+from ..journey import RECIPE_FILE
+from ..manifests import ConnectionManifest, EndpointManifest, GateManifest
+from ..memory.model import gib
+from ..recipe import read_yaml
+from ..run import Run
+from ..stages import stages_of
+from ..targets import HERE, is_here
+from . import HELP
+from .common import add_command, named_run
+from .status import confirm
+from .up import state_of
+
+
+def register_runs(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    add_command(subparsers, "runs", HELP["runs"], "phi3 runs", run_runs)
+    use = add_command(subparsers, "use", HELP["use"], "phi3 use phi3-tiny", run_use)
+    use.add_argument("run", metavar="RUN", help="the run, as phi3 runs lists it")
+    remove = add_command(subparsers, "rm", HELP["rm"], "phi3 rm phi3-tiny", run_rm)
+    remove.add_argument("run", metavar="RUN", help="the run, as phi3 runs lists it")
+
+
+def run_runs(args: argparse.Namespace) -> int:
+    """A line for each run."""
+    rows = [_row(run) for run in all_runs(args.runs)]
+    if args.output == "json":
+        console.print_json(rows)
+        return 0
+    if not rows:
+        console.out.print(f"No runs under {args.runs} yet; create one with: phi3 up", markup=False)
+        return 0
+    columns = ["run", "recipe", "stages", "gate", "endpoint", "on disk"]
+    console.table(
+        f"Runs under {args.runs} (* current; another: phi3 use RUN)",
+        columns,
+        [
+            [
+                f"{'* ' if row['current'] else '  '}{row['run']}",
+                row["recipe"],
+                f"{len(row['done'])} of {row['stages']}",
+                row["gate"],
+                row["endpoint"] if row["on"] == HERE else f"{row['endpoint']}, on {row['on']}",
+                gib(row["bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+    return 0
+
+
+def run_use(args: argparse.Namespace) -> int:
+    """Make it the current run, for every command and for Prompt flow's connection."""
+    run = named_run(args.runs, args.run)
+    make_current(run)
+    state = state_of(run)
+    if args.output == "json":
+        console.print_json({"run": run.name, "endpoint": state["endpoint"]["state"]})
+        return 0
+    endpoint = state["endpoint"]["state"]
+    start = "" if endpoint in ("up", "not asked") else f"; start it with: phi3 up --run {run.name}"
+    console.out.print(f"Current run: {run.name}, endpoint {endpoint}{start}", markup=False)
+    for remark in remarks(run):
+        console.out.print(f"Note: {remark}", markup=False, style="yellow")
+    return 0
+
+
+def run_rm(args: argparse.Namespace) -> int:
+    """Delete the folder and the run's connections; not while it serves."""
+    run = named_run(args.runs, args.run)
+    was_current = is_current(run)
+    here = is_here(run)
+    on = "" if here else " --on azure"
+    # Away from here an endpoint that was not brought down is taken for one that bills.
+    serves = state_of(run)["endpoint"]["state"] == "up" if here else run.read(EndpointManifest)
+    if serves:
+        raise StageError(
+            f"The run {run.name!r} still has an endpoint; stop it first with: "
+            f"phi3 down{on} {run.name}"
+        )
+    size = gib(_bytes_of(run.path))
+    lines = [f"This deletes {run.path} ({size}): model, adapters, figures, prepared chats."]
+    if not here:
+        lines.append(
+            f"What it created on Azure stays and is then unknown here; delete that first with: "
+            f"phi3 down --on azure --all {run.name}"
+        )
+    confirm(args, lines)
+    with run.lock():
+        deleted = _connections(run)
+    shutil.rmtree(run.path)
+    if args.output == "json":
+        console.print_json({"deleted": str(run.path), "connections": deleted})
+        return 0
+    console.out.print(f"Deleted {run.path}: {size} freed", markup=False)
+    left = current_of(args.runs)
+    if was_current and left is not None:
+        console.out.print(f"The current run is now {left.name}", markup=False)
+    return 0
+
+
+def _connections(run: Run) -> list[str]:
+    """Delete what leads to its endpoint; a store that is broken or gone keeps no run alive."""
+    from ..flow.store import delete_connections_to
+
+    try:
+        manifest = run.read(ConnectionManifest)
+        return [] if manifest is None else delete_connections_to(manifest)
+    except (StageError, MissingExtraError):
+        return []
+
+
+def _row(run: Run) -> dict[str, Any]:
+    state = state_of(run)
+    try:
+        recipe = str(read_yaml(run.path / RECIPE_FILE).get("name", "?"))
+    except RecipeError:
+        recipe = "?"
+    try:
+        verdict = run.read(GateManifest)
+    except StageError:
+        verdict = None
+    gate = "-" if verdict is None else "passed" if verdict.passed else "NOT passed"
+    return {
+        "run": run.name,
+        "current": state["current"],
+        "recipe": recipe,
+        "on": state["on"],
+        "done": state["done"],
+        "stages": len(stages_of(in_cloud=not is_here(run))),
+        "gate": gate,
+        "endpoint": state["endpoint"]["state"],
+        "remarks": state["remarks"],
+        "bytes": _bytes_of(run.path),
+    }
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,90 @@
+"""The runs of a folder and the current one: what every command works on unless a run is named.
+
+Reads and writes `<runs>/.current`, which holds the current run's name. `phi3 use` and a finished
+`phi3 up` choose it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .manifests import ConnectionManifest, EndpointManifest, ModelManifest
+from .run import Run, write_atomically
+
+_FILE = ".current"
+
+
+def all_runs(folder: Path) -> list[Run]:
+    """The run folders: the current one first, then the one worked on last."""
+    found = _by_change(folder)
+    current = current_of(folder)
+    if current is None:
+        return found
+    return [current, *(run for run in found if run.path != current.path)]
+
+
+def current_of(folder: Path) -> Run | None:
+    """The current run; where none was chosen, the one connected last, else worked on last."""
+    found = _by_change(folder)
+    chosen = _chosen(folder)
+    for run in found:
+        if run.name == chosen:
+            return run
+    file = f"{ConnectionManifest.STAGE}.json"
+    connected = [run for run in found if (run.path / file).is_file()]
+    if connected:
+        return max(connected, key=lambda run: (run.path / file).stat().st_mtime)
+    return found[0] if found else None
+
+
+def make_current(run: Run) -> None:
+    """From now on the commands work on this run, and Prompt flow's connection leads to it.
+
+    Raises StoreError where the connection belongs to somebody else or its key is lost.
+    """
+    manifest = run.read(ConnectionManifest)
+    if manifest is not None and manifest.own is not None:
+        from .flow.store import copy_connection
+
+        copy_connection(manifest.own, manifest.name)
+    write_atomically(run.path.parent / _FILE, run.name + "\n")
+
+
+def is_current(run: Run) -> bool:
+    """Whether commands without --run work on this run."""
+    current = current_of(run.path.parent)
+    return current is not None and current.path == run.path
+
+
+def remarks(run: Run) -> list[str]:
+    """What whoever talks to the run's endpoint should know of the model that it serves."""
+    endpoint = run.read(EndpointManifest)
+    if endpoint is None:
+        return []
+    found = []
+    if endpoint.gate is not None and not endpoint.gate.passed:
+        found.append("this model did not pass its gate; it was deployed with --force")
+    model = run.read(ModelManifest)
+    if endpoint.of is not None and (model is None or model.done_id != endpoint.of):
+        found.append(
+            "the endpoint serves an earlier model than the run folder contains; serve the new one "
+            f"with: phi3 up --run {run.name}"
+        )
+    return found
+
+
+def _chosen(folder: Path) -> str | None:
+    try:
+        return (folder / _FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _by_change(folder: Path) -> list[Run]:
+    if not folder.is_dir():
+        return []
+    runs = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))]
+    runs.sort(
+        key=lambda run: max(file.stat().st_mtime for file in run.glob("*.json")), reverse=True
+    )
+    return [Run(path.resolve()) for path in runs]
