@@ -11,11 +11,11 @@ import shlex
 import signal
 import sys
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from phi3_tool.client import Phi3Client
@@ -27,14 +27,23 @@ from phi3_tool.connection import (
     same_endpoint,
 )
 from phi3_tool.entra import entra_tokens
+from phi3_tool.grounding import (
+    NOT_IN_DOCUMENTS,
+    citations,
+    grounded,
+    look_up,
+    standalone_question,
+    with_sources,
+)
 from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
+from phi3_tool.index import INDEX_VARIABLE, Hit, hits_of, open_index
 
 from .. import console
 from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
 from ..current import is_current, remarks
 from ..errors import StageError, UsageError
 from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
-from ..project import FLOW, find
+from ..project import FLOW, RAG_FLOW, find
 from ..run import Run
 from ..targets import HERE, Access, get_target, target_of
 from . import HELP
@@ -48,6 +57,7 @@ from .common import (
     has_model_here,
     journey_of,
 )
+from .rag import DEFAULT_RUN, index_file
 
 # `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
 
@@ -80,7 +90,8 @@ def run_web(args: argparse.Namespace, settings: ConnectionSettings, url: str) ->
     console.err.print("Opening Prompt flow's chat page; this takes a few seconds …")
     with _terminated_like_interrupted():
         try:
-            with chat_page(find(FLOW), streaming, changed) as page:
+            flow = find(RAG_FLOW if args.rag else FLOW)
+            with chat_page(flow, streaming, changed) as page:
                 _announce(args, page.url)
                 page.wait()
         except KeyboardInterrupt:
@@ -142,6 +153,15 @@ def register_chat(subparsers: Any) -> None:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     chat.add_argument("--top-p", type=float, default=1.0, help="default 1")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    chat.add_argument(
+        "--rag", action="store_true", help="answer from the documents of `phi3 rag index`"
+    )
+    chat.add_argument(
+        "--documents",
+        default=DEFAULT_RUN,
+        metavar="NAME",
+        help=f"with --rag: which, as `phi3 rag index --run NAME` (default: {DEFAULT_RUN})",
+    )
     add_web(chat)
     env = add_command(
         subparsers,
@@ -234,6 +254,10 @@ def run_chat(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
     }
     url = streaming_url(access.endpoint)
+    if args.rag:
+        # The flow on the chat page looks here as well.
+        os.environ[INDEX_VARIABLE] = str(index_file(Run(args.runs / args.documents)).absolute())
+        open_index(Path(os.environ[INDEX_VARIABLE]))  # reports a missing index before anything else
     if args.web:
         return run_web(args, _settings(access, known), url)
     if url != access.endpoint:
@@ -254,12 +278,16 @@ def streaming_url(endpoint: str) -> str:
 
 
 def _ask_once(client: Phi3Client, args: argparse.Namespace, parameters: Mapping[str, Any]) -> int:
-    messages = to_messages((), args.question, args.system)
     if args.output == "json":
-        reply = client.chat(messages, **parameters)
-        console.print_json({"question": args.question, "answer": reply.text})
+        prompt = _prompt(args, (), args.question)
+        answer = {"question": args.question, "answer": NOT_IN_DOCUMENTS}
+        if prompt.text:
+            reply = client.chat(to_messages((), prompt.text, args.system), **parameters)
+            answer["answer"] = reply.text
+        cited = {"citations": citations(answer["answer"], prompt.hits)} if args.rag else {}
+        console.print_json({**answer, **cited})
     else:
-        _stream(client, messages, parameters)
+        _answer(client, args, parameters, (), args.question)
     return 0
 
 
@@ -278,16 +306,48 @@ def converse(
         if not question:
             return 0
         console.out.print("Model: ", end="", style="bold green")
-        messages = to_messages(history, question, args.system, max_tokens=room)
-        answer = _stream(client, messages, parameters)
+        answer = _answer(client, args, parameters, history, question, room)
         history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})
 
 
-def _stream(
-    client: Phi3Client, messages: list[dict[str, str]], parameters: Mapping[str, Any]
+class _Prompt(NamedTuple):
+    """The message for the model and the passages in it; no text where no passage fits."""
+
+    text: str
+    hits: list[Hit]
+
+
+def _prompt(
+    args: argparse.Namespace, history: Sequence[Mapping[str, Any]], question: str
+) -> _Prompt:
+    """The question, with --rag as the flow `phi3_rag_chat` asks it: the same bytes."""
+    if not args.rag:
+        return _Prompt(question, [])
+    query, _ = standalone_question(question, history)
+    made = grounded(question, look_up(query, "", Path()))
+    return _Prompt(made["text"], hits_of(made["passages"]))
+
+
+def _answer(
+    client: Phi3Client,
+    args: argparse.Namespace,
+    parameters: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    question: str,
+    room: int | None = None,
 ) -> str:
+    """Ask and print the answer piece by piece; where no passage fits, the model is not asked."""
+    prompt = _prompt(args, history, question)
+    pieces = iter([NOT_IN_DOCUMENTS])
+    if prompt.text:
+        messages = to_messages(history, prompt.text, args.system, max_tokens=room)
+        pieces = with_sources(client.stream(messages, **parameters), prompt.hits)
+    return _shown(pieces)
+
+
+def _shown(answer: Iterator[str]) -> str:
     pieces = []
-    for piece in client.stream(messages, **parameters):
+    for piece in answer:
         sys.stdout.write(piece)
         sys.stdout.flush()
         pieces.append(piece)

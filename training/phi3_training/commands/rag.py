@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 from rich.text import Text
 
 from phi3_tool.embedders import embedder_of
-from phi3_tool.errors import Phi3Error
 from phi3_tool.index import QUERY_TYPES, DocumentIndex
 
 from .. import console
@@ -154,14 +151,13 @@ def run_index(args: argparse.Namespace) -> int:
 
 def run_search(args: argparse.Namespace) -> int:
     """Show what a question finds."""
-    with _tool_errors():
-        index = DocumentIndex(index_file(Run(args.runs / args.run)))
-        embedder = None
-        if args.query_type != "keyword":
-            embedder = embedder_of(index.facts(), index.path)
-        hits = index.search(
-            args.question, top_k=args.top_k, query_type=args.query_type, embedder=embedder
-        )
+    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    embedder = None
+    if args.query_type != "keyword":
+        embedder = embedder_of(index.facts(), index.path)
+    hits = index.search(
+        args.question, top_k=args.top_k, query_type=args.query_type, embedder=embedder
+    )
     if args.output == "json":
         console.print_json([hit.as_lookup() for hit in hits])
         return 0
@@ -183,9 +179,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from ..rag.figures import measure, read_questions
 
     questions = read_questions(args.questions)
-    with _tool_errors():
-        index = DocumentIndex(index_file(Run(args.runs / args.run)))
-        found = measure(index, embedder_of(index.facts(), index.path), questions)
+    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    found = measure(index, embedder_of(index.facts(), index.path), questions)
     if args.output == "json":
         console.print_json(asdict(found))
         return 0
@@ -205,11 +200,3 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if left > 0:
         console.out.print(f"  … and {left} more; all of them with: -o json", markup=False)
     return 0
-
-
-@contextmanager
-def _tool_errors() -> Iterator[None]:
-    try:
-        yield
-    except Phi3Error as error:
-        raise UsageError(error.message) from None

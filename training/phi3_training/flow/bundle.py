@@ -39,6 +39,7 @@ PROGRAM_SUFFIXES = frozenset(
     (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
 )
 _CACHES = ("__pycache__",)
+_DOCUMENTS = ("index.sqlite", "embedder/model.onnx", "embedder/tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class FlowSource:
             if Path(entry).name != TOOL_PACKAGE or carry_tool:
                 found.update(_included(self.folder, entry, faults))
         named = [str((node.get("source") or {}).get("path") or "") for node in _nodes(self.dag)]
-        for name in dict.fromkeys([*named, self.requirements, *extra]):
+        # The index that the lookup node opens, and the embedder if its folder was put next to it.
+        documents = [name for name in _DOCUMENTS if (self.folder / name).is_file()]
+        for name in dict.fromkeys([*named, self.requirements, *documents, *extra]):
             if name and name not in found:
                 found.update(_own(self.folder, name, faults))
         if faults:

@@ -100,7 +100,7 @@ def choose_embedder(
         return Chosen(None, {}, reason)
     local = OnnxEmbedder(place)
     settings = {"kind": "onnx", "folder": str(place)}
-    return Chosen(local, settings, f"{place.name} on this machine")
+    return Chosen(local, settings, f"{place} on this machine")
 
 
 def sync(
