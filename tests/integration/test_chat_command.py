@@ -86,5 +86,5 @@ def test_rag_without_an_index_names_the_command(
     no_endpoint.setenv("PHI3_ENDPOINT", "http://127.0.0.1:9/score")
     no_endpoint.setenv("PHI3_KEY", KEY)
     command = ["chat", "--rag", "--documents", "nothing", "Hi?", "--runs", str(tmp_path)]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "phi3 rag index FOLDER" in capsys.readouterr().err
