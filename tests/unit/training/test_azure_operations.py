@@ -81,7 +81,7 @@ def test_the_deployments_own_error_is_told_and_it_is_not_sent_twice() -> None:
 def test_a_resource_that_is_found_late_is_waited_for_and_not_made_twice() -> None:
     missing = ResourceNotFoundError("not yet")
     missing.status_code = 404
-    answers = [missing, made("Creating"), made("Succeeded")]
+    answers: list[Exception | SimpleNamespace] = [missing, made("Creating"), made("Succeeded")]
     starts: list[int] = []
 
     def read() -> SimpleNamespace:
