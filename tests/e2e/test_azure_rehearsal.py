@@ -76,7 +76,7 @@ def test_ends_with_an_answer_through_an_azure_host(road: Road) -> None:
 
 def test_killed_in_each_stage_nothing_was_made_twice(road: Road) -> None:
     assert len(road.made("jobs")) == 1
-    assert len(road.made("models/small/versions")) == 1
+    assert len(road.made("models/small-azure/versions")) == 1
     assert len(road.made("onlineEndpoints")) == 1
     assert len(road.made("deployments")) == 1
     assert road.made("computes") == {"gpu-cluster"}
@@ -107,7 +107,7 @@ def test_status_says_what_bills(road: Road) -> None:
     )
     assert "100 % of the traffic" in done.stdout
     assert re.search(rf"job phi3-train-{RUN}-1-\w+: Completed", done.stdout)
-    assert re.search(r"model small:1$", done.stdout, re.MULTILINE)
+    assert re.search(r"model small-azure:1$", done.stdout, re.MULTILINE)
     assert re.search(
         r"cluster gpu-cluster: succeeded, (?i:Standard_NC24ads_A100_v4), "
         r"0 to \d+ nodes, \d+ nodes now",

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # a minute of computing: `make test-all`
+
 COMMAND = Path(__file__).parents[2] / "benchmarks" / "serving.py"
 
 

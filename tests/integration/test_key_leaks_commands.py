@@ -232,7 +232,7 @@ def test_questions_and_answers_are_logged_at_debug_alone(used: PfHome) -> None:
     """An answer repeats its question here. At DEBUG the same search finds it."""
     for name in ("serve-own.log", "serve-own-info.log"):
         log = (used.path / name).read_text(errors="replace")
-        assert "Serving" in log
+        assert "to serve it at http://" in log
         assert QUESTION not in log, name
     assert "Executing node" in (used.path / "serve-own-info.log").read_text(errors="replace")
     assert QUESTION in (used.path / "serve-flask.log").read_text(errors="replace")

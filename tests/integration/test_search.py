@@ -87,9 +87,9 @@ def test_the_best_recipe_loads_with_the_best_values(found: tuple[Path, dict[str,
     assert best.finetune.lora_r == values["finetune.lora_r"]
     expected = load_recipe(
         run.parent / "recipe.yaml",
-        [*SETTINGS, *(f"{key}={json.dumps(value)}" for key, value in values.items())],
+        [*SETTINGS, *(f"{key}={value}" for key, value in values.items())],
     )
-    assert best == expected
+    assert best == expected.model_copy(update={"name": f"{run.name}-best"})
     written = yaml.safe_load((run / "search" / "best.yaml").read_text())
     assert "serve" not in written
 

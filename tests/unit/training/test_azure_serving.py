@@ -12,7 +12,7 @@ from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import target_of
-from phi3_training.targets.azure.deploy import check_traffic
+from phi3_training.targets.azure.deploy import DeploymentId, check_traffic, refuse_no_answer
 from phi3_training.targets.azure.place import (
     VARIABLES,
     RunResource,
@@ -213,3 +213,16 @@ def test_without_the_extra_it_is_named() -> None:
     for missing in ("azure.not_there_at_all", "no_such_parent.azure"):
         with pytest.raises(MissingExtraError, match=r'pip install "phi3-promptflow\[azure\]"'):
             refuse_without_extra((missing,))
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "\ufffd\ufffd\x00", "good\x00bad", "...!!!"])
+def test_an_empty_or_garbled_answer_gets_no_traffic(text: str) -> None:
+    with pytest.raises(StageError, match="gets no traffic"):
+        refuse_no_answer(DeploymentId("ep", "new"), text)
+
+
+@pytest.mark.parametrize(
+    "text", ["Paris.", "東京です。\nほかに？", "42", "Yes \U0001f468\u200d\U0001f469"]
+)
+def test_text_in_any_language_is_an_answer(text: str) -> None:
+    refuse_no_answer(DeploymentId("ep", "new"), text)

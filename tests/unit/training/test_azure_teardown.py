@@ -98,6 +98,7 @@ class Cloud:
         self.online_endpoints = Kind(ep=thing(ENDPOINT))
         self.online_deployments = Kind()
         self.compute = Kind()
+        self.jobs = Kind()
         self.resource_groups = Kind(**{self.place.resource_group: thing("group")})
         self.subscription: Any = None
         self.ml = self.resources = self
@@ -240,3 +241,21 @@ def test_a_cluster_that_is_being_deleted_is_made_again(cloud: Cloud) -> None:
 
     made = ensure_cluster(cloud, SECTION.compute, {}, progress)  # type: ignore[arg-type]
     assert (made, cloud.compute.puts) == ("created", 2)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"compute": "gpu-cluster"}, {"settings": SimpleNamespace(default_compute="gpu-cluster")}],
+)
+def test_a_cluster_under_another_runs_job_is_left(
+    cloud: Cloud, run: Run, where: dict[str, Any]
+) -> None:
+    cloud.compute.things["gpu-cluster"] = thing("gpu-cluster")
+    cloud.jobs.things["theirs"] = thing("theirs", status="Running", **where)
+    cloud.jobs.things["elsewhere"] = thing("elsewhere", status="Running", compute="other")
+    told = down(cloud, run, "run")
+    assert cloud.compute.deleted == []
+    assert any("theirs" in line and "--all" in line for line in told if "left alone" in line)
+    cloud.jobs.things["theirs"].status = "Completed"
+    down(cloud, run, "run")
+    assert cloud.compute.deleted == ["gpu-cluster"]

@@ -234,7 +234,7 @@ def test_recipe_takes_hub_sets_and_folders(tmp_path: Path) -> None:
     assert data.validation == [HubSet(name="a/b", split="test")]
 
 
-@pytest.mark.parametrize("value", ["hub:", '"hub:"', "[hub:]", "hub:HuggingFaceH4/ultrachat_200k"])
+@pytest.mark.parametrize("value", ["hub:", "[hub:]", "hub:HuggingFaceH4/ultrachat_200k"])
 def test_default_set_as_it_is_typed_in_a_recipe_or_on_the_command_line(
     tmp_path: Path, value: str
 ) -> None:

@@ -12,6 +12,7 @@ from phi3_training.data import check, prepare, show
 from phi3_training.data.check import TokenViewer
 from phi3_training.data.findings import SAMPLE
 from phi3_training.errors import DataError, UsageError
+from phi3_training.finetune.limits import TokenRules, chat_of
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.manifests import BaseManifest
 from phi3_training.prompt import ChatFormat
@@ -192,13 +193,11 @@ def test_a_system_turn_that_the_template_drops_is_a_fault_with_its_line(
 
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"prompt": "Is it far?", "completion": "No, it is near."}\n')
+    data = DataSection(train=[chats], validation=[held_out])
+    run, rules = Run.open(tmp_path / "run"), TokenRules(chat_of(model), data)
     with pytest.raises(DataError) as caught:
-        prepare(
-            DataSection(train=[chats], validation=[held_out]),
-            Run.open(tmp_path / "run"),
-            tokenizer=model,
-        )
+        prepare(data, run, tokenizer=model, rules=rules)
 
     (fault,) = caught.value.faults
-    assert "a.jsonl:1: The model's chat template" in str(fault)
+    assert "a.jsonl:1: the model cannot be given it" in str(fault)
     assert "system" in str(fault).lower()

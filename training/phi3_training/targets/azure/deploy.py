@@ -12,6 +12,7 @@ import io
 import logging
 import shutil
 import time
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -384,7 +385,7 @@ def _first_answer(
             try:
                 messages = [{"role": "user", "content": question}]
                 # Short, and the same each time.
-                return client.chat(messages, temperature=0.0, max_new_tokens=64)
+                reply = client.chat(messages, temperature=0.0, max_new_tokens=64)
             except Phi3Error as error:
                 # A status of 200 means that the model itself answered, and not with text.
                 may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
@@ -397,7 +398,25 @@ def _first_answer(
                         "deleted: phi3 down --on azure --idle"
                     ) from None
                 note(progress, f"asking {target.name}: not ready yet ({type(error).__name__})")
+            else:
+                refuse_no_answer(target, reply.text)
+                return reply
             time.sleep(clients.poll.interval)
+
+
+def refuse_no_answer(target: DeploymentId, text: str) -> None:
+    """StageError where an answer is empty or not printable text: no model of chats says that."""
+    # U+FFFD stands for bytes that were no UTF-8; the others are control characters, halves of a
+    # pair and private use. Not Cf: emoji are joined with one of those.
+    shown = "".join(text.split())
+    odd = any(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cs", "Co") for c in shown)
+    if any(c.isalnum() for c in shown) and not odd:
+        return
+    raise StageError(
+        f"The deployment {target.name} of {target.endpoint} answered {text[:60]!r}, and not "
+        "printable text with a word in it, so it gets no traffic.\nIt bills until it is "
+        "deleted: phi3 down --on azure --idle"
+    )
 
 
 def move_traffic(

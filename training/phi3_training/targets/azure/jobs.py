@@ -204,6 +204,29 @@ def cancel_all(clients: Clients, run: Run) -> list[str]:
     return lines
 
 
+def others_at_work(clients: Clients, run: Run, cluster: str) -> list[str]:
+    """The jobs on the cluster that are not the run's own and have not ended.
+
+    StageError where Azure does not list the jobs.
+    """
+    own = {record.name for record in recorded_jobs(run).values()}
+    with explained(f"Listing the jobs on the cluster {cluster}"):
+        return [
+            str(job.name)
+            for job in clients.ml.jobs.list()
+            if job.name not in own
+            and status_of(job) in WORKING
+            and _compute_of(job).rsplit("/", 1)[-1].lower() == cluster.lower()
+        ]
+
+
+def _compute_of(job: Job) -> str:
+    """The name or ARM id of a job's compute; a pipeline has it among its settings."""
+    settings = getattr(job, "settings", None)
+    compute = getattr(job, "compute", None) or getattr(settings, "default_compute", None)
+    return str(compute or "").removeprefix("azureml:")
+
+
 class JobLog:
     """What a job has logged so far: lines for people and the file, its progress and its error."""
 

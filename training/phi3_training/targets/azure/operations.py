@@ -121,8 +121,18 @@ def state_of(resource: object) -> str:
     return str(getattr(state, "value", state) or "").lower()
 
 
+def _real(poller: Poller) -> Poller:
+    """The poller that waits: azure-ai-ml's for workspaces says done() at once."""
+    # `CustomArmTemplateDeploymentPollingMethod` holds the ARM deployment's own poller, and asks it
+    # only in `result()`, without a limit (azure-ai-ml 1.32 and 1.35).
+    method = getattr(poller, "polling_method", None)
+    inner = getattr(method(), "poller", None) if callable(method) else None
+    return inner if isinstance(inner, Poller) else poller
+
+
 def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> None:
     """Wait for an operation: raises what it raises, StageError after `limit` seconds."""
+    poller = _real(poller)
     # `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while the
     # operation still runs (azure-ai-ml 1.32 and 1.35).
     started = time.monotonic()
@@ -162,7 +172,7 @@ def create(
             if isinstance(operation, Poller):
                 with _noted_on_interrupt(doing):
                     wait_for(operation, doing, progress, max(1.0, ends - time.monotonic()))
-            return read()
+            return wait_until_ready(doing, read, progress, ends=ends, pause=pause)
         except (AzureError, MlException) as error:
             # A poll that answers 404: the operation's record is lost, not the resource.
             lost_poll = isinstance(error, HttpResponseError) and error.status_code == 404
@@ -189,6 +199,29 @@ def create(
                 note(progress, f"{doing}: {state}")
                 time.sleep(pause)
         note(progress, f"{doing}: trying again")
+        time.sleep(pause)
+
+
+def wait_until_ready(
+    doing: str, read: Callable[[], T], progress: Progress, *, ends: float, pause: float
+) -> T:
+    """What `read` returns once its provisioning state is final, until the monotonic time `ends`.
+
+    `read` may raise that nothing exists for a moment: a new workspace is found late. Raises
+    StageError where the state is a failure, or not final in time.
+    """
+    while True:
+        resource = get_or_none(read, doing)
+        state = state_of(resource) if resource is not None else "not found yet"
+        if resource is not None and state in _GOOD:
+            return resource
+        if state in _BAD:
+            raise StageError(f"{doing}: Azure left it in the state {state}")
+        if time.monotonic() > ends:
+            raise StageError(
+                f"{doing}: still {state} at the time limit; resume with the same command"
+            )
+        note(progress, f"{doing}: {state}")
         time.sleep(pause)
 
 

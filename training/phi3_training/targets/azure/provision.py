@@ -5,6 +5,7 @@ Safe to repeat: every step looks first and says exists, created or failed. Quota
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
-from .operations import Outcome, create, find, get_or_none, state_of
+from .operations import Outcome, create, find, get_or_none, state_of, wait_until_ready
 from .place import AZURE, resource_tags
 from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # The cluster is left out once nothing is left to train or to measure.
 PARTS = ("workspace", "roles", "project", "cluster")
+_WORKSPACE_API = "2025-12-01"
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class _Provisioning:
             self.done.dependents = adopted
             for what, resource in (("resource group", place.resource_group), *adopted.named()):
                 self.step(what, resource, lambda: "exists")
-            self.step("workspace", name, partial(_check_location, existing, place.location))
+            self.step("workspace", name, partial(self._use_workspace, existing))
             return
         if not self.step("resource group", place.resource_group, self._resource_group):
             return
@@ -194,16 +196,36 @@ class _Provisioning:
 
     def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
         """Workspace, hub and project are the same kind of resource to Azure."""
-        if _workspace(self.clients, what, name) is not None:
-            return "exists"
-        workspaces = self.clients.subscription.workspaces
-        self.create(
-            f"Creating the {what} {name}",
-            lambda: workspaces.begin_create(body),
-            lambda: workspaces.get(name),
+        outcome: Outcome = "exists"
+        if _workspace(self.clients, what, name) is None:
+            workspaces = self.clients.subscription.workspaces
+            self.create(
+                f"Creating the {what} {name}",
+                lambda: workspaces.begin_create(body),
+                lambda: workspaces.get(name),
+                self.progress,
+            )
+            outcome = "created"
+        self._await_workspace(what, name)
+        return outcome
+
+    def _use_workspace(self, existing: Workspace) -> Outcome:
+        """Somebody else's, or the one that a killed command had begun to make."""
+        outcome = _check_location(existing, self.place.location)
+        self._await_workspace("workspace", self.place.workspace_name)
+        return outcome
+
+    def _await_workspace(self, what: str, name: str) -> None:
+        poll, resources = self.clients.poll, self.clients.resources.resources
+        arm_id = self.place.workspace_id(name)
+        # Through ARM: azure-ai-ml's Workspace drops the provisioning state.
+        wait_until_ready(
+            f"Waiting for the {what} {name}",
+            lambda: resources.get_by_id(arm_id, api_version=_WORKSPACE_API),
             self.progress,
+            ends=time.monotonic() + poll.provision_timeout,
+            pause=poll.interval,
         )
-        return "created"
 
     def identity(self) -> None:
         """The identity that the deployment runs as."""

@@ -29,7 +29,7 @@ from ...run import Run
 from .clients import Clients
 from .deploy import DeploymentId, delete_deployment, traffic_shares
 from .failures import explained
-from .jobs import cancel_all
+from .jobs import cancel_all, others_at_work
 from .operations import delete, find, get_or_none, state_of
 from .place import (
     RUN_TAG,
@@ -95,7 +95,8 @@ def remove_run(
     else:
         # Jobs hold the cluster, so they end first. Connections go while the list of what the run
         # has made still names the endpoints that they must point to.
-        work.each(work.jobs, work.connections, work.endpoints, work.cluster)
+        cluster = partial(work.cluster, though_used=only == "all")
+        work.each(work.jobs, work.connections, work.endpoints, cluster)
     # Not after a failure: the workspace is where the rest could still be looked at and deleted.
     if only == "all" and not receipt.failed:
         work.each(work.everything)
@@ -277,14 +278,23 @@ class _Teardown:
             if self._try(what, work):
                 forget(self.run, RunResource("deployment", name, endpoint))
 
-    def cluster(self, *, only_failed: bool = False) -> None:
-        """The cluster, where phi3 made it."""
+    def cluster(self, *, only_failed: bool = False, though_used: bool = False) -> None:
+        """The cluster, where phi3 made it and no other run's job works on it."""
         name, operations = self.section.compute.name, self.clients.ml.compute
         what = f"cluster {name}"
         cluster = find("cluster", name, operations.get)
         if cluster is None or (only_failed and state_of(cluster) != "failed"):
             return
         if not self._keeps(what, cluster):
+            users = (
+                [] if only_failed or though_used else others_at_work(self.clients, self.run, name)
+            )
+            if users:
+                self.receipt.left_alone.append(
+                    f"{what}: {', '.join(users[:5])} of another run still works on it; --all "
+                    f"deletes it all the same"
+                )
+                return
             start, read = partial(operations.begin_delete, name), partial(operations.get, name)
             self._try(what, partial(self._delete, what, start, read))
 
