@@ -218,7 +218,8 @@ def run_show(args: argparse.Namespace) -> int:
         place = f"{conversation.source.name}:{conversation.line}"
         console.out.print(place, style="dim", markup=False)
         for message in conversation.messages:
-            console.out.print(f"  {message.role}: {message.content}", markup=False)
+            role = message.role if message.learn else f"{message.role} (not learnt)"
+            console.out.print(f"  {role}: {message.content}", markup=False)
     return 0
 
 

@@ -148,7 +148,7 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
             none = Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
             raise DataError([change.as_fault(stop) for change in changes] or [none])
     # What no conversation has a place for is named, once per file and key.
-    notes += [f"note: {key} of {rows} rows is not used and not written"
+    notes += [f"note: {key} of {rows} row{'s' * (rows > 1)} is not used and not written"
               for key, rows in unused.items()]  # fmt: skip
     return FixReport(out, read, written, tuple(changes), tuple(notes))
 

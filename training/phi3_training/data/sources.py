@@ -88,9 +88,10 @@ def _digest_chunk(
 
 def _note_lines(chunk: Chunk, digest: Digest) -> None:
     """Count line ends of Windows, and what other programs take for line ends inside of texts."""
-    if b"\r\n" in chunk.text or chunk.lines[-1].endswith(b"\r"):
+    # One byte is found ten times as fast as two or three, and few files have any of them.
+    if b"\r" in chunk.text:
         digest.notes[CRLF] += sum(line.endswith(b"\r") for line in chunk.lines)
-    if any(mark in chunk.text for mark in _SEPARATORS):
+    if not chunk.text.isascii() and any(mark in chunk.text for mark in _SEPARATORS):
         digest.notes[SEPARATOR] += sum(
             any(mark in line for mark in _SEPARATORS) for line in chunk.lines
         )
