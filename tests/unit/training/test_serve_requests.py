@@ -107,7 +107,7 @@ def test_openai_messages_become_plain_ones() -> None:
     )
     assert asked.conversation() == [
         {"role": "system", "content": "s"},
-        {"role": "user", "content": "ab"},
+        {"role": "user", "content": "a\nb"},
     ]
 
 

@@ -40,16 +40,17 @@ class Keys(NamedTuple):
     system: int
 
 
-def keys_of(joined: bytes, question_text: str, has_system: bool) -> Keys:
+def keys_of(joined: bytes, question_text: str, has_system: bool, unlearnt: int = 0) -> Keys:
     """The keys of a checked conversation: its texts with a NUL between, and the last question.
 
-    Its roles follow from `has_system`.
+    Its roles follow from `has_system`. Rows that teach different answers of the same conversation
+    (`unlearnt`, see Sound) are different rows.
     """
     answer = joined.rfind(b"\0")
     question = joined.rfind(b"\0", 0, answer) + 1
     asked = " ".join(question_text.casefold().split()).rstrip("?.! ").encode()
     return Keys(
-        xxhash.xxh3_64_intdigest(joined, has_system),
+        xxhash.xxh3_64_intdigest(joined, (has_system + 2 * unlearnt) % 2**64),
         xxhash.xxh3_64_intdigest(joined[:question] + asked, _QUESTION + has_system),
         joined.find(b"\0") + 1 if has_system else 0,
     )
@@ -354,7 +355,9 @@ class Digester:
         """Add a sound row; `offset` and `size` are its place in the source."""
         digest = self.digest
         text = sound.joined
-        identity, question, system = keys_of(text, sound.texts[-2], sound.has_system)
+        identity, question, system = keys_of(
+            text, sound.texts[-2], sound.has_system, sound.unlearnt
+        )
         if sound.written is not None:
             offset, size = self.written, len(sound.written)
             self.written += stream.write(sound.written)

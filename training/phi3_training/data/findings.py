@@ -99,10 +99,16 @@ def _near(table: Table, wanted: Bools) -> Pairs:
     for row in sorted(candidates):
         earlier = {like.get(other, other) for other in candidates[row]}
         for other in sorted(earlier):
-            if measure(row).near(measure(other)):
+            if measure(row).near(measure(other)) and not _teach_apart(table, row, other):
                 like[row] = other
                 break
     return Pairs(np.array(list(like), np.int64), np.array(list(like.values()), np.int64))
+
+
+def _teach_apart(table: Table, row: int, other: int) -> bool:
+    """Whether two rows are one conversation of which they teach different answers."""
+    one, two = table.conversation(row).messages, table.conversation(other).messages
+    return one != two and [m.content for m in one] == [m.content for m in two]
 
 
 def _candidates(table: Table, wanted: Bools) -> dict[int, set[int]]:

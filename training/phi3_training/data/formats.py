@@ -8,7 +8,7 @@ not read is reported.
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from .conversation import (
     wrong_type,
 )
 from .faults import Problem
+from .rendered import is_rendered, take_apart
 
 
 class Row(NamedTuple):
@@ -50,8 +51,9 @@ TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
      "tool_call", "tool_response")
 )  # fmt: skip
-# OpenAI's `weight`, axolotl's `train` and `training`: whether an answer is learnt.
-_WEIGHTS = ("weight", "train", "training")
+# OpenAI's `weight`, axolotl's `train` and `training`, ms-swift's `loss`: is an answer learnt?
+_WEIGHTS = ("weight", "train", "training", "loss")
+_PARTS_OF_ANSWERS = "train_detail"  # axolotl's: spans of an answer, each learnt or not
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 # Beside a conversation these change what the model should say, and Phi-3's template has no place.
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
@@ -69,17 +71,13 @@ _EXPECTED = (
     "('prompt' + 'completion', 'question' + 'answer', 'instruction' + 'output', 'input' + "
     "'output'), 'conversations', or 'chosen'"
 )
-_MARKS = re.compile(r"<\|(?:user|assistant|system|im_start)\|>|\[INST\]|<start_of_turn>")
-_PHI3_TURN = re.compile(r"\s*<\|(system|user|assistant)\|>\s*(.*?)\s*<\|end\|>", re.DOTALL)
-_CHATML_TURN = re.compile(
-    r"\s*<\|im_start\|>(system|user|assistant)\n(.*?)\s*<\|im_end\|>", re.DOTALL
-)
-_TEXT_ENDS = re.compile(r"\s*(?:<s>|</s>|<\|endoftext\|>)?\s*")
+_EMPTY = (None, "", [], {})
+_FAILED = "(Failed)"  # what `pf run show-details` writes for a line without an output
 
 
 def read_row(row: Mapping[str, Any]) -> Row:
     """The row's format, its messages, every problem, and what was not read."""
-    reader = _Reader(_without_prefixes(row))
+    reader = _Reader(row)
     form, messages = reader.read()
     problems = reader.problems
     if form is not None and not problems:
@@ -93,14 +91,18 @@ def read_row(row: Mapping[str, Any]) -> Row:
             # What follows the last answer that is learnt teaches nothing.
             while not messages[-1].learn or messages[-1].role != "assistant":
                 messages.pop()
-    unused = tuple(sorted(reader.row.keys() - reader.read_keys - set(CARRIED)))
-    return Row(form, tuple(messages), problems, unused + tuple(sorted(reader.unused)), reader.notes)
+                reader.notes.add("turns after the last answer that is learnt are left out")
+    left = reader.row.keys() - reader.read_keys - set(CARRIED)
+    unused = [str(key) for key in left if reader.row[key] not in _EMPTY]
+    found = (*sorted(unused), *sorted(reader.unused))
+    return Row(form, tuple(messages), problems, found, tuple(sorted(reader.notes)))
 
 
 def carried(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """What goes along with a row (CARRIED), unless its format gives the key a meaning."""
     extra = {key: row[key] for key in CARRIED if row.get(key) is not None}
-    if not any(key in row for key in LIST_KEYS):
+    lists = any(str(key).strip().lower() in LIST_KEYS for key in row)
+    if not lists or isinstance(row.get("prompt"), list):
         extra.pop("prompt", None)
     problems = []
     for key, value in extra.items():
@@ -126,42 +128,66 @@ def _mendable(problem: Problem) -> Problem:
     return problem._replace(fix=f"{problem.fix}, or repair the file: phi3 data fix FILE -o NEW")
 
 
-def _without_prefixes(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt flow's batch outputs name their columns `inputs.X` and `outputs.X`; so do we not."""
-    if isinstance(row.get("inputs"), dict) and isinstance(row.get("outputs"), dict):
-        rest = {key: value for key, value in row.items() if key not in ("inputs", "outputs")}
-        return {**rest, **row["inputs"], **row["outputs"]}
-    if not any(str(key).startswith(("inputs.", "outputs.")) for key in row):
-        return dict(row)
-    return {
-        str(key).removeprefix("inputs.").removeprefix("outputs."): value
+def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Prompt flow's batch outputs name their columns `inputs.X` and `outputs.X`; so do we not.
+
+    An input may have the name of an output, as where the right answers are asked along: the
+    answer is the output's, anything else the input's. The other one keeps its prefix.
+    """
+    sides = {side: row[side] for side in ("inputs", "outputs") if isinstance(row.get(side), dict)}
+    if len(sides) < 2:
+        sides = {
+            side: {
+                str(key).removeprefix(f"{side}."): value
+                for key, value in row.items()
+                if str(key).startswith(f"{side}.")
+            }
+            for side in ("inputs", "outputs")
+        }
+    if not any(sides.values()):
+        return dict(row), False
+    found = {
+        key: value
         for key, value in row.items()
+        if key not in sides and not str(key).startswith(("inputs.", "outputs."))
     }
+    for side in ("inputs", "outputs"):
+        other = sides["outputs" if side == "inputs" else "inputs"]
+        for key, value in sides[side].items():
+            gives_way = key in other and (key in _ANSWERS) == (side == "inputs")
+            taken = key in found and found[key] != value
+            found[f"{side}.{key}" if gives_way or taken else key] = value
+    return found, True
 
 
 class _Reader:
     """Reads one row; collects problems, and notes which keys it has read."""
 
-    def __init__(self, row: dict[str, Any]) -> None:
-        # `Question` and `question` are one key to whoever exports a table.
-        lower = {key.lower(): key for key in row if key.lower() in _KNOWN and key not in _KNOWN}
-        self.row = {**row, **{low: row[key] for low, key in lower.items() if low not in row}}
-        for low, key in lower.items():
-            if low not in row:
-                del self.row[key]
+    def __init__(self, row: Mapping[str, Any]) -> None:
         self.problems: list[Problem] = []
         self.read_keys: set[str] = set()
         self.unused: set[str] = set()
-        self.notes: tuple[str, ...] = ()
+        self.notes: set[str] = set()
+        plain, self._from_run = _without_prefixes(row)
+        # `Question ` and `question` are one key to whoever exports a table.
+        self.row: dict[str, Any] = {}
+        for key, value in plain.items():
+            low = str(key).strip().lower()
+            name = low if low in _KNOWN else key
+            if name not in self.row:
+                self.row[name] = value
+            elif self.row[name] != value:
+                what = f"the row has the key {name!r} twice, with other contents"
+                self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
 
     def read(self) -> tuple[str | None, list[Message]]:
         """The format and its messages."""
         lists = [key for key in LIST_KEYS if key in self.row]
         form: str | None
-        if lists:
+        if self._is_preference(lists):
+            form, messages = "preference", self._preferred(lists)
+        elif lists:
             form, messages = self._lists(lists)
-        elif "chosen" in self.row and "rejected" in self.row:
-            form, messages = "preference", self._preferred()
         else:
             form, messages = self._pair()
         if form is None:
@@ -173,23 +199,31 @@ class _Reader:
     def _lists(self, keys: list[str]) -> tuple[str, list[Message]]:
         read = {key: self._messages(key, self.row[key]) for key in keys}
         self.read_keys.update(keys)
-        first = keys[0]
-        asks, answers = self._present(_ASKS), self._present(_ANSWERS)
-        if answers and asks and isinstance(self.row[asks[0]], str):
-            read["/".join((asks[0], answers[0]))] = [
-                Message("user", str(self.row[asks[0]])),
-                Message("assistant", str(self.row[answers[0]])),
-            ]
+        asks, answers = self._asks(), self._present(_ANSWERS)
+        if answers and asks:
+            name = f"{asks[0]}/{answers[0]}"
+            read[name] = self._conversational(asks[0], answers[0])
             self.read_keys.update((asks[0], answers[0]))
-        spoken = [
-            [(m.role, m.content) for m in messages if m.role != "system"]
-            for messages in read.values()
-        ]
-        if any(other != spoken[0] for other in spoken[1:]):
-            names = " and ".join(read)
-            what = f"the row holds two conversations that differ, under {names}"
+        text = self.row.get("text")
+        if isinstance(text, str) and is_rendered(text):
+            written = take_apart(text, "text")
+            # The template strips; weights are not in it.
+            stripped = [Message(m.role, m.content.strip()) for m in _said(read[keys[0]])]
+            if not isinstance(written, Problem):
+                self.read_keys.add("text")
+                if [*_said(written)] != stripped:
+                    read["text"] = written
+        if len({_said(messages) for messages in read.values()}) > 1:
+            what = f"the row holds two conversations that differ, under {' and '.join(read)}"
             self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
-        return _FORMS[first], read[first]
+        systems = [m for found in read.values() for m in found[:1] if m.role == "system"]
+        if any(one != systems[0] for one in systems):
+            what = f"the row holds two system messages that differ, under {' and '.join(read)}"
+            self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+        first = read[keys[0]]
+        if systems and first and first[0].role != "system":
+            first.insert(0, systems[0])
+        return _FORMS[keys[0]], first
 
     def _messages(self, key: str, turns: Any) -> list[Message]:
         if not isinstance(turns, list):
@@ -227,6 +261,7 @@ class _Reader:
             self.problems.append(Problem("missing-content", what, "add the text of the message"))
             return None
         text = _joined_parts(turn[text_key])
+        self.unused.update(f"{name}.{text_key}[].{key}" for key in _more_of_parts(turn[text_key]))
         if isinstance(text, Problem):
             self.problems.append(text._replace(what=f"{place}.{text_key} {text.what}"))
             return None
@@ -235,7 +270,9 @@ class _Reader:
         learn = self._learn(place, turn, role)
         known = {role_key, text_key, *(_WEIGHTS if role == "assistant" else ())}
         self.unused.update(
-            f"{name}.{key}" for key, value in turn.items() if key not in known and value is not None
+            f"{name}.{key}"
+            for key, value in turn.items()
+            if key not in known and value not in _EMPTY
         )
         return Message(role or "", str(text), learn)
 
@@ -260,21 +297,30 @@ class _Reader:
         return None
 
     def _learn(self, place: str, turn: Mapping[str, Any], role: str | None) -> bool:
-        learn = True
+        said: dict[str, bool] = {}
+        if role != "assistant":
+            return True
         for key in _WEIGHTS:
             value = turn.get(key)
-            if role != "assistant" or value is None:
+            if value is None:
                 continue
             if value in (0, 1):  # also true, false, 0.0 and 1.0
-                learn = learn and bool(value)
+                said[key] = bool(value)
             else:
                 what = f"{place}.{key} is {str(value)[:40]}"
                 fix = "write 1 (learn this answer) or 0 (context only); shares are not supported"
                 self.problems.append(Problem("weight", what, fix))
-        return learn
+        if len(set(said.values())) > 1:
+            what = f"{place} is to be learnt and not to be: {' and '.join(map(repr, said))} differ"
+            self.problems.append(Problem("weight", what, "keep the one that is meant"))
+        if turn.get(_PARTS_OF_ANSWERS):
+            what = f"{place}.{_PARTS_OF_ANSWERS} says that parts of an answer are not learnt"
+            fix = 'answers are learnt whole or not at all: remove the key, or write "weight": 0'
+            self.problems.append(Problem("weight", what, fix))
+        return all(said.values())
 
     def _pair(self) -> tuple[str | None, list[Message]]:
-        asks, answers = self._present(_ASKS), self._present(_ANSWERS)
+        asks, answers = self._asks(), self._present(_ANSWERS)
         if not asks and not answers and isinstance(self.row.get("text"), str):
             self.read_keys.add("text")
             return "rendered text", self._rendered(self.row["text"], "text")
@@ -294,69 +340,107 @@ class _Reader:
         answer = answers[0]
         self.read_keys.update((*others, *answers, ask))
         form = _NAMED_PAIRS.get((ask, answer), f"{ask}/{answer}")
-        if isinstance(self.row[ask], list) or isinstance(self.row[answer], list):
-            return form, self._conversational(ask, answer)
+        if self._from_run and self.row[answer] == _FAILED:
+            what = f"{answer} is {_FAILED!r}: the line of the batch run has no answer"
+            self.problems.append(Problem("failed-line", what, "leave the row out"))
         texts = self.row[ask], self.row[answer]
-        if all(isinstance(text, str) for text in texts) and _MARKS.search(texts[0]):
+        if all(isinstance(text, str) for text in texts) and is_rendered(texts[0]):
             return "rendered text", self._rendered("".join(texts), ask, ends=False)
-        self.problems += [*check_text(ask, texts[0]), *check_text(answer, texts[1])]
-        question = str(texts[0])
+        return form, [*self._history(), *self._conversational(ask, answer)]
+
+    def _asks(self) -> list[str]:
+        """The keys that may hold the question; beside another one `user` names a person."""
+        asks = self._present(_ASKS)
+        if "assistant" not in self.row and ("messages" in self.row or len(asks) > 1):
+            asks = [key for key in asks if key != "user"]
+        # The whole prompt as it was rendered, beside what it was made of.
+        parts = self.row.get("instruction"), self.row.get("prompt")
+        if all(isinstance(part, str) for part in parts) and parts[0] in parts[1] != parts[0]:
+            asks.remove("prompt")
+            self.unused.add("prompt")
+        return asks
+
+    def _present(self, keys: Sequence[str]) -> list[str]:
+        return [key for key in keys if key in self.row and self.row[key] is not None]
+
+    def _conversational(self, ask: str, answer: str) -> list[Message]:
+        """A question and its answer, each a text or (TRL's form) a list of messages."""
+        messages = self._question(ask)
+        value = self.row[answer]
+        if isinstance(value, list):
+            return [*messages, *self._messages(answer, value)]
+        self.problems += check_text(answer, value)
+        return [*messages, Message("assistant", str(value))]
+
+    def _question(self, ask: str) -> list[Message]:
+        """What is asked: messages, or a text with the `input` or `context` that belongs to it."""
+        value = self.row[ask]
+        if isinstance(value, list):
+            return self._messages(ask, value)
+        self.problems += check_text(ask, value)
+        question = str(value)
         for key in ("input", "context"):
             if key in self.row and key != ask and (key == "context" or ask == "instruction"):
                 self.read_keys.add(key)
                 if self.row[key] not in (None, ""):
                     self.problems += check_text(key, self.row[key], drop="key")
                     question = f"{question}\n\n{self.row[key]}"
-        turns = [Message("user", question), Message("assistant", str(texts[1]))]
-        return form, [*self._history(), *turns]
+        return [Message("user", question)]
 
-    def _present(self, keys: Sequence[str]) -> list[str]:
-        return [key for key in keys if key in self.row and self.row[key] is not None]
+    def _is_preference(self, lists: Sequence[str]) -> bool:
+        """`chosen` alone may be any column, where the row has another format."""
+        if not isinstance(self.row.get("chosen"), (str, list, dict)):
+            return False
+        return "rejected" in self.row or not (lists or self._present(_ANSWERS))
 
-    def _conversational(self, ask: str, answer: str) -> list[Message]:
-        """TRL's form: prompt and completion are lists of messages, or one of them is."""
-        messages: list[Message] = []
-        for key, role in ((ask, "user"), (answer, "assistant")):
-            value = self.row[key]
-            if isinstance(value, list):
-                messages += self._messages(key, value)
-            else:
-                self.problems += check_text(key, value)
-                messages.append(Message(role, str(value)))
-        return messages
+    def _preferred(self, lists: Sequence[str]) -> list[Message]:
+        """Of a preference row what was chosen, after what was asked where that is elsewhere.
 
-    def _preferred(self) -> list[Message]:
-        """Of a preference row what was chosen; with an explicit prompt it comes first."""
+        TRL's explicit prompt, its implicit one, and LLaMA-Factory's `conversations`. Where the
+        question or the whole conversation is written twice, both must be the same.
+        """
         self.read_keys.update(("chosen", "rejected"))
-        self.notes = ("preference rows: 'chosen' is learnt, 'rejected' is not used",)
-        chosen: list[Message]
-        if isinstance(self.row["chosen"], list):
-            chosen = self._messages("chosen", self.row["chosen"])
+        self.notes.add("preference rows: 'chosen' is learnt, 'rejected' is not used")
+        value = self.row["chosen"]
+        if isinstance(value, str):
+            self.problems += check_text("chosen", value)
+            chosen = [Message("assistant", value)]
         else:
-            self.problems += check_text("chosen", self.row["chosen"])
-            chosen = [Message("assistant", str(self.row["chosen"]))]
-        asks = self._present(_ASKS)
-        if not asks:
-            return chosen
-        self.read_keys.add(asks[0])
-        prompt = self.row[asks[0]]
-        if isinstance(prompt, list):
-            before = self._messages(asks[0], prompt)
-        else:
-            self.problems += check_text(asks[0], prompt)
-            before = [Message("user", str(prompt))]
-        said = [(m.role, m.content) for m in chosen[: len(before)]]
-        repeats = said == [(m.role, m.content) for m in before]
-        return chosen if repeats else [*before, *chosen]
+            chosen = self._messages("chosen", value if isinstance(value, list) else [value])
+        keys = [*lists, *self._asks()]
+        if "instruction" in keys and "input" in keys:
+            keys.remove("input")
+        if not keys and isinstance(value, str):
+            what = "'chosen' is a text and the row has no question"
+            fix = "add its 'prompt', or write 'chosen' as a list of messages"
+            self.problems.append(Problem("unknown-format", f"unknown format: {what}", fix))
+        found = chosen
+        for key in keys:
+            self.read_keys.add(key)
+            before = self._messages(key, self.row[key]) if key in lists else self._question(key)
+            if key not in lists:
+                before = [*self._history(), *before]
+            whole = _asked_and_chosen(before, found if found is not chosen else chosen)
+            if whole is None:
+                what = f"{key!r} and 'chosen' do not say the same"
+                self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+            else:
+                found = whole
+        return found
 
     def _history(self) -> list[Message]:
         """Earlier turns: Alpaca's pairs, or Prompt flow's inputs and outputs."""
         messages: list[Message] = []
         for key in self._present(_HISTORIES):
             self.read_keys.add(key)
-            turns = self.row[key]
+            turns = _from_json(self.row[key])
+            if turns in _EMPTY:
+                continue
             if not isinstance(turns, list):
                 self.problems.append(wrong_type(key, turns, "a list of turns"))
+                continue
+            if isinstance(turns[0], dict) and turns[0].keys() & {*_ROLE_KEYS}:
+                messages += self._messages(key, turns)
                 continue
             for number, turn in enumerate(turns):
                 pair = _question_and_answer(turn)
@@ -373,19 +457,22 @@ class _Reader:
         """A system text in a key of its own goes in front."""
         for key in self._present(_SYSTEMS):
             self.read_keys.add(key)
-            if self.row[key] == "":
+            text = _joined_parts(self.row[key])
+            if isinstance(text, Problem):
+                self.problems.append(text._replace(what=f"{key} {text.what}"))
                 continue
-            self.problems += check_text(key, self.row[key], drop="key")
-            text = str(self.row[key])
+            if text == "":
+                continue
+            self.problems += check_text(key, text, drop="key")
             if messages and messages[0].role == "system":
                 if messages[0].content != text:
                     what = f"{key!r} differs from the system message of the conversation"
                     self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
             else:
-                messages.insert(0, Message("system", text))
+                messages.insert(0, Message("system", str(text)))
 
     def _refuse_what_is_meant(self) -> None:
-        refused = [key for key in _REFUSED if self.row.get(key)]
+        refused = [key for key in _REFUSED if _from_json(self.row.get(key))]
         if "context" not in self.read_keys and self.row.get("context"):
             refused.append("context")
         refused += [key for key in _HISTORIES if key not in self.read_keys and self.row.get(key)]
@@ -393,45 +480,59 @@ class _Reader:
             what = f"{key!r} belongs to the conversation, and is not part of its messages"
             fix = "write what the model should see into the messages, or remove the key"
             self.problems.append(Problem("meaning", what, fix))
-        if self.row.get("label") is False:
+        # TRL's unpaired preferences (KTO); a table has the word.
+        if str(self.row.get("label")).lower() == "false":
             what = "'label' is false: it marks an answer that must not be learnt"
             self.problems.append(Problem("meaning", what, "leave the row out"))
-        weight = self.row.get("weight", 1)
-        if weight != 1:
+        weight = self.row.get("weight")
+        if weight is not None and weight not in (1, "1", "1.0"):
             what = f"the row has the weight {str(weight)[:40]}"
             fix = "leave the row out, or repeat it; rows are learnt equally"
             self.problems.append(Problem("weight", what, fix))
-        if "weight" in self.row:
-            self.read_keys.add("weight")
+        self.read_keys.add("weight")
+        for key in ("train", "training"):
+            if str(self.row.get(key)).lower() == "false":
+                what = f"the row has {key!r}: false, so it is not to be learnt"
+                self.problems.append(Problem("weight", what, "leave the row out"))
 
     def _rendered(self, text: str, key: str, *, ends: bool = True) -> list[Message]:
-        """Text that Phi-3's template or ChatML has written, taken apart; others are refused."""
-        for pattern, end in ((_PHI3_TURN, "<|end|>"), (_CHATML_TURN, "<|im_end|>")):
-            whole = text if ends or text.rstrip().endswith((end, "<|endoftext|>")) else text + end
-            messages, place = [], _TEXT_ENDS.match(whole).end()  # type: ignore[union-attr]
-            while turn := pattern.match(whole, place):
-                messages.append(Message(turn.group(1), turn.group(2)))
-                place = turn.end()
-            rest = whole[place:].strip().removeprefix("<|assistant|>").strip()
-            if messages and rest in ("", "<|endoftext|>", "</s>"):
-                texts = [(f"{key} ({message.role})", message.content) for message in messages]
-                self.problems += [p for where, said in texts for p in check_text(where, said)]
-                return messages
-        if _MARKS.search(text):
-            what = f"{key!r} was written by a chat template that is not Phi-3's or ChatML"
-            fix = "write the conversation as 'messages' and let the model's template render it"
-        else:
-            what = f"{key!r} is plain text: it does not say what is asked and what is answered"
-            fix = _EXPECTED
-        self.problems.append(Problem("rendered-text", what, fix))
-        return []
+        messages = take_apart(text, key, ends=ends)
+        if isinstance(messages, Problem):
+            self.problems.append(messages)
+            return []
+        for message in messages:
+            self.problems += check_text(f"{key} ({message.role})", message.content)
+        return messages
+
+
+def _said(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """What is said but the system message, to compare two spellings of a conversation."""
+    return tuple(message for message in messages if message.role != "system")
+
+
+def _asked_and_chosen(before: list[Message], chosen: list[Message]) -> list[Message] | None:
+    """A question and what was chosen, which may repeat it, as one; None if they differ.
+
+    `before` may be the whole conversation as well.
+    """
+    asked, said = _said(before), _said(chosen)
+    system = [m for m in (*before[:1], *chosen[:1]) if m.role == "system"]
+    if any(one != system[0] for one in system):
+        return None
+    if said[: len(asked)] == asked:  # chosen is the whole conversation
+        return [*system[:1], *said]
+    if said and asked[-len(said) :] == said:  # before is
+        return [*system[:1], *asked]
+    if said and asked and said[0].role == "assistant" and asked[-1].role == "user":
+        return [*system[:1], *asked, *said]
+    return None
 
 
 #: Columns of a table that hold JSON where they start with a bracket.
 JSON_CELLS = frozenset((*LIST_KEYS, *_HISTORIES, "inputs.chat_history", "chosen", "rejected"))
 _KNOWN = frozenset(
     (*LIST_KEYS, *_ASKS, *_ANSWERS, *_SYSTEMS, *_HISTORIES, *_REFUSED, "chosen", "rejected",
-     "context", "text", "label", "weight")
+     "context", "text", "label", "weight", "train", "training")
 )  # fmt: skip
 
 
@@ -450,22 +551,48 @@ def _joined_parts(content: Any) -> Any:
     return "\n".join(texts)
 
 
+def _more_of_parts(content: Any) -> set[str]:
+    """The keys of text parts beside their text, such as `cache_control`."""
+    parts = content if isinstance(content, list) else []
+    return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
+
+
+def _from_json(value: Any) -> Any:
+    """A list or object that a table or an export holds as text; anything else as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
 def _question_and_answer(turn: Any) -> tuple[Any, Any] | None:
+    """An earlier turn: a pair, or Prompt flow's `inputs` and `outputs`."""
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         return turn[0], turn[1]
     if isinstance(turn, dict):
-        sides = turn.get("inputs"), turn.get("outputs")
-        if all(isinstance(side, dict) for side in sides):
-            texts = [
-                [value for value in side.values() if isinstance(value, str)]  # type: ignore[union-attr]
-                for side in sides
-            ]
-            if all(len(side) == 1 for side in texts):
-                return texts[0][0], texts[1][0]
+        question = _chat_text(turn.get("inputs"), _ASKS)
+        answer = _chat_text(turn.get("outputs"), _ANSWERS)
+        if question is not None and answer is not None:
+            return question, answer
     return None
 
 
+def _chat_text(side: Any, names: Sequence[str]) -> str | None:
+    """The text of a turn's side: the only one, or the one under a known name."""
+    if not isinstance(side, dict):
+        return None
+    texts = {key: value for key, value in side.items() if isinstance(value, str)}
+    if len(texts) == 1:
+        return next(iter(texts.values()))
+    known = [texts[name] for name in names if name in texts]
+    return known[0] if len(known) == 1 else None
+
+
 def _no_format(row: Mapping[str, Any], asks: Sequence[str], answers: Sequence[str]) -> Problem:
+    if "rejected" in row:
+        return _unknown("'rejected' has no 'chosen' beside it")
     if asks or answers:
         here = (asks or answers)[0]
         missing = "an answer" if asks else "a question"

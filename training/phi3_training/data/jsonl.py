@@ -277,6 +277,7 @@ class Sound(NamedTuple):
     written: bytes | None
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unlearnt: int = 0  # one bit for each message: set where an answer is only context
 
     @classmethod
     def of(cls, row: Row, extra: Mapping[str, Any]) -> Sound:
@@ -285,7 +286,10 @@ class Sound(NamedTuple):
         texts = [message.content for message in messages]
         written = encode({"messages": [message.to_dict() for message in messages], **extra})
         has_system = messages[0].role == "system"
-        return cls(str(row.form), texts, has_system, join(texts), written, row.unused, row.notes)
+        unlearnt = sum(1 << place for place, one in enumerate(messages) if not one.learn)
+        return cls(
+            str(row.form), texts, has_system, join(texts), written, row.unused, row.notes, unlearnt
+        )
 
 
 class _Plain(NamedTuple):

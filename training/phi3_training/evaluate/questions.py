@@ -19,6 +19,7 @@ from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run
 
+_TURN = ("role", "content", "weight")  # weight 0: an earlier answer that is not measured either
 # In the order of the report: never trained on, trained on, older.
 CHAT_PARTS = ("validation", "train", "replay")
 PARTS = {
@@ -94,7 +95,7 @@ def _read(path: Path, part: str) -> list[Question]:
 
 def _question(row: Any, part: str, path: Path, number: int) -> Question:
     try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        messages = [{k: m[k] for k in _TURN if k in m} for m in row["messages"]]
         accept = tuple(map(str, row.get("accept", ())))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StageError(

@@ -198,6 +198,7 @@ class Report:
     rows: int
     shares: list[float] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    answers_as_context: int = 0  # of weight 0 in the chats: read, and not learnt
 
     def counts(self) -> dict[str, int]:
         """How many findings each broken rule has."""
@@ -223,7 +224,11 @@ class Report:
         """What a user should see of it: what was let pass."""
         found = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
         how = "trained anyway (--allow, or data.too_long=cut)"
-        return [f"label audit: {found}; {how}"] if found else []
+        lines = [f"label audit: {found}; {how}"] if found else []
+        if count := self.answers_as_context:
+            what = "1 answer is" if count == 1 else f"{count} answers are"
+            lines.append(f"label audit: {what} context and not learnt (weight 0 in the chats)")
+        return lines
 
     def manifest(self, allow: Collection[str]) -> dict[str, Any]:
         """For the run: the shares of trained tokens, and what was found and allowed."""
@@ -235,6 +240,7 @@ class Report:
                 "median": round(shares[len(shares) // 2], 4),
                 "most": round(shares[-1], 4),
             },
+            "answers_as_context": self.answers_as_context,
             "allow": sorted(allow),
             "allowed_findings": self.counts(),
         }
@@ -258,6 +264,7 @@ def audit(rows: Sequence[Row], seen: Sequence[Seen], chat: ChatFormat) -> Report
     """Compare each row with how the trainer has it; both in the same order."""
     auditor = _Auditor(chat)
     report = Report(len(rows))
+    report.answers_as_context = sum(not m.get("weight", 1) for row in rows for m in row.messages)
     for number, (row, given) in enumerate(zip(rows, seen, strict=True)):
         trained = sum(label != IGNORED for label in given.labels)
         report.shares.append(trained / max(1, len(given.labels)))
@@ -408,7 +415,9 @@ def audit_packed(rows: Sequence[Row], packed: Sequence[SeenPacked], chat: ChatFo
     found: list[tuple[Row, Seen]] = []
     for piece in (piece for bin_ in packed for piece in bin_.pieces()):
         if same := waiting.get(tuple(piece.input_ids)):
-            found.append((same.pop(), piece))
+            # The same conversation may be there twice, with different answers to learn.
+            fits = [expected_labels(row.example) == list(piece.labels) for row in same]
+            found.append((same.pop(fits.index(True) if any(fits) else -1), piece))
     report = audit([row for row, _ in found], [piece for _, piece in found], chat)
     report.rows = len(rows)
     report.findings += _lost([row for left in waiting.values() for row in left], packed)

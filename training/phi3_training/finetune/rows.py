@@ -114,7 +114,7 @@ def _cut(row: Row, limit: int) -> Row:
 
 
 def _key(row: Conversation) -> str:
-    return json.dumps([[message["role"], message["content"]] for message in row])
+    return json.dumps([[turn["role"], turn["content"], turn.get("weight", 1)] for turn in row])
 
 
 # The same question in other words: copies of a chat that teach the answer and not one phrasing.

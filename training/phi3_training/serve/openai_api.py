@@ -58,7 +58,7 @@ class ChatMessage(BaseModel):
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return {"role": role, "content": self.content}
-        return {"role": role, "content": "".join(part.text for part in self.content)}
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
 
 
 class StreamOptions(BaseModel):
