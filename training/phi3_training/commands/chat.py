@@ -453,7 +453,8 @@ def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
     if not rows:
         raise StageError(f"The run {run.name!r} has no held-out chats; create them with: phi3 up")
     number, line = random.Random(seed).choice(rows)  # noqa: S311 - no secret depends on it
-    return number, json.loads(line)["messages"]
+    turns = json.loads(line)["messages"]
+    return number, [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 CONCURRENCY = 64

@@ -71,7 +71,7 @@ _EXPECTED = (
     "('prompt' + 'completion', 'question' + 'answer', 'instruction' + 'output', 'input' + "
     "'output'), 'conversations', or 'chosen'"
 )
-_EMPTY = (None, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _FAILED = "(Failed)"  # what `pf run show-details` writes for a line without an output
 
 
@@ -354,8 +354,8 @@ class _Reader:
         if "assistant" not in self.row and ("messages" in self.row or len(asks) > 1):
             asks = [key for key in asks if key != "user"]
         # The whole prompt as it was rendered, beside what it was made of.
-        parts = self.row.get("instruction"), self.row.get("prompt")
-        if all(isinstance(part, str) for part in parts) and parts[0] in parts[1] != parts[0]:
+        part, whole = self.row.get("instruction"), self.row.get("prompt")
+        if isinstance(part, str) and isinstance(whole, str) and part in whole and part != whole:
             asks.remove("prompt")
             self.unused.add("prompt")
         return asks

@@ -19,7 +19,7 @@ from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run
 
-_TURN = ("role", "content", "weight")  # weight 0: an earlier answer that is not measured either
+_CONTEXT = {"weight": 0}
 # In the order of the report: never trained on, trained on, older.
 CHAT_PARTS = ("validation", "train", "replay")
 PARTS = {
@@ -95,7 +95,11 @@ def _read(path: Path, part: str) -> list[Question]:
 
 def _question(row: Any, part: str, path: Path, number: int) -> Question:
     try:
-        messages = [{k: m[k] for k in _TURN if k in m} for m in row["messages"]]
+        # An earlier answer of weight 0 is not measured either.
+        messages = [
+            {"role": m["role"], "content": m["content"], **({} if m.get("weight", 1) else _CONTEXT)}
+            for m in row["messages"]
+        ]
         accept = tuple(map(str, row.get("accept", ())))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StageError(
