@@ -62,7 +62,8 @@ class Sunset:
         if self.date is None:
             return self.what
         days = (self.date - today).days
-        when = "today" if days == 0 else f"in {days} days" if days > 0 else f"{-days} days ago"
+        counted = f"{abs(days)} day{'' if abs(days) == 1 else 's'}"
+        when = "today" if days == 0 else f"in {counted}" if days > 0 else f"{counted} ago"
         return f"{self.what}: {self.date.isoformat()}, {when}"
 
 

@@ -42,7 +42,7 @@ def test_the_end_of_a_python_concerns_only_who_runs_it() -> None:
     [
         ("2027-01-20", "2027-04-20, in 90 days"),
         ("2027-04-20", "2027-04-20, today"),
-        ("2027-04-21", "2027-04-20, 1 days ago"),
+        ("2027-04-21", "2027-04-20, 1 day ago"),
     ],
 )
 def test_the_doctor_warns_with_a_command_and_finds_no_fault(
@@ -63,6 +63,7 @@ def test_doctor_dates_prints_every_row_and_fails_on_no_day(
     assert main(["doctor", "--dates"]) == 0
     shown = capsys.readouterr().out
     assert all(row.what in shown and row.source in shown for row in sunset.TABLE)
+    assert all(str(row.date or "no date") in shown for row in sunset.TABLE)
 
     assert main(["doctor", "--dates", "-o", "json"]) == 0
     told = json.loads(capsys.readouterr().out)
