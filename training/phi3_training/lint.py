@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import UsageError
+from .recipe.azure import GPU_SIZE
 from .targets.azure.pipeline_job import ARCHIVED
-from .targets.azure.sizes import GPU_SIZE, RETIRED
+from .targets.azure.sizes import RETIRED
 
 SUFFIXES = frozenset({".yaml", ".yml", ".ipynb", ".md", ".py"})
 _SKIPPED_FOLDERS = frozenset({"node_modules", "site-packages", "__pycache__", "venv"})

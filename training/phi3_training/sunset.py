@@ -19,8 +19,9 @@ CHECKED = dt.date(2026, 11, 29)  # the day on which the table was last held agai
 _LEARN = "https://learn.microsoft.com/azure"
 _PYTHON = "https://devguide.python.org/versions/"
 _PYPI = "https://pypi.org/project"
-_NEW_PYTHON = "make a new environment with Python 3.11: make up"
+_PYTHON_311 = "make a new environment with Python 3.11: make up"
 _DOCS = "https://github.com/MicrosoftDocs"
+_NEWER = "upgrade phi3-promptflow, then make a new environment with the Python it names: make up"
 _SIZES = f"{_DOCS}/azure-compute-docs/blob/main/articles/virtual-machines/sizes/retirement/"
 _NEW_SIZE = "name Standard_NC24ads_A100_v4; find old names with: phi3 lint FOLDER"
 _MODELS = f"{_DOCS}/azure-ai-docs/blob/main/articles/foundry/openai/includes/"
@@ -72,14 +73,14 @@ TABLE = (
         "Python 3.9, end of life",
         dt.date(2025, 10, 31),
         _PYTHON,
-        _NEW_PYTHON,
+        _PYTHON_311,
         python=(3, 9),
     ),
     Sunset(
         "Python 3.10, end of life",
         dt.date(2026, 10, 31),
         _PYTHON,
-        _NEW_PYTHON,
+        _PYTHON_311,
         "announced as 2026-10",
         python=(3, 10),
     ),
@@ -87,7 +88,7 @@ TABLE = (
         "Python 3.11, end of life",
         dt.date(2027, 10, 31),
         _PYTHON,
-        "upgrade phi3-promptflow first: its locks are made for Python 3.11",
+        _NEWER,
         "announced as 2027-10; the version that constraints/ is made for",
         used=True,
         python=(3, 11),
@@ -96,7 +97,7 @@ TABLE = (
         "Python 3.12, end of life",
         dt.date(2028, 10, 31),
         _PYTHON,
-        _NEW_PYTHON,
+        _NEWER,
         "announced as 2028-10",
         python=(3, 12),
     ),
@@ -104,7 +105,7 @@ TABLE = (
         "Python 3.13, end of life",
         dt.date(2029, 10, 31),
         _PYTHON,
-        _NEW_PYTHON,
+        _NEWER,
         "announced as 2029-10",
         python=(3, 13),
     ),

@@ -130,7 +130,7 @@ def _run_dates(args: argparse.Namespace) -> int:
     console.out.print(f"As of {day}; the table was checked on {sunset.CHECKED}", markup=False)
     for row in rows:
         sign = SIGNS["warning" if row in due else "ok" if row.used else "skipped"]
-        console.out.print(f"{sign} [bold]{str(row.date or 'no date'):<10}[/] ", end="")
+        console.out.print(f"{sign} [bold]{row.date or 'no date'!s:<10}[/] ", end="")
         note = f" ({row.note})" if row.note else ""
         console.out.print(f"{row.what}{note}. Do: {row.cure}", markup=False)
         console.out.print(f"             {row.source}", markup=False, style="dim")
