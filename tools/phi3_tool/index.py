@@ -141,16 +141,19 @@ class DocumentIndex:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._vectors: tuple[int, npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
+        missing = ConfigurationError(
+            f"There is no index at {path}; make one with: phi3 rag index FOLDER"
+        )
         if not path.is_file():
-            raise ConfigurationError(
-                f"There is no index at {path}; make one with: phi3 rag index FOLDER"
-            )
+            raise missing
         try:
             facts = self.facts()
         except sqlite3.DatabaseError as error:
             raise ConfigurationError(
                 f"{path} is not an index of documents ({error}); make one with: phi3 rag index"
             ) from None
+        if not facts:  # nothing was ever written to it: its first run found a fault
+            raise missing
         if facts.get("format") != str(FORMAT):
             raise ConfigurationError(
                 f"{path} has the format {facts.get('format')}, this version reads {FORMAT}; "

@@ -232,7 +232,7 @@ def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatc
     client = Talker()
     questions = [f"Question number {number}, and some words more?" for number in range(12)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
-    args = argparse.Namespace(system="Be kind.")
+    args = argparse.Namespace(rag=False, system="Be kind.")
 
     assert converse(client, args, {}, 120) == 0  # type: ignore[arg-type]
 

@@ -222,6 +222,8 @@ def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="nothing to index"):
         index(tmp_path, tmp_path / "empty")
+    with pytest.raises(ConfigurationError, match="There is no index"):
+        DocumentIndex(tmp_path / "index.sqlite")
 
 
 def test_passages_fit_and_keep_their_place() -> None:

@@ -101,6 +101,11 @@ GROUPS = (
         },
     ),
     Group(
+        "lint",
+        "register_lint",
+        {"lint": "find what will not run any more in a tutorial's or your own files"},
+    ),
+    Group(
         "models",
         "register_init",
         {"init": "create a new project: flow, recipe, sample chats, connection templates"},

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import console
+from .. import console, sunset
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
 from ..project import FLOW, find
@@ -68,10 +68,18 @@ def register_doctor(subparsers: Any) -> None:
         help="only build the wheel and look for the package tool in it, with this environment's "
         "Prompt flow (here) or in a new environment, over the network (fresh)",
     )
+    parser.add_argument(
+        "--dates",
+        action="store_true",
+        help="only print what ends when, who says so, and what to do (as of another day: "
+        "PHI3_TODAY=YYYY-MM-DD)",
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """All checks, or the one that is named; exit 1 on a fault."""
+    if args.dates:
+        return _run_dates(args)
     if args.tokens or args.model is not None:
         return _run_tokens(args)
     if args.tool:
@@ -108,6 +116,27 @@ def _report(args: argparse.Namespace, found: Iterable[Finding]) -> int:
         said = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
         console.out.print(f"{'Healthy' if ok else 'Not healthy'}: {said}", markup=False)
     return 0 if ok else 1
+
+
+def _run_dates(args: argparse.Namespace) -> int:
+    """The whole table of dates; always exit 0, for a date is no fault."""
+    day = sunset.today()
+    rows = sunset.in_order()
+    if args.output == "json":
+        table = [row.as_dict(day) for row in rows]
+        console.print_json({"today": day, "checked": sunset.CHECKED, "dates": table})
+        return 0
+    due = sunset.due(day)
+    console.out.print(f"As of {day}; the table was checked on {sunset.CHECKED}", markup=False)
+    for row in rows:
+        sign = SIGNS["warning" if row in due else "ok" if row.used else "skipped"]
+        console.out.print(f"{sign} [bold]{row.date or 'no date'!s:<10}[/] ", end="")
+        note = f" ({row.note})" if row.note else ""
+        console.out.print(f"{row.what}{note}. Do: {row.cure}", markup=False)
+        console.out.print(f"             {row.source}", markup=False, style="dim")
+    warned = f"! used here, ends within {sunset.WITHIN} days or has ended"
+    console.out.print(f"{warned}; ✓ used here; – not used by this product", markup=False)
+    return 0
 
 
 def _connection(args: argparse.Namespace) -> str | None:

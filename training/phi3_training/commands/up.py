@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import console
+from .. import console, sunset
 from ..current import is_current, make_current, remarks
 from ..errors import MissingExtraError, StageError, UsageError
 from ..journey import Journey, Stage, finished, go
@@ -239,7 +239,10 @@ def run_plan(args: argparse.Namespace) -> int:
     journey = journey_of(args, make_run=False)
     stages = stages_of(in_cloud=journey.in_cloud)
     todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
-    lines = _plan_elsewhere(args, journey) or journey.target.plan(journey.recipe, journey.run)
+    lines = _plan_elsewhere(args, journey) or [
+        *journey.target.plan(journey.recipe, journey.run),
+        *_plan_dates(),
+    ]
     if args.output == "json":
         plan = [asdict(line) for line in lines]
         console.print_json({"run": str(journey.run.path), "to_do": todo, "plan": plan})
@@ -267,6 +270,15 @@ def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine
     if args.device is not None:
         raise UsageError("--device needs --device-gb; add e.g. --device-gb 24")
     return []
+
+
+def _plan_dates() -> list[PlanLine]:
+    """What ends soon, with the command that moves on; it never stops anything."""
+    day = sunset.today()
+    return [
+        PlanLine("dates", f"{row.said(day)}. Fix: {row.cure}", details=row.as_dict(day))
+        for row in sunset.due(day)
+    ]
 
 
 def _size(text: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..flow.bundle import FlowSource, connection_of
 from ..packages import Installed, installed
+from .dates import dates
 from .endpoint import CONNECTION, ENDPOINT, ask, connection_findings, endpoint, token_finding
 from .environment import environment, promptflow_home, service
 from .finding import Finding, Group
@@ -53,6 +54,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
         flow(setup.flow, promptflow_there=there),
     ):
         yield finding.changed(scrub)
+    yield from dates()
     # Checks that take longer and are run only when named.
     tool, tokens = "builds the package, which takes longer", "compares training with serving, "
     yield Group("flow").skipped("wheel", tool, "phi3 doctor --tool")

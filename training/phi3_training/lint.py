@@ -1,0 +1,295 @@
+"""What will not run any more in somebody's YAML, notebook, Markdown or Python; reads only.
+
+Every rule is a known fact with its date (docs/sunset.md), not a matter of style. A file is read
+line by line, so that a broken notebook or template is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import UsageError
+from .recipe.azure import GPU_SIZE
+from .targets.azure.pipeline_job import ARCHIVED
+from .targets.azure.sizes import RETIRED
+
+SUFFIXES = frozenset({".yaml", ".yml", ".ipynb", ".md", ".py"})
+_SKIPPED_FOLDERS = frozenset({"node_modules", "site-packages", "__pycache__", "venv"})
+
+
+@dataclass(frozen=True)
+class Dead:
+    """One place in a file; `what` never holds a key."""
+
+    file: str
+    line: int
+    kind: str
+    what: str
+    why: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.kind}: {self.what}: {self.why}. Fix: {self.cure}"
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern, why what it finds is dead, and what to write instead.
+
+    `only_with`: the rule holds in files that have this pattern somewhere.
+    """
+
+    kind: str
+    pattern: re.Pattern[str]
+    why: str
+    cure: str
+    only_with: re.Pattern[str] | None = None
+
+
+def _rule(kind: str, pattern: str, why: str, cure: str, only_with: str | None = None) -> Rule:
+    file_has = None if only_with is None else re.compile(only_with, re.IGNORECASE)
+    return Rule(kind, re.compile(pattern, re.IGNORECASE), why, cure, file_has)
+
+
+_PYPI_V1 = r"azureml[-.](?:core|sdk|train|pipeline)\b"
+_TRL = r"\b(?:SFTTrainer|SFTConfig)\b"
+RULES = (
+    # Not retired by any notice that is known, but on no Phi model's list for fine-tuning.
+    _rule(
+        "size",
+        r"\b(?:standard_)?nd40rs_v2\b",
+        "a V100 size that is on no Phi model's list for fine-tuning",
+        f"use {GPU_SIZE}",
+    ),
+    _rule(
+        "parameter",
+        r"\*\*\s*model_specific_defaults\b",
+        "has held learning_rate_min and _max since 2025-02, which the pipeline does not accept: "
+        "UnexpectedKeywordError",
+        "pass only the keys that the component has as inputs, or use: phi3 up --on azure",
+    ),
+    _rule(
+        "parameter",
+        r"\blearning_rate_m(?:in|ax)\b",
+        "no input of chat_completion_pipeline: UnexpectedKeywordError",
+        "remove it; set learning_rate",
+    ),
+    _rule(
+        "parameter",
+        r"\b(?:finetune_compute_allow_list|inference_compute_allow_list)\b",
+        "the catalogue's models lost this tag in 2026-06",
+        "name the size yourself; check it with: phi3 plan --on azure",
+    ),
+    _rule(
+        "parameter",
+        r"\boutputs\.evaluation_result\b",
+        "chat_completion_pipeline has no such output any more",
+        "evaluate with: phi3 evaluate",
+    ),
+    _rule(
+        "parameter",
+        r"\bmax_seq_length\s*=",
+        "TRL renamed it; some versions ignore it silently",
+        "write max_length=",
+        _TRL,
+    ),
+    _rule(
+        "parameter",
+        r"\btokenizer\s*=\s*tokenizer\b",
+        "TRL renamed the trainer's argument",
+        "write processing_class=tokenizer",
+        r"\bSFTTrainer\b",
+    ),
+    _rule(
+        "parameter",
+        r"\btrust_remote_code\s*[=:]\s*[\"']?true\b",
+        "Phi-3's remote code breaks on new transformers, which has the model itself",
+        "remove it",
+        r"phi-?3",
+    ),
+    _rule(
+        "import",
+        rf"\b(?:from|import)\s+azureml\.(?:core|train|pipeline)\b|(?<![\w./-]){_PYPI_V1}",
+        "Azure ML SDK v1, support ended on 2026-06-30",
+        "use azure-ai-ml (from azure.ai.ml import MLClient)",
+    ),
+    _rule(
+        "import",
+        r"\bpromptflow[_-]vectordb\b",
+        "does not import on a fresh install: it pins numpy<2, its pyarrow needs numpy 2",
+        "index and search with: phi3 rag",
+    ),
+    _rule(
+        "import",
+        r"\bazure\.ai\.inference\b|\bazure-ai-inference\b",
+        "retired on 2026-08-26",
+        "use the openai package",
+    ),
+    _rule(
+        "import",
+        r"\bazure\.mgmt\.machinelearningservices\b|\bazure-mgmt-machinelearningservices\b",
+        "abandoned: its newest version speaks an API of 2020",
+        "use azure-ai-ml",
+    ),
+    _rule(
+        "import",
+        r"\b(?:from|import)\s+ragas\b",
+        "ragas 0.4.3 does not import with today's langchain-community",
+        "measure with: phi3 rag",
+    ),
+    _rule(
+        "name",
+        r"\bfrom\s+promptflow\s+import\s+(?:\w+\s*,\s*)*tool\b",
+        "moved; an ImportError where only promptflow-core is installed",
+        "from promptflow.core import tool",
+    ),
+    _rule(
+        "name",
+        r"\bfrom\s+promptflow\.core\s+import\s+.*\bCustomConnection\b",
+        "promptflow.core has no CustomConnection",
+        "from promptflow.connections import CustomConnection",
+    ),
+    _rule(
+        "name",
+        r"\bfrom\s+agent_framework\.azure\s+import\s+.*\bAzureOpenAIChatClient\b",
+        "agent-framework has no such name any more: ImportError",
+        "write a chat client of your own on BaseChatClient",
+    ),
+    _rule(
+        "name",
+        r"\.(?:register_executor|set_start_executor)\s*\(",
+        "WorkflowBuilder has no such method any more",
+        "pass start_executor= to WorkflowBuilder and use add_edge or add_chain",
+        r"\bWorkflowBuilder\b",
+    ),
+    _rule(
+        "pin",
+        r"\bdatasets\s*==\s*2\.9\.0\b",
+        "too old for current versions of Python",
+        "pip install datasets, without this pin",
+    ),
+)
+# A Hugging Face id (microsoft/Phi-3-…) and a converted copy (…-onnx, ….gguf) are not the
+# catalogue's model: those weights are still there.
+_GONE_MODELS = {**ARCHIVED, "phi-3.5-vision-instruct": next(iter(ARCHIVED.values()))}
+_MODEL = re.compile(
+    rf"(?:(?<=models/)|(?<![\w/.-]))(?:{'|'.join(map(re.escape, _GONE_MODELS))})(?![\w-]|\.\w)",
+    re.IGNORECASE,
+)
+_SIZE = re.compile(
+    # The first generations' names (NC6) are words of their own only with the prefix.
+    "|".join(
+        rf"\b{'(?:standard_)?' if '_v' in name else 'standard_'}{name.removeprefix('standard_')}\b"
+        for name in sorted(RETIRED, key=len, reverse=True)
+    ),
+    re.IGNORECASE,
+)
+_KEY = re.compile(
+    r"(?P<name>\b[\w.-]*(?:key|secret|token|password|pwd))[\"'\]]*\s*(?:[:=]|,\s*(?=[\"']))\s*"
+    r"[\"']?(?P<value>[A-Za-z0-9+/_=.-]{20,})",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"\b(?P<name>Bearer)\s+(?P<value>[A-Za-z0-9+/_=.-]{20,})")
+_PLACEHOLDER = re.compile(
+    r"your|example|placeholder|change|x{4}|\.\.\.|^0+$|[._/-](?:key|name|id)$", re.IGNORECASE
+)
+_KEY_WHY = "a key in clear text: whoever reads the file can use it"
+_KEY_CURE = "replace it with ${env:NAME} or a connection, and regenerate the key"
+
+
+def lint_text(text: str, file: str, suffix: str) -> Iterator[Dead]:
+    """What is dead in one file's text; `file` is how it is named in the findings."""
+    rules = [rule for rule in RULES if rule.only_with is None or rule.only_with.search(text)]
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = _notebook_line(raw) if suffix == ".ipynb" else raw
+        for match in (*_KEY.finditer(line), *_BEARER.finditer(line)):
+            if _looks_like_key(match["value"]):
+                yield Dead(file, number, "key", match["name"], _KEY_WHY, _KEY_CURE)
+        if suffix in {".py", ".yaml", ".yml"} and line.lstrip().startswith("#"):
+            continue  # a remark runs nothing, but shows a key all the same
+        for match in _MODEL.finditer(line):
+            name = match[0].lower()
+            new = "Phi-4" if "medium" in name else "Phi-4-mini-instruct"
+            cure = f"use {new}, or the weights of Hugging Face's microsoft/{match[0]}"
+            yield Dead(file, number, "model", match[0], _GONE_MODELS[name], cure)
+        for match in _SIZE.finditer(line):
+            name = match[0].lower()
+            why = RETIRED[name if name in RETIRED else f"standard_{name}"]
+            yield Dead(file, number, "size", match[0], why, f"use {GPU_SIZE}")
+        for rule in rules:
+            for match in rule.pattern.finditer(line):
+                yield Dead(file, number, rule.kind, match[0].strip(), rule.why, rule.cure)
+
+
+def _notebook_line(raw: str) -> str:
+    """The text of a line of JSON: a notebook keeps each line of a cell on a line of its own."""
+    try:
+        value = json.loads(raw.strip().rstrip(","))
+    except ValueError:
+        return raw.replace('\\"', '"').replace("\\n", " ")
+    return value if isinstance(value, str) else raw
+
+
+def _looks_like_key(value: str) -> bool:
+    """Letters and digits in a mix that no word has, and nothing that says "your key here"."""
+    return (
+        sum(sign.isdigit() for sign in value) >= 2
+        and any(sign.isalpha() for sign in value)
+        and len(set(value)) >= 8
+        and not _PLACEHOLDER.search(value)
+    )
+
+
+def files_in(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those of SUFFIXES in the folders named; hidden folders are left out.
+
+    UsageError for everything that cannot be read, all at once.
+    """
+    found: dict[Path, None] = {}
+    faults = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(_walk(path))
+            if not inside:
+                faults.append(f"{path}: no file with {', '.join(sorted(SUFFIXES))} in it")
+            found.update(dict.fromkeys(inside))
+        elif not path.is_file():
+            faults.append(f"{path}: no such file or folder")
+        elif path.suffix.lower() not in SUFFIXES:
+            faults.append(f"{path}: expected a file with {', '.join(sorted(SUFFIXES))}")
+        else:
+            found[path] = None
+    if faults:
+        raise UsageError("\n".join(faults))
+    return list(found)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS
+        ]
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                yield Path(root, name)
+
+
+def lint(files: Sequence[Path]) -> list[Dead]:
+    """What is dead in these files, each place once, by file and line."""
+    found: dict[Dead, None] = {}
+    for path in files:
+        try:
+            text = path.read_text("utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        found.update(dict.fromkeys(lint_text(text, str(path), path.suffix.lower())))
+    return list(found)
