@@ -283,5 +283,5 @@ def test_keys_that_are_not_written_are_named_once(tmp_path: Path) -> None:
     assert report.changes == ()
     assert report.notes == (
         f"note: {source}: 'id' of 3 rows is not used and not written",
-        f"note: {source}: 'topic' of 1 rows is not used and not written",
+        f"note: {source}: 'topic' of 1 row is not used and not written",
     )
