@@ -28,17 +28,8 @@ FLOW = [
     'uvloop>=0.21; sys_platform != "win32"',
     'httptools>=0.6; sys_platform != "win32"',
 ]
-# What `phi3 rag` reads documents with; all pure Python.
-RAG = [
-    *CLI,
-    "pypdf>=6",
-    "mammoth>=1.9",  # DOCX, with its headings
-    "semchunk>=4,<5",  # cuts at sentences; offsets=True is new in 3 and its form may change
-    "onnxruntime>=1.24",
-    "tokenizers>=0.22",
-]
 LOCAL = [
-    *RAG,
+    *CLI,
     "torch==2.13.0",  # one tested version; a range would fetch gigabytes of CUDA builds
     "transformers>=5.23,<6",  # 6 is not tested: tokenizer and Trainer names change by major
     "trl>=1.16,<2",  # renames its arguments between majors, silently for some
@@ -57,6 +48,9 @@ LOCAL = [
     "sacrebleu>=2.6,<3",  # the bootstrap resamples its per-sentence counts, an inner method
     "optuna>=5,<6",  # a search goes on from its database, whose form changes by major
     "mlflow>=3.10,<4",  # 4 is not tested
+    "pypdf>=6",
+    "mammoth>=1.9",  # reads DOCX, with its headings
+    "semchunk>=4,<5",  # cuts at sentences; its offsets are taken as its version 4 gives them
     "matplotlib>=3.9",  # draws a search; mlflow asks for it as well
 ]
 BITSANDBYTES = "bitsandbytes>=0.46"
@@ -142,7 +136,6 @@ setup(
     extras_require={
         "flow": FLOW,
         "local": LOCAL,
-        "rag": RAG,
         "qlora": QLORA,
         "tensorboard": TENSORBOARD,
         "azure": AZURE,

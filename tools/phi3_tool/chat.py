@@ -24,7 +24,6 @@ from .connection import ConnectionSettings, environment_names_endpoint
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error, RequestRejectedError
-from .grounding import NOT_IN_DOCUMENTS, sources_note, with_sources
 from .history import (
     BROKE_OFF,
     DEFAULT_CONTEXT_LENGTH,
@@ -32,7 +31,6 @@ from .history import (
     rough_tokens,
     to_messages,
 )
-from .index import hits_of
 from .served import refuse_requests_without_a_question
 
 log = logging.getLogger(__name__)
@@ -161,6 +159,10 @@ def phi3_rag_chat(prompt: Mapping[str, Any], **asked: Any) -> Any:
 
     Where no passage fits, the answer is NOT_IN_DOCUMENTS and the model is not asked.
     """
+    # Here, because the chat flow without documents needs no SQLite.
+    from .grounding import NOT_IN_DOCUMENTS, sources_note, with_sources
+    from .index import hits_of
+
     try:
         hits = hits_of(prompt["passages"])
     except KeyError:

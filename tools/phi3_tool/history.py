@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ DEFAULT_CONTEXT_LENGTH = 4096
 BROKE_OFF = "\n\n[The answer was cut off. "
 #: Starts the list of sources under an answer from documents; the model never sees it either.
 SOURCES = "\n\nSources:\n"
+# Only such a list at the very end: a model's own "Sources:" is part of what it said.
+_SOURCES_NOTE = re.compile(re.escape(SOURCES) + r"(?:\[\d+\] .+(?:\n|$))+\Z")
 
 Turn = tuple[str, str]
 
@@ -114,7 +117,7 @@ def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | N
         )
     question = _one_text(inputs, input_key)
     answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
-    answer = answer.partition(SOURCES)[0]
+    answer = _SOURCES_NOTE.sub("", answer)
     if question is None:
         raise RequestRejectedError(f"chat_history[{index}] has no text under inputs.{input_key}")
     if not answer or not question.strip():

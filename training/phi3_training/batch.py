@@ -71,7 +71,7 @@ def read_lines(
     """The rows of a JSONL file or of any table the training reads; all faults at once.
 
     `renamed` columns get the flow's names. Where neither it nor the first row names input_data,
-    one column of QUESTION_COLUMNS is taken for it and `note` is told which.
+    one column of QUESTION_COLUMNS is taken for it and `note` says which.
     """
     faults: list[str] = []
     lines: list[Line] = []

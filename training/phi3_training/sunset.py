@@ -20,6 +20,7 @@ _LEARN = "https://learn.microsoft.com/azure"
 _PYTHON = "https://devguide.python.org/versions/"
 _PYPI = "https://pypi.org/project"
 _PYTHON_311 = "make a new environment with Python 3.11: make up"
+_TESTED_PYTHON = 11
 _DOCS = "https://github.com/MicrosoftDocs"
 _NEWER = "upgrade phi3-promptflow, then make a new environment with the Python it names: make up"
 _SIZES = f"{_DOCS}/azure-compute-docs/blob/main/articles/virtual-machines/sizes/retirement/"
@@ -68,47 +69,23 @@ class Sunset:
         return f"{self.what}: {self.date.isoformat()}, {when}"
 
 
+def _python(minor: int) -> Sunset:
+    """The end of a version of Python: five years after its October, announced as a month."""
+    year = 2016 + minor
+    tested = minor == _TESTED_PYTHON
+    return Sunset(
+        f"Python 3.{minor}, end of life",
+        dt.date(year, 10, 31),
+        _PYTHON,
+        _NEWER if minor >= _TESTED_PYTHON else _PYTHON_311,
+        f"announced as {year}-10" + ("; the version that constraints/ is made for" * tested),
+        used=tested,
+        python=(3, minor),
+    )
+
+
 TABLE = (
-    Sunset(
-        "Python 3.9, end of life",
-        dt.date(2025, 10, 31),
-        _PYTHON,
-        _PYTHON_311,
-        python=(3, 9),
-    ),
-    Sunset(
-        "Python 3.10, end of life",
-        dt.date(2026, 10, 31),
-        _PYTHON,
-        _PYTHON_311,
-        "announced as 2026-10",
-        python=(3, 10),
-    ),
-    Sunset(
-        "Python 3.11, end of life",
-        dt.date(2027, 10, 31),
-        _PYTHON,
-        _NEWER,
-        "announced as 2027-10; the version that constraints/ is made for",
-        used=True,
-        python=(3, 11),
-    ),
-    Sunset(
-        "Python 3.12, end of life",
-        dt.date(2028, 10, 31),
-        _PYTHON,
-        _NEWER,
-        "announced as 2028-10",
-        python=(3, 12),
-    ),
-    Sunset(
-        "Python 3.13, end of life",
-        dt.date(2029, 10, 31),
-        _PYTHON,
-        _NEWER,
-        "announced as 2029-10",
-        python=(3, 13),
-    ),
+    *(_python(minor) for minor in range(9, 14)),
     Sunset(
         "Prompt flow, end of feature development",
         dt.date(2026, 4, 20),

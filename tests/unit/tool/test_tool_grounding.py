@@ -96,6 +96,11 @@ def test_the_model_never_sees_the_sources_of_an_earlier_answer() -> None:
     assert messages[1] == {"role": "assistant", "content": "2.4 kg [1]"}
 
 
+def test_what_a_model_itself_says_of_sources_stays() -> None:
+    answer = "See two books.\n\nSources:\nThe Compass, and [1] of yesterday."
+    assert to_messages([turn("Which?", answer)], "More?")[1]["content"] == answer
+
+
 def test_passages_of_another_form_are_refused() -> None:
     assert hits_of([HIT.as_lookup()]) == [HIT]
     with pytest.raises(RequestRejectedError, match="output of the lookup node"):

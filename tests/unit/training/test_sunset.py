@@ -1,4 +1,4 @@
-"""The table of dates: what is due on which day, and who is told."""
+"""The table of dates: what is due on which day, and who is warned."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def _transaction(database: sqlite3.Connection, savepoint: str = "") -> Iterator[
     database.execute(f"SAVEPOINT {savepoint}" if savepoint else "BEGIN IMMEDIATE")
     try:
         yield
-    except BaseException:
+    except BaseException:  # also on Ctrl-C: half an index must never be committed
         database.execute(f"ROLLBACK TO {savepoint}" if savepoint else "ROLLBACK")
         if savepoint:
             database.execute(f"RELEASE {savepoint}")

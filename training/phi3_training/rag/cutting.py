@@ -43,7 +43,7 @@ class Cutter:
         try:
             from semchunk.semchunk import chunkerify
         except ImportError:
-            raise MissingExtraError("semchunk", "rag") from None
+            raise MissingExtraError("semchunk", "local") from None
         self._count, self._tokens = count, tokens
         self._chunkerify = chunkerify
         self._chunkers: dict[int, Any] = {}

@@ -1,14 +1,11 @@
 """Documents to sections of plain text, with heading, page and offsets; every fault with its path.
 
 Text, Markdown and HTML by the standard library, PDF by pypdf, DOCX by mammoth, passages in CSV or
-JSON lines. Nothing in a document is executed, fetched or followed.
+JSON lines by the reader of chats. Nothing in a document is executed, fetched or followed.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import os
 import re
@@ -17,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
+from ..data.opening import BrokenFileError, open_text, table_encoding
+from ..data.sources import no_note, rows_of
 from ..errors import MissingExtraError, Phi3TrainingError
 
 MAX_BYTES = 200 << 20
@@ -127,6 +125,8 @@ def fault_of(error: Exception, name: str) -> DocumentFault:
         if error.what.endswith("are not read"):
             fix = f"convert it to one of {fix}"
         return DocumentFault(name, error.what, fix)
+    if isinstance(error, BrokenFileError):
+        return DocumentFault(name, error.problem.what, error.problem.fix)
     if isinstance(error, MissingExtraError):
         raise error
     if isinstance(error, OSError):
@@ -143,18 +143,8 @@ _EMPTY = {
 
 
 def _text_of(path: Path) -> str:
-    raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return raw.decode("utf-16")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if b"\0" in raw[:4096]:
-            raise UnreadableError("is not text", "convert it to text or PDF") from None
-        if error.start and raw.count(b"\n", 0, error.start) > 10**6:
-            raise UnreadableError("is not UTF-8", "save it as UTF-8") from None
-        # What Windows' editors write in western Europe and America.
-        return raw.decode("cp1252", "replace")
+    with open_text(path, table_encoding(path, no_note)) as stream:
+        return stream.read().decode("utf-8")
 
 
 def _plain(path: Path) -> Iterator[Section]:
@@ -262,7 +252,7 @@ def _pdf(path: Path) -> Iterator[Section]:
         from pypdf import PdfReader
         from pypdf.errors import PdfReadError
     except ImportError:
-        raise MissingExtraError("pypdf", "rag") from None
+        raise MissingExtraError("pypdf", "local") from None
     # What it finds odd it also reports as errors; its log would appear between the progress lines.
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     offset = 0
@@ -282,7 +272,7 @@ def _docx(path: Path) -> Iterator[Section]:
     try:
         import mammoth
     except ImportError:
-        raise MissingExtraError("mammoth", "rag") from None
+        raise MissingExtraError("mammoth", "local") from None
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > MAX_UNPACKED:
@@ -302,31 +292,15 @@ _TEXT_KEYS = ("text", "content", "passage", "body")
 _TITLE_KEYS = ("heading", "title", "name")
 
 
-def _csv(path: Path) -> Iterator[Section]:
-    text = _text_of(path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    yield from _passages(enumerate(rows, 2))
-
-
-def _jsonl(path: Path) -> Iterator[Section]:
-    def rows() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(_text_of(path).split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError:
-                    raise UnreadableError(
-                        f"line {number} is not JSON", "correct the line"
-                    ) from None
-
-    yield from _passages(rows())
-
-
-def _passages(rows: Iterator[tuple[int, Any]]) -> Iterator[Section]:
+def _passages(path: Path) -> Iterator[Section]:
+    """One section per row, read as chats in such files are."""
     offset = 0
-    for number, row in rows:
-        fields = row if isinstance(row, dict) else {}
+    for number, raw in enumerate(rows_of(path), 1):
+        if raw.problems:
+            problem = raw.problems[0]
+            where = f"row {number}: " if raw.line else ""
+            raise UnreadableError(f"{where}{problem.what}", problem.fix)
+        fields = raw.value if isinstance(raw.value, dict) else {}
         text = next((fields[key] for key in _TEXT_KEYS if isinstance(fields.get(key), str)), None)
         if text is None:
             wanted = " or ".join(_TEXT_KEYS)
@@ -344,6 +318,6 @@ READERS: dict[str, Callable[[Path], Iterator[Section]]] = {
     ".htm": _html,
     ".pdf": _pdf,
     ".docx": _docx,
-    ".csv": _csv,
-    ".jsonl": _jsonl,
+    ".csv": _passages,
+    ".jsonl": _passages,
 }
