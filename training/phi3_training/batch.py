@@ -62,7 +62,7 @@ class Line:
 
 
 def no_note(_text: str) -> None:
-    """Takes what nobody wants to be told."""
+    """Takes a note that nobody reads."""
 
 
 def read_lines(

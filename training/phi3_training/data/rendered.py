@@ -39,7 +39,7 @@ def is_rendered(text: str) -> bool:
 
 
 def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Problem:
-    """The messages of a text, or why they cannot be told; `key` names the text.
+    """The messages of a text, or why they cannot be separated; `key` names the text.
 
     With `ends` False the last turn may be open, as a completion is.
     """
@@ -61,7 +61,7 @@ def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Pro
 
 
 def _turns(text: str, opening: re.Pattern[str], end: str, *, ends: bool) -> list[Message] | str:
-    """The turns of a text between the marks of a template, or why they cannot be told."""
+    """The turns of a text between the marks of a template, or why they cannot be separated."""
     body = text.strip().removeprefix("<s>").strip()
     for mark in _TEXT_ENDS:
         if body.endswith(mark):
