@@ -52,7 +52,8 @@ test: $(VENV)/.dev
 test-fast: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract
 
-# The same, plus the pretrained model end to end (about ten minutes more, downloads a wheel).
+# The same, plus what is marked slow: longer journeys, and the pretrained model end to end
+# (about 20 minutes more, downloads a wheel).
 test-all: test
 	@$(BIN)/python -m pytest -q -m slow
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from .conftest import PLANTED_KEY, PROJECT, UP, Journey
 
@@ -96,6 +97,7 @@ def test_pf_flow_test_answers(journey: Journey) -> None:
     assert str(manifest(journey, "answer")["answer"]) in done.stdout
 
 
+@pytest.mark.slow
 def test_the_connection_changes_its_dialect_and_nothing_else(journey: Journey) -> None:
     """To OpenAI's, which streams, and back: the same endpoint, model and key."""
     endpoint = str(manifest(journey, "endpoint")["endpoint"])
@@ -159,6 +161,7 @@ def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
     assert manifest(journey, "connection")["endpoint"] == manifest(journey, "endpoint")["endpoint"]
 
 
+@pytest.mark.slow
 def test_killed_endpoint_is_told_and_comes_back_where_it_was(journey: Journey) -> None:
     before = manifest(journey, "endpoint")
     psutil.Process(int(str(before["pid"]))).kill()

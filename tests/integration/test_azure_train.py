@@ -225,6 +225,7 @@ def test_a_deleted_key_vault_that_keeps_its_name_is_taken_back(
     assert states[1] == {**dict.fromkeys(states[0], "exists"), "key vault": "created"}
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains_the_same_job_is_resumed(
     provisioned: object, azure: rehearsal.Rehearsal, recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ def test_conversation_and_long_answer(
     assert KEY not in home.printed[-1]
 
 
+@pytest.mark.slow
 def test_wrong_key_and_endpoint_down(
     page: Any, home: PfHome, pictures: Callable[[Any, str], None]
 ) -> None:
@@ -249,6 +250,7 @@ run.write(connect(deployed, sys.stdin.read()))
 """
 
 
+@pytest.mark.slow
 def test_the_connection_of_a_stored_run(page: Any, home: PfHome) -> None:
     """Endpoint and key out of the run's connection, as after `phi3 up`; the store is left alone."""
     runs = home.path / "runs"

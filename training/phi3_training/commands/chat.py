@@ -375,7 +375,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve in this process."""
     from ..targets.local import serve_in_front
 
-    journey = journey_of(args)
+    journey = journey_of(args, make_run=False)
     if not has_model_here(journey.run):
         raise UsageError(f"The run {journey.run.name!r} has no model here; train one: phi3 train")
     key = os.environ.get("PHI3_KEY")
