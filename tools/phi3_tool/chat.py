@@ -232,7 +232,9 @@ def _budget(
     room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
     if max_history_tokens <= 0:
         return room
-    always = rough_tokens(input_data) + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    always = (
+        rough_tokens(input_data or "") + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    )
     wanted = always + max_history_tokens
     # Without a stated context the caller's word counts: the model may well be a 128k one.
     return wanted if settings.context_length is None else min(room, wanted)

@@ -41,23 +41,22 @@ def fault_of_request(inputs: Mapping[str, Any], data: object) -> str:
     return ""
 
 
-def without_empty_cells(
-    inputs: Mapping[str, Any], row: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """A row with the flow's defaults where it has null, and the inputs that have none.
+def without_empty_cells(inputs: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the flow's defaults where it has null; None where a text has no default.
 
     Prompt flow reads data with pandas: null comes as None, a key that other rows have as NaN, and
     an empty cell of a CSV file as "", which is a text but no number or list.
     """
-    filled, missing = dict(row), []
+    filled = dict(row)
     for name, about in inputs.items():
         value = filled.get(name)
-        is_text = getattr(about.type, "value", about.type) == "string"
-        if name in filled and (_is_null(value) or (value == "" and not is_text)):
-            if about.default is None:
-                missing.append(name)
+        if name in filled and (_is_null(value) or (value == "" and not _is_text(about))):
             filled[name] = about.default
-    return filled, missing
+    return filled
+
+
+def _is_text(about: Any) -> bool:
+    return str(getattr(about.type, "value", about.type)) == "string"
 
 
 def _is_null(value: object) -> bool:
@@ -82,7 +81,11 @@ def _in_the_server() -> None:
 
 
 def _in_the_executor() -> None:
-    """Every line of `pf run` and every request passes here before its values become texts."""
+    """Every line of `pf run` and every request passes here before its values become texts.
+
+    None is given to the node, which raises: an error raised here would end the whole of `pf run
+    create` with a traceback of pandas, because Prompt flow then has no inputs to list.
+    """
     module = sys.modules.get(_VALIDATOR)
     validator = getattr(module, "FlowValidator", None)
     if validator is None or hasattr(module, _CHANGED):
@@ -91,17 +94,11 @@ def _in_the_executor() -> None:
 
     def ensure_flow_inputs_type(
         flow: Any, inputs: Mapping[str, Any], idx: int | None = None
-    ) -> Mapping[str, Any]:
-        filled, missing = without_empty_cells(flow.inputs, inputs)
-        if missing:
-            names = ", ".join(map(repr, missing))
-            line = "" if idx is None else f" in line {idx} of the data, counted from 0"
-            raise module.InputNotFound(  # type: ignore[union-attr]
-                message=f"The input {names} is missing or null{line}. Give it a value, or map its "
-                f"column: --column-mapping {missing[0]}='${{data.COLUMN}}'"
-            )
-        checked: Mapping[str, Any] = before(flow, filled, idx)
-        return checked
+    ) -> dict[str, Any]:
+        filled = without_empty_cells(flow.inputs, inputs)
+        texts = [name for name, about in flow.inputs.items() if _is_text(about)]
+        null = dict.fromkeys(name for name in texts if filled.get(name, "") is None)
+        return {**before(flow, {**filled, **dict.fromkeys(null, "")}, idx), **null}
 
     validator.ensure_flow_inputs_type = staticmethod(ensure_flow_inputs_type)
     setattr(module, _CHANGED, True)

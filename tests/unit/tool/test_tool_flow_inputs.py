@@ -1,4 +1,4 @@
-"""phi3_tool.flow_inputs: a question that is not there is never asked as the text "None" or "nan"."""
+"""phi3_tool.flow_inputs: a missing question is never asked as the text "None"."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from phi3_tool.errors import RequestRejectedError
 from phi3_tool.flow_inputs import (
     fault_of_request,
     refuse_what_lacks_a_question,
     without_empty_cells,
 )
+from phi3_tool.history import to_messages
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,18 +38,15 @@ INPUTS = {
 @pytest.mark.parametrize("empty", [None, math.nan])
 def test_an_empty_cell_is_the_default_or_a_missing_question(empty: object) -> None:
     row = dict.fromkeys(INPUTS, empty)
-    filled, missing = without_empty_cells(INPUTS, row)
-    assert missing == ["input_data"]
-    assert (filled["chat_history"], filled["system_prompt"], filled["temperature"]) == ([], "", 0.0)
+    filled = {"input_data": None, "chat_history": [], "system_prompt": "", "temperature": 0.0}
+    assert without_empty_cells(INPUTS, row) == filled
 
 
 def test_texts_stay_as_typed_and_empty_cells_of_csv_are_no_numbers() -> None:
     row = {"input_data": "None", "chat_history": "", "system_prompt": "", "temperature": ""}
-    filled, missing = without_empty_cells(INPUTS, row)
-    assert missing == []
-    expected = {"input_data": "None", "chat_history": [], "system_prompt": "", "temperature": 0.0}
-    assert filled == expected
-    assert without_empty_cells(INPUTS, {"input_data": "nan"})[0] == {"input_data": "nan"}
+    filled = {"input_data": "None", "chat_history": [], "system_prompt": "", "temperature": 0.0}
+    assert without_empty_cells(INPUTS, row) == filled
+    assert without_empty_cells(INPUTS, {"input_data": "nan"}) == {"input_data": "nan"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_a_question_with_a_default_of_its_own_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("flow", ["phi3_chat", "phi3_chat_package", "phi3_rag_chat"])
 @pytest.mark.parametrize("question", [None, math.nan])
-def test_prompt_flows_own_check_refuses_it_with_the_line(flow: str, question: object) -> None:
+def test_prompt_flows_own_check_hands_on_what_is_missing(flow: str, question: object) -> None:
     executor = pytest.importorskip("promptflow.executor.flow_validator")
     contracts = pytest.importorskip("promptflow.contracts.flow")
     refuse_what_lacks_a_question()
@@ -81,6 +80,12 @@ def test_prompt_flows_own_check_refuses_it_with_the_line(flow: str, question: ob
     loaded: Any = contracts.Flow.from_yaml(ROOT / "flows" / flow / "flow.dag.yaml")
     row = {**{name: about.default for name, about in loaded.inputs.items()}, "input_data": question}
     check = executor.FlowValidator.ensure_flow_inputs_type
-    with pytest.raises(executor.InputNotFound, match="'input_data' is missing or null in line 3"):
-        check(flow=loaded, inputs=row, idx=3)
+    assert check(flow=loaded, inputs=row, idx=3) == {**row, "input_data": None}
     assert check(flow=loaded, inputs={**row, "input_data": "None"})["input_data"] == "None"
+    with pytest.raises(executor.InputNotFound, match="input_data"):
+        check(flow=loaded, inputs={}, idx=3)
+
+
+def test_a_question_that_is_null_is_told_with_its_name() -> None:
+    with pytest.raises(RequestRejectedError, match="input_data is null or missing"):
+        to_messages([], None)
