@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,30 @@ def test_a_group_registers_the_commands_that_help_lists(group: Group) -> None:
     module = importlib.import_module(f"phi3_training.commands.{group.module}")
     getattr(module, group.register)(subparsers)
     assert list(subparsers.choices) == list(group.commands)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_what_the_shell_needs(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "_ARGCOMPLETE" in said
+    assert "phi3" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("phi3 data c", {"check", "convert"}), ("phi3 use k", {"kettle"})]
+)
+def test_a_tab_completes_commands_and_runs(line: str, offered: set[str], tmp_path: Path) -> None:
+    """In a process of its own: argcomplete takes over the file descriptors 8 and 9."""
+    for name in ("kettle", "shop"):
+        Run.open(tmp_path / "runs" / name).file("dataset.json").write_text("{}")
+    answer = tmp_path / "answer"
+    typed = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n"}
+    typed |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    typed |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "PHI3_RUNS": str(tmp_path / "runs")}
+    command = [sys.executable, "-m", "phi3_training.cli"]
+    done = subprocess.run(command, env={**os.environ, **typed}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {word.strip() for word in answer.read_text().splitlines()} == offered
