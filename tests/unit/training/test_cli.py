@@ -147,6 +147,27 @@ def test_plan_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "outdoor_chats_heldout.jsonl"),
+        (("data.train=FILE",), "a share of 20% of them is held out"),
+        (("data.train=FILE",), "asks the first held-out question"),
+        (("data.train=FILE", "data.validation=FILE"), "held out: FILE"),
+        (("data.train=FILE", "ask=How much #3?"), "asks 'How much #3?'"),
+    ],
+)
+def test_plan_says_which_chats_are_learnt_and_which_are_held_out(
+    words: tuple[str, ...], said: str, chats: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = tuple(word.replace("FILE", str(chats)) for word in words)
+    assert main(["plan", *words, "--runs", str(tmp_path / "runs"), "-o", "json"]) == 0
+    first = json.loads(capsys.readouterr().out)["plan"][0]
+    assert first["stage"] == "prepare"
+    assert said.replace("FILE", str(chats)) in first["text"]
+
+
 def test_recipes_and_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     assert "phi3-tiny.yaml" in capsys.readouterr().out
