@@ -39,13 +39,16 @@ class Row(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-LIST_KEYS = ("messages", "conversations", "conversation")
-_FORMS = {"messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
-_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
-# ShareGPT's names, and OpenAI's newer name for a system message.
+LIST_KEYS = ("messages", "conversations", "conversation", "contents")
+_FORMS = {
+    "messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt",
+    "contents": "gemini",
+}  # fmt: skip
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "parts")
+# ShareGPT's names, OpenAI's newer name for a system message, Gemini's for an answer.
 ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "developer": "system",
+    "developer": "system", "model": "assistant",
 }  # fmt: skip
 TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
@@ -57,7 +60,8 @@ _PARTS_OF_ANSWERS = "train_detail"  # axolotl's: spans of an answer, each learnt
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 # Beside a conversation these change what the model should say, and Phi-3's template has no place.
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
-_SYSTEMS = ("system", "system_prompt", "system_message")
+_GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
+_SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
 _ASKS = ("prompt", "question", "query", "instruction", "input_data", "user", "input")
 _ANSWERS = ("completion", "answer", "response", "output", "assistant")
 _NAMED_PAIRS = {
@@ -183,6 +187,8 @@ class _Reader:
     def read(self) -> tuple[str | None, list[Message]]:
         """The format and its messages."""
         lists = [key for key in LIST_KEYS if key in self.row]
+        if "contents" in lists and not isinstance(self.row["contents"], list):
+            lists.remove("contents")  # any text may have that name; Gemini's is a list
         form: str | None
         if self._is_preference(lists):
             form, messages = "preference", self._preferred(lists)
@@ -246,8 +252,8 @@ class _Reader:
             expected = 'an object with "role" and "content"'
             self.problems.append(wrong_type(place, turn, expected))
             return None
-        role_key = next((key for key in _ROLE_KEYS if key in turn), None)
-        text_key = next((key for key in _TEXT_KEYS if key in turn), None)
+        role_key = next((key for key in ROLE_KEYS if key in turn), None)
+        text_key = next((key for key in TEXT_KEYS if key in turn), None)
         role = self._role(place, turn, role_key)
         called = [key for key in TOOL_KEYS if turn.get(key)]
         said = turn.get(role_key) if role_key else None
@@ -257,7 +263,7 @@ class _Reader:
             self.problems.append(Problem("tools", what, fix))
             return None
         if text_key is None:
-            what = f"{place} has no {_TEXT_KEYS[role_key == 'from']!r}"
+            what = f"{place} has no {TEXT_KEYS[role_key == 'from']!r}"
             self.problems.append(Problem("missing-content", what, "add the text of the message"))
             return None
         text = _joined_parts(turn[text_key])
@@ -439,7 +445,7 @@ class _Reader:
             if not isinstance(turns, list):
                 self.problems.append(wrong_type(key, turns, "a list of turns"))
                 continue
-            if isinstance(turns[0], dict) and turns[0].keys() & {*_ROLE_KEYS}:
+            if isinstance(turns[0], dict) and turns[0].keys() & {*ROLE_KEYS}:
                 messages += self._messages(key, turns)
                 continue
             for number, turn in enumerate(turns):
@@ -457,7 +463,10 @@ class _Reader:
         """A system text in a key of its own goes in front."""
         for key in self._present(_SYSTEMS):
             self.read_keys.add(key)
-            text = _joined_parts(self.row[key])
+            value = self.row[key]
+            if key in _GEMINI_SYSTEMS and isinstance(value, dict):  # a turn
+                value = value.get("parts", value)
+            text = _joined_parts(value)
             if isinstance(text, Problem):
                 self.problems.append(text._replace(what=f"{key} {text.what}"))
                 continue
@@ -542,13 +551,22 @@ def _joined_parts(content: Any) -> Any:
         return content
     texts = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
+        kind, text = _kind_and_text(part)
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             fix = "the model reads text alone: leave the row out, or write the part as text"
             return Problem("not-text", f"has a part of the kind {str(kind)[:40]!r}", fix)
         texts.append(text)
     return "\n".join(texts)
+
+
+def _kind_and_text(part: Any) -> tuple[Any, Any]:
+    """What a part is, and its text; Gemini's parts have no type, but a key that tells it."""
+    if not isinstance(part, dict):
+        return "text", part
+    if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
+        return "thought", None
+    told = "text" if "text" in part else next(iter(part), "text")
+    return part.get("type", told), part.get("text")
 
 
 def _more_of_parts(content: Any) -> set[str]:
