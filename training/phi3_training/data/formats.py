@@ -56,6 +56,9 @@ TOOL_ROLES = frozenset(
 )  # fmt: skip
 # OpenAI's `weight`, axolotl's `train` and `training`, ms-swift's `loss`: is an answer learnt?
 _WEIGHTS = ("weight", "train", "training", "loss")
+_WEIGHT_WORDS = {  # a table or an export may have written them as text
+    **dict.fromkeys(("0", "0.0", "false"), False), **dict.fromkeys(("1", "1.0", "true"), True),
+}  # fmt: skip
 _PARTS_OF_ANSWERS = "train_detail"  # axolotl's: spans of an answer, each learnt or not
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 # Beside a conversation these change what the model should say, and Phi-3's template has no place.
@@ -164,6 +167,16 @@ def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return found, True
 
 
+def _openai_preference(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI's rows of preferences under TRL's names; any other row as it is."""
+    asked = row.get("input")
+    if "preferred_output" not in row or not isinstance(asked, dict) or "messages" not in asked:
+        return row
+    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    said = {names.get(key, key): value for key, value in row.items() if key != "input"}
+    return {**asked, **said}
+
+
 class _Reader:
     """Reads one row; collects problems, and notes which keys it has read."""
 
@@ -172,7 +185,7 @@ class _Reader:
         self.read_keys: set[str] = set()
         self.unused: set[str] = set()
         self.notes: set[str] = set()
-        plain, self._from_run = _without_prefixes(row)
+        plain, self._from_run = _without_prefixes(_openai_preference(row))
         # `Question ` and `question` are one key to whoever exports a table.
         self.row: dict[str, Any] = {}
         for key, value in plain.items():
@@ -310,8 +323,9 @@ class _Reader:
             value = turn.get(key)
             if value is None:
                 continue
-            if value in (0, 1):  # also true, false, 0.0 and 1.0
-                said[key] = bool(value)
+            learnt = _WEIGHT_WORDS.get(str(value).strip().lower())
+            if learnt is not None:
+                said[key] = learnt
             else:
                 what = f"{place}.{key} is {str(value)[:40]}"
                 fix = "write 1 (learn this answer) or 0 (context only); shares are not supported"
@@ -373,6 +387,8 @@ class _Reader:
         """A question and its answer, each a text or (TRL's form) a list of messages."""
         messages = self._question(ask)
         value = self.row[answer]
+        if isinstance(value, dict):  # one message, as an API answers
+            value = [value]
         if isinstance(value, list):
             return [*messages, *self._messages(answer, value)]
         self.problems += check_text(answer, value)
@@ -494,13 +510,13 @@ class _Reader:
             what = "'label' is false: it marks an answer that must not be learnt"
             self.problems.append(Problem("meaning", what, "leave the row out"))
         weight = self.row.get("weight")
-        if weight is not None and weight not in (1, "1", "1.0"):
+        if weight is not None and not _WEIGHT_WORDS.get(str(weight).strip().lower()):
             what = f"the row has the weight {str(weight)[:40]}"
             fix = "leave the row out, or repeat it; rows are learnt equally"
             self.problems.append(Problem("weight", what, fix))
         self.read_keys.add("weight")
         for key in ("train", "training"):
-            if str(self.row.get(key)).lower() == "false":
+            if _WEIGHT_WORDS.get(str(self.row.get(key)).strip().lower()) is False:
                 what = f"the row has {key!r}: false, so it is not to be learnt"
                 self.problems.append(Problem("weight", what, "leave the row out"))
 
