@@ -242,7 +242,7 @@ def test_bundle_tells_a_stranger_what_to_type(bundle: Bundle) -> None:
     said = (bundle.folder / "README.md").read_text(encoding="utf-8")
     connection = yaml.safe_load((bundle.folder / "connection.yaml").read_text(encoding="utf-8"))
     assert (connection["name"], connection["type"]) == ("phi3_connection", "custom")
-    assert 'pip install "promptflow>=1.18.5,<2" -r requirements.txt' in said
+    assert 'pip install "promptflow>=1.18.5,<2" "filelock<3.30" -r requirements.txt' in said
     assert "pf connection create --file connection.yaml" in said
     assert 'pf flow test --flow . --inputs input_data="Hello?"' in said
     assert max(map(len, said.splitlines())) <= 100

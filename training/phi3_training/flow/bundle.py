@@ -304,6 +304,14 @@ A Prompt flow, packed with everything it needs. In this folder:
 In Azure AI Foundry or ML Studio: Prompt flow, Create, Upload from local; create the connection
 there under the same name.
 
+A filelock from 3.30 on breaks Prompt flow's chat page (`pf flow test --flow . --ui`). Prompt flow
+reports usage and leaves a service for traces running; this turns both off:
+
+```bash
+pf config set telemetry.enabled=false
+pf config set trace.destination=none
+```
+
 Without a desktop (server, container) keyrings.alt, which the requirements name, keeps the key that
 encrypts Prompt flow's connections: in ~/.local/share/python_keyring, not encrypted itself. Let only
 its owner read that folder and ~/.promptflow.
@@ -399,7 +407,8 @@ def _explain(source: FlowSource, staged: Path) -> None:
     name = connection_of(source.dag)
     inputs = source.dag.get("inputs") or {}
     chat = [key for key, about in inputs.items() if about.get("is_chat_input")]
-    steps = [f'pip install "promptflow>=1.18.5,<2" -r {source.requirements or REQUIREMENTS}']
+    needed = source.requirements or REQUIREMENTS
+    steps = [f'pip install "promptflow>=1.18.5,<2" "filelock<3.30" -r {needed}']
     if name is not None:
         text = _CONNECTION.format(name=name)
         (staged / CONNECTION).write_text(text, encoding="utf-8")
