@@ -70,7 +70,9 @@ def _prepare(journey: Journey) -> DatasetManifest:
     recipe = journey.recipe
     folder = tokenizer_folder(recipe, journey.run)
     rules = TokenRules.of(recipe, folder) if folder is not None else None
-    return prepare(recipe.data, journey.run, tokenizer=folder, rules=rules)
+    return prepare(
+        recipe.data, journey.run, tokenizer=folder, rules=rules, progress=journey.progress
+    )
 
 
 def _data_summary(manifest: DatasetManifest) -> str:
