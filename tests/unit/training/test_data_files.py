@@ -103,6 +103,14 @@ def test_csv_with_other_separators(tmp_path: Path) -> None:
         assert ("separated by" in notes) == (name != "c.tsv")
 
 
+def test_csv_may_begin_with_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\n \nquestion;answer\nHi?;\"two\nlines\"\nBye?;\n", encoding="utf-8")
+    report = check([path])
+    assert [c.line for c in show(path, 9)] == [4]
+    assert [fault.line for fault in report.faults] == [6]
+
+
 def test_csv_of_excel_is_read_as_windows_1252_and_said(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("prompt;completion\r\nWas kostet der Käse – heute?;5 €.\r\n".encode("cp1252"))

@@ -62,6 +62,14 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "TRL prompt and completion": ({"prompt": [ASK], "completion": [SAY]}, PAIR),
     "TRL prompt list, completion text": ({"prompt": [ASK], "completion": "Hello."}, PAIR),
+    "messages as JSON in a text": ({"messages": json.dumps([ASK, SAY])}, PAIR),
+    "content is one text part": (
+        {"messages": [{"role": "user", "content": {"type": "text", "text": "Hi?"}}, SAY]},
+        PAIR,
+    ),
+    "Cohere's role": ({"messages": [ASK, {"role": "chatbot", "content": "Hello."}]}, PAIR),
+    "Vertex AI's columns": ({"input_text": "Hi?", "output_text": "Hello."}, PAIR),
+    "Gemini's columns": ({"text_input": "Hi?", "output": "Hello."}, PAIR),
     "the answer is one message": ({"prompt": [ASK], "completion": SAY}, PAIR),
     "OpenAI's preferences": (
         {"input": {"messages": [ASK]}, "preferred_output": [SAY], "non_preferred_output": [NO]},

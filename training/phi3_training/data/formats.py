@@ -45,10 +45,11 @@ _FORMS = {
     "contents": "gemini",
 }  # fmt: skip
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "parts")
-# ShareGPT's names, OpenAI's newer name for a system message, Gemini's for an answer.
+# ShareGPT's names, Cohere's and LangChain's, OpenAI's newer name for a system message, Gemini's
+# for an answer.
 ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "developer": "system", "model": "assistant",
+    "chatbot": "assistant", "ai": "assistant", "developer": "system", "model": "assistant",
 }  # fmt: skip
 TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
@@ -65,8 +66,11 @@ TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
 _GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
 _SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
-_ASKS = ("prompt", "question", "query", "instruction", "input_data", "user", "input")
-_ANSWERS = ("completion", "answer", "response", "output", "assistant")
+_ASKS = (
+    "prompt", "question", "query", "instruction", "input_data", "user", "input",
+    "input_text", "text_input",
+)  # fmt: skip
+_ANSWERS = ("completion", "answer", "response", "output", "assistant", "output_text")
 _NAMED_PAIRS = {
     ("instruction", "output"): "alpaca",
     ("instruction", "response"): "alpaca",
@@ -245,6 +249,7 @@ class _Reader:
         return _FORMS[keys[0]], first
 
     def _messages(self, key: str, turns: Any) -> list[Message]:
+        turns = _from_json(turns)
         if not isinstance(turns, list):
             self.problems.append(wrong_type(key, turns, "a list of messages"))
             return []
@@ -480,8 +485,8 @@ class _Reader:
         for key in self._present(_SYSTEMS):
             self.read_keys.add(key)
             value = self.row[key]
-            if key in _GEMINI_SYSTEMS and isinstance(value, dict):  # a turn
-                value = value.get("parts", value)
+            if key in _GEMINI_SYSTEMS and isinstance(value, dict) and "parts" in value:  # a turn
+                value = value["parts"]
             text = _joined_parts(value)
             if isinstance(text, Problem):
                 self.problems.append(text._replace(what=f"{key} {text.what}"))
@@ -563,6 +568,8 @@ _KNOWN = frozenset(
 
 def _joined_parts(content: Any) -> Any:
     """Text given as OpenAI's list of parts; a Problem for a part that is not text."""
+    if isinstance(content, dict):  # one part
+        content = [content]
     if not isinstance(content, list):
         return content
     texts = []
@@ -587,7 +594,7 @@ def _kind_and_text(part: Any) -> tuple[Any, Any]:
 
 def _more_of_parts(content: Any) -> set[str]:
     """The keys of text parts beside their text, such as `cache_control`."""
-    parts = content if isinstance(content, list) else []
+    parts = content if isinstance(content, list) else [content]
     return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
 
 
