@@ -97,6 +97,7 @@ def test_the_page_works_with_the_question_alone(page: Any, served: str, tmp_path
     fields = page.locator("input[aria-required=true], textarea[aria-required=true]")
     fields.first.wait_for(timeout=60_000)
     assert fields.count() == 1
+    page.get_by_text("phi3_chat(").wait_for(timeout=60_000)  # its name, not a temporary folder's
     for question, seen in (("Who made it?", "1: Who made it?"), ("And when?", "3: And when?")):
         fields.first.fill(question)
         fields.first.press("Enter")  # what Send does, where it is not grey

@@ -28,8 +28,11 @@ def quiet_when_served() -> None:
         logger.setLevel(logging.ERROR)
 
 
-def let_the_page_leave_defaults_out() -> None:
+def let_the_page_leave_defaults_out(title: str = "") -> None:
     """Describe as fields only the conversation and what has no default: before the server is made.
+
+    `title` is what the page shows above the conversation: Prompt flow serves a copy of the flow,
+    and would show its temporary folder.
 
     Prompt flow's page draws a required field for every input of this description, whatever its
     `required` and `default` say, and keeps its button grey until all of them are filled in. The
@@ -41,6 +44,7 @@ def let_the_page_leave_defaults_out() -> None:
     before = server.generate_swagger
 
     def generate_swagger(flow: Any, *others: Any) -> dict[str, Any]:
+        flow.name = title or flow.name
         swagger: dict[str, Any] = before(flow, *others)
         body = swagger["paths"]["/score"]["post"]["requestBody"]
         schema = body["content"]["application/json"]["schema"]
