@@ -105,7 +105,7 @@ def test_csv_with_other_separators(tmp_path: Path) -> None:
 
 def test_csv_may_begin_with_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("\n \nquestion;answer\nHi?;\"two\nlines\"\nBye?;\n", encoding="utf-8")
+    path.write_text('\n \nquestion;answer\nHi?;"two\nlines"\nBye?;\n', encoding="utf-8")
     report = check([path])
     assert [c.line for c in show(path, 9)] == [4]
     assert [fault.line for fault in report.faults] == [6]
