@@ -70,6 +70,17 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     "Cohere's role": ({"messages": [ASK, {"role": "chatbot", "content": "Hello."}]}, PAIR),
     "Vertex AI's columns": ({"input_text": "Hi?", "output_text": "Hello."}, PAIR),
     "Gemini's columns": ({"text_input": "Hi?", "output": "Hello."}, PAIR),
+    "Anthropic's preferences": (
+        {
+            "chosen": "\n\nHuman: Who?\n\nAssistant: Me.\n\nHuman: Hi?\n\nAssistant: Hello.",
+            "rejected": "\n\nHuman: Who?\n\nAssistant: Me.\n\nHuman: Hi?\n\nAssistant: No.",
+        },
+        [*EARLIER, *PAIR],
+    ),
+    "transcript of a question": (
+        {"prompt": "\n\nHuman: Hi?\n\nAssistant:", "completion": " Hello."},
+        PAIR,
+    ),
     "the answer is one message": ({"prompt": [ASK], "completion": SAY}, PAIR),
     "OpenAI's preferences": (
         {"input": {"messages": [ASK]}, "preferred_output": [SAY], "non_preferred_output": [NO]},
@@ -221,6 +232,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "meaning",
         "'tools'",
     ),
+    "Alpaca's prompt, rendered": (
+        {"prompt": "### Instruction:\nHi?\n\n### Response:\n", "completion": "Hello."},
+        "rendered-text",
+        "Alpaca's prompt",
+    ),
     "row that is not to be learnt": ({"messages": [ASK, SAY], "train": 0}, "weight", "'train'"),
     "context of messages": ({"messages": [ASK, SAY], "context": "x"}, "meaning", "'context'"),
     "tool call": (
@@ -289,8 +305,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "two-formats",
         "'prompt' and 'chosen'",
     ),
-    "transcripts": (
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"},
+    "texts without a question": (
+        {"chosen": "b", "rejected": "c"},
         "unknown-format",
         "'chosen' is a text",
     ),

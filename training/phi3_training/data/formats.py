@@ -429,7 +429,9 @@ class _Reader:
         self.read_keys.update(("chosen", "rejected"))
         self.notes.add("preference rows: 'chosen' is learnt, 'rejected' is not used")
         value = self.row["chosen"]
-        if isinstance(value, str):
+        if isinstance(value, str) and is_rendered(value):
+            chosen = self._rendered(value, "chosen")
+        elif isinstance(value, str):
             self.problems += check_text("chosen", value)
             chosen = [Message("assistant", value)]
         else:
@@ -437,7 +439,7 @@ class _Reader:
         keys = [*lists, *self._asks()]
         if "instruction" in keys and "input" in keys:
             keys.remove("input")
-        if not keys and isinstance(value, str):
+        if not keys and isinstance(value, str) and not is_rendered(value):
             what = "'chosen' is a text and the row has no question"
             fix = "add its 'prompt', or write 'chosen' as a list of messages"
             self.problems.append(Problem("unknown-format", f"unknown format: {what}", fix))
