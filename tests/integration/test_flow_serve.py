@@ -72,6 +72,8 @@ def test_serves_without_store_and_keyring(home: PfHome, served: str) -> None:
     body = {"input_data": "Hello there?", "chat_history": []}
     replies = [requests.post(f"{served}/score", json=body, timeout=60) for _ in range(3)]
     assert [r.json() for r in replies] == [{"answer": "1: Hello there?"}] * 3
+    null = requests.post(f"{served}/score", json={**body, "temperature": None}, timeout=60)
+    assert null.json() == {"answer": "1: Hello there?"}  # null is the default
     assert requests.get(served, timeout=20).status_code == 200  # the page, on either engine
     shape = requests.get(f"{served}/swagger.json", timeout=20).json()["paths"]["/score"]["post"]
     schema = shape["requestBody"]["content"]["application/json"]["schema"]
