@@ -31,7 +31,7 @@ def register_completion(subparsers: Any) -> None:
 def run_completion(args: argparse.Namespace) -> int:
     """Print the shell's part, for `eval` or a file."""
     try:
-        from argcomplete import shellcode
+        from argcomplete.shell_integration import shellcode
     except ImportError:
         raise MissingExtraError("argcomplete", "flow,local") from None
     sys.stdout.write(shellcode(["phi3"], shell=args.shell))
