@@ -16,6 +16,8 @@ FILELOCK = "filelock>=3.20,<3.30"
 DATA = ["numpy>=2", "orjson>=3.10", "xxhash>=3.4"]
 # What every `phi3` command needs: recipe checks, YAML, progress, process identity, run lock.
 CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", "packaging>=23", FILELOCK, *DATA]
+# What `phi3 completion` writes for the shell; Prompt flow asks for it as well.
+CLI += ["argcomplete>=3"]
 
 # Each upper bound has its reason; constraints/*.txt hold the exact set that was tested.
 FLOW = [

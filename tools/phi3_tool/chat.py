@@ -24,6 +24,7 @@ from .connection import ConnectionSettings, environment_names_endpoint
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error, RequestRejectedError
+from .flow_inputs import refuse_what_lacks_a_question
 from .history import (
     BROKE_OFF,
     DEFAULT_CONTEXT_LENGTH,
@@ -31,7 +32,6 @@ from .history import (
     rough_tokens,
     to_messages,
 )
-from .served import refuse_requests_without_a_question
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _settle(outputs: object, record: Record) -> None:
             outputs[name] = "".join(pieces)
 
 
-refuse_requests_without_a_question()
+refuse_what_lacks_a_question()
 
 # Each keeps a pool of open connections.
 _MAX_CLIENTS = 16
@@ -232,7 +232,9 @@ def _budget(
     room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
     if max_history_tokens <= 0:
         return room
-    always = rough_tokens(input_data) + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    always = (
+        rough_tokens(input_data or "") + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    )
     wanted = always + max_history_tokens
     # Without a stated context the caller's word counts: the model may well be a 128k one.
     return wanted if settings.context_length is None else min(room, wanted)

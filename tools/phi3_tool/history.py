@@ -34,7 +34,7 @@ def rough_tokens(text: str) -> int:
 
 def to_messages(
     chat_history: Sequence[Mapping[str, object]] | None,
-    user_input: str,
+    user_input: str | None,
     system_prompt: str | None = None,
     *,
     max_tokens: int | None = None,
@@ -48,8 +48,7 @@ def to_messages(
     The budgets count everything that is sent. The oldest turns go first, always as a whole; the
     system message and the question always stay. Without `count_tokens` tokens are guessed.
     """
-    if not isinstance(user_input, str) or not user_input.strip():
-        raise RequestRejectedError("The question is empty: type something to ask")
+    user_input = required_question(user_input, input_key)
     # Its white space stays: it was trained with, and other tokens would be another prompt. A blank
     # one is left out, since an empty system message changes the tokens that the model sees.
     head: list[dict[str, str]] = []
@@ -68,6 +67,18 @@ def to_messages(
         if budget is not None:
             turns = _newest_within(budget, turns, [*head, question], cost)
     return [*head, *(message for turn in turns for message in turn), question]
+
+
+def required_question(value: str | None, input_key: str = "input_data") -> str:
+    """The question itself; raises RequestRejectedError where there is none (None: a null cell)."""
+    if value is None:
+        raise RequestRejectedError(
+            f"There is no question: the input {input_key} is null or missing. In `pf run create` "
+            f"give its column with --column-mapping {input_key}='${{data.COLUMN}}'"
+        )
+    if not isinstance(value, str) or not value.strip():
+        raise RequestRejectedError("The question is empty: type something to ask")
+    return value
 
 
 def from_messages(

@@ -9,9 +9,12 @@ import contextlib
 import io
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
+
+_GUESS_AFTER = 2.0  # seconds of counting: the first counts of a stage are its slowest
 
 # progress(done, total, text): total 0 means "how much is not known".
 Progress = Callable[[int, int, str], None]
@@ -34,6 +37,35 @@ def no_progress(_done: int, _total: int, _text: str) -> None:
 def note(progress: Progress, text: str) -> None:
     """Report work of unknown length."""
     progress(0, 0, text)
+
+
+class TimeLeft:
+    """A guess of the time left, from the counts so far; a count of something else starts it over.
+
+    It starts at the first count, so what an earlier run had done does not look fast.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._total = 0
+        self._first = self._last = (0, 0.0)  # (done, seconds)
+
+    def after(self, done: int, total: int) -> str:
+        """`about 40 s left`; empty where it is not known yet."""
+        now = self._clock()
+        if total != self._total or done < self._last[0]:
+            self._total, self._first, self._last = total, (done, now), (done, now)
+        if done > self._last[0]:
+            self._last = (done, now)
+        counted, took = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        if not total or took < _GUESS_AFTER:
+            return ""
+        seconds = took / counted * (total - done) - (now - self._last[1])
+        if seconds < 1:
+            return ""
+        return (
+            f"about {seconds:.0f} s left" if seconds < 120 else f"about {seconds / 60:.0f} min left"
+        )
 
 
 class _ThreadTee(io.TextIOBase):

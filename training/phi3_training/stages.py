@@ -70,7 +70,9 @@ def _prepare(journey: Journey) -> DatasetManifest:
     recipe = journey.recipe
     folder = tokenizer_folder(recipe, journey.run)
     rules = TokenRules.of(recipe, folder) if folder is not None else None
-    return prepare(recipe.data, journey.run, tokenizer=folder, rules=rules)
+    return prepare(
+        recipe.data, journey.run, tokenizer=folder, rules=rules, progress=journey.progress
+    )
 
 
 def _data_summary(manifest: DatasetManifest) -> str:
@@ -121,9 +123,9 @@ def _evaluate_inputs(journey: Journey) -> Any:
     hashes = file_hashes([path for _part, path in files])
     # The recipe's question is shown next to the metrics but is not one: `ask` asks it again.
     serve = journey.recipe.serve
-    # Four bits change answers: another precision is another model to evaluate.
-    four_bits = serve.precision == "int4" and serve.engine != "transformers" and not serve.adapters
-    return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
+    # Fewer bits change answers: another precision is another model to evaluate.
+    own = serve.precision != "fp32" and serve.engine != "transformers" and not serve.adapters
+    return [section_values(journey, "evaluate"), hashes, *([serve.precision] if own else [])]
 
 
 def _metrics_summary(manifest: MetricsManifest) -> str:

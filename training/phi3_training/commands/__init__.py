@@ -129,5 +129,10 @@ GROUPS = (
         "register_rehearse",
         {"rehearse": "start, stop or inspect a rehearsed Azure on this machine"},
     ),
+    Group(
+        "completion",
+        "register_completion",
+        {"completion": "print what a shell needs to complete commands, options and run names"},
+    ),
 )
 HELP = {name: text for group in GROUPS for name, text in group.commands.items()}

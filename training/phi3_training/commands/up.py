@@ -28,7 +28,7 @@ from ..manifests import (
     RegistrationManifest,
 )
 from ..progress import PlanLine
-from ..recipe import Recipe
+from ..recipe import Recipe, Source
 from ..run import Run
 from ..stages import stages_of, stages_until
 from ..targets import HERE, Target, get_target, is_here, target_of
@@ -240,6 +240,7 @@ def run_plan(args: argparse.Namespace) -> int:
     stages = stages_of(in_cloud=journey.in_cloud)
     todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
     lines = _plan_elsewhere(args, journey) or [
+        _plan_data(journey.recipe),
         *journey.target.plan(journey.recipe, journey.run),
         *_plan_dates(),
     ]
@@ -270,6 +271,25 @@ def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine
     if args.device is not None:
         raise UsageError("--device needs --device-gb; add e.g. --device-gb 24")
     return []
+
+
+def _plan_data(recipe: Recipe) -> PlanLine:
+    """Which chats are learnt, which are held out, and what is asked at the end."""
+    data = recipe.data
+    held = f"a share of {data.validation_share:.0%} of them is held out"
+    if data.validation:
+        held = f"held out: {_named(data.validation)}"
+    replay = f"mixed in: {_named(data.replay)}" if data.replay else "no older chats are mixed in"
+    ask = repr(recipe.ask) if recipe.ask else "the first held-out question"
+    return PlanLine(
+        "prepare",
+        f"trains on {_named(data.train)}; {held}; {replay}; asks {ask}",
+        details=data.model_dump(mode="json", include={"train", "validation", "replay"}),
+    )
+
+
+def _named(sources: Sequence[Source]) -> str:
+    return ", ".join(str(source) for source in sources)
 
 
 def _plan_dates() -> list[PlanLine]:

@@ -39,7 +39,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
         named = setup.connection or connection_of(FlowSource.read(setup.flow).dag)
     except UsageError:  # the checks of the flow say why
         named = None
-    connection = Connection(named or DEFAULT_CONNECTION)
+    connection = Connection(named or DEFAULT_CONNECTION, chosen=setup.connection is not None)
     there = setup.version_of("promptflow") is not None
 
     def scrub(text: str) -> str:

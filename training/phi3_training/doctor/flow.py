@@ -128,16 +128,17 @@ _CONNECT = "phi3 connect, or create one by hand: connections/README.md"
 class Connection:
     """What the checks of the connection found out for those that follow."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, chosen: bool = False) -> None:
         self.name = name
+        self._chosen = chosen  # by --run or --connection, which outrank the environment
         self.settings: ConnectionSettings | None = None
         self.why_not = ""
 
     def checks(self) -> Iterator[Finding]:
         """Present, whole, over https; afterwards `settings` is there, or `why_not` says why not."""
         try:
-            # The environment outranks the store.
-            if environment_names_endpoint():
+            # The environment outranks what the flow names.
+            if environment_names_endpoint() and not self._chosen:
                 stored: object | None = None
                 said = "from PHI3_ENDPOINT and PHI3_KEY, which take precedence over the store"
             else:
