@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...errors import StageError
-from ...manifests import EndpointManifest, RegistrationManifest
+from ...manifests import EndpointManifest, RegistrationManifest, RolloutManifest
 from ...recipe import Recipe
 from ...run import Run
 from ..base import PlanLine
@@ -21,7 +21,8 @@ from .deploy import traffic_shares
 from .failures import message_of
 from .jobs import recorded_jobs
 from .operations import find, is_absent, state_of
-from .place import RUN_TAG, endpoint_name
+from .place import ROLLOUT_TAG, RUN_TAG, endpoint_name
+from .rollout import plan_lines
 from .sizes import price_of, quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
@@ -53,6 +54,7 @@ class Endpoint:
     auth_mode: str
     owner: str | None
     deployments: tuple[Deployment, ...] = ()
+    rollout: str = ""  # its tag of an unfinished rollout
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Inventory:
                 "" if endpoint.owner == run.name else f", owner {endpoint.owner or 'somebody else'}"
             )
             lines.append(f"endpoint {endpoint.name}: {endpoint.state}, {endpoint.auth_mode}{owner}")
+            if endpoint.rollout:
+                lines.append(f"  unfinished rollout {endpoint.rollout}")
             lines += [
                 f"  deployment {item.name}: {item.state}, {item.traffic} % of the traffic, "
                 f"{item.count} x {item.size}, {item.model}".rstrip(", ")
@@ -184,6 +188,7 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
         auth_mode=str(item.auth_mode),
         owner=(item.tags or {}).get(RUN_TAG),
         deployments=deployments,
+        rollout=(item.tags or {}).get(ROLLOUT_TAG, ""),
     )
 
 
@@ -257,6 +262,9 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     if existing is None or state_of(existing) != "succeeded":
         how = "is gone" if existing is None else f"is {state_of(existing)}"
         return state("down", reason=f"the deployment {how}")
+    rollout = run.read(RolloutManifest)
+    if rollout is not None and rollout.unfinished:
+        return state("down", reason=rollout.unfinished)  # so that `up` finishes it
     # An endpoint without traffic rules answers 404, however well its deployment is.
     if not traffic_shares(endpoint.traffic).get(deployment):
         return state("down", reason="the deployment has no traffic")
@@ -293,6 +301,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
         lines += _existing(clients, recipe, run)
+        lines += plan_lines(clients, recipe, run)
         try:
             needs = quota_needs(clients, recipe)
             short = quota_shortage(needs)

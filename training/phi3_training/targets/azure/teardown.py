@@ -271,7 +271,10 @@ class _Teardown:
                 continue
             what = f"deployment {name} of {endpoint}"
             if shares.get(name):
-                self.receipt.left_alone.append(f"{what}: it has {shares[name]} % of the traffic")
+                self.receipt.left_alone.append(
+                    f"{what}: it has {shares[name]} % of the traffic; give that to another one "
+                    f"first: phi3 azure traffic --run {self.run.name}"
+                )
                 continue
             target = DeploymentId(endpoint, name)
             work = partial(delete_deployment, self.clients, self.section, target, self.progress)
