@@ -22,6 +22,8 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from phi3_rehearsal.faults import Faults
 from phi3_tool.client import Phi3Client
 from phi3_tool.errors import Phi3Error
+from phi3_training.current import remarks
+from phi3_training.doctor import unfinished_rollouts
 from phi3_training.errors import StageError
 from phi3_training.evaluate.questions import Question
 from phi3_training.evaluate.rows import Answered, Said, make_rows, write_rows
@@ -34,7 +36,8 @@ from phi3_training.targets.azure.deploy import access_to
 from phi3_training.targets.azure.place import find_place
 from phi3_training.targets.azure.rollback import roll_back, set_shares, traffic_of
 from phi3_training.targets.azure.rollout import Rollout
-from phi3_training.targets.azure.status import endpoint_state, plan
+from phi3_training.targets.azure.status import plan, status
+from phi3_training.targets.azure.target import AzureTarget
 from phi3_training.targets.azure.traffic import DeploymentId, Wanted, set_traffic
 from phi3_training.targets.base import Access
 
@@ -153,6 +156,9 @@ class Stand:
         held = traffic_of(self.clients, self.run).deployments
         return {item.name: item.share for item in held if item.share}
 
+    def is_up(self) -> bool:
+        return AzureTarget(self.clients).is_up(self.recipe, self.run)
+
     def record(self) -> RolloutManifest:
         return self.run.require(RolloutManifest)
 
@@ -228,7 +234,7 @@ def test_through_faults_of_the_service_it_gets_there_and_back(stand: Stand) -> N
     assert len(work.told) == 4
     served = stand.run.require(EndpointManifest)
     assert (served.deployment, served.traffic) == ("blue", BLUE)
-    assert endpoint_state(stand.clients, stand.run).state == "up"
+    assert stand.is_up()
 
 
 def test_copies_of_requests_reach_the_new_one_first(stand: Stand) -> None:
@@ -258,16 +264,20 @@ def test_a_client_killed_at_a_step_is_seen_and_undone(stand: Stand) -> None:
     half = Wanted({"blue": 95, "green": 5}, tags={"phi3_rollout": "to green from blue=100 since t"})
     set_traffic(stand.clients, stand.recipe.azure, EP, half, no_progress)
 
-    state = endpoint_state(stand.clients, stand.run)
     found = traffic_of(stand.clients, stand.run)
 
-    assert state.state == "down"
-    assert "not finished: it was last given 5 % of the traffic (before: blue 100 %)" in state.reason
+    assert not stand.is_up()
+    (seen,) = unfinished_rollouts([stand.run])
+    assert "not finished: it was last given 5 % of the traffic (before: blue 100 %)" in seen.said
+    assert remarks(stand.run)[0].startswith(seen.said)
+    lines = status(stand.clients, stand.run)["lines"]
+    assert "  unfinished rollout to green from blue=100 since t" in lines
     assert any("undo it with: phi3 azure rollback" in line for line in found.lines(stand.run))
     with Asking(stand.access) as client:
         roll_back(stand.clients, stand.recipe.azure, stand.run, no_progress)
     assert client.failures == []
-    assert endpoint_state(stand.clients, stand.run).state == "up"
+    assert stand.is_up()
+    assert list(unfinished_rollouts([stand.run])) == []
 
 
 def test_shares_by_hand_go_to_what_answers(stand: Stand) -> None:

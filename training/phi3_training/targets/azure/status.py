@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...errors import StageError
-from ...manifests import EndpointManifest, RegistrationManifest, RolloutManifest
+from ...manifests import EndpointManifest, RegistrationManifest
 from ...recipe import Recipe
 from ...run import Run
 from ..base import PlanLine
@@ -262,9 +262,6 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     if existing is None or state_of(existing) != "succeeded":
         how = "is gone" if existing is None else f"is {state_of(existing)}"
         return state("down", reason=f"the deployment {how}")
-    rollout = run.read(RolloutManifest)
-    if rollout is not None and rollout.unfinished:
-        return state("down", reason=rollout.unfinished)  # so that `up` finishes it
     # An endpoint without traffic rules answers 404, however well its deployment is.
     if not traffic_shares(endpoint.traffic).get(deployment):
         return state("down", reason="the deployment has no traffic")

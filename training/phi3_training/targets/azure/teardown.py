@@ -22,6 +22,7 @@ from ...manifests import (
     ModelManifest,
     ProvisionManifest,
     RegistrationManifest,
+    RolloutManifest,
 )
 from ...progress import Progress
 from ...recipe.azure import AzureSection
@@ -243,7 +244,7 @@ class _Teardown:
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine was not deleted: %s", error)
-        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
+        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest, RolloutManifest):
             self.run.forget(kind)
 
     def idle_deployments(self, *, only_failed: bool = False) -> None:
