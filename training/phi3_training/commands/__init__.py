@@ -122,7 +122,9 @@ GROUPS = (
     Group(
         "azure",
         "register_azure",
-        {"azure": "create what a run on Azure needs, show the GPU quota, cancel a job"},
+        {
+            "azure": "create what a run on Azure needs, show the GPU quota, cancel a job, move traffic"
+        },
     ),
     Group(
         "azure",

@@ -1,4 +1,4 @@
-"""`phi3 azure provision | quota | cancel`: what only Azure has, apart from the journey."""
+"""`phi3 azure provision | quota | cancel | …`: what only Azure has, apart from the journey."""
 
 from __future__ import annotations
 

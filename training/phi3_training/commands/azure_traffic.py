@@ -32,7 +32,13 @@ def register_traffic(inner: Any) -> None:
         "phi3 azure traffic set v1-5f3c2a=90 v2-09ab4e=10 --run phi3-mini-azure",
         run_traffic,
     )
-    traffic.add_argument("action", nargs="?", choices=("show", "set"), default="show")
+    traffic.add_argument(
+        "action",
+        nargs="?",
+        choices=("show", "set"),
+        default="show",
+        help="show (the default), or set the shares that follow",
+    )
     traffic.add_argument(
         "shares", nargs="*", metavar="NAME=PERCENT", help="deployments and their shares, 100 in all"
     )
