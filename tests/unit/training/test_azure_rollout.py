@@ -292,6 +292,23 @@ def test_failed_requests_that_azure_monitor_counted_are_a_reason(
         assert f"of {requests} requests failed" in work.told[1]
 
 
+@pytest.mark.parametrize("before", [{}, {"gone": 100}])
+def test_what_serves_keeps_its_traffic_where_nobody_could_have_it_back(
+    run: Run, before: dict[str, int]
+) -> None:
+    """Killed after the first deployment had got the traffic; or the old one was deleted since."""
+    run.write(RolloutManifest(endpoint_name="ep", deployment="green", before=before, share=100))
+    service = Service(traffic={"green": 100})
+    known, recipe = clients(service.wire, run.path), rollout(service, run).recipe
+
+    endpoint = known.ml.online_endpoints.get("ep")
+    found = undo_interrupted(known, recipe.azure, run, endpoint, no_progress)
+
+    assert found == {"green": 100}
+    assert service.puts == []
+    assert record(run).state == "done"
+
+
 def test_shares_add_up_whatever_the_rounding() -> None:
     assert shares_at({"a": 34, "b": 33, "c": 33}, "new", 5) == {"a": 32, "b": 32, "c": 31, "new": 5}
     assert shares_at({"a": 50, "new": 50}, "new", 75) == {"a": 25, "new": 75}

@@ -75,7 +75,7 @@ def tagged(value: str | None) -> Interrupted | None:
     match = _TAGGED.fullmatch(value or "")
     if match is None:
         return None
-    pairs = [item.split("=") for item in match[2].split(",") if "=" in item]
+    pairs = re.findall(r"([A-Za-z0-9-]+)=(\d+)", match[2])
     return Interrupted(match[1], {name: int(share) for name, share in pairs})
 
 
@@ -87,14 +87,17 @@ def undo_interrupted(
     found = interrupted(run, endpoint)
     if found is None:
         return shares
-    # Where somebody deleted what it could have gone back to, the traffic stays as it is.
-    before = dict(found.before) if found.before.keys() <= _models(clients, name).keys() else shares
-    note(progress, f"an interrupted rollout is undone: {shares_text(before)}")
+    # Where nobody had the traffic, or somebody deleted who had it, the traffic stays as it is: it
+    # would go to nobody.
+    known = found.before and found.before.keys() <= _models(clients, name).keys()
+    before = dict(found.before) if known else shares
+    note(progress, f"an interrupted rollout is ended: {shares_text(before)}")
     wanted = Wanted(before, unmirrored=found.deployment, tags={ROLLOUT_TAG: None})
     set_traffic(clients, section, name, wanted, progress)
     record = run.read(RolloutManifest)
     if record is not None and record.state == "begun":
-        run.write(record.model_copy(update={"state": "undone", "reasons": ["interrupted"]}))
+        state = "undone" if known else "done"
+        run.write(record.model_copy(update={"state": state, "reasons": ["interrupted"]}))
     return before
 
 
