@@ -162,9 +162,12 @@ class Cloud:
         if operation.kind == "delete" and not error:
             self.delete(resource["id"])
         else:
-            resource.setdefault("properties", {})["provisioningState"] = operation.status
+            properties = resource.setdefault("properties", {})
+            undo = resource.pop("_undo", {})
+            properties.update(undo if error else {})
+            properties["provisioningState"] = operation.status
             if error:
-                resource["properties"]["provisioningErrors"] = [{"error": error}]
+                properties["provisioningErrors"] = [{"error": error}]
 
     def settle(self) -> None:
         """End the operations whose time has come."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .manifests import ConnectionManifest, EndpointManifest, ModelManifest
+from .manifests import ConnectionManifest, EndpointManifest, ModelManifest, RolloutManifest
 from .run import Run, write_atomically
 
 _FILE = ".current"
@@ -58,10 +58,16 @@ def is_current(run: Run) -> bool:
 
 def remarks(run: Run) -> list[str]:
     """What whoever talks to the run's endpoint should know of the model that it serves."""
+    rollout = run.read(RolloutManifest)
+    found = []
+    if rollout is not None and rollout.unfinished:
+        found.append(
+            f"{rollout.unfinished}; finish it with: phi3 up --run {run.name}, or undo it with: "
+            f"phi3 azure rollback --run {run.name}"
+        )
     endpoint = run.read(EndpointManifest)
     if endpoint is None:
-        return []
-    found = []
+        return found
     if endpoint.gate is not None and not endpoint.gate.passed:
         found.append("this model did not pass its gate; it was deployed with --force")
     model = run.read(ModelManifest)

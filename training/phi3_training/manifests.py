@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -284,6 +284,33 @@ class EndpointManifest(Manifest):
     traffic: Mapping[str, int] = {}
     traffic_before: Mapping[str, int] = {}
     smoke: Mapping[str, Any] = {}
+
+
+class RolloutManifest(Manifest):
+    """An endpoint's traffic before its last change, and how far the change has come."""
+
+    STAGE = "rollout"
+    COMMAND = "phi3 deploy"
+
+    endpoint_name: str
+    deployment: str  # that is to get the traffic
+    before: Mapping[str, int]  # percent for each deployment that had any
+    models: Mapping[str, str] = {}  # of those deployments, at that time
+    share: int = 0  # percent that the deployment was last given
+    state: Literal["begun", "done", "undone"] = "begun"
+    started: str = ""  # UTC
+    reasons: Sequence[str] = ()  # why it was undone
+
+    @property
+    def unfinished(self) -> str:
+        """What an interrupted change has left, in words; empty where it was ended."""
+        if self.state != "begun":
+            return ""
+        before = ", ".join(f"{name} {share} %" for name, share in self.before.items()) or "nobody"
+        return (
+            f"the rollout of {self.deployment} at {self.endpoint_name} was begun at {self.started} "
+            f"and not finished: it was last given {self.share} % of the traffic (before: {before})"
+        )
 
 
 class ConnectionManifest(Manifest):

@@ -122,7 +122,7 @@ GROUPS = (
     Group(
         "azure",
         "register_azure",
-        {"azure": "create what a run on Azure needs, show the GPU quota, cancel a job"},
+        {"azure": "create what a run on Azure needs, show GPU quota, cancel jobs, move traffic"},
     ),
     Group(
         "azure",

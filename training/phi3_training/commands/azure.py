@@ -1,4 +1,4 @@
-"""`phi3 azure provision | quota | cancel`: what only Azure has, apart from the journey."""
+"""`phi3 azure provision | quota | cancel | …`: what only Azure has, apart from the journey."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..errors import MissingExtraError, StageError, UsageError
 from ..project import find
 from ..recipe import Recipe
 from . import HELP
+from .azure_traffic import register_traffic
 from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def register_azure(subparsers: Any) -> None:
     cancel.add_argument("--run", metavar="NAME", required=True, help="which run")
     add_rehearse(cancel)
     cancel.set_defaults(on="azure")
+    register_traffic(inner)
 
 
 def _add_provision(inner: Any) -> None:

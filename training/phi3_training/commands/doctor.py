@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console, sunset
+from ..current import all_runs
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
 from ..project import FLOW, find
@@ -91,12 +93,13 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def _run_checks(args: argparse.Namespace) -> int:
-    from ..doctor import Setup, examine
+    from ..doctor import Setup, examine, unfinished_rollouts
 
     if args.timeout <= 0:
         raise UsageError("--timeout must be a number of seconds above 0")
     setup = Setup(flow=args.flow or find(FLOW), connection=_connection(args), seconds=args.timeout)
-    return _report(args, examine(setup))
+    runs = [current_run(args)] if args.run else all_runs(args.runs)
+    return _report(args, chain(examine(setup), unfinished_rollouts(runs)))
 
 
 def _report(args: argparse.Namespace, found: Iterable[Finding]) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from .sections import Positive, Section
+from .sections import Positive, Section, Share
 
 Scalar = str | int | float | bool
 
@@ -232,7 +232,7 @@ class EndpointSection(Section):
     auth_mode: Literal["key", "aad_token"] = "key"
     """How clients sign in: the endpoint's key, or a Microsoft Entra token."""
     deployment: EndpointName | None = None
-    """Name of the deployment; none: a new one for each model version."""
+    """Prefix of the deployments' names: each model version gets a deployment of its own."""
     instance_type: VmSize = GPU_SIZE
     """VM size that serves; it bills until phi3 down."""
     instance_count: Annotated[int, Field(ge=1, le=50)] = 1
@@ -251,6 +251,33 @@ class EndpointSection(Section):
     """Send the deployment's figures to Application Insights."""
     keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
     """Deployments kept at the endpoint; older ones without traffic are deleted."""
+
+
+class RolloutSection(Section):
+    """How a new deployment takes over from the one that has the traffic: in steps, each judged."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1)] = [5, 25, 100]
+    """Shares of the traffic in percent that the new deployment gets, one after the other."""
+    minutes: Annotated[float, Field(ge=0, le=1440)] = 5.0
+    """Minutes for which each share is watched; 0: the questions are asked once."""
+    questions: Annotated[int, Field(ge=20, le=1000)] = 20
+    """Golden questions that both deployments are asked at each look, at least 20."""
+    max_error_gain: Share = 0.02
+    """By how much the share of requests without a real answer may rise over the old one's."""
+    max_loss: Share = 0.1
+    """By how much the share of right answers may fall below the old one's."""
+    max_p95_ratio: Annotated[float, Field(ge=1, le=100)] = 1.5
+    """How many times as long as the old one's slowest answers (95 % are faster) they may take."""
+    # "Perform safe rollout of new deployments": at most 50 %, to one deployment.
+    mirror: Annotated[int, Field(ge=0, le=50)] = 0
+    """Percent of the requests that the new deployment gets as copies before the first step, at most
+    50; nobody sees its answers to them."""
+
+    @model_validator(mode="after")
+    def _rises_to_all(self) -> RolloutSection:
+        if self.steps != sorted(set(self.steps)) or self.steps[-1] != 100:
+            raise ValueError("steps: expected rising shares of the traffic that end with 100")
+        return self
 
 
 class PollSection(Section):
@@ -309,6 +336,7 @@ class AzureSection(Section):
     compute: ComputeSection = ComputeSection()
     train: AzureTrainSection = AzureTrainSection()
     endpoint: EndpointSection = EndpointSection()
+    rollout: RolloutSection = RolloutSection()
     poll: PollSection = PollSection()
 
     @model_validator(mode="after")

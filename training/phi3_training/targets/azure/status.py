@@ -21,7 +21,8 @@ from .deploy import traffic_shares
 from .failures import message_of
 from .jobs import recorded_jobs
 from .operations import find, is_absent, state_of
-from .place import RUN_TAG, endpoint_name
+from .place import ROLLOUT_TAG, RUN_TAG, endpoint_name
+from .rollout import plan_lines
 from .sizes import price_of, quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
@@ -53,6 +54,7 @@ class Endpoint:
     auth_mode: str
     owner: str | None
     deployments: tuple[Deployment, ...] = ()
+    rollout: str = ""  # its tag of an unfinished rollout
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Inventory:
                 "" if endpoint.owner == run.name else f", owner {endpoint.owner or 'somebody else'}"
             )
             lines.append(f"endpoint {endpoint.name}: {endpoint.state}, {endpoint.auth_mode}{owner}")
+            if endpoint.rollout:
+                lines.append(f"  unfinished rollout {endpoint.rollout}")
             lines += [
                 f"  deployment {item.name}: {item.state}, {item.traffic} % of the traffic, "
                 f"{item.count} x {item.size}, {item.model}".rstrip(", ")
@@ -184,6 +188,7 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
         auth_mode=str(item.auth_mode),
         owner=(item.tags or {}).get(RUN_TAG),
         deployments=deployments,
+        rollout=(item.tags or {}).get(ROLLOUT_TAG, ""),
     )
 
 
@@ -293,6 +298,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
         lines += _existing(clients, recipe, run)
+        lines += plan_lines(clients, recipe, run)
         try:
             needs = quota_needs(clients, recipe)
             short = quota_shortage(needs)

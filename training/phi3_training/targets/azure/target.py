@@ -24,6 +24,7 @@ from ...manifests import (
     ModelManifest,
     ProvisionManifest,
     RegistrationManifest,
+    RolloutManifest,
 )
 from ...progress import Progress, no_progress, note
 from ...recipe import Recipe
@@ -148,10 +149,13 @@ class AzureTarget:
         return deploy(self.clients(recipe), recipe, run, progress)
 
     def is_up(self, recipe: Recipe, run: Run) -> bool:
-        """Whether the run's deployment is well and has the traffic."""
+        """Whether the run's deployment is well and has traffic, and no rollout is unfinished."""
         from .status import endpoint_state
 
         del recipe
+        rollout = run.read(RolloutManifest)
+        if rollout is not None and rollout.unfinished:
+            return False
         return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:

@@ -22,6 +22,7 @@ from ...manifests import (
     ModelManifest,
     ProvisionManifest,
     RegistrationManifest,
+    RolloutManifest,
 )
 from ...progress import Progress
 from ...recipe.azure import AzureSection
@@ -243,7 +244,7 @@ class _Teardown:
                     self.receipt.deleted.append(f"connection {name} on this machine")
             except (store.StoreError, MissingExtraError) as error:
                 log.info("the connection on this machine was not deleted: %s", error)
-        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
+        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest, RolloutManifest):
             self.run.forget(kind)
 
     def idle_deployments(self, *, only_failed: bool = False) -> None:
@@ -271,7 +272,10 @@ class _Teardown:
                 continue
             what = f"deployment {name} of {endpoint}"
             if shares.get(name):
-                self.receipt.left_alone.append(f"{what}: it has {shares[name]} % of the traffic")
+                self.receipt.left_alone.append(
+                    f"{what}: it has {shares[name]} % of the traffic; give that to another one "
+                    f"first: phi3 azure traffic --run {self.run.name}"
+                )
                 continue
             target = DeploymentId(endpoint, name)
             work = partial(delete_deployment, self.clients, self.section, target, self.progress)
