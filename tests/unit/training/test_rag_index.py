@@ -34,7 +34,8 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
-from phi3_training.rag.figures import measure, read_questions
+from phi3_training.rag.figures import measure
+from phi3_training.rag.questions import read_questions
 
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",

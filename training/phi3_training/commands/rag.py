@@ -176,7 +176,8 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Look the questions of a file up and print the figures."""
-    from ..rag.figures import measure, read_questions
+    from ..rag.figures import measure
+    from ..rag.questions import read_questions
 
     questions = read_questions(args.questions)
     index = DocumentIndex(index_file(Run(args.runs / args.run)))
@@ -187,6 +188,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = [
         [f"right passage among the first {k}", f"{share:.1%}"] for k, share in found.hits.items()
     ]
+    rows.append(["of all right passages, among the first 5", f"{found.recall[5]:.1%}"])
     rows += [["mean reciprocal rank (10)", f"{found.mrr:.3f}"], ["nDCG (10)", f"{found.ndcg:.3f}"]]
     rows.append([f"nothing scores {found.min_score}, so not answered", f"{found.lost:.1%}"])
     if found.refused is not None:
