@@ -1,4 +1,4 @@
-"""`phi3 rag index | search | evaluate`: documents into an index, and how well it finds them."""
+"""`phi3 rag index | search | evaluate | make-chats`: documents into an index, and what it finds."""
 
 from __future__ import annotations
 
@@ -90,6 +90,50 @@ def register_rag(subparsers: Any) -> None:
         help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
     )
     _add_run(evaluate)
+    _register_make_chats(actions)
+
+
+def _register_make_chats(actions: Any) -> None:
+    making = add_command(
+        actions, "make-chats", "turn the indexed documents into chats to train on",
+        "phi3 rag make-chats --out chats.jsonl", run_make_chats,
+    )  # fmt: skip
+    making.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where the chats are written"
+    )
+    making.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="your own questions, as for phi3 rag evaluate; rows of the split test are left out",
+    )
+    making.add_argument(
+        "--only",
+        choices=("passages", "plain"),
+        help="passages: questions with what the index finds for them; plain: questions alone "
+        "(default: both)",
+    )
+    making.add_argument(
+        "--per-passage",
+        type=int,
+        default=2,
+        metavar="COUNT",
+        help="most questions made of a passage by templates; 0: your own alone (default 2)",
+    )
+    making.add_argument(
+        "--withheld",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the questions whose right passage is withheld, so that the model learns to "
+        "say that the answer is not there (default 0.2)",
+    )
+    making.add_argument(
+        "-k", "--top-k", type=int, default=4, metavar="COUNT",
+        help="passages of a prompt, as in the flow (default 4)",
+    )  # fmt: skip
+    making.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
+    _add_run(making)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -201,4 +245,42 @@ def run_evaluate(args: argparse.Namespace) -> int:
     left = len(found.worst) - _SHOWN_QUESTIONS
     if left > 0:
         console.out.print(f"  … and {left} more; all of them with: -o json", markup=False)
+    return 0
+
+
+def run_make_chats(args: argparse.Namespace) -> int:
+    """Write chats made from the index."""
+    from ..rag.chats import Making, make_chats, write_chats
+    from ..rag.questions import read_questions
+
+    if not 0 <= args.withheld < 1 or args.per_passage < 0 or not 1 <= args.top_k <= 50:
+        raise UsageError(
+            "Expected --withheld from 0 to below 1, --per-passage of 0 or more, and --top-k from "
+            "1 to 50"
+        )
+    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    making = Making(
+        top_k=args.top_k,
+        per_passage=args.per_passage,
+        withheld=args.withheld,
+        with_plain=args.only != "passages",
+        with_passages=args.only != "plain",
+        seed=args.seed,
+    )
+    own = read_questions(args.questions) if args.questions else []
+    with console.progress_bar("chats") as progress:
+        embedder = embedder_of(index.facts(), index.path)
+        counts = write_chats(make_chats(index, embedder, own, making, progress), args.out)
+    if args.output == "json":
+        console.print_json({"chats": args.out, "rows": sum(counts.values()), "kinds": counts})
+        return 0
+    console.out.print(
+        f"{args.out}: {sum(counts.values())} chats: {counts['passages']} with passages that hold "
+        f"the answer, {counts['withheld']} with passages that do not, {counts['plain']} questions "
+        "alone",
+        markup=False,
+    )
+    console.out.print(
+        f"Train:  phi3 up training/recipes/phi3-small-rag.yaml data.train={args.out}", markup=False
+    )
     return 0
