@@ -128,6 +128,7 @@ setup(
             "evaluate/report.html",
             "flow/image_files/*",
             "project_files/*",
+            "rag/comparison.html",
             "targets/azure/trainer.txt",
         ],
         **{package: SHIPPED[name] for package, name in SHIPPED_PACKAGES.items()},

@@ -83,13 +83,13 @@ def test_templates_ask_headings_tables_and_sentences(index: DocumentIndex) -> No
     pairs = {
         pair.question: pair.answer
         for hit in passages
-        for pair in templates.pairs(hit, random.Random(0), 99)
+        for pair in templates.pairs(hit, random.Random(0), 99)  # noqa: S311
     }
-    assert pairs["What does the Mossback tent cost?"] == "The Mossback tent costs 240 dollars."
+    assert pairs["What does the Mossback tent cost?"] == "240 dollars"
     assert pairs["Who may camp here?"].startswith("Anybody with a card")
     assert pairs['What do you say under "Returns"?'].startswith("Unused goods")
-    weights = [answer for answer in pairs.values() if "weight" in answer]
-    assert sorted(weights) == ["Fernling, weight: 980 grams.", "Mossback, weight: two kilos."]
+    weights = {answer for question, answer in pairs.items() if "weight" in question}
+    assert weights == {"980 grams", "two kilos"}
     words = next(question for question in pairs if question.startswith("Tents: dries"))
     assert pairs[words] == "It dries on the line within one single afternoon."
 
@@ -110,8 +110,7 @@ def test_the_citation_names_the_passage_of_the_answer(index: DocumentIndex) -> N
     for chat in made(index, withheld=0.0, with_plain=False, per_passage=9):
         answer, _, number = chat.answer.rpartition(" [")
         passage = chat.prompt.partition(f"\n\n[{number}")[2].partition("\n\n[")[0]
-        told = answer.rstrip(".").split(": ")[-1]
-        assert told in passage, chat
+        assert answer in passage, chat
 
 
 def test_withheld_rows_do_not_hold_the_answer(index: DocumentIndex, questions: Path) -> None:

@@ -1,4 +1,4 @@
-"""`phi3 rag index | search | evaluate | make-chats`: documents into an index, and what it finds."""
+"""`phi3 rag index | search | evaluate | make-chats`: documents into an index or into chats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from ..project import RAG_FLOW
 from ..run import Run
 from . import HELP
 from .common import add_command
+from .rag_compare import DEFAULT_DOCUMENTS as DEFAULT_RUN
+from .rag_compare import register_compare
 
-DEFAULT_RUN = "documents"
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
 
@@ -91,6 +92,7 @@ def register_rag(subparsers: Any) -> None:
     )
     _add_run(evaluate)
     _register_make_chats(actions)
+    register_compare(actions)
 
 
 def _register_make_chats(actions: Any) -> None:

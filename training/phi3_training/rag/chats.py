@@ -20,7 +20,6 @@ from phi3_tool.index import DocumentIndex, Embedder, Hit, hits_of
 
 from ..errors import UsageError
 from ..progress import Progress
-from ..run import write_atomically
 from ..telling import Set
 from .questions import Question, answers_of, holds, of_split, right_passages
 from .templates import Templates
@@ -119,7 +118,9 @@ def make_chats(
 def write_chats(chats: Sequence[Chat], path: Path) -> dict[Kind, int]:
     """Write the rows as JSON lines; how many there are of each kind."""
     lines = [json.dumps(chat.as_row(), ensure_ascii=False) for chat in chats]
-    write_atomically(path, "\n".join([*lines, ""]))
+    scratch = path.with_name(f"{path.name}.part")
+    scratch.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    scratch.replace(path)
     return {kind: sum(chat.kind == kind for chat in chats) for kind in KINDS}
 
 

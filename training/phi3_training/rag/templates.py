@@ -1,7 +1,7 @@
 """Questions and answers from passages by templates: headings, tables, sentences. No model is asked.
 
-Every answer is a sentence of the passage, or a cell of its table in a sentence: what a small model
-learns from them is to find the place and to copy it. English.
+Every answer is copied from the passage: a sentence, the end of one, or the cell of a table. What a
+small model learns from them is to find the place and to copy it. English.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _MARKS = re.compile(r"[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # A subject of up to four words, then what is said of it.
 _DOES = re.compile(
-    r"^((?:An? |The |Our )?(?:[\w'’-]+ ){0,3}[\w'’-]+) (cost|weigh|need|hold|contain|last)(s?) .+$"
+    r"^((?:An? |The |Our )?(?:[\w'’-]+ ){0,3}[\w'’-]+) "
+    r"(cost|weigh|need|hold|contain|last)(s?) (.+)$"
 )
 _IS = re.compile(r"^((?:The|Our) (?:[\w'’-]+ ){0,3}[\w'’-]+?) (is|are) (?!not\b)(.+)$")
 _PRONOUNS = frozenset(re.findall(r"\w+", "it its they them this that these those he she we both"))
@@ -131,9 +132,14 @@ def _of_verbs(sentence: str) -> Iterator[Pair]:
     subject = _inside(match[1])
     if does:
         helper = "does" if does[3] else "do"
-        yield Pair(f"What {helper} {subject} {does[2]}?", sentence, "sentence")
+        yield Pair(f"What {helper} {subject} {does[2]}?", _clause(does[4]), "sentence")
     else:
-        yield Pair(f"What {match[2]} {subject}?", sentence, "sentence")
+        yield Pair(f"What {match[2]} {subject}?", _clause(match[3]), "sentence")
+
+
+def _clause(text: str) -> str:
+    """The end of a sentence up to where another clause starts."""
+    return re.split(r"[;:]|, (?:and|but|or|so|which|who|because)\b", text.rstrip(".!"))[0].strip()
 
 
 def _of_tables(hit: Hit, chance: random.Random) -> list[Pair]:
@@ -147,7 +153,7 @@ def _of_tables(hit: Hit, chance: random.Random) -> list[Pair]:
                 question = f"{row[0]}: {about}?"
                 if len(about.split()) == 1 and chance.random() < 0.5:
                     question = f"What is the {about} of {row[0]}?"
-                pairs.append(Pair(question, f"{row[0]}, {about}: {value}.", "table"))
+                pairs.append(Pair(question, value, "table"))
     return chance.sample(pairs, min(len(pairs), _MANY_CELLS))
 
 
