@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,12 +22,17 @@ from phi3_tool.index import DocumentIndex, Embedder, Hit
 from ..errors import UsageError
 
 DEPTHS = (1, 3, 5, 10)
-_KEYS = frozenset(("question", "answer", "source", "page", "heading", "answerable"))
+_KEYS = frozenset(
+    ("id", "question", "answer", "source", "page", "heading", "answerable", "kind", "split")
+)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with what makes a passage right; `answerable` False: nothing should be found."""
+    """A question with what makes a passage right; `answerable` False: nothing should be found.
+
+    `kind` and `split` are the user's own words for groups of questions, empty where not given.
+    """
 
     line: int
     text: str
@@ -35,11 +41,14 @@ class Question:
     page: int | None
     heading: str | None
     answerable: bool
+    id: str = ""
+    kind: str = ""
+    split: str = ""
 
     def is_answered_by(self, hit: Hit) -> bool:
         """Whether the passage is a right one."""
         if self.source is None:
-            return _plain(self.answer) in _plain(hit.text)
+            return holds(hit.text, self.answer)
         return (
             hit.source == self.source
             and self.page in (None, hit.page)
@@ -51,13 +60,15 @@ class Question:
 class Retrieval:
     """Figures over the answerable questions, and what `min_score` does to both kinds.
 
-    `hits[k]` is the share of questions with a right passage among the first k; `mrr` and `ndcg`
-    look at the first ten. Seconds are for one question with its vector.
+    `hits[k]` is the share of questions with a right passage among the first k, `kinds` the same
+    for each kind of question; `mrr` and `ndcg` look at the first ten. Seconds are for one question
+    with its vector.
     """
 
     questions: int
     unanswerable: int
     hits: dict[int, float]
+    kinds: dict[str, dict[int, float]]
     mrr: float
     ndcg: float
     lost: float
@@ -105,7 +116,8 @@ def _question(line: int, row: Any) -> Question:
         raise ValueError("neither `source` nor `answer` says what would be right")
     return Question(
         line, row["question"], str(row.get("answer") or ""), row.get("source"), row.get("page"),
-        row.get("heading"), bool(answerable),
+        row.get("heading"), bool(answerable), str(row.get("id") or ""), str(row.get("kind") or ""),
+        str(row.get("split") or ""),
     )  # fmt: skip
 
 
@@ -136,11 +148,15 @@ def measure(
         for question in unanswerable
         for hits in [index.search(question.text, top_k=1, embedder=embedder)]
     ]
+    kinds: dict[str, list[list[bool]]] = {}
+    for question, right in zip(answerable, ranks, strict=True):
+        kinds.setdefault(question.kind, []).append(right)
     count = len(answerable)
     return Retrieval(
         questions=count,
         unanswerable=len(unanswerable),
-        hits={depth: sum(any(right[:depth]) for right in ranks) / count for depth in DEPTHS},
+        hits=_shares(ranks),
+        kinds={kind: _shares(of_kind) for kind, of_kind in kinds.items()} if any(kinds) else {},
         mrr=sum(_reciprocal(right) for right in ranks) / count,
         ndcg=sum(_ndcg(right) for right in ranks) / count,
         lost=sum(score < least for score in best) / count,
@@ -149,6 +165,10 @@ def measure(
         median_seconds=statistics.median(seconds),
         worst=tuple(worst),
     )
+
+
+def _shares(ranks: Sequence[Sequence[bool]]) -> dict[int, float]:
+    return {k: sum(any(right[:k]) for right in ranks) / len(ranks) for k in DEPTHS}
 
 
 def _reciprocal(right: Sequence[bool]) -> float:
@@ -165,5 +185,10 @@ def _ndcg(right: Sequence[bool]) -> float:
     return sum(gain for gain, is_right in zip(gains, right, strict=True) if is_right) / (ideal or 1)
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def holds(text: str, answer: str) -> bool:
+    """Whether a text has the answer in it as whole words, whatever its case and line ends.
+
+    "5 dollars" is not in "15 dollars".
+    """
+    wanted, given = (" ".join(part.casefold().split()) for part in (answer, text))
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None
