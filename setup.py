@@ -95,7 +95,8 @@ DEV = [
 # installed wheel needs no clone (phi3_training/project.py finds them in either).
 SHIPPED = {
     "training/recipes": ["*.yaml", "olive/*"],
-    "training/data": ["*.jsonl", "README.md"],
+    "training/data": ["*.jsonl", "*.json", "README.md"],
+    "training/data/handbook": ["*.md", "*.pdf", "*.docx"],
     "flows": ["*/*.py", "*/*.yaml", "*/*.jsonl", "*/*.txt", "*/README.md"],
     "connections": ["*.yaml", "README.md"],
     "tools/phi3_tool": ["*.py", "py.typed", "yamls/*", "icons/*"],

@@ -90,6 +90,11 @@ def register_rag(subparsers: Any) -> None:
         metavar="FILE",
         help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
     )
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "test"),
+        help="only the questions with this `split` (default: all)",
+    )
     _add_run(evaluate)
     _register_make_chats(actions)
     register_compare(actions)
@@ -226,6 +231,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from ..rag.questions import read_questions
 
     questions = read_questions(args.questions)
+    if args.split:
+        questions = [question for question in questions if question.split == args.split]
+        if not questions:
+            raise UsageError(f"{args.questions} has no question with the split {args.split}")
     index = DocumentIndex(index_file(Run(args.runs / args.run)))
     found = measure(index, embedder_of(index.facts(), index.path), questions)
     if args.output == "json":
@@ -234,6 +243,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = [
         [f"right passage among the first {k}", f"{share:.1%}"] for k, share in found.hits.items()
     ]
+    for kind, hits in found.kinds.items():
+        rows += [[f"{kind or 'of no kind'}: among the first {k}", f"{hits[k]:.1%}"] for k in (1, 5)]
     rows.append(["of all right passages, among the first 5", f"{found.recall[5]:.1%}"])
     rows += [["mean reciprocal rank (10)", f"{found.mrr:.3f}"], ["nDCG (10)", f"{found.ndcg:.3f}"]]
     rows.append([f"nothing scores {found.min_score}, so not answered", f"{found.lost:.1%}"])

@@ -21,7 +21,7 @@ from phi3_tool.index import DocumentIndex, Embedder, Hit, hits_of
 from ..errors import UsageError
 from ..progress import Progress
 from ..telling import Set
-from .questions import Question, answers_of, holds, of_split, right_passages
+from .questions import Question, answers_of, of_split, right_passages, tells
 from .templates import Templates
 
 Kind = Literal["passages", "withheld", "plain"]
@@ -146,7 +146,7 @@ def _with_passages(
     question, right = one.question, {hit.id for hit in one.right}
     shown = hits_of(grounded(question.text, [hit.as_lookup() for hit in found])["passages"])
     if withheld:
-        shown = [hit for hit in shown if hit.id not in right and not holds(hit, question, among)]
+        shown = [hit for hit in shown if hit.id not in right and not tells(hit, question, among)]
     shown = shown[:top_k]
     if right and not withheld and not any(hit.id in right for hit in shown):
         shown = [*shown[: top_k - 1], one.right[0]]  # the search missed it; the row must not

@@ -25,14 +25,15 @@ DEPTHS = (1, 3, 5, 10)
 class Retrieval:
     """Figures over the answerable questions, and what `min_score` does to both kinds.
 
-    `hits[k]` is the share of questions with a right passage among the first k, `recall[k]` the mean
-    share of a question's right passages there; `mrr` and `ndcg` look at the first ten. Seconds are
-    for one question with its vector.
+    `hits[k]` is the share of questions with a right passage among the first k, `kinds` the same
+    for each kind of question, `recall[k]` the mean share of a question's right passages there;
+    `mrr` and `ndcg` look at the first ten. Seconds are for one question with its vector.
     """
 
     questions: int
     unanswerable: int
     hits: dict[int, float]
+    kinds: dict[str, dict[int, float]]
     recall: dict[int, float]
     mrr: float
     ndcg: float
@@ -80,11 +81,15 @@ def measure(
         for question in unanswerable
         for hits in [index.search(question.text, top_k=1, embedder=embedder)]
     ]
+    kinds: dict[str, list[list[bool]]] = {}
+    for question, right in zip(answerable, ranks, strict=True):
+        kinds.setdefault(question.kind, []).append(right)
     count = len(answerable)
     return Retrieval(
         questions=count,
         unanswerable=len(unanswerable),
-        hits={depth: sum(any(right[:depth]) for right in ranks) / count for depth in DEPTHS},
+        hits=_shares(ranks),
+        kinds={kind: _shares(of_kind) for kind, of_kind in kinds.items()} if any(kinds) else {},
         recall={
             depth: sum(
                 sum(right[:depth]) / max(1, len(ids))
@@ -101,6 +106,10 @@ def measure(
         median_seconds=statistics.median(seconds),
         worst=tuple(worst),
     )
+
+
+def _shares(ranks: Sequence[Sequence[bool]]) -> dict[int, float]:
+    return {k: sum(any(right[:k]) for right in ranks) / len(ranks) for k in DEPTHS}
 
 
 def _reciprocal(right: Sequence[bool]) -> float:

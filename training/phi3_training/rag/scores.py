@@ -23,7 +23,7 @@ from ..manifests import Comparison, Resampling
 from ..telling import Set, vocabulary
 from .arms import ARMS, Prompt
 from .asking import Replies, Reply
-from .questions import Question, holds
+from .questions import Question, tells
 from .recommend import Change
 
 _CITATION = re.compile(r"\s*\[\d{1,2}\]")
@@ -200,7 +200,7 @@ def _checked(
             "holds": cited["exists"]
             and (
                 hits[cited["number"] - 1].id in right
-                or holds(hits[cited["number"] - 1], question, among)
+                or tells(hits[cited["number"] - 1], question, among)
             ),
         }
         for cited in citations(answer, hits)
