@@ -174,11 +174,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 def run_chat_compare(args: argparse.Namespace) -> int:
     """One question, or several until an empty line."""
-    try:
-        from ..rag.arms import ARMS, Prompt, Prompts
-        from ..rag.asking import answering
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "torch", "local") from None
+    from ..rag.arms import ARMS, Prompt, Prompts
+
     known = [name for name in ARMS if name != "ceiling"]
     wrong = [name for name in args.compare if name not in known]
     if wrong:
@@ -187,6 +184,10 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         raise UsageError("--compare goes without --web, --system and --temperature")
     arms = {name: ARMS[name] for name in ARMS if name in args.compare}
     run = tuned_run(args)
+    try:
+        from ..rag.asking import answering
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "torch", "local") from None
     prompts = None
     if any(arm.passages == "found" for arm in arms.values()):
         index = DocumentIndex(args.runs / args.documents / "rag" / "index.sqlite")
