@@ -189,6 +189,14 @@ def test_changes_that_fit_nothing_are_all_named(
         read_changes(file)
 
 
+def test_questions_that_were_all_trained_on_are_refused(run: Run, index: DocumentIndex) -> None:
+    only = [question for question in questions() if question.id == "hat"]
+    with pytest.raises(UsageError, match='"split": "test"'):
+        compare_arms(
+            run, index, None, only, [], Fake(reads), SETTINGS, top_k=4, progress=no_progress
+        )
+
+
 def test_an_unfitting_question_is_not_asked(index: DocumentIndex) -> None:
     prompts = Prompts(index, None, top_k=2)
     assert prompts.of(ARMS["rag"], "zeppelin?").text == ""

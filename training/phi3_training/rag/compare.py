@@ -102,6 +102,11 @@ def compare_arms(
     chosen, left_out = _not_trained_on(of_split(questions, "test"), run)
     asked = [question for question in chosen if question.answerable and question.answer]
     none = [question for question in chosen if not question.answerable]
+    if not asked and left_out:
+        raise UsageError(
+            f"The run {run.name!r} was trained on these questions ({left_out} of them word for "
+            'word): mark others with "split": "test" before phi3 rag make-chats, and train again'
+        )
     if not asked:
         raise UsageError("No question has an `answer` to compare with: add some to the file")
     again = _changed_questions(questions, changes)
