@@ -57,8 +57,8 @@ from .common import (
     has_model_here,
     journey_of,
 )
-from .rag import DEFAULT_RUN, index_file
-from .rag_compare import add_compare, run_chat_compare
+from .rag import index_file
+from .rag_compare import DEFAULT_DOCUMENTS, add_compare, run_chat_compare
 
 # `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
 
@@ -159,10 +159,10 @@ def register_chat(subparsers: Any) -> None:
     )
     chat.add_argument(
         "--documents",
-        default=DEFAULT_RUN,
+        default=DEFAULT_DOCUMENTS,
         metavar="NAME",
         help="with --rag or --compare: which, as `phi3 rag index --run NAME` "
-        f"(default: {DEFAULT_RUN})",
+        f"(default: {DEFAULT_DOCUMENTS})",
     )
     add_compare(chat)
     add_web(chat)

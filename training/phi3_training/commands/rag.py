@@ -19,8 +19,7 @@ from ..project import RAG_FLOW
 from ..run import Run
 from . import HELP
 from .common import add_command
-from .rag_compare import DEFAULT_DOCUMENTS as DEFAULT_RUN
-from .rag_compare import register_compare
+from .rag_compare import DEFAULT_DOCUMENTS, register_compare
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
@@ -145,7 +144,10 @@ def _register_make_chats(actions: Any) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", default=DEFAULT_RUN, metavar="NAME", help=f"run folder (default: {DEFAULT_RUN})"
+        "--run",
+        default=DEFAULT_DOCUMENTS,
+        metavar="NAME",
+        help=f"run folder (default: {DEFAULT_DOCUMENTS})",
     )
 
 

@@ -182,7 +182,7 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         raise UsageError(f"--compare takes {','.join(known)}; unknown: {', '.join(wrong)}")
     if args.web or args.system or args.temperature:
         raise UsageError("--compare goes without --web, --system and --temperature")
-    arms = {name: ARMS[name] for name in ARMS if name in args.compare}
+    arms = {str(name): arm for name, arm in ARMS.items() if name in args.compare}
     run = tuned_run(args)
     try:
         from ..rag.asking import answering
@@ -195,7 +195,7 @@ def run_chat_compare(args: argparse.Namespace) -> int:
     with answering(recipe_of_run(run), run, arms, args.max_new_tokens) as answer:
 
         def ask(question: str) -> dict[str, dict[str, Any]]:
-            found = {}
+            found: dict[str, dict[str, Any]] = {}
             for name, arm in arms.items():
                 started = time.monotonic()
                 needs = prompts is not None and arm.passages == "found"

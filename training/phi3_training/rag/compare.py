@@ -249,7 +249,7 @@ def _worst(
     questions: Sequence[Question], details: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """Wrong answers of `both`, those first that another arm has right."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "question": question.text,
             "line": question.line,
