@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -28,6 +28,12 @@ MAX_UNPACKED = 200 << 20
 #: Of its XML: 1,000 pages have about 10 MB. Measured with mammoth: 35 MB of memory for each MB.
 MAX_XML = 16 << 20
 _HIDDEN = re.compile(r"^[.~]|^__MACOSX$|\.tmp$")
+# Escape sequences would reach the terminal with every hit. Spaces, so that offsets stay.
+_CONTROL = dict.fromkeys(
+    [*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0)], " "
+)
+# A citation shows a file's name: no line ends, escapes, turned directions or broken UTF-8.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,8 @@ class UnreadableError(Exception):
 def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFault]]:
     """The files that are meant, by the name that a citation shows, and what is wrong with others.
 
-    A folder is read with its subfolders, in order of names; hidden files are left out, and links
-    that lead out of the folder are faults.
+    A folder is read with its subfolders, in order of names; hidden files are left out. Links that
+    lead out of the folder, and names that cannot be shown as one line of text, are faults.
     """
     files: dict[str, Path] = {}
     faults: list[DocumentFault] = []
@@ -100,6 +106,10 @@ def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFau
             files[source.name] = source
         else:
             faults.append(DocumentFault(str(source), "does not exist", "check the path"))
+    for name in [name for name in files if _UNSHOWN.search(name)]:
+        del files[name]
+        what = "has a character in its name that cannot be shown"
+        faults.append(DocumentFault(ascii(name)[1:-1], what, "rename it"))
     return files, faults
 
 
@@ -117,9 +127,11 @@ def read_sections(path: Path) -> Iterator[Section]:
         raise UnreadableError(f"has more than {most >> 20} MB", "split it")
     found = False
     for section in reader(path):
-        if section.text.strip():
+        text = section.text.translate(_CONTROL)
+        if text.strip():
             found = True
-            yield section
+            heading = tuple(title.translate(_CONTROL) for title in section.heading)
+            yield replace(section, text=text, heading=heading)
     if not found:
         raise UnreadableError(*_EMPTY.get(path.suffix.lower(), ("has no text", "remove it")))
 
@@ -223,7 +235,7 @@ class _Html(HTMLParser):
         elif tag == "body":  # `</head>` may be left out
             self._skip = 0
         elif tag in ("td", "th"):
-            self._text.write(" | " if self._cells else "")
+            self._write(" | " if self._cells else "")
             self._cells, self._in_cell = self._cells + 1, True
         elif tag in self.BLOCKS:
             self._break(tag)
@@ -244,14 +256,17 @@ class _Html(HTMLParser):
         if tag in ("tr", "table"):
             self._cells, self._in_cell = 0, False
         # A paragraph inside a cell, as Word makes them, must not tear the row apart.
-        self._text.write(" " if self._in_cell else "\n")
+        self._write(" " if self._in_cell or self._title is not None else "\n")
+
+    def _write(self, text: str) -> None:
+        if self._title is None:
+            self._text.write(text)
+        else:
+            self._title.append(text)
 
     def handle_data(self, data: str) -> None:
         if not self._skip:
-            if self._title is None:
-                self._text.write(data)
-            else:
-                self._title.append(data)
+            self._write(data)
 
     def close(self) -> None:
         super().close()
