@@ -29,6 +29,8 @@ import requests
 import yaml
 
 from phi3_tool.connection import ConnectionSettings
+from phi3_tool.embedders import FOLDER_VARIABLE
+from phi3_tool.index import INDEX_VARIABLE
 
 from .. import processes
 from ..errors import MissingExtraError, StageError
@@ -40,6 +42,8 @@ from .home import PF_MAIN, quiet_home
 READY_SECONDS = 120.0
 _POLL = 0.2
 _SHOWN_LINES = 8
+#: What finds the index and its embedder; the other PHI3_ variables would change the connection.
+_DOCUMENTS = (INDEX_VARIABLE, FOLDER_VARIABLE, "PHI3_EMBEDDINGS_KEY")
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,11 @@ def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
 
 def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
     home = quiet_home(folder)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PHI3_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PHI3_") or name in _DOCUMENTS
+    }
     return {
         **kept,
         **environment_of(settings),
