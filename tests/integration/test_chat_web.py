@@ -191,6 +191,7 @@ def test_conversation_and_long_answer(
     assert KEY not in home.printed[-1]
 
 
+@pytest.mark.slow
 def test_answers_from_documents_name_their_sources(
     page: Any, home: PfHome, pictures: Callable[[Any, str], None]
 ) -> None:

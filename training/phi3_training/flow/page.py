@@ -94,7 +94,7 @@ def chat_page(
         copy_flow(source, copy)
         _change_defaults(copy / "flow.dag.yaml", defaults)
         connection = connection_of(source.dag)
-        environment = _environment(folder, settings)
+        environment = page_environment(folder, settings)
         log = folder / "page.log"
         started: list[psutil.Popen] = []
         try:
@@ -182,7 +182,8 @@ def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
     path.write_text(yaml.safe_dump(dag, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
+def page_environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
+    """The environment of the page's processes: theirs is the Prompt flow home in `folder`."""
     home = quiet_home(folder)
     kept = {
         name: value
