@@ -32,7 +32,7 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
-from phi3_training.rag.figures import measure, read_questions
+from phi3_training.rag.figures import Question, holds, measure, read_questions
 
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
@@ -420,6 +420,32 @@ def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> Non
     assert missed[2].startswith("hours.html")
     place = next(k for k in (2, 3, 4) if found.mrr == pytest.approx((2 + 1 / k) / 3))
     assert found.ndcg == pytest.approx((2 + 1 / math.log2(place + 1)) / 3)
+
+
+def test_figures_by_kind(tmp_path: Path, handbook: Path) -> None:
+    index(tmp_path, handbook)
+    rows = [
+        {"question": "full refund?", "source": "returns.txt", "kind": "plain", "split": "test"},
+        {"question": "unused goods?", "source": "returns.txt", "kind": "plain"},
+        {"question": "money again?", "source": "returns.txt", "kind": "other"},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    questions = read_questions(file)
+    found = measure(DocumentIndex(tmp_path / "index.sqlite"), None, questions)
+    assert {kind: hits[1] for kind, hits in found.kinds.items()} == {"plain": 1.0, "other": 0.0}
+    assert [question.split for question in questions] == ["test", "", ""]
+    without = [Question(1, "refund?", "", "returns.txt", None, None, True)]
+    assert measure(DocumentIndex(tmp_path / "index.sqlite"), None, without).kinds == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("It costs 5 dollars.", True), ("It costs 15 dollars.", False), ("5\n Dollars", True),
+     ("5 dollars' worth", True), ("1.5 dollars", False), ("5 dollarsigns", False)],
+)  # fmt: skip
+def test_an_answer_is_held_as_whole_words(text: str, held: bool) -> None:
+    assert holds(text, "5 dollars") is held
 
 
 def test_every_fault_of_the_questions_is_named(tmp_path: Path) -> None:

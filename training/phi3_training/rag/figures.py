@@ -188,7 +188,7 @@ def _ndcg(right: Sequence[bool]) -> float:
 def holds(text: str, answer: str) -> bool:
     """Whether a text has the answer in it as whole words, whatever its case and line ends.
 
-    "5 dollars" is not in "15 dollars".
+    "5 dollars" is in neither "15 dollars" nor "1.5 dollars".
     """
     wanted, given = (" ".join(part.casefold().split()) for part in (answer, text))
-    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", given) is not None
+    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)", given) is not None
