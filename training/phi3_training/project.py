@@ -74,8 +74,8 @@ def copy_project(target: Path) -> list[Path]:
     """Write a new project into `target`; returns the files and folders written, relative to it.
 
     The flows with the tool's source (their `additional_includes` names it), a recipe, sample
-    chats, a sample handbook with questions, the connection templates, a README and a .gitignore. Raises UsageError where `target` is
-    a folder with something in it.
+    chats, a sample handbook with questions, the connection templates, a README and a .gitignore.
+    Raises UsageError where `target` is a folder with something in it.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not empty; name a new folder: phi3 init FOLDER")

@@ -1,4 +1,4 @@
-"""The shipped handbook and its questions: sound, as many as promised, and without contradictions."""
+"""The shipped handbook and its questions: sound, as many as promised, without contradictions."""
 
 from __future__ import annotations
 

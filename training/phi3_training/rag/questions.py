@@ -143,9 +143,11 @@ def right_ids_of(questions: Sequence[Question], passages: Sequence[Hit]) -> list
 def holds(text: str, answer: str) -> bool:
     """Whether a text has the answer in it as whole words, whatever its case and line ends.
 
-    "5 dollars" is not in "15 dollars".
+    "5 dollars" is in neither "15 dollars" nor "1.5 dollars".
     """
-    return re.search(rf"(?<!\w){re.escape(_plain(answer))}(?!\w)", _plain(text)) is not None
+    return (
+        re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(_plain(answer))}(?!\w)", _plain(text)) is not None
+    )
 
 
 def tells(hit: Hit, question: Question, among: Set) -> bool:
