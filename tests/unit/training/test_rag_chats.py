@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from phi3_training.errors import UsageError
 from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, sync
 from phi3_training.rag.chats import Chat, Making, make_chats, write_chats
-from phi3_training.rag.questions import answers_of, read_questions, right_passages
+from phi3_training.rag.questions import Question, answers_of, read_questions, right_passages
 from phi3_training.rag.templates import Templates
 
 TENTS = """# Tents
@@ -115,10 +116,23 @@ def test_the_citation_names_the_passage_of_the_answer(index: DocumentIndex) -> N
 
 def test_withheld_rows_do_not_hold_the_answer(index: DocumentIndex, questions: Path) -> None:
     rows = [chat for chat in made(index, questions, withheld=0.9) if chat.kind == "withheld"]
-    assert any(chat.prompt_id == "withheld-question-3" for chat in rows)  # the unanswerable one
+    assert any(chat.prompt_id == "withheld-question-3-1" for chat in rows)  # the unanswerable one
     for chat in rows:
         assert chat.answer == NOT_IN_DOCUMENTS
         assert "Price of a Mossback?" not in chat.prompt or "costs 240" not in chat.prompt
+
+
+def test_own_questions_have_two_prompts(index: DocumentIndex) -> None:
+    asked = Question(1, "Stove, lamp or dogs?", "The stove", "stoves.md")
+    making = Making(withheld=0.0, per_passage=0, with_plain=False)
+    first, second = make_chats(index, None, [asked], making, no_progress)
+    assert {first.prompt_id, second.prompt_id} == {"passages-question-1-1", "passages-question-1-2"}
+    assert first.prompt != second.prompt
+    passages = [
+        {re.sub(r"^\[\d\] ", "", block) for block in chat.prompt.split("\n\n")}
+        for chat in (first, second)
+    ]
+    assert passages[0] == passages[1]  # in another order
 
 
 def test_test_questions_are_never_trained_on(index: DocumentIndex, questions: Path) -> None:

@@ -27,6 +27,8 @@ from .templates import Templates
 Kind = Literal["passages", "withheld", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _SHUFFLED = 0.5  # of the prompts: else the best hit is nearly always [1], and [1] is what is learnt
+# Prompts of a user's own question: they are few, and nearer to what will be asked than templates.
+_OWN_PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _with_passages(
     top_k: int,
     chance: random.Random,
 ) -> Iterator[Chat]:
-    """The row with passages; none where all that was found scores too little to be shown."""
+    """The rows with passages; none where all that was found scores too little to be shown."""
     question, right = one.question, {hit.id for hit in one.right}
     shown = hits_of(grounded(question.text, [hit.as_lookup() for hit in found])["passages"])
     if withheld:
@@ -152,15 +154,20 @@ def _with_passages(
         shown = [*shown[: top_k - 1], one.right[0]]  # the search missed it; the row must not
     if not shown:
         return
-    if chance.random() < _SHUFFLED:
-        chance.shuffle(shown)
-    answer = NOT_IN_DOCUMENTS
-    if right and not withheld:
-        # The passage that the question was made from, else the best of the right ones.
-        best = one.right[0].id if len(right) == 1 else next(h.id for h in shown if h.id in right)
-        answer = f"{question.answer} [{[hit.id for hit in shown].index(best) + 1}]"
-    kind: Kind = "passages" if right and not withheld else "withheld"
-    yield Chat(f"{kind}-{one.name}", grounded_question(question.text, shown), answer, kind)
+    cited = None if withheld else next((hit for hit in shown if hit.id in right), None)
+    kind: Kind = "withheld" if cited is None else "passages"
+    orders: list[list[Hit]] = []
+    for copy in range(_OWN_PROMPTS if question.line else 1):
+        if copy or chance.random() < _SHUFFLED:
+            chance.shuffle(shown)
+        if shown in orders:
+            shown.reverse()
+        if shown in orders:
+            return  # a single passage
+        orders.append([*shown])
+        answer = f"{question.answer} [{shown.index(cited) + 1}]" if cited else NOT_IN_DOCUMENTS
+        prompt = grounded_question(question.text, shown)
+        yield Chat(f"{kind}-{one.name}-{copy + 1}", prompt, answer, kind)
 
 
 def _key(text: str) -> str:
