@@ -103,42 +103,35 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def _show(found: Comparison, run: Run) -> None:
+    """The table fits 80 columns; the page has every figure under its full name."""
     arms = list(found.arms.values())
+    contains = [arm.metrics["contains"] for arm in arms]
     rows = [
-        [label, *(f"{arm.metrics[key].after:.1%}" for arm in arms)]
-        for key, label in (("contains", "right (has the expected words)"), ("token_f1", "token F1"))
-    ]
-    rows.insert(
-        1,
-        [
-            f"  {found.settings.confidence:.0%} interval",
-            *(
-                f"{100 * arm.metrics['contains'].after_low:.0f} to "
-                f"{100 * arm.metrics['contains'].after_high:.0f}"
-                for arm in arms
-            ),
-        ],
-    )
-    rows += [
-        [f"  right, {kind}", *(f"{arm.kinds[kind]:.1%}" for arm in arms)] for kind in arms[0].kinds
-    ]
-    rows.append([f"{found.unanswerable} unanswerable: refused", *(_share(a.refused) for a in arms)])
-    rows.append(["others refused", *(_share(arm.declined) for arm in arms)])
+        ["right answers", *(f"{c.after:.1%}" for c in contains)],
+        [f"  {found.settings.confidence:.0%} interval",
+         *(f"{100 * c.after_low:.0f} to {100 * c.after_high:.0f}" for c in contains)],
+        *([f"  {kind}", *(f"{arm.kinds[kind]:.1%}" for arm in arms)] for kind in arms[0].kinds),
+        ["token F1", *(f"{arm.metrics['token_f1'].after:.1%}" for arm in arms)],
+        ["unanswerable refused", *(_share(arm.refused) for arm in arms)],
+        ["others refused", *(_share(arm.declined) for arm in arms)],
+    ]  # fmt: skip
     for key, label in (
-        ("answers", "answers with a citation"),
-        ("hold", "right answers: citations that hold"),
-        ("support", "words found in what is cited"),
+        ("answers", "with a citation"),
+        ("hold", "right ones that hold"),
+        ("support", "words in the cited"),
     ):
         rows.append([label, *(_share(getattr(arm.cited, key, None)) for arm in arms)])
     if found.changed:
         right = found.changed.right
         cells = (str(right.get(name, "–")) for name in found.arms)
-        rows.append([f"{found.changed.facts} changed facts: right", *cells])
-    rows.append(["tokens of prompt + answer",
-                 *(f"{a.prompt_tokens:.0f} + {a.answer_tokens:.0f}" for a in arms)])  # fmt: skip
-    rows.append(["seconds for an answer", *(f"{arm.seconds:.2f}" for arm in arms)])
-    title = f"{found.questions} held-out questions, run {run.name}"
-    console.table(title, ["", *(arm.label for arm in arms)], rows)
+        rows.append([f"of {found.changed.facts} changed facts", *cells])
+    rows.append(["tokens of prompt", *(f"{arm.prompt_tokens:.0f}" for arm in arms)])
+    rows.append(["tokens of answer", *(f"{arm.answer_tokens:.0f}" for arm in arms)])
+    rows.append(["seconds an answer", *(f"{arm.seconds:.2f}" for arm in arms)])
+    title = (
+        f"{found.questions} held-out questions, {found.unanswerable} unanswerable, run {run.name}"
+    )
+    console.table(title, ["", *found.arms], rows)
     hits, k = found.retrieval.hits, found.top_k
     console.out.print(
         f"The index: right passage first {hits[1]:.1%}, among the first 5 {hits[5]:.1%} "

@@ -35,17 +35,17 @@ _PAIRS = (("rag", "base"), ("tuned", "base"), ("both", "base"), ("tuned", "rag")
 
 @dataclass(frozen=True)
 class Cited:
-    """Citations of an arm's answers, all shares.
+    """Citations of an arm's answers: shares, None where there is nothing to share.
 
     `answers` with at least one, among those that do not decline; `exist` among all citations;
     `hold` the answer, among the citations of right answers; `support`: words, names and numbers of
     an answer that are in what it cites.
     """
 
-    answers: float
-    exist: float
-    hold: float
-    support: float
+    answers: float | None
+    exist: float | None
+    hold: float | None
+    support: float | None
 
 
 @dataclass(frozen=True)
@@ -233,5 +233,5 @@ def support(answer: str, hits: Sequence[Hit]) -> float:
     return sum(word in have for word in told) / len(told) if told else 1.0
 
 
-def _share(values: Sequence[float]) -> float:
-    return fmean(values) if values else 0.0
+def _share(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
