@@ -91,6 +91,11 @@ def test_templates_ask_headings_tables_and_sentences(index: DocumentIndex) -> No
     assert pairs['What do you say under "Returns"?'].startswith("Unused goods")
     weights = {answer for question, answer in pairs.items() if "weight" in question}
     assert weights == {"980 grams", "two kilos"}
+    number = next(question for question in pairs if "how many days" in question)
+    assert (number, pairs[number]) == (
+        "Returns: how many days, Unused goods back refund?",
+        "60 days",
+    )
     words = next(question for question in pairs if question.startswith("Tents: dries"))
     assert pairs[words] == "It dries on the line within one single afternoon."
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from phi3_tool.index import Hit
 
-from ..telling import Set
+from ..telling import NUMBERS, Set
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"“(])")
 _TABLE_LINE = re.compile(r"^\s*\|.*\|\s*$")
@@ -28,6 +28,7 @@ _DOES = re.compile(
     r"(cost|weigh|need|hold|contain|last)(s?) (.+)$"
 )
 _IS = re.compile(r"^((?:The|Our) (?:[\w'’-]+ ){0,3}[\w'’-]+?) (is|are) (?!not\b)(.+)$")
+_COUNTED = re.compile(r"\b(\d[\d.,]*\d|\d|" + "|".join(NUMBERS) + r") ([a-z]{3,})\b", re.IGNORECASE)
 _PRONOUNS = frozenset(re.findall(r"\w+", "it its they them this that these those he she we both"))
 _CLAUSES = frozenset(("who", "which", "that", "whose"))
 _PLAIN = Set()
@@ -37,7 +38,10 @@ _MANY_CELLS = 24  # of one table; a price list would drown the sentences otherwi
 
 
 class Pair(NamedTuple):
-    """A question and the answer that the passage gives; `kind`: heading, table, sentence, words."""
+    """A question and the answer that the passage gives.
+
+    `kind`: heading, table, sentence (its end is the answer), number, words (of a sentence).
+    """
 
     question: str
     answer: str
@@ -89,11 +93,13 @@ class Templates:
         by_kind: dict[str, list[Pair]] = {}
         for pair in (*self._of_heading(hit), *_of_tables(hit, chance), *self._of_sentences(hit)):
             by_kind.setdefault(pair.kind, []).append(pair)
-        for pairs in by_kind.values():
+        kinds = list(by_kind.values())
+        chance.shuffle(kinds)
+        for pairs in kinds:
             chance.shuffle(pairs)
         chosen: list[Pair] = []
-        while len(chosen) < most and any(by_kind.values()):
-            chosen += [pairs.pop() for pairs in by_kind.values() if pairs]
+        while len(chosen) < most and any(kinds):
+            chosen += [pairs.pop() for pairs in kinds if pairs]
         return chosen[:most]
 
     def _of_heading(self, hit: Hit) -> Iterator[Pair]:
@@ -111,8 +117,14 @@ class Templates:
         for sentence in sentences(hit.text):
             yield from _of_verbs(sentence)
             asked = self._keywords(sentence)
-            if len(asked) > 1:
-                about = f"{subject}: " if subject and not subject.endswith("?") else ""
+            about = f"{subject}: " if subject and not subject.endswith("?") else ""
+            counted = _COUNTED.findall(sentence)
+            if len(counted) == 1 and len(asked) > 1:
+                ((number, unit),) = counted
+                words = " ".join(word for word in asked if word.lower() not in (unit, number))
+                how = "how many" if about else "How many"
+                yield Pair(f"{about}{how} {unit}, {words}?", f"{number} {unit}", "number")
+            elif len(asked) > 1:
                 yield Pair(f"{about}{' '.join(asked)}?", sentence, "words")
 
     def _keywords(self, sentence: str) -> list[str]:
