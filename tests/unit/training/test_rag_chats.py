@@ -21,7 +21,7 @@ from phi3_training.rag.templates import Templates
 
 TENTS = """# Tents
 
-The Mossback tent costs 240 dollars. It dries on the line within one single afternoon.
+The Mossback tent costs 240 dollars. It dries on the line within a single afternoon.
 
 | Tent | Weight | Colors |
 |---|---|---|
@@ -97,7 +97,7 @@ def test_templates_ask_headings_tables_and_sentences(index: DocumentIndex) -> No
         "60 days",
     )
     words = next(question for question in pairs if question.startswith("Tents: dries"))
-    assert pairs[words] == "It dries on the line within one single afternoon."
+    assert pairs[words] == "It dries on the line within a single afternoon."
 
 
 def test_a_row_is_the_prompt_of_serving(index: DocumentIndex) -> None:
