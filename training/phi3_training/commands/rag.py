@@ -295,7 +295,5 @@ def run_make_chats(args: argparse.Namespace) -> int:
         "alone",
         markup=False,
     )
-    console.out.print(
-        f"Train:  phi3 up training/recipes/phi3-small-rag.yaml data.train={args.out}", markup=False
-    )
+    console.out.print(f"Train:  phi3 up small-rag data.train={args.out}", markup=False)
     return 0
