@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-small.yaml
 
-.PHONY: up down rehearse test test-fast test-all coverage check bench lock clean
+.PHONY: up down rag rehearse test test-fast test-all coverage check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -41,6 +41,14 @@ up: $(VENV)/.up
 
 down: $(VENV)/.up
 	@$(BIN)/phi3 down
+
+# The shop's handbook: index, chats, tuning, comparison, and an answer with its source.
+rag: $(VENV)/.up
+	@$(BIN)/phi3 rag index training/data/handbook
+	@$(BIN)/phi3 rag make-chats --questions training/data/handbook_questions.jsonl --per-passage 1 --out runs/documents/rag/chats.jsonl
+	@$(BIN)/phi3 up training/recipes/phi3-small-rag.yaml data.train=runs/documents/rag/chats.jsonl
+	@$(BIN)/phi3 rag compare training/data/handbook_questions.jsonl --changes training/data/handbook_changes.json --run phi3-small-rag
+	@$(BIN)/phi3 chat --rag --run phi3-small-rag "What is the price of the Mossback tent?"
 
 rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse

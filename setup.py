@@ -97,7 +97,8 @@ DEV = [
 # installed wheel needs no clone (phi3_training/project.py finds them in either).
 SHIPPED = {
     "training/recipes": ["*.yaml", "olive/*"],
-    "training/data": ["*.jsonl", "README.md"],
+    "training/data": ["*.jsonl", "*.json", "README.md"],
+    "training/data/handbook": ["*.md", "*.pdf", "*.docx"],
     "flows": ["*/*.py", "*/*.yaml", "*/*.jsonl", "*/*.txt", "*/README.md"],
     "connections": ["*.yaml", "README.md"],
     "tools/phi3_tool": ["*.py", "py.typed", "yamls/*", "icons/*"],
@@ -130,6 +131,7 @@ setup(
             "evaluate/report.html",
             "flow/image_files/*",
             "project_files/*",
+            "rag/comparison.html",
             "targets/azure/trainer.txt",
         ],
         **{package: SHIPPED[name] for package, name in SHIPPED_PACKAGES.items()},

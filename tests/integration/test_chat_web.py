@@ -22,6 +22,8 @@ from tests.integration.pf_home import ROOT, PfHome, listening, pf_home
 from phi3_tool import ConnectionSettings
 from phi3_training.errors import StageError
 from phi3_training.flow.page import chat_page
+from phi3_training.progress import no_progress
+from phi3_training.rag.build import Chosen, sync
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 pytestmark = pytest.mark.browser
@@ -45,6 +47,8 @@ class Streaming:
 
     def answer(self, messages: list[dict[str, str]]) -> str:
         question = messages[-1]["content"]
+        if "passages below" in question:
+            return "It costs 30 dollars [1]; a canoe costs more [2]."
         return LONG if "everything" in question else f"{len(messages)}: {question}"
 
 
@@ -185,6 +189,26 @@ def test_conversation_and_long_answer(
     assert list(temporary.glob("phi3-chat-*")) == []
     assert "Closed" in home.printed[-1]
     assert KEY not in home.printed[-1]
+
+
+@pytest.mark.slow
+def test_answers_from_documents_name_their_sources(
+    page: Any, home: PfHome, pictures: Callable[[Any, str], None]
+) -> None:
+    runs = home.path / "rag-runs"
+    handbook = ROOT / "training/data/handbook"
+    documents = [handbook / "kayak-rental.docx", *handbook.glob("*.md")]
+    sync(runs / "documents/rag/index.sqlite", documents, Chosen(None, {}, ""), no_progress)
+    options = ("--rag", "--runs", str(runs), "--no-browser")
+    with streaming() as served, chat_web(home, served.url, KEY, *options) as (address, _):
+        page.goto(address)
+        ask(page, "How much is the kayak rental for a day?")
+        seen(page, "kayak-rental.docx (Kayak rental)")
+        seen(page, "kayak-rental.docx (Kayak rental | Prices)")
+        pictures(page, "sources")
+        ask(page, "Who painted the ceiling in Rome?")
+        seen(page, "That is not in the documents.")
+        assert len(served.bodies) == 1
 
 
 @pytest.mark.slow

@@ -81,6 +81,11 @@ def test_init_writes_a_project_that_stands_alone(phi3: Run, tmp_path: Path) -> N
     checked = phi3("data", "check", "data/outdoor_chats.jsonl", folder=own)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert (own / "flows/phi3_chat/../../tools/phi3_tool/client.py").is_file()
+    handbook = PROJECT / "training/data/handbook"
+    copied = sorted(path.name for path in (own / "data/handbook").iterdir())
+    assert copied == sorted(path.name for path in handbook.iterdir())
+    assert (own / "data/handbook_questions.jsonl").is_file()
+    assert (own / "data/handbook_changes.json").is_file()
     assert "/runs/" in (own / ".gitignore").read_text("utf-8")
     assert str(PROJECT) not in (own / "recipe.yaml").read_text("utf-8")
 

@@ -225,6 +225,17 @@ class DocumentIndex:
                 )
             ]
 
+    def passages(self) -> list[Hit]:
+        """Every passage in the order of the documents, scored 0."""
+        with self._reading() as database:
+            return [
+                Hit(number, text, 0.0, 0.0, None, source, heading, page, first, last)
+                for number, text, heading, page, first, last, source in database.execute(
+                    "SELECT passage.id, text, heading, page, first, last, path FROM passage "
+                    "JOIN document ON document.id = document ORDER BY passage.id"
+                )
+            ]
+
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """One transaction: a search sees one generation, whatever is being written."""

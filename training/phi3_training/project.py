@@ -1,4 +1,4 @@
-"""The files that come with this package: recipes, shipped chats, flows and connection templates.
+"""What comes with this package: recipes, chats, a handbook, flows and connection templates.
 
 They are found in the current folder, in the clone that the package is installed from, or inside
 the installed wheel; `copy_project` writes the ones that a user edits.
@@ -28,6 +28,13 @@ DEFAULT_RECIPES = {
 TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
 
 _OWN_RECIPE = "recipe.yaml"
+_SAMPLES = (
+    "outdoor_chats.jsonl",
+    "outdoor_chats_heldout.jsonl",
+    "general_chats.jsonl",
+    "handbook_questions.jsonl",
+    "handbook_changes.json",
+)
 _NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc", "index.sqlite*")
 
 
@@ -66,17 +73,17 @@ def shipped_data(name: str) -> Path | None:
 def copy_project(target: Path) -> list[Path]:
     """Write a new project into `target`; returns the files and folders written, relative to it.
 
-    The flow with the tool's source (its `additional_includes` names it), a recipe, sample
-    chats, the connection templates, a README and a .gitignore. Raises UsageError where `target` is
-    a folder with something in it.
+    The flows with the tool's source (their `additional_includes` names it), a recipe, sample
+    chats, a sample handbook with questions, the connection templates, a README and a .gitignore.
+    Raises UsageError where `target` is a folder with something in it.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not empty; name a new folder: phi3 init FOLDER")
     target.mkdir(parents=True, exist_ok=True)
     for folder in (FLOW, RAG_FLOW, Path("tools/phi3_tool"), Path("connections")):
         shutil.copytree(find(folder), target / folder, ignore=_NEVER)
-    for name in ("outdoor_chats.jsonl", "outdoor_chats_heldout.jsonl", "general_chats.jsonl"):
-        (target / "data").mkdir(exist_ok=True)
+    shutil.copytree(find(DATA / "handbook"), target / "data" / "handbook")
+    for name in _SAMPLES:
         shutil.copyfile(find(DATA / name), target / "data" / name)
     recipe = find(DEFAULT_RECIPES["local"]).read_text(encoding="utf-8")
     recipe = recipe.replace("../data/", "data/").replace(

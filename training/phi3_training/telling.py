@@ -17,8 +17,9 @@ _COMMON_SHARE, _COMMON_FROM = 0.1, 3
 # Of the other words: most if there is nothing else, few next to a number or a name.
 _WORDS_NEEDED, _WORDS_NEXT_TO = 2 / 3, 3
 
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
-_NUMBER_WORDS = {word: str(number) for number, word in enumerate(re.findall(r"\w+", _NUMBERS))}
+#: Number words, from zero.
+NUMBERS = re.findall(r"\w+", "zero one two three four five six seven eight nine ten eleven twelve")
+_NUMBER_WORDS = {word: str(number) for number, word in enumerate(NUMBERS)}
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 # Not may and march: they are verbs as well.
 _MONTHS = re.findall(

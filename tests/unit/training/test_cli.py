@@ -32,8 +32,8 @@ def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     "command",
     ["up", "plan", "status", "down", "train", "evaluate", "register", "deploy", "connect",
-     "adapters", "chat", "env", "serve", "recipes", "data check", "data fix",
-     "data convert", "data prepare", "data show"],
+     "adapters", "rag make-chats", "rag compare", "chat", "env", "serve", "recipes", "data check",
+     "data fix", "data convert", "data prepare", "data show"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -65,6 +65,8 @@ def test_every_command_has_help_with_an_example(
         (["chat", "hello", "--run", "none"], "There is no run"),
         (["chat", "hello", "--run", "../../etc"], "not a run name"),
         (["chat", "-o", "json"], "answers one question"),
+        (["chat", "hello", "--compare", "base,best"], "unknown: best"),
+        (["chat", "hello", "--compare", "base", "--web"], "without --web"),
         (["plan", "--run", "../other"], "not a run name"),
         (["serve"], "phi3 train"),
     ],

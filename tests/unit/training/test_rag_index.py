@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -34,7 +32,8 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
-from phi3_training.rag.figures import measure, read_questions
+from phi3_training.rag.figures import measure
+from phi3_training.rag.questions import Question, holds, read_questions
 
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
@@ -245,33 +244,36 @@ def test_a_line_of_many_megabytes_is_cut(tmp_path: Path) -> None:
     assert index(tmp_path, folder).passages >= 1
 
 
+def sync_until_killed(file: Path, folder: Path, steps: int) -> int:
+    """The wait status of a process that syncs and is killed at a step of its progress."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    left = steps
+
+    def step(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sync(file, [folder], Chosen(Bag(), {"kind": "test"}, ""), step)
+    finally:
+        os._exit(0)
+
+
 def test_a_killed_run_leaves_the_generation_before(tmp_path: Path, handbook: Path) -> None:
-    """Killed at five points; the index answers as before, and the next run completes it."""
+    """Killed at ten points; the index answers as before, and the next run completes it."""
     index(tmp_path, handbook, Bag())
     for number in range(200):
         (handbook / f"{number}.txt").write_text(f"Shelf {number} holds article {number * 7}.")
-    program = (
-        "import sys, time; sys.path[:0] = sys.argv[3:]\n"
-        "from pathlib import Path\n"
-        "import numpy as np\n"
-        "from phi3_training.rag.build import Chosen, sync\n"
-        "class Slow:\n"
-        "    identity, dimension = 'bag:1', 64\n"
-        "    def embed(self, texts):\n"
-        "        time.sleep(0.05); return np.ones((len(texts), 64), np.float32) / 8\n"
-        "sync(Path(sys.argv[1]), [Path(sys.argv[2])], Chosen(Slow(), {'kind': 'test'}, ''),\n"
-        "     lambda *_: print('step', flush=True))\n"
-    )
     file = tmp_path / "index.sqlite"
-    command = [sys.executable, "-c", program, str(file), str(handbook), *sys.path]
-    for steps in (1, 50, 150, 203, 204):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        for _ in range(steps):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+    # While the files are read, between the batches of vectors, and when the index is written.
+    for steps in (1, 2, 50, 150, 202, 203, 204, 205, 206, 208):
+        run = sync_until_killed(file, handbook, steps)
+        assert os.WIFSIGNALED(run), steps
+        assert os.WTERMSIG(run) == signal.SIGKILL
         opened = DocumentIndex(file)
         assert opened.facts()["generation"] == "1"
         assert opened.search("storing", query_type="keyword")
@@ -419,6 +421,32 @@ def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> Non
     assert missed[2].startswith("hours.html")
     place = next(k for k in (2, 3, 4) if found.mrr == pytest.approx((2 + 1 / k) / 3))
     assert found.ndcg == pytest.approx((2 + 1 / math.log2(place + 1)) / 3)
+
+
+def test_figures_by_kind(tmp_path: Path, handbook: Path) -> None:
+    index(tmp_path, handbook)
+    rows = [
+        {"question": "full refund?", "source": "returns.txt", "kind": "plain", "split": "test"},
+        {"question": "unused goods?", "source": "returns.txt", "kind": "plain"},
+        {"question": "money again?", "source": "returns.txt", "kind": "other"},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    questions = read_questions(file)
+    found = measure(DocumentIndex(tmp_path / "index.sqlite"), None, questions)
+    assert {kind: hits[1] for kind, hits in found.kinds.items()} == {"plain": 1.0, "other": 0.0}
+    assert [question.split for question in questions] == ["test", "", ""]
+    without = [Question(1, "refund?", "", "returns.txt", None, None, True)]
+    assert measure(DocumentIndex(tmp_path / "index.sqlite"), None, without).kinds == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [("It costs 5 dollars.", True), ("It costs 15 dollars.", False), ("5\n Dollars", True),
+     ("5 dollars' worth", True), ("1.5 dollars", False), ("5 dollarsigns", False)],
+)  # fmt: skip
+def test_an_answer_is_held_as_whole_words(text: str, held: bool) -> None:
+    assert holds(text, "5 dollars") is held
 
 
 def test_every_fault_of_the_questions_is_named(tmp_path: Path) -> None:

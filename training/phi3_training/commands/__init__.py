@@ -60,7 +60,7 @@ GROUPS = (
     Group(
         "rag",
         "register_rag",
-        {"rag": "index your documents, search them, measure how well it finds"},
+        {"rag": "index your documents, search them, make chats of them, compare RAG with tuning"},
     ),
     Group(
         "chat",

@@ -57,7 +57,8 @@ from .common import (
     has_model_here,
     journey_of,
 )
-from .rag import DEFAULT_RUN, index_file
+from .rag import index_file
+from .rag_compare import DEFAULT_DOCUMENTS, add_compare, run_chat_compare
 
 # `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
 
@@ -158,10 +159,12 @@ def register_chat(subparsers: Any) -> None:
     )
     chat.add_argument(
         "--documents",
-        default=DEFAULT_RUN,
+        default=DEFAULT_DOCUMENTS,
         metavar="NAME",
-        help=f"with --rag: which, as `phi3 rag index --run NAME` (default: {DEFAULT_RUN})",
+        help="with --rag or --compare: which, as `phi3 rag index --run NAME` "
+        f"(default: {DEFAULT_DOCUMENTS})",
     )
+    add_compare(chat)
     add_web(chat)
     env = add_command(
         subparsers,
@@ -247,6 +250,8 @@ def run_chat(args: argparse.Namespace) -> int:
     """One question, or a conversation that streams."""
     if args.output == "json" and args.question is None and not args.web:
         raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
+    if args.compare:
+        return run_chat_compare(args)
     access, known = access_of(args)
     parameters = {
         "temperature": args.temperature,

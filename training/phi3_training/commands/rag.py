@@ -1,4 +1,4 @@
-"""`phi3 rag index | search | evaluate`: documents into an index, and how well it finds them."""
+"""`phi3 rag index | search | evaluate | make-chats`: documents into an index or into chats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..project import RAG_FLOW
 from ..run import Run
 from . import HELP
 from .common import add_command
+from .rag_compare import DEFAULT_DOCUMENTS, register_compare
 
-DEFAULT_RUN = "documents"
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
 
@@ -89,12 +89,65 @@ def register_rag(subparsers: Any) -> None:
         metavar="FILE",
         help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
     )
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "test"),
+        help="only the questions with this `split` (default: all)",
+    )
     _add_run(evaluate)
+    _register_make_chats(actions)
+    register_compare(actions)
+
+
+def _register_make_chats(actions: Any) -> None:
+    making = add_command(
+        actions, "make-chats", "turn the indexed documents into chats to train on",
+        "phi3 rag make-chats --out chats.jsonl", run_make_chats,
+    )  # fmt: skip
+    making.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where the chats are written"
+    )
+    making.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="your own questions, as for phi3 rag evaluate; rows of the split test are left out",
+    )
+    making.add_argument(
+        "--only",
+        choices=("passages", "plain"),
+        help="passages: questions with what the index finds for them; plain: questions alone "
+        "(default: both)",
+    )
+    making.add_argument(
+        "--per-passage",
+        type=int,
+        default=2,
+        metavar="COUNT",
+        help="most questions made of a passage by templates; 0: your own alone (default 2)",
+    )
+    making.add_argument(
+        "--withheld",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the questions whose right passage is withheld, so that the model learns to "
+        "say that the answer is not there (default 0.2)",
+    )
+    making.add_argument(
+        "-k", "--top-k", type=int, default=4, metavar="COUNT",
+        help="passages of a prompt, as in the flow (default 4)",
+    )  # fmt: skip
+    making.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
+    _add_run(making)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", default=DEFAULT_RUN, metavar="NAME", help=f"run folder (default: {DEFAULT_RUN})"
+        "--run",
+        default=DEFAULT_DOCUMENTS,
+        metavar="NAME",
+        help=f"run folder (default: {DEFAULT_DOCUMENTS})",
     )
 
 
@@ -176,9 +229,14 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Look the questions of a file up and print the figures."""
-    from ..rag.figures import measure, read_questions
+    from ..rag.figures import measure
+    from ..rag.questions import read_questions
 
     questions = read_questions(args.questions)
+    if args.split:
+        questions = [question for question in questions if question.split == args.split]
+        if not questions:
+            raise UsageError(f"{args.questions} has no question with the split {args.split}")
     index = DocumentIndex(index_file(Run(args.runs / args.run)))
     found = measure(index, embedder_of(index.facts(), index.path), questions)
     if args.output == "json":
@@ -187,6 +245,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = [
         [f"right passage among the first {k}", f"{share:.1%}"] for k, share in found.hits.items()
     ]
+    for kind, hits in found.kinds.items():
+        rows += [[f"{kind or 'of no kind'}: among the first {k}", f"{hits[k]:.1%}"] for k in (1, 5)]
+    rows.append(["of all right passages, among the first 5", f"{found.recall[5]:.1%}"])
     rows += [["mean reciprocal rank (10)", f"{found.mrr:.3f}"], ["nDCG (10)", f"{found.ndcg:.3f}"]]
     rows.append([f"nothing scores {found.min_score}, so not answered", f"{found.lost:.1%}"])
     if found.refused is not None:
@@ -199,4 +260,40 @@ def run_evaluate(args: argparse.Namespace) -> int:
     left = len(found.worst) - _SHOWN_QUESTIONS
     if left > 0:
         console.out.print(f"  … and {left} more; all of them with: -o json", markup=False)
+    return 0
+
+
+def run_make_chats(args: argparse.Namespace) -> int:
+    """Write chats made from the index."""
+    from ..rag.chats import Making, make_chats, write_chats
+    from ..rag.questions import read_questions
+
+    if not 0 <= args.withheld < 1 or args.per_passage < 0 or not 1 <= args.top_k <= 50:
+        raise UsageError(
+            "Expected --withheld from 0 to below 1, --per-passage of 0 or more, and --top-k from "
+            "1 to 50"
+        )
+    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    making = Making(
+        top_k=args.top_k,
+        per_passage=args.per_passage,
+        withheld=args.withheld,
+        with_plain=args.only != "passages",
+        with_passages=args.only != "plain",
+        seed=args.seed,
+    )
+    own = read_questions(args.questions) if args.questions else []
+    with console.progress_bar("chats") as progress:
+        embedder = embedder_of(index.facts(), index.path)
+        counts = write_chats(make_chats(index, embedder, own, making, progress), args.out)
+    if args.output == "json":
+        console.print_json({"chats": args.out, "rows": sum(counts.values()), "kinds": counts})
+        return 0
+    console.out.print(
+        f"{args.out}: {sum(counts.values())} chats: {counts['passages']} with passages that hold "
+        f"the answer, {counts['withheld']} with passages that do not, {counts['plain']} questions "
+        "alone",
+        markup=False,
+    )
+    console.out.print(f"Train:  phi3 up small-rag data.train={args.out}", markup=False)
     return 0

@@ -532,7 +532,7 @@ class Judge:
 
     def _by_weights(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
         settings = self.recipe.evaluate
-        with self._loaded(folder) as model:
+        with self.loaded(folder) as model:
             return examine(
                 model,
                 chat_format(folder),
@@ -569,7 +569,7 @@ class Judge:
         """Losses are of the weights themselves: an engine gives tokens, not their probabilities."""
         known = [i for i, one in enumerate(asked) if one.expected]
         losses: list[AnswerLoss | None] = [None] * len(asked)
-        with self._loaded(folder) as model:
+        with self.loaded(folder) as model:
             found = answer_losses(
                 model,
                 chat_format(folder),
@@ -581,7 +581,8 @@ class Judge:
         return [Answered(*pair) for pair in zip(said, losses, strict=True)]
 
     @contextmanager
-    def _loaded(self, folder: Path) -> Iterator[Any]:
+    def loaded(self, folder: Path) -> Iterator[Any]:
+        """The weights of a model folder, on the device and in the number type of the answers."""
         runtime = choose_runtime(self.recipe, count_weights(folder))
         # On a CPU the endpoint computes in float32, whatever the training did.
         dtype = torch.float32 if runtime.device == "cpu" else runtime.torch_dtype

@@ -29,6 +29,8 @@ import requests
 import yaml
 
 from phi3_tool.connection import ConnectionSettings
+from phi3_tool.embedders import FOLDER_VARIABLE
+from phi3_tool.index import INDEX_VARIABLE
 
 from .. import processes
 from ..errors import MissingExtraError, StageError
@@ -40,6 +42,8 @@ from .home import PF_MAIN, quiet_home
 READY_SECONDS = 120.0
 _POLL = 0.2
 _SHOWN_LINES = 8
+#: What finds the index and its embedder; the other PHI3_ variables would change the connection.
+_DOCUMENTS = (INDEX_VARIABLE, FOLDER_VARIABLE, "PHI3_EMBEDDINGS_KEY")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def chat_page(
         copy_flow(source, copy)
         _change_defaults(copy / "flow.dag.yaml", defaults)
         connection = connection_of(source.dag)
-        environment = _environment(folder, settings)
+        environment = page_environment(folder, settings)
         log = folder / "page.log"
         started: list[psutil.Popen] = []
         try:
@@ -178,9 +182,14 @@ def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
     path.write_text(yaml.safe_dump(dag, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
+def page_environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
+    """The environment of the page's processes: theirs is the Prompt flow home in `folder`."""
     home = quiet_home(folder)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PHI3_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PHI3_") or name in _DOCUMENTS
+    }
     return {
         **kept,
         **environment_of(settings),

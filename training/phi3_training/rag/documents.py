@@ -11,8 +11,9 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 from ..data.opening import BrokenFileError, open_text, table_encoding
@@ -20,9 +21,19 @@ from ..data.sources import no_note, rows_of
 from ..errors import MissingExtraError, Phi3TrainingError
 
 MAX_BYTES = 200 << 20
-#: Of a DOCX, unpacked: a real one of 1,000 pages has about 40 MB; a zip bomb has gigabytes.
+#: Of HTML: measured 13 MB of memory and 2 s for each MB.
+MAX_HTML = 32 << 20
+#: Of a DOCX, unpacked, with its pictures; a zip bomb has gigabytes.
 MAX_UNPACKED = 200 << 20
+#: Of its XML: 1,000 pages have about 10 MB. Measured with mammoth: 35 MB of memory for each MB.
+MAX_XML = 16 << 20
 _HIDDEN = re.compile(r"^[.~]|^__MACOSX$|\.tmp$")
+# Escape sequences would reach the terminal with every hit. Spaces, so that offsets stay.
+_CONTROL = dict.fromkeys(
+    [*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0)], " "
+)
+# A citation shows a file's name: no line ends, escapes, turned directions or broken UTF-8.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,8 @@ class UnreadableError(Exception):
 def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFault]]:
     """The files that are meant, by the name that a citation shows, and what is wrong with others.
 
-    A folder is read with its subfolders, in order of names; hidden files are left out, and links
-    that lead out of the folder are faults.
+    A folder is read with its subfolders, in order of names; hidden files are left out. Links that
+    lead out of the folder, and names that cannot be shown as one line of text, are faults.
     """
     files: dict[str, Path] = {}
     faults: list[DocumentFault] = []
@@ -95,6 +106,10 @@ def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFau
             files[source.name] = source
         else:
             faults.append(DocumentFault(str(source), "does not exist", "check the path"))
+    for name in [name for name in files if _UNSHOWN.search(name)]:
+        del files[name]
+        what = "has a character in its name that cannot be shown"
+        faults.append(DocumentFault(ascii(name)[1:-1], what, "rename it"))
     return files, faults
 
 
@@ -107,13 +122,16 @@ def read_sections(path: Path) -> Iterator[Section]:
     if reader is None:
         known = ", ".join(sorted(READERS))
         raise UnreadableError(f"files of the kind {path.suffix or '(none)'} are not read", known)
-    if path.stat().st_size > MAX_BYTES:
-        raise UnreadableError(f"has more than {MAX_BYTES >> 20} MB", "split it")
+    most = MAX_HTML if reader is _html else MAX_BYTES
+    if path.stat().st_size > most:
+        raise UnreadableError(f"has more than {most >> 20} MB", "split it")
     found = False
     for section in reader(path):
-        if section.text.strip():
+        text = section.text.translate(_CONTROL)
+        if text.strip():
             found = True
-            yield section
+            heading = tuple(title.translate(_CONTROL) for title in section.heading)
+            yield replace(section, text=text, heading=heading)
     if not found:
         raise UnreadableError(*_EMPTY.get(path.suffix.lower(), ("has no text", "remove it")))
 
@@ -151,34 +169,42 @@ def _plain(path: Path) -> Iterator[Section]:
     yield Section(_text_of(path), (), None, 0)
 
 
+_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 _HEADING = re.compile(r"^ {0,3}(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$")
 _FENCE = re.compile(r"^ {0,3}(```|~~~)")
 
 
 def _markdown(path: Path) -> Iterator[Section]:
     """One section per heading; lines that look like headings inside fenced code are text."""
+    text = _text_of(path)
     heading: list[str] = []
-    lines: list[str] = []
-    start = offset = 0
+    start = 0
     fence = ""
-    for line in _text_of(path).splitlines(keepends=True):
+    for found in _LINE.finditer(text):  # a list of short lines would take twenty times the file
+        line = found.group()
         border = _FENCE.match(line)
         if border:
             fence = "" if fence == border.group(1) else fence or border.group(1)
         title = None if fence else _HEADING.match(line.rstrip("\r\n"))
         if title:
-            yield Section("".join(lines), tuple(heading), None, start)
+            yield Section(text[start : found.start()], tuple(heading), None, start)
             level = len(title.group(1))
             heading = [*heading[: level - 1], title.group(2)]
-            lines, start = [], offset + len(line)
-        else:
-            lines.append(line)
-        offset += len(line)
-    yield Section("".join(lines), tuple(heading), None, start)
+            start = found.end()
+    yield Section(text[start:], tuple(heading), None, start)
+
+
+# Before the parser, whose time grows with the square of what is never closed (Python 3.11: 60 kB
+# of `<a <a <a …` took more than 20 s). Each of these runs once over the text.
+_UNSEEN = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\b[^<>]*>?|\Z)|<[!?][^>]*(?:>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_NO_TAG = re.compile(r"<(?![a-z/][^<>]*>)", re.IGNORECASE)
 
 
 class _Html(HTMLParser):
-    """Text of a page by headings; what a browser does not show is left out."""
+    """Text of a page by headings, a table row in a line; without what a browser does not show."""
 
     SKIPPED = frozenset(("script", "style", "template", "noscript", "svg", "head", "iframe"))
     BLOCKS = frozenset(
@@ -193,7 +219,10 @@ class _Html(HTMLParser):
         self.sections: list[Section] = []
         self._heading: list[str] = []
         self._title: list[str] | None = None
-        self._parts: list[str] = []
+        # In one buffer: as a list of pieces, a page took fifteen times its size.
+        self._text = StringIO()
+        self._cells = 0  # of the row so far
+        self._in_cell = False
         self._skip = 0
         self._length = 0
 
@@ -203,10 +232,13 @@ class _Html(HTMLParser):
         elif not self._skip and re.fullmatch("h[1-6]", tag):
             self._close()
             self._title = []
-        elif tag in self.BLOCKS:
-            self._parts.append("\n")
+        elif tag == "body":  # `</head>` may be left out
+            self._skip = 0
         elif tag in ("td", "th"):
-            self._parts.append(" | ")
+            self._write(" | " if self._cells else "")
+            self._cells, self._in_cell = self._cells + 1, True
+        elif tag in self.BLOCKS:
+            self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.SKIPPED:
@@ -215,29 +247,46 @@ class _Html(HTMLParser):
             title = " ".join("".join(self._title).split())
             self._heading = [*self._heading[: int(tag[1]) - 1], title]
             self._title = None
+        elif tag in ("td", "th"):
+            self._in_cell = False
         elif tag in self.BLOCKS:
-            self._parts.append("\n")
+            self._break(tag)
+
+    def _break(self, tag: str) -> None:
+        if tag in ("tr", "table"):
+            self._cells, self._in_cell = 0, False
+        # A paragraph inside a cell, as Word makes them, must not tear the row apart.
+        self._write(" " if self._in_cell or self._title is not None else "\n")
+
+    def _write(self, text: str) -> None:
+        if self._title is None:
+            self._text.write(text)
+        else:
+            self._title.append(text)
 
     def handle_data(self, data: str) -> None:
         if not self._skip:
-            (self._parts if self._title is None else self._title).append(data)
+            self._write(data)
 
     def close(self) -> None:
         super().close()
         self._close()
 
     def _close(self) -> None:
-        text = re.sub(r"[ \t\r\f\v]+", " ", "".join(self._parts))
+        if self._title is not None:  # a heading that was never closed is text
+            self._text.write("".join(self._title))
+            self._title = None
+        text = re.sub(r"[ \t\r\f\v]+", " ", self._text.getvalue())
         text = re.sub(r" ?\n[ \n]*", "\n", text).strip()
         if text:
             self.sections.append(Section(text, tuple(self._heading), None, self._length))
             self._length += len(text) + 1
-        self._parts = []
+        self._text = StringIO()
 
 
 def _html_sections(text: str) -> list[Section]:
     parser = _Html()
-    parser.feed(text)
+    parser.feed(_NO_TAG.sub("&lt;", _UNSEEN.sub(" ", text)))
     parser.close()
     return parser.sections
 
@@ -275,10 +324,14 @@ def _docx(path: Path) -> Iterator[Section]:
         raise MissingExtraError("mammoth", "local") from None
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MAX_UNPACKED:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > MAX_UNPACKED:
                 raise UnreadableError(
                     f"unpacks to more than {MAX_UNPACKED >> 20} MB", "save it without pictures"
                 )
+            xml = [member for member in members if member.filename.endswith((".xml", ".rels"))]
+            if sum(member.file_size for member in xml) > MAX_XML:
+                raise UnreadableError(f"has more than {MAX_XML >> 20} MB of XML", "split it")
     except zipfile.BadZipFile:
         raise UnreadableError("is not a DOCX file", "open it and save it as .docx") from None
     with path.open("rb") as file:
