@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-small.yaml
 
-.PHONY: up down rehearse test test-fast test-all coverage check bench lock clean
+AGENT := .venv-agent
+
+.PHONY: up down rehearse agent test test-fast test-all coverage check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -30,6 +32,14 @@ $(VENV)/.rehearsal: $(VENV)/.azure
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal]'
 	@touch $@
 
+# Agent Framework, in an environment of its own: Prompt flow needs an older opentelemetry.
+$(AGENT)/.agent: setup.py constraints/agent.txt
+	@test -x $(AGENT)/bin/python || $(PYTHON) -m venv $(AGENT)
+	@echo "Installing Agent Framework into $(AGENT), once …"
+	@$(AGENT)/bin/python -m pip --disable-pip-version-check install --quiet --quiet \
+	    --constraint constraints/agent.txt --editable '.[agent-ui,agent-rag]'
+	@touch $@
+
 # What the tests and checks need in addition, including the Azure SDKs.
 $(VENV)/.dev: $(VENV)/.up constraints/azure.txt
 	@echo "Installing the test tools …"
@@ -45,7 +55,10 @@ down: $(VENV)/.up
 rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse
 
-test: $(VENV)/.dev
+agent: $(AGENT)/.agent
+	@echo "Ready: phi3 agent chat"
+
+test: $(VENV)/.dev $(AGENT)/.agent
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 # For every save: no process is started, no model trained.
@@ -61,18 +74,20 @@ coverage: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract \
 	    --cov=phi3_tool --cov=phi3_training --cov=phi3_rehearsal --cov-report=term:skip-covered
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(AGENT)/.agent
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@MYPYPATH=tools:agents $(BIN)/mypy --package phi3_agent \
+	    --python-executable $(AGENT)/bin/python --follow-imports silent
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev
 	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done
 
-# Resolve both environments again.
+# Resolve the environments again.
 lock:
 	@sh constraints/lock.sh
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AGENT) runs .mypy_cache .pytest_cache .ruff_cache

@@ -106,11 +106,11 @@ def _announce(args: argparse.Namespace, url: str) -> None:
     else:
         console.out.print(f"Chat page: {url}", markup=False)
         console.err.print("Ctrl-C closes it.")
-    if not args.no_browser and _has_screen():
+    if not args.no_browser and has_screen():
         webbrowser.open(url)
 
 
-def _has_screen() -> bool:
+def has_screen() -> bool:
     """Whether there is a desktop for a browser; a text browser would take the terminal over."""
     if sys.platform in ("darwin", "win32"):
         return "SSH_CONNECTION" not in os.environ
@@ -220,7 +220,7 @@ def _say_which(args: argparse.Namespace, run: Run) -> None:
         console.err.print(f"Note: {remark}", markup=False, style="yellow")
 
 
-def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
+def settings_in(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
     """The same as one record, for clients that only know keys: an Entra token is the key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
@@ -259,7 +259,7 @@ def run_chat(args: argparse.Namespace) -> int:
         os.environ[INDEX_VARIABLE] = str(index_file(Run(args.runs / args.documents)).absolute())
         open_index(Path(os.environ[INDEX_VARIABLE]))  # reports a missing index before anything else
     if args.web:
-        return run_web(args, _settings(access, known), url)
+        return run_web(args, settings_in(access, known), url)
     if url != access.endpoint:
         known["dialect"] = None
     length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
@@ -362,7 +362,7 @@ def run_env(args: argparse.Namespace) -> int:
     access, known = access_of(args)
     if access.token_provider is not None:
         console.err.print("The endpoint uses Entra tokens; this one is valid for about an hour.")
-    values = environment_of(_settings(access, known))
+    values = environment_of(settings_in(access, known))
     if args.output == "json":
         console.print_json(values)
     else:
