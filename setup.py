@@ -140,6 +140,7 @@ setup(
         "phi3_rehearsal": ["py.typed"],
         "phi3_training": [
             "py.typed",
+            "agent/hosted_files/*",
             "evaluate/report.css",
             "evaluate/report.html",
             "flow/image_files/*",

@@ -61,7 +61,9 @@ async def outcome(row: Row, make: Make = shipped) -> dict[str, Any]:
     try:
         workflow, inputs = make(row)
         if row.get("stream"):
-            answer: Any = "".join([piece async for piece in stream_flow(workflow, inputs)])
+            pieces = [piece async for piece in stream_flow(workflow, inputs)]
+            # A converted flow's answer need not be text.
+            answer: Any = pieces[0] if len(pieces) == 1 else "".join(pieces)
         else:
             answer = await run_flow(workflow, inputs)
     except Exception as error:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..batch import PARAMETERS, read_lines
+from ..batch import INPUTS, read_lines
 from .golden import GoldenRow
-
-_INPUTS = ("input_data", "chat_history", "system_prompt", *PARAMETERS)
 
 
 def own_rows(path: Path, renamed: Mapping[str, str] | None = None) -> list[GoldenRow]:
@@ -17,7 +15,7 @@ def own_rows(path: Path, renamed: Mapping[str, str] | None = None) -> list[Golde
     rows = []
     for line in read_lines(path, renamed or {}):
         inputs: dict[str, Any] = {
-            name: line.columns[name] for name in _INPUTS if line.columns.get(name) is not None
+            name: line.columns[name] for name in INPUTS if line.columns.get(name) is not None
         }
         # Counted from 1, as an editor shows them.
         name = f"row {line.number + 1}"

@@ -5,12 +5,15 @@ One JSON object per line to its standard input, one per row from its standard ou
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from phi3_tool.errors import Phi3Error
@@ -109,3 +112,68 @@ def ask_both(
             raise each
         outcomes.append(each)
     return outcomes
+
+
+class RowProcess:
+    """A program that stays and answers rows from many threads at once; use it in a `with`."""
+
+    def __init__(self, program: Program) -> None:
+        self._name = program.name
+        self._process = subprocess.Popen(  # noqa: S603 - our own programs
+            program.command,
+            env=dict(program.environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._waiting: dict[str, Future[Outcome]] = {}
+        self._ended = False
+        threading.Thread(target=self._read, name="phi3-rows", daemon=True).start()
+
+    def ask(self, row: Mapping[str, Any]) -> Outcome:
+        """The row's outcome; raises StageError when the program has ended."""
+        with self._lock:
+            if self._ended:
+                raise self._gone()
+            number = str(next(self._numbers))
+            future = self._waiting[number] = Future()
+            pipe = self._process.stdin
+            if pipe is None:  # asked for above
+                raise self._gone()
+            try:
+                pipe.write(json.dumps({**row, "id": number}) + "\n")
+                pipe.flush()
+            except OSError:
+                raise self._gone() from None
+        return future.result()
+
+    def _read(self) -> None:
+        for text in self._process.stdout or ():
+            said = json.loads(text)
+            with self._lock:
+                future = self._waiting.pop(str(said["id"]))
+            future.set_result(Outcome.read(said))
+        with self._lock:
+            self._ended = True
+            lost = list(self._waiting.values())
+        for future in lost:
+            future.set_exception(self._gone())
+
+    def _gone(self) -> StageError:
+        return StageError(f"{self._name} has ended; its messages are above")
+
+    def __enter__(self) -> RowProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Rows that nobody waits for any more are not waited for either.
+        self._process.kill()
+        self._process.wait()

@@ -74,6 +74,37 @@ def register_agent(subparsers: Any) -> None:
     _add_address(ui, 8091)
     ui.add_argument("--no-browser", action="store_true", help="only print the page's address")
     _add_options(ui)
+    _add_pack(actions)
+
+
+def _add_pack(actions: Any) -> None:
+    pack = add_command(
+        actions,
+        "pack",
+        "write a folder for Foundry's hosted agents: container file, manifest, sources, no key",
+        "phi3 agent pack --name phi3-support --out dist",
+        run_pack,
+    )
+    pack.add_argument("--name", default="phi3-agent", help="the agent's name in Foundry")
+    pack.add_argument(
+        "--out", type=Path, default=Path("dist"), metavar="FOLDER", help="default: dist"
+    )
+
+
+def run_pack(args: argparse.Namespace) -> int:
+    """Pack; print what to do with it."""
+    from ..agent.pack import pack_agent
+
+    packed = pack_agent(args.out, args.name)
+    if args.output == "json":
+        console.print_json({"folder": packed.folder, "files": list(packed.files)})
+        return 0
+    console.out.print(f"Folder: {packed.folder} ({len(packed.files)} files)", markup=False)
+    console.out.print(
+        f"Next:   see {packed.folder / 'README.md'} (this project has not deployed one to Azure)",
+        markup=False,
+    )
+    return 0
 
 
 def _add_address(parser: argparse.ArgumentParser, port: int) -> None:

@@ -24,6 +24,7 @@ from phi3_tool.connection import (
     ConnectionSettings,
     environment_names_endpoint,
     is_loopback,
+    parse_address,
     same_endpoint,
 )
 from phi3_tool.entra import entra_tokens
@@ -39,7 +40,17 @@ from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 from phi3_tool.index import INDEX_VARIABLE, Hit, hits_of, open_index
 
 from .. import console
-from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
+from ..batch import (
+    INPUTS,
+    Answers,
+    Ask,
+    Tally,
+    asked_of,
+    asker,
+    read_lines,
+    run_batch,
+    verdict,
+)
 from ..current import is_current, remarks
 from ..errors import StageError, UsageError
 from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
@@ -458,7 +469,6 @@ def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
 
 
 CONCURRENCY = 64
-INPUTS = ("input_data", "chat_history", "system_prompt", "temperature", "top_p", "max_new_tokens")
 
 
 def register_batch(subparsers: Any) -> None:
@@ -505,6 +515,11 @@ def register_batch(subparsers: Any) -> None:
         help=f"lines in parallel (default {CONCURRENCY}; lowered automatically while the endpoint "
         f"throttles)",
     )
+    batch.add_argument(
+        "--agent",
+        action="store_true",
+        help="ask through the agent of `phi3 agent`: the same requests, the same answers",
+    )
     add_which_run(batch)
     batch.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     batch.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -517,7 +532,6 @@ def run_lines(args: argparse.Namespace) -> int:
     renamed = dict(args.map)
     lines = read_lines(args.data, renamed, lambda text: console.err.print(text, markup=False))
     access, known = access_of(args)
-    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
     defaults = {
         "system_prompt": args.system,
         "temperature": args.temperature,
@@ -525,12 +539,10 @@ def run_lines(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
     }
     out = args.out or args.data.with_suffix(".answers.jsonl")
-    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
-    with access.client(**known, max_retries=2) as client:
-        endpoint = portless(client.endpoint)
+    endpoint = portless(parse_address(access.endpoint, known.get("dialect")).shown)
+    with _asker_of(args, access, known, defaults) as ask:
         asked = asked_of(args.data, renamed, defaults, endpoint, args.details)
         answers = Answers(out, asked, resume=args.resume)
-        ask = asker(client.chat, defaults, length)
         with console.progress_bar("Batch") as step:
             tally = run_batch(
                 ask,
@@ -543,6 +555,23 @@ def run_lines(args: argparse.Namespace) -> int:
     _show(args, out, tally)
     verdict(tally, _again(args, out))
     return 0
+
+
+@contextmanager
+def _asker_of(
+    args: argparse.Namespace, access: Access, known: dict[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[Ask]:
+    """What asks a line: the client, or with --agent the agent in its own process."""
+    if args.agent:
+        from ..agent.asker import agent_asker
+
+        with agent_asker(settings_in(access, known), defaults) as ask:
+            yield ask
+        return
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
+    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
+    with access.client(**known, max_retries=2) as client:
+        yield asker(client.chat, defaults, length)
 
 
 def portless(endpoint: str) -> str:
@@ -576,6 +605,7 @@ def _again(args: argparse.Namespace, out: Path) -> str:
     words = ["phi3", "batch", str(args.data), "--out", str(out), "--resume"]
     words += [word for ours, theirs in args.map for word in ("--map", f"{ours}={theirs}")]
     words += ["--details"] if args.details else []
+    words += ["--agent"] if args.agent else []
     for option, value, default in (
         ("--run", args.run, None),
         ("--system", args.system, ""),
