@@ -37,7 +37,7 @@ $(AGENT)/.agent: setup.py constraints/agent.txt
 	@test -x $(AGENT)/bin/python || $(PYTHON) -m venv $(AGENT)
 	@echo "Installing Agent Framework into $(AGENT), once …"
 	@$(AGENT)/bin/python -m pip --disable-pip-version-check install --quiet --quiet \
-	    --constraint constraints/agent.txt --editable '.[agent-ui,agent-rag]'
+	    --constraint constraints/agent.txt --editable '.[agent-ui,agent-rag,agent-flows]'
 	@touch $@
 
 # What the tests and checks need in addition, including the Azure SDKs.
@@ -55,10 +55,17 @@ down: $(VENV)/.up
 rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse
 
+# What the agent's tests need in addition.
+$(AGENT)/.dev: $(AGENT)/.agent
+	@$(AGENT)/bin/python -m pip --disable-pip-version-check install --quiet --quiet \
+	    --constraint constraints/local.txt pytest
+	@touch $@
+
 agent: $(AGENT)/.agent
 	@echo "Ready: phi3 agent chat"
 
-test: $(VENV)/.dev $(AGENT)/.agent
+test: $(VENV)/.dev $(AGENT)/.dev
+	@$(AGENT)/bin/python -m pytest -q tests/agent
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 # For every save: no process is started, no model trained.

@@ -87,6 +87,8 @@ AGENT = [
 AGENT_UI = [*AGENT, "agent-framework-devui>=1.0.0b261022,<2"]
 # The question's vector, for `--rag` with an index that has vectors.
 AGENT_RAG = [*AGENT, "numpy>=2", "onnxruntime>=1.24", "tokenizers>=0.22"]
+# The prompt nodes of a converted flow.
+AGENT_FLOWS = [*AGENT, "jinja2>=3.1"]
 DEV = [
     "pytest>=8",
     "pytest-cov>=6",
@@ -159,6 +161,7 @@ setup(
         "agent": AGENT,
         "agent-ui": AGENT_UI,
         "agent-rag": AGENT_RAG,
+        "agent-flows": AGENT_FLOWS,
         "rehearsal": REHEARSAL,
         "dev": DEV,
     },

@@ -16,6 +16,6 @@ lock() { # NAME EXTRAS WORDS
 }
 lock local flow,local,dev laptop
 lock azure flow,local,azure,rehearsal,dev whole
-lock agent agent-ui,agent-rag agent
+lock agent agent-ui,agent-rag,agent-flows agent
 # What of the second an Azure ML job gets.
 "$work/azure/bin/python" constraints/trainer.py

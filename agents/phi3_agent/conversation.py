@@ -72,8 +72,8 @@ class FileConversations:
     to one session at once are not kept apart.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
         self._lock = threading.Lock()
 
     def read(self, session: str) -> Turns | None:

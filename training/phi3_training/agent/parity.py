@@ -24,7 +24,7 @@ from ..packages import installed
 from ..project import FLOW, RAG_FLOW, find
 from .environment import agent_python, command, environment
 from .golden import DOCUMENTS, FlowKind, GoldenRow
-from .recorder import Recorder, first_difference
+from .recorder import Recorder, Request, first_difference
 from .worker import Outcome, Program, ask_both
 
 PROMPT_FLOW, AGENT = "promptflow", "agent"
@@ -95,13 +95,17 @@ def compare(
         *theirs, ours = ask_both(programs)
         before = {number: outcome for each in theirs for number, outcome in each.items()}
         for number, row in names.items():
-            yield _compared(recorder, number, row.name, before.get(number), ours.get(number))
+            asked = (recorder.requests(PROMPT_FLOW, number), recorder.requests(AGENT, number))
+            yield compared(row.name, asked, (before.get(number), ours.get(number)))
 
 
-def _compared(
-    recorder: Recorder, number: str, name: str, flow: Outcome | None, agent: Outcome | None
+def compared(
+    name: str,
+    requests: tuple[Sequence[Request], Sequence[Request]],
+    outcomes: tuple[Outcome | None, Outcome | None],
 ) -> Compared:
-    asked, theirs = recorder.requests(PROMPT_FLOW, number), recorder.requests(AGENT, number)
+    """One row's comparison; in each pair Prompt flow comes first, then the agent."""
+    (asked, theirs), (flow, agent) = requests, outcomes
     if flow is None or agent is None:
         missing = " and ".join(
             side for side, each in (("Prompt flow", flow), ("the agent", agent)) if each is None
@@ -112,12 +116,8 @@ def _compared(
             return Compared(name, len(asked), f"request {place}: {found}")
     if len(asked) != len(theirs):
         return Compared(name, len(asked), f"{len(asked)} and {len(theirs)} requests")
-    return Compared(
-        name,
-        len(asked),
-        _outcome_difference(flow, agent),
-        str(flow.error["kind"]) if flow.error else "",
-    )
+    error = str(flow.error["kind"]) if flow.error else ""
+    return Compared(name, len(asked), _outcome_difference(flow, agent), error)
 
 
 def _outcome_difference(flow: Outcome, agent: Outcome) -> str:
