@@ -34,12 +34,13 @@ def agent_python(environ: Mapping[str, str] | None = None) -> Path:
         return Path(named)
     if importlib.util.find_spec(_PACKAGE) is not None:
         return Path(sys.executable)
-    inner = Path("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    for folder in dict.fromkeys((Path.cwd(), CLONE)):
-        # Made by `make agent`, and finished: an interrupted installation has the folder alone.
-        python = folder / FOLDER / inner
-        if python.is_file() and any((folder / FOLDER).glob(f"[Ll]ib*/**/{_PACKAGE}/__init__.py")):
-            return python
+    python, packages = "bin/python", "lib/python3*/site-packages"
+    if os.name == "nt":
+        python, packages = "Scripts/python.exe", "Lib/site-packages"
+    for folder in dict.fromkeys((Path.cwd() / FOLDER, CLONE / FOLDER)):
+        # An interrupted installation has the folder alone.
+        if (folder / python).is_file() and any(folder.glob(f"{packages}/{_PACKAGE}/__init__.py")):
+            return folder / python
     if (CLONE / "Makefile").is_file():
         fix = "make agent"
     else:
