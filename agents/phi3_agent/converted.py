@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from agent_framework import Executor, Workflow, WorkflowBuilder, WorkflowContext, handler
-from typing_extensions import Never
 
 from phi3_tool.asking import settings_of
 from phi3_tool.errors import ConfigurationError, Phi3Error, RequestRejectedError
@@ -129,7 +128,7 @@ class NodeExecutor(Executor):
         elif not streams or direct:
             await ctx.yield_output(value_of(self._flow.answer, new))
 
-    async def _pieces(self, pieces: Iterator[Any], ctx: WorkflowContext[Never, Any]) -> str:
+    async def _pieces(self, pieces: Iterator[Any], ctx: WorkflowContext[State, Any]) -> str:
         said = ""
         while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             said += piece

@@ -80,10 +80,15 @@ class Phi3Error(Exception):
         """The error that `facts` describes; an unknown kind becomes a plain Phi3Error."""
         kinds = {kind.__name__: kind for kind in Phi3Error.__subclasses__()}
         kind = kinds.get(str(facts.get("kind")), Phi3Error)
-        names = ("status", "inner_status", "reason", "request_id", "deployment")
-        error = kind(str(facts.get("message")), **{name: facts.get(name) for name in names})
-        error.attempts = int(facts.get("attempts") or 0)
-        return error
+        return kind(
+            str(facts.get("message")),
+            status=facts.get("status"),
+            inner_status=facts.get("inner_status"),
+            reason=facts.get("reason"),
+            request_id=facts.get("request_id"),
+            deployment=facts.get("deployment"),
+            attempts=int(facts.get("attempts") or 0),
+        )
 
 
 class ConfigurationError(Phi3Error):

@@ -47,8 +47,8 @@ class Compared:
         """For the report."""
         if self.difference:
             return self.difference
-        many = f"{self.requests} request{'s' * (self.requests != 1)}"
-        return f"{many}, same bytes; same {self.error or 'answer'}"
+        many = f"{self.requests} request{'s' * (self.requests != 1)}, same bytes"
+        return f"{many if self.requests else 'no request'}; same {self.error or 'answer'}"
 
 
 def compare(
