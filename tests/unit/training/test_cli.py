@@ -33,7 +33,8 @@ def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -
     "command",
     ["up", "plan", "status", "down", "train", "evaluate", "register", "deploy", "connect",
      "adapters", "rag make-chats", "rag compare", "chat", "env", "serve", "recipes", "data check",
-     "data fix", "data convert", "data prepare", "data show"],
+     "data fix", "data convert", "data prepare", "data show", "agent chat", "agent serve",
+     "agent ui", "agent pack", "flow to-agent"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]

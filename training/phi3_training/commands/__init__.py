@@ -88,6 +88,14 @@ GROUPS = (
         {"flow": "pack a flow for Foundry or Studio, push it, serve it, or build its container"},
     ),
     Group(
+        "agent",
+        "register_agent",
+        {
+            "agent": "the model on Microsoft Agent Framework: chat, serve, DevUI, a folder for "
+            "Foundry's hosted agents"
+        },
+    ),
+    Group(
         "models",
         "register_export",
         {"export": "convert the tuned model to another format and compare it with the original"},
