@@ -28,7 +28,9 @@ DEFAULT_RECIPES = {
 TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
 
 _OWN_RECIPE = "recipe.yaml"
-_NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc", "index.sqlite*")
+_NEVER = shutil.ignore_patterns(
+    "__pycache__", ".promptflow", "*.pyc", "index.sqlite*", "index.json"
+)
 
 
 def find(path: Path) -> Path:

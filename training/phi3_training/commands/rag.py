@@ -1,4 +1,4 @@
-"""`phi3 rag index | search | evaluate`: documents into an index, and how well it finds them."""
+"""`phi3 rag index | search | evaluate | down`: documents into an index, and what it finds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from rich.text import Text
 
 from phi3_tool.embedders import embedder_of
-from phi3_tool.index import QUERY_TYPES, DocumentIndex
+from phi3_tool.index import QUERY_TYPES, open_index
 
 from .. import console
 from ..errors import UsageError
 from ..project import RAG_FLOW
-from ..run import Run
+from ..run import Run, write_atomically
 from . import HELP
 from .common import add_command
 
@@ -36,10 +36,10 @@ def register_rag(subparsers: Any) -> None:
     index.add_argument(
         "sources",
         nargs="+",
-        type=Path,
         metavar="FOLDER | FILE",
         help="Markdown, text, HTML, PDF, DOCX, or passages in CSV or JSONL; "
-        "the index holds exactly these afterwards",
+        "the index holds exactly these afterwards. rag.store=azure_search "
+        "rag.search.endpoint=URL: in Azure AI Search as well (docs/azure-ai-search.md)",
     )
     index.add_argument(
         "--embedder",
@@ -90,6 +90,11 @@ def register_rag(subparsers: Any) -> None:
         help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
     )
     _add_run(evaluate)
+    down = add_command(
+        actions, "down", "delete the index that was made in Azure AI Search", "phi3 rag down",
+        run_down,
+    )  # fmt: skip
+    _add_run(down)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -103,13 +108,30 @@ def index_file(run: Run) -> Path:
     return run.path / "rag" / "index.sqlite"
 
 
+def search_file(run: Run) -> Path:
+    """Says where a run's passages are in Azure AI Search; missing where they are not there."""
+    return run.path / "rag" / "index.json"
+
+
+def index_of(run: Run) -> Path:
+    """What a run's questions are looked up in."""
+    elsewhere = search_file(run)
+    return elsewhere if elsewhere.is_file() else index_file(run)
+
+
 def run_index(args: argparse.Namespace) -> int:
     """Index documents into the run, and put a copy into the flow `phi3_rag_chat`."""
-    from ..rag.build import choose_embedder, publish, sync
+    from ..rag.azure_search import Store, destination, send
+    from ..rag.build import choose_embedder, sync
 
+    settings = [word for word in args.sources if word.startswith("rag.") and "=" in word]
+    sources = [Path(word) for word in args.sources if word not in settings]
+    if not sources:
+        raise UsageError("Name a folder or files to index")
     if args.embedder_folder and args.embedder not in ("auto", "onnx"):
         raise UsageError("--embedder-folder goes with --embedder onnx")
     run = Run.open(args.runs / args.run)
+    to = destination(search_file(run), Store.of(settings), args.run)
     with console.progress_bar("index") as progress:
         chosen = choose_embedder(
             args.embedder,
@@ -121,18 +143,21 @@ def run_index(args: argparse.Namespace) -> int:
         )
         synced = sync(
             index_file(run),
-            args.sources,
+            sources,
             chosen,
             progress,
             skip_unreadable=args.skip_unreadable,
             rebuild=args.rebuild,
         )
-    flow = RAG_FLOW if RAG_FLOW.is_dir() else None
-    if flow is not None:
-        publish(synced.path, flow / "index.sqlite")
+    sent = None
+    if to is not None:
+        with console.progress_bar("send") as progress:
+            sent = send(synced.path, to, progress, rebuild=args.rebuild)
+    copy = _publish(run)
     if args.output == "json":
         report = {**asdict(synced), "skipped": [str(fault) for fault in synced.skipped]}
-        console.print_json({**report, "flow": flow})
+        remote = {} if sent is None else {"azure_search": asdict(sent)}
+        console.print_json({**report, "flow": copy and copy.parent, **remote})
         return 0
     console.out.print(
         f"{synced.path}: {synced.documents} documents, {synced.passages} passages "
@@ -143,15 +168,57 @@ def run_index(args: argparse.Namespace) -> int:
     console.note(f"embedder: {chosen.reason}")
     for fault in synced.skipped:
         console.err.print(f"  skipped: {fault}", markup=False, style="yellow")
-    if flow is not None:
-        console.note(f"copied to {flow / 'index.sqlite'}, where the flow looks it up")
+    if sent is not None:
+        done = f"{sent.passages} passages sent, {sent.deleted} old ones deleted"
+        console.out.print(
+            f"{sent.endpoint}, index {sent.index}: "
+            f"{done if sent.passages else 'holds these passages already'}",
+            markup=False,
+        )
+        console.note("the service bills by the hour, empty or full; this command made the index")
+    if copy is not None:
+        console.note(f"copied to {copy}, where the flow looks it up")
     console.out.print("Look up:", 'phi3 rag search "a question"', markup=False)
+    return 0
+
+
+def _publish(run: Run) -> Path | None:
+    """Put what finds the run's passages into the flow's folder; where, None without a flow."""
+    from ..rag.build import publish
+
+    if not RAG_FLOW.is_dir():
+        return None
+    here, elsewhere = RAG_FLOW / "index.sqlite", RAG_FLOW / "index.json"
+    if search_file(run).is_file():
+        write_atomically(elsewhere, search_file(run).read_text(encoding="utf-8"))
+        here.unlink(missing_ok=True)
+        return elsewhere
+    publish(index_file(run), here)
+    elsewhere.unlink(missing_ok=True)
+    return here
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """Delete what was made in Azure AI Search; the SQLite file stays and answers again."""
+    from ..rag.azure_search import down
+
+    run = Run(args.runs / args.run)
+    if not search_file(run).is_file():
+        raise UsageError(f"The run {args.run} has no index in Azure AI Search")
+    line = down(search_file(run))
+    copy = _publish(run)
+    if args.output == "json":
+        console.print_json({"deleted": [line], "flow": copy and copy.parent})
+        return 0
+    console.out.print(line, markup=False)
+    console.note("the service itself was not made by phi3 and goes on billing")
+    console.note(f"questions are looked up in {index_file(run)} again")
     return 0
 
 
 def run_search(args: argparse.Namespace) -> int:
     """Show what a question finds."""
-    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    index = open_index(index_of(Run(args.runs / args.run)))
     embedder = None
     if args.query_type != "keyword":
         embedder = embedder_of(index.facts(), index.path)
@@ -179,7 +246,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from ..rag.figures import measure, read_questions
 
     questions = read_questions(args.questions)
-    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    index = open_index(index_of(Run(args.runs / args.run)))
     found = measure(index, embedder_of(index.facts(), index.path), questions)
     if args.output == "json":
         console.print_json(asdict(found))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phi3_tool.grounding import MIN_SCORE, MIN_WORDS_SCORE
-from phi3_tool.index import DocumentIndex, Embedder, Hit
+from phi3_tool.index import Embedder, Hit, PassageIndex
 
 from ..errors import UsageError
 
@@ -110,7 +110,7 @@ def _question(line: int, row: Any) -> Question:
 
 
 def measure(
-    index: DocumentIndex, embedder: Embedder | None, questions: Sequence[Question]
+    index: PassageIndex, embedder: Embedder | None, questions: Sequence[Question]
 ) -> Retrieval:
     """Look every question up and count. Raises UsageError where a `source` is not indexed."""
     answerable = [question for question in questions if question.answerable]
