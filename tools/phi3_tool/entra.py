@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 
 from .connection import ENTRA, ConnectionSettings
@@ -35,6 +36,8 @@ def entra_tokens(
         raise ConfigurationError(
             f"{who}, which needs the package azure-identity: pip install azure-identity"
         ) from None
+    # Without any handler Python prints its warnings, a page for a sign-in that is missing.
+    logging.getLogger("azure.identity").addHandler(logging.NullHandler())
     provider: Callable[[], str] = identity.get_bearer_token_provider(
         identity.DefaultAzureCredential(), scope
     )

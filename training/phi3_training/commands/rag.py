@@ -34,7 +34,7 @@ def register_rag(subparsers: Any) -> None:
         "phi3 rag index handbook/", run_index,
     )  # fmt: skip
     index.add_argument(
-        "sources",
+        "words",  # so named, they may also follow an option (cli.py)
         nargs="+",
         metavar="FOLDER | FILE",
         help="Markdown, text, HTML, PDF, DOCX, or passages in CSV or JSONL; "
@@ -124,8 +124,8 @@ def run_index(args: argparse.Namespace) -> int:
     from ..rag.azure_search import Store, destination, send
     from ..rag.build import choose_embedder, sync
 
-    settings = [word for word in args.sources if word.startswith("rag.") and "=" in word]
-    sources = [Path(word) for word in args.sources if word not in settings]
+    settings = [word for word in args.words if word.startswith("rag.") and "=" in word]
+    sources = [Path(word) for word in args.words if word not in settings]
     if not sources:
         raise UsageError("Name a folder or files to index")
     if args.embedder_folder and args.embedder not in ("auto", "onnx"):
@@ -175,7 +175,9 @@ def run_index(args: argparse.Namespace) -> int:
             f"{done if sent.passages else 'holds these passages already'}",
             markup=False,
         )
-        console.note("the service bills by the hour, empty or full; this command made the index")
+        console.note(
+            "it bills by the hour, empty or full; phi3 rag down deletes the index, not the service"
+        )
     if copy is not None:
         console.note(f"copied to {copy}, where the flow looks it up")
     console.out.print("Look up:", 'phi3 rag search "a question"', markup=False)
