@@ -27,7 +27,15 @@ from phi3_tool.grounding import grounded
 from phi3_tool.index import DocumentIndex, index_path, open_index
 from phi3_training.errors import StageError, UsageError
 from phi3_training.progress import no_progress
-from phi3_training.rag.azure_search import Destination, Sent, Store, destination, down, send
+from phi3_training.rag.azure_search import (
+    Destination,
+    Sent,
+    Store,
+    begin,
+    destination,
+    down,
+    send,
+)
 from phi3_training.rag.build import Chosen, sync
 
 from .search_service import KEY, SearchServiceStub
@@ -347,6 +355,9 @@ def test_a_file_that_names_no_index(tmp_path: Path, content: str, said: str) -> 
         (["rag.store=sqlite", "rag.search.endpoint=https://a"], "goes with"),
         (["rag.store=azure_search", "rag.serch.endpoint=x"], "known: rag.store"),
         (["rag.search.index=Not--Good"], "no index name"),
+        (["rag.search.create=yes"], "true or false"),
+        (["rag.search.create=true", "rag.search.endpoint=https://a"], "leave"),
+        (["rag.search.tier=huge"], "free, basic"),
     ],
 )
 def test_settings_that_cannot_be_meant(words: list[str], said: str) -> None:
@@ -370,6 +381,23 @@ def test_where_the_passages_go(tmp_path: Path) -> None:
     for other in (["rag.store=sqlite"], ["rag.search.endpoint=https://b.search.windows.net"]):
         with pytest.raises(UsageError, match="phi3 rag down"):
             destination(path, Store.of(other), "documents")
+
+
+def test_a_service_of_its_own_is_written_down_before_it_exists(tmp_path: Path) -> None:
+    path, database = tmp_path / "index.json", tmp_path / "index.sqlite"
+    (tmp_path / "a.txt").write_text("Unused goods come back.", "utf-8")
+    sync(database, [tmp_path / "a.txt"], Chosen(None, {}, ""), no_progress)
+    create = Store.of(["rag.store=azure_search", "rag.search.create=true"])
+    to = destination(path, create, "documents", lambda name: f"/subscriptions/1/{name}")
+    assert to is not None
+    assert to.service.endpoint == f"https://{to.index}.search.windows.net"
+    assert begin(database, to)
+    for again in (Store.of([]), create):
+        known = destination(path, again, "documents")
+        assert known is not None
+        assert (known.index, known.service_id) == (to.index, f"/subscriptions/1/{to.index}")
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "content": "x"}), "utf-8")
+    assert not begin(database, to)  # all of it is there
 
 
 def test_addresses_that_a_key_must_not_go_to() -> None:

@@ -37,17 +37,27 @@ _BATCH_BYTES = 4_000_000
 _PAGE = 1000  # ids in an answer, the most that the service sends
 _TRIES = 6  # of a document that was refused for now
 _SHOWN = 20
+_LONGEST_SERVICE = 60  # characters of a service's name
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){1,127}")
-_KEYS = ("rag.store", "rag.search.endpoint", "rag.search.index")
+_KEYS = (
+    "rag.store",
+    "rag.search.endpoint",
+    "rag.search.index",
+    "rag.search.create",
+    "rag.search.tier",
+)
+TIERS = ("free", "basic", "standard", "standard2", "standard3")
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where the passages are to be: `rag.store`, `rag.search.endpoint`, `rag.search.index`."""
+    """Where the passages are to be: `rag.store`, and `rag.search.*`."""
 
     kind: str = ""  # empty: where they are now
     endpoint: str = ""
     index: str = ""
+    create: bool = False  # a service of the run's own
+    tier: str = "basic"
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Store:
@@ -60,16 +70,24 @@ class Store:
         endpoint, index = (given.get(f"rag.search.{name}", "") for name in ("endpoint", "index"))
         if kind not in ("", "sqlite", STORE):
             faults.append(f"rag.store is sqlite or {STORE}, not {kind!r}")
-        if (endpoint or index) and kind == "sqlite":
+        if kind == "sqlite" and len(given) > 1:
             faults.append(f"rag.search.* goes with rag.store={STORE}")
         if index and not _NAME.fullmatch(index):
             faults.append(
                 f"rag.search.index {index!r} is no index name: 2 to 128 lower-case letters, "
                 "digits and single dashes, no dash at the ends"
             )
+        create = given.get("rag.search.create", "false")
+        if create not in ("true", "false"):
+            faults.append(f"rag.search.create is true or false, not {create!r}")
+        if create == "true" and endpoint:
+            faults.append("rag.search.create makes a service; leave rag.search.endpoint out")
+        tier = given.get("rag.search.tier", "basic")
+        if tier not in TIERS:
+            faults.append(f"rag.search.tier is one of {', '.join(TIERS)}, not {tier!r}")
         if faults:
             raise UsageError("\n".join(faults))
-        return cls(kind, endpoint, index)
+        return cls(kind, endpoint, index, create == "true", tier)
 
 
 @dataclass(frozen=True)
@@ -86,18 +104,25 @@ class Sent:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where `send` sends to, and the small file that says so."""
+    """Where `send` sends to, and the small file that says so.
+
+    `service_id` is the ARM id of a service that was created for the run, else empty.
+    """
 
     path: Path
     service: SearchService
     index: str
+    service_id: str = ""
 
 
-def destination(path: Path, store: Store, run: str) -> Destination | None:
+def destination(
+    path: Path, store: Store, run: str, service_id: Callable[[str], str] = str
+) -> Destination | None:
     """Where the passages of a run go besides its SQLite file; None where they stay there alone.
 
-    Without `store.kind` that is where `path` says they are. Asks nothing over the network. Raises
-    UsageError where no address is known, or where they are already elsewhere.
+    Without `store.kind` that is where `path` says they are. `service_id` gives the ARM id for the
+    name of a service that is to be created. Asks nothing over the network. Raises UsageError where
+    no address is known, or where they are already elsewhere.
     """
     known = read_settings(path) if path.is_file() else {}
     elsewhere = f"The passages of this run are in {known.get('index')} at {known.get('endpoint')}"
@@ -105,19 +130,24 @@ def destination(path: Path, store: Store, run: str) -> Destination | None:
     if store.kind == "sqlite" and known:
         raise UsageError(move)
     if store.kind != STORE and not known:
-        if store.endpoint or store.index:
+        if store.endpoint or store.index or store.create:
             raise UsageError(f"rag.search.* goes with rag.store={STORE}; add that")
         return None
-    if not (store.endpoint or known):
+    if not (store.endpoint or store.create or known):
         raise UsageError(
-            f"rag.store={STORE} needs the service's address: "
-            "rag.search.endpoint=https://NAME.search.windows.net"
+            f"rag.store={STORE} needs the service's address, "
+            "rag.search.endpoint=https://NAME.search.windows.net, or rag.search.create=true to "
+            "create one that bills until: phi3 rag down"
         )
-    service = SearchService(store.endpoint or known["endpoint"])
     index = store.index or known.get("index") or _new_name(run)
+    if store.create and not known:
+        name = index if len(index) <= _LONGEST_SERVICE else _new_name(run)
+        address = f"https://{name}.search.windows.net"
+        return Destination(path, SearchService(address), index, service_id(name))
+    service = SearchService(store.endpoint or known["endpoint"])
     if known and (known["endpoint"], known["index"]) != (service.endpoint, index):
         raise UsageError(move)
-    return Destination(path, service, index)
+    return Destination(path, service, index, known.get("service_id", ""))
 
 
 def send(
@@ -141,13 +171,7 @@ def send(
             with closing(sqlite3.connect(database, isolation_level=None)) as opened:
                 opened.execute("BEGIN")  # one generation, whatever is written meanwhile
                 facts = dict(opened.execute("SELECT key, value FROM meta"))
-                settings = {
-                    **facts,
-                    "store": STORE,
-                    "endpoint": service.endpoint,
-                    "index": to.index,
-                    "content": _content(opened),
-                }
+                settings = _settings(to, opened, facts)
                 started_over = _ensure(to, settings, rebuild=rebuild)
                 sent = deleted = 0
                 if started_over or known != settings:
@@ -160,10 +184,40 @@ def send(
     return Sent(to.path, service.endpoint, to.index, sent, deleted, seconds)
 
 
-def down(path: Path, *, service: SearchService | None = None) -> str:
-    """Delete the index that `path` names, if it was made here; a line that says what was done.
+def begin(database: Path, to: Destination) -> bool:
+    """Write down where the passages will be, before anything is created there.
 
-    The service stays: it was not made here. Raises UsageError where the index is somebody else's.
+    False where they were sent before: then all of it is there. `phi3 rag down` finds what a killed
+    process had created.
+    """
+    known = read_settings(to.path) if to.path.is_file() else {}
+    if known.get("content"):
+        return False
+    with closing(sqlite3.connect(database)) as opened:
+        facts = dict(opened.execute("SELECT key, value FROM meta"))
+        _write(to.path, {**_settings(to, opened, facts), "content": ""})
+    return True
+
+
+def _settings(
+    to: Destination, database: sqlite3.Connection, facts: dict[str, str]
+) -> dict[str, str]:
+    """What the small file says once the passages are there."""
+    made = {"service_id": to.service_id} if to.service_id else {}
+    return {
+        **facts,
+        "store": STORE,
+        "endpoint": to.service.endpoint,
+        "index": to.index,
+        **made,
+        "content": _content(database),
+    }
+
+
+def down(path: Path, *, service: SearchService | None = None) -> str:
+    """Delete the index that `path` names; a line that says what was done.
+
+    The service stays. Raises UsageError where the index was not made here.
     """
     settings = read_settings(path)
     service = service or SearchService(settings["endpoint"])
