@@ -25,6 +25,7 @@ from phi3_tool.errors import (
 )
 from phi3_tool.grounding import grounded
 from phi3_tool.index import DocumentIndex, index_path, open_index
+from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
 from phi3_training.progress import no_progress
 from phi3_training.rag.azure_search import (
@@ -420,3 +421,42 @@ def test_retry_after() -> None:
 def test_the_share_of_words_forgives_endings() -> None:
     document = {"heading": "Tents | Care", "text": "Dry it before storing; batteries apart."}
     assert share_of_words(["tent", "stored", "battery", "moon"], document) == 0.75
+
+
+def test_the_commands(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Index, unchanged, search, and back to the SQLite file; the flow's folder follows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHI3_SEARCH_KEY", KEY)
+    flow = tmp_path / "flows" / "phi3_rag_chat"
+    flow.mkdir(parents=True)
+    there = f"rag.search.endpoint={shop.service.endpoint}"
+    index = ["rag", "index", "handbook", "--embedder", "none"]
+
+    assert main([*index, "rag.store=azure_search", there]) == 0
+    assert main(index) == 0
+    assert "4 passages sent" in (printed := capsys.readouterr().out)
+    assert "holds these passages already" in printed
+    assert [file.name for file in flow.iterdir()] == ["index.json"]
+    assert main(["rag", "search", "refund for unused goods", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["metadata"]["source"].endswith("returns.txt")
+    assert shop.service.sent("search.post.search")
+    assert main(["rag", "down"]) == 0
+    assert shop.service.indexes == {}
+    assert [file.name for file in flow.iterdir()] == ["index.sqlite"]
+    assert main(["rag", "search", "refund"]) == 0
+
+
+def test_a_service_that_bills_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "runs" / "documents" / "rag" / "index.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({**SETTINGS, "service_id": "/subscriptions/1/x"}), "utf-8")
+    for command in (["status"], ["down"], ["down", "documents"]):
+        assert main(command) == 0
+        assert "phi3 rag down --run documents" in capsys.readouterr().out
+    assert main(["down", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"stopped": [], "broken": []}
