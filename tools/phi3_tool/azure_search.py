@@ -24,9 +24,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from .connection import is_loopback
+import requests
+
+from .connection import Address, is_loopback
+from .credentials import clean_secret
 from .entra import entra_tokens
 from .errors import (
     AuthenticationError,
@@ -36,6 +38,7 @@ from .errors import (
     one_line,
 )
 from .index import FORMAT, Embedder, Hit, check_embedder, check_query, question_words, score_of
+from .transport import new_session
 
 API_VERSION = "2026-04-01"
 SCOPE = "https://search.azure.com/.default"
@@ -65,22 +68,28 @@ class SearchService:
         key: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(endpoint.strip())
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        match = re.fullmatch(
+            r"(https?)://([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?/*", endpoint.strip()
+        )
+        if match is None:
             raise ConfigurationError(
                 f"The search endpoint {endpoint!r} is not an address; expected something like "
                 "https://NAME.search.windows.net"
             )
-        if parts.scheme == "http" and not is_loopback(parts.hostname):
-            raise ConfigurationError(
-                f"The key would go over plain http to {parts.hostname}; use https"
-            )
-        self.endpoint = f"{parts.scheme}://{parts.netloc}"
-        self._key = key or os.environ.get(KEY_VARIABLE, "").strip()
+        loopback = is_loopback(match[2].strip("[]"))
+        if match[1] == "http" and not loopback:
+            raise ConfigurationError(f"The key would go over plain http to {match[2]}; use https")
+        self.endpoint = match[0].rstrip("/")
+        key = key or os.environ.get(KEY_VARIABLE, "").strip()
+        self._key = clean_secret(key, f"key ({KEY_VARIABLE})") if key else ""
         self._token: Callable[[], str] | None = None
         self._sleep = sleep
-        self._session: Any = None
+        self._session = new_session(Address(self.endpoint, self.endpoint, "score", loopback))
         self._lock = threading.Lock()
+
+    def sign_in_with(self, token: Callable[[], str]) -> None:
+        """Send tokens of this provider, in place of a key or of what azure-identity finds."""
+        self._key, self._token = "", token
 
     def call(
         self,
@@ -97,11 +106,6 @@ class SearchService:
         is sent. Raises AuthenticationError, RequestRejectedError or ServiceError with the
         service's own words.
         """
-        import requests
-
-        with self._lock:
-            if self._session is None:
-                self._session = requests.Session()
         reason = ""
         for attempt in range(_TRIES):
             wait = min(2.0**attempt, _WAIT_SECONDS)

@@ -37,6 +37,7 @@ class SearchServiceStub:
         self.refused: list[str] = []  # why a request got a 400
         self.trouble: Callable[[str, str], Answer | None] = lambda _method, _path: None
         self.fails: Callable[[Mapping[str, Any]], tuple[int, str] | None] = lambda _action: None
+        self.accepts_key = True
         self._tells_parts = tells_parts
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -91,7 +92,8 @@ class SearchServiceStub:
         self.seen.append((method, parts.path, body))
         if (made := self.trouble(method, parts.path)) is not None:
             return made
-        if headers.get("api-key") != KEY and headers.get("Authorization") != f"Bearer {KEY}":
+        by_key = self.accepts_key and headers.get("api-key") == KEY
+        if not by_key and headers.get("Authorization") != f"Bearer {KEY}":
             return _error(403, "Access denied")
         if parse_qs(parts.query) != {"api-version": ["2026-04-01"]}:
             return self._refuse("api-version")

@@ -402,9 +402,31 @@ def test_a_service_of_its_own_is_written_down_before_it_exists(tmp_path: Path) -
 
 
 def test_addresses_that_a_key_must_not_go_to() -> None:
-    for endpoint, said in (("a.search.windows.net", "not an address"), ("http://a.b", "https")):
+    for endpoint, said in (
+        ("a.search.windows.net", "not an address"),
+        ("https://user:password@a.search.windows.net", "not an address"),
+        ("http://a.b", "use https"),
+    ):
         with pytest.raises(ConfigurationError, match=said):
             SearchService(endpoint)
+
+
+def test_neither_a_netrc_entry_nor_a_proxy_comes_between(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n", "utf-8")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    shop.service.accepts_key = False  # tokens alone, in the header that netrc would replace
+    service = shop.client()
+    service.sign_in_with(lambda: KEY)
+    assert service.call("GET", "/indexes('none')", may_miss=True) is None
+
+
+def test_a_key_that_is_no_key_is_not_quoted() -> None:
+    with pytest.raises(ConfigurationError, match="PHI3_SEARCH_KEY") as caught:
+        SearchService("https://a.search.windows.net", key="planted\nkey")
+    assert "planted" not in str(caught.value)
 
 
 def test_retry_after() -> None:
