@@ -29,6 +29,18 @@ def test_no_server_no_key() -> None:
     assert asyncio.run(asked_while_open(os.getppid())) is None
 
 
+def test_a_name_that_is_taken_stops_no_server() -> None:
+    """Containers that share a network share these names, and may repeat process ids."""
+
+    async def twice() -> None:
+        first = await keyholder.offer("one")
+        assert first is not None
+        async with first:
+            assert await keyholder.offer("two") is None
+
+    asyncio.run(twice())
+
+
 def test_another_user_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither side trusts another user: here this process takes itself for one."""
     real = os.geteuid()

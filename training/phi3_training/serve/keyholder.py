@@ -20,7 +20,11 @@ _LONGEST = 65536  # bytes of a key
 
 
 async def offer(key: str) -> asyncio.Server | None:
-    """Hand `key` to whoever asks as this user, until the result is closed; None: not on Linux."""
+    """Hand `key` to whoever asks as this user, until the result is closed.
+
+    None where that is not possible: not on Linux, or another container that shares this one's
+    network has a server with the same process id.
+    """
     if sys.platform != "linux":
         return None
 
@@ -30,7 +34,10 @@ async def offer(key: str) -> asyncio.Server | None:
             writer.write(key.encode())
         writer.close()
 
-    return await asyncio.start_unix_server(answer, _name(os.getpid()))
+    try:
+        return await asyncio.start_unix_server(answer, _name(os.getpid()))
+    except OSError:
+        return None
 
 
 def ask(pid: int) -> str | None:

@@ -160,9 +160,17 @@ class LocalTarget:
         return connect(endpoint, key, section.name, section.dialect, run=run.name)
 
     def is_connected(self, run: Run) -> bool:
-        """Yes: the run's own connection stays, whichever run is the current one."""
-        del run
-        return True
+        """Whether the run's own connection is in the store and leads to its endpoint."""
+        from ..flow.store import read_connection
+
+        manifest = run.require(ConnectionManifest)
+        try:
+            stored, _key = read_connection(manifest.own or manifest.name)
+        except (
+            StageError
+        ):  # deleted by hand, or its keyring is gone: `connect` says so, or heals it
+            return False
+        return same_endpoint(stored, run.require(EndpointManifest).endpoint)
 
     def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
         """The answer through the stored connection; without Prompt flow, the endpoint's own."""
