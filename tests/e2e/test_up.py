@@ -147,17 +147,16 @@ def test_registered_model_loads_and_answers_the_same(journey: Journey) -> None:
     assert answers == [manifest(journey, "answer")["answer"]]
 
 
-def test_interrupted_between_deploy_and_connect(journey: Journey) -> None:
-    """The key of that endpoint is gone with the process: a new endpoint is started."""
+def test_deleted_connections_are_written_again(journey: Journey) -> None:
+    """The server still has its key: the same endpoint is connected."""
     first = manifest(journey, "endpoint")
-    (journey.run_folder / "connection.json").unlink()
     for name in ("phi3_connection", "phi3_connection_phi3-tiny"):
         journey.laptop.run("pf", "connection", "delete", "--yes", "--name", name)
 
     done = journey.laptop.run(*UP, PHI3_KEY=PLANTED_KEY)
 
     assert done.returncode == 0, done.stderr
-    assert manifest(journey, "endpoint")["pid"] != first["pid"]
+    assert manifest(journey, "endpoint")["pid"] == first["pid"]
     assert manifest(journey, "connection")["endpoint"] == manifest(journey, "endpoint")["endpoint"]
 
 

@@ -78,7 +78,7 @@ def look_up(
 ) -> list[dict[str, Any]]:
     """The passages for a question as `{text, score, metadata}`, best first.
 
-    `index` names the file, else $PHI3_INDEX, else `index.sqlite` in `folder`. Raises as
+    `index` names the file, else $PHI3_INDEX, else the one in `folder` (`index_path`). Raises as
     `DocumentIndex.search` does.
     """
     opened = open_index(index_path(index, folder))

@@ -49,6 +49,12 @@ def stage_done(title: str, text: str, seconds: float | None, *, good: bool = Tru
     err.print(f"  [dim]{took}[/]")
 
 
+def stage_left_out(title: str, why: str) -> None:
+    """One line for a stage that cannot be done here and that the others do not need."""
+    err.print(f"[dim]–[/] [bold]{title:<10}[/] ", end="")
+    err.print(f"left out: {why}", markup=False)
+
+
 def note(text: str) -> None:
     """A line under a stage: a choice and its reason."""
     err.print(f"             {text}", style="dim", markup=False)

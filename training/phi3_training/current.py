@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .manifests import ConnectionManifest, EndpointManifest, ModelManifest, RolloutManifest
+from .packages import has_prompt_flow
 from .run import Run, write_atomically
 
 _FILE = ".current"
@@ -43,7 +44,7 @@ def make_current(run: Run) -> None:
     Raises StoreError where the connection belongs to somebody else or its key is lost.
     """
     manifest = run.read(ConnectionManifest)
-    if manifest is not None and manifest.own is not None:
+    if manifest is not None and manifest.own is not None and has_prompt_flow():
         from .flow.store import copy_connection
 
         copy_connection(manifest.own, manifest.name)

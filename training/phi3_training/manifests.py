@@ -339,6 +339,7 @@ class AnswerManifest(Manifest):
     question: str
     answer: str
     asked_through: Sequence[str] = ()  # on Azure: the places of the connections
+    through_flow: bool = True  # False: of the endpoint itself, where Prompt flow is missing
 
 
 class ProvisionManifest(Manifest):

@@ -37,7 +37,9 @@ _SAMPLES = (
     "handbook_questions.jsonl",
     "handbook_changes.json",
 )
-_NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc", "index.sqlite*")
+_NEVER = shutil.ignore_patterns(
+    "__pycache__", ".promptflow", "*.pyc", "index.sqlite*", "index.json"
+)
 
 
 def find(path: Path) -> Path:

@@ -24,6 +24,7 @@ from .manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
+from .packages import ADD_PROMPT_FLOW, NO_PROMPT_FLOW, has_prompt_flow
 from .run import Run
 from .targets import CloudTarget
 
@@ -182,6 +183,9 @@ def _was_forced(before: EndpointManifest | None, model: str | None, run: Run) ->
 
 
 def _answer_summary(manifest: AnswerManifest) -> str:
+    if not manifest.through_flow:
+        flow = f"the flow, which Prompt flow runs; add it with: {ADD_PROMPT_FLOW}"
+        return f"{manifest.question!r} answered by the endpoint itself; left out: {flow}"
     places = ", ".join(manifest.asked_through)
     through = f"the connection of {places}" if places else "the flow"
     return f"{manifest.question!r} answered through {through}"
@@ -274,6 +278,7 @@ STAGES: tuple[Stage[Any], ...] = (
         work=lambda j: j.target.connect(j.recipe, j.run, j.progress),
         summary=lambda manifest: f"Prompt flow connection {manifest.name}",
         still_good=lambda j, _manifest: j.target.is_connected(j.run),
+        left_out=lambda j: "" if j.in_cloud or has_prompt_flow() else NO_PROMPT_FLOW,
     ),
     Stage(
         AnswerManifest,
@@ -282,6 +287,8 @@ STAGES: tuple[Stage[Any], ...] = (
         inputs=lambda j: j.recipe.ask,
         work=lambda j: j.target.ask(j.flow, j.recipe, j.run, j.progress),
         summary=_answer_summary,
+        # Asked through the flow as soon as there is one.
+        still_good=lambda _journey, manifest: manifest.through_flow or not has_prompt_flow(),
     ),
 )
 

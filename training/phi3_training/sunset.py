@@ -160,7 +160,7 @@ TABLE = (
         "use the Agent Framework",
     ),
     Sunset(
-        "Azure API versions 2020-02-02 to 2024-04-01, called by --on azure",
+        "Azure API versions 2020-02-02 to 2026-04-01, called by --on azure and rag.store",
         None,
         f"{_DOCS}/azure-docs/issues/120309",
         "nothing to do",

@@ -357,12 +357,18 @@ class Embeddings(BaseHTTPRequestHandler):
         pass
 
 
-def test_endpoint_embedder_keeps_order_and_waits_when_throttled() -> None:
+def test_endpoint_embedder_keeps_order_and_waits_when_throttled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Embeddings)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         base = f"http://127.0.0.1:{server.server_port}/v1"
+        # Neither a netrc entry in place of the key, nor a proxy on the way to this machine.
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n", "utf-8")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         embedder = EndpointEmbedder(base, "tiny", "planted-embeddings-key")
         assert embedder.dimension == 2
         np.testing.assert_allclose(embedder.embed(["a", "bbb"]), [[1, 0], [1, 0]])

@@ -21,7 +21,8 @@ from ..run import Run
 from . import HELP
 from .chat import access_of, has_screen, settings_in, streaming_url
 from .common import add_command, add_on, add_which_run
-from .rag import DEFAULT_RUN, index_file
+from .rag import index_of
+from .rag_compare import DEFAULT_DOCUMENTS
 
 #: Conversations of `phi3 agent chat --session`, in the folder of the runs.
 SESSIONS = Path(".agent/sessions")
@@ -125,9 +126,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--documents",
-        default=DEFAULT_RUN,
+        default=DEFAULT_DOCUMENTS,
         metavar="NAME",
-        help=f"with --rag: which, as `phi3 rag index --run NAME` (default: {DEFAULT_RUN})",
+        help=f"with --rag: which, as `phi3 rag index --run NAME` (default: {DEFAULT_DOCUMENTS})",
     )
     parser.add_argument(
         "--trace",
@@ -172,7 +173,7 @@ def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = 
 
     more = {}
     if args.rag:
-        index = index_file(Run(args.runs / args.documents)).absolute()
+        index = index_of(Run(args.runs / args.documents)).absolute()
         open_index(index)  # reports a missing index before anything else
         more[INDEX_VARIABLE] = str(index)
     started = command(python, [*words, *_options(args), *(last or [])])

@@ -54,6 +54,7 @@ from ..batch import (
 from ..current import is_current, remarks
 from ..errors import StageError, UsageError
 from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
+from ..packages import has_prompt_flow
 from ..project import FLOW, RAG_FLOW, find
 from ..run import Run
 from ..targets import HERE, Access, get_target, target_of
@@ -68,7 +69,7 @@ from .common import (
     has_model_here,
     journey_of,
 )
-from .rag import index_file
+from .rag import index_of
 from .rag_compare import DEFAULT_DOCUMENTS, add_compare, run_chat_compare
 
 # `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
@@ -242,12 +243,16 @@ def settings_in(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
 
 def _local_settings(run: Run) -> ConnectionSettings:
     from ..flow.store import stored_connection
+    from ..targets.local import settings_from_server
 
     again = f"phi3 up --run {run.name}"
-    manifest = run.require(ConnectionManifest)
-    name = manifest.own or manifest.name
+    run.require(ConnectionManifest if has_prompt_flow() else EndpointManifest)
     if get_target(HERE).status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
+    if not has_prompt_flow():
+        return settings_from_server(run)
+    manifest = run.require(ConnectionManifest)
+    name = manifest.own or manifest.name
     settings = ConnectionSettings.from_connection(stored_connection(name))
     if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
         raise StageError(
@@ -272,7 +277,7 @@ def run_chat(args: argparse.Namespace) -> int:
     url = streaming_url(access.endpoint)
     if args.rag:
         # The flow on the chat page looks here as well.
-        os.environ[INDEX_VARIABLE] = str(index_file(Run(args.runs / args.documents)).absolute())
+        os.environ[INDEX_VARIABLE] = str(index_of(Run(args.runs / args.documents)).absolute())
         open_index(Path(os.environ[INDEX_VARIABLE]))  # reports a missing index before anything else
     if args.web:
         return run_web(args, settings_in(access, known), url)

@@ -14,6 +14,7 @@ from .. import console, sunset
 from ..current import all_runs
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
+from ..packages import has_prompt_flow
 from ..project import FLOW, find
 from . import HELP
 from .common import add_command, current_run, tuned_run
@@ -112,10 +113,16 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _run_checks(args: argparse.Namespace) -> int:
     from ..doctor import Setup, examine, unfinished_rollouts
+    from ..targets.local import settings_from_server
 
     if args.timeout <= 0:
         raise UsageError("--timeout must be a number of seconds above 0")
-    setup = Setup(flow=args.flow or find(FLOW), connection=_connection(args), seconds=args.timeout)
+    setup = Setup(
+        flow=args.flow or find(FLOW),
+        connection=_connection(args),
+        seconds=args.timeout,
+        without_store=lambda: settings_from_server(current_run(args)),
+    )
     runs = [current_run(args)] if args.run else all_runs(args.runs)
     return _report(args, chain(examine(setup), unfinished_rollouts(runs)))
 
@@ -193,7 +200,7 @@ def _run_agent(args: argparse.Namespace) -> int:
 
 def _connection(args: argparse.Namespace) -> str | None:
     """The name given, or the named run's; None lets the flow say."""
-    if args.connection or not args.run:
+    if args.connection or not args.run or not has_prompt_flow():
         name: str | None = args.connection
         return name
     run = current_run(args)

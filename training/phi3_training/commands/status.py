@@ -6,14 +6,17 @@ import argparse
 import os
 from typing import Any
 
+from phi3_tool.errors import Phi3Error
+
 from .. import console
 from ..current import all_runs
-from ..errors import StageError, UsageError
+from ..errors import Phi3TrainingError, StageError, UsageError
 from ..manifests import EndpointManifest
 from ..run import Run
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import add_command, add_on, add_rehearse, named_run
+from .rag import services_of, take_down
 from .up import state_of
 
 
@@ -63,7 +66,15 @@ def run_status(args: argparse.Namespace) -> int:
         console.out.print(_no_runs(args), markup=False)
     for state in states if args.output == "text" else []:
         _show_state(state)
+    if args.output == "text" and args.run is None and args.on in (None, "azure"):
+        for run in services_of(args.runs):
+            console.out.print(_bills(run), markup=False)
     return 0
+
+
+def _bills(run: Run) -> str:
+    command = f"phi3 rag down --run {run.name}"
+    return f"{run.name}: an Azure AI Search service that bills by the hour; delete it: {command}"
 
 
 def _no_runs(args: argparse.Namespace) -> str:
@@ -103,7 +114,9 @@ def _show_state(state: dict[str, Any]) -> None:
 def run_down(args: argparse.Namespace) -> int:
     """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
-    runs = _runs(args, name)
+    # Documents have no journey: their run has no stage, and no place on Azure but its service.
+    services = [run for run in services_of(args.runs) if name in (None, run.name)]
+    runs = [] if services and name is not None else _runs(args, name)
     if args.on is None and name is None:
         here = [run for run in runs if is_here(run)]
         away = [run.name for run in runs if run not in here and run.read(EndpointManifest)]
@@ -115,12 +128,21 @@ def run_down(args: argparse.Namespace) -> int:
         raise UsageError(f"--{only} is for runs on Azure: phi3 down --on azure --{only}")
     lines: list[str] = []
     broken: list[str] = []
+    bills: list[str] = []
+    for run in services:
+        if args.on != "azure" or only not in ("run", "all"):
+            bills.append(_bills(run))
+            continue
+        try:
+            lines.append(take_down(run))
+        except (Phi3TrainingError, Phi3Error) as error:
+            broken.append(str(error))
     for run in runs:
         try:
             lines += _teardown(args, run, only)
         except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
-    _show_end(args, lines, broken, away)
+    _show_end(args, lines, broken, away, bills)
     return 1 if broken else 0
 
 
@@ -156,7 +178,11 @@ def confirm(args: argparse.Namespace, lines: list[str]) -> None:
 
 
 def _show_end(
-    args: argparse.Namespace, lines: list[str], broken: list[str], away: list[str]
+    args: argparse.Namespace,
+    lines: list[str],
+    broken: list[str],
+    away: list[str],
+    bills: list[str],
 ) -> None:
     for fault in broken:
         console.print_error(fault)
@@ -170,5 +196,7 @@ def _show_end(
     for name in away:
         command = f"phi3 down --on azure {name}"
         console.out.print(f"{name} is on Azure and may be billing: {command}", markup=False)
+    for line in bills:
+        console.out.print(line, markup=False)
     if os.environ.get("PHI3_ENDPOINT"):
         console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")

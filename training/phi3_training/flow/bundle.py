@@ -39,7 +39,7 @@ PROGRAM_SUFFIXES = frozenset(
     (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
 )
 _CACHES = ("__pycache__",)
-_DOCUMENTS = ("index.sqlite", "embedder/model.onnx", "embedder/tokenizer.json")
+_DOCUMENTS = ("index.sqlite", "index.json", "embedder/model.onnx", "embedder/tokenizer.json")
 
 
 @dataclass(frozen=True)

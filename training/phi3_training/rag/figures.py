@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from phi3_tool.grounding import MIN_SCORE, MIN_WORDS_SCORE
-from phi3_tool.index import DocumentIndex, Embedder
+from phi3_tool.index import Embedder, PassageIndex
 
 from ..errors import UsageError
 from .questions import Question, right_ids_of
@@ -45,7 +45,7 @@ class Retrieval:
 
 
 def measure(
-    index: DocumentIndex,
+    index: PassageIndex,
     embedder: Embedder | None,
     questions: Sequence[Question],
     right_ids: Sequence[Collection[int]] | None = None,

@@ -19,7 +19,14 @@ from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
 from .operations import Outcome, create, find, get_or_none, state_of, wait_until_ready
 from .place import AZURE, resource_tags
-from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
+from .resources import (
+    Dependents,
+    dependents_of,
+    ensure_dependents,
+    ensure_grant,
+    ensure_group,
+    grants,
+)
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
 if TYPE_CHECKING:
@@ -165,7 +172,11 @@ class _Provisioning:
                 self.step(what, resource, lambda: "exists")
             self.step("workspace", name, partial(self._use_workspace, existing))
             return
-        if not self.step("resource group", place.resource_group, self._resource_group):
+        if not self.step(
+            "resource group",
+            place.resource_group,
+            partial(ensure_group, self.clients, self.tags, self.progress),
+        ):
             return
         dependents = ensure_dependents(self.clients, self.tags, self.progress, self.step)
         self.done.dependents = dependents
@@ -179,20 +190,6 @@ class _Provisioning:
                 **dependents.as_arguments(),
             )
             self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
-
-    def _resource_group(self) -> Outcome:
-        groups, name = self.clients.resources.resource_groups, self.place.resource_group
-        doing = f"Creating the resource group {name}"
-        if get_or_none(lambda: groups.get(name), doing) is not None:
-            return "exists"
-        body: Any = {"location": self.place.location, "tags": self.tags}
-        self.create(
-            doing,
-            lambda: groups.create_or_update(name, body),
-            lambda: groups.get(name),
-            self.progress,
-        )
-        return "created"
 
     def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
         """Workspace, hub and project are the same kind of resource to Azure."""
