@@ -105,7 +105,11 @@ class Fault:
 
     def as_typed(self) -> str:
         """The fault as it is typed."""
-        more = {"times": self.left, "seconds": self.seconds, "share": self.share}
+        more: dict[str, float | str | None] = {
+            "times": self.left,
+            "seconds": self.seconds,
+            "share": self.share,
+        }
         more |= {"retry-after": self.retry_after, "code": self.code, "message": self.message}
         words = [f"{name}={value}" for name, value in more.items() if value]
         return shlex.join([self.method, self.path, self.kind, *words])

@@ -32,8 +32,8 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
-from phi3_training.rag.figures import measure
-from phi3_training.rag.questions import Question, holds, read_questions
+from phi3_training.rag.figures import Retrieval, measure
+from phi3_training.rag.questions import Question, holds, read_questions, right_ids_of
 
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
@@ -407,6 +407,11 @@ def test_two_writers_do_not_meet(tmp_path: Path, handbook: Path) -> None:
     assert index(tmp_path, handbook, Bag()).unchanged == 3
 
 
+def figures_of(folder: Path, embedder: Bag | None, questions: list[Question]) -> Retrieval:
+    index = DocumentIndex(folder / "index.sqlite")
+    return measure(index, embedder, questions, right_ids_of(questions, index.passages()))
+
+
 def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> None:
     bag = Bag()
     index(tmp_path, handbook, bag)
@@ -418,7 +423,7 @@ def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> Non
         {"question": "zeppelin", "answerable": False},
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    found = measure(DocumentIndex(tmp_path / "index.sqlite"), bag, read_questions(file))
+    found = figures_of(tmp_path, bag, read_questions(file))
     assert (found.questions, found.unanswerable, found.refused) == (3, 1, 1.0)
     assert found.hits[1] == pytest.approx(2 / 3)
     assert found.hits[10] == 1.0
@@ -439,11 +444,11 @@ def test_figures_by_kind(tmp_path: Path, handbook: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     questions = read_questions(file)
-    found = measure(DocumentIndex(tmp_path / "index.sqlite"), None, questions)
+    found = figures_of(tmp_path, None, questions)
     assert {kind: hits[1] for kind, hits in found.kinds.items()} == {"plain": 1.0, "other": 0.0}
     assert [question.split for question in questions] == ["test", "", ""]
     without = [Question(1, "refund?", "", "returns.txt", None, None, True)]
-    assert measure(DocumentIndex(tmp_path / "index.sqlite"), None, without).kinds == {}
+    assert figures_of(tmp_path, None, without).kinds == {}
 
 
 @pytest.mark.parametrize(

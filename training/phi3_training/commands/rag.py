@@ -414,15 +414,19 @@ def run_search(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Look the questions of a file up and print the figures."""
     from ..rag.figures import measure
-    from ..rag.questions import read_questions
+    from ..rag.questions import read_questions, right_ids_of
 
+    run = Run(args.runs / args.run)
     questions = read_questions(args.questions)
     if args.split:
         questions = [question for question in questions if question.split == args.split]
         if not questions:
             raise UsageError(f"{args.questions} has no question with the split {args.split}")
-    index = open_index(index_of(Run(args.runs / args.run)))
-    found = measure(index, embedder_of(index.facts(), index.path), questions)
+    index = open_index(index_of(run))
+    # The run keeps its own file beside an index in Azure AI Search, with the same ids.
+    passages = DocumentIndex(index_file(run)).passages()
+    right = right_ids_of(questions, passages)
+    found = measure(index, embedder_of(index.facts(), index.path), questions, right)
     if args.output == "json":
         console.print_json(asdict(found))
         return 0

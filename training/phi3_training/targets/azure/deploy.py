@@ -13,7 +13,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,7 +215,7 @@ def _as_it_is(
 ) -> OnlineEndpoint:
     """An endpoint that exists, once nothing changes it any more, with the traffic that it has."""
     operations, name = clients.ml.online_endpoints, str(endpoint.name)
-    read = partial(operations.get, name)
+    read: Callable[[], OnlineEndpoint] = partial(operations.get, name)
     poll = section.poll
     if state_of(endpoint) not in ("succeeded", "failed", "canceled"):
         ends = time.monotonic() + poll.deploy_timeout
@@ -242,7 +242,8 @@ def _as_it_is(
 def read_endpoint(clients: Clients, name: str) -> OnlineEndpoint:
     """The endpoint. StageError where there is none."""
     with explained(f"Reading the endpoint {name}"):
-        return clients.ml.online_endpoints.get(name)
+        endpoint: OnlineEndpoint = clients.ml.online_endpoints.get(name)
+    return endpoint
 
 
 def free_name(
