@@ -35,6 +35,7 @@ from phi3_training.rag.documents import DocumentError, Section, read_sections
 from phi3_training.rag.figures import Retrieval, measure
 from phi3_training.rag.questions import Question, holds, read_questions, right_ids_of
 
+SHIPPED = Path(__file__).parents[3] / "training/data/handbook"
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
     "returns.txt": "Unused goods come back within 60 days for a full refund.",
@@ -99,6 +100,24 @@ def test_headings_in_fenced_code_are_text(tmp_path: Path) -> None:
     read = [s for s in read_sections(file) if s.text.strip()]
     assert [s.heading for s in read] == [("One",), ("One", "Two")]
     assert "# not a heading" in read[0].text
+
+
+@pytest.mark.parametrize(
+    ("title", "heading"),
+    [("Terms of\nrental", ("Terms of rental",)), ("Microsoft Word - terms.docx", ()),
+     ("Untitled 2", ()), ("terms.indd", ()), (None, ())],
+)  # fmt: skip
+def test_pages_of_a_pdf_stand_under_its_title(
+    tmp_path: Path, title: str | None, heading: tuple[str, ...]
+) -> None:
+    """A page seldom says what its document is about; what programs write as a title says less."""
+    writer = PdfWriter(clone_from=SHIPPED / "rental-terms.pdf")
+    writer.metadata = {"/Title": title} if title else None
+    writer.write(tmp_path / "a.pdf")
+    read = list(read_sections(tmp_path / "a.pdf"))
+    assert [(section.heading, section.page) for section in read] == [
+        (heading, 1), (heading, 2), (heading, 3),
+    ]  # fmt: skip
 
 
 def test_unchanged_files_cost_nothing_and_removed_ones_leave(
