@@ -26,7 +26,7 @@ WORKFLOW = f"{GROUP}/providers/{logic.KIND}/one-deadline"
 # "AzureML Data Scientist", as "Azure built-in roles" has it.
 DATA_SCIENTIST = "f6c7c914-8db3-469d-8ca1-694a8f32e121"
 HOUR = 3600.0
-assert resources.put_group  # importing a service's module declares its calls
+SERVICES = (resources,)  # importing a service's module declares its calls
 
 
 @pytest.fixture

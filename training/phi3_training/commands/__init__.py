@@ -122,7 +122,10 @@ GROUPS = (
     Group(
         "azure",
         "register_azure",
-        {"azure": "create what a run on Azure needs, show the GPU quota, cancel a job"},
+        {
+            "azure": "create what a run on Azure needs, show the GPU quota, cancel a job, move an "
+            "endpoint's deadline"
+        },
     ),
     Group(
         "azure",
