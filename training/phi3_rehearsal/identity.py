@@ -72,7 +72,7 @@ def token_for(cloud: Cloud, principal: str, audience: str, **claims: str) -> str
     """A token of a principal (its object id) for an audience, as Entra gives it out."""
     now = int(time.time())
     times = {"iat": now, "nbf": now - 60, "exp": now + _TOKEN_SECONDS}
-    own = {"tid": TENANT, **claims, "aud": audience, "oid": principal, **times}
+    own: Json = {"tid": TENANT, **claims, "aud": audience, "oid": principal, **times}
     text = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode(own)}"
     return f"{text}.{_signature(cloud, text)}"
 

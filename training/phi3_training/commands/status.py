@@ -85,7 +85,7 @@ def run_status(args: argparse.Namespace) -> int:
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
     targets = {name: get_target(name) for name in names if asks}
     states = [state_of(run, targets.get(target_of(run))) for run in runs]
-    places = []
+    places: list[dict[str, Any]] = []
     for name, target in targets.items():
         if target.cloud is not None:
             own = [run for run in runs if target_of(run) == name]

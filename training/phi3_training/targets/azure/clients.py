@@ -289,8 +289,9 @@ class Clients:
             **({"transport": options["transport"]} if "transport" in options else {}),
         )
         # Each of the two may take half: requests knows no limit for both.
-        limits = {"connection_timeout": seconds / 2, "read_timeout": seconds / 2}
-        response = client.send_request(HttpRequest("GET", url, params=query), **limits)
+        half = seconds / 2
+        request = HttpRequest("GET", url, params=query)
+        response = client.send_request(request, connection_timeout=half, read_timeout=half)
         response.raise_for_status()
         return response.json()
 

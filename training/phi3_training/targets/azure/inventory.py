@@ -123,7 +123,7 @@ class Inventory:
 
     def lines(self, shown_runs: Sequence[str] = ()) -> list[str]:
         """What the runs share, for people: all but the endpoints of the runs that are shown."""
-        lines = []
+        lines: list[str] = []
         for endpoint in self.endpoints:
             if endpoint.owner is None or endpoint.owner not in shown_runs:
                 first, *rest = endpoint.lines()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ...errors import StageError
 from ...manifests import EndpointManifest, RegistrationManifest
@@ -25,6 +25,7 @@ from .place import endpoint_name
 from .sizes import quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
+T = TypeVar("T")
 _SHOWN = 5  # jobs and models
 
 
@@ -82,11 +83,14 @@ def _jobs(clients: Clients, run: Run, inventory: Inventory) -> list[tuple[str, s
     found = []
     # By name: a workspace may have thousands of jobs, and listing them takes pages.
     for name in [item.name for item in recorded_jobs(run).values()][-_SHOWN:]:
-        read = partial(clients.ml.jobs.get, name)
-        for job in read_all(inventory, f"job {name}", lambda read=read: [read()]):
+        for job in read_all(inventory, f"job {name}", partial(_listed, clients.ml.jobs.get, name)):
             state = getattr(job, "status", None)
             found.append((name, str(getattr(state, "value", state))))
     return found
+
+
+def _listed(get: Callable[[str], T], name: str) -> list[T]:
+    return [get(name)]
 
 
 def _models(clients: Clients, run: Run, inventory: Inventory) -> list[str]:
