@@ -130,7 +130,10 @@ GROUPS = (
     Group(
         "azure",
         "register_azure",
-        {"azure": "create what a run on Azure needs, show GPU quota, cancel jobs, move traffic"},
+        {
+            "azure": "create what a run on Azure needs, show the GPU quota, cancel a job, move "
+            "traffic or an endpoint's deadline"
+        },
     ),
     Group(
         "azure",

@@ -6,6 +6,7 @@ environment, from the SDK's config.json or from a default (targets/azure/place.p
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from typing import Annotated, Literal
 
@@ -112,6 +113,38 @@ VmSize = Annotated[
         r"[Ss][Tt][Aa][Nn][Dd][Aa][Rr][Dd]_\w{2,60}", "a VM size such as Standard_NC24ads_A100_v4"
     ),
 ]
+NO_DEADLINE = "none"
+_DURATION = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", re.ASCII)
+_SHORTEST, _LONGEST = dt.timedelta(minutes=15), dt.timedelta(days=90)
+
+
+def duration_of(text: str) -> dt.timedelta:
+    """`8h`, `90m`, `2d12h` as a time. ValueError for what is none, or too short or long."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError("expected a duration such as 8h, 90m or 2d12h")
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    if days > _LONGEST.days or hours > 24 * _LONGEST.days or minutes > 1440 * _LONGEST.days:
+        raise ValueError("expected at most 90 days")
+    duration = dt.timedelta(days=days, hours=hours, minutes=minutes)
+    # A role takes minutes to act, and Azure looks once an hour: less would promise too much.
+    if not _SHORTEST <= duration <= _LONGEST:
+        raise ValueError("expected at least 15 minutes and at most 90 days")
+    return duration
+
+
+def _check_deadline(value: object) -> str:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text == NO_DEADLINE:
+        return text
+    try:
+        duration_of(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; to bill without an end, write none in so many words") from None
+    return text
+
+
+Deadline = Annotated[str, BeforeValidator(_check_deadline)]
 Version = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
@@ -234,7 +267,7 @@ class EndpointSection(Section):
     deployment: EndpointName | None = None
     """Prefix of the deployments' names: each model version gets a deployment of its own."""
     instance_type: VmSize = GPU_SIZE
-    """VM size that serves; it bills until phi3 down."""
+    """VM size that serves; it bills until the deadline or phi3 down."""
     instance_count: Annotated[int, Field(ge=1, le=50)] = 1
     """Machines that serve."""
     # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
@@ -249,6 +282,9 @@ class EndpointSection(Section):
     """Whether it is ready for requests."""
     app_insights_enabled: bool = False
     """Send the deployment's figures to Application Insights."""
+    deadline: Deadline = "8h"
+    """How long after its last deployment the endpoint deletes itself, such as 8h or 2d, also while
+    this machine is off (phi3 azure extend moves it); none: it bills until phi3 down."""
     keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
     """Deployments kept at the endpoint; older ones without traffic are deleted."""
 

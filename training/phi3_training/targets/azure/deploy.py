@@ -30,6 +30,7 @@ from phi3_tool.errors import (
     ThrottledError,
 )
 
+from ... import console
 from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
@@ -40,6 +41,7 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
 from .clients import Clients
+from .deadline import hold_deadline
 from .environments import serving_environment
 from .failures import explained, scrub
 from .operations import (
@@ -129,6 +131,8 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     endpoint, is_new = ensure_endpoint(clients, section, run, name, progress)
     before = undo_interrupted(clients, section, run, endpoint, progress)
     target = DeploymentId(name, free_name(clients, section, endpoint, model, before))
+    # Before the first machine, so that there is none without it, whatever kills this process.
+    console.note(hold_deadline(clients, section, run, endpoint, progress))
     ensure_deployment(clients, section, run, target, model, progress)
     access = access_to(clients, target.endpoint)
     question = question_of(recipe, run)

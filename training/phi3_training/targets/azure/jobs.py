@@ -216,11 +216,11 @@ def others_at_work(clients: Clients, run: Run, cluster: str) -> list[str]:
             for job in clients.ml.jobs.list()
             if job.name not in own
             and status_of(job) in WORKING
-            and _compute_of(job).rsplit("/", 1)[-1].lower() == cluster.lower()
+            and compute_of(job).rsplit("/", 1)[-1].lower() == cluster.lower()
         ]
 
 
-def _compute_of(job: Job) -> str:
+def compute_of(job: Job) -> str:
     """The name or ARM id of a job's compute; a pipeline has it among its settings."""
     settings = getattr(job, "settings", None)
     compute = getattr(job, "compute", None) or getattr(settings, "default_compute", None)

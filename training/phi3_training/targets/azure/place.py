@@ -276,7 +276,7 @@ def deployment_name(section: AzureSection, model: str, version: str) -> str:
     settings = section.endpoint
     # A changed model or setting is a new deployment next to the old one, never an update of the one
     # that has the traffic.
-    ignored = {"name", "auth_mode", "keep_deployments"}
+    ignored = {"name", "auth_mode", "keep_deployments", "deadline"}
     shape = settings.model_dump(mode="json", exclude=ignored)
     # Six hex digits: deployments are compared within one endpoint, which has at most 20.
     mark = fingerprint([shape, f"{model}:{version}"])[:6]

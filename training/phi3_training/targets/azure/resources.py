@@ -222,7 +222,7 @@ def ensure_resource(
         except HttpResponseError as error:
             if (code_of(error) or "").lower() == "missingsubscriptionregistration":
                 namespace = resource_id.split("/providers/")[1].split("/")[0]
-                _register_provider(clients, namespace, progress)
+                register_provider(clients, namespace, progress)
             elif error.status_code == 409 and "deleted state" in str(error).lower():
                 # A deleted key vault keeps its name for up to 90 days; ours is recovered.
                 body["properties"] = {**body["properties"], "createMode": "recover"}
@@ -237,7 +237,7 @@ def ensure_resource(
     return "created"
 
 
-def _register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
+def register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
     """Register a resource provider, which a subscription must do once."""
     # That takes a minute or two.
     providers = clients.resources.providers
@@ -279,7 +279,10 @@ ROLES = {
     "Azure Machine Learning Workspace Connection Secrets Reader": (
         "ea01e6af-a1c1-4350-9563-ad00f8c72ec5"
     ),
+    "AzureML Data Scientist": "f6c7c914-8db3-469d-8ca1-694a8f32e121",
 }
+# On one online endpoint it allows to delete that endpoint and its deployments, and nothing more.
+ENDPOINT_KEEPER = "AzureML Data Scientist"
 SECRETS_READER = "Azure Machine Learning Workspace Connection Secrets Reader"
 # A role assignment's name must be a GUID. This one is phi3's own; names are derived from it (UUID
 # version 5), so that a second run repeats the name instead of getting a 409 for another one.

@@ -30,7 +30,7 @@ from .metrics import FEWEST_REQUESTS, counted
 from .operations import find
 from .place import ROLLOUT_TAG, deployment_name, endpoint_name
 from .probes import Judgement, Panel, golden_questions
-from .sizes import cores_needed, find_size, price_of, quota_usage
+from .sizes import cores_needed, find_size, quota_usage
 from .traffic import (
     DeploymentId,
     Wanted,
@@ -282,7 +282,9 @@ def plan_lines(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     if endpoint is None or not traffic_shares(endpoint.traffic):
         return []
     steps, minutes = section.rollout.steps, section.rollout.minutes
-    price = price_of(settings.instance_type, settings.instance_count, clients.place.location)
+    price = clients.prices.text(
+        settings.instance_type, settings.instance_count, clients.place.location
+    )
     return [
         PlanLine(
             "deploy",
