@@ -55,7 +55,7 @@ down: $(VENV)/.up
 rag: $(VENV)/.up
 	@$(BIN)/phi3 rag index training/data/handbook
 	@$(BIN)/phi3 rag make-chats --questions training/data/handbook_questions.jsonl --per-passage 1 --out runs/documents/rag/chats.jsonl
-	@$(BIN)/phi3 up training/recipes/phi3-small-rag.yaml data.train=runs/documents/rag/chats.jsonl
+	@$(BIN)/phi3 up training/recipes/phi3-small-rag.yaml data.train=runs/documents/rag/chats.jsonl ask="What is the price of the Mossback tent?"
 	@$(BIN)/phi3 rag compare training/data/handbook_questions.jsonl --changes training/data/handbook_changes.json --run phi3-small-rag
 	@$(BIN)/phi3 chat --rag --run phi3-small-rag "What is the price of the Mossback tent?"
 

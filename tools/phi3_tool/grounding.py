@@ -28,6 +28,7 @@ _INSTRUCTION = (
     "Answer the question from the passages below and cite them like [1]. "
     f'If they do not hold the answer, say "{NOT_IN_DOCUMENTS}"'
 )
+_ASKED = "Question: "
 # What chat templates use as borders: Phi-3's and ChatML's <|…|>, Llama's <s>, [INST] and <<SYS>>.
 _CONTROL = re.compile(r"<(?=\|[^|<>\s]{1,40}\|>|/?s>|<SYS>>|</SYS>>)|\[(?=/?INST\])")
 _CITED = re.compile(r"\[(\d{1,2})\]")
@@ -109,7 +110,14 @@ def grounded_question(question: str, hits: Sequence[Hit]) -> str:
         f"[{number}] {as_text(hit.heading + ': ' if hit.heading else '')}{as_text(hit.text)}"
         for number, hit in enumerate(hits, 1)
     ]
-    return "\n\n".join([_INSTRUCTION, *passages, f"Question: {question}"])
+    return "\n\n".join([_INSTRUCTION, *passages, f"{_ASKED}{question}"])
+
+
+def question_in(message: str) -> str:
+    """The question of a message that `grounded_question` made; any other message as it is."""
+    if not message.startswith(_INSTRUCTION):
+        return message
+    return message.rpartition(f"\n\n{_ASKED}")[2]
 
 
 def citations(answer: str, hits: Sequence[Hit]) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from phi3_tool.grounding import (
     as_text,
     citations,
     grounded,
+    grounded_question,
+    question_in,
     sources_note,
     standalone_question,
     with_sources,
@@ -105,3 +107,9 @@ def test_passages_of_another_form_are_refused() -> None:
     assert hits_of([HIT.as_lookup()]) == [HIT]
     with pytest.raises(RequestRejectedError, match="output of the lookup node"):
         hits_of([{"text": "x"}])
+
+
+def test_the_question_comes_back_out_of_its_prompt() -> None:
+    hit = Hit(1, "Question: who?\n\nQuestion: not this", 1.0, 1.0, 0.5, "a.md", "", None, 0, 9)
+    assert question_in(grounded_question("How heavy is it?", [hit])) == "How heavy is it?"
+    assert question_in("A plain one.\n\nQuestion: x") == "A plain one.\n\nQuestion: x"

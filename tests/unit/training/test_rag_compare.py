@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from phi3_tool.grounding import NOT_IN_DOCUMENTS
+from phi3_tool.grounding import NOT_IN_DOCUMENTS, grounded_question
 from phi3_tool.index import DocumentIndex
 from phi3_training.errors import UsageError
+from phi3_training.evaluate.questions import Question as Scored
+from phi3_training.evaluate.rows import Answered, Said, make_rows
 from phi3_training.manifests import ModelManifest, Resampling
 from phi3_training.progress import no_progress
 from phi3_training.rag.arms import ARMS, Arm, Prompt, Prompts
@@ -202,6 +204,16 @@ def test_an_unfitting_question_is_not_asked(index: DocumentIndex) -> None:
     assert prompts.of(ARMS["rag"], "zeppelin?").text == ""
     assert prompts.of(ARMS["base"], "zeppelin?").text == "zeppelin?"
     assert len(prompts.of(ARMS["both"], "tent or stove or axe?").hits) <= 2
+
+
+def test_words_of_the_passages_are_not_words_of_the_question(index: DocumentIndex) -> None:
+    """A right answer is copied from the passages; it counted as wrong in `phi3 evaluate`."""
+    hits = index.search("tent", top_k=1)
+    prompt = grounded_question("What is the price of a tent?", hits)
+    asked = Scored("validation", 1, [{"role": "user", "content": prompt}], "107 dollars [1]")
+    right, wrong = (Answered(Said(text), None) for text in ("107 dollars [1]", "9 dollars [1]"))
+    (row,) = make_rows([asked], [wrong], [right])
+    assert (row["before_right"], row["after_right"]) == (False, True)
 
 
 def test_scoring_of_answers(index: DocumentIndex) -> None:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from phi3_tool.grounding import question_in
+
 from ..errors import DataError, StageError
 from ..manifests import DatasetManifest, Prepared
 from ..manifests import Source as Input
@@ -497,8 +499,9 @@ def _chats(findings: Findings, rows: Ints) -> list[Chat]:
     found = []
     for row in rows.tolist():
         *before, answer = findings.table.conversation(row).messages
-        said = "\n".join(message.content for message in before)
-        found.append(Chat(said, before[-1].content, answer.content))
+        # Without the passages of documents: they hold the answers of other questions as well.
+        asked = [question_in(message.content) for message in before]
+        found.append(Chat("\n".join(asked), asked[-1], answer.content))
     return found
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phi3_tool.grounding import question_in
+
 from ..errors import StageError
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words
@@ -94,14 +96,19 @@ def answer_sets(questions: Sequence[Question]) -> dict[str, Set]:
     found = {}
     for parts in (("validation", "train"), *((part,) for part in PARTS)):
         chosen = [q for q in questions if q.part in parts and q.expected]
-        one = Set.of([q.expected for q in chosen], [q.prompt[-1]["content"] for q in chosen])
+        one = Set.of(
+            [q.expected for q in chosen], [question_in(q.prompt[-1]["content"]) for q in chosen]
+        )
         found.update({part: one for part in parts if part not in found})
     return found
 
 
 def asked_in(prompt: Sequence[Mapping[str, str]]) -> str:
-    """All text before an answer: repeating it adds no information."""
-    return "\n".join(turn["content"] for turn in prompt)
+    """All text before an answer: repeating it adds no information.
+
+    Passages of documents are left out: to find the answer in them is what is asked.
+    """
+    return "\n".join(question_in(turn["content"]) for turn in prompt)
 
 
 def write_rows(run: Run, rows: Sequence[Row]) -> None:

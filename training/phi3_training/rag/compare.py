@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from phi3_tool.grounding import question_in
 from phi3_tool.index import DocumentIndex, Embedder, Hit
 
 from ..errors import StageError, UsageError
@@ -178,7 +179,7 @@ def _not_trained_on(questions: Sequence[Question], run: Run) -> tuple[list[Quest
             f"{path} cannot be read ({error.strerror}); run: phi3 data prepare"
         ) from None
     trained = {
-        turn["content"].rpartition("Question: ")[2].casefold()
+        question_in(turn["content"]).casefold()
         for line in lines
         if line
         for turn in json.loads(line)["messages"]
