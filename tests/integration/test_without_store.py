@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.no_promptflow import block_promptflow
 from tests.integration.stub_endpoint import SSE, Reply, StubEndpoint, chunk
 
 from phi3_tool.client import Phi3Client
@@ -68,3 +71,26 @@ def test_a_stopped_server_hands_out_nothing(run: Run, tmp_path: Path) -> None:
     gone.write(manifest.model_copy(update={"create_time": (manifest.create_time or 0) - 100}))
     with pytest.raises(StageError, match="phi3 down gone && phi3 up --run gone"):
         settings_from_server(gone)
+
+
+def test_the_commands_find_the_endpoint_without_prompt_flow(run: Run, tmp_path: Path) -> None:
+    """In one process: a question, and the doctor, who finds no fault."""
+    commands = (
+        "from phi3_training.cli import main; import sys; "
+        "sys.exit(main(['chat', 'Who?']) or main(['doctor']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", commands],
+        env={
+            **os.environ,
+            "PHI3_RUNS": str(run.path.parent),
+            "PYTHONPATH": os.pathsep.join([block_promptflow(tmp_path), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith("Bill\n"), done.stderr
+    assert done.returncode == 0, done.stdout
+    assert 'pip install "phi3-promptflow[flow]"' in done.stdout
