@@ -31,11 +31,21 @@ def current_of(folder: Path) -> Run | None:
     for run in found:
         if run.name == chosen:
             return run
-    file = f"{ConnectionManifest.STAGE}.json"
-    connected = [run for run in found if (run.path / file).is_file()]
+    connected = [run for run in found if is_connected(run)]
     if connected:
-        return max(connected, key=lambda run: (run.path / file).stat().st_mtime)
+        return max(connected, key=lambda run: _way_to(run).stat().st_mtime)
     return found[0] if found else None
+
+
+def is_connected(run: Run) -> bool:
+    """Whether commands find the way to the run's endpoint, up or down."""
+    return _way_to(run).is_file()
+
+
+def _way_to(run: Run) -> Path:
+    # Without Prompt flow nothing is connected: the endpoint itself is asked.
+    kind = ConnectionManifest if has_prompt_flow() else EndpointManifest
+    return run.path / f"{kind.STAGE}.json"
 
 
 def make_current(run: Run) -> None:
