@@ -35,7 +35,8 @@ def flow_in(folder: Path, nodes: list[dict[str, Any]], **more: Any) -> FlowSourc
     }
     (folder / "flow.dag.yaml").write_text(yaml.safe_dump(dag), encoding="utf-8")
     (folder / "ask.py").write_text(TOOL, encoding="utf-8")
-    (folder / "p.jinja2").write_text("{{ q }}", encoding="utf-8")
+    (folder / "p.jinja2").write_text("About {{ q }}: be brief.", encoding="utf-8")
+    (folder / "broken.py").write_text("def x(:\n", encoding="utf-8")
     return FlowSource.read(folder)
 
 
@@ -75,6 +76,7 @@ def test_everything_that_cannot_be_converted_is_named_with_its_node(tmp_path: Pa
         {**python("sometimes", conn="a", text="${inputs.q}"), "activate": {"when": "x", "is": 1}},
         {**python("sum", conn="b", text="${gone.output}"), "aggregation": True},
         {**python("lost"), "source": {"type": "code", "path": "none.py"}},
+        {**python("broken", text="${inputs.q}"), "source": {"type": "code", "path": "broken.py"}},
         python("old", text="${flow.q}"),
     ]
     with pytest.raises(UsageError) as caught:
@@ -86,6 +88,7 @@ def test_everything_that_cannot_be_converted_is_named_with_its_node(tmp_path: Pa
         "node sometimes: activate",
         "node sum: aggregation",
         "node lost: none.py is not in",
+        "node broken: broken.py is not Python",
         "node old: its input text",
         "node v: variants",
         "several connections (a, b)",
