@@ -16,7 +16,6 @@ from phi3_training.agent.recorder import Recorder, Reply
 from phi3_training.cli import main
 from phi3_training.errors import StageError
 
-pytest.importorskip("promptflow", reason="Prompt flow is not installed")
 try:
     PYTHON = agent_python()
 except StageError as error:
@@ -111,21 +110,6 @@ def test_a_flow_of_ones_own_is_converted_and_runs(
         )
         assert b"About tents:" in endpoint.requests("agent", "1")[0].body
     assert answer.stdout == "It does.\n"
-
-
-def test_a_flow_that_answers_otherwise_is_not_converted(
-    own_flow: Path, rows: Path, tmp_path: Path
-) -> None:
-    # Only Prompt flow has an executor.
-    helper = (
-        "import importlib.util\n"
-        "def listed(count):\n"
-        "    return [importlib.util.find_spec('promptflow.executor') is not None] * count\n"
-    )
-    (own_flow / "own_helper.py").write_text(helper, encoding="utf-8")
-    with pytest.raises(StageError, match="differs from Prompt flow in 4 of 4 rows"):
-        convert(own_flow, rows, tmp_path / "agent")
-    assert not (tmp_path / "agent").exists()
 
 
 def test_a_batch_through_the_agent_writes_the_same_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import yaml
 
 from phi3_training.agent.convert import convert, describe, rows_of
 from phi3_training.agent.environment import agent_python, command, environment
+from phi3_training.agent.golden import GoldenRow
 from phi3_training.agent.pack import pack_agent
+from phi3_training.agent.parity import Compared
 from phi3_training.errors import StageError, UsageError
 from phi3_training.flow.bundle import FlowSource
 
@@ -35,7 +38,8 @@ def flow_in(folder: Path, nodes: list[dict[str, Any]], **more: Any) -> FlowSourc
     }
     (folder / "flow.dag.yaml").write_text(yaml.safe_dump(dag), encoding="utf-8")
     (folder / "ask.py").write_text(TOOL, encoding="utf-8")
-    (folder / "p.jinja2").write_text("{{ q }}", encoding="utf-8")
+    (folder / "p.jinja2").write_text("About {{ q }}: be brief.", encoding="utf-8")
+    (folder / "broken.py").write_text("def x(:\n", encoding="utf-8")
     return FlowSource.read(folder)
 
 
@@ -75,6 +79,7 @@ def test_everything_that_cannot_be_converted_is_named_with_its_node(tmp_path: Pa
         {**python("sometimes", conn="a", text="${inputs.q}"), "activate": {"when": "x", "is": 1}},
         {**python("sum", conn="b", text="${gone.output}"), "aggregation": True},
         {**python("lost"), "source": {"type": "code", "path": "none.py"}},
+        {**python("broken", text="${inputs.q}"), "source": {"type": "code", "path": "broken.py"}},
         python("old", text="${flow.q}"),
     ]
     with pytest.raises(UsageError) as caught:
@@ -86,6 +91,7 @@ def test_everything_that_cannot_be_converted_is_named_with_its_node(tmp_path: Pa
         "node sometimes: activate",
         "node sum: aggregation",
         "node lost: none.py is not in",
+        "node broken: broken.py is not Python",
         "node old: its input text",
         "node v: variants",
         "several connections (a, b)",
@@ -122,6 +128,33 @@ def test_rows_keep_the_flows_inputs_alone(tmp_path: Path) -> None:
     whole, streamed = rows_of(data, {"q": {}, "n": {"default": 3}})
     assert whole.inputs == {"q": "x"}
     assert streamed.stream
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([Compared("line 1", 1), Compared("line 2", 1, "answer at 3")], "line 2: answer at 3"),
+        ([Compared("line 1", 0, error="KeyError")], "answers no row"),
+    ],
+)
+def test_what_is_not_proved_leaves_nothing(
+    tmp_path: Path, found: list[Compared], said: str
+) -> None:
+    def prove(
+        rows: Sequence[GoldenRow], *, flow: Path | None = None, folder: str = ""
+    ) -> Iterator[Compared]:
+        assert len(rows) == 2
+        assert flow == tmp_path
+        assert (Path(folder) / "agent.py").is_file()
+        return iter(found)
+
+    flow_in(tmp_path, [python(conn="c", text="${inputs.q}")])
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"q": "x"}\n', encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StageError, match=said):
+        convert(tmp_path, data, tmp_path / "out", prove)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:

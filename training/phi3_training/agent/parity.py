@@ -81,19 +81,12 @@ def compare(
                 "connection": {"endpoint": address, "key": key, **row.settings},
             }
 
-        kinds = sorted({row.flow for row in rows})
-        programs = [
-            (
-                _prompt_flow(flows[kind], home),
-                [row_of(PROMPT_FLOW, n, row) for n, row in names.items() if row.flow == kind],
-            )
-            for kind in kinds
-        ]
         words = ["rows", folder] if folder else ["rows"]
         agent = Program("The agent", command(python, words), environment({}, _index_of(flows)))
-        programs.append((agent, [row_of(AGENT, n, row) for n, row in names.items()]))
-        *theirs, ours = ask_both(programs)
-        before = {number: outcome for each in theirs for number, outcome in each.items()}
+        before, ours = ask_both(
+            (_prompt_flow(flows, home), [row_of(PROMPT_FLOW, n, row) for n, row in names.items()]),
+            (agent, [row_of(AGENT, n, row) for n, row in names.items()]),
+        )
         for number, row in names.items():
             asked = (recorder.requests(PROMPT_FLOW, number), recorder.requests(AGENT, number))
             yield compared(row.name, asked, (before.get(number), ours.get(number)))
@@ -150,15 +143,15 @@ def _without_ids(text: str) -> str:
     return re.sub(r"request id [0-9a-f-]{36}", "request id", text)
 
 
-def _prompt_flow(flow: Path, home: Path) -> Program:
+def _prompt_flow(flows: Mapping[FlowKind, Path], home: Path) -> Program:
     quiet = {
         "PF_HOME_DIRECTORY": str(home),
         "PF_DISABLE_TRACING": "true",
         "PF_LOGGING_LEVEL": "CRITICAL",
     }
-    index = {"PHI3_INDEX": str(flow / "index.sqlite")} if (flow / "index.sqlite").exists() else {}
-    words = [sys.executable, "-m", "phi3_training.flow.rows", str(flow)]
-    return Program("Prompt flow", words, {**environment({}), **quiet, **index})
+    named = [f"{kind}={folder}" for kind, folder in flows.items()]
+    words = [sys.executable, "-m", "phi3_training.flow.rows", *named]
+    return Program("Prompt flow", words, environment({}, {**quiet, **_index_of(flows)}))
 
 
 def _index_of(flows: Mapping[FlowKind, Path]) -> dict[str, str]:

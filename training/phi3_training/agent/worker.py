@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -89,29 +89,14 @@ def ask_rows(
     return {str(said["id"]): Outcome.read(said) for said in found}
 
 
-def ask_both(
-    programs: Sequence[tuple[Program, Sequence[Mapping[str, Any]]]],
-) -> list[dict[str, Outcome]]:
-    """The same for several programs at once; the first failure is raised."""
-    found: list[dict[str, Outcome] | BaseException] = [{} for _ in programs]
+Asked = tuple[Program, Sequence[Mapping[str, Any]]]
 
-    def one(number: int) -> None:
-        try:
-            found[number] = ask_rows(*programs[number])
-        except Exception as error:  # noqa: BLE001 - raised again below
-            found[number] = error
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(len(programs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    outcomes = []
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-        outcomes.append(each)
-    return outcomes
+def ask_both(one: Asked, other: Asked) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
+    """The same for two programs at once; the first failure is raised."""
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(ask_rows, *one), pool.submit(ask_rows, *other)
+        return first.result(), second.result()
 
 
 class RowProcess:

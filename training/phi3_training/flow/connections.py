@@ -31,7 +31,12 @@ def _of_node(folder: Path, node: Mapping[str, Any]) -> list[str]:
     if about.get("type") != "code" or not path.is_file():
         # A package tool's source is not here; ours, and Prompt flow's own, use this name.
         return [name for name in literal if name == "connection"]
-    annotated = annotations_of(path)
+    if node.get("type") != "python":
+        return []
+    try:
+        annotated = annotations_of(path)
+    except SyntaxError:  # reported where the node is run or converted
+        return []
     return [name for name in literal if "Connection" in annotated.get(name, "")]
 
 

@@ -1,6 +1,6 @@
-"""Rows through Prompt flow: `python -m phi3_training.flow.rows FLOW`, one JSON object per line.
+"""Rows through Prompt flow: `python -m phi3_training.flow.rows NAME=FLOW …`, one object per line.
 
-In:  {"id", "inputs": {…}, "stream": false, "connection": {"endpoint", "key", …}}
+In:  {"id", "flow": NAME, "inputs": {…}, "stream": false, "connection": {"endpoint", "key", …}}
 Out: {"id", "answer"} or {"id", "error": {"kind", "message", "status", …}}, one after the other.
 The same form as `python -m phi3_agent rows`, so that the two can be compared. Every connection that
 a node names becomes the row's; Prompt flow's store is not opened.
@@ -79,10 +79,11 @@ def main() -> int:
     """Standard input to standard output."""
     # What a flow's own code and Prompt flow print must not end up among the rows.
     out, sys.stdout = sys.stdout, sys.stderr
-    flow = Flow(Path(sys.argv[1]))
+    named = (word.split("=", 1) for word in sys.argv[1:])
+    flows = {name: Flow(Path(folder)) for name, folder in named}
     for text in sys.stdin:
         row = json.loads(text)
-        out.write(json.dumps(flow.outcome(row)) + "\n")
+        out.write(json.dumps(flows[row["flow"]].outcome(row)) + "\n")
         out.flush()
     return 0
 
