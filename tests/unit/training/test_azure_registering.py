@@ -25,6 +25,7 @@ from phi3_training.manifests import (
     Resampling,
 )
 from phi3_training.recipe import Recipe
+from phi3_training.recipe.azure import PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.place import RunResource, recorded_resources
 from phi3_training.targets.azure.register import register
@@ -103,7 +104,8 @@ def run(tmp_path: Path) -> Run:
 
 def registered(registry: Registry, run: Run) -> RegistrationManifest:
     recipe = Recipe.model_construct(name="phi3")
-    return register(SimpleNamespace(ml=registry), recipe, run)  # type: ignore[arg-type]
+    clients: Any = SimpleNamespace(ml=registry, poll=PollSection())
+    return register(clients, recipe, run)
 
 
 def test_from_the_jobs_output_with_its_tags(run: Run) -> None:

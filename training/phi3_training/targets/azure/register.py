@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ... import console
 from ...errors import StageError
 from ...manifests import (
     DatasetManifest,
@@ -20,11 +22,12 @@ from ...manifests import (
     ModelManifest,
     RegistrationManifest,
 )
+from ...progress import no_progress
 from ...recipe import Recipe
 from ...run import RECIPE_FILE, Run, fingerprint, sha256_of
 from .clients import Clients
 from .failures import explained, message_of
-from .operations import is_absent
+from .operations import is_absent, within
 from .place import AZURE, RUN_TAG, RunResource, record
 
 if TYPE_CHECKING:
@@ -142,8 +145,12 @@ def _create(
                 raise
     # The last way, for some 8 GB down and up again: a Phi-3 mini in bf16.
     with TemporaryDirectory(prefix="phi3-model-") as folder:
-        with explained(f"Downloading the model of the job {job}"):
-            clients.ml.jobs.download(job, download_path=folder, output_name=output)
+        doing = f"Downloading the model of the job {job}"
+        console.note(f"{doing} and uploading it again: Azure takes it from none of its places")
+        fetch = partial(clients.ml.jobs.download, job, download_path=folder, output_name=output)
+        limit = clients.poll.upload_timeout
+        with explained(doing):
+            within(doing, fetch, no_progress, limit=limit)
         models = sorted(Path(folder).rglob("MLmodel"), key=lambda path: len(path.parts))
         if not models:
             tried = "\n".join(refusals)
@@ -152,7 +159,8 @@ def _create(
                 "Fix: check the job's outputs in the studio; train again with: "
                 "phi3 up --on azure --again finetune"
             )
-        with explained(f"Registering the model {name} from its download"):
+        doing = f"Registering the model {name} from its download"
+        with explained(doing):
             entity = Model(
                 name=name,
                 version=version,
@@ -160,7 +168,8 @@ def _create(
                 type="mlflow_model",
                 tags=tags,
             )
-            return clients.ml.models.create_or_update(entity), "a download of the job's output"
+            put = partial(clients.ml.models.create_or_update, entity)
+            return within(doing, put, no_progress, limit=limit), "a download of the job's output"
 
 
 def _sources(clients: Clients, job_model: ModelManifest) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -41,6 +42,7 @@ from .jobs import (
     run_job,
     status_of,
 )
+from .operations import within
 from .pipeline_job import (
     ARCHIVED,
     PIPELINE_OUTPUT,
@@ -375,10 +377,14 @@ def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress
                 if place and not count:
                     count = _download_blobs(clients, *place, content, progress)
         if not count:
+            fetch = partial(
+                clients.ml.jobs.download,
+                str(job.name),
+                output_name=output,
+                download_path=str(content),
+            )
             with explained(doing):
-                clients.ml.jobs.download(
-                    str(job.name), output_name=output, download_path=str(content)
-                )
+                within(doing, fetch, progress, limit=clients.poll.upload_timeout)
             inner = content / "named-outputs" / output
             content = inner if inner.is_dir() else content
         if not any(path.is_file() for path in content.rglob("*")):
