@@ -79,6 +79,10 @@ _SHOWN_LINES = 20  # of them, in an error
 _TRAFFIC_TRIES = 3
 # Seconds that a new deployment may take for its first answer after Azure calls it ready.
 _SMOKE_SECONDS = 300.0
+_LONGEST_PAUSE = 30.0  # seconds between two asks
+# Failures of the model itself before it is given up: its machine bills meanwhile. Not counted are
+# those with Azure's reasons for a container that is only coming up.
+_MODEL_TRIES, _COMING_UP = 5, ("model_not_ready", "too_few_model_instance")
 # What a deployment that has only just come up may answer for a moment.
 _NOT_READY_YET = (
     EndpointNotFoundError,
@@ -377,10 +381,12 @@ def _first_answer(
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
+    pause, failures = clients.poll.interval, 0
     # 200 s: a little more than Azure lets a request take (180 s). The client names the deployment
     # in the header azureml-model-deployment, which goes past the traffic rules. (The SDK's `invoke`
     # would keep that header for all later calls of the process.)
-    with access.client(deployment=target.name, max_retries=2, deadline=200.0) as client:
+    # Without retries of its own, because this loop asks again.
+    with access.client(deployment=target.name, max_retries=0, deadline=200.0) as client:
         while True:
             try:
                 messages = [{"role": "user", "content": question}]
@@ -389,7 +395,8 @@ def _first_answer(
             except Phi3Error as error:
                 # A status of 200 means that the model itself answered, and not with text.
                 may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
-                if time.monotonic() > ends or not may_settle:
+                failures += isinstance(error, ModelError) and error.reason not in _COMING_UP
+                if time.monotonic() > ends or failures >= _MODEL_TRIES or not may_settle:
                     lines = _last_lines(_read_log(clients, target))
                     log_end = f"\nThe end of its log:{lines}" if lines else ""
                     raise StageError(
@@ -401,7 +408,8 @@ def _first_answer(
             else:
                 refuse_no_answer(target, reply.text)
                 return reply
-            time.sleep(clients.poll.interval)
+            time.sleep(pause)
+            pause = min(2 * pause, max(_LONGEST_PAUSE, clients.poll.interval))
 
 
 def refuse_no_answer(target: DeploymentId, text: str) -> None:

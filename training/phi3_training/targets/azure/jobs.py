@@ -339,10 +339,11 @@ def _until_done(
             failures = 0
         except AzureError as error:
             failures += 1
-            # A 404 counts as transient here: the job was there a moment ago.
-            if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
+            # Whatever it is, 404 and 401 among them: it could be read a moment ago, and only our
+            # looking is concerned, not the job.
+            if failures > _PATIENCE:
                 raise StageError(
-                    f"The job {name} is still running, but its status cannot be read: "
+                    f"The job {name} may still be running, but its status cannot be read: "
                     f"{message_of(error)}. Resume: {_resume(run)}"
                 ) from None
             time.sleep(clients.poll.job_interval)

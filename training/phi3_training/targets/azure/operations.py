@@ -68,7 +68,10 @@ def is_transient(error: BaseException) -> bool:
     )
 
     if isinstance(error, ClientAuthenticationError):
-        return False  # a refused sign-in does not pass by waiting
+        # A refused sign-in does not pass by waiting. A service's 401 may: a token that ran out on
+        # its way, or a service that does not know it yet. A token of another tenant stays one.
+        lasting = (code_of(error) or "").lower() == "invalidauthenticationtokentenant"
+        return error.status_code == 401 and not lasting
     if isinstance(error, MlException):
         # azure-ai-ml reports a reset during an upload as "fields are invalid", and keeps the class
         # of the original error only in the text.

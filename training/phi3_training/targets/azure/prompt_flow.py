@@ -251,6 +251,7 @@ def push_flow(
         from promptflow.azure import PFClient
     except ImportError as error:
         raise MissingExtraError(error.name or "promptflow-azure", "flow,azure") from None
+    store.no_update_check()
     name = bundle.folder.name
     note(progress, f"flow {name} into {workspace}")
     open_client = partial(PFClient, ml_client=clients.ml_of(workspace))

@@ -353,10 +353,19 @@ def ensure_cluster(
             pause=clients.poll.interval,
         )
     except StageError as error:
-        raise StageError(f"{error}. {remains}") from None
+        raise StageError(f"{error}. {_what_remains(clients, name, remains)}") from None
     if state_of(cluster) == "failed":
         raise StageError(f"Azure created the cluster in the state Failed. {remains}")
     return "created"
+
+
+def _what_remains(clients: Clients, name: str, remains: str) -> str:
+    """`remains` where the cluster exists or nobody can tell; else that nothing bills."""
+    try:
+        exists = find("cluster", name, clients.ml.compute.get) is not None
+    except StageError:
+        exists = True
+    return remains if exists else "No cluster was created: nothing bills"
 
 
 def _refuse_other_cluster(cluster: Compute, section: ComputeSection) -> None:

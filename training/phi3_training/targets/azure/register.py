@@ -7,6 +7,7 @@ already is found by its tag, so that none is registered twice.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,18 @@ log = logging.getLogger(__name__)
 
 JOB_TAG = "phi3_job"
 _LONGEST_TAG = 256  # characters of a tag's value that Azure takes
+_LONGEST_NAME = 255  # of a model
 
 
 def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest:
     """Register the model that the run's job made."""
     job_model = run.require(ModelManifest)
     tags = _tags(recipe, run, job_model)
-    versions = _versions(clients, run.name)
+    name = model_name(recipe, run, job_model)
+    versions = _versions(clients, name)
     model = _of_job(versions, job_model.job)
+    if model is None and name != run.name:  # as it was called until 2026-11
+        model = _of_job(_versions(clients, run.name), job_model.job)
     if model is not None:
         how = "the job's model was already registered"
     else:
@@ -52,8 +57,8 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
         # meets the same version. Versions that are not whole numbers are somebody else's scheme.
         numbers = [int(str(item.version)) for item in versions if str(item.version).isdecimal()]
         version = str(max(numbers, default=0) + 1)
-        record(run, RunResource("model", f"{run.name}:{version}"))
-        model, source = _create(clients, run.name, version, job_model, tags)
+        record(run, RunResource("model", f"{name}:{version}"))
+        model, source = _create(clients, name, version, job_model, tags)
         how = f"from {source}"
     return RegistrationManifest(
         target=AZURE,
@@ -63,6 +68,19 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
         tags=tags,
         choices=[how],
     )
+
+
+def model_name(recipe: Recipe, run: Run, job_model: ModelManifest) -> str:
+    """What the registered model is called: the base it was tuned from, then the run."""
+    # A run is called after its recipe, and model.name_or_path may name another base than that:
+    # a Phi-4 must not be served as phi3-mini.
+    found = job_model.foundation_model
+    if found is None and recipe.model.is_tiny:
+        return run.name
+    base = found.name if found else recipe.model.name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-._")
+    whole = run.name if base.lower() in run.name.lower() else f"{base}-{run.name}"
+    return whole[:_LONGEST_NAME]
 
 
 def _tags(recipe: Recipe, run: Run, job_model: ModelManifest) -> dict[str, str]:
