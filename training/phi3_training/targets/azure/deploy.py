@@ -8,7 +8,6 @@ memory.
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 import time
@@ -34,15 +33,16 @@ from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
-from ...progress import Progress, captured_output, note
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
 from .clients import Clients
+from .cores import when_cores_are_free
 from .environments import serving_environment
 from .failures import explained, scrub
-from .operations import Outcome, create, delete, find, state_of, without_dots
+from .operations import Outcome, create, delete, find, state_of, within, without_dots
 from .place import (
     AZURE,
     RUN_TAG,
@@ -231,16 +231,19 @@ def ensure_deployment(
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
 
-    def start() -> object:
-        # azure-ai-ml prints a colour code and a newline after each upload.
-        with captured_output(io.StringIO()):
-            return operations.begin_create_or_update(entity)
+    submit = partial(
+        within,
+        f"submitting the deployment {target.name}",  # uploads code, where the model is our own
+        partial(operations.begin_create_or_update, entity),
+        progress,
+        limit=section.poll.upload_timeout,
+    )
 
     try:
         with without_dots():
             create(
                 f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
-                start,
+                lambda: when_cores_are_free(clients, section, submit, progress),
                 read,
                 progress,
                 limit=section.poll.deploy_timeout,
