@@ -336,5 +336,6 @@ def delete(
 @contextmanager
 def without_dots() -> Iterator[None]:
     """azure-ai-ml prints a dot at each poll, in a thread of its own, and a line at the end."""
+    # Standard output alone: the log of a job that is followed meanwhile goes to standard error.
     with captured_output(io.StringIO(), of_new_threads=True, errors=False):
         yield
