@@ -18,6 +18,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 
 import phi3_rehearsal as rehearsal
+from phi3_rehearsal.faults import Faults
 from phi3_training.cli import main
 from phi3_training.data import prepare
 from phi3_training.errors import StageError
@@ -357,6 +358,26 @@ def test_a_pipeline_trains_and_a_second_job_measures(
     assert [clients.ml.jobs.get(name).status for name in names.values()] == ["Completed"] * 2
     assert metrics.after["validation"]["rows"] > 0
     assert (run.path / metrics.rows).is_file()
+
+
+def test_a_storage_that_refuses_uploads_ends_the_command_with_its_reason(
+    provisioned: object, azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    """azure-ai-ml itself would wait for ever for the files of a folder."""
+    chats = (recipe_file.parent / "chats.jsonl").read_text().replace("euros", "pounds")
+    (tmp_path / "others.jsonl").write_text(chats)
+    recipe = load_recipe(recipe_file, [*POLLS, f"data.train={tmp_path / 'others.jsonl'}"])
+    run = _prepared(recipe, tmp_path / "refused")
+    before = len(azure.calls())
+    azure.fault("PUT *.blob.core.windows.net/* 403 code=AuthorizationFailure times=100")
+    try:
+        with pytest.raises(StageError, match=r"AuthorizationFailure(?s:.*)network rules"):
+            train.finetune(_clients(recipe, tmp_path), recipe, run, _quiet)
+    finally:
+        Faults(azure.folder / "faults.json").clear()
+    refused = [call for call in azure.calls()[before:] if call["status"] == 403]
+    assert 0 < len(refused) < 10
+    assert _puts(azure, run) == 0
 
 
 def test_a_cancelled_job_is_a_failure(

@@ -68,17 +68,17 @@ class TimeLeft:
         )
 
 
-class _ThreadTee(io.TextIOBase):
-    """Takes what one thread writes; lets other threads (a progress display) through."""
+class _Filter(io.TextIOBase):
+    """Stands for standard output or error: what a capture takes goes there, the rest through."""
 
-    def __init__(self, sink: io.StringIO, other: TextIO) -> None:
-        self._sink = sink
+    def __init__(self, other: TextIO, *, is_error: bool) -> None:
         self._other = other
-        self._owner = threading.get_ident()
+        self._is_error = is_error
 
     def write(self, text: str) -> int:
-        stream = self._sink if threading.get_ident() == self._owner else self._other
-        return int(stream.write(text) or 0)
+        thread = threading.get_ident()
+        sinks = (sink for takes, sink in tuple(_captures) if takes(thread, self._is_error))
+        return int((next(sinks, None) or self._other).write(text) or 0)
 
     def flush(self) -> None:
         self._other.flush()
@@ -90,11 +90,39 @@ class _ThreadTee(io.TextIOBase):
         return self._other.fileno()
 
 
+# The captures of all threads, and what they stand before. One filter serves them all: threads that
+# each redirected the streams for themselves would put them back in another order than they came.
+_captures: list[tuple[Callable[[int, bool], bool], io.StringIO]] = []
+_lock = threading.Lock()
+_filtered = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
-def captured_output(sink: io.StringIO) -> Iterator[None]:
-    """Keep this thread's prints off the user's screen."""
-    with (
-        contextlib.redirect_stdout(_ThreadTee(sink, sys.stdout)),
-        contextlib.redirect_stderr(_ThreadTee(sink, sys.stderr)),
-    ):
+def captured_output(
+    sink: io.StringIO, *, of_new_threads: bool = False, errors: bool = True
+) -> Iterator[None]:
+    """Keep this thread's prints off the user's screen, or those of all threads begun inside.
+
+    `errors`: also what they write to standard error.
+    """
+    own, known = threading.get_ident(), {thread.ident for thread in threading.enumerate()}
+
+    def takes(thread: int, is_error: bool) -> bool:
+        is_meant = thread not in known if of_new_threads else thread == own
+        return is_meant and (errors or not is_error)
+
+    entry = (takes, sink)
+    with _lock:
+        if not _captures:
+            out = _Filter(sys.stdout, is_error=False)
+            err = _Filter(sys.stderr, is_error=True)
+            _filtered.enter_context(contextlib.redirect_stdout(out))
+            _filtered.enter_context(contextlib.redirect_stderr(err))
+        _captures.insert(0, entry)  # the innermost counts
+    try:
         yield
+    finally:
+        with _lock:
+            _captures.remove(entry)
+            if not _captures:
+                _filtered.close()

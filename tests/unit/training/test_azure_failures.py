@@ -89,6 +89,28 @@ def test_code_words_and_fix(error: HttpResponseError, said: str) -> None:
     assert "HTTP 200" not in text
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("AuthorizationFailure", "network rules"),
+        ("AuthorizationPermissionMismatch", "Storage Blob Data Contributor"),
+        ("KeyBasedAuthenticationNotPermitted", "a policy switches"),
+    ],
+)
+def test_a_refusal_of_the_storage_says_which_right_is_missing(code: str, said: str) -> None:
+    # As azure-storage-blob words it.
+    error = HttpResponseError(
+        "This request is not authorized.\nRequestId:1-2\nTime:2026-11-29T09:00:00Z\n"
+        f"ErrorCode:{code}\nContent: <?xml version='1.0'?><Error><Code>{code}</Code></Error>"
+    )
+    error.status_code = 403
+    error.error_code = code
+    text = str(stage_error(error, "Submitting"))
+    assert text.startswith(f"Submitting failed ({code}, HTTP 403): This request is not authorized.")
+    assert said in text
+    assert "RequestId" not in text
+
+
 def test_a_secret_in_azures_words_is_not_shown() -> None:
     error = _refusal(400, "BadRequest", f"cannot read ?sv=1&sig={'A' * 43}&se=2")
     with pytest.raises(StageError) as caught, explained("Reading"):

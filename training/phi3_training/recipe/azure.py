@@ -333,6 +333,8 @@ class PollSection(Section):
     """Seconds after which a deployment is given up."""
     delete_timeout: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after which a deletion is given up."""
+    upload_timeout: Annotated[float, Field(ge=1)] = 7200.0
+    """Seconds after which an upload of code, chats or weights is given up."""
 
 
 class AzureSection(Section):

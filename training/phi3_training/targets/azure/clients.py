@@ -303,7 +303,10 @@ class Clients:
             self.credential,
             subscription_id=self.place.subscription_id,
             resource_group_name=self.place.resource_group,
-            show_progress=False,  # its bars would run through ours
+            # Its bars are kept off the screen where it uploads (operations.within). Without them it
+            # never looks at how the upload of a folder's files ended, and waits for ever for one
+            # that was refused.
+            show_progress=True,
             enable_telemetry=False,
             **where,
             **self._options(),

@@ -8,7 +8,6 @@ memory.
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import shutil
@@ -35,12 +34,13 @@ from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
-from ...progress import Progress, captured_output, note
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
 from .clients import Clients
+from .cores import when_cores_are_free
 from .deadline import hold_deadline
 from .environments import serving_environment
 from .failures import explained, scrub
@@ -51,6 +51,7 @@ from .operations import (
     find,
     state_of,
     wait_until_ready,
+    within,
     without_dots,
 )
 from .place import (
@@ -92,6 +93,10 @@ LOG_LINES = 80  # of each container, in deployment.log
 _SHOWN_LINES = 20  # of them, in an error
 # Seconds that a new deployment may take for its first answer after Azure calls it ready.
 _SMOKE_SECONDS = 300.0
+_LONGEST_PAUSE = 30.0  # seconds between two asks
+# Failures of the model itself before it is given up: its machine bills meanwhile. Not counted are
+# those with Azure's reasons for a container that is only coming up.
+_MODEL_TRIES, _COMING_UP = 5, ("model_not_ready", "too_few_model_instance")
 # What a deployment that has only just come up may answer for a moment.
 _NOT_READY_YET = (
     EndpointNotFoundError,
@@ -308,16 +313,19 @@ def ensure_deployment(
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
 
-    def start() -> object:
-        # azure-ai-ml prints a colour code and a newline after each upload.
-        with captured_output(io.StringIO()):
-            return operations.begin_create_or_update(entity)
+    submit = partial(
+        within,
+        f"submitting the deployment {target.name}",  # uploads code, where the model is our own
+        partial(operations.begin_create_or_update, entity),
+        progress,
+        limit=section.poll.upload_timeout,
+    )
 
     try:
         with without_dots():
             create(
                 f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
-                start,
+                lambda: when_cores_are_free(clients, section, submit, progress),
                 read,
                 progress,
                 limit=section.poll.deploy_timeout,
@@ -458,10 +466,12 @@ def _first_answer(
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
+    pause, failures = clients.poll.interval, 0
     # 200 s: a little more than Azure lets a request take (180 s). The client names the deployment
     # in the header azureml-model-deployment, which goes past the traffic rules. (The SDK's `invoke`
     # would keep that header for all later calls of the process.)
-    with access.client(deployment=target.name, max_retries=2, deadline=200.0) as client:
+    # Without retries of its own, because this loop asks again.
+    with access.client(deployment=target.name, max_retries=0, deadline=200.0) as client:
         while True:
             try:
                 messages = [{"role": "user", "content": question}]
@@ -470,7 +480,8 @@ def _first_answer(
             except Phi3Error as error:
                 # A status of 200 means that the model itself answered, and not with text.
                 may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
-                if time.monotonic() > ends or not may_settle:
+                failures += isinstance(error, ModelError) and error.reason not in _COMING_UP
+                if time.monotonic() > ends or failures >= _MODEL_TRIES or not may_settle:
                     lines = _last_lines(_read_log(clients, target))
                     log_end = f"\nThe end of its log:{lines}" if lines else ""
                     raise StageError(
@@ -482,7 +493,8 @@ def _first_answer(
             else:
                 refuse_no_answer(target, reply.text, question)
                 return reply
-            time.sleep(clients.poll.interval)
+            time.sleep(pause)
+            pause = min(2 * pause, max(_LONGEST_PAUSE, clients.poll.interval))
 
 
 def refuse_no_answer(target: DeploymentId, text: str, question: str = "") -> None:

@@ -212,7 +212,7 @@ def quota_needs(clients: Clients, recipe: Recipe) -> list[Need]:
         cores, rule = cores_needed(size, instances, online=online)
         low_priority = not online and cluster.tier == "LowPriority"
         family = LOW_PRIORITY if low_priority else size.family
-        used, limit = usage.get(_family_key(family), (None, None))
+        used, limit = usage.get(family_key(family), (None, None))
         needs.append(Need(purpose, key, size.name, instances, family, cores, rule, used, limit))
     return needs
 
@@ -233,7 +233,7 @@ def quota_usage(clients: Clients) -> dict[str, tuple[int, int]]:
             if used is None:
                 used = vars(item).get("currentValue")
             if item.limit is not None:
-                usage[_family_key(str(value or ""))] = (int(used or 0), int(item.limit))
+                usage[family_key(str(value or ""))] = (int(used or 0), int(item.limit))
     except AzureError as error:
         if getattr(error, "status_code", None) == 403:
             return {}
@@ -241,7 +241,7 @@ def quota_usage(clients: Clients) -> dict[str, tuple[int, int]]:
     return usage
 
 
-def _family_key(family: str) -> str:
+def family_key(family: str) -> str:
     """`usages` and `vmSizes` spell the same family with other spaces and capitals."""
     return family.replace(" ", "").lower()
 

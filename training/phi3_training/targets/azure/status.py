@@ -17,6 +17,7 @@ from ...recipe.azure import NO_DEADLINE, EndpointSection, duration_of
 from ...run import Run
 from ..base import PlanLine
 from .clients import Clients
+from .cores import taking_turns
 from .deploy import traffic_shares
 from .inventory import Inventory, read_all
 from .jobs import recorded_jobs
@@ -152,8 +153,16 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         lines += plan_lines(clients, recipe, run)
         try:
             needs = quota_needs(clients, recipe)
+            # Once the cluster exists `up` asks for no quota: its job waits in Azure's queue.
+            cluster = recipe.azure.compute.name
+            waits = find("cluster", cluster, clients.ml.compute.get) is not None
             short = quota_shortage(needs)
-            lines += [PlanLine("quota", need.text(), stops=need in short) for need in needs]
+            for need in needs:
+                queued = "; a new job waits in the queue until cores are free" if waits else ""
+                text = need.text() + (queued if need in short else "")
+                lines.append(PlanLine("quota", text, stops=need in short and not waits))
+            turns = taking_turns(needs, recipe.azure)
+            lines += [PlanLine("deploy", turns)] if turns else []
         except StageError as error:
             lines.append(PlanLine("quota", str(error), stops=True))
 
