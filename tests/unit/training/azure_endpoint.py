@@ -11,6 +11,10 @@ from phi3_training.recipe.azure import AzureSection
 from .azure_wire import Answer, Wire
 
 BLUE = {"blue": 100}
+ENDPOINT = (
+    "/subscriptions/s/resourceGroups/g/providers/Microsoft.MachineLearningServices/workspaces/w"
+    "/onlineEndpoints/shop"
+)
 
 
 def section(**values: Any) -> AzureSection:
@@ -19,7 +23,7 @@ def section(**values: Any) -> AzureSection:
 
 @dataclass
 class Service:
-    """An endpoint `ep` with two deployments; `refusals` are its next answers to a change."""
+    """An endpoint `shop` with two deployments; `refusals` are its next answers to a change."""
 
     refusals: list[Answer] = field(default_factory=list)
     traffic: dict[str, int] = field(default_factory=lambda: dict(BLUE))
@@ -49,7 +53,7 @@ class Service:
         if "/deployments/" in path:
             missing: Answer = (404, {"error": {"code": "ResourceNotFound", "message": "no"}})
             return self.deployments.get(path.rsplit("/", 1)[-1], missing)
-        if path.endswith("/onlineEndpoints/ep"):
+        if path.endswith("/onlineEndpoints/shop"):
             return self.change() if method == "PUT" else (200, self.endpoint())
         return 200, {"location": "eastus", "properties": {}}
 
@@ -77,8 +81,8 @@ class Service:
     def endpoint(self) -> dict[str, Any]:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return {
-            "id": "/x/onlineEndpoints/ep",
-            "name": "ep",
+            "id": ENDPOINT,
+            "name": "shop",
             "location": "eastus",
             "kind": "Managed",
             "tags": self.tags,
@@ -87,14 +91,14 @@ class Service:
                 "provisioningState": state,
                 "traffic": self.traffic,
                 "mirrorTraffic": self.mirror,
-                "scoringUri": "https://ep.eastus.inference.ml.azure.com/score",
+                "scoringUri": "https://shop.eastus.inference.ml.azure.com/score",
             },
         }
 
 
 def deployment(name: str, version: str, state: str = "Succeeded") -> Answer:
     return 200, {
-        "id": f"/x/onlineEndpoints/ep/deployments/{name}",
+        "id": f"{ENDPOINT}/deployments/{name}",
         "name": name,
         "location": "eastus",
         "sku": {"name": "Default", "capacity": 1},

@@ -17,7 +17,7 @@ from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.targets.azure.clients import InTenant, quiet_sdks, sign_in
-from phi3_training.targets.azure.failures import explained, scrub, stage_error
+from phi3_training.targets.azure.failures import explained, message_of, scrub, stage_error
 from phi3_training.targets.azure.operations import create, get_or_none
 
 from .azure_wire import Answer, Token, Wire, clients
@@ -264,3 +264,9 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
     shown = capsys.readouterr().err
     assert "Creating the deployment blue: Azure continues" in shown
     assert "phi3 down --on azure" in shown
+
+
+def test_the_sdks_colours_are_no_part_of_a_message() -> None:
+    assert message_of(ValueError("\x1b[31m(x) The name is too long\x1b[39m")) == (
+        "(x) The name is too long"
+    )

@@ -64,6 +64,7 @@ def test_a_model_that_only_fails_is_given_up_after_a_few_tries(tmp_path: Path, u
         traffic={"old": 100},
         mirror_traffic={},
         scoring_uri=url,
+        tags={},
     )
     deployment = SimpleNamespace(
         provisioning_state="Succeeded", model="/models/m/versions/1", name="v1"

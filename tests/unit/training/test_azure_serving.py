@@ -12,7 +12,7 @@ from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import target_of
-from phi3_training.targets.azure.deploy import DeploymentId, check_traffic, refuse_no_answer
+from phi3_training.targets.azure.deploy import DeploymentId, refuse_no_answer
 from phi3_training.targets.azure.inventory import model_label
 from phi3_training.targets.azure.place import (
     VARIABLES,
@@ -68,26 +68,6 @@ def test_a_deployments_name_changes_with_model_and_settings() -> None:
     assert deployment_name(section(), "phi3", "2").startswith("v2-")
     long = deployment_name(section(), "phi3", "2026.11.21-candidate-of-noon")
     assert RULE.fullmatch(long)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "there", "told"),
-    [
-        ({"new": 100}, ["old"], "no deployment new to send"),
-        ({"new": 60}, ["new"], "add up to 100, not 60"),
-        ({"new": 60, "old": 60}, ["new", "old"], "not 120"),
-    ],
-)
-def test_traffic_that_azure_would_refuse_is_not_sent(
-    wanted: dict[str, int], there: list[str], told: str
-) -> None:
-    with pytest.raises(StageError, match=told):
-        check_traffic(wanted, there)
-
-
-def test_traffic_that_adds_up() -> None:
-    check_traffic({"new": 100, "gone": 0}, ["new"])
-    check_traffic({}, [])
 
 
 def test_receipt_in_the_order_of_what_matters() -> None:

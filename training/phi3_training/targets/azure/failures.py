@@ -46,6 +46,7 @@ def scrub(text: str) -> str:
     return text
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SERVER = (
     "this is an error on Azure's side: run the same command again in a few minutes; nothing is "
     "created twice"
@@ -139,6 +140,8 @@ def message_of(error: BaseException) -> str:
     parts += [getattr(item, "message", None) for item in getattr(body, "details", None) or ()]
     words = [str(part) for part in parts if part] or [getattr(error, "message", None) or str(error)]
     text = " ".join(" ".join(dict.fromkeys(words)).split())
+    # azure-ai-ml colours the faults that it finds itself, on a terminal or not.
+    text = _COLOUR.sub("", text)
     # The storage service goes on with RequestId, Time, ErrorCode and the whole answer as XML.
     text = text.partition(" RequestId:")[0]
     return scrub(text[:1000]).rstrip(".")
