@@ -22,6 +22,25 @@ from phi3_training.targets.local import LocalTarget, settings_from_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract Unix sockets")
 
+ADDED_BY = 'pip install "phi3-promptflow[flow]"'
+COMMANDS = """\
+import sys
+from pathlib import Path
+from phi3_training.cli import main
+from phi3_training.journey import Journey
+from phi3_training.manifests import AnswerManifest, ConnectionManifest
+from phi3_training.recipe import Recipe
+from phi3_training.run import Run
+from phi3_training.stages import STAGES
+from phi3_training.targets.local import LocalTarget
+
+stages = {stage.manifest: stage for stage in STAGES}
+recipe = Recipe.model_construct(ask="Who?")
+journey = Journey(recipe, Run(Path(sys.argv[1])), LocalTarget(), Path("no-flow"))
+print(stages[ConnectionManifest].left_out(journey))
+print(stages[AnswerManifest].summary(stages[AnswerManifest].work(journey)), flush=True)
+sys.exit(main(["chat", "Who?"]) or main(["doctor"]))
+"""
 KEY = "planted-Key-77c0e1"
 END = b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
 
@@ -74,13 +93,9 @@ def test_a_stopped_server_hands_out_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_commands_find_the_endpoint_without_prompt_flow(run: Run, tmp_path: Path) -> None:
-    """In one process: a question, and the doctor, who finds no fault."""
-    commands = (
-        "from phi3_training.cli import main; import sys; "
-        "sys.exit(main(['chat', 'Who?']) or main(['doctor']))"
-    )
+    """In one process: the last stages of `up`, a question, and the doctor, who finds no fault."""
     done = subprocess.run(
-        [sys.executable, "-c", commands],
+        [sys.executable, "-c", COMMANDS, str(run.path)],
         env={
             **os.environ,
             "PHI3_RUNS": str(run.path.parent),
@@ -91,6 +106,10 @@ def test_the_commands_find_the_endpoint_without_prompt_flow(run: Run, tmp_path: 
         timeout=120,
         check=False,
     )
-    assert done.stdout.startswith("Bill\n"), done.stderr
-    assert done.returncode == 0, done.stdout
-    assert 'pip install "phi3-promptflow[flow]"' in done.stdout
+    connect, ask, chat, *doctor = done.stdout.splitlines()
+    assert connect == f"Prompt flow is not installed; add it with: {ADDED_BY}"
+    assert ask.startswith("'Who?' answered by the endpoint itself; left out: the flow"), done.stderr
+    assert ADDED_BY in ask
+    assert chat == "Bill", done.stderr
+    assert done.returncode == 0, doctor
+    assert any("promptflow" in line and ADDED_BY in line for line in doctor)
