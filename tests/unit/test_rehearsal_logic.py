@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
-from phi3_rehearsal import endpoints, logic, resources, workspaces
+from phi3_rehearsal import endpoints, jobs, logic, resources, workspaces
 from phi3_rehearsal.cloud import Cloud
 from phi3_rehearsal.identity import CALLER, token_for
 from phi3_rehearsal.proxy import answer
@@ -173,6 +173,16 @@ def test_a_refusal_is_repeated_the_next_hour(cloud: Cloud) -> None:
     assert [run["status"] for run in advance(cloud, 1.5)] == ["Failed"]
     assert [run["status"] for run in advance(cloud, 1)] == ["Succeeded"]
     assert cloud.get(ENDPOINT) is None
+
+
+def test_idle_nodes_go_by_the_moved_clock(cloud: Cloud) -> None:
+    cluster = f"{WORKSPACE}/computes/gpu-cluster"
+    properties = {"status": "Completed", "computeId": cluster}
+    ended = {"_times": {"end": at(cloud, 0)}}
+    cloud.put(f"{WORKSPACE}/jobs/done", jobs.KIND, {"properties": properties, **ended})
+    assert jobs.nodes_of_ended_jobs(cloud, cluster, 120) == 1
+    advance(cloud, 0.1)
+    assert jobs.nodes_of_ended_jobs(cloud, cluster, 120) == 0
 
 
 def test_actions_are_named_as_roles_name_them() -> None:

@@ -12,7 +12,6 @@ import datetime as dt
 import json
 import re
 import subprocess
-import time
 import uuid
 from urllib.parse import quote
 
@@ -183,7 +182,7 @@ def nodes_of_ended_jobs(cloud: Cloud, compute_id: str, seconds: float) -> int:
     nodes = 0
     for job in _jobs_on(cloud, compute_id):
         ended = str((job.get("_times") or {}).get("end") or "").replace("Z", "+00:00")
-        if ended and time.time() - dt.datetime.fromisoformat(ended).timestamp() < seconds:
+        if ended and cloud.time() - dt.datetime.fromisoformat(ended).timestamp() < seconds:
             nodes = max(nodes, _nodes_asked(job))
     return nodes
 
