@@ -208,9 +208,9 @@ def test_words_that_nothing_holds_score_low(shop: Shop) -> None:
     """One common word is no answer: `min_score` must see it."""
     shop.index()
     best = shop.open().search("which goods does the moon colony export to Mars?")[0]
-    assert best.score < 0.25
+    assert best.score < 0.15
     right = shop.open().search("unused goods within days refund")[0]
-    assert right.score > 0.9
+    assert right.score == 0.6  # all of its words
     assert grounded("q", [right.as_lookup()])["text"]
 
 
