@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from .clients import ARM, Clients
 from .failures import message_of
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 _API = "2023-10-01"
 _METRIC = "RequestsPerMinute"
 # A rollout does not wait for what it can do without; seconds.
-_LIMITS = {"retry_total": 1, "connection_timeout": 10.0, "read_timeout": 10.0}
+_LIMITS: Mapping[str, Any] = {"retry_total": 1, "connection_timeout": 10.0, "read_timeout": 10.0}
 # Fewer say nothing about a share of a few percent.
 FEWEST_REQUESTS = 50
 
