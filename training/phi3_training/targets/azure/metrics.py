@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _API = "2023-10-01"
 _METRIC = "RequestsPerMinute"
 # A rollout does not wait for what it can do without; seconds.
-_LIMITS: dict[str, Any] = {"retry_total": 1, "connection_timeout": 10.0, "read_timeout": 10.0}
+_LIMITS: Mapping[str, Any] = {"retry_total": 1, "connection_timeout": 10.0, "read_timeout": 10.0}
 # Fewer say nothing about a share of a few percent.
 FEWEST_REQUESTS = 50
 

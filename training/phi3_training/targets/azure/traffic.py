@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from ...progress import Progress, note
 from ...recipe.azure import AzureSection
 from .clients import Clients
 from .failures import explained, message_of, stage_error
-from .operations import CONFLICTS, TRIES, is_transient, state_of, wait_for, without_dots
+from .operations import CONFLICTS, TRIES, Poller, is_transient, state_of, wait_for, without_dots
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import OnlineEndpoint
@@ -118,12 +118,12 @@ def set_traffic(
             time.sleep(pause)
 
 
-def _send(start: partial[object], doing: str, progress: Progress, ends: float) -> Exception | None:
+def _send(
+    start: Callable[[], object], doing: str, progress: Progress, ends: float
+) -> Exception | None:
     """Send the change and wait for its end; the SDK's error, if there was one."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
-
-    from .operations import Poller
 
     try:
         with without_dots():
