@@ -12,7 +12,7 @@ from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import target_of
-from phi3_training.targets.azure.deploy import DeploymentId, check_traffic, refuse_no_answer
+from phi3_training.targets.azure.deploy import DeploymentId, refuse_no_answer
 from phi3_training.targets.azure.place import (
     VARIABLES,
     RunResource,
@@ -34,6 +34,7 @@ from phi3_training.targets.azure.status import (
 )
 from phi3_training.targets.azure.target import refuse_without_extra
 from phi3_training.targets.azure.teardown import Receipt
+from phi3_training.targets.azure.traffic import check_traffic
 
 from .azure_wire import SUBSCRIPTION, place
 
