@@ -85,7 +85,8 @@ def _line_every(seconds: float, title: str) -> Progress:
         if time.monotonic() - shown >= seconds:
             shown = time.monotonic()
             share = f"{done}/{total} " if total else ""
-            err.print(f"  {title:<10} {share}{text}", markup=False)
+            for line in text.splitlines() or [""]:  # one for each thing at work
+                err.print(f"  {title:<10} {share}{line}", markup=False)
 
     return update
 
