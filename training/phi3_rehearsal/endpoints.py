@@ -82,6 +82,7 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
             "scoringUri": f"{host}/score",
             "swaggerUri": f"{host}/swagger.json",
             "provisioningState": "Updating" if before else "Creating",
+            "properties": given.get("properties") or {},
         },
     }
     if before:  # a change that fails changes nothing

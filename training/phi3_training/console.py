@@ -99,7 +99,8 @@ def _line_every(seconds: float, title: str) -> Progress:
             shown = time.monotonic()
             share = f"{done}/{total} " if total else ""
             said = ", ".join(filter(None, (text, guess)))
-            err.print(f"  {title:<10} {share}{said}", markup=False)
+            for line in said.splitlines() or [""]:  # one for each thing at work
+                err.print(f"  {title:<10} {share}{line}", markup=False)
 
     return update
 

@@ -38,6 +38,7 @@ class Journey:
     force: bool = False  # deploy even what the gate refuses
     no_plan: bool = False  # begin even what the plan refuses
     again: frozenset[type[Manifest]] = frozenset()  # of the stages that always run again
+    to_come: frozenset[type[Manifest]] = frozenset()  # of the stages after the one at work
     progress: Progress = no_progress
 
     @property
@@ -87,6 +88,7 @@ def go(
             console.stage_done(stage.title, stage.summary(done), None, good=stage.passed(done))
             continue
         check.before(stages[number:])
+        journey.to_come = frozenset(later.manifest for later in stages[number + 1 :])
         with console.progress_bar(stage.title) as progress:
             manifest = do(journey, stage, progress)
         good = stage.passed(manifest)

@@ -107,6 +107,14 @@ def _is_provided(journey: Journey, _manifest: ProvisionManifest) -> bool:
     return _cloud(journey).is_provided(journey.recipe, journey.run, trains=trains)
 
 
+def _train(journey: Journey) -> ModelManifest:
+    recipe, run, cloud = journey.recipe, journey.run, journey.target.cloud
+    if cloud is None:
+        return journey.target.train(recipe, run, journey.progress)
+    deploys = EndpointManifest in journey.to_come
+    return cloud.train(recipe, run, journey.progress, deploys=deploys)
+
+
 def _base_inputs(journey: Journey) -> Any:
     base = journey.recipe.base if journey.recipe.model.is_tiny else None
     copies = journey.recipe.data.casual_copies and base is not None
@@ -225,7 +233,7 @@ STAGES: tuple[Stage[Any], ...] = (
         title="finetune",
         needs=(DatasetManifest, BaseManifest),
         inputs=_at_target(ModelManifest, lambda j: section_values(j, "model", "finetune")),
-        work=lambda j: j.target.train(j.recipe, j.run, j.progress),
+        work=_train,
         summary=lambda manifest: manifest.summary,
         outputs=lambda manifest: [manifest.path] if manifest.is_here else [],
     ),

@@ -111,4 +111,5 @@ def test_the_plan_says_beforehand_that_one_waits_for_the_other() -> None:
     assert "together need 48 cores" in line
     assert "120 s after the last job" in line
     assert taking_turns(_needs(48), section()) == ""
+    assert taking_turns(_needs(12), section()) == ""  # neither fits: another message says so
     assert taking_turns(_needs(24, "another"), section()) == ""

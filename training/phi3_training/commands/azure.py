@@ -151,6 +151,7 @@ def run_provision(args: argparse.Namespace) -> int:
 def run_quota(args: argparse.Namespace) -> int:
     """Show what is needed, used and allowed, or ask for more; 1 when it does not suffice."""
     recipe = recipe_of(args.words, "azure")
+    from ..targets.azure.cores import taking_turns
     from ..targets.azure.sizes import quota_needs, short_of_quota
 
     clients = _clients(recipe)
@@ -164,6 +165,9 @@ def run_quota(args: argparse.Namespace) -> int:
         for need in found:
             mark = "too little" if need in short else "enough"
             console.out.print(f"{mark:<10} {need.text()}", markup=False)
+        turns = taking_turns(found, recipe.azure)
+        if turns:
+            console.out.print(f"{'in turns':<10} {turns}", markup=False)
         if short:
             cores = max((need.used or 0) + need.cores for need in short)
             console.out.print(f"Request more with: phi3 azure quota --request {cores}")

@@ -136,6 +136,16 @@ class CloudTarget(Target, Protocol):
         """
         ...
 
+    def train(
+        self, recipe: Recipe, run: Run, progress: Progress, *, deploys: bool = False
+    ) -> ModelManifest:
+        """Fine-tune on the prepared chats.
+
+        `deploys`: the model is to be deployed afterwards, so what that needs and costs nothing may
+        be made meanwhile.
+        """
+        ...
+
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
         """Whether that is still there."""
         ...

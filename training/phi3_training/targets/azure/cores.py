@@ -31,6 +31,8 @@ def taking_turns(needs: list[Need], section: AzureSection) -> str:
     both = training.cores + endpoint.cores
     if training.limit is None or training.family != endpoint.family or both <= training.limit:
         return ""
+    if max(training.cores, endpoint.cores) > training.limit:
+        return ""  # that one does not fit at all
     if section.compute.min_instances:
         return (
             f"cluster and endpoint together need {both} cores of {endpoint.family}, the quota is "

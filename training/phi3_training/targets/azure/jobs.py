@@ -27,6 +27,7 @@ from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
 from .operations import TRIES, get_or_none, is_transient, within
+from .side_by_side import meanwhile
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Job
@@ -108,11 +109,13 @@ def run_job(
     progress: Progress,
     *,
     limit: float,
+    beside: Callable[[Progress], object] | None = None,
 ) -> Job:
     """The completed job for these inputs: the recorded one, resumed, or a new one.
 
-    `build` makes the job to submit under a name; `limit` is in seconds. Raises StageError when the
-    job fails or is cancelled, or when another job of the run is still running.
+    `build` makes the job to submit under a name; `limit` is in seconds; `beside` is done while the
+    job is at work. Raises StageError when the job fails or is cancelled, or when another job of
+    the run is still running.
     """
     record, job = _resumable(clients, run, purpose, fingerprint)
     if record is None:
@@ -131,7 +134,8 @@ def run_job(
     else:
         note(progress, f"resuming the job {record.name}")
     if status_of(job) != "completed":
-        job = follow_job(clients, run, purpose, record.name, progress, limit=limit)
+        with meanwhile(progress, beside) as both:
+            job = follow_job(clients, run, purpose, record.name, both, limit=limit)
     return job
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ from .resources import (
     ensure_group,
     grants,
 )
+from .side_by_side import side_by_side
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
 if TYPE_CHECKING:
@@ -100,15 +102,13 @@ def provision(
     if "cluster" in wanted:
         work.check_quota()
     work.workspace()
+    # What stands on the workspace does not need each other: a cluster takes minutes, a hub too.
+    beside: dict[str, Callable[[Progress], None]] = {}
     if work.is_ready("workspace") and wanted & {"roles", "project"}:
-        work.identity()
-        if "project" in wanted:
-            work.hub_and_project()
-        # Roles take minutes to act; the cluster and the training job give them that time.
-        if "roles" in wanted:
-            work.roles(with_project="project" in wanted)
+        beside["project"] = lambda shown: work.at(shown).identity_and_project(wanted)
     if "cluster" in wanted:
-        work.cluster()
+        beside["cluster"] = lambda shown: work.at(shown).cluster()
+    side_by_side(progress, beside)
     if work.done.failed:
         lines = "\n".join(f"  {step.text()}" for step in work.done.failed)
         raise StageError(
@@ -133,6 +133,12 @@ class _Provisioning:
         self.done = Provisioned()
         poll = clients.poll
         self.create = partial(create, limit=poll.provision_timeout, pause=poll.interval)
+
+    def at(self, progress: Progress) -> _Provisioning:
+        """The same pass, with a display of its own for what is done beside the rest."""
+        other = copy(self)
+        other.progress = progress
+        return other
 
     def step(self, what: str, name: str, work: Callable[[], Outcome]) -> bool:
         """Do one step; whether what it makes exists afterwards."""

@@ -20,6 +20,7 @@ from .clients import Clients
 from .failures import code_of, explained, stage_error
 from .operations import TRIES, Outcome, create, get_or_none, is_transient
 from .place import Place
+from .side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Workspace
@@ -123,8 +124,7 @@ def ensure_dependents(
 ) -> Dependents | None:
     """Make what is missing; None when a step failed."""
     place = clients.place
-    # In this order: insights names log analytics. Each body is made only where it is needed, since
-    # the vault's asks Azure for the tenant.
+    # Each body is made only where it is needed, since the vault's asks Azure for the tenant.
     bodies: dict[ResourceKind, Callable[[], Body]] = {
         STORAGE: lambda: {
             "kind": "StorageV2",
@@ -155,24 +155,31 @@ def ensure_dependents(
         # A workspace that signs in with its own identity needs the registry's admin user.
         REGISTRY: lambda: {"sku": {"name": "Basic"}, "properties": {"adminUserEnabled": True}},
     }
-    results = [
-        step(
-            kind.what,
-            kind.name(place),
-            partial(
-                ensure_resource,
-                clients,
-                f"{kind.what} {kind.name(place)}",
-                kind.id(place),
-                kind.api_version,
-                body,
-                tags,
-                progress,
-            ),
+
+    def ensure(kinds: tuple[ResourceKind, ...], shown: Progress) -> bool:
+        return all(
+            step(
+                kind.what,
+                kind.name(place),
+                partial(
+                    ensure_resource,
+                    clients,
+                    f"{kind.what} {kind.name(place)}",
+                    kind.id(place),
+                    kind.api_version,
+                    body,
+                    tags,
+                    shown,
+                ),
+            )
+            for kind, body in bodies.items()
+            if kind in kinds
         )
-        for kind, body in bodies.items()
-    ]
-    return dependents_of(None, place) if all(results) else None
+
+    # Side by side, but insights after the log analytics that it names.
+    chains = ((STORAGE,), (VAULT,), (LOGS, INSIGHTS), (REGISTRY,))
+    works = {kinds[-1].what: partial(ensure, kinds) for kinds in chains}
+    return dependents_of(None, place) if all(side_by_side(progress, works).values()) else None
 
 
 def ensure_group(clients: Clients, tags: dict[str, str], progress: Progress) -> Outcome:

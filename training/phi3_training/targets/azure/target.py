@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
 from .clients import Clients
-from .place import AZURE, Place, find_place, place_of, section_of, settle
+from .place import AZURE, Place, endpoint_name, find_place, place_of, section_of, settle
 from .provision import PARTS, is_provisioned, provision
 
 if TYPE_CHECKING:
@@ -132,11 +133,21 @@ class AzureTarget:
 
         return prepare_base(self.clients(recipe), recipe, run, progress)
 
-    def train(self, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
+    def train(
+        self, recipe: Recipe, run: Run, progress: Progress, *, deploys: bool = False
+    ) -> ModelManifest:
         """Fine-tune in a job, or resume the one that runs."""
         from .train import finetune
 
-        return finetune(self.clients(recipe), recipe, run, progress)
+        clients = self.clients(recipe)
+        if not deploys:
+            return finetune(clients, recipe, run, progress)
+        from .deploy import ensure_endpoint
+
+        name = endpoint_name(recipe.azure, clients.place, run)
+        # It costs nothing while it has no deployment, and takes minutes to be there.
+        beside = partial(ensure_endpoint, clients, recipe.azure, run, name)
+        return finetune(clients, recipe, run, progress, beside)
 
     def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Bring back what was measured in a job."""

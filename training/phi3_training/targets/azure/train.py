@@ -7,6 +7,7 @@ small files back to where a run on this machine has them.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -169,17 +170,31 @@ def prepare_base(clients: Clients, recipe: Recipe, run: Run, progress: Progress)
     )
 
 
-def finetune(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
-    """Fine-tune in a job and wait for it."""
+Beside = Callable[[Progress], object]  # what is done while a job is at work
+
+
+def finetune(
+    clients: Clients,
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+    beside: Beside | None = None,
+) -> ModelManifest:
+    """Fine-tune in a job and wait for it, doing `beside` meanwhile."""
     note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     if choice.foundation is not None:
-        return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress)
-    return _by_command_job(clients, recipe, run, choice, progress)
+        return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress, beside)
+    return _by_command_job(clients, recipe, run, choice, progress, beside)
 
 
 def _by_command_job(
-    clients: Clients, recipe: Recipe, run: Run, choice: RouteChoice, progress: Progress
+    clients: Clients,
+    recipe: Recipe,
+    run: Run,
+    choice: RouteChoice,
+    progress: Progress,
+    beside: Beside | None,
 ) -> ModelManifest:
     machines = machines_of(clients, recipe)
     training_data = stage_inputs(recipe, run, machines.all_processes).training_data
@@ -192,6 +207,7 @@ def _by_command_job(
         lambda name: train_job(clients, recipe, run, name, machines),
         progress,
         limit=_limit(recipe),
+        beside=beside,
     )
     brought = _bring_back(clients, run, job, TRAIN, progress)
     model, base = brought.read(ModelManifest), brought.read(BaseManifest)
@@ -222,6 +238,7 @@ def _by_pipeline(
     choice: RouteChoice,
     foundation: FoundationModel,
     progress: Progress,
+    beside: Beside | None,
 ) -> ModelManifest:
     prepared = prepare_pipeline(clients, recipe, foundation)
     training_data = stage_inputs(recipe, run).training_data
@@ -238,6 +255,7 @@ def _by_pipeline(
         lambda name: pipeline_job(recipe, run, name, foundation, prepared),
         progress,
         limit=_limit(recipe),
+        beside=beside,
     )
     return _of_job(job, choice, PIPELINE_OUTPUT).model_copy(
         update={
