@@ -319,8 +319,7 @@ def _pdf(path: Path) -> Iterator[Section]:
                 raise UnreadableError("is locked with a password", "save it without one")
             title = ""
             with suppress(Exception):  # broken metadata do not make the pages unreadable
-                metadata = reader.metadata
-                title = str(metadata.title if metadata else "").translate(_CONTROL)
+                title = str((reader.metadata and reader.metadata.title) or "").translate(_CONTROL)
             # A page often does not say what it is about: its document does.
             heading = () if _NO_TITLE.fullmatch(title) else (" ".join(title.split()),)
             for number, page in enumerate(reader.pages, 1):
