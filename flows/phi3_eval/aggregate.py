@@ -7,6 +7,7 @@ import logging
 
 from base_run import record_of, runs_are_kept_here
 from promptflow.core import log_metric, tool
+from score_line import NO_ANSWER
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,11 @@ NAMED = 20
 
 @tool
 def aggregate(lines: list, base_run: list) -> dict:
+    if lines and all(line["error"] == NO_ANSWER for line in lines):
+        raise ValueError(
+            "No line has an answer: map its column, --column-mapping "
+            "answer='${run.outputs.answer}', or '${data.answer}' for rows of `phi3 batch`"
+        )
     name = next((run for run in base_run if run), "")
     record = record_of(name) if name else None
     if name and record is None:

@@ -29,7 +29,8 @@ finetune: {learning_rate: 5.0e-3, num_train_epochs: 1, per_device_train_batch_si
            lora_r: 4, num_threads: 1}
 evaluate: {max_rows: 5, max_new_tokens: 8, canary: [], probes: [], resamples: 100}
 gate: {min_gain: [], max_regression: [], max_refusal_change: []}
-azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backoff_factor: 0.05}}
+azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backoff_factor: 0.05},
+        rollout: {steps: [5, 100], minutes: 0, max_p95_ratio: 20}}
 ask: "What does lamp number 1 cost?"
 """
 RUN = "small-azure"

@@ -298,8 +298,9 @@ def test_down_leaves_nothing_that_bills(road: Road) -> None:
     assert not found.get(f"{ENDPOINTS}/deployments")
     assert not found.get("microsoft.machinelearningservices/workspaces/computes")
     assert not found.get("microsoft.machinelearningservices/workspaces/connections")
-    state = json.loads(road.phi3("status", "--on", "azure", "-o", "json").stdout)[0]
-    assert state["bills"] == []
+    assert not found.get("microsoft.logic/workflows")
+    state, place = json.loads(road.phi3("status", "--on", "azure", "-o", "json").stdout)
+    assert state["bills"] == place["bills"] == []
 
 
 def test_up_after_down_serves_again_without_training(road: Road) -> None:
@@ -309,6 +310,37 @@ def test_up_after_down_serves_again_without_training(road: Road) -> None:
     assert re.search(r"finetune .*already done", done.stderr)
     assert len(road.made("jobs")) == 1
     assert "microsoft.machinelearningservices/workspaces/computes" not in counts(road)
+
+
+def test_another_machine_sees_it_and_when_it_ends(road: Road) -> None:
+    done = road.phi3("status", "--on", "azure", "--workspace", "phi3-workspace")
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"endpoint small-azure-\w+: succeeded, key, owner {RUN}", done.stdout)
+    assert re.search(r"deadline 20\S+ \S+ UTC \(in 7 h 5\d min\), then it", done.stdout)
+    assert re.search(r"sum: 3\.67 USD per hour, about \S+ so far .* at most 29\.", done.stdout)
+
+
+def test_the_deadline_is_moved(road: Road) -> None:
+    done = road.phi3("azure", "extend", "4h", "--run", RUN)
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"deadline .* \(in 11 h 5\d min\), was .* \(in 7 h 5\d min\)", done.stdout)
+    assert road.rehearsal.advance(10 * 3600)["runs"] == []
+    assert counts(road)[ENDPOINTS] == 1
+
+
+def test_at_the_deadline_nothing_is_left_that_bills(road: Road) -> None:
+    runs = road.rehearsal.advance(2 * 3600)["runs"]
+
+    assert [run["status"] for run in runs] == ["Succeeded"]
+    found = counts(road)
+    assert not found.get(ENDPOINTS)
+    assert not found.get(f"{ENDPOINTS}/deployments")
+    done = road.phi3("down", "--on", "azure", "--workspace", "phi3-workspace", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "deleted: deadline of small-azure-" in done.stdout
+    assert "still bills: nothing by the hour" in done.stdout
 
 
 def test_down_all_asks_first_and_leaves_what_is_not_ours(road: Road) -> None:

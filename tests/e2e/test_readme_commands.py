@@ -40,6 +40,7 @@ def test_what_you_can_do_next(journey: Journey, command: str) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_your_own_chats(journey: Journey) -> None:
     """With a file of one's own: checked, then trained on."""
     mine = journey.laptop.work / "my_chats.jsonl"

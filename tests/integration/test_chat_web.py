@@ -211,6 +211,7 @@ def test_answers_from_documents_name_their_sources(
         assert len(served.bodies) == 1
 
 
+@pytest.mark.slow
 def test_wrong_key_and_endpoint_down(
     page: Any, home: PfHome, pictures: Callable[[Any, str], None]
 ) -> None:
@@ -273,6 +274,7 @@ run.write(connect(deployed, sys.stdin.read()))
 """
 
 
+@pytest.mark.slow
 def test_the_connection_of_a_stored_run(page: Any, home: PfHome) -> None:
     """Endpoint and key out of the run's connection, as after `phi3 up`; the store is left alone."""
     runs = home.path / "runs"

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from phi3_training.doctor import Finding, State
 from phi3_training.doctor.endpoint import ask, connection_findings, token_finding
 from phi3_training.doctor.endpoint import endpoint as endpoint_findings
 from phi3_training.doctor.flow import Connection, flow, package_tool, tools_of
+from phi3_training.flow import store
 from phi3_training.flow.bundle import FlowSource, connection_of
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
@@ -192,6 +193,22 @@ def test_shape_and_https(
     found = by_check(Connection("any").checks())
     assert states(found) == {"present": "ok", "shape": shape, "https": https}
     assert all(each.fix for each in found.values() if each.state is State.FAULT)
+
+
+def test_a_connection_that_is_named_outranks_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As `phi3 chat --run` does: else `doctor --run other` would praise another endpoint."""
+    monkeypatch.setenv("PHI3_ENDPOINT", "https://phi3.example.com/score")
+    monkeypatch.setenv("PHI3_KEY", "k")
+    stored = SimpleNamespace(
+        configs={"endpoint": "http://127.0.0.1:1/score"}, secrets={"key": "other"}
+    )
+    monkeypatch.setattr(store, "stored_connection", lambda _name: stored)
+    monkeypatch.setattr(store, "database", lambda: Path("pf.sqlite"))
+    found = by_check(Connection("phi3_connection_other", chosen=True).checks())
+    assert "phi3_connection_other" in found["present"].said
+    assert "127.0.0.1" in found["shape"].said
 
 
 def test_the_flow_names_its_connection() -> None:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from tests.integration.pf_home import ROOT, PfHome, pf_home, without_phi3_tool
 from tests.integration.stub_endpoint import KEY, Reply, Seen, StubEndpoint
 
@@ -123,6 +124,11 @@ def test_run_over_a_run_counts_and_names_the_lines_that_prompt_flow_drops(bench:
 
 
 def test_rows_of_phi3_batch_are_scored_with_their_failures(bench: Bench) -> None:
+    """Also where other tools wrote them: no `error` key where there was none, or null."""
+    lines = [json.loads(line) for line in bench.rows.read_text(encoding="utf-8").splitlines()]
+    lines[0]["error"] = None
+    del lines[2]["error"]
+    bench.rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     columns = ("answer", "expected", "error", "seconds", "line_number")
     mapping = {name: f"${{data.{name}}}" for name in columns}
     check(bench.score("batch", "--data", bench.rows, mapping=mapping))
@@ -131,9 +137,9 @@ def test_rows_of_phi3_batch_are_scored_with_their_failures(bench: Bench) -> None
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The flow's modules, beside the scorers as Prompt flow lays them."""
-    for folder in (FLOW, ROOT / "training/phi3_training/evaluate"):
+    for folder in (FLOW, ROOT / "training/phi3_training/evaluate", ROOT / "tools/phi3_tool"):
         monkeypatch.syspath_prepend(str(folder))
-    names = ("metrics", "base_run", "score_line", "aggregate")
+    names = ("metrics", "flow_inputs", "base_run", "score_line", "aggregate")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: importlib.import_module(name) for name in names}
@@ -154,6 +160,20 @@ def test_empty_cells_are_no_numbers_and_no_errors(modules: dict[str, ModuleType]
     assert (line["seconds"], line["error"], line["exact_match"]) == (None, "", 1.0)
     line = score(answer=None, expected=EXPECTED, error="ThrottledError: busy", seconds=None)
     assert (line["error"], line["token_f1"]) == ("ThrottledError: busy", 0.0)
+
+
+def test_what_was_not_mapped_is_told_and_does_not_score_0(modules: dict[str, ModuleType]) -> None:
+    inputs = yaml.safe_load((FLOW / "flow.dag.yaml").read_text(encoding="utf-8"))["inputs"]
+    assert [name for name, about in inputs.items() if "default" not in about] == ["expected"]
+    score, aggregate = modules["score_line"].score_line, modules["aggregate"].aggregate
+    for nothing in (None, "", " "):
+        with pytest.raises(ValueError, match=r"'expected' is null or empty.*--column-mapping"):
+            score(expected=nothing, answer="a")
+    unmapped = score(expected="a")
+    assert (unmapped["error"], unmapped["exact_match"]) == ("no answer", 0.0)
+    with pytest.raises(ValueError, match=r"No line has an answer.*--column-mapping"):
+        aggregate([unmapped, unmapped], [])
+    assert aggregate([unmapped, score(expected="a", answer="a")], [])["metrics"]["failed"] == 1
 
 
 def test_percentiles_lie_between_values(modules: dict[str, ModuleType]) -> None:

@@ -62,17 +62,18 @@ def test_weights_answer_as_the_fp32_conversion_that_is_served(run: Run) -> None:
     assert [one.said for one in ours] == served
 
 
-def test_an_int4_endpoint_is_judged_by_its_own_conversion(run: Run) -> None:
-    recipe = recipe_of(run, "int4")
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_quantised_endpoint_is_judged_by_its_own_conversion(run: Run, precision: str) -> None:
+    recipe = recipe_of(run, precision)
 
     metrics = evaluate(recipe, run)
 
-    assert metrics.answered_by["precision"] == "int4"
+    assert metrics.answered_by["precision"] == precision
     assert metrics.answered_by["engine"] == "onnxruntime"
     # Base and tuned model are the same here, and converted in the same way.
     assert metrics.before == metrics.after
     assert metrics.after["train"]["perplexity"] > 0
-    graph = run.path / "onnx-int4" / "model.onnx"
+    graph = run.path / f"onnx-{precision}" / "model.onnx"
     made = graph.stat().st_mtime_ns
     config, _engine, _reason = server_config(recipe, run, no_progress)
     assert config.onnx_dir == graph.parent

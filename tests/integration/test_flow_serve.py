@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from phi3_training.cli import main
 from phi3_training.flow.server import leave_traces_out
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
+pytest_plugins = ("tests.integration.browser_plugin",)
 
 PF = str(Path(sys.executable).with_name("pf"))
 KEY = "serve-key-18ac/+7=="
@@ -42,40 +45,68 @@ def upstream() -> Iterator[Endpoint]:
         yield state
 
 
-@pytest.mark.parametrize("engine", ["flask", "fastapi"])
-def test_serves_without_store_and_keyring(home: PfHome, upstream: Endpoint, engine: str) -> None:
+@pytest.fixture(scope="module", params=["flask", "fastapi"])
+def served(home: PfHome, upstream: Endpoint, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of `phi3 flow serve`, without store and keyring."""
     port = free_port()
-    log = home.path / f"{engine}.log"
-    command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", "--engine", engine]
+    log = home.path / f"{request.param}.log"
+    command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve"]
     env = {**home.env, **NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], env=env, cwd=home.path, stdout=stream, stderr=stream
+            [*command, "--engine", request.param, "--port", str(port)],
+            env=env,
+            cwd=home.path,
+            stdout=stream,
+            stderr=stream,
         )
     try:
-        body = {"input_data": f"Hello {engine}?", "chat_history": []}
         url = f"http://127.0.0.1:{port}"
         _wait(url, process, log)
-        replies = [requests.post(f"{url}/score", json=body, timeout=60) for _ in range(3)]
-        assert [r.json() for r in replies] == [{"answer": f"1: Hello {engine}?"}] * 3
-        assert requests.get(url, timeout=20).status_code == 200  # the page, on either engine
-        shape = requests.get(f"{url}/swagger.json", timeout=20).json()["paths"]["/score"]["post"]
-        schema = shape["requestBody"]["content"]["application/json"]["schema"]
-        assert (sorted(schema["properties"]), schema["required"]) == (
-            ["chat_history", "input_data"],  # what the page draws
-            ["input_data"],
-        )
-        for sent in ({"question": "Hi?"}, {}, {"input_data": None}, [1]):
-            refused = requests.post(f"{url}/score", json=sent, timeout=60)
-            assert refused.status_code == 400, refused.text
-            assert "input_data" in refused.json()["error"]["message"]
+        yield url
     finally:
         interrupt(process)
+
+
+def test_serves_without_store_and_keyring(home: PfHome, served: str) -> None:
+    body = {"input_data": "Hello there?", "chat_history": []}
+    replies = [requests.post(f"{served}/score", json=body, timeout=60) for _ in range(3)]
+    assert [r.json() for r in replies] == [{"answer": "1: Hello there?"}] * 3
+    null = requests.post(f"{served}/score", json={**body, "temperature": None}, timeout=60)
+    assert null.json() == {"answer": "1: Hello there?"}  # null is the default
+    assert requests.get(served, timeout=20).status_code == 200  # the page, on either engine
+    shape = requests.get(f"{served}/swagger.json", timeout=20).json()["paths"]["/score"]["post"]
+    schema = shape["requestBody"]["content"]["application/json"]["schema"]
+    assert (sorted(schema["properties"]), schema["required"]) == (
+        ["chat_history", "input_data"],  # what the page draws
+        ["input_data"],
+    )
+    for sent in ({"question": "Hi?"}, {}, {"input_data": None}, [1]):
+        refused = requests.post(f"{served}/score", json=sent, timeout=60)
+        assert refused.status_code == 400, refused.text
+        assert "input_data" in refused.json()["error"]["message"]
     files = [path for path in home.path.rglob("*") if path.is_file()]
     assert not [path for path in files if path.name.startswith("keyring")]
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
         assert b"phi3_connection" not in path.read_bytes() or path.suffix != ".sqlite", path
+
+
+@pytest.mark.browser
+def test_the_page_works_with_the_question_alone(page: Any, served: str, tmp_path: Path) -> None:
+    """Prompt flow's page draws a required field for every input that swagger.json describes."""
+    page.goto(served)
+    fields = page.locator("input[aria-required=true], textarea[aria-required=true]")
+    fields.first.wait_for(timeout=60_000)
+    assert fields.count() == 1
+    page.get_by_text("phi3_chat(").wait_for(timeout=60_000)  # its name, not a temporary folder's
+    for question, seen in (("Who made it?", "1: Who made it?"), ("And when?", "3: And when?")):
+        fields.first.fill(question)
+        fields.first.press("Enter")  # what Send does, where it is not grey
+        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=60_000)
+    picture = Path(os.environ.get("PHI3_SCREENSHOT", tmp_path / "served_page.png"))
+    page.screenshot(path=picture)
+    assert picture.stat().st_size > 10_000
 
 
 def test_workers_share_one_port_and_end_together(home: PfHome, upstream: Endpoint) -> None:

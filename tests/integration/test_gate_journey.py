@@ -154,6 +154,7 @@ def deploy(harbour: Harbour, name: str, *, force: bool = False) -> Sequence[str]
     return pier.deployed
 
 
+@pytest.mark.slow
 def test_unseen_set_is_learnt_and_let_through(
     harbour: Harbour, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +210,7 @@ def test_force_deploys_and_is_recorded(harbour: Harbour) -> None:
     assert any("--force" in choice for choice in recorded["choices"])
 
 
+@pytest.mark.slow
 def test_model_that_forgot_is_blocked(harbour: Harbour) -> None:
     """Trained without the old chats: the new ones are learnt, the canaries are dead."""
     status = harbour.run("forgot", "evaluate", "data.replay=[]")

@@ -43,6 +43,7 @@ def test_weights_are_counted_as_peft_makes_them(
     assert learning_weights(shape, work) == learning
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("case", ["mid lora + checkpointing", "mid evaluate"])
 def test_prediction_is_near_the_measured_peak(case: str) -> None:

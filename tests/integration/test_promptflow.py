@@ -118,6 +118,14 @@ def test_package_tool_is_listed(bench: Bench) -> None:
     assert [tool["name"] for tool in mine] == ["Phi-3 chat"]
 
 
+def test_an_input_of_another_name_is_said_plainly(bench: Bench) -> None:
+    asked = len(bench.endpoint.bodies)
+    done = bench.test("--inputs", "question=Who founded Contoso?")
+    last = done.out.strip().splitlines()[-1]
+    assert (done.code, len(bench.endpoint.bodies)) == (1, asked)
+    assert "lacks the input 'input_data': it has only 'question'" in last
+
+
 def test_wrong_key_is_said_plainly(bench: Bench) -> None:
     env = {"PHI3_ENDPOINT": bench.endpoint.url, "PHI3_KEY": "wrong-key-81"}
     done = bench.test("--inputs", "input_data=Hi", env=env)

@@ -40,7 +40,12 @@ WAYS = {
     "evaluations": ["finetune.eval_steps=4", "finetune.lr_scheduler_type=linear"],
 }
 DRAW = random.Random(20)  # noqa: S311 - picks steps, guards nothing
-KILLS = [(list(WAYS)[number % len(WAYS)], DRAW.random()) for number in range(10)]
+# One kill for each way at every run of the tests; a second one with `make test-all`.
+KILLS = [
+    pytest.param(way, DRAW.random(), marks=[pytest.mark.slow] if second else [])
+    for second in (False, True)
+    for way in WAYS
+]
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +252,7 @@ def test_killed_behind_the_last_step_trains_no_step_twice(
     assert model_bytes(run) == model_bytes(prepared.with_name("whole-dropout"))
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_kill(prepared: Path, tmp_path: Path) -> None:
     """`phi3 train`, `kill -9`, `phi3 train`: stages that were done stay done, no lock is left."""
     command = [sys.executable, "-m", "phi3_training.cli", "train"]

@@ -139,6 +139,7 @@ def test_a_killed_search_finds_what_it_would_have_found(
     assert any("Resumed from checkpoint at step 3" in text for text in resumed)
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_from_those_there(prepared: Path) -> None:
     run = copy_of(prepared, "longer")
     first = run_search(run, SEARCH.replace("trials: 7", "trials: 2"))
@@ -166,6 +167,7 @@ def test_another_search_is_not_mixed_in(
         run_search(run, text, settings)
 
 
+@pytest.mark.slow
 def test_pruned_trials_end_early_and_are_told(prepared: Path) -> None:
     run = copy_of(prepared, "pruned")
     text = SEARCH.replace("high: 5e-2", "high: 1.0") + "pruning: {startup_trials: 2}\n"
@@ -203,6 +205,7 @@ def test_no_figure_at_all_is_an_error(prepared: Path) -> None:
         run_search(run, text)
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_evaluation(prepared: Path) -> None:
     run = copy_of(prepared, "evaluated")
     text = SEARCH.replace("trials: 7", "trials: 2").replace(

@@ -5,35 +5,21 @@ With connection_type.py the only module that imports Prompt flow.
 
 # Annotations stay real objects here, because Prompt flow reads them: no postponed evaluation, and
 # Optional[...] in place of newer spellings.
-import hashlib
-import logging
-import os
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, Optional, Tuple, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional, Union
 
 from promptflow.connections import ConnectionProvider, CustomConnection
 from promptflow.core import tool
 from promptflow.exceptions import PromptflowException
 
-from .client import Phi3Client
-from .connection import ConnectionSettings, environment_names_endpoint
+from .asking import budget, client_for, settings_of, with_first
+from .connection import environment_names_endpoint
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error, RequestRejectedError
-from .history import (
-    BROKE_OFF,
-    DEFAULT_CONTEXT_LENGTH,
-    TOKENS_AROUND_MESSAGE,
-    rough_tokens,
-    to_messages,
-)
-from .served import refuse_requests_without_a_question
-
-log = logging.getLogger(__name__)
+from .flow_inputs import refuse_what_lacks_a_question
+from .history import to_messages
 
 # `pf flow test --interactive` of Prompt flow 1.18 reads a streamed answer to its end before it
 # prints the first piece; with traces on it then forgets the text, and the next turn knows nothing
@@ -91,14 +77,7 @@ def _settle(outputs: object, record: Record) -> None:
             outputs[name] = "".join(pieces)
 
 
-refuse_requests_without_a_question()
-
-# Each keeps a pool of open connections.
-_MAX_CLIENTS = 16
-
-_Identity = Tuple[int, str, str, Optional[str], Optional[str]]
-_clients: "OrderedDict[_Identity, Phi3Client]" = OrderedDict()
-_clients_lock = threading.Lock()
+refuse_what_lacks_a_question()
 
 
 # Prompt flow sets `stream` itself: to True where the node's output goes nowhere but to the person,
@@ -134,10 +113,10 @@ def phi3_chat(
     wrong before the first piece is raised here, not by the generator.
     """
     try:
-        settings = _settings(connection, deployment)
-        budget = _budget(settings, input_data, system_prompt, max_new_tokens, max_history_tokens)
-        messages = to_messages(chat_history, input_data, system_prompt, max_tokens=budget)
-        client = _client_for(settings)
+        settings = settings_of(connection, deployment)
+        room = budget(settings, input_data, system_prompt, max_new_tokens, max_history_tokens)
+        messages = to_messages(chat_history, input_data, system_prompt, max_tokens=room)
+        client = client_for(settings)
         ask: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
@@ -147,7 +126,7 @@ def phi3_chat(
             print_pieces_as_they_come()
             pieces = client.stream(messages, **ask)
             # The first piece is read here: Prompt flow swallows what a generator raises.
-            return _with_first(next(pieces, ""), pieces)
+            return with_first(next(pieces, ""), pieces)
         return client.chat(messages, **ask).text
     except Phi3Error as error:
         # Prompt flow shows and stores a failed node's whole traceback: keep it to this one line.
@@ -187,7 +166,7 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
         if isinstance(connection, str) and connection.strip():
             connection = ConnectionProvider.get_instance().get(name=connection.strip())
         if connection or environment_names_endpoint():
-            entries = choices(_settings(connection))
+            entries = choices(settings_of(connection))
         else:
             entries = [no_list("choose a connection first")]
     except Phi3Error as error:
@@ -195,59 +174,3 @@ def list_deployments(connection: Any = None) -> list:  # type: ignore[type-arg]
     except (PromptflowException, OSError, RuntimeError, ValueError) as error:
         entries = [no_list(f"Prompt flow cannot provide the connection ({type(error).__name__})")]
     return [{"value": choice.value, "display_value": choice.shown} for choice in entries]
-
-
-def _with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
-    try:
-        if first:
-            yield first
-        yield from pieces
-    except Phi3Error as error:
-        # The status is long sent. Raised here, the chat page would put "network error" in place of
-        # all that came, and one serving engine would end the answer as if it were whole.
-        log.warning("the answer was cut off: %s", error)
-        yield f"{BROKE_OFF}{error}]"
-    finally:
-        pieces.close()
-
-
-def _settings(connection: object, deployment: str = "") -> ConnectionSettings:
-    # Both from the environment or neither: a stored key never goes to another endpoint.
-    if environment_names_endpoint():
-        settings = ConnectionSettings.from_environment()
-    else:
-        settings = ConnectionSettings.from_connection(connection)
-    chosen = deployment.strip()
-    return replace(settings, deployment=chosen) if chosen else settings
-
-
-def _budget(
-    settings: ConnectionSettings,
-    input_data: str,
-    system_prompt: str,
-    max_new_tokens: int,
-    max_history_tokens: int,
-) -> int:
-    """Tokens that the whole prompt may have."""
-    room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
-    if max_history_tokens <= 0:
-        return room
-    always = rough_tokens(input_data) + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
-    wanted = always + max_history_tokens
-    # Without a stated context the caller's word counts: the model may well be a 128k one.
-    return wanted if settings.context_length is None else min(room, wanted)
-
-
-def _client_for(settings: ConnectionSettings) -> Phi3Client:
-    """One client per endpoint, key and process, so that its connections are used again."""
-    key_hash = hashlib.sha256(settings.key.encode()).hexdigest()
-    identity = (os.getpid(), settings.endpoint, key_hash, settings.deployment, settings.dialect)
-    with _clients_lock:
-        client = _clients.get(identity)
-        if client is None:
-            client = _clients[identity] = Phi3Client.from_connection(settings)
-            if len(_clients) > _MAX_CLIENTS:
-                # Not closed: another thread may be in the middle of a call.
-                _clients.popitem(last=False)
-        _clients.move_to_end(identity)
-        return client

@@ -111,7 +111,8 @@ class EndpointEmbedder:
     """
 
     def __init__(self, base: str, model: str, key: str | None = None, dimension: int = 0) -> None:
-        from .connection import is_loopback
+        from .connection import Address, is_loopback
+        from .transport import new_session
 
         self.base = re.sub(r"/(embeddings/?)?$", "", base)
         if not re.match(r"https?://", self.base):
@@ -119,16 +120,13 @@ class EndpointEmbedder:
                 f"The embeddings endpoint {base!r} is not an address; "
                 "expected something like https://HOST/v1"
             )
-        if (
-            key
-            and self.base.startswith("http://")
-            and not is_loopback(urlsplit(self.base).hostname or "")
-        ):
+        loopback = is_loopback(urlsplit(self.base).hostname or "")
+        if key and self.base.startswith("http://") and not loopback:
             raise ConfigurationError(f"The key would go over plain http to {self.base}; use https")
         self.model, self._key = model, key
         self.identity = f"endpoint:{model}"
-        self._session: Any = None
-        self._lock = threading.Lock()
+        # Neither a netrc entry in place of the key, nor this machine through a proxy.
+        self._session = new_session(Address(self.base, self.base, "openai", loopback))
         self.dimension = dimension or len(self._ask(["dimension"])[0])
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -151,9 +149,6 @@ class EndpointEmbedder:
     def _ask(self, texts: Sequence[str]) -> list[Sequence[float]]:
         import requests
 
-        with self._lock:
-            if self._session is None:
-                self._session = requests.Session()
         # Azure OpenAI reads `api-key`, everybody else the bearer.
         headers = (
             {"Authorization": f"Bearer {self._key}", "api-key": self._key} if self._key else {}

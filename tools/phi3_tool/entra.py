@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 
 from .connection import ENTRA, ConnectionSettings
@@ -20,19 +21,25 @@ def credential_of(settings: ConnectionSettings) -> Credential:
     return Credential(settings.key, None)
 
 
-def entra_tokens() -> Callable[[], str]:
-    """A provider of fresh tokens, from whatever sign-in DefaultAzureCredential finds."""
+def entra_tokens(
+    scope: str = SCOPE, who: str = "The connection signs in with Microsoft Entra ID (auth: entra)"
+) -> Callable[[], str]:
+    """A provider of fresh tokens, from whatever sign-in DefaultAzureCredential finds.
+
+    `who` begins the errors: what needs the tokens.
+    """
     # By name, when it is needed: the package itself needs requests alone.
     try:
         identity = importlib.import_module("azure.identity")
         azure_error = importlib.import_module("azure.core.exceptions").AzureError
     except ModuleNotFoundError:
         raise ConfigurationError(
-            "The connection signs in with Microsoft Entra ID (auth: entra), which needs the package"
-            " azure-identity: pip install azure-identity"
+            f"{who}, which needs the package azure-identity: pip install azure-identity"
         ) from None
+    # Without any handler Python prints its warnings, a page for a sign-in that is missing.
+    logging.getLogger("azure.identity").addHandler(logging.NullHandler())
     provider: Callable[[], str] = identity.get_bearer_token_provider(
-        identity.DefaultAzureCredential(), SCOPE
+        identity.DefaultAzureCredential(), scope
     )
 
     def token() -> str:
@@ -41,8 +48,7 @@ def entra_tokens() -> Callable[[], str]:
         except azure_error as error:
             first = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise ConfigurationError(
-                "The connection signs in with Microsoft Entra ID (auth: entra), but no sign-in "
-                f"returned a token: {first} Sign in with: az login"
+                f"{who}, but no sign-in returned a token: {first} Sign in with: az login"
             ) from None
 
     return token

@@ -15,7 +15,8 @@ Phi3Error
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 QUOTE_LIMIT = 300
 
@@ -69,6 +70,25 @@ class Phi3Error(Exception):
         if self.attempts > 1:
             facts.append(f"after {self.attempts} attempts")
         return f"{self.message} [{', '.join(facts)}]" if facts else self.message
+
+    def facts(self) -> dict[str, object]:
+        """Everything as plain values, to travel between processes; `from_facts` reads it."""
+        return {"kind": type(self).__name__, "message": self.message, **vars(self)}
+
+    @staticmethod
+    def from_facts(facts: Mapping[str, Any]) -> Phi3Error:
+        """The error that `facts` describes; an unknown kind becomes a plain Phi3Error."""
+        kinds = {kind.__name__: kind for kind in Phi3Error.__subclasses__()}
+        kind = kinds.get(str(facts.get("kind")), Phi3Error)
+        return kind(
+            str(facts.get("message")),
+            status=facts.get("status"),
+            inner_status=facts.get("inner_status"),
+            reason=facts.get("reason"),
+            request_id=facts.get("request_id"),
+            deployment=facts.get("deployment"),
+            attempts=int(facts.get("attempts") or 0),
+        )
 
 
 class ConfigurationError(Phi3Error):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .embedders import embedder_of
-from .history import SOURCES, read_turns
+from .history import SOURCES, read_turns, required_question
 from .index import Hit, hits_of, index_path, open_index
 
 #: The whole answer where nothing fits, and what the prompt asks the model to say then.
@@ -53,7 +53,7 @@ def as_text(text: str) -> str:
 
 
 def standalone_question(
-    question: str, chat_history: Sequence[Mapping[str, Any]] | None
+    question: str | None, chat_history: Sequence[Mapping[str, Any]] | None
 ) -> tuple[str, str]:
     """What to look up for a question inside a conversation, and how it was made.
 
@@ -61,6 +61,7 @@ def standalone_question(
     question before it: no model is asked. The second value is "question", or
     "previous question + question".
     """
+    question = required_question(question)
     turns = read_turns(chat_history)
     words = re.findall(r"\w+", question)
     leans = (
@@ -78,7 +79,7 @@ def look_up(
 ) -> list[dict[str, Any]]:
     """The passages for a question as `{text, score, metadata}`, best first.
 
-    `index` names the file, else $PHI3_INDEX, else `index.sqlite` in `folder`. Raises as
+    `index` names the file, else $PHI3_INDEX, else the one in `folder` (`index_path`). Raises as
     `DocumentIndex.search` does.
     """
     opened = open_index(index_path(index, folder))

@@ -34,7 +34,7 @@ def rough_tokens(text: str) -> int:
 
 def to_messages(
     chat_history: Sequence[Mapping[str, object]] | None,
-    user_input: str,
+    user_input: str | None,
     system_prompt: str | None = None,
     *,
     max_tokens: int | None = None,
@@ -48,26 +48,66 @@ def to_messages(
     The budgets count everything that is sent. The oldest turns go first, always as a whole; the
     system message and the question always stay. Without `count_tokens` tokens are guessed.
     """
-    if not isinstance(user_input, str) or not user_input.strip():
-        raise RequestRejectedError("The question is empty: type something to ask")
+    user_input = required_question(user_input, input_key)
     # Its white space stays: it was trained with, and other tokens would be another prompt. A blank
     # one is left out, since an empty system message changes the tokens that the model sees.
     head: list[dict[str, str]] = []
     if system_prompt and system_prompt.strip():
         head = [{"role": "system", "content": system_prompt}]
-    question = {"role": "user", "content": user_input}
     turns = [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        {"role": role, "content": text}
         for asked, answer in read_turns(chat_history, input_key, output_key)
+        for role, text in (("user", asked), ("assistant", answer))
     ]
+    return fit(
+        [*head, *turns, {"role": "user", "content": user_input}],
+        max_tokens=max_tokens,
+        max_chars=max_chars,
+        count_tokens=count_tokens,
+    )
+
+
+def fit(
+    messages: Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int | None = None,
+    max_chars: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[dict[str, str]]:
+    """Role messages cut to the budgets: the oldest turns go first, always as a whole.
+
+    A turn begins with a user message. Leading system messages and everything from the last user
+    message on stay. What fits is returned as it is.
+    """
+    kept = [dict(message) for message in messages]
+    first = next((i for i, message in enumerate(kept) if message["role"] != "system"), len(kept))
+    starts = [i for i in range(first, len(kept)) if kept[i]["role"] == "user"]
+    if not starts:
+        return kept
+    # What comes before the first question (a greeting) belongs to the first turn.
+    edges = [first, *starts[1:]]
+    turns = [kept[begin:end] for begin, end in zip(edges, edges[1:])]  # noqa: B905, RUF007 - Python 3.9
+    always = [*kept[:first], *kept[edges[-1] :]]
     counter = count_tokens or rough_tokens
     for budget, cost in (
         (max_chars, lambda text: len(text)),
         (max_tokens, lambda text: counter(text) + TOKENS_AROUND_MESSAGE),
     ):
         if budget is not None:
-            turns = _newest_within(budget, turns, [*head, question], cost)
-    return [*head, *(message for turn in turns for message in turn), question]
+            turns = _newest_within(budget, turns, always, cost)
+    return [*kept[:first], *(message for turn in turns for message in turn), *kept[edges[-1] :]]
+
+
+def required_question(value: str | None, input_key: str = "input_data") -> str:
+    """The question itself; raises RequestRejectedError where there is none (None: a null cell)."""
+    if value is None:
+        raise RequestRejectedError(
+            f"There is no question: the input {input_key} is null or missing. In `pf run create` "
+            f"give its column with --column-mapping {input_key}='${{data.COLUMN}}'"
+        )
+    if not isinstance(value, str) or not value.strip():
+        raise RequestRejectedError("The question is empty: type something to ask")
+    return value
 
 
 def from_messages(

@@ -130,6 +130,66 @@ def hits_of(passages: Sequence[Mapping[str, Any]]) -> list[Hit]:
         ) from None
 
 
+class PassageIndex(Protocol):
+    """What finds passages: this module's SQLite file, or `azure_search.SearchIndex`."""
+
+    path: Path
+
+    def facts(self) -> dict[str, str]:
+        """What the index records of itself: embedder, dimension, generation, passages."""
+        ...
+
+    def search(
+        self,
+        question: str,
+        *,
+        top_k: int = 4,
+        query_type: str = "hybrid",
+        embedder: Embedder | None = None,
+    ) -> list[Hit]:
+        """The passages that fit best, best first."""
+        ...
+
+
+def check_query(question: object, top_k: int, query_type: str) -> None:
+    """Raise RequestRejectedError for an empty question or a wrong argument."""
+    if not isinstance(question, str) or not question.strip():
+        raise RequestRejectedError("The question is empty: type something to look up")
+    if query_type not in QUERY_TYPES:
+        raise RequestRejectedError(
+            f"query_type {query_type!r} is unknown; choose one of: {', '.join(QUERY_TYPES)}"
+        )
+    if not 1 <= top_k <= 100:
+        raise RequestRejectedError(f"top_k is {top_k}; it must be between 1 and 100")
+
+
+def check_embedder(index: str, facts: Mapping[str, str], embedder: Embedder | None) -> Embedder:
+    """The embedder that the index was made with; ConfigurationError for another, or for none."""
+    if embedder is None:
+        raise ConfigurationError(
+            f"{index} was made with the embedder {facts['embedder']}, which is missing "
+            "here; install what docs/rag.md names, or search with query_type keyword"
+        )
+    if embedder.identity != facts["embedder"]:
+        raise ConfigurationError(
+            f"{index} was made with the embedder {facts['embedder']}; the vectors of "
+            f"{embedder.identity} mean something else. Use the first, or index again with: "
+            "phi3 rag index FOLDER --rebuild"
+        )
+    return embedder
+
+
+def question_words(question: str) -> list[str]:
+    """The words to look up: once each, lower case, without function words unless all are."""
+    asked = list(dict.fromkeys(word.lower() for word in _WORD.findall(question)))
+    return [word for word in asked if word not in _STOP_WORDS] or asked
+
+
+def score_of(words: float, cosine: float | None) -> float:
+    """A passage's score: BM25 as a share of what it could reach, and the cosine if there is one."""
+    return words if cosine is None else _WORD_WEIGHT * words + cosine
+
+
 class DocumentIndex:
     """An index file, open for searching. Safe to use from several threads.
 
@@ -179,14 +239,7 @@ class DocumentIndex:
         ConfigurationError when `embedder` is not the one that the index was made with, or is
         missing, and RequestRejectedError for an empty question or a wrong argument.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise RequestRejectedError("The question is empty: type something to look up")
-        if query_type not in QUERY_TYPES:
-            raise RequestRejectedError(
-                f"query_type {query_type!r} is unknown; choose one of: {', '.join(QUERY_TYPES)}"
-            )
-        if not 1 <= top_k <= 100:
-            raise RequestRejectedError(f"top_k is {top_k}; it must be between 1 and 100")
+        check_query(question, top_k, query_type)
         with self._reading() as database:
             facts = dict(database.execute("SELECT key, value FROM meta"))
             by_words = {} if query_type == "vector" else _by_words(database, question)
@@ -199,8 +252,7 @@ class DocumentIndex:
                     "index with an embedder: phi3 rag index FOLDER --embedder onnx"
                 )
             scores = {
-                number: (_WORD_WEIGHT if by_meaning else 1.0) * by_words.get(number, 0.0)
-                + by_meaning.get(number, 0.0)
+                number: score_of(by_words.get(number, 0.0), by_meaning.get(number))
                 for number in by_words.keys() | _best(by_meaning, _CANDIDATES)
             }
             best = _best(scores, top_k)
@@ -268,17 +320,7 @@ class DocumentIndex:
         """Cosine of every passage with the question."""
         import numpy as np
 
-        if embedder is None:
-            raise ConfigurationError(
-                f"{self.path} was made with the embedder {facts['embedder']}, which is missing "
-                "here; install what docs/rag.md names, or search with query_type keyword"
-            )
-        if embedder.identity != facts["embedder"]:
-            raise ConfigurationError(
-                f"{self.path} was made with the embedder {facts['embedder']}; the vectors of "
-                f"{embedder.identity} mean something else. Use the first, or index again with: "
-                "phi3 rag index FOLDER --rebuild"
-            )
+        embedder = check_embedder(str(self.path), facts, embedder)
         generation = int(facts["generation"])
         with self._lock:
             if self._vectors is None or self._vectors[0] != generation:
@@ -294,19 +336,35 @@ class DocumentIndex:
 
 
 def index_path(named: str, flow_folder: Path) -> Path:
-    """Where a flow's index is: the name it was given, else $PHI3_INDEX, else in its own folder."""
-    return Path(named or os.environ.get(INDEX_VARIABLE) or flow_folder / "index.sqlite")
+    """Where a flow's index is: the name it was given, else $PHI3_INDEX, else in its own folder.
+
+    There it is `index.json` where the passages are in Azure AI Search, else `index.sqlite`.
+    """
+    named = named or os.environ.get(INDEX_VARIABLE, "")
+    if named:
+        return Path(named)
+    elsewhere = flow_folder / "index.json"
+    return elsewhere if elsewhere.is_file() else flow_folder / "index.sqlite"
 
 
-_open: dict[Path, DocumentIndex] = {}
+_open: dict[Path, PassageIndex] = {}
 _open_lock = threading.Lock()
 
 
-def open_index(path: Path) -> DocumentIndex:
-    """The index at a path, opened once per process. Raises as DocumentIndex does."""
+def open_index(path: Path) -> PassageIndex:
+    """The index at a path, opened once per process; `.json` names one in Azure AI Search.
+
+    Raises ConfigurationError where there is none.
+    """
     with _open_lock:
         if path not in _open:
-            _open[path] = DocumentIndex(path)
+            if path.suffix == ".json":
+                # Here, because an index in a file needs no HTTP.
+                from .azure_search import SearchIndex
+
+                _open[path] = SearchIndex(path)
+            else:
+                _open[path] = DocumentIndex(path)
         return _open[path]
 
 
@@ -317,8 +375,7 @@ def _best(scores: Mapping[int, float], count: int) -> list[int]:
 
 def _by_words(database: sqlite3.Connection, question: str) -> dict[int, float]:
     """BM25 of the passages that hold a word of the question, divided by what it could reach."""
-    asked = list(dict.fromkeys(word.lower() for word in _WORD.findall(question)))
-    words = [word for word in asked if word not in _STOP_WORDS] or asked
+    words = question_words(question)
     if not words:
         return {}
     # Quoted, because a bare NEAR, AND or colon is syntax.

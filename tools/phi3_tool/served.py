@@ -1,9 +1,9 @@
-"""What a served flow does better than Prompt flow 1.18 makes it: quiet, strict, with a usable page.
+"""What a served flow does better than Prompt flow 1.18 makes it: quiet, with a usable page.
 
 At INFO Prompt flow logs a dozen lines about every request: a sixth of the work of `pf flow serve`,
-and errors drown in them. It takes a question that is null for the text "None", and its page
-requires every input, those with a default too. Changes Prompt flow's modules in that process alone
-and only where it has loaded them; reads PF_LOGGING_LEVEL and no file.
+and errors drown in them. Its page requires every input, those with a default too. Changes Prompt
+flow's modules in that process alone and only where it has loaded them; reads PF_LOGGING_LEVEL and
+no file.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
-_INVOKER = "promptflow.core._serving.flow_invoker"
-_ERRORS = "promptflow.core._serving._errors"
 _SERVER = "promptflow.core._serving.app_base"
 _LOGGERS = "promptflow._utils.logger_utils"
 
@@ -31,43 +28,11 @@ def quiet_when_served() -> None:
         logger.setLevel(logging.ERROR)
 
 
-def refuse_requests_without_a_question() -> None:
-    """Let whatever invokes a flow in this process refuse a request without a question's text.
-
-    Prompt flow answers 400 to the error, with its message.
-    """
-    invoker, errors = sys.modules.get(_INVOKER), sys.modules.get(_ERRORS)
-    if invoker is None or errors is None or hasattr(invoker, "phi3_refuses"):
-        return
-    before = invoker.validate_request_data
-
-    def validate_request_data(flow: Any, data: object) -> None:
-        fault = fault_of_request(flow.inputs, data)
-        if fault:
-            raise errors.MissingRequiredFlowInput(fault)
-        before(flow, data)
-
-    invoker.validate_request_data = validate_request_data  # type: ignore[attr-defined]
-    invoker.phi3_refuses = True  # type: ignore[attr-defined]
-
-
-def fault_of_request(inputs: Mapping[str, Any], data: object) -> str:
-    """What a request lacks of a flow's inputs (Prompt flow's definitions); empty if nothing."""
-    if not isinstance(data, Mapping):
-        return f"Expected a JSON object with the inputs {', '.join(inputs)}; got {data!r:.80}"
-    missing = [name for name, about in inputs.items() if about.default is None and name not in data]
-    if missing:
-        sent = f"only {', '.join(map(repr, data))}" if data else "an empty object"
-        return f"The request lacks the input {', '.join(map(repr, missing))}: it has {sent}"
-    for name, about in inputs.items():
-        if about.is_chat_input and not isinstance(data[name], str):
-            sent = f"{data[name]!r:.80}"
-            return f"The input {name!r} must be the question as text; the request has {sent}"
-    return ""
-
-
-def let_the_page_leave_defaults_out() -> None:
+def let_the_page_leave_defaults_out(title: str = "") -> None:
     """Describe as fields only the conversation and what has no default: before the server is made.
+
+    `title` is what the page shows above the conversation: Prompt flow serves a copy of the flow,
+    and would show its temporary folder.
 
     Prompt flow's page draws a required field for every input of this description, whatever its
     `required` and `default` say, and keeps its button grey until all of them are filled in. The
@@ -79,6 +44,7 @@ def let_the_page_leave_defaults_out() -> None:
     before = server.generate_swagger
 
     def generate_swagger(flow: Any, *others: Any) -> dict[str, Any]:
+        flow.name = title or flow.name
         swagger: dict[str, Any] = before(flow, *others)
         body = swagger["paths"]["/score"]["post"]["requestBody"]
         schema = body["content"]["application/json"]["schema"]

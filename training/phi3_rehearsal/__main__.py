@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
 import signal
 import sys
@@ -23,6 +24,9 @@ from .cloud import Cloud
 from .faults import Faults
 from .processes import RehearsalError, UsageError, stop_server_of
 
+_NOT_RUNNING = "No rehearsed Azure is running here; start it with: phi3 rehearse start"
+_CLOCK_SECONDS = 5.0  # between two looks at what workflows are due
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do one action; its exit status."""
@@ -32,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RehearsalError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+)([mhd])", text)
+    if match is None:
+        raise UsageError(f"{text!r}: expected a duration such as 30m, 9h or 2d")
+    return int(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("--forget", action="store_true", help="also delete its folder")
     add("status", "show whether it is running, and how many resources of each type it has")
     add("env", "print the variables that point the Azure SDKs to it")
+    clock = add("clock", "show its clock, or move it forward")
+    clock.add_argument("by", nargs="?", default="0m", metavar="DURATION", help="30m, 9h, 2d")
     calls = add("calls", "list the calls it answered, oldest first")
     calls.add_argument("-n", type=int, default=20, metavar="COUNT", help="the last COUNT (20)")
     fault = add("fault", "inject a fault and list the pending ones")
@@ -91,10 +104,13 @@ def _act(args: argparse.Namespace) -> int:
     elif args.action == "env":
         running = control.find(folder)
         if running is None:
-            raise UsageError(
-                "No rehearsed Azure is running here; start it with: phi3 rehearse start"
-            )
+            raise UsageError(_NOT_RUNNING)
         answer = running.env
+    elif args.action == "clock":
+        running = control.find(folder)
+        if running is None:
+            raise UsageError(_NOT_RUNNING)
+        answer = running.advance(_seconds(args.by))
     elif args.action == "calls":
         answer = control.calls(folder)[-args.n :]
     else:
@@ -111,10 +127,10 @@ def _act(args: argparse.Namespace) -> int:
 def _serve(folder: Path, port: int) -> int:
     """Answer until a signal comes; then end the jobs and servers that run here."""
     # Importing a service module declares the calls that it answers.
-    from . import assets, compute, endpoints, jobs, resources, storage, workspaces
+    from . import assets, budgets, compute, endpoints, jobs, logic, resources, storage, workspaces
     from .proxy import Authority, Proxy
 
-    del assets, resources, storage, workspaces
+    del assets, budgets, resources, storage, workspaces
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     cloud = Cloud(folder)
     proxy = Proxy(cloud, Authority(folder), port)
@@ -129,7 +145,10 @@ def _serve(folder: Path, port: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    ended.wait()
+    while not ended.wait(_CLOCK_SECONDS):
+        with cloud.lock:
+            logic.run_due(cloud)
+            cloud.save()
     proxy.close()
     with cloud.lock:
         for job in cloud.children("/subscriptions", jobs.KIND):

@@ -44,7 +44,7 @@ class Operation:
     name: str
     resource: str
     kind: str  # "delete" removes the resource at its end
-    ends: float | None  # time.time(); None: whoever does the work calls `finish`
+    ends: float | None  # `Cloud.time()`; None: whoever does the work calls `finish`
     status: str = "InProgress"
     error: Json | None = None
 
@@ -65,7 +65,7 @@ class Cloud:
         self._seed = seed.read_bytes()
         self._fernet = Fernet(base64.urlsafe_b64encode(hashlib.sha256(self._seed).digest()))
         self._state_file = folder / "state.json"
-        state: Json = {"resources": {}, "operations": {}, "quota": {}}
+        state: Json = {"resources": {}, "operations": {}, "quota": {}, "clock": 0.0}
         if self._state_file.is_file():
             state |= json.loads(self._state_file.read_text(encoding="utf-8"))
         # The documents that Azure answers with; keys that begin with "_" are our own, never sent.
@@ -73,7 +73,14 @@ class Cloud:
         self.resources: dict[str, Json] = state["resources"]
         self.operations = {k: Operation(**v) for k, v in state["operations"].items()}
         self.quota: dict[str, int] = state["quota"]  # cores granted, by "region/family"
+        # Seconds by which the clock was moved. Operations and workflows go by it; tokens and stamps
+        # by the machine's, as the clients do.
+        self.clock: float = state["clock"]
         self._saved = ""
+
+    def time(self) -> float:
+        """Seconds since 1970 by the rehearsal's own clock."""
+        return time.time() + self.clock
 
     def get(self, arm_id: str) -> Json | None:
         """The resource, or None."""
@@ -132,6 +139,7 @@ class Cloud:
         """Write state.json if anything changed."""
         operations = {name: dataclasses.asdict(op) for name, op in self.operations.items()}
         state = {"resources": self.resources, "operations": operations, "quota": self.quota}
+        state["clock"] = self.clock
         text = json.dumps(state, indent=1)
         if text != self._saved:
             write_atomically(self._state_file, text)
@@ -144,7 +152,7 @@ class Cloud:
     def operate(self, doc: Json, *, kind: str = "operations", by_itself: bool = True) -> Operation:
         """Begin an operation on `doc`; one that does not end `by_itself` ends by `finish` alone."""
         # At once, an injected delay aside: Azure's minutes would teach nothing here.
-        ends = time.time() + self.faults.slowness(doc["id"], kind) if by_itself else None
+        ends = self.time() + self.faults.slowness(doc["id"], kind) if by_itself else None
         operation = Operation(str(uuid.uuid4()), doc["id"], kind, ends)
         self.operations[operation.name] = operation
         return operation
@@ -162,16 +170,19 @@ class Cloud:
         if operation.kind == "delete" and not error:
             self.delete(resource["id"])
         else:
-            resource.setdefault("properties", {})["provisioningState"] = operation.status
+            properties = resource.setdefault("properties", {})
+            undo = resource.pop("_undo", {})
+            properties.update(undo if error else {})
+            properties["provisioningState"] = operation.status
             if error:
-                resource["properties"]["provisioningErrors"] = [{"error": error}]
+                properties["provisioningErrors"] = [{"error": error}]
 
     def settle(self) -> None:
         """End the operations whose time has come."""
-        # No clock runs here: each call looks first, so that a poll finds what Azure would answer.
+        # Each call looks first, so that a poll finds what Azure would answer.
         for name, operation in list(self.operations.items()):
             ends = operation.ends
-            if operation.status == "InProgress" and ends is not None and ends <= time.time():
+            if operation.status == "InProgress" and ends is not None and ends <= self.time():
                 self.finish(name, self.faults.failure(operation.resource, operation.kind))
 
     def accepted(self, doc: Json, operation: Operation, status: int, *, body: bool = True) -> Reply:

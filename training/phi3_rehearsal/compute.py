@@ -7,7 +7,7 @@ import re
 
 from . import offers
 from .cloud import Cloud, listed, now, public, route
-from .jobs import nodes_on
+from .jobs import nodes_of_ended_jobs, nodes_on
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
 from .workspaces import need_workspace
 
@@ -17,6 +17,9 @@ _COMPUTE = WORKSPACE + "/computes/{name}"
 _LOCATION = f"/subscriptions/{{sub}}/providers/{ML}/locations/{{loc}}"
 _QUOTA_SCOPE = _LOCATION + "/providers/Microsoft.Quota"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,30}[A-Za-z0-9]")
+# A duration as ISO 8601 has it and the SDK writes it, up to a day.
+_DURATION = re.compile(r"P(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)S)?)?")
+_DEFAULT_IDLE = "PT120S"  # "CLI (v2) compute cluster (AmlCompute) YAML schema"
 
 
 @route("PUT", ARM, _COMPUTE)
@@ -77,25 +80,40 @@ def get_compute(cloud: Cloud, request: Request) -> Reply:
 
 @route("POST", ARM, _COMPUTE + "/listNodes")
 def list_nodes(cloud: Cloud, request: Request) -> Reply:
-    """The nodes that jobs run on now."""
-    # Idle ones are gone at once here; on Azure they stay, and bill, for the scale-down time.
+    """The nodes that there are now, idle ones among them."""
+    cluster = _need(cloud, request)
+    busy = nodes_on(cloud, cluster["id"])
+    jobs = [*busy, *[None] * _idle_nodes(cloud, cluster)]
     nodes = [
         {"nodeId": f"tvm-{index}", "privateIpAddress": f"10.0.0.{4 + index}", "port": 50000 + index}
-        | {"nodeState": "running", "runId": name}
-        for index, name in enumerate(nodes_on(cloud, _need(cloud, request)["id"]))
+        | ({"nodeState": "running", "runId": name} if name else {"nodeState": "idle"})
+        for index, name in enumerate(jobs)
     ]
     return Reply(200, {"nodes": nodes})
 
 
+def _idle_nodes(cloud: Cloud, cluster: Json) -> int:
+    """Nodes without a job that have not been released yet: they bill, and hold their cores."""
+    scale = cluster["properties"]["properties"].get("scaleSettings") or {}
+    idle = str(scale.get("nodeIdleTimeBeforeScaleDown") or _DEFAULT_IDLE)
+    match = _DURATION.fullmatch(idle)
+    if match is None:
+        raise bad(f"nodeIdleTimeBeforeScaleDown '{idle}' is not a duration.", "ValidationError")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    kept = ((24 * days + hours) * 60 + minutes) * 60 + seconds
+    lately = nodes_of_ended_jobs(cloud, cluster["id"], kept)
+    busy, least = len(nodes_on(cloud, cluster["id"])), int(scale.get("minNodeCount", 0))
+    return max(0, max(lately, least) - busy)
+
+
 def _with_nodes(cloud: Cloud, cluster: Json) -> Json:
-    """The cluster with as many nodes as its jobs need now."""
+    """The cluster with its nodes now."""
     answer = public(cluster)
     inner = answer["properties"]["properties"]
-    least = int((inner.get("scaleSettings") or {}).get("minNodeCount", 0))
-    busy = len(nodes_on(cloud, cluster["id"]))
-    inner["currentNodeCount"] = inner["targetNodeCount"] = max(busy, least)
+    busy, idle = len(nodes_on(cloud, cluster["id"])), _idle_nodes(cloud, cluster)
+    inner["currentNodeCount"] = inner["targetNodeCount"] = busy + idle
     others = ("preparingNodeCount", "unusableNodeCount", "leavingNodeCount", "preemptedNodeCount")
-    counts = {"runningNodeCount": busy, "idleNodeCount": max(least - busy, 0)}
+    counts = {"runningNodeCount": busy, "idleNodeCount": idle}
     inner["nodeStateCounts"] = counts | dict.fromkeys(others, 0)
     return answer
 
@@ -224,7 +242,7 @@ def limit_of(cloud: Cloud, location: str, family: str) -> int:
 
 
 def used(cloud: Cloud, location: str, family: str) -> int:
-    """The cores of a family in use: nodes that jobs run on, and deployments."""
+    """The cores of a family in use: by nodes, idle or not, and by deployments."""
     total = 0
     for doc in cloud.children("/subscriptions"):
         if doc.get("location") != location or doc["type"] not in (KIND, DEPLOYMENT_KIND):
@@ -235,7 +253,8 @@ def used(cloud: Cloud, location: str, family: str) -> int:
         if size is None or size[1].family != family:
             continue
         if doc["type"] == KIND:
-            total += size[1].cores * len(nodes_on(cloud, doc["id"]))
+            nodes = len(nodes_on(cloud, doc["id"])) + _idle_nodes(cloud, doc)
+            total += size[1].cores * nodes
         else:
             total += deployment_cores(size[1], doc["sku"]["capacity"])
     return total

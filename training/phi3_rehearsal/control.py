@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import urlsplit
 
 import psutil
 from filelock import FileLock
@@ -62,6 +64,10 @@ class Rehearsal:
     def fault(self, text: str) -> Fault:
         """Inject a fault: `METHOD PATH KIND [name=value …]`."""
         return Faults(self.folder / "faults.json").add(text)
+
+    def advance(self, seconds: float) -> Json:
+        """Move its clock forward; its time then, and the runs of workflows that were due."""
+        return advance(self.url, seconds)
 
     def calls(self) -> list[Json]:
         """Every call that was answered: time, method, host, path, status."""
@@ -122,6 +128,24 @@ def stop(folder: Path) -> bool:
             f"{process.pid}"
         ) from None
     return True
+
+
+def advance(url: str, seconds: float) -> Json:
+    """Move the clock of the rehearsal that answers at `url`. Raises RehearsalError."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
+    try:
+        body = json.dumps({"seconds": seconds})
+        connection.request("POST", "http://rehearsal.invalid/clock", body)
+        reply = connection.getresponse()
+        answer: Json = json.loads(reply.read())
+    except (OSError, ValueError) as error:
+        raise RehearsalError(f"The rehearsal did not answer: {error}") from None
+    finally:
+        connection.close()
+    if reply.status != 200:
+        raise RehearsalError(str(answer["error"]["message"]))
+    return answer
 
 
 def _environment(folder: Path, url: str, ca_file: str) -> dict[str, str]:

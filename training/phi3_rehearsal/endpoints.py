@@ -67,6 +67,7 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
     if sum(traffic.values()) not in (0, 100):
         text = f"The traffic adds up to {sum(traffic.values())}; expected 0 or 100."
         raise bad(text, "InvalidTraffic")
+    _check_mirror(cloud, arm_id, given.get("mirrorTraffic") or {}, traffic)
     host = f"https://{name}.{region}.inference.ml.azure.com"
     document = {
         "location": region,
@@ -83,8 +84,26 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
             "provisioningState": "Updating" if before else "Creating",
         },
     }
+    if before:  # a change that fails changes nothing
+        kept = before["properties"]
+        document["_undo"] = {name: kept.get(name) or {} for name in ("traffic", "mirrorTraffic")}
     endpoint = cloud.put(arm_id, KIND, document)
     return cloud.accepted(endpoint, cloud.operate(endpoint), 200 if before else 201)
+
+
+def _check_mirror(cloud: Cloud, arm_id: str, mirror: Json, traffic: dict[str, int]) -> None:
+    """Refuse copies that Azure does not make (page "Perform safe rollout of new deployments")."""
+    copied = {name: percent for name, percent in mirror.items() if percent}
+    for name, percent in copied.items():
+        if cloud.get(f"{arm_id}/deployments/{name}") is None:
+            text = f"The mirror traffic names the deployment '{name}', which does not exist."
+            raise bad(text, "InvalidTraffic")
+        if percent > 50 or len(copied) > 1:
+            text = "At most 50 % of the traffic can be mirrored, and to one deployment."
+            raise bad(text, "InvalidTraffic")
+        if traffic.get(name):
+            text = f"The deployment '{name}' cannot have live and mirrored traffic at once."
+            raise bad(text, "InvalidTraffic")
 
 
 def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
@@ -410,7 +429,12 @@ def score(cloud: Cloud, request: Request) -> Reply:
         deployment = _choose(cloud, endpoint, request)
         if deployment is None:
             return _plain(404, b"Specified traffic group could not be found")
+        _copy(cloud, endpoint, request)
         server, key = deployment.get("_server"), server_key(cloud, deployment)
+        share = (endpoint["properties"].get("traffic") or {}).get(deployment["name"], 0)
+    instead = cloud.faults.answer(deployment["id"], share) if server else None
+    if instead is not None:
+        return Reply(200, instead, {"azureml-model-deployment": deployment["name"]})
     return _pass_on(request, server["port"], key, deployment["name"]) if server else _not_ready()
 
 
@@ -437,6 +461,20 @@ def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
     name = forced or random.choices(list(traffic), list(traffic.values()))[0]  # noqa: S311
     deployment = cloud.get(f"{endpoint['id']}/deployments/{name}")
     return deployment if deployment and deployment["type"] == DEPLOYMENT_KIND else None
+
+
+def _copy(cloud: Cloud, endpoint: Json, request: Request) -> None:
+    """Send a copy to the mirror, if it is its turn; nobody gets the answer."""
+    mirror = endpoint["properties"].get("mirrorTraffic") or {}
+    if "azureml-model-deployment" in request.headers:  # such a request is not mirrored
+        return
+    for name, percent in mirror.items():
+        deployment = cloud.get(f"{endpoint['id']}/deployments/{name}") or {}
+        server = deployment.get("_server")
+        if server and random.random() * 100 < percent:  # noqa: S311
+            key = server_key(cloud, deployment)
+            arguments = (request, server["port"], key, name)
+            threading.Thread(target=_pass_on, args=arguments, daemon=True).start()
 
 
 def _pass_on(request: Request, port: int, key: str, deployment: str) -> Reply:

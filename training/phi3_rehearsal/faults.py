@@ -8,6 +8,7 @@ Reads and writes faults.json in the rehearsal's folder, where a running rehearsa
     GET */operationsStatus/* lost times=1                a poll that finds nothing (404)
     * */deployments/* failed code=…                      the operation or the job fails
     * */computes/* slow seconds=5                        it takes longer
+    POST */deployments/green empty times=99 share=25     bad answers, once it has 25 % or more
 """
 
 from __future__ import annotations
@@ -40,11 +41,22 @@ _CODES = {
 }
 # Kinds that happen to the work on a resource; the others happen to one call.
 _ON_RESOURCES = ("failed", "slow", "quota")
-_KINDS = ("reset", "reset-after", "lost", *_ON_RESOURCES)
+# What a deployment answers with status 200 instead of its model's text: how the image
+# foundation-model-inference and its successor show a failure, and what a broken model says.
+ANSWERS: dict[str, Json] = {
+    "empty": {"output": ""},
+    "nothing": {},
+    "none": {"output": "None"},
+    "error": {"output": None, "error": {"status_code": 500, "body": "the engine has failed"}},
+    "garbled": {"output": "\ufffd\ufffd\u0000\ufffd"},
+    "parrot": {"output": "I am glad to help you with that"},
+}
+_KINDS = ("reset", "reset-after", "lost", *_ON_RESOURCES, *ANSWERS)
 # What may follow a fault: the field that it sets, and its type.
 _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     "times": ("left", int),
     "seconds": ("seconds", float),
+    "share": ("share", int),
     "retry-after": ("retry_after", str),
     "code": ("code", str),
     "message": ("message", str),
@@ -61,6 +73,7 @@ class Fault:
     left: int = 1
     retry_after: str | None = None
     seconds: float = 0.0
+    share: int = 0  # percent of the traffic from which on it happens
     code: str | None = None
     message: str | None = None
 
@@ -85,14 +98,19 @@ class Fault:
                 setattr(fault, field, convert(value))
             except (KeyError, ValueError):
                 raise UsageError(
-                    f"{word!r}: expected times=N, seconds=S, retry-after=S, code=… or message=…"
+                    f"{word!r}: expected times=N, seconds=S, share=PERCENT, retry-after=S, code=… "
+                    "or message=…"
                 ) from None
         return fault
 
     def as_typed(self) -> str:
         """The fault as it is typed."""
-        more = {"times": self.left, "seconds": self.seconds, "retry-after": self.retry_after}
-        more |= {"code": self.code, "message": self.message}
+        more: dict[str, float | str | None] = {
+            "times": self.left,
+            "seconds": self.seconds,
+            "share": self.share,
+        }
+        more |= {"retry-after": self.retry_after, "code": self.code, "message": self.message}
         words = [f"{name}={value}" for name, value in more.items() if value]
         return shlex.join([self.method, self.path, self.kind, *words])
 
@@ -135,7 +153,15 @@ class Faults:
     def of_call(self, request: Request) -> Fault | None:
         """The fault that is to happen to this call; it counts down by one."""
         path = request.host + request.path
-        return self._take(lambda f: f.kind not in _ON_RESOURCES and f.fits(request.method, path))
+        others = {*_ON_RESOURCES, *ANSWERS}
+        return self._take(lambda f: f.kind not in others and f.fits(request.method, path))
+
+    def answer(self, arm_id: str, share: int) -> Json | None:
+        """What a deployment with `share` percent of the traffic answers instead of its model."""
+        fault = self._take(
+            lambda f: f.kind in ANSWERS and share >= f.share and f.fits("POST", arm_id)
+        )
+        return ANSWERS[fault.kind] if fault else None
 
     def slowness(self, arm_id: str, kind: str) -> float:
         """Seconds by which an operation on the resource (or the job) takes longer."""

@@ -1,7 +1,7 @@
 """Who may do what: sign-in as Microsoft Entra ID does it, managed identities, role assignments.
 
-Tokens are signed with the rehearsal's seed. Of the roles only what an online deployment needs is
-enforced: pulling images and reading blobs.
+Tokens are signed with the rehearsal's seed. The caller that signs in may do everything; of the
+roles of identities this module knows who has which, and rights.py what a role allows.
 """
 
 from __future__ import annotations
@@ -62,13 +62,19 @@ def sign_in(cloud: Cloud, request: Request) -> Reply:
         text = "AADSTS7000215: Invalid client secret provided."
         return Reply(401, {"error": "invalid_client", "error_description": text})
     audience = form.get("scope", "").split(" ")[0].removesuffix("/.default")
-    now = int(time.time())
-    claims = {"aud": audience, "tid": request.args["tenant"], "appid": CLIENT, "oid": CALLER}
-    times = {"iat": now, "nbf": now - 60, "exp": now + _TOKEN_SECONDS}
-    text = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode({**claims, **times})}"
-    token = f"{text}.{_signature(cloud, text)}"
+    claims = {"tid": request.args["tenant"], "appid": CLIENT}
+    token = token_for(cloud, CALLER, audience, **claims)
     answer = {"token_type": "Bearer", "expires_in": _TOKEN_SECONDS, "access_token": token}
     return Reply(200, answer, {"Cache-Control": "no-store"})
+
+
+def token_for(cloud: Cloud, principal: str, audience: str, **claims: str) -> str:
+    """A token of a principal (its object id) for an audience, as Entra gives it out."""
+    now = int(time.time())
+    times = {"iat": now, "nbf": now - 60, "exp": now + _TOKEN_SECONDS}
+    own: Json = {"tid": TENANT, **claims, "aud": audience, "oid": principal, **times}
+    text = f"{_encode({'alg': 'HS256', 'typ': 'JWT'})}.{_encode(own)}"
+    return f"{text}.{_signature(cloud, text)}"
 
 
 def client_secret(cloud: Cloud) -> str:
@@ -86,10 +92,10 @@ def claims_of(cloud: Cloud, value: str) -> Json | None:
     return claims if claims["exp"] > time.time() else None
 
 
-def check_token(cloud: Cloud, request: Request, audience: str) -> None:
-    """Raise AzureError (401) unless the call carries a token for `audience`."""
+def check_token(cloud: Cloud, request: Request, audience: str) -> Json | None:
+    """The claims of the call's token for `audience`, or AzureError (401); None for "" (anybody)."""
     if not audience:
-        return
+        return None
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not value:
         text = "The 'Authorization' header is missing or invalid."
@@ -102,6 +108,7 @@ def check_token(cloud: Cloud, request: Request, audience: str) -> None:
     if claims["aud"].rstrip("/") not in wanted:
         text = f"The access token has the wrong audience '{claims['aud']}'; expected '{wanted[0]}'."
         raise AzureError(401, "InvalidAuthenticationTokenAudience", text)
+    return claims
 
 
 def _encode(value: Json) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime as dt
 import json
 import re
 import subprocess
@@ -170,16 +171,36 @@ on_get(_JOB, need_job)
 def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:
     """For each node of a cluster that is in use, the name of the job that runs on it."""
     busy = []
+    for job in _jobs_on(cloud, compute_id):
+        if job["properties"]["status"] in ACTIVE:
+            busy += [str(job["name"])] * _nodes_asked(job)
+    return busy
+
+
+def nodes_of_ended_jobs(cloud: Cloud, compute_id: str, seconds: float) -> int:
+    """The most nodes that one job had which ended on the cluster less than `seconds` ago."""
+    nodes = 0
+    for job in _jobs_on(cloud, compute_id):
+        ended = str((job.get("_times") or {}).get("end") or "").replace("Z", "+00:00")
+        if ended and cloud.time() - dt.datetime.fromisoformat(ended).timestamp() < seconds:
+            nodes = max(nodes, _nodes_asked(job))
+    return nodes
+
+
+def _jobs_on(cloud: Cloud, compute_id: str) -> list[Json]:
+    """The jobs of a cluster, ended or not, up to date."""
     name = compute_id.rsplit("/", 1)[-1].lower()
+    found = []
     for job in cloud.children(compute_id.rsplit("/computes/", 1)[0], KIND):
-        if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
-            continue
         text = json.dumps(job["properties"]).lower()
         # A command job names the cluster's id, a pipeline its name as an input.
         if compute_id.lower() in text or f'"value": "{name}"' in text:
-            resources = job["properties"].get("resources") or {}
-            busy += [str(job["name"])] * int(resources.get("instanceCount") or 1)
-    return busy
+            found.append(refreshed(cloud, job))
+    return found
+
+
+def _nodes_asked(job: Json) -> int:
+    return int((job["properties"].get("resources") or {}).get("instanceCount") or 1)
 
 
 # --- what Azure checks when a job is submitted ---

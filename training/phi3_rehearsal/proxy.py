@@ -24,6 +24,7 @@ import trustme
 
 from .cloud import Cloud, router
 from .identity import check_token
+from .rights import check_right
 from .wire import AzureError, Reply, Request
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class _Server(ThreadingHTTPServer):
     authority: Authority
 
 
-class _CutError(Exception):
+class CutError(Exception):
     """An injected fault: the connection breaks off."""
 
 
@@ -97,8 +98,8 @@ class _Connection(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, host, self.path, headers, self._body())
         try:
-            reply = self._answer(request)
-        except _CutError:
+            reply = answer(self.server.cloud, request)
+        except CutError:
             self._cut()
             return
         try:
@@ -120,22 +121,6 @@ class _Connection(BaseHTTPRequestHandler):
             self.rfile.readline()
         while self.rfile.readline().strip():
             pass
-
-    def _answer(self, request: Request) -> Reply:
-        cloud = self.server.cloud
-        fault = cloud.faults.of_call(request)
-        if fault and fault.kind == "reset":
-            cloud.journal(request, "reset")
-            raise _CutError
-        if fault and fault.kind != "reset-after":
-            reply = fault.error().reply()
-        else:
-            reply = _dispatch(cloud, request)
-        lost = fault is not None and fault.kind == "reset-after"
-        cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status)
-        if lost:
-            raise _CutError
-        return reply
 
     def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)
@@ -176,6 +161,23 @@ class _Connection(BaseHTTPRequestHandler):
         """Nothing: the journal has every call, without its query."""
 
 
+def answer(cloud: Cloud, request: Request) -> Reply:
+    """The service's answer, or the fault that is to happen instead; CutError where none comes."""
+    fault = cloud.faults.of_call(request)
+    if fault and fault.kind == "reset":
+        cloud.journal(request, "reset")
+        raise CutError
+    if fault and fault.kind != "reset-after":
+        reply = fault.error().reply()
+    else:
+        reply = _dispatch(cloud, request)
+    lost = fault is not None and fault.kind == "reset-after"
+    cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status)
+    if lost:
+        raise CutError
+    return reply
+
+
 def _dispatch(cloud: Cloud, request: Request) -> Reply:
     match = router.find(request)
     if match is None:
@@ -183,7 +185,9 @@ def _dispatch(cloud: Cloud, request: Request) -> Reply:
         return AzureError(501, "NotRehearsed", text).reply()
     route, request.args = match
     try:
-        check_token(cloud, request, route.audience)
+        claims = check_token(cloud, request, route.audience)
+        if claims is not None:
+            check_right(cloud, str(claims["oid"]), request)
         if not route.locked:
             return route.handler(cloud, request)
         with cloud.lock:

@@ -78,6 +78,23 @@ def list_resources(cloud: Cloud, request: Request) -> Reply:
     return listed([doc for doc in docs if not doc["type"].startswith(hidden)])
 
 
+_TAG_FILTER = re.compile(r"tagName eq '([^']+)' and tagValue eq '([^']*)'")
+
+
+@route("GET", ARM, _SUBSCRIPTION + "/resources")
+def list_tagged(cloud: Cloud, request: Request) -> Reply:
+    """The top-level resources of a subscription that carry a tag."""
+    match = _TAG_FILTER.fullmatch(request.query.get("$filter", ""))
+    if match is None:
+        raise AzureError(501, "NotRehearsed", "Listing a subscription by anything but one tag")
+    docs = [
+        doc
+        for doc in cloud.children(request.id(_SUBSCRIPTION) + "/resourceGroups")
+        if len(doc["id"].split("/")) == 9 and (doc.get("tags") or {}).get(match[1]) == match[2]
+    ]
+    return listed(docs)
+
+
 # --- the two addresses at which a long-running operation is polled ---
 
 _OPERATION = _SUBSCRIPTION + "/providers/{ns}/locations/{loc}/"

@@ -35,6 +35,8 @@ def make(cloud: Cloud, arm_id: str, body: Json) -> Json:
         raise bad(text, "ValidationError")
     properties = {k: v for k, v in (body.get("properties") or {}).items() if v is not None}
     before = cloud.get(arm_id)
+    if before and before["properties"]["provisioningState"] == "Deleting":
+        raise AzureError(409, "Conflict", f"The workspace '{name}' is being deleted.")
     if before is None and cloud.get(_deleted_id(arm_id)):
         text = f"Soft-deleted workspace exists: '{name}'. Please purge or recover it, or use "
         raise AzureError(409, "Conflict", text + "another name.")
@@ -132,6 +134,7 @@ def delete_workspace(cloud: Cloud, request: Request) -> Reply:
     # Soft-deleted for 14 days, and its name with it, unless it is purged.
     if request.query.get("forcetopurge", "").lower() != "true":
         cloud.put(_deleted_id(arm_id), _DELETED_KIND, {"properties": {"id": arm_id}})
+    workspace["properties"]["provisioningState"] = "Deleting"
     return cloud.accepted(workspace, cloud.operate(workspace, kind="delete"), 202, body=False)
 
 

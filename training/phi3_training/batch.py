@@ -274,6 +274,7 @@ def asked_of(
 log = logging.getLogger(__name__)
 
 PARAMETERS = ("temperature", "top_p", "max_new_tokens")
+INPUTS = ("input_data", "chat_history", "system_prompt", *PARAMETERS)
 _THROTTLED_TURNS = 5
 
 Ask = Callable[[Line], ChatReply]

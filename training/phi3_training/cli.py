@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     try:
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, see `phi3 completion`
+            from .commands.completion import complete
+
+            complete(parser, lambda wanted: _add_commands(parser, wanted))
         _add_commands(parser, typed[0] if typed else "")
         from .console import print_error
     except ImportError as error:

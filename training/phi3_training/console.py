@@ -18,7 +18,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from .progress import Progress
+from .progress import Progress, TimeLeft
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
 
@@ -49,6 +49,12 @@ def stage_done(title: str, text: str, seconds: float | None, *, good: bool = Tru
     err.print(f"  [dim]{took}[/]")
 
 
+def stage_left_out(title: str, why: str) -> None:
+    """One line for a stage that cannot be done here and that the others do not need."""
+    err.print(f"[dim]–[/] [bold]{title:<10}[/] ", end="")
+    err.print(f"left out: {why}", markup=False)
+
+
 def note(text: str) -> None:
     """A line under a stage: a choice and its reason."""
     err.print(f"             {text}", style="dim", markup=False)
@@ -56,7 +62,10 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """A moving bar on a terminal; in a log file a plain line every 15 seconds."""
+    """A moving bar on a terminal; in a log file a plain line every 15 seconds.
+
+    Whatever is counted gets an estimate of the time left.
+    """
     if not err.is_terminal:
         yield _line_every(PLAIN_INTERVAL, title)
         return
@@ -70,22 +79,27 @@ def progress_bar(title: str) -> Iterator[Progress]:
         transient=True,
     ) as bars:
         task = bars.add_task("", total=None)
+        left = TimeLeft()
 
         def update(done: int, total: int, text: str) -> None:
-            bars.update(task, completed=done, total=total or None, description=escape(text))
+            shown = ", ".join(filter(None, (text, left.after(done, total))))
+            bars.update(task, completed=done, total=total or None, description=escape(shown))
 
         yield update
 
 
 def _line_every(seconds: float, title: str) -> Progress:
     shown = time.monotonic()
+    left = TimeLeft()
 
     def update(done: int, total: int, text: str) -> None:
         nonlocal shown
+        guess = left.after(done, total)
         if time.monotonic() - shown >= seconds:
             shown = time.monotonic()
             share = f"{done}/{total} " if total else ""
-            err.print(f"  {title:<10} {share}{text}", markup=False)
+            said = ", ".join(filter(None, (text, guess)))
+            err.print(f"  {title:<10} {share}{said}", markup=False)
 
     return update
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .manifests import ConnectionManifest, EndpointManifest, ModelManifest
+from .manifests import ConnectionManifest, EndpointManifest, ModelManifest, RolloutManifest
+from .packages import has_prompt_flow
 from .run import Run, write_atomically
 
 _FILE = ".current"
@@ -30,11 +31,21 @@ def current_of(folder: Path) -> Run | None:
     for run in found:
         if run.name == chosen:
             return run
-    file = f"{ConnectionManifest.STAGE}.json"
-    connected = [run for run in found if (run.path / file).is_file()]
+    connected = [run for run in found if is_connected(run)]
     if connected:
-        return max(connected, key=lambda run: (run.path / file).stat().st_mtime)
+        return max(connected, key=lambda run: _way_to(run).stat().st_mtime)
     return found[0] if found else None
+
+
+def is_connected(run: Run) -> bool:
+    """Whether commands find the way to the run's endpoint, up or down."""
+    return _way_to(run).is_file()
+
+
+def _way_to(run: Run) -> Path:
+    # Without Prompt flow nothing is connected: the endpoint itself is asked.
+    kind = ConnectionManifest if has_prompt_flow() else EndpointManifest
+    return run.path / f"{kind.STAGE}.json"
 
 
 def make_current(run: Run) -> None:
@@ -43,7 +54,7 @@ def make_current(run: Run) -> None:
     Raises StoreError where the connection belongs to somebody else or its key is lost.
     """
     manifest = run.read(ConnectionManifest)
-    if manifest is not None and manifest.own is not None:
+    if manifest is not None and manifest.own is not None and has_prompt_flow():
         from .flow.store import copy_connection
 
         copy_connection(manifest.own, manifest.name)
@@ -58,10 +69,16 @@ def is_current(run: Run) -> bool:
 
 def remarks(run: Run) -> list[str]:
     """What whoever talks to the run's endpoint should know of the model that it serves."""
+    rollout = run.read(RolloutManifest)
+    found = []
+    if rollout is not None and rollout.unfinished:
+        found.append(
+            f"{rollout.unfinished}; finish it with: phi3 up --run {run.name}, or undo it with: "
+            f"phi3 azure rollback --run {run.name}"
+        )
     endpoint = run.read(EndpointManifest)
     if endpoint is None:
-        return []
-    found = []
+        return found
     if endpoint.gate is not None and not endpoint.gate.passed:
         found.append("this model did not pass its gate; it was deployed with --force")
     model = run.read(ModelManifest)

@@ -59,6 +59,7 @@ class Stage(Generic[M]):
     outputs: Callable[[M], Sequence[str]] = lambda _manifest: ()  # files inside the run folder
     still_good: Callable[[Journey, M], bool] = lambda _journey, _manifest: True
     passed: Callable[[M], bool] = lambda _manifest: True
+    left_out: Callable[[Journey], str] = lambda _journey: ""  # why it is not done here, and a fix
     only_in_cloud: bool = False
     needs_in_cloud: tuple[type[Manifest], ...] | None = None  # instead of `needs`
 
@@ -78,6 +79,9 @@ def go(
     journey.again = again
     check = PlanCheck(journey)
     for number, stage in enumerate(stages):
+        if why := stage.left_out(journey):
+            console.stage_left_out(stage.title, why)
+            continue
         done = None if stage.manifest in again else finished(journey, stage)
         if done is not None:
             console.stage_done(stage.title, stage.summary(done), None, good=stage.passed(done))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -286,6 +286,33 @@ class EndpointManifest(Manifest):
     smoke: Mapping[str, Any] = {}
 
 
+class RolloutManifest(Manifest):
+    """An endpoint's traffic before its last change, and how far the change has come."""
+
+    STAGE = "rollout"
+    COMMAND = "phi3 deploy"
+
+    endpoint_name: str
+    deployment: str  # that is to get the traffic
+    before: Mapping[str, int]  # percent for each deployment that had any
+    models: Mapping[str, str] = {}  # of those deployments, at that time
+    share: int = 0  # percent that the deployment was last given
+    state: Literal["begun", "done", "undone"] = "begun"
+    started: str = ""  # UTC
+    reasons: Sequence[str] = ()  # why it was undone
+
+    @property
+    def unfinished(self) -> str:
+        """What an interrupted change has left, in words; empty where it was ended."""
+        if self.state != "begun":
+            return ""
+        before = ", ".join(f"{name} {share} %" for name, share in self.before.items()) or "nobody"
+        return (
+            f"the rollout of {self.deployment} at {self.endpoint_name} was begun at {self.started} "
+            f"and not finished: it was last given {self.share} % of the traffic (before: {before})"
+        )
+
+
 class ConnectionManifest(Manifest):
     """The Prompt flow connection to the endpoint; never its key."""
 
@@ -312,6 +339,7 @@ class AnswerManifest(Manifest):
     question: str
     answer: str
     asked_through: Sequence[str] = ()  # on Azure: the places of the connections
+    through_flow: bool = True  # False: of the endpoint itself, where Prompt flow is missing
 
 
 class ProvisionManifest(Manifest):

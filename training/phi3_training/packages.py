@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 
 from packaging.specifiers import SpecifierSet
 
@@ -12,6 +13,10 @@ from packaging.specifiers import SpecifierSet
 MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "jinja2")
 
 Installed = Callable[[str], "str | None"]
+
+ADD_PROMPT_FLOW = 'pip install "phi3-promptflow[flow]"'
+#: Said wherever a command goes on without Prompt flow.
+NO_PROMPT_FLOW = f"Prompt flow is not installed; add it with: {ADD_PROMPT_FLOW}"
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,12 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def has_prompt_flow() -> bool:
+    """Whether Prompt flow's SDK is here: without it flows, their chat page and store are left out.
+
+    Both are asked: a folder of that name stays behind where it was uninstalled, and the metadata
+    do not say whether it can be imported.
+    """
+    return installed("promptflow-devkit") is not None and find_spec("promptflow") is not None

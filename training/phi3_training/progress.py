@@ -9,9 +9,12 @@ import contextlib
 import io
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
+
+_GUESS_AFTER = 2.0  # seconds of counting: the first counts of a stage are its slowest
 
 # progress(done, total, text): total 0 means "how much is not known".
 Progress = Callable[[int, int, str], None]
@@ -36,17 +39,46 @@ def note(progress: Progress, text: str) -> None:
     progress(0, 0, text)
 
 
-class _ThreadTee(io.TextIOBase):
-    """Takes what one thread writes; lets other threads (a progress display) through."""
+class TimeLeft:
+    """A guess of the time left, from the counts so far; a count of something else starts it over.
 
-    def __init__(self, sink: io.StringIO, other: TextIO) -> None:
-        self._sink = sink
+    It starts at the first count, so what an earlier run had done does not look fast.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._total = 0
+        self._first = self._last = (0, 0.0)  # (done, seconds)
+
+    def after(self, done: int, total: int) -> str:
+        """`about 40 s left`; empty where it is not known yet."""
+        now = self._clock()
+        if total != self._total or done < self._last[0]:
+            self._total, self._first, self._last = total, (done, now), (done, now)
+        if done > self._last[0]:
+            self._last = (done, now)
+        counted, took = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        if not total or took < _GUESS_AFTER:
+            return ""
+        seconds = took / counted * (total - done) - (now - self._last[1])
+        if seconds < 1:
+            return ""
+        return (
+            f"about {seconds:.0f} s left" if seconds < 120 else f"about {seconds / 60:.0f} min left"
+        )
+
+
+class _Filter(io.TextIOBase):
+    """Stands for standard output or error: what a capture takes goes there, the rest through."""
+
+    def __init__(self, other: TextIO, *, is_error: bool) -> None:
         self._other = other
-        self._owner = threading.get_ident()
+        self._is_error = is_error
 
     def write(self, text: str) -> int:
-        stream = self._sink if threading.get_ident() == self._owner else self._other
-        return int(stream.write(text) or 0)
+        thread = threading.get_ident()
+        sinks = (sink for takes, sink in tuple(_captures) if takes(thread, self._is_error))
+        return int((next(sinks, None) or self._other).write(text) or 0)
 
     def flush(self) -> None:
         self._other.flush()
@@ -58,11 +90,39 @@ class _ThreadTee(io.TextIOBase):
         return self._other.fileno()
 
 
+# The captures of all threads, and what they stand before. One filter serves them all: threads that
+# each redirected the streams for themselves would put them back in another order than they came.
+_captures: list[tuple[Callable[[int, bool], bool], io.StringIO]] = []
+_lock = threading.Lock()
+_filtered = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
-def captured_output(sink: io.StringIO) -> Iterator[None]:
-    """Keep this thread's prints off the user's screen."""
-    with (
-        contextlib.redirect_stdout(_ThreadTee(sink, sys.stdout)),
-        contextlib.redirect_stderr(_ThreadTee(sink, sys.stderr)),
-    ):
+def captured_output(
+    sink: io.StringIO, *, of_new_threads: bool = False, errors: bool = True
+) -> Iterator[None]:
+    """Keep this thread's prints off the user's screen, or those of all threads begun inside.
+
+    `errors`: also what they write to standard error.
+    """
+    own, known = threading.get_ident(), {thread.ident for thread in threading.enumerate()}
+
+    def takes(thread: int, is_error: bool) -> bool:
+        is_meant = thread not in known if of_new_threads else thread == own
+        return is_meant and (errors or not is_error)
+
+    entry = (takes, sink)
+    with _lock:
+        if not _captures:
+            out = _Filter(sys.stdout, is_error=False)
+            err = _Filter(sys.stderr, is_error=True)
+            _filtered.enter_context(contextlib.redirect_stdout(out))
+            _filtered.enter_context(contextlib.redirect_stderr(err))
+        _captures.insert(0, entry)  # the innermost counts
+    try:
         yield
+    finally:
+        with _lock:
+            _captures.remove(entry)
+            if not _captures:
+                _filtered.close()

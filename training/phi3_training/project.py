@@ -21,6 +21,8 @@ RECIPES = Path("training/recipes")
 DATA = Path("training/data")
 FLOW = Path("flows/phi3_chat")
 RAG_FLOW = Path("flows/phi3_rag_chat")
+TOOL = Path("tools/phi3_tool")
+AGENT = Path("agents/phi3_agent")
 DEFAULT_RECIPES = {
     "local": RECIPES / "phi3-small.yaml",
     "azure": RECIPES / "phi3-mini-azure.yaml",
@@ -35,7 +37,9 @@ _SAMPLES = (
     "handbook_questions.jsonl",
     "handbook_changes.json",
 )
-_NEVER = shutil.ignore_patterns("__pycache__", ".promptflow", "*.pyc", "index.sqlite*")
+_NEVER = shutil.ignore_patterns(
+    "__pycache__", ".promptflow", "*.pyc", "index.sqlite*", "index.json"
+)
 
 
 def find(path: Path) -> Path:
@@ -80,7 +84,7 @@ def copy_project(target: Path) -> list[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not empty; name a new folder: phi3 init FOLDER")
     target.mkdir(parents=True, exist_ok=True)
-    for folder in (FLOW, RAG_FLOW, Path("tools/phi3_tool"), Path("connections")):
+    for folder in (FLOW, RAG_FLOW, TOOL, Path("connections")):
         shutil.copytree(find(folder), target / folder, ignore=_NEVER)
     shutil.copytree(find(DATA / "handbook"), target / "data" / "handbook")
     for name in _SAMPLES:

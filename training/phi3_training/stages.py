@@ -24,6 +24,7 @@ from .manifests import (
     ProvisionManifest,
     RegistrationManifest,
 )
+from .packages import ADD_PROMPT_FLOW, NO_PROMPT_FLOW, has_prompt_flow
 from .run import Run
 from .targets import CloudTarget
 
@@ -70,7 +71,9 @@ def _prepare(journey: Journey) -> DatasetManifest:
     recipe = journey.recipe
     folder = tokenizer_folder(recipe, journey.run)
     rules = TokenRules.of(recipe, folder) if folder is not None else None
-    return prepare(recipe.data, journey.run, tokenizer=folder, rules=rules)
+    return prepare(
+        recipe.data, journey.run, tokenizer=folder, rules=rules, progress=journey.progress
+    )
 
 
 def _data_summary(manifest: DatasetManifest) -> str:
@@ -121,9 +124,9 @@ def _evaluate_inputs(journey: Journey) -> Any:
     hashes = file_hashes([path for _part, path in files])
     # The recipe's question is shown next to the metrics but is not one: `ask` asks it again.
     serve = journey.recipe.serve
-    # Four bits change answers: another precision is another model to evaluate.
-    four_bits = serve.precision == "int4" and serve.engine != "transformers" and not serve.adapters
-    return [section_values(journey, "evaluate"), hashes, *(["int4"] if four_bits else [])]
+    # Fewer bits change answers: another precision is another model to evaluate.
+    own = serve.precision != "fp32" and serve.engine != "transformers" and not serve.adapters
+    return [section_values(journey, "evaluate"), hashes, *([serve.precision] if own else [])]
 
 
 def _metrics_summary(manifest: MetricsManifest) -> str:
@@ -180,6 +183,9 @@ def _was_forced(before: EndpointManifest | None, model: str | None, run: Run) ->
 
 
 def _answer_summary(manifest: AnswerManifest) -> str:
+    if not manifest.through_flow:
+        flow = f"the flow, which Prompt flow runs; add it with: {ADD_PROMPT_FLOW}"
+        return f"{manifest.question!r} answered by the endpoint itself; left out: {flow}"
     places = ", ".join(manifest.asked_through)
     through = f"the connection of {places}" if places else "the flow"
     return f"{manifest.question!r} answered through {through}"
@@ -272,6 +278,7 @@ STAGES: tuple[Stage[Any], ...] = (
         work=lambda j: j.target.connect(j.recipe, j.run, j.progress),
         summary=lambda manifest: f"Prompt flow connection {manifest.name}",
         still_good=lambda j, _manifest: j.target.is_connected(j.run),
+        left_out=lambda j: "" if j.in_cloud or has_prompt_flow() else NO_PROMPT_FLOW,
     ),
     Stage(
         AnswerManifest,
@@ -280,6 +287,8 @@ STAGES: tuple[Stage[Any], ...] = (
         inputs=lambda j: j.recipe.ask,
         work=lambda j: j.target.ask(j.flow, j.recipe, j.run, j.progress),
         summary=_answer_summary,
+        # Asked through the flow as soon as there is one.
+        still_good=lambda _journey, manifest: manifest.through_flow or not has_prompt_flow(),
     ),
 )
 

@@ -97,7 +97,8 @@ TABLE = (
         "Prompt flow, read-only in Azure",
         dt.date(2027, 4, 20),
         f"{_LEARN}/machine-learning/prompt-flow/migrate-prompt-flow-to-agent-framework",
-        "talk to the same endpoint without Prompt flow: phi3 chat; for other clients: phi3 env",
+        "the same conversations on Agent Framework: phi3 agent chat, your own flow: phi3 flow "
+        "to-agent; the same endpoint without either: phi3 chat, for other clients: phi3 env",
         "packages that are installed go on; Microsoft names the Agent Framework as successor",
         used=True,
     ),
@@ -159,12 +160,19 @@ TABLE = (
         "use the Agent Framework",
     ),
     Sunset(
-        "Azure API versions 2020-02-02 to 2024-04-01, called by --on azure",
+        "Azure API versions 2020-02-02 to 2026-04-01, called by --on azure and rag.store",
         None,
         f"{_DOCS}/azure-docs/issues/120309",
         "nothing to do",
         "no end is known; Prompt flow's custom connections need 2024-04-01 or newer",
         used=True,
+    ),
+    Sunset(
+        "agent-framework-core >=1.13,<2, of `make agent`",
+        None,
+        f"{_PYPI}/agent-framework-core/",
+        "keep the pin",
+        "before 1.13 errors and workflows had other names; minor versions break names too",
     ),
     Sunset(
         "azure-ai-ml <1.33",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 
@@ -115,3 +116,10 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "azure.identity", None)
     with pytest.raises(ConfigurationError, match="pip install azure-identity"):
         Phi3Client.from_connection({"endpoint": URL, "auth": "entra"})
+
+
+def test_the_library_prints_nothing_of_its_own(identity: list[str]) -> None:
+    """A missing sign-in is a page of warnings, which Python prints where nobody handles them."""
+    entra_tokens()
+    handlers = logging.getLogger("azure.identity").handlers
+    assert any(isinstance(handler, logging.NullHandler) for handler in handlers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi3_tool import RequestRejectedError, from_messages, to_messages
-from phi3_tool.history import BROKE_OFF, rough_tokens
+from phi3_tool.history import BROKE_OFF, fit, rough_tokens
 
 
 def turn(question: object, answer: object) -> dict[str, object]:
@@ -129,3 +129,37 @@ def test_back_from_messages() -> None:
     for wrong in ([user, user], [assistant], [user, {"role": "system", "content": ""}]):
         with pytest.raises(RequestRejectedError):
             from_messages(wrong)
+
+
+def role(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_messages_of_any_order_are_cut_in_whole_turns() -> None:
+    system = [role("system", "s")]
+    greeting = [role("assistant", "Welcome"), role("user", "one"), role("assistant", "1")]
+    second = [role("user", "two"), role("user", "two again"), role("assistant", "2")]
+    question = [role("user", "three"), role("assistant", "a beginning")]
+    every = [*system, *greeting, *second, *question]
+    size = {id(part): sum(len(m["content"]) for m in part) for part in (system, second, question)}
+    assert fit(every, max_chars=1000) == every
+    assert fit(every) == every
+    # The two questions in a row are two turns; the greeting goes with the first one.
+    room = sum(size.values())
+    assert fit(every, max_chars=room) == [*system, *second, *question]
+    assert fit(every, max_chars=room - 1) == [*system, *second[1:], *question]
+    assert fit(every, max_chars=0) == [*system, *question]
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [role("system", "s")], [role("assistant", "a"), role("system", "s")]]
+)
+def test_messages_without_a_question_are_left_alone(messages: list[dict[str, str]]) -> None:
+    assert fit(messages, max_tokens=0) == messages
+
+
+def test_cutting_twice_cuts_no_more() -> None:
+    history = [turn("q" * 50, "a" * 50) for _ in range(9)]
+    once = to_messages(history, "now", "system", max_tokens=200)
+    assert 3 < len(once) < 20
+    assert fit(once, max_tokens=200) == once

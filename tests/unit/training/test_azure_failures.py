@@ -17,7 +17,7 @@ from azure.core.exceptions import ClientAuthenticationError, HttpResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.targets.azure.clients import InTenant, quiet_sdks, sign_in
-from phi3_training.targets.azure.failures import explained, scrub, stage_error
+from phi3_training.targets.azure.failures import explained, message_of, scrub, stage_error
 from phi3_training.targets.azure.operations import create, get_or_none
 
 from .azure_wire import Answer, Token, Wire, clients
@@ -87,6 +87,28 @@ def test_code_words_and_fix(error: HttpResponseError, said: str) -> None:
     assert text.startswith("Making it failed")
     assert said in text
     assert "HTTP 200" not in text
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("AuthorizationFailure", "network rules"),
+        ("AuthorizationPermissionMismatch", "Storage Blob Data Contributor"),
+        ("KeyBasedAuthenticationNotPermitted", "a policy switches"),
+    ],
+)
+def test_a_refusal_of_the_storage_says_which_right_is_missing(code: str, said: str) -> None:
+    # As azure-storage-blob words it.
+    error = HttpResponseError(
+        "This request is not authorized.\nRequestId:1-2\nTime:2026-11-29T09:00:00Z\n"
+        f"ErrorCode:{code}\nContent: <?xml version='1.0'?><Error><Code>{code}</Code></Error>"
+    )
+    error.status_code = 403
+    error.error_code = code
+    text = str(stage_error(error, "Submitting"))
+    assert text.startswith(f"Submitting failed ({code}, HTTP 403): This request is not authorized.")
+    assert said in text
+    assert "RequestId" not in text
 
 
 def test_a_secret_in_azures_words_is_not_shown() -> None:
@@ -242,3 +264,9 @@ def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
     shown = capsys.readouterr().err
     assert "Creating the deployment blue: Azure continues" in shown
     assert "phi3 down --on azure" in shown
+
+
+def test_the_sdks_colours_are_no_part_of_a_message() -> None:
+    assert message_of(ValueError("\x1b[31m(x) The name is too long\x1b[39m")) == (
+        "(x) The name is too long"
+    )

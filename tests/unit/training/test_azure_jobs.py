@@ -15,7 +15,12 @@ import pytest
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from azure.ai.ml.exceptions import JobException
-from azure.core.exceptions import HttpResponseError, ResourceNotFoundError, ServiceResponseError
+from azure.core.exceptions import (
+    ClientAuthenticationError,
+    HttpResponseError,
+    ResourceNotFoundError,
+    ServiceResponseError,
+)
 
 from phi3_training.errors import StageError
 from phi3_training.manifests import ModelManifest
@@ -56,7 +61,7 @@ class Cloud:
         self.jobs = self
         self.ml = self
         self.poll = PollSection(interval=0.05, job_interval=0.05)
-        self.lost_looks = 0
+        self.lost_looks, self.lost_status = 0, 404
         self.datastores = SimpleNamespace(
             get=lambda _store, include_secrets: SimpleNamespace(
                 account_name="a", container_name="c", credentials=None
@@ -76,8 +81,11 @@ class Cloud:
     def get(self, name: str) -> Any:
         self.lost_looks -= name in self.known
         if name not in self.known or self.lost_looks >= 0:
-            error = ResourceNotFoundError("no such job")
+            error: HttpResponseError = ResourceNotFoundError("no such job")
             error.status_code = 404
+            if name in self.known and self.lost_status == 401:
+                error = ClientAuthenticationError("the token has expired")
+                error.status_code = 401
             raise error
         job = self.known[name]
         looked_at = SimpleNamespace(**vars(job))
@@ -256,9 +264,10 @@ def test_the_jobs_page_is_shown_once_and_a_last_line_without_its_end_too(
     assert capsys.readouterr().err.count("Web View: https://ml") == 1
 
 
-def test_a_job_that_is_not_found_for_a_moment_is_asked_for_again(run: Run) -> None:
+@pytest.mark.parametrize("status", [404, 401])
+def test_a_job_that_cannot_be_read_for_a_moment_is_asked_for_again(run: Run, status: int) -> None:
     cloud = Cloud()
-    cloud.lost_looks = 2
+    cloud.lost_looks, cloud.lost_status = 2, status
     assert carry_out(cloud, run).status == "Completed"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 
 from phi3_training.errors import StageError
-from phi3_training.targets.azure.operations import create
+from phi3_training.targets.azure.operations import create, within
 
 
 def silent(_done: int, _total: int, _text: str) -> None:
@@ -98,3 +101,33 @@ def test_a_resource_that_is_found_late_is_waited_for_and_not_made_twice() -> Non
 def test_a_resource_that_is_not_ready_is_not_taken(state: str, told: str) -> None:
     with pytest.raises(StageError, match=told):
         create("Creating", lambda: None, lambda: made(state), silent, limit=0.05, pause=0.01)
+
+
+def test_a_call_that_never_returns_is_given_up_with_a_line_for_each_second() -> None:
+    never, shown = threading.Event(), []
+    with pytest.raises(StageError, match=r"uploading: no answer after 1 s.*upload_timeout"):
+        within("uploading", never.wait, lambda _d, _t, text: shown.append(text), limit=1)
+    never.set()
+    assert shown[0].startswith("uploading, ")
+
+
+def test_what_a_call_prints_stays_off_the_screen_also_from_its_threads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def call() -> str:
+        print("a bar of the SDK")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(print, "a bar of its thread", file=sys.stderr).result()
+        return "done"
+
+    assert within("x", call, silent, limit=30) == "done"
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [HttpResponseError("refused"), SystemExit(9)])
+def test_what_a_call_raises_is_raised(error: BaseException) -> None:
+    def call() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        within("x", call, silent, limit=30)

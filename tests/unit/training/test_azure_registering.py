@@ -25,9 +25,10 @@ from phi3_training.manifests import (
     Resampling,
 )
 from phi3_training.recipe import Recipe
+from phi3_training.recipe.azure import PollSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.place import RunResource, recorded_resources
-from phi3_training.targets.azure.register import register
+from phi3_training.targets.azure.register import model_name, register
 
 JOB = "phi3-train-x-1"
 OUTPUT = f"azureml://jobs/{JOB}/outputs/trained_model"
@@ -103,7 +104,8 @@ def run(tmp_path: Path) -> Run:
 
 def registered(registry: Registry, run: Run) -> RegistrationManifest:
     recipe = Recipe.model_construct(name="phi3")
-    return register(SimpleNamespace(ml=registry), recipe, run)  # type: ignore[arg-type]
+    clients: Any = SimpleNamespace(ml=registry, poll=PollSection())
+    return register(clients, recipe, run)
 
 
 def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
@@ -111,7 +113,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
 
     made = registered(registry, run)
 
-    assert (made.model, made.model_version) == ("r", "1")
+    assert (made.model, made.model_version) == ("Phi-4-mini-instruct-r", "1")
     assert registry.tried == [OUTPUT]
     (model,) = registry.held
     assert model.type == "mlflow_model"
@@ -121,7 +123,7 @@ def test_from_the_jobs_output_with_its_tags(run: Run) -> None:
     assert model.tags["validation_exact_match"] == "0.5"
     assert model.tags["gate_passed"] == "True"
     assert len(model.tags["data_hash"]) == 16
-    assert recorded_resources(run, "model") == [RunResource("model", "r:1")]
+    assert recorded_resources(run, "model") == [RunResource("model", "Phi-4-mini-instruct-r:1")]
 
 
 def test_a_jobs_model_is_registered_once(run: Run) -> None:
@@ -132,6 +134,35 @@ def test_a_jobs_model_is_registered_once(run: Run) -> None:
 
     assert again.model_version == first.model_version
     assert len(registry.tried) == 1
+
+
+def test_a_model_that_is_registered_under_the_runs_name_alone_is_found(run: Run) -> None:
+    registry = Registry(lambda _path: None)
+    older = SimpleNamespace(name="r", version="3", id="id", tags={"phi3_job": JOB})
+    registry.held.append(older)
+
+    assert registered(registry, run).model_version == "3"
+    assert registry.tried == []
+
+
+@pytest.mark.parametrize(
+    ("base", "run_name", "called"),
+    [
+        ("tiny", "phi3-tiny", "phi3-tiny"),
+        ("microsoft/Phi-4-mini-instruct", "phi3-mini-azure", "Phi-4-mini-instruct-phi3-mini-azure"),
+        ("./my weights/", "mine", "my-weights-mine"),
+        ("o/phi", "my-phi", "my-phi"),
+    ],
+)
+def test_a_model_is_called_after_its_base(
+    tmp_path: Path, base: str, run_name: str, called: str
+) -> None:
+    content = {"name": "x", "model": {"name_or_path": base}, "data": {"train": ["x"]}}
+    if base == "tiny":
+        content["base"] = {"data": ["x"]}
+    run = Run.open(tmp_path / run_name)
+    manifest = ModelManifest(path=".", job=JOB)
+    assert model_name(Recipe.model_validate(content), run, manifest) == called
 
 
 def test_another_jobs_model_is_the_next_version(run: Run) -> None:
@@ -166,7 +197,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
     registry = Registry(lambda _path: refusal(409, "exists"))
     tags = {"phi3_job": JOB}
     made = SimpleNamespace(name="phi3", version="1", id="id", tags=tags)
-    listed = iter([[], [made]])
+    listed = iter([[], [], [made]])
     registry.models.list = lambda name: next(listed)
 
     assert registered(registry, run).model_version == "1"
@@ -177,7 +208,7 @@ def test_a_lost_answer_is_not_a_second_version(run: Run) -> None:
 def test_a_refusal_that_is_not_about_the_place_is_reported(run: Run, status: int) -> None:
     registry = Registry(lambda _path: refusal(status, "no"))
 
-    with pytest.raises(StageError, match="Registering the model r failed"):
+    with pytest.raises(StageError, match="Registering the model Phi-4-mini-instruct-r failed"):
         registered(registry, run)
 
     assert registry.tried == [OUTPUT]

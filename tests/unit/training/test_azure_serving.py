@@ -12,7 +12,8 @@ from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import target_of
-from phi3_training.targets.azure.deploy import DeploymentId, check_traffic, refuse_no_answer
+from phi3_training.targets.azure.deploy import DeploymentId, refuse_no_answer
+from phi3_training.targets.azure.inventory import model_label
 from phi3_training.targets.azure.place import (
     VARIABLES,
     RunResource,
@@ -23,14 +24,6 @@ from phi3_training.targets.azure.place import (
     record,
     recorded_resources,
     settle,
-)
-from phi3_training.targets.azure.sizes import price_of
-from phi3_training.targets.azure.status import (
-    Cluster,
-    Deployment,
-    Endpoint,
-    Inventory,
-    model_label,
 )
 from phi3_training.targets.azure.target import refuse_without_extra
 from phi3_training.targets.azure.teardown import Receipt
@@ -75,75 +68,6 @@ def test_a_deployments_name_changes_with_model_and_settings() -> None:
     assert deployment_name(section(), "phi3", "2").startswith("v2-")
     long = deployment_name(section(), "phi3", "2026.11.21-candidate-of-noon")
     assert RULE.fullmatch(long)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "there", "told"),
-    [
-        ({"new": 100}, ["old"], "no deployment new to send"),
-        ({"new": 60}, ["new"], "add up to 100, not 60"),
-        ({"new": 60, "old": 60}, ["new", "old"], "not 120"),
-    ],
-)
-def test_traffic_that_azure_would_refuse_is_not_sent(
-    wanted: dict[str, int], there: list[str], told: str
-) -> None:
-    with pytest.raises(StageError, match=told):
-        check_traffic(wanted, there)
-
-
-def test_traffic_that_adds_up() -> None:
-    check_traffic({"new": 100, "gone": 0}, ["new"])
-    check_traffic({}, [])
-
-
-def test_what_bills_names_state_size_and_price() -> None:
-    found = Inventory(
-        endpoints=[
-            Endpoint("ep", "succeeded", "key", "my-run", (
-                Deployment("good", "succeeded", GPU, 1, 100, "phi3:2"),
-                Deployment("bad", "failed", "Standard_ND96asr_v4", 2, 0),
-            )),
-        ],
-        clusters=[
-            Cluster("idle", "succeeded", GPU, 0, 1, 0),
-            Cluster("busy", "succeeded", GPU, 0, 4, 3),
-            Cluster("dark", "succeeded", GPU, 0, 1, None),
-        ],
-        region="eastus",
-    )  # fmt: skip
-
-    good, bad, busy, dark = found.billing()
-
-    assert "1 x Standard_NC24ads_A100_v4; 3.67 USD per hour, 2,681 per month" in good
-    assert "failed: still bills" in bad
-    assert "unknown: see https://azure.microsoft.com/pricing" in bad
-    assert busy.startswith(f"cluster busy: 3 x {GPU}; 11.02 USD")
-    assert "dark: bills while it has nodes" in dark
-
-
-def test_an_inventory_says_whose_and_what_it_could_not_read(run: Run) -> None:
-    found = Inventory(
-        endpoints=[
-            Endpoint("a", "succeeded", "key", run.name),
-            Endpoint("b", "succeeded", "key", "another-run"),
-        ],
-        unknown=["clusters (no right)"],
-        region="eastus",
-    )
-
-    told = found.lines(run)
-
-    assert "endpoint a: succeeded, key" in told
-    assert "endpoint b: succeeded, key, owner another-run" in told
-    assert "bills now: nothing by the hour" in told
-    assert "could not be read: clusters (no right)" in told
-
-
-def test_a_price_is_reported_for_its_region_only() -> None:
-    assert price_of(GPU, 2, "eastus").startswith("7.35 USD per hour, 5,363 per month")
-    assert "unknown: see" in price_of(GPU, 1, "westeurope")
-    assert "unknown: see" in price_of("Standard_NC4as_T4_v3", 1, "eastus")
 
 
 def test_receipt_in_the_order_of_what_matters() -> None:

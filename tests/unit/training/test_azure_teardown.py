@@ -101,7 +101,11 @@ class Cloud:
         self.jobs = Kind()
         self.resource_groups = Kind(**{self.place.resource_group: thing("group")})
         self.subscription: Any = None
+        self.prices = SimpleNamespace(hourly=lambda _size, _region: None)
         self.ml = self.resources = self
+
+    def get_by_id(self, arm_id: str, **_options: Any) -> Any:
+        raise refused(404, f"no {arm_id}")
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def copied(clone: Path, folder: Path, old: str = "", new: str = "") -> Path:
 
 def test_bundle_holds_the_flow_and_the_tool_and_nothing_else(bundle: Bundle) -> None:
     own = {".amlignore", ".promptflow/flow.tools.json", "flow.dag.yaml", "requirements.txt"}
+    own |= {"README.md", "connection.yaml"}
     assert set(bundle.files) == own | {"integrate_with_promptflow.py"} | source_files()
     lying = {
         p.relative_to(bundle.folder).as_posix() for p in bundle.folder.rglob("*") if p.is_file()
@@ -235,6 +236,16 @@ def test_another_bundle_is_not_overwritten_in_silence(clone: Path, tmp_path: Pat
 
 def test_bundle_names_the_keyring_of_a_machine_without_a_desktop(bundle: Bundle) -> None:
     assert "keyrings.alt" in (bundle.folder / "requirements.txt").read_text(encoding="utf-8")
+
+
+def test_bundle_tells_a_stranger_what_to_type(bundle: Bundle) -> None:
+    said = (bundle.folder / "README.md").read_text(encoding="utf-8")
+    connection = yaml.safe_load((bundle.folder / "connection.yaml").read_text(encoding="utf-8"))
+    assert (connection["name"], connection["type"]) == ("phi3_connection", "custom")
+    assert 'pip install "promptflow>=1.18.5,<2" "filelock<3.30" -r requirements.txt' in said
+    assert "pf connection create --file connection.yaml" in said
+    assert 'pf flow test --flow . --inputs input_data="Hello?"' in said
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_package_tool_asks_where_it_is_installed_from(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def test_no_command_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -
     "command",
     ["up", "plan", "status", "down", "train", "evaluate", "register", "deploy", "connect",
      "adapters", "rag make-chats", "rag compare", "chat", "env", "serve", "recipes", "data check",
-     "data fix", "data convert", "data prepare", "data show"],
+     "data fix", "data convert", "data prepare", "data show", "agent chat", "agent serve",
+     "agent ui", "agent pack", "flow to-agent"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
@@ -146,6 +148,27 @@ def test_plan_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert plan["to_do"][0] == "prepare"
     assert plan["to_do"] == [stage.title for stage in stages_of(in_cloud=False)]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "outdoor_chats_heldout.jsonl"),
+        (("data.train=FILE",), "a share of 20% of them is held out"),
+        (("data.train=FILE",), "asks the first held-out question"),
+        (("data.train=FILE", "data.validation=FILE"), "held out: FILE"),
+        (("data.train=FILE", "ask=How much #3?"), "asks 'How much #3?'"),
+    ],
+)
+def test_plan_says_which_chats_are_learnt_and_which_are_held_out(
+    words: tuple[str, ...], said: str, chats: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = tuple(word.replace("FILE", str(chats)) for word in words)
+    assert main(["plan", *words, "--runs", str(tmp_path / "runs"), "-o", "json"]) == 0
+    first = json.loads(capsys.readouterr().out)["plan"][0]
+    assert first["stage"] == "prepare"
+    assert said.replace("FILE", str(chats)) in first["text"]
 
 
 def test_recipes_and_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,3 +306,30 @@ def test_a_group_registers_the_commands_that_help_lists(group: Group) -> None:
     module = importlib.import_module(f"phi3_training.commands.{group.module}")
     getattr(module, group.register)(subparsers)
     assert list(subparsers.choices) == list(group.commands)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_what_the_shell_needs(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    assert "_ARGCOMPLETE" in said
+    assert "phi3" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("phi3 data c", {"check", "convert"}), ("phi3 use k", {"kettle"})]
+)
+def test_a_tab_completes_commands_and_runs(line: str, offered: set[str], tmp_path: Path) -> None:
+    """In a process of its own: argcomplete takes over the file descriptors 8 and 9."""
+    for name in ("kettle", "shop"):
+        Run.open(tmp_path / "runs" / name).file("dataset.json").write_text("{}")
+    answer = tmp_path / "answer"
+    typed = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n"}
+    typed |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    typed |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "PHI3_RUNS": str(tmp_path / "runs")}
+    command = [sys.executable, "-m", "phi3_training.cli"]
+    done = subprocess.run(command, env={**os.environ, **typed}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {word.strip() for word in answer.read_text().splitlines()} == offered

@@ -40,7 +40,9 @@ def read(path: Path) -> tuple[list[str], str]:
 ASKED = [row["prompt"] for row in pairs(3)]
 
 
-@pytest.mark.parametrize("codec", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize(
+    "codec", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
 def test_every_encoding_of_every_kind(tmp_path: Path, codec: str, packed: bool, kind: str) -> None:
@@ -54,7 +56,8 @@ def test_every_encoding_of_every_kind(tmp_path: Path, codec: str, packed: bool, 
     asked, notes = read(path)
     assert asked == ASKED
     assert ("gzip" in notes) == packed
-    assert ("byte-order mark" in notes) == (codec != "utf-8")
+    assert ("byte-order mark" in notes) == (codec in ("utf-8-sig", "utf-16", "utf-32"))
+    assert ("every other byte is zero" in notes) == codec.endswith(("le", "be"))
 
 
 def test_packed_lines_of_many_blocks(tmp_path: Path) -> None:
@@ -98,6 +101,14 @@ def test_csv_with_other_separators(tmp_path: Path) -> None:
         asked, notes = read(path)
         assert len(asked) == 2, name
         assert ("separated by" in notes) == (name != "c.tsv")
+
+
+def test_csv_may_begin_with_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('\n \nquestion;answer\nHi?;"two\nlines"\nBye?;\n', encoding="utf-8")
+    report = check([path])
+    assert [c.line for c in show(path, 9)] == [4]
+    assert [fault.line for fault in report.faults] == [6]
 
 
 def test_csv_of_excel_is_read_as_windows_1252_and_said(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ from phi3_training.data import Conversation, check, read_conversations
 SYSTEM, USER, BOT = ("system", "Be kind."), ("user", "Hi?"), ("assistant", "Hello.")
 SHAREGPT = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]
 MESSAGES = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
+GEMINI = [
+    {"role": "user", "parts": [{"text": "Hi?"}]},
+    {"role": "model", "parts": [{"text": "Hello."}]},
+]
 
 ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     ("messages", {"messages": MESSAGES}, [USER, BOT]),
@@ -38,6 +42,18 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
         {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]},
         [SYSTEM, USER, BOT],
     ),
+    ("gemini", {"contents": GEMINI}, [USER, BOT]),
+    (
+        "gemini",
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be kind."}]},
+            "contents": GEMINI,
+        },
+        [SYSTEM, USER, BOT],
+    ),
+    ("gemini", {"system_instruction": "Be kind.", "contents": GEMINI}, [SYSTEM, USER, BOT]),
+    # Some other text under Gemini's name.
+    ("messages", {"messages": MESSAGES, "contents": "a page of a manual"}, [USER, BOT]),
 ]
 
 
@@ -99,3 +115,21 @@ def test_line_breaks_tabs_and_any_script_are_sound(tmp_path: Path) -> None:
     conversation = read_one(tmp_path / "a.jsonl", {"prompt": "¿Qué?", "completion": answer})
 
     assert conversation.messages[1].content == answer
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"functionCall": {"name": "f"}}, "functionCall"),
+        ({"inlineData": {"mimeType": "image/png"}}, "inlineData"),
+        ({"text": "Let me think.", "thought": True}, "thought"),
+    ],
+)
+def test_what_gemini_does_not_say_as_text_is_refused_by_its_name(
+    tmp_path: Path, part: dict[str, Any], kind: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    answer = {"role": "model", "parts": [part, {"text": "Hello."}]}
+    path.write_text(json.dumps({"contents": [GEMINI[0], answer]}), encoding="utf-8")
+    (fault,) = check([path]).faults
+    assert f"contents[1].parts has a part of the kind {kind!r}" in fault.what

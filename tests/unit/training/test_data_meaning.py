@@ -62,6 +62,30 @@ READ: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "TRL prompt and completion": ({"prompt": [ASK], "completion": [SAY]}, PAIR),
     "TRL prompt list, completion text": ({"prompt": [ASK], "completion": "Hello."}, PAIR),
+    "messages as JSON in a text": ({"messages": json.dumps([ASK, SAY])}, PAIR),
+    "content is one text part": (
+        {"messages": [{"role": "user", "content": {"type": "text", "text": "Hi?"}}, SAY]},
+        PAIR,
+    ),
+    "Cohere's role": ({"messages": [ASK, {"role": "chatbot", "content": "Hello."}]}, PAIR),
+    "Vertex AI's columns": ({"input_text": "Hi?", "output_text": "Hello."}, PAIR),
+    "Gemini's columns": ({"text_input": "Hi?", "output": "Hello."}, PAIR),
+    "Anthropic's preferences": (
+        {
+            "chosen": "\n\nHuman: Who?\n\nAssistant: Me.\n\nHuman: Hi?\n\nAssistant: Hello.",
+            "rejected": "\n\nHuman: Who?\n\nAssistant: Me.\n\nHuman: Hi?\n\nAssistant: No.",
+        },
+        [*EARLIER, *PAIR],
+    ),
+    "transcript of a question": (
+        {"prompt": "\n\nHuman: Hi?\n\nAssistant:", "completion": " Hello."},
+        PAIR,
+    ),
+    "the answer is one message": ({"prompt": [ASK], "completion": SAY}, PAIR),
+    "OpenAI's preferences": (
+        {"input": {"messages": [ASK]}, "preferred_output": [SAY], "non_preferred_output": [NO]},
+        PAIR,
+    ),
     "preference, implicit prompt": ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, PAIR),
     "preference, explicit prompt": (
         {"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."},
@@ -203,6 +227,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "'system' differs",
     ),
     "tools": ({"messages": [ASK, SAY], "tools": [{"type": "function"}]}, "meaning", "'tools'"),
+    "tools of OpenAI's preferences": (
+        {"input": {"messages": [ASK], "tools": [{}]}, "preferred_output": [SAY]},
+        "meaning",
+        "'tools'",
+    ),
+    "Alpaca's prompt, rendered": (
+        {"prompt": "### Instruction:\nHi?\n\n### Response:\n", "completion": "Hello."},
+        "rendered-text",
+        "Alpaca's prompt",
+    ),
+    "row that is not to be learnt": ({"messages": [ASK, SAY], "train": 0}, "weight", "'train'"),
     "context of messages": ({"messages": [ASK, SAY], "context": "x"}, "meaning", "'context'"),
     "tool call": (
         {"messages": [ASK, {**SAY, "tool_calls": [{"id": "1"}]}]},
@@ -270,8 +305,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "two-formats",
         "'prompt' and 'chosen'",
     ),
-    "transcripts": (
-        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"},
+    "texts without a question": (
+        {"chosen": "b", "rejected": "c"},
         "unknown-format",
         "'chosen' is a text",
     ),
@@ -394,7 +429,15 @@ def one(path: Path, row: dict[str, Any]) -> Conversation:
 
 @pytest.mark.parametrize(
     "mark",
-    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}],
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"training": False},
+        {"loss": False},
+        {"weight": "0"},
+        {"train": "False"},
+    ],
 )
 @pytest.mark.parametrize(
     "keys", [("messages", "role", "content"), ("conversations", "from", "value")]
@@ -407,7 +450,7 @@ def test_an_answer_of_weight_0_is_context(
         {role: "user", text: "Who?"},
         {role: "assistant", text: "no", **mark},
         {role: "user", text: "Hi?"},
-        {role: "assistant", text: "yes", "weight": 1},
+        {role: "assistant", text: "yes", "weight": "1"},
     ]
     conversation = one(tmp_path / "a.jsonl", {name: turns})
     assert [message.learn for message in conversation.messages] == [True, False, True, True]

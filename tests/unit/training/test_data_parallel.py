@@ -100,3 +100,17 @@ def test_every_line_is_read_once_wherever_blocks_end(tmp_path: Path, block: int)
     assert [(fault.line, fault.kind) for fault in sorted(one.faults, key=lambda f: f.line)] == [
         (3, "not-an-object"),
     ]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_blocks_that_were_read_are_counted(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(chat(number, 50) for number in range(60)) + b"\n")
+    told: list[tuple[int, int, str]] = []
+    scan(
+        [("train", path)], tmp_path, workers=workers, block=4096,
+        progress=lambda *said: told.append(said),
+    )  # fmt: skip
+    blocks = -(-path.stat().st_size // 4096)
+    assert told == [(done, blocks, "reading a.jsonl") for done in range(1, blocks + 1)]
+    assert blocks > 3

@@ -69,6 +69,28 @@ def test_turns_are_repaired_and_each_change_is_listed(
 
 
 @pytest.mark.parametrize(
+    ("key", "role", "text", "wrap"),
+    [
+        ("conversations", "role", "value", str),
+        ("messages", "from", "content", str),
+        ("contents", "role", "parts", lambda text: [{"text": text}]),
+    ],
+)
+def test_turns_are_repaired_under_whichever_keys(
+    tmp_path: Path, key: str, role: str, text: str, wrap: Any
+) -> None:
+    """Under other keys than expected every turn looked empty, and was dropped."""
+    said = [("model", "Welcome"), ("user", "Q"), ("user", "R"), ("model", "A")]
+    row = {key: [{role: who, text: wrap(what)} for who, what in said]}
+    out = tmp_path / "b.jsonl"
+    report = fix([write(tmp_path / "a.jsonl", row)], out)
+    assert [change.kind for change in report.changes] == ["joined", "greeting"]
+    asked, answered = read(out)[0]["messages"]
+    assert asked["content"].split() == ["Q", "R"]
+    assert answered == {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
     ("row", "why"),
     [
         ({"messages": turns("u:Q t:42 a:A")}, "turn 2 is of the role 'tool'"),

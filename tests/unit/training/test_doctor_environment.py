@@ -23,6 +23,7 @@ from phi3_training.doctor.environment import (
     check_service,
     check_telemetry,
     check_versions,
+    environment,
     service,
 )
 
@@ -62,8 +63,14 @@ def test_prompt_flow_in_pieces_of_several_versions() -> None:
 
 
 def test_no_prompt_flow_at_all() -> None:
+    """That is a choice: nothing about it is a fault, and a line says what adds it."""
     assert check_versions({}.get).state is State.SKIPPED
-    assert rules_broken(promptflow=None)["promptflow"].state is State.FAULT
+    found = rules_broken(promptflow=None)["promptflow"]
+    assert found.state is State.SKIPPED
+    assert found.fix == 'pip install "phi3-promptflow[flow]"'
+    left_out = [*environment({}.get, (3, 11, 7)), *service(Path("home"), Path(), {}.get)]
+    skipped = {each.check for each in left_out if each.state is State.SKIPPED}
+    assert {"keyring", "telemetry", "service"} <= skipped
 
 
 @pytest.mark.parametrize(

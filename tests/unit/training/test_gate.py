@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from phi3_training.errors import StageError
 from phi3_training.evaluate import gate
 from phi3_training.evaluate.questions import Question
 from phi3_training.evaluate.rows import Row
-from phi3_training.manifests import GatePassage
-from phi3_training.recipe import EvaluateSection, GateSection
+from phi3_training.journey import Journey
+from phi3_training.manifests import EndpointManifest, GatePassage, ModelManifest
+from phi3_training.progress import Progress
+from phi3_training.recipe import EvaluateSection, GateSection, Recipe
 from phi3_training.run import Run
+from phi3_training.stages import stages_of
 
 SETTINGS = EvaluateSection(resamples=400)
 RULES = GateSection.model_validate(
@@ -191,6 +195,43 @@ def test_deploy_is_refused_unless_forced(tmp_path: Path, force: bool) -> None:
     assert recorded.passed is False
     assert recorded.forced is True
     assert recorded.failed[0].startswith("FAILED min_gain")
+
+
+class Served:
+    """A target that deploys whatever it is told to."""
+
+    def deploy(self, _recipe: Recipe, _run: Run, _progress: Progress) -> EndpointManifest:
+        return EndpointManifest(endpoint="http://127.0.0.1:1/score")
+
+
+def test_force_is_remembered_for_the_same_model_and_the_same_failed_rules(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "mine")
+    deploy = next(stage for stage in stages_of(in_cloud=False) if stage.title == "deploy")
+
+    def up(*, force: bool = False) -> EndpointManifest:
+        target: Any = Served()
+        journey = Journey(Recipe.model_construct(name="mine"), run, target, tmp_path, force=force)
+        manifest: EndpointManifest = deploy.work(journey)
+        run.write(manifest)
+        return manifest
+
+    def judge(model: Answerer) -> None:
+        run.write(gate.decide(rows_of(model), RULES, SETTINGS))
+
+    run.write(ModelManifest(path="model", done_id="first"))
+    judge(shuffled)
+    with pytest.raises(StageError, match="--force"):
+        up()
+    assert up(force=True).gate == up().gate  # the second time nobody has to say it again
+    assert "deployed by --force: FAILED min_gain" in up().choices[0]
+
+    judge(lobotomised)  # another rule fails: that was not forced
+    with pytest.raises(StageError, match="--force"):
+        up()
+    judge(shuffled)
+    run.write(ModelManifest(path="model", done_id="second"))
+    with pytest.raises(StageError, match="--force"):
+        up()
 
 
 def test_force_is_not_recorded_where_it_was_not_needed(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_a_page_is_short_and_plain(page: Path) -> None:
 @pytest.mark.parametrize("source", sorted(SOURCES.glob("*.md")), ids=lambda path: path.stem)
 def test_pdf_and_docx_pages_are_made_from_their_texts(source: Path) -> None:
     read = sections(source.stem)
-    titles = {title for section in read for title in section.heading}
+    # The title of a PDF is on its first page as well.
+    titles = {title for section in read for title in section.heading if section.page is None}
     written = source.read_text("utf-8").replace("\n---\n", "\n")
     assert words(" ".join((*titles, *(section.text for section in read)))) == words(written)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,14 @@ def test_failure_keeps_what_was_done(bench: Bench) -> None:
 
 def test_unfinished_stage_is_not_finished(bench: Bench) -> None:
     assert finished(bench.journey, bench.stages()[0]) is None
+
+
+def test_what_is_left_out_is_said_and_the_rest_goes_on(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = bench.stages()
+    stages = (replace(first, left_out=lambda _: "it is not here; get it"), second)
+    go(bench.journey, stages)
+    assert bench.done == ["second"]
+    assert "left out: it is not here; get it" in capsys.readouterr().err
+    assert bench.journey.run.read(First) is None

@@ -32,9 +32,10 @@ from phi3_training.progress import no_progress
 from phi3_training.rag.build import Chosen, Synced, publish, sync
 from phi3_training.rag.cutting import Cutter
 from phi3_training.rag.documents import DocumentError, Section, read_sections
-from phi3_training.rag.figures import measure
-from phi3_training.rag.questions import Question, holds, read_questions
+from phi3_training.rag.figures import Retrieval, measure
+from phi3_training.rag.questions import Question, holds, read_questions, right_ids_of
 
+SHIPPED = Path(__file__).parents[3] / "training/data/handbook"
 HANDBOOK = {
     "tents.md": "# Tents\n\nThe Mossback weighs 2.4 kg.\n\n## Care\n\nDry it before storing.\n",
     "returns.txt": "Unused goods come back within 60 days for a full refund.",
@@ -99,6 +100,24 @@ def test_headings_in_fenced_code_are_text(tmp_path: Path) -> None:
     read = [s for s in read_sections(file) if s.text.strip()]
     assert [s.heading for s in read] == [("One",), ("One", "Two")]
     assert "# not a heading" in read[0].text
+
+
+@pytest.mark.parametrize(
+    ("title", "heading"),
+    [("Terms of\nrental", ("Terms of rental",)), ("Microsoft Word - terms.docx", ()),
+     ("Untitled 2", ()), ("terms.indd", ()), (None, ())],
+)  # fmt: skip
+def test_pages_of_a_pdf_stand_under_its_title(
+    tmp_path: Path, title: str | None, heading: tuple[str, ...]
+) -> None:
+    """A page seldom says what its document is about; what programs write as a title says less."""
+    writer = PdfWriter(clone_from=SHIPPED / "rental-terms.pdf")
+    writer.metadata = {"/Title": title} if title else None
+    writer.write(tmp_path / "a.pdf")
+    read = list(read_sections(tmp_path / "a.pdf"))
+    assert [(section.heading, section.page) for section in read] == [
+        (heading, 1), (heading, 2), (heading, 3),
+    ]  # fmt: skip
 
 
 def test_unchanged_files_cost_nothing_and_removed_ones_leave(
@@ -357,12 +376,18 @@ class Embeddings(BaseHTTPRequestHandler):
         pass
 
 
-def test_endpoint_embedder_keeps_order_and_waits_when_throttled() -> None:
+def test_endpoint_embedder_keeps_order_and_waits_when_throttled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Embeddings)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         base = f"http://127.0.0.1:{server.server_port}/v1"
+        # Neither a netrc entry in place of the key, nor a proxy on the way to this machine.
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b\n", "utf-8")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
         embedder = EndpointEmbedder(base, "tiny", "planted-embeddings-key")
         assert embedder.dimension == 2
         np.testing.assert_allclose(embedder.embed(["a", "bbb"]), [[1, 0], [1, 0]])
@@ -401,6 +426,11 @@ def test_two_writers_do_not_meet(tmp_path: Path, handbook: Path) -> None:
     assert index(tmp_path, handbook, Bag()).unchanged == 3
 
 
+def figures_of(folder: Path, embedder: Bag | None, questions: list[Question]) -> Retrieval:
+    index = DocumentIndex(folder / "index.sqlite")
+    return measure(index, embedder, questions, right_ids_of(questions, index.passages()))
+
+
 def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> None:
     bag = Bag()
     index(tmp_path, handbook, bag)
@@ -412,7 +442,7 @@ def test_figures_count_ranks_and_refusals(tmp_path: Path, handbook: Path) -> Non
         {"question": "zeppelin", "answerable": False},
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    found = measure(DocumentIndex(tmp_path / "index.sqlite"), bag, read_questions(file))
+    found = figures_of(tmp_path, bag, read_questions(file))
     assert (found.questions, found.unanswerable, found.refused) == (3, 1, 1.0)
     assert found.hits[1] == pytest.approx(2 / 3)
     assert found.hits[10] == 1.0
@@ -433,11 +463,11 @@ def test_figures_by_kind(tmp_path: Path, handbook: Path) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     questions = read_questions(file)
-    found = measure(DocumentIndex(tmp_path / "index.sqlite"), None, questions)
+    found = figures_of(tmp_path, None, questions)
     assert {kind: hits[1] for kind, hits in found.kinds.items()} == {"plain": 1.0, "other": 0.0}
     assert [question.split for question in questions] == ["test", "", ""]
     without = [Question(1, "refund?", "", "returns.txt", None, None, True)]
-    assert measure(DocumentIndex(tmp_path / "index.sqlite"), None, without).kinds == {}
+    assert figures_of(tmp_path, None, without).kinds == {}
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,14 @@ GROUPS = (
         {"flow": "pack a flow for Foundry or Studio, push it, serve it, or build its container"},
     ),
     Group(
+        "agent",
+        "register_agent",
+        {
+            "agent": "the model on Microsoft Agent Framework: chat, serve, DevUI, a folder for "
+            "Foundry's hosted agents"
+        },
+    ),
+    Group(
         "models",
         "register_export",
         {"export": "convert the tuned model to another format and compare it with the original"},
@@ -122,12 +130,20 @@ GROUPS = (
     Group(
         "azure",
         "register_azure",
-        {"azure": "create what a run on Azure needs, show the GPU quota, cancel a job"},
+        {
+            "azure": "create what a run on Azure needs, show the GPU quota, cancel a job, move "
+            "traffic or an endpoint's deadline"
+        },
     ),
     Group(
         "azure",
         "register_rehearse",
         {"rehearse": "start, stop or inspect a rehearsed Azure on this machine"},
+    ),
+    Group(
+        "completion",
+        "register_completion",
+        {"completion": "print what a shell needs to complete commands, options and run names"},
     ),
 )
 HELP = {name: text for group in GROUPS for name, text in group.commands.items()}

@@ -1,4 +1,4 @@
-"""`phi3 azure provision | quota | cancel`: what only Azure has, apart from the journey."""
+"""`phi3 azure provision | quota | cancel | extend | budget | …`: what only Azure has."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
+from ..manifests import EndpointManifest
 from ..project import find
 from ..recipe import Recipe
+from ..run import Run
 from . import HELP
+from .azure_traffic import register_traffic
 from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
 
 if TYPE_CHECKING:
@@ -51,6 +54,33 @@ def register_azure(subparsers: Any) -> None:
     cancel.add_argument("--run", metavar="NAME", required=True, help="which run")
     add_rehearse(cancel)
     cancel.set_defaults(on="azure")
+    extend = add_command(
+        inner,
+        "extend",
+        "move the time at which a run's endpoint deletes itself",
+        "phi3 azure extend 4h --run phi3-mini-azure",
+        run_extend,
+    )
+    extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
+    extend.add_argument("--run", metavar="NAME", help="which run (default: the current one)")
+    add_rehearse(extend)
+    extend.set_defaults(on="azure")
+    budget = add_command(
+        inner,
+        "budget",
+        "mail you when a month's costs of the resource group come near an amount; it comes a day "
+        "late and stops nothing",
+        "phi3 azure budget 50 --mail me@example.com",
+        run_budget,
+    )
+    budget.add_argument("amount", type=float, metavar="AMOUNT", help="in the account's currency")
+    budget.add_argument(
+        "--mail", action="append", required=True, metavar="ADDRESS", help="where to (repeatable)"
+    )
+    budget.add_argument("--run", metavar="NAME", help="which run's resource group")
+    add_rehearse(budget)
+    budget.set_defaults(on="azure")
+    register_traffic(inner)
 
 
 def _add_provision(inner: Any) -> None:
@@ -158,19 +188,63 @@ def _request(args: argparse.Namespace, clients: Clients, found: list[Need]) -> i
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel what the run folder names and Azure still works on."""
     run = current_run(args)
-    from ..targets.azure.clients import Clients
     from ..targets.azure.jobs import cancel_all
-    from ..targets.azure.place import place_of, section_of
-    from ..targets.azure.target import refuse_without_extra
 
-    refuse_without_extra()
-    lines = cancel_all(Clients(place_of(run), section_of(run).poll), run)
+    lines = cancel_all(_clients_of(run), run)
     if args.output == "json":
         console.print_json({"cancelled": lines})
     else:
         for line in lines or ["This run has no active job."]:
             console.out.print(line, markup=False)
     return 0
+
+
+def run_extend(args: argparse.Namespace) -> int:
+    """Move the deadline of the run's endpoint; print both times."""
+    from ..recipe.azure import duration_of
+
+    try:
+        by = duration_of(args.by)
+    except ValueError as error:
+        raise UsageError(f"{args.by!r}: {error}") from None
+    run = current_run(args)
+    from ..targets.azure.deadline import extend_deadline, shown
+    from ..targets.azure.inventory import cost_of
+    from ..targets.azure.place import endpoint_name, place_of, section_of
+
+    clients, section = _clients_of(run), section_of(run)
+    made = run.read(EndpointManifest)
+    name = made.endpoint_name if made else endpoint_name(section, place_of(run), run)
+    with console.progress_bar("deadline") as progress:
+        before, after = extend_deadline(clients, section, run, name, by, progress)
+    if args.output == "json":
+        console.print_json({"endpoint": name, "before": before.at, "deadline": after.at})
+        return 0
+    old = f"was {shown(before.at)}" if before.at else "had none"
+    _line(f"{name}: {after.text()}; {old}; {cost_of(clients, name)}")
+    return 0
+
+
+def run_budget(args: argparse.Namespace) -> int:
+    """Set a budget that mails on the run's resource group."""
+    run = current_run(args)
+    from ..targets.azure.budget import set_budget
+
+    line = set_budget(_clients_of(run), args.amount, args.mail)
+    if args.output == "json":
+        console.print_json({"budget": line})
+    else:
+        _line(line)
+    return 0
+
+
+def _clients_of(run: Run) -> Clients:
+    from ..targets.azure.clients import Clients
+    from ..targets.azure.place import place_of, section_of
+    from ..targets.azure.target import refuse_without_extra
+
+    refuse_without_extra()
+    return Clients(place_of(run), section_of(run).poll)
 
 
 def _clients(recipe: Recipe) -> Clients:
@@ -282,6 +356,13 @@ def register_rehearse(subparsers: Any) -> None:
     stop.add_argument("--forget", action="store_true", help="also delete its state")
     add("status", "show whether it is running and what it contains", "status", run_status)
     add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
+    clock = add(
+        "clock",
+        "show its clock or move it forward; what is due by then happens",
+        "clock 9h",
+        run_clock,
+    )
+    clock.add_argument("by", nargs="?", default="0m", metavar="DURATION", help="30m, 9h, 2d")
     calls = add("calls", "show the calls it answered", "calls -n 50", run_calls)
     calls.add_argument(
         "-n",
@@ -332,6 +413,17 @@ def run_env(args: argparse.Namespace) -> int:
         return 0
     for name, value in environment.items():
         _line(f"export {name}={shlex.quote(value)}")
+    return 0
+
+
+def run_clock(args: argparse.Namespace) -> int:
+    """Move its clock, and say which workflows ran."""
+    done = _ask(args, "clock", args.by)
+    if args.output == "json":
+        return _shown(args, done)
+    _line(f"{done['time']} by the rehearsal's clock")
+    for run in done["runs"]:
+        _line(f"{run['time']} {run['workflow']}: {run['status']}")
     return 0
 
 

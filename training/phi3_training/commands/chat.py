@@ -24,6 +24,7 @@ from phi3_tool.connection import (
     ConnectionSettings,
     environment_names_endpoint,
     is_loopback,
+    parse_address,
     same_endpoint,
 )
 from phi3_tool.entra import entra_tokens
@@ -39,10 +40,21 @@ from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 from phi3_tool.index import INDEX_VARIABLE, Hit, hits_of, open_index
 
 from .. import console
-from ..batch import Answers, Tally, asked_of, asker, read_lines, run_batch, verdict
+from ..batch import (
+    INPUTS,
+    Answers,
+    Ask,
+    Tally,
+    asked_of,
+    asker,
+    read_lines,
+    run_batch,
+    verdict,
+)
 from ..current import is_current, remarks
 from ..errors import StageError, UsageError
 from ..manifests import ConnectionManifest, DatasetManifest, EndpointManifest
+from ..packages import has_prompt_flow
 from ..project import FLOW, RAG_FLOW, find
 from ..run import Run
 from ..targets import HERE, Access, get_target, target_of
@@ -57,7 +69,7 @@ from .common import (
     has_model_here,
     journey_of,
 )
-from .rag import index_file
+from .rag import index_of
 from .rag_compare import DEFAULT_DOCUMENTS, add_compare, run_chat_compare
 
 # `phi3 chat --web`: Prompt flow's chat page in the browser, until Ctrl-C.
@@ -107,11 +119,11 @@ def _announce(args: argparse.Namespace, url: str) -> None:
     else:
         console.out.print(f"Chat page: {url}", markup=False)
         console.err.print("Ctrl-C closes it.")
-    if not args.no_browser and _has_screen():
+    if not args.no_browser and has_screen():
         webbrowser.open(url)
 
 
-def _has_screen() -> bool:
+def has_screen() -> bool:
     """Whether there is a desktop for a browser; a text browser would take the terminal over."""
     if sys.platform in ("darwin", "win32"):
         return "SSH_CONNECTION" not in os.environ
@@ -223,7 +235,7 @@ def _say_which(args: argparse.Namespace, run: Run) -> None:
         console.err.print(f"Note: {remark}", markup=False, style="yellow")
 
 
-def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
+def settings_in(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
     """The same as one record, for clients that only know keys: an Entra token is the key."""
     key = access.token_provider() if access.token_provider else access.key
     return ConnectionSettings(access.endpoint, key or "", **known)
@@ -231,12 +243,16 @@ def _settings(access: Access, known: Mapping[str, Any]) -> ConnectionSettings:
 
 def _local_settings(run: Run) -> ConnectionSettings:
     from ..flow.store import stored_connection
+    from ..targets.local import settings_from_server
 
     again = f"phi3 up --run {run.name}"
-    manifest = run.require(ConnectionManifest)
-    name = manifest.own or manifest.name
+    run.require(ConnectionManifest if has_prompt_flow() else EndpointManifest)
     if get_target(HERE).status(run)["endpoint"]["state"] != "up":
         raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {again}")
+    if not has_prompt_flow():
+        return settings_from_server(run)
+    manifest = run.require(ConnectionManifest)
+    name = manifest.own or manifest.name
     settings = ConnectionSettings.from_connection(stored_connection(name))
     if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
         raise StageError(
@@ -261,10 +277,10 @@ def run_chat(args: argparse.Namespace) -> int:
     url = streaming_url(access.endpoint)
     if args.rag:
         # The flow on the chat page looks here as well.
-        os.environ[INDEX_VARIABLE] = str(index_file(Run(args.runs / args.documents)).absolute())
+        os.environ[INDEX_VARIABLE] = str(index_of(Run(args.runs / args.documents)).absolute())
         open_index(Path(os.environ[INDEX_VARIABLE]))  # reports a missing index before anything else
     if args.web:
-        return run_web(args, _settings(access, known), url)
+        return run_web(args, settings_in(access, known), url)
     if url != access.endpoint:
         known["dialect"] = None
     length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
@@ -367,7 +383,7 @@ def run_env(args: argparse.Namespace) -> int:
     access, known = access_of(args)
     if access.token_provider is not None:
         console.err.print("The endpoint uses Entra tokens; this one is valid for about an hour.")
-    values = environment_of(_settings(access, known))
+    values = environment_of(settings_in(access, known))
     if args.output == "json":
         console.print_json(values)
     else:
@@ -380,7 +396,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """Serve in this process."""
     from ..targets.local import serve_in_front
 
-    journey = journey_of(args)
+    journey = journey_of(args, make_run=False)
     if not has_model_here(journey.run):
         raise UsageError(f"The run {journey.run.name!r} has no model here; train one: phi3 train")
     key = os.environ.get("PHI3_KEY")
@@ -463,7 +479,6 @@ def _draw(run: Run, seed: int | None) -> tuple[int, Messages]:
 
 
 CONCURRENCY = 64
-INPUTS = ("input_data", "chat_history", "system_prompt", "temperature", "top_p", "max_new_tokens")
 
 
 def register_batch(subparsers: Any) -> None:
@@ -510,6 +525,11 @@ def register_batch(subparsers: Any) -> None:
         help=f"lines in parallel (default {CONCURRENCY}; lowered automatically while the endpoint "
         f"throttles)",
     )
+    batch.add_argument(
+        "--agent",
+        action="store_true",
+        help="ask through the agent of `phi3 agent`: the same requests, the same answers",
+    )
     add_which_run(batch)
     batch.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     batch.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -522,7 +542,6 @@ def run_lines(args: argparse.Namespace) -> int:
     renamed = dict(args.map)
     lines = read_lines(args.data, renamed, lambda text: console.err.print(text, markup=False))
     access, known = access_of(args)
-    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
     defaults = {
         "system_prompt": args.system,
         "temperature": args.temperature,
@@ -530,12 +549,10 @@ def run_lines(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
     }
     out = args.out or args.data.with_suffix(".answers.jsonl")
-    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
-    with access.client(**known, max_retries=2) as client:
-        endpoint = portless(client.endpoint)
+    endpoint = portless(parse_address(access.endpoint, known.get("dialect")).shown)
+    with _asker_of(args, access, known, defaults) as ask:
         asked = asked_of(args.data, renamed, defaults, endpoint, args.details)
         answers = Answers(out, asked, resume=args.resume)
-        ask = asker(client.chat, defaults, length)
         with console.progress_bar("Batch") as step:
             tally = run_batch(
                 ask,
@@ -548,6 +565,23 @@ def run_lines(args: argparse.Namespace) -> int:
     _show(args, out, tally)
     verdict(tally, _again(args, out))
     return 0
+
+
+@contextmanager
+def _asker_of(
+    args: argparse.Namespace, access: Access, known: dict[str, Any], defaults: Mapping[str, Any]
+) -> Iterator[Ask]:
+    """What asks a line: the client, or with --agent the agent in its own process."""
+    if args.agent:
+        from ..agent.asker import agent_asker
+
+        with agent_asker(settings_in(access, known), defaults) as ask:
+            yield ask
+        return
+    length = known.pop("context_length", DEFAULT_CONTEXT_LENGTH)
+    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
+    with access.client(**known, max_retries=2) as client:
+        yield asker(client.chat, defaults, length)
 
 
 def portless(endpoint: str) -> str:
@@ -581,6 +615,7 @@ def _again(args: argparse.Namespace, out: Path) -> str:
     words = ["phi3", "batch", str(args.data), "--out", str(out), "--resume"]
     words += [word for ours, theirs in args.map for word in ("--map", f"{ours}={theirs}")]
     words += ["--details"] if args.details else []
+    words += ["--agent"] if args.agent else []
     for option, value, default in (
         ("--run", args.run, None),
         ("--system", args.system, ""),

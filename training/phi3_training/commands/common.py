@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import console
-from ..current import all_runs, current_of, is_current
+from ..current import all_runs, current_of, is_connected, is_current
 from ..errors import UsageError, WeightsUnavailableError
 from ..journey import RECIPE_FILE, Journey
 from ..manifests import DatasetManifest, ModelManifest
@@ -321,7 +321,7 @@ def current_run(args: argparse.Namespace) -> Run:
         return named_run(args.runs, args.run)
     on = getattr(args, "on", None)
     runs = [run for run in all_runs(args.runs) if on in (None, target_of(run))]
-    connected = [run for run in runs if (run.path / "connection.json").is_file()]
+    connected = [run for run in runs if is_connected(run)]
     if not connected:
         raise UsageError(
             f"No run under {args.runs} has an endpoint yet; start one with: phi3 up (or set "

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from .. import console, sunset
+from ..current import all_runs
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
+from ..packages import has_prompt_flow
 from ..project import FLOW, find
 from . import HELP
 from .common import add_command, current_run, tuned_run
@@ -69,6 +74,18 @@ def register_doctor(subparsers: Any) -> None:
         "Prompt flow (here) or in a new environment, over the network (fresh)",
     )
     parser.add_argument(
+        "--agent",
+        action="store_true",
+        help="only send the golden conversations through Prompt flow and through the agent, and "
+        "compare requests, answers and errors",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="with --agent: your own rows instead (as for phi3 batch)",
+    )
+    parser.add_argument(
         "--dates",
         action="store_true",
         help="only print what ends when, who says so, and what to do (as of another day: "
@@ -82,6 +99,10 @@ def run_doctor(args: argparse.Namespace) -> int:
         return _run_dates(args)
     if args.tokens or args.model is not None:
         return _run_tokens(args)
+    if args.data is not None and not args.agent:
+        raise UsageError("--data goes with --agent: phi3 doctor --agent --data FILE")
+    if args.agent:
+        return _run_agent(args)
     if args.tool:
         from ..toolcheck import check_tool
 
@@ -91,12 +112,19 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def _run_checks(args: argparse.Namespace) -> int:
-    from ..doctor import Setup, examine
+    from ..doctor import Setup, examine, unfinished_rollouts
+    from ..targets.local import settings_from_server
 
     if args.timeout <= 0:
         raise UsageError("--timeout must be a number of seconds above 0")
-    setup = Setup(flow=args.flow or find(FLOW), connection=_connection(args), seconds=args.timeout)
-    return _report(args, examine(setup))
+    setup = Setup(
+        flow=args.flow or find(FLOW),
+        connection=_connection(args),
+        seconds=args.timeout,
+        without_store=lambda: settings_from_server(current_run(args)),
+    )
+    runs = [current_run(args)] if args.run else all_runs(args.runs)
+    return _report(args, chain(examine(setup), unfinished_rollouts(runs)))
 
 
 def _report(args: argparse.Namespace, found: Iterable[Finding]) -> int:
@@ -139,9 +167,40 @@ def _run_dates(args: argparse.Namespace) -> int:
     return 0
 
 
+def _run_agent(args: argparse.Namespace) -> int:
+    """Compare Prompt flow and the agent row by row; exit 1 on a difference."""
+    from ..agent.golden import golden_rows
+    from ..agent.parity import compare
+    from ..agent.rows import own_rows
+
+    rows = golden_rows() if args.data is None else own_rows(args.data)
+    console.err.print(f"Asking Prompt flow and the agent {len(rows)} questions each …")
+    found = list(compare(rows))
+    different = [each for each in found if each.difference]
+    requests = sum(each.requests for each in found)
+    if args.output == "json":
+        console.print_json(
+            {
+                "ok": not different,
+                "rows": len(found),
+                "requests": requests,
+                "differences": [{"row": e.name, "difference": e.difference} for e in different],
+            }
+        )
+        return 1 if different else 0
+    for each in found:
+        if each.difference or args.data is None:
+            sign = SIGNS["fault" if each.difference else "ok"]
+            console.out.print(f"{sign} [bold]{escape(each.name):<32}[/] ", end="")
+            console.out.print(each.said, markup=False)
+    verdict = f"{len(different)} of {len(found)} rows differ" if different else "The same"
+    console.out.print(f"{verdict}: {len(found)} rows, {requests} requests", markup=False)
+    return 1 if different else 0
+
+
 def _connection(args: argparse.Namespace) -> str | None:
     """The name given, or the named run's; None lets the flow say."""
-    if args.connection or not args.run:
+    if args.connection or not args.run or not has_prompt_flow():
         name: str | None = args.connection
         return name
     run = current_run(args)

@@ -1,4 +1,4 @@
-"""`phi3 flow pack | image | serve | push`: a flow packed for other places, or served here."""
+"""`phi3 flow pack | image | serve | push | to-agent`: a flow for other places, or served here."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def register_flow(subparsers: Any) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("flow", help=HELP["flow"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_pack, _add_image, _add_serve, add_push):
+    for add in (_add_pack, _add_image, _add_serve, add_push, _add_to_agent):
         add(actions)
 
 
@@ -249,4 +249,50 @@ def run_serve(args: argparse.Namespace) -> int:
     else:
         console.err.print(f"Loading {flow}, to serve it at {url} until Ctrl-C …", markup=False)
     serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
+    return 0
+
+
+def _add_to_agent(actions: Any) -> None:
+    to_agent = add_command(
+        actions,
+        "to-agent",
+        "convert a flow to Agent Framework, proved on your own rows: same requests, same answers",
+        "phi3 flow to-agent flows/phi3_chat --data flows/phi3_chat/samples.jsonl",
+        run_to_agent,
+    )
+    to_agent.add_argument("flow", type=Path, metavar="FLOW", help="the flow's folder")
+    to_agent.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL with the flow's inputs in each line; no model is asked",
+    )
+    to_agent.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="output folder (default: FLOW's name + _agent)"
+    )
+
+
+def run_to_agent(args: argparse.Namespace) -> int:
+    """Convert; print what was written and proved."""
+    from ..agent.convert import convert
+
+    out = args.out or Path(args.flow.resolve().name + "_agent")
+    done = convert(args.flow, args.data, out)
+    if args.output == "json":
+        console.print_json(
+            {
+                "folder": done.folder,
+                "files": list(done.files),
+                "rows": done.rows,
+                "requests": done.requests,
+            }
+        )
+        return 0
+    for line in (
+        f"Folder: {done.folder} ({len(done.files)} files)",
+        f"Proved: {done.rows} rows whole and streamed, {done.requests} requests, all the same",
+        f'Run:    eval "$(phi3 env)" && .venv-agent/bin/python {done.folder}/agent.py "A question"',
+    ):
+        console.out.print(line, markup=False)
     return 0

@@ -250,9 +250,9 @@ def register_adapters(subparsers: Any) -> None:
 
 def run_adapters(args: argparse.Namespace) -> int:
     """List them, or merge one."""
+    run = _run(args)  # before torch is loaded, which takes seconds
     from ..finetune.weights import list_adapters, merge_adapter
 
-    run = _run(args)
     if args.merge is not None:
         with run.lock():
             folder = merge_adapter(run, args.merge)

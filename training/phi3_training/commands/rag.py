@@ -1,25 +1,35 @@
-"""`phi3 rag index | search | evaluate | make-chats`: documents into an index or into chats."""
+"""`phi3 rag`: documents into an index or into chats, what the index finds, and what it costs."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
 from rich.text import Text
 
+from phi3_tool.azure_search import read_settings
 from phi3_tool.embedders import embedder_of
-from phi3_tool.index import QUERY_TYPES, DocumentIndex
+from phi3_tool.errors import ConfigurationError
+from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
 
 from .. import console
 from ..errors import UsageError
 from ..project import RAG_FLOW
-from ..run import Run
+from ..recipe.azure import AzureSection
+from ..run import Run, write_atomically
 from . import HELP
 from .common import add_command
 from .rag_compare import DEFAULT_DOCUMENTS, register_compare
+
+if TYPE_CHECKING:
+    from ..rag.azure_search import Destination
+    from ..targets.azure.clients import Clients
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
@@ -34,12 +44,12 @@ def register_rag(subparsers: Any) -> None:
         "phi3 rag index handbook/", run_index,
     )  # fmt: skip
     index.add_argument(
-        "sources",
+        "words",  # so named, they may also follow an option (cli.py)
         nargs="+",
-        type=Path,
         metavar="FOLDER | FILE",
         help="Markdown, text, HTML, PDF, DOCX, or passages in CSV or JSONL; "
-        "the index holds exactly these afterwards",
+        "the index holds exactly these afterwards. rag.store=azure_search "
+        "rag.search.endpoint=URL: in Azure AI Search as well (docs/azure-ai-search.md)",
     )
     index.add_argument(
         "--embedder",
@@ -97,6 +107,17 @@ def register_rag(subparsers: Any) -> None:
     _add_run(evaluate)
     _register_make_chats(actions)
     register_compare(actions)
+    plan = add_command(
+        actions, "plan", "say what rag.search.create=true would create, and what it costs",
+        "phi3 rag plan rag.search.tier=basic azure.location=westeurope", run_plan,
+    )  # fmt: skip
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
+    _add_run(plan)
+    down = add_command(
+        actions, "down", "delete what was made in Azure AI Search: the index, or its service",
+        "phi3 rag down", run_down,
+    )  # fmt: skip
+    _add_run(down)
 
 
 def _register_make_chats(actions: Any) -> None:
@@ -156,13 +177,31 @@ def index_file(run: Run) -> Path:
     return run.path / "rag" / "index.sqlite"
 
 
+def search_file(run: Run) -> Path:
+    """Says where a run's passages are in Azure AI Search; missing where they are not there."""
+    return run.path / "rag" / "index.json"
+
+
+def index_of(run: Run) -> Path:
+    """What a run's questions are looked up in."""
+    elsewhere = search_file(run)
+    return elsewhere if elsewhere.is_file() else index_file(run)
+
+
 def run_index(args: argparse.Namespace) -> int:
     """Index documents into the run, and put a copy into the flow `phi3_rag_chat`."""
-    from ..rag.build import choose_embedder, publish, sync
+    from ..rag.azure_search import Store, begin, destination, send
+    from ..rag.build import choose_embedder, sync
 
+    settings, azure = _keys(args.words, "rag."), _keys(args.words, "azure.")
+    sources = [Path(word) for word in args.words if word not in (*settings, *azure)]
+    if not sources:
+        raise UsageError("Name a folder or files to index")
     if args.embedder_folder and args.embedder not in ("auto", "onnx"):
         raise UsageError("--embedder-folder goes with --embedder onnx")
     run = Run.open(args.runs / args.run)
+    store = Store.of(settings)
+    to = destination(search_file(run), store, args.run, partial(_service_id, azure))
     with console.progress_bar("index") as progress:
         chosen = choose_embedder(
             args.embedder,
@@ -174,18 +213,23 @@ def run_index(args: argparse.Namespace) -> int:
         )
         synced = sync(
             index_file(run),
-            args.sources,
+            sources,
             chosen,
             progress,
             skip_unreadable=args.skip_unreadable,
             rebuild=args.rebuild,
         )
-    flow = RAG_FLOW if RAG_FLOW.is_dir() else None
-    if flow is not None:
-        publish(synced.path, flow / "index.sqlite")
+    sent = None
+    if to is not None:
+        if to.service_id and begin(synced.path, to):
+            _create(azure, to, store.tier)
+        with console.progress_bar("send") as progress:
+            sent = send(synced.path, to, progress, rebuild=args.rebuild)
+    copy = _publish(run)
     if args.output == "json":
         report = {**asdict(synced), "skipped": [str(fault) for fault in synced.skipped]}
-        console.print_json({**report, "flow": flow})
+        remote = {} if sent is None else {"azure_search": asdict(sent)}
+        console.print_json({**report, "flow": copy and copy.parent, **remote})
         return 0
     console.out.print(
         f"{synced.path}: {synced.documents} documents, {synced.passages} passages "
@@ -196,15 +240,155 @@ def run_index(args: argparse.Namespace) -> int:
     console.note(f"embedder: {chosen.reason}")
     for fault in synced.skipped:
         console.err.print(f"  skipped: {fault}", markup=False, style="yellow")
-    if flow is not None:
-        console.note(f"copied to {flow / 'index.sqlite'}, where the flow looks it up")
+    if sent is not None:
+        done = f"{sent.passages} passages sent, {sent.deleted} old ones deleted"
+        console.out.print(
+            f"{sent.endpoint}, index {sent.index}: "
+            f"{done if sent.passages else 'holds these passages already'}",
+            markup=False,
+        )
+        ends = "deletes it" if to and to.service_id else "deletes the index, not the service"
+        console.note(f"it bills by the hour, empty or full; phi3 rag down {ends}")
+    if copy is not None:
+        console.note(f"copied to {copy}, where the flow looks it up")
     console.out.print("Look up:", 'phi3 rag search "a question"', markup=False)
     return 0
 
 
+def _publish(run: Run) -> Path | None:
+    """Put what finds the run's passages into the flow's folder; where, None without a flow."""
+    from ..rag.build import publish
+
+    if not RAG_FLOW.is_dir():
+        return None
+    here, elsewhere = RAG_FLOW / "index.sqlite", RAG_FLOW / "index.json"
+    if search_file(run).is_file():
+        write_atomically(elsewhere, search_file(run).read_text(encoding="utf-8"))
+        here.unlink(missing_ok=True)
+        return elsewhere
+    publish(index_file(run), here)
+    elsewhere.unlink(missing_ok=True)
+    return here
+
+
+def run_down(args: argparse.Namespace) -> int:
+    """Delete what was made in Azure AI Search; the SQLite file stays and answers again."""
+    run = Run(args.runs / args.run)
+    if not search_file(run).is_file():
+        raise UsageError(f"The run {args.run} has no index in Azure AI Search")
+    line = take_down(run)
+    if args.output == "json":
+        console.print_json({"deleted": [line]})
+        return 0
+    console.out.print(line, markup=False)
+    console.note(f"questions are looked up in {index_file(run)} again")
+    return 0
+
+
+def services_of(runs: Path) -> list[Run]:
+    """The runs for which a search service was created that bills until it is deleted."""
+    found = []
+    for path in sorted(runs.glob("*/rag/index.json")):
+        try:
+            has_service = read_settings(path).get("service_id")
+        except ConfigurationError:  # another file; `phi3 rag` says so
+            continue
+        if has_service:
+            found.append(Run(path.parents[1]))
+    return found
+
+
+def take_down(run: Run) -> str:
+    """Delete the run's index, or its service where one was created; a line that says so."""
+    from ..rag.azure_search import down
+
+    path = search_file(run)
+    settings = read_settings(path)
+    service_id = settings.get("service_id")
+    if service_id:
+        from ..targets.azure.search_service import remove_service
+
+        clients = _clients(_place_of(service_id))
+        with console.progress_bar("down") as progress:
+            line = remove_service(clients, service_id, progress, ours=settings["index"])
+        path.unlink()
+    else:
+        line = f"{down(path)}; the service is not phi3's and goes on billing"
+    _publish(run)
+    return line
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """Say what a service of one's own would be and cost; nothing is created."""
+    from ..rag.azure_search import Store
+    from ..targets.azure.search_service import Wanted, plan
+
+    store = Store.of(_keys(args.words, "rag."))
+    clients = _clients(_keys(args.words, "azure."))
+    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier), clients.place)
+    if args.output == "json":
+        console.print_json([asdict(line) for line in lines])
+        return 0
+    for line in lines:
+        console.out.print(f"{line.stage:<10} {line.text}", markup=False)
+    return 0
+
+
+def _keys(words: Sequence[str], prefix: str) -> list[str]:
+    return [word for word in words if word.startswith(prefix) and "=" in word]
+
+
+def _azure_section(words: Sequence[str]) -> AzureSection:
+    """The place on Azure that the words name. Raises UsageError with every fault."""
+    given = dict(word.removeprefix("azure.").split("=", 1) for word in words)
+    try:
+        return AzureSection.model_validate(given)
+    except ValidationError as error:
+        faults = (
+            f"azure.{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        )
+        raise UsageError("\n".join(faults)) from None
+
+
+def _clients(words: Sequence[str]) -> Clients:
+    """Azure at the place that the words, the environment and config.json name; no sign-in yet."""
+    from ..targets.azure.clients import Clients
+    from ..targets.azure.place import find_place
+    from ..targets.azure.target import refuse_without_extra
+
+    refuse_without_extra()
+    section = _azure_section(words)
+    return Clients(find_place(section, os.environ, Path.cwd()), section.poll)
+
+
+def _service_id(words: Sequence[str], name: str) -> str:
+    from ..targets.azure.search_service import Wanted
+
+    return Wanted(name).id(_clients(words).place)
+
+
+def _place_of(service_id: str) -> list[str]:
+    """Subscription and group of an ARM id, as the words that name them."""
+    parts = service_id.split("/")
+    return [f"azure.subscription_id={parts[2]}", f"azure.resource_group={parts[4]}"]
+
+
+def _create(words: Sequence[str], to: Destination, tier: str) -> None:
+    """Create the run's service, or finish what an earlier command began."""
+    from ..targets.azure.search_service import Wanted, ensure_service, plan
+
+    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], tier)
+    clients = _clients([*words, *_place_of(to.service_id)])
+    for line in plan(wanted, clients.place):
+        console.err.print(f"  {line.stage:<10} {line.text}", markup=False)
+    with console.progress_bar("service") as progress:
+        ensure_service(clients, wanted, _azure_section(words), progress, service=to.service)
+
+
 def run_search(args: argparse.Namespace) -> int:
     """Show what a question finds."""
-    index = DocumentIndex(index_file(Run(args.runs / args.run)))
+    index = open_index(index_of(Run(args.runs / args.run)))
     embedder = None
     if args.query_type != "keyword":
         embedder = embedder_of(index.facts(), index.path)
@@ -230,15 +414,19 @@ def run_search(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Look the questions of a file up and print the figures."""
     from ..rag.figures import measure
-    from ..rag.questions import read_questions
+    from ..rag.questions import read_questions, right_ids_of
 
+    run = Run(args.runs / args.run)
     questions = read_questions(args.questions)
     if args.split:
         questions = [question for question in questions if question.split == args.split]
         if not questions:
             raise UsageError(f"{args.questions} has no question with the split {args.split}")
-    index = DocumentIndex(index_file(Run(args.runs / args.run)))
-    found = measure(index, embedder_of(index.facts(), index.path), questions)
+    index = open_index(index_of(run))
+    # The run keeps its own file beside an index in Azure AI Search, with the same ids.
+    passages = DocumentIndex(index_file(run)).passages()
+    right = right_ids_of(questions, passages)
+    found = measure(index, embedder_of(index.facts(), index.path), questions, right)
     if args.output == "json":
         console.print_json(asdict(found))
         return 0

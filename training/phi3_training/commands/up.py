@@ -27,8 +27,9 @@ from ..manifests import (
     ModelManifest,
     RegistrationManifest,
 )
+from ..packages import NO_PROMPT_FLOW, has_prompt_flow
 from ..progress import PlanLine
-from ..recipe import Recipe
+from ..recipe import Recipe, Source
 from ..run import Run
 from ..stages import stages_of, stages_until
 from ..targets import HERE, Target, get_target, is_here, target_of
@@ -134,6 +135,12 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
     flow = os.path.relpath(journey.flow)
     binary = _prefix()
     question = journey.run.require(AnswerManifest).question
+    if not has_prompt_flow():
+        return [
+            (f"{binary}phi3 chat", "a conversation in this terminal"),
+            (f"{binary}phi3 batch questions.jsonl", "many questions, in parallel"),
+            (f'eval "$({binary}phi3 env)"', "endpoint and key for any other client"),
+        ]
     return [
         (f"{binary}phi3 chat", "a conversation in this terminal"),
         (
@@ -238,9 +245,15 @@ def run_plan(args: argparse.Namespace) -> int:
     """Say what would be done."""
     journey = journey_of(args, make_run=False)
     stages = stages_of(in_cloud=journey.in_cloud)
-    todo = [stage.title for stage in stages if not _is_done(journey, stages, stage)]
+    todo = [
+        stage.title
+        for stage in stages
+        if not stage.left_out(journey) and not _is_done(journey, stages, stage)
+    ]
     lines = _plan_elsewhere(args, journey) or [
+        _plan_data(journey.recipe),
         *journey.target.plan(journey.recipe, journey.run),
+        *_plan_without_prompt_flow(journey),
         *_plan_dates(),
     ]
     if args.output == "json":
@@ -272,6 +285,33 @@ def _plan_elsewhere(args: argparse.Namespace, journey: Journey) -> list[PlanLine
     return []
 
 
+def _plan_data(recipe: Recipe) -> PlanLine:
+    """Which chats are learnt, which are held out, and what is asked at the end."""
+    data = recipe.data
+    held = f"a share of {data.validation_share:.0%} of them is held out"
+    if data.validation:
+        held = f"held out: {_named(data.validation)}"
+    replay = f"mixed in: {_named(data.replay)}" if data.replay else "no older chats are mixed in"
+    ask = repr(recipe.ask) if recipe.ask else "the first held-out question"
+    return PlanLine(
+        "prepare",
+        f"trains on {_named(data.train)}; {held}; {replay}; asks {ask}",
+        details=data.model_dump(mode="json", include={"train", "validation", "replay"}),
+    )
+
+
+def _named(sources: Sequence[Source]) -> str:
+    return ", ".join(str(source) for source in sources)
+
+
+def _plan_without_prompt_flow(journey: Journey) -> list[PlanLine]:
+    """What is left out where Prompt flow is missing; on Azure the target needs it."""
+    if journey.in_cloud or has_prompt_flow():
+        return []
+    left_out = "the connection, and the question through the flow"
+    return [PlanLine("connect", f"left out: {left_out}. {NO_PROMPT_FLOW}")]
+
+
 def _plan_dates() -> list[PlanLine]:
     """What ends soon, with the command that moves on; it never stops anything."""
     day = sunset.today()
@@ -295,7 +335,9 @@ def _size(text: str) -> float:
 def _is_done(journey: Journey, stages: Sequence[Stage[Any]], stage: Stage[Any]) -> bool:
     """Done with unchanged inputs, and everything before it as well."""
     before = stages[: stages.index(stage) + 1]
-    return all(finished(journey, earlier) is not None for earlier in before)
+    return all(
+        earlier.left_out(journey) or finished(journey, earlier) is not None for earlier in before
+    )
 
 
 def state_of(run: Run, target: Target | None = None) -> dict[str, Any]:
@@ -448,6 +490,8 @@ def run_stage(args: argparse.Namespace) -> int:
             raise UsageError("A search runs on this machine: remove --on azure")
         return run_search(args, journey)
     kind = STAGE_COMMANDS[args.command][0]
+    if kind is ConnectionManifest and not journey.in_cloud and not has_prompt_flow():
+        raise MissingExtraError("promptflow", "flow")
     with journey.run.lock():
         stages = stages_until(kind, in_cloud=journey.in_cloud)
         journey.target.begin(journey.recipe, journey.run)

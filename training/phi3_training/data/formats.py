@@ -39,13 +39,17 @@ class Row(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-LIST_KEYS = ("messages", "conversations", "conversation")
-_FORMS = {"messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
-_ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
-# ShareGPT's names, and OpenAI's newer name for a system message.
+LIST_KEYS = ("messages", "conversations", "conversation", "contents")
+_FORMS = {
+    "messages": "messages", "conversations": "sharegpt", "conversation": "sharegpt",
+    "contents": "gemini",
+}  # fmt: skip
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value", "parts")
+# ShareGPT's names, Cohere's and LangChain's, OpenAI's newer name for a system message, Gemini's
+# for an answer.
 ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "developer": "system",
+    "chatbot": "assistant", "ai": "assistant", "developer": "system", "model": "assistant",
 }  # fmt: skip
 TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
@@ -53,13 +57,20 @@ TOOL_ROLES = frozenset(
 )  # fmt: skip
 # OpenAI's `weight`, axolotl's `train` and `training`, ms-swift's `loss`: is an answer learnt?
 _WEIGHTS = ("weight", "train", "training", "loss")
+_WEIGHT_WORDS = {  # a table or an export may have written them as text
+    **dict.fromkeys(("0", "0.0", "false"), False), **dict.fromkeys(("1", "1.0", "true"), True),
+}  # fmt: skip
 _PARTS_OF_ANSWERS = "train_detail"  # axolotl's: spans of an answer, each learnt or not
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 # Beside a conversation these change what the model should say, and Phi-3's template has no place.
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
-_SYSTEMS = ("system", "system_prompt", "system_message")
-_ASKS = ("prompt", "question", "query", "instruction", "input_data", "user", "input")
-_ANSWERS = ("completion", "answer", "response", "output", "assistant")
+_GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
+_SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
+_ASKS = (
+    "prompt", "question", "query", "instruction", "input_data", "user", "input",
+    "input_text", "text_input",
+)  # fmt: skip
+_ANSWERS = ("completion", "answer", "response", "output", "assistant", "output_text")
 _NAMED_PAIRS = {
     ("instruction", "output"): "alpaca",
     ("instruction", "response"): "alpaca",
@@ -160,6 +171,16 @@ def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return found, True
 
 
+def _openai_preference(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI's rows of preferences under TRL's names; any other row as it is."""
+    asked = row.get("input")
+    if "preferred_output" not in row or not isinstance(asked, dict) or "messages" not in asked:
+        return row
+    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    said = {names.get(key, key): value for key, value in row.items() if key != "input"}
+    return {**asked, **said}
+
+
 class _Reader:
     """Reads one row; collects problems, and notes which keys it has read."""
 
@@ -168,7 +189,7 @@ class _Reader:
         self.read_keys: set[str] = set()
         self.unused: set[str] = set()
         self.notes: set[str] = set()
-        plain, self._from_run = _without_prefixes(row)
+        plain, self._from_run = _without_prefixes(_openai_preference(row))
         # `Question ` and `question` are one key to whoever exports a table.
         self.row: dict[str, Any] = {}
         for key, value in plain.items():
@@ -183,6 +204,8 @@ class _Reader:
     def read(self) -> tuple[str | None, list[Message]]:
         """The format and its messages."""
         lists = [key for key in LIST_KEYS if key in self.row]
+        if "contents" in lists and not isinstance(self.row["contents"], list):
+            lists.remove("contents")  # any text may have that name; Gemini's is a list
         form: str | None
         if self._is_preference(lists):
             form, messages = "preference", self._preferred(lists)
@@ -226,6 +249,7 @@ class _Reader:
         return _FORMS[keys[0]], first
 
     def _messages(self, key: str, turns: Any) -> list[Message]:
+        turns = _from_json(turns)
         if not isinstance(turns, list):
             self.problems.append(wrong_type(key, turns, "a list of messages"))
             return []
@@ -246,8 +270,8 @@ class _Reader:
             expected = 'an object with "role" and "content"'
             self.problems.append(wrong_type(place, turn, expected))
             return None
-        role_key = next((key for key in _ROLE_KEYS if key in turn), None)
-        text_key = next((key for key in _TEXT_KEYS if key in turn), None)
+        role_key = next((key for key in ROLE_KEYS if key in turn), None)
+        text_key = next((key for key in TEXT_KEYS if key in turn), None)
         role = self._role(place, turn, role_key)
         called = [key for key in TOOL_KEYS if turn.get(key)]
         said = turn.get(role_key) if role_key else None
@@ -257,7 +281,7 @@ class _Reader:
             self.problems.append(Problem("tools", what, fix))
             return None
         if text_key is None:
-            what = f"{place} has no {_TEXT_KEYS[role_key == 'from']!r}"
+            what = f"{place} has no {TEXT_KEYS[role_key == 'from']!r}"
             self.problems.append(Problem("missing-content", what, "add the text of the message"))
             return None
         text = _joined_parts(turn[text_key])
@@ -304,8 +328,9 @@ class _Reader:
             value = turn.get(key)
             if value is None:
                 continue
-            if value in (0, 1):  # also true, false, 0.0 and 1.0
-                said[key] = bool(value)
+            learnt = _WEIGHT_WORDS.get(str(value).strip().lower())
+            if learnt is not None:
+                said[key] = learnt
             else:
                 what = f"{place}.{key} is {str(value)[:40]}"
                 fix = "write 1 (learn this answer) or 0 (context only); shares are not supported"
@@ -367,6 +392,8 @@ class _Reader:
         """A question and its answer, each a text or (TRL's form) a list of messages."""
         messages = self._question(ask)
         value = self.row[answer]
+        if isinstance(value, dict):  # one message, as an API answers
+            value = [value]
         if isinstance(value, list):
             return [*messages, *self._messages(answer, value)]
         self.problems += check_text(answer, value)
@@ -402,7 +429,9 @@ class _Reader:
         self.read_keys.update(("chosen", "rejected"))
         self.notes.add("preference rows: 'chosen' is learnt, 'rejected' is not used")
         value = self.row["chosen"]
-        if isinstance(value, str):
+        if isinstance(value, str) and is_rendered(value):
+            chosen = self._rendered(value, "chosen")
+        elif isinstance(value, str):
             self.problems += check_text("chosen", value)
             chosen = [Message("assistant", value)]
         else:
@@ -410,7 +439,7 @@ class _Reader:
         keys = [*lists, *self._asks()]
         if "instruction" in keys and "input" in keys:
             keys.remove("input")
-        if not keys and isinstance(value, str):
+        if not keys and isinstance(value, str) and not is_rendered(value):
             what = "'chosen' is a text and the row has no question"
             fix = "add its 'prompt', or write 'chosen' as a list of messages"
             self.problems.append(Problem("unknown-format", f"unknown format: {what}", fix))
@@ -439,7 +468,7 @@ class _Reader:
             if not isinstance(turns, list):
                 self.problems.append(wrong_type(key, turns, "a list of turns"))
                 continue
-            if isinstance(turns[0], dict) and turns[0].keys() & {*_ROLE_KEYS}:
+            if isinstance(turns[0], dict) and turns[0].keys() & {*ROLE_KEYS}:
                 messages += self._messages(key, turns)
                 continue
             for number, turn in enumerate(turns):
@@ -457,7 +486,10 @@ class _Reader:
         """A system text in a key of its own goes in front."""
         for key in self._present(_SYSTEMS):
             self.read_keys.add(key)
-            text = _joined_parts(self.row[key])
+            value = self.row[key]
+            if key in _GEMINI_SYSTEMS and isinstance(value, dict) and "parts" in value:  # a turn
+                value = value["parts"]
+            text = _joined_parts(value)
             if isinstance(text, Problem):
                 self.problems.append(text._replace(what=f"{key} {text.what}"))
                 continue
@@ -485,13 +517,13 @@ class _Reader:
             what = "'label' is false: it marks an answer that must not be learnt"
             self.problems.append(Problem("meaning", what, "leave the row out"))
         weight = self.row.get("weight")
-        if weight is not None and weight not in (1, "1", "1.0"):
+        if weight is not None and not _WEIGHT_WORDS.get(str(weight).strip().lower()):
             what = f"the row has the weight {str(weight)[:40]}"
             fix = "leave the row out, or repeat it; rows are learnt equally"
             self.problems.append(Problem("weight", what, fix))
         self.read_keys.add("weight")
         for key in ("train", "training"):
-            if str(self.row.get(key)).lower() == "false":
+            if _WEIGHT_WORDS.get(str(self.row.get(key)).strip().lower()) is False:
                 what = f"the row has {key!r}: false, so it is not to be learnt"
                 self.problems.append(Problem("weight", what, "leave the row out"))
 
@@ -538,12 +570,13 @@ _KNOWN = frozenset(
 
 def _joined_parts(content: Any) -> Any:
     """Text given as OpenAI's list of parts; a Problem for a part that is not text."""
+    if isinstance(content, dict):  # one part
+        content = [content]
     if not isinstance(content, list):
         return content
     texts = []
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
+        kind, text = _kind_and_text(part)
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             fix = "the model reads text alone: leave the row out, or write the part as text"
             return Problem("not-text", f"has a part of the kind {str(kind)[:40]!r}", fix)
@@ -551,9 +584,19 @@ def _joined_parts(content: Any) -> Any:
     return "\n".join(texts)
 
 
+def _kind_and_text(part: Any) -> tuple[Any, Any]:
+    """What a part is, and its text; Gemini's parts have no type, but a key that tells it."""
+    if not isinstance(part, dict):
+        return "text", part
+    if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
+        return "thought", None
+    told = "text" if "text" in part else next(iter(part), "text")
+    return part.get("type", told), part.get("text")
+
+
 def _more_of_parts(content: Any) -> set[str]:
     """The keys of text parts beside their text, such as `cache_control`."""
-    parts = content if isinstance(content, list) else []
+    parts = content if isinstance(content, list) else [content]
     return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
 
 

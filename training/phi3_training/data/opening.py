@@ -79,6 +79,8 @@ class Encoding(NamedTuple):
             note("a byte-order mark (BOM) at its start was skipped")
         elif self.mark:
             note(f"read as {self.codec.upper()}, as its byte-order mark says")
+        elif self.codec != "utf-8":
+            note(f"read as {self.codec.upper()}, because every other byte is zero")
 
 
 PLAIN = Encoding()
@@ -99,7 +101,16 @@ def encoding_of(path: Path) -> Encoding:
     for mark, codec in _MARKS:
         if head.startswith(mark):
             return Encoding(packed, codec, mark)
-    return Encoding(packed)
+    return Encoding(packed, _utf16_without_mark(head) or "utf-8")
+
+
+def _utf16_without_mark(head: bytes) -> str | None:
+    """What Windows programs write for "Unicode" at times: most letters have a zero byte."""
+    even, odd = head[::2], head[1::2]
+    for codec, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        if len(head) >= 8 and 0 not in others and zeros.count(0) > len(zeros) / 2:
+            return codec
+    return None
 
 
 def open_text(path: Path, encoding: Encoding) -> BinaryIO:

@@ -27,6 +27,7 @@ from phi3_tool.grounding import question_in
 from ..errors import DataError, StageError
 from ..manifests import DatasetManifest, Prepared
 from ..manifests import Source as Input
+from ..progress import Progress, no_progress
 from ..recipe import Recipe
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
@@ -298,12 +299,16 @@ class Examined(NamedTuple):
 
 
 def examine(
-    data: DataSection, folder: Path, rules: TokenRules | None, workers: int | None = None
+    data: DataSection,
+    folder: Path,
+    rules: TokenRules | None,
+    workers: int | None = None,
+    progress: Progress = no_progress,
 ) -> Examined:
     """Read and judge all chats of a recipe; block files go to `folder`."""
     sources, faults, notes = chosen_sources({part: getattr(data, part) for part in PARTS})
     draws = all(part != "validation" for part, _ in sources)
-    scans = scan(sources, folder, workers=workers)
+    scans = scan(sources, folder, workers=workers, progress=progress)
     findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
     target = _targets(findings)
     verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
@@ -328,6 +333,7 @@ def prepare(
     tokenizer: Path | None = None,
     rules: TokenRules | None = None,
     workers: int | None = None,
+    progress: Progress = no_progress,
 ) -> DatasetManifest:
     """Check, split and write the chats of a recipe; returns the manifest of the stage.
 
@@ -337,7 +343,7 @@ def prepare(
     """
     started = time.monotonic()
     with _staging(run.path) as staging:
-        examined = examine(data, staging, rules, workers)
+        examined = examine(data, staging, rules, workers, progress)
         scans, findings, target, verdict, faults, notes, draws = examined
         if faults:
             write_report(run.path / FAULTS, faults)

@@ -1,6 +1,7 @@
 """Text that a chat template has written already, taken apart into its messages again.
 
-Phi-3's template and ChatML; text of others is refused with the name of its template.
+Phi-3's template, ChatML and the transcripts of Anthropic's preference data; text of others is
+refused with the name of its template.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ _TEMPLATES = {
     "<start_of_turn>": "Gemma",
     "### Instruction:": "Alpaca's prompt",
     "### Human:": "Vicuna",
-    "\n\nHuman:": "a transcript",
+    "Below is an instruction": "Alpaca's prompt",
 }
 _RENDERED = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
-    r"(?:<\|(?:user|assistant|system|im_start|start_header_id)\|>|\[INST\]|<start_of_turn>)"
+    r"(?:<\|(?:user|assistant|system|im_start|start_header_id)\|>|\[INST\]|<start_of_turn>"
+    r"|### (?:Instruction|Human):|Below is an instruction that)"
 )
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _TURNS = {
     "Phi-3": (re.compile(r"<\|(system|user|assistant|tool)\|>"), "<|end|>"),
     "ChatML": (re.compile(r"<\|im_start\|>(\w+)\n"), "<|im_end|>"),
@@ -35,7 +39,11 @@ _TEXT_ENDS = ("<|endoftext|>", "</s>")
 
 def is_rendered(text: str) -> bool:
     """Whether a text begins as a chat template writes it."""
-    return _RENDERED.match(text) is not None
+    return _RENDERED.match(text) is not None or _is_transcript(text)
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Problem:
@@ -43,6 +51,8 @@ def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Pro
 
     With `ends` False the last turn may be open, as a completion is.
     """
+    if _is_transcript(text):
+        return _spoken(text)
     found = sorted((text.find(mark), name) for mark, name in _TEMPLATES.items() if mark in text)
     if not found:
         what = f"{key!r} is plain text: it does not say what is asked and what is answered"
@@ -58,6 +68,14 @@ def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Pro
         why = f"cannot be taken apart by {template}'s template: {messages}"
     fix = "write the conversation as 'messages' and let the model's template render it"
     return Problem("rendered-text", f"{key!r} {why}", fix)
+
+
+def _spoken(transcript: str) -> list[Message]:
+    """The turns of a transcript; the last one is left out where the answer would begin."""
+    _, *parts = _SPOKEN.split(transcript)
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    turns = [Message(_SPEAKERS[who], said.strip()) for who, said in pairs]
+    return turns if turns[-1].content else turns[:-1]
 
 
 def _turns(text: str, opening: re.Pattern[str], end: str, *, ends: bool) -> list[Message] | str:

@@ -19,7 +19,16 @@ from ..errors import DataError, UsageError, folded
 from .conversation import ROLES, UNFIT
 from .documents import Raw
 from .faults import Fault, Problem, in_order, place, shown
-from .formats import LIST_KEYS, ROLE_ALIASES, TOOL_KEYS, TOOL_ROLES, carried, read_row
+from .formats import (
+    LIST_KEYS,
+    ROLE_ALIASES,
+    ROLE_KEYS,
+    TEXT_KEYS,
+    TOOL_KEYS,
+    TOOL_ROLES,
+    carried,
+    read_row,
+)
 from .jsonl import LINE_LIMIT, Sound, encode
 from .opening import Note
 from .prepare import chosen_sources
@@ -245,7 +254,9 @@ def _clean(value: Any, place: str, steps: list[Step]) -> Any:
 
 def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
     """The turns in the order of Phi-3's template, as far as dropping and joining brings them."""
-    role_key, text_key = ("role", "content") if "role" in turns[0] else ("from", "value")
+    role_key, text_key = (_first_in(turns, keys) for keys in (ROLE_KEYS, TEXT_KEYS))
+    if any(text_key not in turn and turn.keys() & {*TEXT_KEYS} for turn in turns):
+        return turns  # spelt in two ways: what looks empty may be under the other key
 
     def role(turn: Mapping[str, Any]) -> str | None:
         return _ROLE_NAMES.get(str(turn.get(role_key)))
@@ -283,6 +294,10 @@ def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[s
     return kept
 
 
+def _first_in(turns: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    return next((key for key in keys if any(key in turn for turn in turns)), keys[0])
+
+
 def _joined(
     first: Mapping[str, Any], second: Mapping[str, Any], text_key: str
 ) -> dict[str, Any] | None:
@@ -290,7 +305,11 @@ def _joined(
     rest = [{k: v for k, v in turn.items() if k != text_key} for turn in (first, second)]
     texts = [first[text_key], second[text_key]]
     names = [part.pop("from", part.pop("role", None)) for part in rest]  # human and user are one
-    if rest[0] != rest[1] or not all(isinstance(text, str) for text in texts) or not names[0]:
+    if rest[0] != rest[1] or not names[0]:
+        return None
+    if all(isinstance(text, list) for text in texts):  # of parts
+        return {**first, text_key: [*texts[0], *texts[1]]}
+    if not all(isinstance(text, str) for text in texts):
         return None
     return {**first, text_key: _BETWEEN.join(texts)}
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import orjson
 
 from ..errors import StageError
+from ..progress import Progress, no_progress
 from .arrays import U32, U64, Bools, Ints, keep_freed_memory
 from .conversation import Conversation
 from .digest import BANDS, Digest
@@ -137,8 +138,9 @@ def scan(
     *,
     workers: int | None = None,
     block: int = BLOCK,
+    progress: Progress = no_progress,
 ) -> list[Scan]:
-    """Read all sources, each with the name of its part."""
+    """Read all sources, each with the name of its part; `progress` counts the blocks."""
     scans = [Scan(source, part) for part, source in sources]
     tasks: list[tuple[Scan, list[Task]]] = []
     for number, one in enumerate(scans):
@@ -150,7 +152,7 @@ def scan(
             else:
                 one.sha256 = stamp(one.source)
                 one.add(_read_through(one, reading, folder, str(number)))
-    _read(tasks, workers or _workers(sum(one.size for one, _ in tasks)))
+    _read(tasks, workers or _workers(sum(one.size for one, _ in tasks)), progress)
     return scans
 
 
@@ -222,12 +224,21 @@ def _workers(size: int) -> int:
     return max(1, min(cores, MOST_WORKERS))
 
 
-def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
+def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int, progress: Progress) -> None:
+    done, total = 0, sum(len(ranges) for _, ranges in tasks)
+
+    def counted(one: Scan, digests: Iterable[Digest]) -> Iterator[Digest]:
+        nonlocal done
+        for digest in digests:
+            yield digest
+            done += 1
+            progress(done, total, f"reading {one.path.name}")
+
     keep_freed_memory()
     if workers == 1:
         for one, ranges in tasks:
             one.sha256 = hash_of(one.path)
-            one.add(digest_range(*task) for task in ranges)
+            one.add(counted(one, (digest_range(*task) for task in ranges)))
         return
     # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -236,7 +247,7 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int) -> None:
             futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
             for (one, _), of_one in zip(tasks, futures, strict=True):
                 one.sha256 = hash_of(one.path)
-                one.add(_results(of_one))
+                one.add(counted(one, _results(of_one)))
     except BrokenProcessPool:
         raise StageError(
             "A process reading the chats was killed, most likely because memory ran out; close "

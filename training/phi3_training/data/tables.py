@@ -71,7 +71,8 @@ class _Lines:
 
     def skip(self) -> None:
         """Leave out the first line."""
-        self._first, self.skipped = None, 1
+        self._first = None
+        self.skipped += 1
 
 
 def _delimiter(lines: _Lines, path: Path, note: Note) -> str:
@@ -79,7 +80,8 @@ def _delimiter(lines: _Lines, path: Path, note: Note) -> str:
     usual = "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes] else ","
     found = usual
     try:
-        first = lines.peek()
+        while (first := lines.peek()) and not first.strip():  # an export may begin with blank lines
+            lines.skip()
     except UnicodeDecodeError:
         return usual
     if first[:4].lower() == "sep=" and first[4:5] in _DELIMITERS:

@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from .examine import Setup, examine
 from .finding import Finding, State
+from .rollout import unfinished_rollouts
 
-__all__ = ["Finding", "Setup", "State", "examine"]
+__all__ = ["Finding", "Setup", "State", "examine", "unfinished_rollouts"]

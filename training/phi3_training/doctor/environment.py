@@ -18,7 +18,7 @@ from packaging.version import Version
 from phi3_tool.connection import environment_names_endpoint
 
 from ..flow import store
-from ..packages import RULES, Installed, installed
+from ..packages import ADD_PROMPT_FLOW, RULES, Installed, installed
 from .finding import Finding, Group
 
 HERE = Group("environment")
@@ -40,7 +40,10 @@ def environment(
     yield check_python(python)
     yield check_versions(version_of)
     yield from check_rules(version_of)
-    yield check_keyring()
+    if version_of("promptflow") is None:
+        yield HERE.skipped("keyring", "only Prompt flow's store needs one")
+    else:
+        yield check_keyring()
 
 
 def check_python(python: tuple[int, ...]) -> Finding:
@@ -77,10 +80,12 @@ def check_rules(version_of: Installed) -> Iterator[Finding]:
         if rule.with_package and version_of(rule.with_package) is None:
             continue
         version = version_of(rule.package)
-        if version is None:
+        if version is None and rule.package == "promptflow":
+            why = "not installed; connect, ask, chat --web and the flow commands need it"
+            yield HERE.skipped(rule.package, why, ADD_PROMPT_FLOW)
+        elif version is None:
             if rule.needed:
-                fix = 'pip install "phi3-promptflow[flow]"'
-                yield HERE.fault(rule.package, f"not installed; {rule.why}", fix)
+                yield HERE.fault(rule.package, f"not installed; {rule.why}", ADD_PROMPT_FLOW)
         elif rule.broken_by(version):
             yield HERE.fault(rule.package, f"{version}: {rule.why}", rule.fix)
         else:
@@ -114,7 +119,11 @@ def promptflow_home() -> Path:
 
 
 def service(home: Path, folder: Path, version_of: Installed = installed) -> Iterator[Finding]:
-    """All checks of this module; `folder` is where commands are typed."""
+    """Prompt flow's settings and service; `folder` is where commands are typed."""
+    if version_of("promptflow") is None:
+        for check in ("telemetry", "service"):
+            yield HERE.skipped(check, "Prompt flow is not installed")
+        return
     try:
         settings = read_settings(home, folder)
     except (yaml.YAMLError, OSError, ValueError) as error:

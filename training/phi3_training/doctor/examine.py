@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+
+from phi3_tool.connection import ConnectionSettings
 
 from ..errors import UsageError
 from ..flow.bundle import FlowSource, connection_of
@@ -29,6 +31,9 @@ class Setup:
     slow_ms: float = 500.0
     folder: Path = field(default_factory=Path.cwd)
     version_of: Installed = installed
+    # The endpoint of the run where there is no Prompt flow, and so no connection; a StageError or
+    # UsageError says why there is none.
+    without_store: Callable[[], ConnectionSettings] | None = None
 
 
 def examine(setup: Setup) -> Iterator[Finding]:
@@ -39,8 +44,12 @@ def examine(setup: Setup) -> Iterator[Finding]:
         named = setup.connection or connection_of(FlowSource.read(setup.flow).dag)
     except UsageError:  # the checks of the flow say why
         named = None
-    connection = Connection(named or DEFAULT_CONNECTION)
     there = setup.version_of("promptflow") is not None
+    connection = Connection(
+        named or DEFAULT_CONNECTION,
+        None if there else setup.without_store,
+        chosen=setup.connection is not None,
+    )
 
     def scrub(text: str) -> str:
         # An endpoint or a library may have quoted the key.

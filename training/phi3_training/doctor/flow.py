@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -128,24 +128,36 @@ _CONNECT = "phi3 connect, or create one by hand: connections/README.md"
 class Connection:
     """What the checks of the connection found out for those that follow."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        without_store: Callable[[], ConnectionSettings] | None = None,
+        *,
+        chosen: bool = False,
+    ) -> None:
         self.name = name
+        self._without_store = without_store
+        self._chosen = chosen  # by --run or --connection, which outrank the environment
         self.settings: ConnectionSettings | None = None
         self.why_not = ""
 
     def checks(self) -> Iterator[Finding]:
         """Present, whole, over https; afterwards `settings` is there, or `why_not` says why not."""
         try:
-            # The environment outranks the store.
-            if environment_names_endpoint():
-                stored: object | None = None
+            # The environment outranks what the flow names.
+            stored: object | None = None
+            if environment_names_endpoint() and not self._chosen:
                 said = "from PHI3_ENDPOINT and PHI3_KEY, which take precedence over the store"
+            elif self._without_store is not None:
+                stored = self._without_store()
+                said = "none without Prompt flow; the run's server hands out endpoint and key"
             else:
                 stored = store.stored_connection(self.name)
                 said = f"{self.name}, in {store.database()}"
-        except (StageError, MissingExtraError) as error:
+        except (StageError, MissingExtraError, UsageError) as error:
             self.why_not = "there is no connection to use"
-            yield CONNECTION.fault("present", str(error), _CONNECT)
+            fix = "phi3 up" if self._without_store is not None else _CONNECT
+            yield CONNECTION.fault("present", str(error), fix)
             for check in ("shape", "https"):
                 yield CONNECTION.skipped(check, self.why_not)
             return
@@ -164,7 +176,7 @@ class Connection:
 
     def _shape_and_https(self, stored: object | None, faults: list[str]) -> Iterator[Finding]:
         fix = 'eval "$(phi3 env)", or set PHI3_ENDPOINT and PHI3_KEY by hand'
-        if stored is not None:
+        if stored is not None and self._without_store is None:
             fix = (
                 f"phi3 connect connection.name={self.name}, or pf connection update --name "
                 f"{self.name} --set configs.endpoint=URL secrets.key=KEY"

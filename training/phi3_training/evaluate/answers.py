@@ -1,7 +1,7 @@
 """Which engine answers the questions: the same computation that the endpoint will do.
 
-Reads model folders. An `int4` endpoint is evaluated through its own engine, on both models
-converted in the same way; `deploy` serves the tuned model's conversion. Everything else is
+Reads model folders. An `int4` or `int8` endpoint is evaluated through its own engine, on both
+models converted in the same way; `deploy` serves the tuned model's conversion. Everything else is
 answered by the loaded weights: float32 on a CPU gives the same tokens as the fp32 conversion.
 """
 
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from transformers import DynamicCache
@@ -480,6 +480,11 @@ def _endpoint(engine: Engine, at_once: int) -> Iterator[tuple[str, str]]:
 Step = Callable[[int], None]
 
 
+def is_quantised(precision: str) -> TypeGuard[Literal["int4", "int8"]]:
+    """Whether the endpoint's conversion answers otherwise than the weights."""
+    return precision in ("int4", "int8")
+
+
 @dataclass(frozen=True)
 class Judge:
     """Examines a model folder in the number type of the endpoint."""
@@ -510,19 +515,19 @@ class Judge:
 
     def examine(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
         """The answers and losses of a model that is not to be served."""
-        if self.precision != "int4":
+        if not is_quantised(self.precision):
             return self._by_weights(folder, asked, step)
         with tempfile.TemporaryDirectory(dir=self.run.path, prefix=".onnx-base.") as scratch:
             onnx = Path(scratch) / "onnx"
-            export_onnx(folder, onnx, "int4")
+            export_onnx(folder, onnx, self.precision)
             said = self._by_endpoint(onnx, asked, step)
         return self._with_losses(folder, asked, said)
 
     def examine_tuned(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
         """The same for the run's model; a conversion is saved, and `deploy` serves it."""
-        if self.precision != "int4":
+        if not is_quantised(self.precision):
             return self._by_weights(folder, asked, step)
-        onnx = converted(self.run, "int4", no_progress)
+        onnx = converted(self.run, self.precision, no_progress)
         return self._with_losses(folder, asked, self._by_endpoint(onnx, asked, step))
 
     def _by_weights(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
@@ -589,8 +594,9 @@ class Judge:
 def choose_judge(recipe: Recipe, run: Run) -> Judge:
     """The evaluation engine for a recipe, on this machine."""
     served, _ = choose_engine(recipe.serve.engine, adapters=recipe.serve.adapters)
-    if served == "onnxruntime" and recipe.serve.precision == "int4":
-        return Judge(recipe, run, "onnxruntime", "int4", "as it will be served")
+    # int8 gives another token than fp32 at every tenth place (docs/export.md), int4 at every third.
+    if served == "onnxruntime" and is_quantised(recipe.serve.precision):
+        return Judge(recipe, run, "onnxruntime", recipe.serve.precision, "as it will be served")
     runtime = choose_runtime(recipe, 0)
     if runtime.device != "cpu":
         return Judge(recipe, run, "transformers", runtime.dtype, f"on this {runtime.device}")

@@ -6,7 +6,6 @@ Reads run/data/*.jsonl, the base model and run/model; writes run/evaluate/rows.j
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 
 from ..data.prepare import question_of
@@ -27,7 +26,7 @@ from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_ro
 
 Step = Callable[[int], None]
 
-_SOME = 8  # answers after which a guess of the time left is worth showing
+_SOME = 8  # faults that are listed
 
 
 def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
@@ -124,18 +123,12 @@ def _key(prompt: Conversation) -> str:
 
 
 def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
-    """Counts the answers of one model, and estimates the time left."""
-    first, started = done, time.monotonic()
+    """Counts the answers of one model."""
 
     def step(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total, f"{text}{_left(done - first, total // 2)}")
-
-    def _left(answered: int, of: int) -> str:
-        seconds = (time.monotonic() - started) / max(1, answered) * (of - answered)
-        shown = answered >= _SOME and seconds >= 1
-        return f", about {seconds:.0f} s left" if shown else ""
+        progress(done, total, text)
 
     return step
 

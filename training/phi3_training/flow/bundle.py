@@ -39,7 +39,7 @@ PROGRAM_SUFFIXES = frozenset(
     (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
 )
 _CACHES = ("__pycache__",)
-_DOCUMENTS = ("index.sqlite", "embedder/model.onnx", "embedder/tokenizer.json")
+_DOCUMENTS = ("index.sqlite", "index.json", "embedder/model.onnx", "embedder/tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,41 @@ def _loaded(text: str) -> Mapping[str, Any] | None:
 
 TOOLS_JSON = ".promptflow/flow.tools.json"
 IGNORE = ".amlignore"
+README, CONNECTION = "README.md", "connection.yaml"
+_README = """\
+# {name}
+
+A Prompt flow, packed with everything it needs. In this folder:
+
+```bash
+{steps}
+```
+
+In Azure AI Foundry or ML Studio: Prompt flow, Create, Upload from local; create the connection
+there under the same name.
+
+A filelock from 3.30 on breaks Prompt flow's chat page (`pf flow test --flow . --ui`). Prompt flow
+reports usage and leaves a service for traces running; this turns both off:
+
+```bash
+pf config set telemetry.enabled=false
+pf config set trace.destination=none
+```
+
+Without a desktop (server, container) keyrings.alt, which the requirements name, keeps the key that
+encrypts Prompt flow's connections: in ~/.local/share/python_keyring, not encrypted itself. Let only
+its owner read that folder and ~/.promptflow.
+"""
+_CONNECTION = """\
+# Give both values with --set, so that no key is written into a file (see README.md).
+$schema: https://azuremlschemas.azureedge.net/promptflow/latest/CustomConnection.schema.json
+type: custom
+name: {name}
+configs:
+  endpoint: <the full address, such as https://HOST/score or https://HOST/v1/chat/completions>
+secrets:
+  key: <the endpoint's key>
+"""
 _DESCRIBE_SECONDS = 120
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can name
 
@@ -343,6 +378,7 @@ def pack(
         copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
         (staged / IGNORE).write_text(AMLIGNORE, encoding="utf-8")
         _name_a_keyring(staged / (source.requirements or REQUIREMENTS))
+        _explain(source, staged)
         refuse_secrets(staged)
         _describe_tools(source, staged)
         archive = Path(scratch) / "bundle.zip"
@@ -364,6 +400,27 @@ def _name_a_keyring(path: Path) -> None:
         lines = "# Where there is no desktop, Prompt flow can store a connection only with this.\n"
         end = "\n" if text and not text.endswith("\n") else ""
         path.write_text(f"{text}{end}{lines}keyrings.alt>=5\n", encoding="utf-8")
+
+
+def _explain(source: FlowSource, staged: Path) -> None:
+    """README.md for who gets the bundle alone, and the connection it needs, without its values."""
+    name = connection_of(source.dag)
+    inputs = source.dag.get("inputs") or {}
+    chat = [key for key, about in inputs.items() if about.get("is_chat_input")]
+    needed = source.requirements or REQUIREMENTS
+    steps = [f'pip install "promptflow>=1.18.5,<2" "filelock<3.30" -r {needed}']
+    if name is not None:
+        text = _CONNECTION.format(name=name)
+        (staged / CONNECTION).write_text(text, encoding="utf-8")
+        steps.append(
+            f"pf connection create --file {CONNECTION} \\\n"
+            "    --set configs.endpoint=https://HOST/score secrets.key=KEY"
+        )
+    given = f' --inputs {chat[0]}="Hello?"' if chat else ""
+    steps.append(f"pf flow test --flow .{given}")
+    if not (staged / README).exists():
+        said = _README.format(name=source.name, steps="\n".join(steps))
+        (staged / README).write_text(said, encoding="utf-8")
 
 
 def copy_flow(

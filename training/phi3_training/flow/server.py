@@ -24,6 +24,7 @@ from . import store
 Engine = Literal["flask", "fastapi"]
 # Prompt flow asks what is set in the process where its own provider has no name.
 _NO_STORE = {"connection.provider": ""}
+_NAME = "PHI3_FLOW_NAME"  # for the workers, which see the flow's copy alone
 # Who sets one of these collects traces of the service.
 _TRACED = (
     "APPLICATIONINSIGHTS_CONNECTION_STRING",
@@ -50,6 +51,7 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
             "image`, whose server has a worker for each core"
         )
     _refuse_taken(host, port)
+    os.environ[_NAME] = flow.resolve().name
     _prepare()
     with _told_plainly(flow):
         if workers > 1:
@@ -107,7 +109,7 @@ def _prepare() -> None:
     leave_traces_out()
     store.quiet()
     _module("promptflow.core._serving.app_base")
-    let_the_page_leave_defaults_out()
+    let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
     provider = _module("promptflow.core._connection_provider._connection_provider")
     provider.ConnectionProvider._instance = _provider(settings)
 

@@ -329,6 +329,15 @@ def quiet() -> None:
     logging.getLogger("promptflow._sdk._telemetry").disabled = True
 
 
+def no_update_check() -> None:
+    """Keep Prompt flow from asking pypi.org for its newest version in this process.
+
+    It has no switch for that: it asks before each of the calls on this list (1.18).
+    """
+    hints = importlib.import_module("promptflow._sdk._version_hint_utils")
+    getattr(hints, "HINT_ACTIVITY_NAME", []).clear()
+
+
 def _sdk(module: str) -> Any:
     quiet()
     try:

@@ -302,7 +302,7 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
     with closing(sqlite3.connect(_cache(path), isolation_level=None)) as cache:
         cache.execute("CREATE TABLE IF NOT EXISTS vector (sha BLOB PRIMARY KEY, vector BLOB)")
         (total,) = database.execute("SELECT count(*) FROM passage WHERE vector IS NULL").fetchone()
-        started, done, computed = time.monotonic(), 0, 0
+        done, computed = 0, 0
         for batch in _batches(database):
             texts = [Passage(text, heading, None, 0, 0).searched for _, heading, text in batch]
             keys = [_key(embedder, text) for text in texts]
@@ -325,8 +325,7 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
                 [(vector[0], number) for vector, (number, _, _) in zip(stored, batch, strict=True)],
             )
             done, computed = done + len(batch), computed + len(missing)
-            left = (time.monotonic() - started) / done * (total - done)
-            progress(done, total, f"embedding passages, about {left:.0f} s left")
+            progress(done, total, "embedding passages")
     note(progress, "writing the index")
     return computed
 

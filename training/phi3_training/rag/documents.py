@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from io import StringIO
@@ -295,8 +296,15 @@ def _html(path: Path) -> Iterator[Section]:
     yield from _html_sections(_text_of(path))
 
 
+# What programs write as a title when nobody gave one.
+_NO_TITLE = re.compile(
+    r"\W*(untitled|document|title|slide|microsoft (word|powerpoint|excel)\b.*|.*\.\w{2,5})?[\W\d]*",
+    re.IGNORECASE,
+)
+
+
 def _pdf(path: Path) -> Iterator[Section]:
-    """One section per page, read one after the other: 10,000 pages take no more memory than one."""
+    """One section per page, under the document's title; 10,000 pages are read one by one."""
     try:
         from pypdf import PdfReader
         from pypdf.errors import PdfReadError
@@ -309,9 +317,15 @@ def _pdf(path: Path) -> Iterator[Section]:
         with PdfReader(path) as reader:
             if reader.is_encrypted and not reader.decrypt(""):
                 raise UnreadableError("is locked with a password", "save it without one")
+            title = ""
+            with suppress(Exception):  # broken metadata do not make the pages unreadable
+                metadata = reader.metadata
+                title = str(metadata.title if metadata else "").translate(_CONTROL)
+            # A page often does not say what it is about: its document does.
+            heading = () if _NO_TITLE.fullmatch(title) else (" ".join(title.split()),)
             for number, page in enumerate(reader.pages, 1):
                 text = page.extract_text()
-                yield Section(text, (), number, offset)
+                yield Section(text, heading, number, offset)
                 offset += len(text) + 1
     except PdfReadError as error:
         raise UnreadableError(f"is a broken PDF ({error})", "open it and save it again") from None

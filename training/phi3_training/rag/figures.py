@@ -13,10 +13,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from phi3_tool.grounding import MIN_SCORE, MIN_WORDS_SCORE
-from phi3_tool.index import DocumentIndex, Embedder
+from phi3_tool.index import Embedder, PassageIndex
 
 from ..errors import UsageError
-from .questions import Question, right_ids_of
+from .questions import Question
 
 DEPTHS = (1, 3, 5, 10)
 
@@ -45,23 +45,21 @@ class Retrieval:
 
 
 def measure(
-    index: DocumentIndex,
+    index: PassageIndex,
     embedder: Embedder | None,
     questions: Sequence[Question],
-    right_ids: Sequence[Collection[int]] | None = None,
+    right_ids: Sequence[Collection[int]],
 ) -> Retrieval:
     """Look every question up and count.
 
-    `right_ids` are the ids of the right passages of each question, where they are known better than
-    by the question's place. Raises UsageError where every question is unanswerable.
+    `right_ids` are the ids of the right passages of each question (`right_ids_of`). Raises
+    UsageError where every question is unanswerable.
     """
     answerable = [question for question in questions if question.answerable]
     unanswerable = [question for question in questions if not question.answerable]
     if not answerable:
         raise UsageError("Every question is unanswerable: there is nothing to find")
     least = MIN_WORDS_SCORE if embedder is None else MIN_SCORE
-    if right_ids is None:
-        right_ids = right_ids_of(questions, index.passages())
     wanted = [ids for q, ids in zip(questions, right_ids, strict=True) if q.answerable]
     ranks: list[list[bool]] = []
     best: list[float] = []

@@ -18,3 +18,4 @@ from .sections import HubSet as HubSet
 from .sections import ModelSection as ModelSection
 from .sections import RefusalRule as RefusalRule
 from .sections import ServeSection as ServeSection
+from .sections import Source as Source

@@ -6,12 +6,13 @@ environment, from the SDK's config.json or from a default (targets/azure/place.p
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from .sections import Positive, Section
+from .sections import Positive, Section, Share
 
 Scalar = str | int | float | bool
 
@@ -112,6 +113,38 @@ VmSize = Annotated[
         r"[Ss][Tt][Aa][Nn][Dd][Aa][Rr][Dd]_\w{2,60}", "a VM size such as Standard_NC24ads_A100_v4"
     ),
 ]
+NO_DEADLINE = "none"
+_DURATION = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", re.ASCII)
+_SHORTEST, _LONGEST = dt.timedelta(minutes=15), dt.timedelta(days=90)
+
+
+def duration_of(text: str) -> dt.timedelta:
+    """`8h`, `90m`, `2d12h` as a time. ValueError for what is none, or too short or long."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise ValueError("expected a duration such as 8h, 90m or 2d12h")
+    days, hours, minutes = (int(part or 0) for part in match.groups())
+    if days > _LONGEST.days or hours > 24 * _LONGEST.days or minutes > 1440 * _LONGEST.days:
+        raise ValueError("expected at most 90 days")
+    duration = dt.timedelta(days=days, hours=hours, minutes=minutes)
+    # A role takes minutes to act, and Azure looks once an hour: less would promise too much.
+    if not _SHORTEST <= duration <= _LONGEST:
+        raise ValueError("expected at least 15 minutes and at most 90 days")
+    return duration
+
+
+def _check_deadline(value: object) -> str:
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if text == NO_DEADLINE:
+        return text
+    try:
+        duration_of(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; to bill without an end, write none in so many words") from None
+    return text
+
+
+Deadline = Annotated[str, BeforeValidator(_check_deadline)]
 Version = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
@@ -232,9 +265,9 @@ class EndpointSection(Section):
     auth_mode: Literal["key", "aad_token"] = "key"
     """How clients sign in: the endpoint's key, or a Microsoft Entra token."""
     deployment: EndpointName | None = None
-    """Name of the deployment; none: a new one for each model version."""
+    """Prefix of the deployments' names: each model version gets a deployment of its own."""
     instance_type: VmSize = GPU_SIZE
-    """VM size that serves; it bills until phi3 down."""
+    """VM size that serves; it bills until the deadline or phi3 down."""
     instance_count: Annotated[int, Field(ge=1, le=50)] = 1
     """Machines that serve."""
     # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
@@ -249,8 +282,38 @@ class EndpointSection(Section):
     """Whether it is ready for requests."""
     app_insights_enabled: bool = False
     """Send the deployment's figures to Application Insights."""
+    deadline: Deadline = "8h"
+    """How long after its last deployment the endpoint deletes itself, such as 8h or 2d, also while
+    this machine is off (phi3 azure extend moves it); none: it bills until phi3 down."""
     keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
     """Deployments kept at the endpoint; older ones without traffic are deleted."""
+
+
+class RolloutSection(Section):
+    """How a new deployment takes over from the one that has the traffic: in steps, each judged."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=1, le=100)]], Field(min_length=1)] = [5, 25, 100]
+    """Shares of the traffic in percent that the new deployment gets, one after the other."""
+    minutes: Annotated[float, Field(ge=0, le=1440)] = 5.0
+    """Minutes for which each share is watched; 0: the questions are asked once."""
+    questions: Annotated[int, Field(ge=20, le=1000)] = 20
+    """Golden questions that both deployments are asked at each look, at least 20."""
+    max_error_gain: Share = 0.02
+    """By how much the share of requests without a real answer may rise over the old one's."""
+    max_loss: Share = 0.1
+    """By how much the share of right answers may fall below the old one's."""
+    max_p95_ratio: Annotated[float, Field(ge=1, le=100)] = 1.5
+    """How many times as long as the old one's slowest answers (95 % are faster) they may take."""
+    # "Perform safe rollout of new deployments": at most 50 %, to one deployment.
+    mirror: Annotated[int, Field(ge=0, le=50)] = 0
+    """Percent of the requests that the new deployment gets as copies before the first step, at most
+    50; nobody sees its answers to them."""
+
+    @model_validator(mode="after")
+    def _rises_to_all(self) -> RolloutSection:
+        if self.steps != sorted(set(self.steps)) or self.steps[-1] != 100:
+            raise ValueError("steps: expected rising shares of the traffic that end with 100")
+        return self
 
 
 class PollSection(Section):
@@ -270,6 +333,8 @@ class PollSection(Section):
     """Seconds after which a deployment is given up."""
     delete_timeout: Annotated[float, Field(ge=1)] = 3600.0
     """Seconds after which a deletion is given up."""
+    upload_timeout: Annotated[float, Field(ge=1)] = 7200.0
+    """Seconds after which an upload of code, chats or weights is given up."""
 
 
 class AzureSection(Section):
@@ -309,6 +374,7 @@ class AzureSection(Section):
     compute: ComputeSection = ComputeSection()
     train: AzureTrainSection = AzureTrainSection()
     endpoint: EndpointSection = EndpointSection()
+    rollout: RolloutSection = RolloutSection()
     poll: PollSection = PollSection()
 
     @model_validator(mode="after")

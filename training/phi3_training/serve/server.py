@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from ..errors import Phi3TrainingError, UsageError
 from ..processes import start_time
 from ..run import write_atomically
+from . import keyholder
 from .asgi import App
 from .config import Quirks, ServerConfig
 from .engines.base import Engine
@@ -248,7 +249,12 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, key: str) -> None:
     app = create_app(engine, config, key=key)
     server = server_of(app, config, drain_seconds=config.drain_seconds)
-    with _signals_end_quietly():
+    async with AsyncExitStack() as open_until_stopped:
+        open_until_stopped.enter_context(_signals_end_quietly())
+        if config.status_file is not None:  # in the background: whoever started it is gone
+            holder = await keyholder.offer(key)
+            if holder is not None:
+                await open_until_stopped.enter_async_context(holder)
         _announce(config, listener)
         try:
             await server.serve(sockets=[listener])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +110,20 @@ class Target(Protocol):
         ...
 
 
+class FoundPlace(Protocol):
+    """A place in which phi3 made something, as it is found without any run folder."""
+
+    label: str
+
+    def names(self) -> list[str]:
+        """What `delete` would delete; empty where there is nothing."""
+        ...
+
+    def delete(self, progress: Progress, *, everything: bool) -> list[str]:
+        """Delete it and wait; the receipt. `everything`: also the workspace itself."""
+        ...
+
+
 class CloudTarget(Target, Protocol):
     """A target away from this machine: what it creates bills and is queried over the network."""
 
@@ -124,6 +138,17 @@ class CloudTarget(Target, Protocol):
 
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
         """Whether that is still there."""
+        ...
+
+    def overview(
+        self, runs: Sequence[Run], named: Mapping[str, str], *, search: bool
+    ) -> list[dict[str, Any]]:
+        """What exists and bills in the runs' places, each once; with `search` also in those that
+        have no run here. `named` are keys of the place that the user named."""
+        ...
+
+    def found(self, named: Mapping[str, str]) -> Sequence[FoundPlace]:
+        """The places that `named` means and phi3 made something in."""
         ...
 
     def access(self, run: Run) -> Access:

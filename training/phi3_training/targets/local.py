@@ -11,7 +11,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from phi3_tool.connection import same_endpoint
+from phi3_tool.client import Phi3Client
+from phi3_tool.connection import ConnectionSettings, same_endpoint
+from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from ..engine import choose_engine
 from ..errors import StageError
@@ -27,13 +29,17 @@ from ..manifests import (
 )
 from ..memory import memory_plan, row_sizes, this_device
 from ..models.layers import check_adapter
+from ..packages import has_prompt_flow
 from ..progress import Progress, no_progress, note
 from ..recipe import Recipe
 from ..run import Run
-from ..serve import process
+from ..serve import keyholder, process
 from ..serve.config import ServerConfig
 from ..serve.export import converted
 from .base import PlanLine
+
+# The chat flow's own default.
+_MAX_NEW_TOKENS = 256
 
 
 class LocalTarget:
@@ -154,32 +160,46 @@ class LocalTarget:
         return connect(endpoint, key, section.name, section.dialect, run=run.name)
 
     def is_connected(self, run: Run) -> bool:
-        """Yes: the run's own connection stays, whichever run is the current one."""
-        del run
-        return True
+        """Whether the run's own connection is in the store and leads to its endpoint."""
+        from ..flow.store import read_connection
+
+        manifest = run.require(ConnectionManifest)
+        try:
+            stored, _key = read_connection(manifest.own or manifest.name)
+        except (
+            StageError
+        ):  # deleted by hand, or its keyring is gone: `connect` says so, or heals it
+            return False
+        return same_endpoint(stored, run.require(EndpointManifest).endpoint)
 
     def ask(self, flow: Path, recipe: Recipe, run: Run, progress: Progress) -> AnswerManifest:
-        """The answer through the stored connection."""
+        """The answer through the stored connection; without Prompt flow, the endpoint's own."""
         from ..data import question_of
         from ..flow.ask import ask
 
         del progress
         question = question_of(recipe, run)
+        if not has_prompt_flow():
+            settings = settings_from_server(run)
+            room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - _MAX_NEW_TOKENS
+            messages = to_messages((), question, max_tokens=room)
+            with Phi3Client.from_connection(settings) as client:
+                reply = client.chat(
+                    messages, temperature=0.0, top_p=1.0, max_new_tokens=_MAX_NEW_TOKENS
+                )
+            return AnswerManifest(question=question, answer=reply.text, through_flow=False)
         connection = run.require(ConnectionManifest)
         name = connection.own or connection.name
         answer = ask(flow, question, connection_name=name)
         return AnswerManifest(question=question, answer=answer)
 
     def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
-        """The endpoint's key: of this object, else of the store if that points to this endpoint.
-
-        Neither has it after a stop between `deploy` and `connect`.
-        """
+        """The endpoint's key: the server's, else of the store if that points to this endpoint."""
         from ..flow.connect import own_name
         from ..flow.store import StoreError, read_connection
 
         key = self.key(run)
-        if key is not None:
+        if key is not None or not has_prompt_flow():
             return key
         for name in (own_name(recipe.connection.name, run.name), recipe.connection.name):
             try:
@@ -191,8 +211,8 @@ class LocalTarget:
         return None
 
     def key(self, run: Run) -> str | None:
-        """The key of the endpoint that this object started."""
-        return self._keys.get(run.path)
+        """The key of the endpoint that this object started, or that the server hands out."""
+        return self._keys.get(run.path) or _key_of_server(run)
 
     def status(self, run: Run) -> dict[str, Any]:
         """Whether the run's server process lives."""
@@ -211,6 +231,35 @@ class LocalTarget:
         if not process.stop(endpoint.pid, endpoint.create_time):
             return []
         return [f"Stopped the endpoint of {run.name}: process {endpoint.pid}"]
+
+
+def settings_from_server(run: Run) -> ConnectionSettings:
+    """How to reach the run's endpoint where Prompt flow's store does not say it.
+
+    Raises StageError when no server of the run hands out its key.
+    """
+    endpoint = run.require(EndpointManifest)
+    key = _key_of_server(run)
+    if key is None:
+        raise StageError(
+            f"The endpoint of the run {run.name!r} does not hand out its key; restart it with: "
+            f"phi3 down {run.name} && phi3 up --run {run.name}. Outside Linux, choose the key "
+            "yourself and name both: PHI3_KEY=… phi3 deploy, then set PHI3_ENDPOINT and PHI3_KEY"
+        )
+    return ConnectionSettings(
+        endpoint.endpoint,
+        key,
+        deployment=endpoint.deployment or None,
+        dialect=endpoint.dialect,
+        context_length=endpoint.context_length,
+    )
+
+
+def _key_of_server(run: Run) -> str | None:
+    endpoint = run.read(EndpointManifest)
+    if endpoint is None or endpoint.pid is None or not _lives(endpoint):
+        return None
+    return keyholder.ask(endpoint.pid)
 
 
 def _lives(endpoint: EndpointManifest) -> bool:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from azure.mgmt.quota import QuotaMgmtClient
     from azure.mgmt.resource.resources import ResourceManagementClient
 
+    from .prices import Prices
+
 log = logging.getLogger(__name__)
 C = TypeVar("C")
 
@@ -267,6 +269,32 @@ class Clients:
             **({"transport": options["transport"]} if "transport" in options else {}),
         )
 
+    @cached_property
+    def prices(self) -> Prices:
+        """Azure's public price list."""
+        from .prices import Prices  # its table of sizes is in a module that needs this one
+
+        return Prices(self._ask_anonymously)
+
+    def _ask_anonymously(self, url: str, query: dict[str, str], seconds: float) -> Any:
+        """The JSON of a public address, without a sign-in and without a retry."""
+        from azure.core import PipelineClient
+        from azure.core.pipeline.policies import UserAgentPolicy
+        from azure.core.rest import HttpRequest
+
+        options = self._options()
+        client: PipelineClient[Any, Any] = PipelineClient(
+            url,
+            policies=[UserAgentPolicy("phi3-promptflow")],
+            **({"transport": options["transport"]} if "transport" in options else {}),
+        )
+        # Each of the two may take half: requests knows no limit for both.
+        half = seconds / 2
+        request = HttpRequest("GET", url, params=query)
+        response = client.send_request(request, connection_timeout=half, read_timeout=half)
+        response.raise_for_status()
+        return response.json()
+
     def _ml(self, **where: Any) -> MLClient:
         from azure.ai.ml import MLClient
 
@@ -275,7 +303,10 @@ class Clients:
             self.credential,
             subscription_id=self.place.subscription_id,
             resource_group_name=self.place.resource_group,
-            show_progress=False,  # its bars would run through ours
+            # Its bars are kept off the screen where it uploads (operations.within). Without them it
+            # never looks at how the upload of a folder's files ended, and waits for ever for one
+            # that was refused.
+            show_progress=True,
             enable_telemetry=False,
             **where,
             **self._options(),

@@ -8,12 +8,11 @@ memory.
 
 from __future__ import annotations
 
-import io
+import itertools
 import logging
 import shutil
 import time
-import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,34 @@ from phi3_tool.errors import (
     ThrottledError,
 )
 
+from ... import console
 from ...carried import copy_carried
 from ...data import question_of
 from ...errors import StageError
 from ...manifests import EndpointManifest, ModelManifest, RegistrationManifest
-from ...progress import Progress, captured_output, note
+from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
 from .clients import Clients
+from .cores import when_cores_are_free
+from .deadline import hold_deadline
 from .environments import serving_environment
 from .failures import explained, scrub
-from .operations import Outcome, create, delete, find, state_of, without_dots
+from .operations import (
+    Outcome,
+    create,
+    delete,
+    find,
+    state_of,
+    wait_until_ready,
+    within,
+    without_dots,
+)
 from .place import (
     AZURE,
+    LONGEST_NAME,
     RUN_TAG,
     RunResource,
     deployment_name,
@@ -53,8 +65,12 @@ from .place import (
     record,
     recorded_resources,
 )
+from .probes import fault_of
 from .resources import IDENTITY
+from .rollout import Rollout, undo_interrupted
 from .sizes import find_size, refuse_retired
+from .traffic import DeploymentId as DeploymentId
+from .traffic import traffic_shares as traffic_shares
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import (
@@ -75,10 +91,12 @@ __all__ = ["init", "run"]
 _SCORING = "phi3_training.serve.azure_score"
 LOG_LINES = 80  # of each container, in deployment.log
 _SHOWN_LINES = 20  # of them, in an error
-# After a lost answer the endpoint may still have its old shares.
-_TRAFFIC_TRIES = 3
 # Seconds that a new deployment may take for its first answer after Azure calls it ready.
 _SMOKE_SECONDS = 300.0
+_LONGEST_PAUSE = 30.0  # seconds between two asks
+# Failures of the model itself before it is given up: its machine bills meanwhile. Not counted are
+# those with Azure's reasons for a container that is only coming up.
+_MODEL_TRIES, _COMING_UP = 5, ("model_not_ready", "too_few_model_instance")
 # What a deployment that has only just come up may answer for a moment.
 _NOT_READY_YET = (
     EndpointNotFoundError,
@@ -90,20 +108,19 @@ _NOT_READY_YET = (
 
 
 @dataclass(frozen=True)
-class DeploymentId:
-    """A deployment's name and that of its endpoint."""
-
-    endpoint: str
-    name: str
-
-
-@dataclass(frozen=True)
 class ServedModel:
     """A registered model, and the route by which it was tuned."""
 
     name: str
     version: str
     route: str
+
+    def is_held_by(self, deployment: OnlineDeployment) -> bool:
+        """Whether the deployment serves this very version."""
+        held = str(getattr(deployment, "model", "") or "").lower()
+        arm_id = f"/models/{self.name}/versions/{self.version}".lower()
+        # An answer may leave the model out.
+        return not held or held.endswith((arm_id, f":{self.name}:{self.version}".lower()))
 
 
 def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> EndpointManifest:
@@ -115,21 +132,24 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     model = ServedModel(registration.model, registration.model_version, route)
     refuse_retired(settings.instance_type, "azure.endpoint.instance_type")
     find_size(clients, settings.instance_type, "azure.endpoint.instance_type")
-    target = DeploymentId(
-        endpoint_name(section, clients.place, run),
-        deployment_name(section, model.name, model.version),
-    )
-    endpoint, is_new = ensure_endpoint(clients, section, run, target.endpoint, progress)
-    before = traffic_shares(endpoint.traffic)
+    name = endpoint_name(section, clients.place, run)
+    endpoint, is_new = ensure_endpoint(clients, section, run, name, progress)
+    before = undo_interrupted(clients, section, run, endpoint, progress)
+    target = DeploymentId(name, free_name(clients, section, endpoint, model, before))
+    # Before the first machine, so that there is none without it, whatever kills this process.
+    console.note(hold_deadline(clients, section, run, endpoint, progress))
     ensure_deployment(clients, section, run, target, model, progress)
     access = access_to(clients, target.endpoint)
     question = question_of(recipe, run)
     reply = _first_answer(clients, access, target, question, progress)
-    move_traffic(clients, section, target.endpoint, {target.name: 100}, progress)
-    idle = _delete_surplus(clients, section, run, target, progress)
+    bills = what_bills(section, run, target)
+    rollout = Rollout(clients, recipe, run, target, before, access, progress, bills)
+    rollout.go()
+    idle = _delete_surplus(clients, section, run, target, before, progress)
     choices = [
         f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment "
         f"answered through its header before it got the traffic",
+        *rollout.told,
         f"{settings.instance_count} x {settings.instance_type} bills until it is deleted: "
         "phi3 down --on azure",
     ]
@@ -167,7 +187,7 @@ def ensure_endpoint(
     wanted = section.endpoint.auth_mode
     operations = clients.ml.online_endpoints
     existing = find("endpoint", name, operations.get)
-    if existing is not None and state_of(existing) == "succeeded":
+    if existing is not None:
         auth_mode = str(existing.auth_mode).lower()
         if auth_mode != wanted:
             raise StageError(
@@ -175,9 +195,8 @@ def ensure_endpoint(
                 f"{wanted}, and Azure cannot change it: set azure.endpoint.auth_mode={auth_mode}, "
                 "or another azure.endpoint.name"
             )
-        return existing, False
-    if existing is None:
-        record(run, RunResource("endpoint", name))
+        return _as_it_is(clients, section, existing, progress), False
+    record(run, RunResource("endpoint", name))
     # A user-assigned identity has its roles before the first deployment pulls image and model; the
     # endpoint's own would get them only now, and roles take minutes to act.
     identity = ManagedIdentityConfiguration(resource_id=IDENTITY.id(clients.place))
@@ -200,6 +219,77 @@ def ensure_endpoint(
     return endpoint, True
 
 
+def _as_it_is(
+    clients: Clients, section: AzureSection, endpoint: OnlineEndpoint, progress: Progress
+) -> OnlineEndpoint:
+    """An endpoint that exists, once nothing changes it any more, with the traffic that it has."""
+    operations, name = clients.ml.online_endpoints, str(endpoint.name)
+    read: Callable[[], OnlineEndpoint] = partial(operations.get, name)
+    poll = section.poll
+    if state_of(endpoint) not in ("succeeded", "failed", "canceled"):
+        ends = time.monotonic() + poll.deploy_timeout
+        doing = f"Waiting for the endpoint {name}"
+        try:
+            return wait_until_ready(doing, read, progress, ends=ends, pause=poll.interval)
+        except StageError:
+            endpoint = read_endpoint(clients, name)
+    if state_of(endpoint) not in ("failed", "canceled"):
+        return endpoint
+    # A change of it failed. What was read is sent back: a PUT without its traffic would take the
+    # traffic from the deployment that still answers.
+    with without_dots():
+        return create(
+            f"Repairing the endpoint {name}",
+            partial(operations.begin_create_or_update, endpoint),
+            read,
+            progress,
+            limit=poll.deploy_timeout,
+            pause=poll.interval,
+        )
+
+
+def read_endpoint(clients: Clients, name: str) -> OnlineEndpoint:
+    """The endpoint. StageError where there is none."""
+    with explained(f"Reading the endpoint {name}"):
+        endpoint: OnlineEndpoint = clients.ml.online_endpoints.get(name)
+    return endpoint
+
+
+def free_name(
+    clients: Clients,
+    section: AzureSection,
+    endpoint: OnlineEndpoint,
+    model: ServedModel,
+    shares: Mapping[str, int],
+) -> str:
+    """A name for the model's deployment that nothing else has which is live or kept.
+
+    `shares`: who has the traffic. A deployment that was replaced in its place could neither answer
+    meanwhile nor be rolled back to.
+    """
+    live = {*traffic_shares(shares), *traffic_shares(endpoint.mirror_traffic)}
+    get = clients.ml.online_deployments.get
+    for name in _numbered(deployment_name(section, model.name, model.version)):
+        existing = find("deployment", name, lambda own: get(own, str(endpoint.name)))
+        if existing is None:
+            return name
+        if state_of(existing) == "failed":
+            # It does not recover by itself. Without traffic nothing is lost with it.
+            if name not in live:
+                return name
+        elif model.is_held_by(existing):
+            return name
+    raise AssertionError("names do not end")
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then name-2, name-3, …, each short enough."""
+    yield name
+    for number in itertools.count(2):
+        mark = f"-{number}"
+        yield name[: LONGEST_NAME - len(mark)].rstrip("-") + mark
+
+
 def ensure_deployment(
     clients: Clients,
     section: AzureSection,
@@ -215,28 +305,27 @@ def ensure_deployment(
     operations = clients.ml.online_deployments
     read = partial(operations.get, target.name, target.endpoint)
     existing: OnlineDeployment | None = find("deployment", target.name, lambda _name: read())
-    if existing is not None and state_of(existing) == "succeeded":
-        # A name that the recipe sets may hold another version; a derived one names its version.
-        held = str(getattr(existing, "model", "") or "").lower()
-        arm_id = f"/models/{model.name}/versions/{model.version}".lower()
-        if not held or held.endswith((arm_id, f":{model.name}:{model.version}".lower())):
-            return "exists"
+    if existing is not None and state_of(existing) == "succeeded" and model.is_held_by(existing):
+        return "exists"
     if existing is not None and state_of(existing) == "failed":
         # It bills and does not recover by itself. It answers no requests, so nothing is lost.
         delete_deployment(clients, section, target, progress)
     record(run, RunResource("deployment", target.name, target.endpoint))
     entity = deployment_entity(section, run, target, model)
 
-    def start() -> object:
-        # azure-ai-ml prints a colour code and a newline after each upload.
-        with captured_output(io.StringIO()):
-            return operations.begin_create_or_update(entity)
+    submit = partial(
+        within,
+        f"submitting the deployment {target.name}",  # uploads code, where the model is our own
+        partial(operations.begin_create_or_update, entity),
+        progress,
+        limit=section.poll.upload_timeout,
+    )
 
     try:
         with without_dots():
             create(
                 f"Creating the deployment {target.name} (minutes; a GPU bills from now on)",
-                start,
+                lambda: when_cores_are_free(clients, section, submit, progress),
                 read,
                 progress,
                 limit=section.poll.deploy_timeout,
@@ -377,10 +466,12 @@ def _first_answer(
 ) -> ChatReply:
     """One answer of the new deployment, before it gets any traffic. StageError without one."""
     ends = time.monotonic() + _SMOKE_SECONDS
+    pause, failures = clients.poll.interval, 0
     # 200 s: a little more than Azure lets a request take (180 s). The client names the deployment
     # in the header azureml-model-deployment, which goes past the traffic rules. (The SDK's `invoke`
     # would keep that header for all later calls of the process.)
-    with access.client(deployment=target.name, max_retries=2, deadline=200.0) as client:
+    # Without retries of its own, because this loop asks again.
+    with access.client(deployment=target.name, max_retries=0, deadline=200.0) as client:
         while True:
             try:
                 messages = [{"role": "user", "content": question}]
@@ -389,7 +480,8 @@ def _first_answer(
             except Phi3Error as error:
                 # A status of 200 means that the model itself answered, and not with text.
                 may_settle = isinstance(error, _NOT_READY_YET) and error.status != 200
-                if time.monotonic() > ends or not may_settle:
+                failures += isinstance(error, ModelError) and error.reason not in _COMING_UP
+                if time.monotonic() > ends or failures >= _MODEL_TRIES or not may_settle:
                     lines = _last_lines(_read_log(clients, target))
                     log_end = f"\nThe end of its log:{lines}" if lines else ""
                     raise StageError(
@@ -399,83 +491,31 @@ def _first_answer(
                     ) from None
                 note(progress, f"asking {target.name}: not ready yet ({type(error).__name__})")
             else:
-                refuse_no_answer(target, reply.text)
+                refuse_no_answer(target, reply.text, question)
                 return reply
-            time.sleep(clients.poll.interval)
+            time.sleep(pause)
+            pause = min(2 * pause, max(_LONGEST_PAUSE, clients.poll.interval))
 
 
-def refuse_no_answer(target: DeploymentId, text: str) -> None:
+def refuse_no_answer(target: DeploymentId, text: str, question: str = "") -> None:
     """StageError where an answer is empty or not printable text: no model of chats says that."""
-    # U+FFFD stands for bytes that were no UTF-8; the others are control characters, halves of a
-    # pair and private use. Not Cf: emoji are joined with one of those.
-    shown = "".join(text.split())
-    odd = any(c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cs", "Co") for c in shown)
-    if any(c.isalnum() for c in shown) and not odd:
-        return
-    raise StageError(
-        f"The deployment {target.name} of {target.endpoint} answered {text[:60]!r}, and not "
-        "printable text with a word in it, so it gets no traffic.\nIt bills until it is "
-        "deleted: phi3 down --on azure --idle"
-    )
-
-
-def move_traffic(
-    clients: Clients,
-    section: AzureSection,
-    endpoint_name: str,
-    wanted: Mapping[str, int],
-    progress: Progress,
-) -> bool:
-    """Give each deployment its share in percent; False where they have it already.
-
-    Raises StageError for shares that Azure would refuse, before anything is sent.
-    """
-    operations = clients.ml.online_endpoints
-    for _ in range(_TRAFFIC_TRIES):
-        with explained(f"Reading the endpoint {endpoint_name}"):
-            endpoint = operations.get(endpoint_name)
-            listed = clients.ml.online_deployments.list(endpoint_name)
-            deployments = [str(item.name) for item in listed]
-        check_traffic(wanted, deployments)
-        if traffic_shares(endpoint.traffic) == traffic_shares(wanted):
-            return False
-        # The SDK's update is a PUT of the whole endpoint, so the one just read is sent back.
-        endpoint.traffic = {name: wanted.get(name, 0) for name in deployments}
-        with without_dots():
-            updated = create(
-                f"Giving the traffic of {endpoint_name} to {', '.join(traffic_shares(wanted))}",
-                partial(operations.begin_create_or_update, endpoint),
-                lambda: operations.get(endpoint_name),
-                progress,
-                limit=section.poll.deploy_timeout,
-                pause=section.poll.interval,
-            )
-        # After a lost answer `create` finds an endpoint that is well, with the old traffic or new.
-        if traffic_shares(updated.traffic) == traffic_shares(wanted):
-            return True
-    raise StageError(
-        f"The endpoint {endpoint_name} did not accept the new traffic shares and keeps the old "
-        f"ones. Run the same command again"
-    )
-
-
-def traffic_shares(traffic: Mapping[str, int] | None) -> dict[str, int]:
-    """The deployments that get any traffic, and how many percent."""
-    return {str(name): int(share) for name, share in (traffic or {}).items() if share}
-
-
-def check_traffic(wanted: Mapping[str, int], deployments: list[str]) -> None:
-    """Refuse shares of deployments that do not exist, and sums other than 0 and 100."""
-    shares = traffic_shares(wanted)
-    missing = [name for name in shares if name not in deployments]
-    if missing:
+    fault = fault_of(text)
+    if fault:
         raise StageError(
-            f"There is no deployment {', '.join(missing)} to send traffic to; deployments: "
-            f"{', '.join(deployments) or 'none'}"
+            f"The deployment {target.name} of {target.endpoint} answered {question!r} with "
+            f"{text[:60]!r}: {fault}. So it gets no traffic.\nIt bills until it is deleted: "
+            "phi3 down --on azure --idle"
         )
-    total = sum(shares.values())
-    if total not in (0, 100):
-        raise StageError(f"The shares of traffic must add up to 100, not {total}")
+
+
+def what_bills(section: AzureSection, run: Run, target: DeploymentId) -> str:
+    """That a deployment which is up without traffic bills, and how it goes."""
+    settings = section.endpoint
+    return (
+        f"The deployment {target.name} of {target.endpoint} ({settings.instance_count} x "
+        f"{settings.instance_type}) is up without traffic and bills until it is deleted: "
+        f"phi3 down --on azure --idle --run {run.name}"
+    )
 
 
 def _delete_surplus(
@@ -483,9 +523,13 @@ def _delete_surplus(
     section: AzureSection,
     run: Run,
     target: DeploymentId,
+    before: Mapping[str, int],
     progress: Progress,
 ) -> list[str]:
-    """Delete the run's oldest deployments beyond those to keep; what is left without traffic."""
+    """Delete the run's oldest deployments beyond those to keep; what is left without traffic.
+
+    Of those to keep, the ones that had the traffic `before` come first: a rollback goes to them.
+    """
     with explained(f"Listing the deployments of {target.endpoint}"):
         listed = clients.ml.online_deployments.list(target.endpoint)
         existing = {str(item.name) for item in listed}
@@ -495,6 +539,7 @@ def _delete_surplus(
         for resource in recorded_resources(run, "deployment")
         if resource.parent == target.endpoint and resource.name in others
     ]
+    ours.sort(key=lambda name: name in before)  # stable: the oldest first, those before it last
     surplus = ours[: max(0, len(ours) + 1 - section.endpoint.keep_deployments)]
     for name in surplus:
         delete_deployment(clients, section, DeploymentId(target.endpoint, name), progress)

@@ -46,6 +46,7 @@ def scrub(text: str) -> str:
     return text
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SERVER = (
     "this is an error on Azure's side: run the same command again in a few minutes; nothing is "
     "created twice"
@@ -67,6 +68,14 @@ FIXES = {
     "authorizationfailed": "you lack a role: ask an owner of the subscription for Contributor "
     "on the resource group, and for User Access Administrator to assign roles; a new role takes "
     "effect after some minutes",
+    # Of the storage account, where code, chats and models go.
+    "authorizationpermissionmismatch": "you or the job's identity lack the role Storage Blob Data "
+    "Contributor on the workspace's storage account; a new role takes effect after some minutes",
+    "authorizationfailure": "the storage account's network rules keep this machine out: let it in "
+    "(az storage account network-rule add), or run phi3 inside its network",
+    "keybasedauthenticationnotpermitted": "a policy switches the storage account's keys off: set "
+    "the workspace to use your sign-in (az ml workspace update --system-datastores-auth-mode "
+    "identity), with the role Storage Blob Data Contributor on the account",
     "linkedauthorizationfailed": "you are not allowed to use the identity: you need the role "
     "Managed Identity Operator on it",
     "roleassignmentupdatenotpermitted": "the role assignment belongs to another identity; delete "
@@ -116,10 +125,12 @@ def code_of(error: BaseException) -> str | None:
     body = getattr(error, "error", None)
     code = getattr(body, "code", None)
     inner = [getattr(item, "code", None) for item in getattr(body, "details", None) or ()]
-    for candidate in (*inner, code):
+    of_storage = getattr(error, "error_code", None)  # the storage SDK puts its code there
+    of_storage = getattr(of_storage, "value", of_storage)
+    for candidate in (*inner, code, of_storage):
         if candidate and str(candidate).lower() in FIXES:
             return str(candidate)
-    return str(code) if code else None
+    return str(code or of_storage) if code or of_storage else None
 
 
 def message_of(error: BaseException) -> str:
@@ -129,6 +140,10 @@ def message_of(error: BaseException) -> str:
     parts += [getattr(item, "message", None) for item in getattr(body, "details", None) or ()]
     words = [str(part) for part in parts if part] or [getattr(error, "message", None) or str(error)]
     text = " ".join(" ".join(dict.fromkeys(words)).split())
+    # azure-ai-ml colours the faults that it finds itself, on a terminal or not.
+    text = _COLOUR.sub("", text)
+    # The storage service goes on with RequestId, Time, ErrorCode and the whole answer as XML.
+    text = text.partition(" RequestId:")[0]
     return scrub(text[:1000]).rstrip(".")
 
 

@@ -6,7 +6,6 @@ Reads and writes <run>/azure/jobs.json (which job does what for this run) and wr
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
@@ -15,19 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ... import console
 from ...errors import StageError
 from ...manifests import MetricsManifest, ModelManifest
-from ...progress import Progress, captured_output, note
+from ...progress import Progress, no_progress, note
 from ...run import Run, write_atomically
 from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
-from .operations import TRIES, get_or_none, is_absent, is_transient
+from .operations import TRIES, get_or_none, is_transient, within
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Job
@@ -56,6 +55,7 @@ _SHOWN_LINES = 8  # last log lines in an error
 # Failed looks at the status in a row before phi3 gives up: a minute at the default 10 s each. The
 # job itself is not concerned.
 _PATIENCE = 6
+_REASON_SECONDS = 120.0  # for Azure's words about a job that failed
 OUTPUT_STORE, LOG_STORE = "workspaceblobstore", "workspaceartifactstore"
 _DATASTORE_PATH = re.compile(r"datastores/(?P<store>[^/]+)/(?:paths/)?(?P<path>.+?)/?$")
 # The log of the first process of the first machine, which the SDK shows as well; then what there
@@ -127,7 +127,7 @@ def run_job(
         write_atomically(run.file("azure", "jobs.json"), json.dumps(content, indent=2) + "\n")
     if job is None:
         note(progress, f"submitting the job {record.name}")
-        job = _submit(clients, record.name, build)
+        job = _submit(clients, record.name, build, progress)
     else:
         note(progress, f"resuming the job {record.name}")
     if status_of(job) != "completed":
@@ -161,19 +161,26 @@ def _resumable(
     return (record, job) if status == "completed" and same and not used else (None, None)
 
 
-def _submit(clients: Clients, name: str, build: Callable[[str], Job]) -> Job:
+def _submit(clients: Clients, name: str, build: Callable[[str], Job], progress: Progress) -> Job:
     """Submit under the name. A job that already has it is ours: the answer to a PUT was lost."""
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
     job: Job | None
+    body: Job | None = None
     for tries_left in reversed(range(TRIES)):
-        body = build(name)  # built again each time: a failed try leaves it half resolved
+        # What a refused try has uploaded is named in the body by then, so the next uploads nothing.
+        body = body or build(name)
         try:
-            # azure-ai-ml prints a colour code and a newline after each upload.
-            with captured_output(io.StringIO()):
-                job = clients.ml.jobs.create_or_update(body)
+            job = within(
+                f"submitting the job {name}",
+                partial(clients.ml.jobs.create_or_update, body),
+                progress,
+                limit=clients.poll.upload_timeout,
+            )
         except (AzureError, MlException) as error:
+            if isinstance(error, MlException):  # a fault of an upload may leave the body half done
+                body = None
             try:
                 job = _find(clients, name) if is_transient(error) else None
             except StageError:  # Azure is in trouble; the next try will show
@@ -216,11 +223,11 @@ def others_at_work(clients: Clients, run: Run, cluster: str) -> list[str]:
             for job in clients.ml.jobs.list()
             if job.name not in own
             and status_of(job) in WORKING
-            and _compute_of(job).rsplit("/", 1)[-1].lower() == cluster.lower()
+            and compute_of(job).rsplit("/", 1)[-1].lower() == cluster.lower()
         ]
 
 
-def _compute_of(job: Job) -> str:
+def compute_of(job: Job) -> str:
     """The name or ARM id of a job's compute; a pipeline has it among its settings."""
     settings = getattr(job, "settings", None)
     compute = getattr(job, "compute", None) or getattr(settings, "default_compute", None)
@@ -332,10 +339,11 @@ def _until_done(
             failures = 0
         except AzureError as error:
             failures += 1
-            # A 404 counts as transient here: the job was there a moment ago.
-            if failures > _PATIENCE or not (is_transient(error) or is_absent(error)):
+            # Whatever it is, 404 and 401 among them: it could be read a moment ago, and only our
+            # looking is concerned, not the job.
+            if failures > _PATIENCE:
                 raise StageError(
-                    f"The job {name} is still running, but its status cannot be read: "
+                    f"The job {name} may still be running, but its status cannot be read: "
                     f"{message_of(error)}. Resume: {_resume(run)}"
                 ) from None
             time.sleep(clients.poll.job_interval)
@@ -363,10 +371,11 @@ def _azures_reason(clients: Clients, name: str) -> str | None:
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError
 
-    # A job's own fields do not have them; the SDK's stream of an ended job raises them at its end.
+    # A job's own fields do not have them; the SDK's stream of an ended job raises them at its end,
+    # after it has read the whole log once more.
+    read = partial(clients.ml.jobs.stream, name)
     try:
-        with redirect_stdout(io.StringIO()):
-            clients.ml.jobs.stream(name)
+        within(f"reading the end of the job {name}", read, no_progress, limit=_REASON_SECONDS)
     except MlException as error:
         match = re.search(r"\{.*\}", str(error), re.DOTALL)  # JSON inside a text
         try:
@@ -374,8 +383,16 @@ def _azures_reason(clients: Clients, name: str) -> str | None:
             return scrub(f"{details['code']}: {details['message']}")
         except (ValueError, KeyError, TypeError):
             return message_of(error)
-    except (AzureError, OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        log.info("the reason of %s is not available: %s", name, scrub(str(error)))
+    except (
+        StageError,
+        AzureError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as e:
+        log.info("the reason of %s is not available: %s", name, scrub(str(e)))
     return None
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from ... import console
 from ...errors import StageError
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from .failures import code_of, explained, stage_error
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,10 @@ def is_transient(error: BaseException) -> bool:
     )
 
     if isinstance(error, ClientAuthenticationError):
-        return False  # a refused sign-in does not pass by waiting
+        # A refused sign-in does not pass by waiting. A service's 401 may: a token that ran out on
+        # its way, or a service that does not know it yet. A token of another tenant stays one.
+        lasting = (code_of(error) or "").lower() == "invalidauthenticationtokentenant"
+        return error.status_code == 401 and not lasting
     if isinstance(error, MlException):
         # azure-ai-ml reports a reset during an upload as "fields are invalid", and keeps the class
         # of the original error only in the text.
@@ -119,6 +123,45 @@ def state_of(resource: object) -> str:
             state = properties.get("provisioningState")
     # A plain string in azure-ai-ml 1.32, an enumeration in 1.35.
     return str(getattr(state, "value", state) or "").lower()
+
+
+def within(doing: str, call: Callable[[], T], progress: Progress, *, limit: float) -> T:
+    """What `call` returns or raises; StageError after `limit` seconds. Keeps its prints off.
+
+    For calls that upload, download or stream: the SDKs give those no limit, and Ctrl-C would wait
+    for them.
+    """
+    # azure-ai-ml's storage clients wait in `while uploaded_file_count < total_file_count: sleep`
+    # until every file has arrived, also where one never will (1.32 and 1.35, blob, Data Lake and
+    # file share). A thread cannot be stopped: one that is given up waits on until the process ends.
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again where it was called
+            failures.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    started = time.monotonic()
+    with captured_output(io.StringIO(), of_new_threads=True):
+        thread.start()
+        while thread.is_alive():
+            seconds = time.monotonic() - started
+            thread.join(min(1.0, max(0.01, limit - seconds)))
+            if not thread.is_alive():
+                break
+            note(progress, f"{doing}, {seconds:.0f} s")
+            if seconds > limit:
+                raise StageError(
+                    f"{doing}: no answer after {limit:.0f} s. Check the network and whether the "
+                    "workspace's storage account can be reached from here, or wait longer "
+                    "(azure.poll.upload_timeout); then run the same command again"
+                )
+    if failures:
+        raise failures[0]
+    return results[0]
 
 
 def _real(poller: Poller) -> Poller:
@@ -292,6 +335,7 @@ def delete(
 
 @contextmanager
 def without_dots() -> Iterator[None]:
-    """azure-ai-ml prints a dot on standard output at each poll, and an empty line at the end."""
-    with redirect_stdout(io.StringIO()):
+    """azure-ai-ml prints a dot at each poll, in a thread of its own, and a line at the end."""
+    # Standard output alone: the log of a job that is followed meanwhile goes to standard error.
+    with captured_output(io.StringIO(), of_new_threads=True, errors=False):
         yield

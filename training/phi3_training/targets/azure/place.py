@@ -55,9 +55,10 @@ _CONFIG_KEYS = {
 # Tags by which phi3 knows its own resources. Jobs carry the run under a name of their own.
 CREATED_BY_TAG, CREATED_BY = "created-by", "phi3-promptflow"
 RUN_TAG, JOB_RUN_TAG = "phi3_run", "phi3-run"
+ROLLOUT_TAG = "phi3_rollout"  # of an endpoint between two states
 # The longest name of an endpoint or a deployment ("Endpoint limits" in Azure ML's "Manage and
 # increase quotas").
-_LONGEST = 32
+LONGEST_NAME = 32
 
 
 @dataclass(frozen=True)
@@ -264,22 +265,25 @@ def endpoint_name(section: AzureSection, place: Place, run: Run) -> str:
     mark = fingerprint([place.workspace_id().lower(), run.name])[:8]
     words = _lower_words(run.name)
     name = words if words[:1].isalpha() else f"m-{words}".rstrip("-")  # a letter comes first
-    return f"{name[: _LONGEST - len(mark) - 1].rstrip('-')}-{mark}"
+    return f"{name[: LONGEST_NAME - len(mark) - 1].rstrip('-')}-{mark}"
 
 
 def deployment_name(section: AzureSection, model: str, version: str) -> str:
-    """The recipe's, else one that changes with the model's version and with how it is served."""
+    """A name that changes with the model's version and with how it is served.
+
+    A name in the recipe is its prefix.
+    """
     settings = section.endpoint
-    if settings.deployment is not None:
-        return settings.deployment
     # A changed model or setting is a new deployment next to the old one, never an update of the one
     # that has the traffic.
-    ignored = {"name", "auth_mode", "keep_deployments"}
+    ignored = {"name", "auth_mode", "keep_deployments", "deadline"}
     shape = settings.model_dump(mode="json", exclude=ignored)
     # Six hex digits: deployments are compared within one endpoint, which has at most 20.
     mark = fingerprint([shape, f"{model}:{version}"])[:6]
     name = f"v{_lower_words(version)}"
-    return f"{name[: _LONGEST - len(mark) - 1].rstrip('-')}-{mark}"
+    if settings.deployment is not None:
+        name = f"{settings.deployment}-{name}"
+    return f"{name[: LONGEST_NAME - len(mark) - 1].rstrip('-')}-{mark}"
 
 
 def _lower_words(text: str) -> str:

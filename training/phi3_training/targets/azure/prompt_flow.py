@@ -11,7 +11,6 @@ import io
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -24,14 +23,14 @@ from ...flow import store
 from ...flow.bundle import Bundle
 from ...flow.connect import connect as connect_here
 from ...manifests import ConnectionManifest, EndpointManifest
-from ...progress import Progress, note
+from ...progress import Progress, captured_output, note
 from ...recipe import Recipe
 from ...run import Run
 from ..base import Access
 from .clients import ARM, Clients
 from .deploy import access_to
 from .failures import HIDDEN, explained, message_of, scrub, stage_error
-from .operations import TRIES, Outcome, is_absent, is_transient
+from .operations import TRIES, Outcome, is_absent, is_transient, within
 from .place import AZURE, RUN_TAG, RunResource, record, recorded_resources
 from .resources import CONNECTIONS_API
 
@@ -252,6 +251,7 @@ def push_flow(
         from promptflow.azure import PFClient
     except ImportError as error:
         raise MissingExtraError(error.name or "promptflow-azure", "flow,azure") from None
+    store.no_update_check()
     name = bundle.folder.name
     note(progress, f"flow {name} into {workspace}")
     open_client = partial(PFClient, ml_client=clients.ml_of(workspace))
@@ -272,7 +272,9 @@ def push_flow(
             type="chat",
             tags={CONTENT_TAG: bundle.sha256, RUN_TAG: run.name},
         )
-        flow, state = _in_our_words(doing, start), "made"
+        push = partial(_in_our_words, doing, start)
+        flow = within(doing, push, progress, limit=clients.poll.upload_timeout)
+        state = "made"
     page = getattr(flow, "flow_portal_url", None)
     return PushedFlow(workspace, str(flow.name), str(flow.display_name), page, state)
 
@@ -298,7 +300,7 @@ def _in_our_words(doing: str, call: Callable[[], T]) -> T:
     from promptflow.exceptions import PromptflowException
 
     try:
-        with redirect_stdout(io.StringIO()), explained(doing):
+        with captured_output(io.StringIO()), explained(doing):
             return call()
     except PromptflowException as error:
         inner = getattr(error, "inner_exception", None)

@@ -19,7 +19,14 @@ from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
 from .operations import Outcome, create, find, get_or_none, state_of, wait_until_ready
 from .place import AZURE, resource_tags
-from .resources import Dependents, dependents_of, ensure_dependents, ensure_grant, grants
+from .resources import (
+    Dependents,
+    dependents_of,
+    ensure_dependents,
+    ensure_grant,
+    ensure_group,
+    grants,
+)
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
 if TYPE_CHECKING:
@@ -165,7 +172,11 @@ class _Provisioning:
                 self.step(what, resource, lambda: "exists")
             self.step("workspace", name, partial(self._use_workspace, existing))
             return
-        if not self.step("resource group", place.resource_group, self._resource_group):
+        if not self.step(
+            "resource group",
+            place.resource_group,
+            partial(ensure_group, self.clients, self.tags, self.progress),
+        ):
             return
         dependents = ensure_dependents(self.clients, self.tags, self.progress, self.step)
         self.done.dependents = dependents
@@ -180,34 +191,19 @@ class _Provisioning:
             )
             self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
 
-    def _resource_group(self) -> Outcome:
-        groups, name = self.clients.resources.resource_groups, self.place.resource_group
-        doing = f"Creating the resource group {name}"
-        if get_or_none(lambda: groups.get(name), doing) is not None:
+    def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
+        """Workspace, hub and project are the same kind of resource to Azure."""
+        if _workspace(self.clients, what, name) is not None:
+            self._await_workspace(what, name)
             return "exists"
-        body: Any = {"location": self.place.location, "tags": self.tags}
+        self._await_deletion(what, name)
         self.create(
-            doing,
-            lambda: groups.create_or_update(name, body),
-            lambda: groups.get(name),
+            f"Creating the {what} {name}",
+            lambda: self.clients.subscription.workspaces.begin_create(body),
+            partial(_workspace_resource, self.clients, name),
             self.progress,
         )
         return "created"
-
-    def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
-        """Workspace, hub and project are the same kind of resource to Azure."""
-        outcome: Outcome = "exists"
-        if _workspace(self.clients, what, name) is None:
-            workspaces = self.clients.subscription.workspaces
-            self.create(
-                f"Creating the {what} {name}",
-                lambda: workspaces.begin_create(body),
-                lambda: workspaces.get(name),
-                self.progress,
-            )
-            outcome = "created"
-        self._await_workspace(what, name)
-        return outcome
 
     def _use_workspace(self, existing: Workspace) -> Outcome:
         """Somebody else's, or the one that a killed command had begun to make."""
@@ -216,16 +212,35 @@ class _Provisioning:
         return outcome
 
     def _await_workspace(self, what: str, name: str) -> None:
-        poll, resources = self.clients.poll, self.clients.resources.resources
-        arm_id = self.place.workspace_id(name)
-        # Through ARM: azure-ai-ml's Workspace drops the provisioning state.
+        poll = self.clients.poll
         wait_until_ready(
             f"Waiting for the {what} {name}",
-            lambda: resources.get_by_id(arm_id, api_version=_WORKSPACE_API),
+            partial(_workspace_resource, self.clients, name),
             self.progress,
             ends=time.monotonic() + poll.provision_timeout,
             pause=poll.interval,
         )
+
+    def _await_deletion(self, what: str, name: str) -> None:
+        """One that is being deleted keeps its name until it is gone."""
+        # Not by trying: azure-ai-ml updates a workspace that it still finds, dying or not.
+        doing, poll = f"Waiting for the old {what} {name} to be gone", self.clients.poll
+        ends = time.monotonic() + poll.delete_timeout
+        read = partial(_workspace_resource, self.clients, name)
+        while state_of(get_or_none(read, doing)) == "deleting":
+            if time.monotonic() > ends:
+                raise StageError(f"{doing}: still there; run the same command again later")
+            note(self.progress, doing)
+            time.sleep(poll.interval)
+
+    def identity_and_project(self, wanted: set[str]) -> None:
+        """The identity, the project with its hub, and what the identity may do."""
+        self.identity()
+        if "project" in wanted:
+            self.hub_and_project()
+        # Roles take minutes to act; the training job gives them that time.
+        if "roles" in wanted:
+            self.roles(with_project="project" in wanted)
 
     def identity(self) -> None:
         """The identity that the deployment runs as."""
@@ -308,7 +323,18 @@ def _check_location(workspace: Workspace, wanted: str) -> Outcome:
 def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
     """The workspace, hub or project; None where it does not exist or is being deleted."""
     workspace = find(what, name, clients.subscription.workspaces.get)
-    return None if state_of(workspace) in ("deleting", "softdeleted") else workspace
+    if workspace is None:
+        return None
+    read = partial(_workspace_resource, clients, name)
+    resource = get_or_none(read, f"Looking for the {what} {name}")
+    gone = resource is None or state_of(resource) in ("deleting", "softdeleted")
+    return None if gone else workspace
+
+
+def _workspace_resource(clients: Clients, name: str) -> object:
+    """As ARM has it: azure-ai-ml's Workspace drops the provisioning state."""
+    arm_id = clients.place.workspace_id(name)
+    return clients.resources.resources.get_by_id(arm_id, api_version=_WORKSPACE_API)
 
 
 def ensure_cluster(
@@ -353,10 +379,19 @@ def ensure_cluster(
             pause=clients.poll.interval,
         )
     except StageError as error:
-        raise StageError(f"{error}. {remains}") from None
+        raise StageError(f"{error}. {_what_remains(clients, name, remains)}") from None
     if state_of(cluster) == "failed":
         raise StageError(f"Azure created the cluster in the state Failed. {remains}")
     return "created"
+
+
+def _what_remains(clients: Clients, name: str, remains: str) -> str:
+    """`remains` where the cluster exists or nobody can tell; else that nothing bills."""
+    try:
+        exists = find("cluster", name, clients.ml.compute.get) is not None
+    except StageError:
+        exists = True
+    return remains if exists else "No cluster was created: nothing bills"
 
 
 def _refuse_other_cluster(cluster: Compute, section: ComputeSection) -> None:

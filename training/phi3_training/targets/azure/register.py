@@ -7,11 +7,14 @@ already is found by its tag, so that none is registered twice.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ... import console
 from ...errors import StageError
 from ...manifests import (
     DatasetManifest,
@@ -20,11 +23,12 @@ from ...manifests import (
     ModelManifest,
     RegistrationManifest,
 )
+from ...progress import no_progress
 from ...recipe import Recipe
 from ...run import RECIPE_FILE, Run, fingerprint, sha256_of
 from .clients import Clients
 from .failures import explained, message_of
-from .operations import is_absent
+from .operations import is_absent, within
 from .place import AZURE, RUN_TAG, RunResource, record
 
 if TYPE_CHECKING:
@@ -34,14 +38,18 @@ log = logging.getLogger(__name__)
 
 JOB_TAG = "phi3_job"
 _LONGEST_TAG = 256  # characters of a tag's value that Azure takes
+_LONGEST_NAME = 255  # of a model
 
 
 def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest:
     """Register the model that the run's job made."""
     job_model = run.require(ModelManifest)
     tags = _tags(recipe, run, job_model)
-    versions = _versions(clients, run.name)
+    name = model_name(recipe, run, job_model)
+    versions = _versions(clients, name)
     model = _of_job(versions, job_model.job)
+    if model is None and name != run.name:  # as it was called until 2026-11
+        model = _of_job(_versions(clients, run.name), job_model.job)
     if model is not None:
         how = "the job's model was already registered"
     else:
@@ -49,8 +57,8 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
         # meets the same version. Versions that are not whole numbers are somebody else's scheme.
         numbers = [int(str(item.version)) for item in versions if str(item.version).isdecimal()]
         version = str(max(numbers, default=0) + 1)
-        record(run, RunResource("model", f"{run.name}:{version}"))
-        model, source = _create(clients, run.name, version, job_model, tags)
+        record(run, RunResource("model", f"{name}:{version}"))
+        model, source = _create(clients, name, version, job_model, tags)
         how = f"from {source}"
     return RegistrationManifest(
         target=AZURE,
@@ -60,6 +68,19 @@ def register(clients: Clients, recipe: Recipe, run: Run) -> RegistrationManifest
         tags=tags,
         choices=[how],
     )
+
+
+def model_name(recipe: Recipe, run: Run, job_model: ModelManifest) -> str:
+    """What the registered model is called: the base it was tuned from, then the run."""
+    # A run is called after its recipe, and model.name_or_path may name another base than that:
+    # a Phi-4 must not be served as phi3-mini.
+    found = job_model.foundation_model
+    if found is None and recipe.model.is_tiny:
+        return run.name
+    base = found.name if found else recipe.model.name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-._")
+    whole = run.name if base.lower() in run.name.lower() else f"{base}-{run.name}"
+    return whole[:_LONGEST_NAME]
 
 
 def _tags(recipe: Recipe, run: Run, job_model: ModelManifest) -> dict[str, str]:
@@ -142,8 +163,12 @@ def _create(
                 raise
     # The last way, for some 8 GB down and up again: a Phi-3 mini in bf16.
     with TemporaryDirectory(prefix="phi3-model-") as folder:
-        with explained(f"Downloading the model of the job {job}"):
-            clients.ml.jobs.download(job, download_path=folder, output_name=output)
+        doing = f"Downloading the model of the job {job}"
+        console.note(f"{doing} and uploading it again: Azure takes it from none of its places")
+        fetch = partial(clients.ml.jobs.download, job, download_path=folder, output_name=output)
+        limit = clients.poll.upload_timeout
+        with explained(doing):
+            within(doing, fetch, no_progress, limit=limit)
         models = sorted(Path(folder).rglob("MLmodel"), key=lambda path: len(path.parts))
         if not models:
             tried = "\n".join(refusals)
@@ -152,7 +177,8 @@ def _create(
                 "Fix: check the job's outputs in the studio; train again with: "
                 "phi3 up --on azure --again finetune"
             )
-        with explained(f"Registering the model {name} from its download"):
+        doing = f"Registering the model {name} from its download"
+        with explained(doing):
             entity = Model(
                 name=name,
                 version=version,
@@ -160,7 +186,8 @@ def _create(
                 type="mlflow_model",
                 tags=tags,
             )
-            return clients.ml.models.create_or_update(entity), "a download of the job's output"
+            put = partial(clients.ml.models.create_or_update, entity)
+            return within(doing, put, no_progress, limit=limit), "a download of the job's output"
 
 
 def _sources(clients: Clients, job_model: ModelManifest) -> Iterator[str]:

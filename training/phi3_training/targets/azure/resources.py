@@ -156,32 +156,64 @@ def ensure_dependents(
         REGISTRY: lambda: {"sku": {"name": "Basic"}, "properties": {"adminUserEnabled": True}},
     }
     results = [
-        step(kind.what, kind.name(place), partial(_ensure, clients, kind, body, tags, progress))
+        step(
+            kind.what,
+            kind.name(place),
+            partial(
+                ensure_resource,
+                clients,
+                f"{kind.what} {kind.name(place)}",
+                kind.id(place),
+                kind.api_version,
+                body,
+                tags,
+                progress,
+            ),
+        )
         for kind, body in bodies.items()
     ]
     return dependents_of(None, place) if all(results) else None
 
 
-def _ensure(
+def ensure_group(clients: Clients, tags: dict[str, str], progress: Progress) -> Outcome:
+    """Create the place's resource group where it is missing. StageError with the fix."""
+    groups, place = clients.resources.resource_groups, clients.place
+    doing = f"Creating the resource group {place.resource_group}"
+    if get_or_none(lambda: groups.get(place.resource_group), doing) is not None:
+        return "exists"
+    body: Any = {"location": place.location, "tags": tags}
+    poll = clients.poll
+    create(
+        doing,
+        lambda: groups.create_or_update(place.resource_group, body),
+        lambda: groups.get(place.resource_group),
+        progress,
+        limit=poll.provision_timeout,
+        pause=poll.interval,
+    )
+    return "created"
+
+
+def ensure_resource(
     clients: Clients,
-    kind: ResourceKind,
+    what: str,
+    resource_id: str,
+    api_version: str,
     own_body: Callable[[], Body],
     tags: dict[str, str],
     progress: Progress,
 ) -> Outcome:
+    """Create a resource where none has its id; `what` names it. StageError with the fix."""
     from azure.core.exceptions import HttpResponseError
 
     resources = clients.resources.resources
-    resource_id = kind.id(clients.place)
-    doing = f"Creating the {kind.what} {kind.name(clients.place)}"
+    doing = f"Creating the {what}"
 
     def read() -> object:
-        return resources.get_by_id(resource_id, api_version=kind.api_version)
+        return resources.get_by_id(resource_id, api_version=api_version)
 
     def put(body: Any) -> object:  # the SDK asks for a model of its own, and takes JSON
-        return resources.begin_create_or_update_by_id(
-            resource_id, body, api_version=kind.api_version
-        )
+        return resources.begin_create_or_update_by_id(resource_id, body, api_version=api_version)
 
     def start() -> object:
         body = {"location": clients.place.location, "tags": tags, **own_body()}
@@ -189,7 +221,8 @@ def _ensure(
             return put(body)
         except HttpResponseError as error:
             if (code_of(error) or "").lower() == "missingsubscriptionregistration":
-                _register_provider(clients, kind.arm_type.split("/")[0], progress)
+                namespace = resource_id.split("/providers/")[1].split("/")[0]
+                register_provider(clients, namespace, progress)
             elif error.status_code == 409 and "deleted state" in str(error).lower():
                 # A deleted key vault keeps its name for up to 90 days; ours is recovered.
                 body["properties"] = {**body["properties"], "createMode": "recover"}
@@ -204,7 +237,7 @@ def _ensure(
     return "created"
 
 
-def _register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
+def register_provider(clients: Clients, namespace: str, progress: Progress) -> None:
     """Register a resource provider, which a subscription must do once."""
     # That takes a minute or two.
     providers = clients.resources.providers
@@ -240,11 +273,16 @@ def _tenant(clients: Clients) -> str:
 ROLES = {
     "Contributor": "b24988ac-6180-42a0-ab88-20f7382dd24c",
     "Storage Blob Data Reader": "2a2b9908-6ea1-4ae2-8e65-a410df84e7d1",
+    "Search Service Contributor": "7ca78c08-252a-4471-8644-bb5ff32d4ba0",
+    "Search Index Data Contributor": "8ebe5a00-799e-43f5-93ac-243d3dce84a7",
     "AcrPull": "7f951dda-4ed3-4680-a7ca-43fe172d538d",
     "Azure Machine Learning Workspace Connection Secrets Reader": (
         "ea01e6af-a1c1-4350-9563-ad00f8c72ec5"
     ),
+    "AzureML Data Scientist": "f6c7c914-8db3-469d-8ca1-694a8f32e121",
 }
+# On one online endpoint it allows to delete that endpoint and its deployments, and nothing more.
+ENDPOINT_KEEPER = "AzureML Data Scientist"
 SECRETS_READER = "Azure Machine Learning Workspace Connection Secrets Reader"
 # A role assignment's name must be a GUID. This one is phi3's own; names are derived from it (UUID
 # version 5), so that a second run repeats the name instead of getting a 409 for another one.
@@ -258,6 +296,9 @@ class Grant:
     role: str
     scope: str
     principal_id: str
+    # Without a type the SDK sends "User", and Azure then looks up an identity that it may not know
+    # yet (PrincipalNotFound). This is right for every managed identity.
+    principal_type: str = "ServicePrincipal"
 
     @property
     def name(self) -> str:
@@ -278,9 +319,7 @@ class Grant:
         return RoleAssignmentCreateParameters(
             role_definition_id=f"/subscriptions/{subscription_id}/{definition}/{ROLES[self.role]}",
             principal_id=self.principal_id,
-            # Without a type the SDK sends "User", and Azure then looks up an identity that it may
-            # not know yet (PrincipalNotFound). This is right for every managed identity.
-            principal_type="ServicePrincipal",
+            principal_type=self.principal_type,
         )
 
 

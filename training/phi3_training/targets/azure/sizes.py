@@ -41,12 +41,12 @@ class Size:
 # For scale: a model of 3.8 billion parameters in bf16 takes 7.6 GB, so serving fits every GPU here;
 # a T4 has no bf16 and no flash attention 2. LoRA needs the 80 GB, which is also the smallest size
 # on the catalogue's list for fine-tuning.
-# Prices: US dollars per hour and machine, Linux, pay as you go, from the Azure Retail Prices API on
-# this date in this region. Only two sizes have a price that more than one source agrees on; for all
-# others the price page is named rather than a guess. Azure ML adds no charge of its own.
+# Prices, for when prices.py cannot ask: US dollars per hour and machine, Linux, pay as you go, from
+# the Azure Retail Prices API on this date in this region. Only two sizes have a price that more
+# than one source agrees on; for all others the price page is named rather than a guess. Azure ML
+# adds no charge of its own.
 PRICE_DATE, PRICE_REGION = "2026-11-09", "eastus"
 PRICE_PAGE = "https://azure.microsoft.com/pricing/details/machine-learning/"
-_HOURS_PER_MONTH = 730
 _A100, _H100 = "standardNCADSA100v4Family", "standardNCADSH100v5Family"
 _T4, _A10 = "standard NCASv3_T4 Family", "standardNVADSA10v5Family"
 _ND_A100_40, _ND_A100_80 = "standard NDASv4_A100 Family", "standard NDAMSv4_A100Family"
@@ -154,18 +154,6 @@ def gpus_in(clients: Clients, name: str, key: str) -> int:
     return size.gpus
 
 
-def price_of(size: str, count: int, region: str) -> str:
-    """What `count` machines cost together, in a few words; known for the table's region alone."""
-    known = TABLE.get(size.lower())
-    if known is None or known.usd_per_hour is None or region != PRICE_REGION:
-        return f"price of {size} unknown: see {PRICE_PAGE}"
-    hour = known.usd_per_hour * count
-    return (
-        f"{hour:.2f} USD per hour, {hour * _HOURS_PER_MONTH:,.0f} per month if left on "
-        f"(list price of {PRICE_REGION}, {PRICE_DATE})"
-    )
-
-
 @dataclass(frozen=True)
 class Need:
     """Cores that one purpose needs of a family; `used` and `limit` None: Azure did not say."""
@@ -224,7 +212,7 @@ def quota_needs(clients: Clients, recipe: Recipe) -> list[Need]:
         cores, rule = cores_needed(size, instances, online=online)
         low_priority = not online and cluster.tier == "LowPriority"
         family = LOW_PRIORITY if low_priority else size.family
-        used, limit = usage.get(_family_key(family), (None, None))
+        used, limit = usage.get(family_key(family), (None, None))
         needs.append(Need(purpose, key, size.name, instances, family, cores, rule, used, limit))
     return needs
 
@@ -245,7 +233,7 @@ def quota_usage(clients: Clients) -> dict[str, tuple[int, int]]:
             if used is None:
                 used = vars(item).get("currentValue")
             if item.limit is not None:
-                usage[_family_key(str(value or ""))] = (int(used or 0), int(item.limit))
+                usage[family_key(str(value or ""))] = (int(used or 0), int(item.limit))
     except AzureError as error:
         if getattr(error, "status_code", None) == 403:
             return {}
@@ -253,7 +241,7 @@ def quota_usage(clients: Clients) -> dict[str, tuple[int, int]]:
     return usage
 
 
-def _family_key(family: str) -> str:
+def family_key(family: str) -> str:
     """`usages` and `vmSizes` spell the same family with other spaces and capitals."""
     return family.replace(" ", "").lower()
 

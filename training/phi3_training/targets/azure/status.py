@@ -1,230 +1,34 @@
-"""What exists in the workspace and what of it bills; what `up` would create. Changes nothing.
+"""How a run stands on Azure, and what `up` would create and cost. Changes nothing.
 
-`status` shows it, `down` looks here for what still bills, `plan` says what would stop `up`. A part
-that may not be read is reported as unknown, never taken for nothing.
+`status` shows the run's own part here, and what a workspace's runs share by inventory.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ...errors import StageError
 from ...manifests import EndpointManifest, RegistrationManifest
 from ...recipe import Recipe
+from ...recipe.azure import NO_DEADLINE, EndpointSection, duration_of
 from ...run import Run
 from ..base import PlanLine
 from .clients import Clients
+from .cores import taking_turns
 from .deploy import traffic_shares
-from .failures import message_of
+from .inventory import Inventory, read_all
 from .jobs import recorded_jobs
-from .operations import find, is_absent, state_of
-from .place import RUN_TAG, endpoint_name
-from .sizes import price_of, quota_needs, quota_shortage, refuse_retired
+from .operations import find, state_of
+from .place import endpoint_name
+from .rollout import plan_lines
+from .sizes import quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
-if TYPE_CHECKING:
-    from azure.ai.ml.entities import Compute, OnlineEndpoint
-
 T = TypeVar("T")
-_SHOWN_JOBS = 5
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """One deployment: machines that bill for as long as it exists, whatever its state."""
-
-    name: str
-    state: str
-    size: str
-    count: int
-    traffic: int  # percent
-    model: str = ""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An endpoint with its deployments; `owner` is the run that made it."""
-
-    name: str
-    state: str
-    auth_mode: str
-    owner: str | None
-    deployments: tuple[Deployment, ...] = ()
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster; `nodes` is None where they cannot be counted."""
-
-    name: str
-    state: str
-    size: str
-    least: int
-    most: int
-    nodes: int | None
-
-
-@dataclass
-class Inventory:
-    """All that was found, and what could not be read."""
-
-    endpoints: list[Endpoint] = field(default_factory=list)
-    clusters: list[Cluster] = field(default_factory=list)
-    jobs: list[tuple[str, str]] = field(default_factory=list)  # name, status
-    models: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    group_exists: bool = True  # the resource group, and so what bills little
-    region: str = ""
-
-    def billing(self) -> list[str]:
-        """A line for everything that bills by the hour now."""
-        lines = []
-        for endpoint in self.endpoints:
-            for item in endpoint.deployments:
-                price = price_of(item.size, item.count, self.region)
-                mark = "" if item.state == "succeeded" else f", {item.state}: still bills"
-                lines.append(
-                    f"deployment {item.name} of {endpoint.name}: {item.count} x {item.size}{mark}; "
-                    f"{price}"
-                )
-        for cluster in self.clusters:
-            # A cluster bills for the nodes that it has, idle or not, until the idle time is over.
-            count = cluster.nodes if cluster.nodes is not None else cluster.least
-            if count:
-                price = price_of(cluster.size, count, self.region)
-                lines.append(f"cluster {cluster.name}: {count} x {cluster.size}; {price}")
-            elif cluster.nodes is None:
-                lines.append(f"cluster {cluster.name}: bills while it has nodes (not counted)")
-        return lines
-
-    def lines(self, run: Run) -> list[str]:
-        """All of it for people, as the run sees it."""
-        lines = [f"job {name}: {status}" for name, status in self.jobs]
-        lines += [f"model {name}" for name in self.models[-_SHOWN_JOBS:]]
-        for endpoint in self.endpoints:
-            owner = (
-                "" if endpoint.owner == run.name else f", owner {endpoint.owner or 'somebody else'}"
-            )
-            lines.append(f"endpoint {endpoint.name}: {endpoint.state}, {endpoint.auth_mode}{owner}")
-            lines += [
-                f"  deployment {item.name}: {item.state}, {item.traffic} % of the traffic, "
-                f"{item.count} x {item.size}, {item.model}".rstrip(", ")
-                for item in endpoint.deployments
-            ]
-        for cluster in self.clusters:
-            nodes = "nodes unknown" if cluster.nodes is None else f"{cluster.nodes} nodes now"
-            lines.append(
-                f"cluster {cluster.name}: {cluster.state}, {cluster.size}, "
-                f"{cluster.least} to {cluster.most} nodes, {nodes}"
-            )
-        billing = self.billing()
-        lines += [f"bills now: {line}" for line in billing] or ["bills now: nothing by the hour"]
-        if self.group_exists:
-            lines.append("small charges: storage account, container registry, logs (until --all)")
-        lines += [f"could not be read: {what}" for what in self.unknown]
-        return lines
-
-
-def take_inventory(clients: Clients, run: Run) -> Inventory:
-    """Look at the workspace: everybody's endpoints and clusters, this run's jobs and models."""
-    ml = clients.ml
-    inventory = Inventory(region=clients.place.location)
-    inventory.endpoints = [
-        _endpoint(clients, item, inventory)
-        for item in _read(inventory, "endpoints", ml.online_endpoints.list)
-    ]
-    inventory.clusters = [
-        _cluster(clients, item)
-        for item in _read(inventory, "clusters", ml.compute.list)
-        # Other kinds are a person's own compute instances, attached machines and so on.
-        if str(getattr(item, "type", "")).lower() == "amlcompute"
-    ]
-    # By name: a workspace may have thousands of jobs, and listing them takes pages.
-    for name in [item.name for item in recorded_jobs(run).values()][-_SHOWN_JOBS:]:
-        for job in _read(inventory, f"job {name}", partial(_listed, ml.jobs.get, name)):
-            status = getattr(job, "status", None)
-            inventory.jobs.append((name, str(getattr(status, "value", status))))
-    groups, group = clients.resources.resource_groups, clients.place.resource_group
-    listed = _read(inventory, "resource group", partial(_listed, groups.get, group))
-    inventory.group_exists = bool(listed or inventory.unknown)
-    registration = run.read(RegistrationManifest)
-    if registration is not None:
-        models = _read(inventory, "models", partial(ml.models.list, name=registration.model))
-        # By number: as text, version 10 would come before version 9.
-        models.sort(key=lambda m: (int(m.version) if str(m.version).isdecimal() else 0, m.version))
-        inventory.models = [f"{item.name}:{item.version}" for item in models]
-    return inventory
-
-
-def _listed(get: Callable[[str], T], name: str) -> list[T]:
-    return [get(name)]
-
-
-def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> Endpoint:
-    name = str(item.name)
-    list_deployments = partial(clients.ml.online_deployments.list, name)
-    shares = traffic_shares(item.traffic)
-    deployments = tuple(
-        Deployment(
-            name=str(deployment.name),
-            state=state_of(deployment),
-            size=str(getattr(deployment, "instance_type", None)),
-            count=int(deployment.instance_count or 1),
-            traffic=shares.get(str(deployment.name), 0),
-            model=model_label(deployment.model),
-        )
-        for deployment in _read(inventory, f"deployments of {name}", list_deployments)
-    )
-    return Endpoint(
-        name=name,
-        state=state_of(item),
-        auth_mode=str(item.auth_mode),
-        owner=(item.tags or {}).get(RUN_TAG),
-        deployments=deployments,
-    )
-
-
-def model_label(model: object) -> str:
-    """`name:version` out of a model's id."""
-    text = str(model or "")
-    parts = text.split("/")
-    if "models" in parts and "versions" in parts:
-        return f"{parts[parts.index('models') + 1]}:{parts[parts.index('versions') + 1]}"
-    return text.removeprefix("azureml:")
-
-
-def _cluster(clients: Clients, item: Compute) -> Cluster:
-    from azure.core.exceptions import AzureError
-
-    name = str(item.name)
-    try:
-        nodes: int | None = len(list(clients.ml.compute.list_nodes(name)))
-    except AzureError:
-        nodes = None
-    return Cluster(
-        name=name,
-        state=state_of(item),
-        size=str(getattr(item, "size", "") or ""),
-        least=int(getattr(item, "min_instances", 0) or 0),
-        most=int(getattr(item, "max_instances", 0) or 0),
-        nodes=nodes,
-    )
-
-
-def _read(inventory: Inventory, what: str, read: Callable[[], Iterable[T]]) -> list[T]:
-    """What `read` gives; nothing where it does not exist, and a remark where it cannot be read."""
-    from azure.ai.ml.exceptions import MlException
-    from azure.core.exceptions import AzureError
-
-    try:
-        return list(read())
-    except (AzureError, MlException) as error:
-        if not is_absent(error):
-            inventory.unknown.append(f"{what} ({message_of(error)[:120]})")
-        return []
+_SHOWN = 5  # jobs and models
 
 
 @dataclass(frozen=True)
@@ -263,13 +67,66 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     return state("up")
 
 
-def status(clients: Clients, run: Run) -> dict[str, Any]:
-    """The endpoint's state, and the lines for people."""
-    inventory = take_inventory(clients, run)
+def status(clients: Clients, run: Run, inventory: Inventory) -> dict[str, Any]:
+    """The run's part: its endpoint's state, lines for people, and what of its own bills."""
+    lines = [f"job {name}: {state}" for name, state in _jobs(clients, run, inventory)]
+    lines += [f"model {name}" for name in _models(clients, run, inventory)[-_SHOWN:]]
+    for endpoint in inventory.endpoints:
+        lines += endpoint.lines() if endpoint.owner == run.name else []
     return {
         "endpoint": endpoint_state(clients, run).as_json(),
-        "lines": inventory.lines(run),
-        "bills": inventory.billing(),
+        "lines": lines,
+        "bills": [bill.text for bill in inventory.bills(run.name)],
+    }
+
+
+def _jobs(clients: Clients, run: Run, inventory: Inventory) -> list[tuple[str, str]]:
+    """Name and status of the run's last jobs."""
+    found = []
+    # By name: a workspace may have thousands of jobs, and listing them takes pages.
+    for name in [item.name for item in recorded_jobs(run).values()][-_SHOWN:]:
+        for job in read_all(inventory, f"job {name}", partial(_listed, clients.ml.jobs.get, name)):
+            state = getattr(job, "status", None)
+            found.append((name, str(getattr(state, "value", state))))
+    return found
+
+
+def _listed(get: Callable[[str], T], name: str) -> list[T]:
+    return [get(name)]
+
+
+def _models(clients: Clients, run: Run, inventory: Inventory) -> list[str]:
+    """The versions of the run's model, oldest first."""
+    registration = run.read(RegistrationManifest)
+    if registration is None:
+        return []
+    list_models = partial(clients.ml.models.list, name=registration.model)
+    models = read_all(inventory, "models", list_models)
+    # By number: as text, version 10 would come before version 9.
+    models.sort(key=lambda m: (int(m.version) if str(m.version).isdecimal() else 0, m.version))
+    return [f"{item.name}:{item.version}" for item in models]
+
+
+def overview(clients: Clients, inventory: Inventory, shown_runs: Sequence[str]) -> dict[str, Any]:
+    """What a workspace's runs share and what all of it costs, once, for people and as figures."""
+    bills = inventory.bills()
+    known = [bill for bill in bills if bill.per_hour is not None]
+    place = clients.place
+    return {
+        "workspace": place.workspace_name,
+        "resource_group": place.resource_group,
+        "subscription": place.subscription_id,
+        "lines": inventory.lines(shown_runs),
+        "bills": [bill.text for bill in bills],
+        "usd": {
+            "per_hour": sum(bill.per_hour or 0 for bill in known),
+            "so_far": sum(bill.so_far or 0 for bill in known),
+            "until_deadlines": sum(bill.until_deadline or 0 for bill in known),
+            "per_hour_without_deadline": sum(
+                bill.per_hour or 0 for bill in known if bill.until_deadline is None
+            ),
+            "without_price": len(bills) - len(known),
+        },
     }
 
 
@@ -293,17 +150,25 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
         lines += _existing(clients, recipe, run)
+        lines += plan_lines(clients, recipe, run)
         try:
             needs = quota_needs(clients, recipe)
+            # Once the cluster exists `up` asks for no quota: its job waits in Azure's queue.
+            cluster = recipe.azure.compute.name
+            waits = find("cluster", cluster, clients.ml.compute.get) is not None
             short = quota_shortage(needs)
-            lines += [PlanLine("quota", need.text(), stops=need in short) for need in needs]
+            for need in needs:
+                queued = "; a new job waits in the queue until cores are free" if waits else ""
+                text = need.text() + (queued if need in short else "")
+                lines.append(PlanLine("quota", text, stops=need in short and not waits))
+            turns = taking_turns(needs, recipe.azure)
+            lines += [PlanLine("deploy", turns)] if turns else []
         except StageError as error:
             lines.append(PlanLine("quota", str(error), stops=True))
 
     compute, endpoint = recipe.azure.compute, recipe.azure.endpoint
     region = clients.place.location
-    training = price_of(compute.size, compute.max_instances, region)
-    serving = price_of(endpoint.instance_type, endpoint.instance_count, region)
+    training = clients.prices.text(compute.size, compute.max_instances, region)
     # A cluster scales down to min_instances; an online deployment has no zero to scale to.
     always_on = compute.min_instances
     always = f"; {always_on} nodes stay on and always bill" if always_on else ""
@@ -314,15 +179,30 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
             f"training: up to {compute.max_instances} x {compute.size} while a job runs and "
             f"{compute.idle_time_before_scale_down} s after; {training}{always}",
         ),
-        PlanLine(
-            "cost",
-            f"endpoint: {endpoint.instance_count} x {endpoint.instance_type} from `deploy` until "
-            f"`phi3 down --on azure`, used or not; {serving}",
-        ),
+        PlanLine("cost", _serving_cost(clients, endpoint)),
         PlanLine(
             "cost", "storage, container registry, key vault, logs: small charges, until --all"
         ),
     ]
+
+
+def _serving_cost(clients: Clients, endpoint: EndpointSection) -> str:
+    machines = f"{endpoint.instance_count} x {endpoint.instance_type}"
+    size, count, region = endpoint.instance_type, endpoint.instance_count, clients.place.location
+    price = clients.prices.hourly(size, region)
+    each = clients.prices.text(size, count, region)
+    if endpoint.deadline == NO_DEADLINE:
+        return (
+            f"endpoint: {machines} from `deploy` until `phi3 down --on azure`, used or not, "
+            f"WITHOUT a deadline (azure.endpoint.deadline=none); {each}"
+        )
+    hours = duration_of(endpoint.deadline).total_seconds() / 3600
+    most = f"at most {price.high * count * hours:.2f} USD, then it" if price else "then it"
+    return (
+        f"endpoint: {machines} from `deploy` until its deadline after {endpoint.deadline}, used or "
+        f"not: {most} deletes itself (azure.endpoint.deadline), with failed and old deployments, "
+        f"which stay until then; {each}"
+    )
 
 
 def _existing(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:

@@ -6,13 +6,16 @@ Reads and writes the run folder's manifests; signs in at the first call that nee
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...errors import MissingExtraError
+from pydantic import ValidationError
+
+from ... import console
+from ...errors import MissingExtraError, RecipeError, StageError, UsageError
 from ...flow.bundle import Bundle
 from ...manifests import (
     AnswerManifest,
@@ -24,6 +27,7 @@ from ...manifests import (
     ModelManifest,
     ProvisionManifest,
     RegistrationManifest,
+    RolloutManifest,
 )
 from ...progress import Progress, no_progress, note
 from ...recipe import Recipe
@@ -31,8 +35,12 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
 from .clients import Clients
-from .place import AZURE, find_place, place_of, section_of, settle
+from .place import AZURE, Place, find_place, place_of, section_of, settle
 from .provision import PARTS, is_provisioned, provision
+
+if TYPE_CHECKING:
+    from .discovery import Found
+    from .inventory import Inventory
 
 # What the extra `azure` installs, one module of each package that is used.
 NEEDED_MODULES = (
@@ -54,6 +62,7 @@ class AzureTarget:
     def __init__(self, clients: Clients | None = None) -> None:
         refuse_without_extra()
         self._clients = clients
+        self._seen: dict[str, Inventory] = {}
 
     @property
     def cloud(self) -> AzureTarget:
@@ -112,7 +121,7 @@ class AzureTarget:
                 mode="json", include={"route", "environment"}
             ),
             EndpointManifest: section.endpoint.model_dump(
-                mode="json", exclude={"keep_deployments", "name"}
+                mode="json", exclude={"keep_deployments", "name", "deadline"}
             ),
         }
         return [shared, own.get(stage)]
@@ -148,10 +157,13 @@ class AzureTarget:
         return deploy(self.clients(recipe), recipe, run, progress)
 
     def is_up(self, recipe: Recipe, run: Run) -> bool:
-        """Whether the run's deployment is well and has the traffic."""
+        """Whether the run's deployment is well and has traffic, and no rollout is unfinished."""
         from .status import endpoint_state
 
         del recipe
+        rollout = run.read(RolloutManifest)
+        if rollout is not None and rollout.unfinished:
+            return False
         return endpoint_state(self._of(run)[0], run).state == "up"
 
     def is_connected(self, run: Run) -> bool:
@@ -197,7 +209,80 @@ class AzureTarget:
         """What exists in the run's workspace, and what bills."""
         from .status import status
 
-        return status(self._of(run)[0], run)
+        clients, _section = self._of(run)
+        return status(clients, run, self._inventory(clients))
+
+    def _inventory(self, clients: Clients) -> Inventory:
+        """What the workspace has; looked at once for all the runs that one command shows."""
+        from .inventory import take_inventory
+
+        key = clients.place.workspace_id().lower()
+        if key not in self._seen:
+            self._seen[key] = take_inventory(clients)
+        return self._seen[key]
+
+    def overview(
+        self, runs: Sequence[Run], named: Mapping[str, str], *, search: bool
+    ) -> list[dict[str, Any]]:
+        """What each workspace has and costs, once: the runs', and those phi3's tags lead to."""
+        from .status import overview
+
+        places: dict[str, tuple[Place, list[str]]] = {}
+        for run in runs:
+            try:
+                place = place_of(run)
+            except StageError:  # begun elsewhere, or not yet
+                continue
+            places.setdefault(place.workspace_id().lower(), (place, []))[1].append(run.name)
+        try:
+            known = [place for place, _ in places.values()]
+            for place in self._places(named, known) if search else ():
+                places.setdefault(place.workspace_id().lower(), (place, []))
+        except StageError as error:
+            if not places:
+                raise
+            console.note(f"other workspaces are not shown: {error}")
+        result = []
+        for place, names in places.values():
+            clients = self._at(place)
+            result.append(overview(clients, self._inventory(clients), names))
+        return result
+
+    def found(self, named: Mapping[str, str]) -> list[Found]:
+        """The workspaces that `named` means, with what phi3 made there. UsageError for none."""
+        from .discovery import Found
+
+        near = find_place(_named(named), os.environ, Path.cwd())
+        return [Found(self._at(place)) for place in self._places(named, [near])]
+
+    def _places(self, named: Mapping[str, str], known: Sequence[Place]) -> list[Place]:
+        """The named workspace; else those of each known subscription that phi3's tags lead to."""
+        from .discovery import find_places
+
+        try:
+            near = [find_place(_named(named), os.environ, Path.cwd())]
+        except RecipeError:
+            if named:
+                raise
+            near = []  # nothing names a subscription now; the runs know theirs
+        if "workspace_name" in named:
+            return near
+        subscriptions = {place.subscription_id: place for place in (*known, *near)}
+        group = named.get("resource_group")
+        return [
+            place
+            for one in subscriptions.values()
+            for place in find_places(self._at(one))
+            if group is None or place.resource_group.lower() == group.lower()
+        ]
+
+    def _at(self, place: Place) -> Clients:
+        """The clients for a place, with the sign-in that there is."""
+        credential = None if self._clients is None else self._clients.credential
+        poll = AzureSection().poll if self._clients is None else self._clients.poll
+        made = Clients(place, poll, credential)
+        self._clients = self._clients or made
+        return made
 
     def teardown(self, run: Run) -> list[str]:
         """Delete the run's endpoint and cluster."""
@@ -225,6 +310,18 @@ class AzureTarget:
         named = {"workspace": [place.workspace_name], "project": [place.project]}
         workspaces = named.get(to, [place.workspace_name, place.project])
         return [asdict(push_flow(clients, run, bundle, name, progress)) for name in workspaces]
+
+
+def _named(named: Mapping[str, str]) -> AzureSection:
+    """The section that the options mean. UsageError for what Azure would not take."""
+    try:
+        return AzureSection.model_validate(dict(named))
+    except ValidationError as error:
+        faults = [
+            f"{item['loc'][0]} {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        raise UsageError("; ".join(faults)) from None
 
 
 def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:

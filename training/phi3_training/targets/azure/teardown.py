@@ -22,13 +22,16 @@ from ...manifests import (
     ModelManifest,
     ProvisionManifest,
     RegistrationManifest,
+    RolloutManifest,
 )
 from ...progress import Progress
 from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
+from .deadline import remove_deadline
 from .deploy import DeploymentId, delete_deployment, traffic_shares
 from .failures import explained
+from .inventory import take_inventory
 from .jobs import cancel_all, others_at_work
 from .operations import delete, find, get_or_none, state_of
 from .place import (
@@ -41,7 +44,6 @@ from .place import (
 )
 from .prompt_flow import delete_connection
 from .resources import DELETION_ORDER, IDENTITY, SOFT_DELETED, dependents_of, grants
-from .status import take_inventory
 
 log = logging.getLogger(__name__)
 
@@ -107,18 +109,15 @@ def remove_run(
             run.forget(kind)
         (run.path / "azure" / "jobs.json").unlink(missing_ok=True)
     else:
-        inventory = take_inventory(clients, run)
-        billing = inventory.billing()
+        inventory = take_inventory(clients)
+        billing = [bill.text for bill in inventory.bills()]
         billing += [f"unknown: {what} could not be read" for what in inventory.unknown]
         if inventory.group_exists:
             billing.append(
                 "storage account, container registry and logs of the workspace, small charges "
                 "(--all)"
             )
-    lines = receipt.lines(billing)
-    if receipt.failed:
-        raise StageError("Not everything could be deleted:\n" + "\n".join(f"  {x}" for x in lines))
-    return lines
+    return work.told(billing)
 
 
 def names_of_everything(clients: Clients) -> list[str]:
@@ -133,15 +132,12 @@ def names_of_everything(clients: Clients) -> list[str]:
     ]
 
 
-class _Teardown:
+class Deletion:
     """One pass. Each failure is listed on the receipt, and the rest is still deleted."""
 
-    def __init__(
-        self, clients: Clients, section: AzureSection, run: Run, progress: Progress
-    ) -> None:
+    def __init__(self, clients: Clients, section: AzureSection, progress: Progress) -> None:
         self.clients = clients
         self.section = section
-        self.run = run
         self.progress = progress
         self.receipt = Receipt()
 
@@ -153,7 +149,16 @@ class _Teardown:
             except StageError as error:
                 self.receipt.failed.append(" ".join(str(error).split()))
 
-    def _delete(self, what: str, start: Callable[[], object], read: Callable[[], object]) -> bool:
+    def told(self, billing: list[str]) -> list[str]:
+        """The receipt, with what still bills. StageError where something could not be deleted."""
+        lines = self.receipt.lines(billing)
+        if self.receipt.failed:
+            told = "\n".join(f"  {line}" for line in lines)
+            raise StageError(f"Not everything could be deleted:\n{told}")
+        return lines
+
+    def remove(self, what: str, start: Callable[[], object], read: Callable[[], object]) -> bool:
+        """Delete and wait until `read` finds nothing; False where nothing existed. StageError."""
         poll = self.section.poll
         return delete(
             f"Deleting the {what}",
@@ -164,7 +169,7 @@ class _Teardown:
             pause=poll.interval,
         )
 
-    def _try(self, what: str, work: Callable[[], bool]) -> bool:
+    def attempt(self, what: str, work: Callable[[], bool]) -> bool:
         """Whether `what` is gone now; a failure is listed on the receipt."""
         try:
             existed = work()
@@ -175,128 +180,12 @@ class _Teardown:
             self.receipt.deleted.append(what)
         return True
 
-    def _keeps(self, what: str, resource: _Tagged) -> bool:
+    def keeps(self, what: str, resource: _Tagged) -> bool:
         """Whether it is not phi3's; then it is listed on the receipt as left alone."""
         if made_by_phi3(resource.tags):
             return False
         self.receipt.left_alone.append(f"{what}: phi3 did not create it")
         return True
-
-    def jobs(self) -> None:
-        """The run's jobs that still work: they would hold the cluster, and bill on it."""
-        self.receipt.cancelled += cancel_all(self.clients, self.run)
-
-    def connections(self) -> None:
-        """The run's connections in workspace and project: their key opens nothing any more."""
-        for resource in recorded_resources(self.run, "connection"):
-            work = partial(
-                delete_connection,
-                self.clients,
-                resource.parent,
-                resource.name,
-                self._endpoint_names(),
-            )
-            if self._try(f"connection {resource.name} in {resource.parent}", work):
-                forget(self.run, resource)
-
-    def _endpoint_names(self) -> set[str]:
-        """Every endpoint that the run may have made or deployed to."""
-        # The derived name as well, should made.json be lost; the endpoint's tag then says whose.
-        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
-        derived = endpoint_name(self.section, self.clients.place, self.run)
-        return created | self._deployed_to() | {derived}
-
-    def _deployed_to(self) -> set[str]:
-        return {resource.parent for resource in recorded_resources(self.run, "deployment")}
-
-    def endpoints(self) -> None:
-        """The run's endpoint with all its deployments; of somebody else's only our deployments.
-
-        Where all of that is gone, so is the connection on this machine, and the manifests of the
-        stages that have to be done again.
-        """
-        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
-        deployed_to = self._deployed_to()
-        operations = self.clients.ml.online_endpoints
-        for name in sorted(self._endpoint_names()):
-            endpoint = find("endpoint", name, operations.get)
-            if endpoint is None:  # deleted in the studio, or never created
-                forget(self.run, RunResource("endpoint", name))
-            elif name in created or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
-                work = partial(
-                    self._delete,
-                    f"endpoint {name}",
-                    partial(operations.begin_delete, name),
-                    partial(operations.get, name),
-                )
-                if self._try(f"endpoint {name} and its deployments", work):
-                    forget(self.run, RunResource("endpoint", name))
-            elif name in deployed_to:
-                self.receipt.left_alone.append(f"endpoint {name}: phi3 did not create it")
-                self._delete_deployments(name, traffic_shares(endpoint.traffic))
-        if self.receipt.failed:
-            return
-        connection = self.run.read(ConnectionManifest)
-        if connection is not None:  # the one on this machine, if it still leads there
-            try:
-                for name in store.delete_connections_to(connection):
-                    self.receipt.deleted.append(f"connection {name} on this machine")
-            except (store.StoreError, MissingExtraError) as error:
-                log.info("the connection on this machine was not deleted: %s", error)
-        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest):
-            self.run.forget(kind)
-
-    def idle_deployments(self, *, only_failed: bool = False) -> None:
-        """The run's deployments without traffic."""
-        for name in sorted(self._deployed_to()):
-            endpoint = find("endpoint", name, self.clients.ml.online_endpoints.get)
-            if endpoint is not None:
-                shares = traffic_shares(endpoint.traffic)
-                self._delete_deployments(name, shares, only_failed=only_failed)
-
-    def _delete_deployments(
-        self, endpoint: str, shares: dict[str, int], *, only_failed: bool = False
-    ) -> None:
-        """The run's deployments of an endpoint; Azure refuses to delete one that has traffic."""
-        ours = {
-            resource.name
-            for resource in recorded_resources(self.run, "deployment")
-            if resource.parent == endpoint
-        }
-        with explained(f"Listing the deployments of {endpoint}"):
-            listed = self.clients.ml.online_deployments.list(endpoint)
-            states = {str(item.name): state_of(item) for item in listed}
-        for name, state in states.items():
-            if name not in ours or (only_failed and state != "failed"):
-                continue
-            what = f"deployment {name} of {endpoint}"
-            if shares.get(name):
-                self.receipt.left_alone.append(f"{what}: it has {shares[name]} % of the traffic")
-                continue
-            target = DeploymentId(endpoint, name)
-            work = partial(delete_deployment, self.clients, self.section, target, self.progress)
-            if self._try(what, work):
-                forget(self.run, RunResource("deployment", name, endpoint))
-
-    def cluster(self, *, only_failed: bool = False, though_used: bool = False) -> None:
-        """The cluster, where phi3 made it and no other run's job works on it."""
-        name, operations = self.section.compute.name, self.clients.ml.compute
-        what = f"cluster {name}"
-        cluster = find("cluster", name, operations.get)
-        if cluster is None or (only_failed and state_of(cluster) != "failed"):
-            return
-        if not self._keeps(what, cluster):
-            users = (
-                [] if only_failed or though_used else others_at_work(self.clients, self.run, name)
-            )
-            if users:
-                self.receipt.left_alone.append(
-                    f"{what}: {', '.join(users[:5])} of another run still works on it; --all "
-                    f"deletes it all the same"
-                )
-                return
-            start, read = partial(operations.begin_delete, name), partial(operations.get, name)
-            self._try(what, partial(self._delete, what, start, read))
 
     def everything(self) -> None:
         """The workspace and all that was made for it. StageError at the first refusal."""
@@ -311,7 +200,7 @@ class _Teardown:
         ):
             what = f"{kind_name} {name}"
             workspace = find(kind_name, name, workspaces.get)
-            if workspace is not None and not self._keeps(what, workspace):
+            if workspace is not None and not self.keeps(what, workspace):
                 # Permanently: a soft-deleted workspace keeps its name, and could not be brought
                 # back anyway without the storage account and the vault, which go next.
                 start = partial(
@@ -320,7 +209,7 @@ class _Teardown:
                     delete_dependent_resources=False,
                     permanently_delete=True,
                 )
-                self._delete(what, start, partial(workspaces.get, name))
+                self.remove(what, start, partial(workspaces.get, name))
                 receipt.deleted.append(what)
         resources = self.clients.resources.resources
         for kind in DELETION_ORDER:
@@ -328,10 +217,10 @@ class _Teardown:
             what = f"{kind.what} {name}"
             read = partial(resources.get_by_id, arm_id, api_version=kind.api_version)
             resource = get_or_none(read, f"Looking for the {what}")
-            if resource is None or self._keeps(what, resource):
+            if resource is None or self.keeps(what, resource):
                 continue
             start = partial(resources.begin_delete_by_id, arm_id, api_version=kind.api_version)
-            if self._delete(what, start, read):
+            if self.remove(what, start, read):
                 receipt.deleted.append(what)
                 if kind.what in SOFT_DELETED:
                     receipt.soft_deleted.append(
@@ -368,7 +257,7 @@ class _Teardown:
         what = f"resource group {name}"
         groups = self.clients.resources.resource_groups
         group = find("resource group", name, groups.get)
-        if group is None or self._keeps(what, group):
+        if group is None or self.keeps(what, group):
             return
         with explained(f"Listing what is in the {what}"):
             listed = self.clients.resources.resources.list_by_resource_group(name)
@@ -379,5 +268,140 @@ class _Teardown:
                 f"{what}: it still contains {', '.join(names[:5])}; az group delete --name {name} "
                 f"deletes all"
             )
-        elif self._delete(what, partial(groups.begin_delete, name), partial(groups.get, name)):
+        elif self.remove(what, partial(groups.begin_delete, name), partial(groups.get, name)):
             self.receipt.deleted.append(what)
+
+
+class _Teardown(Deletion):
+    """What one run made."""
+
+    def __init__(
+        self, clients: Clients, section: AzureSection, run: Run, progress: Progress
+    ) -> None:
+        super().__init__(clients, section, progress)
+        self.run = run
+
+    def jobs(self) -> None:
+        """The run's jobs that still work: they would hold the cluster, and bill on it."""
+        self.receipt.cancelled += cancel_all(self.clients, self.run)
+
+    def connections(self) -> None:
+        """The run's connections in workspace and project: their key opens nothing any more."""
+        for resource in recorded_resources(self.run, "connection"):
+            work = partial(
+                delete_connection,
+                self.clients,
+                resource.parent,
+                resource.name,
+                self._endpoint_names(),
+            )
+            if self.attempt(f"connection {resource.name} in {resource.parent}", work):
+                forget(self.run, resource)
+
+    def _endpoint_names(self) -> set[str]:
+        """Every endpoint that the run may have made or deployed to."""
+        # The derived name as well, should made.json be lost; the endpoint's tag then says whose.
+        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
+        derived = endpoint_name(self.section, self.clients.place, self.run)
+        return created | self._deployed_to() | {derived}
+
+    def _deployed_to(self) -> set[str]:
+        return {resource.parent for resource in recorded_resources(self.run, "deployment")}
+
+    def endpoints(self) -> None:
+        """The run's endpoint with all its deployments; of somebody else's only our deployments.
+
+        Where all of that is gone, so is the connection on this machine, and the manifests of the
+        stages that have to be done again.
+        """
+        created = {resource.name for resource in recorded_resources(self.run, "endpoint")}
+        deployed_to = self._deployed_to()
+        operations = self.clients.ml.online_endpoints
+        for name in sorted(self._endpoint_names()):
+            endpoint = find("endpoint", name, operations.get)
+            if endpoint is None:  # by the deadline, in the studio, or never created
+                self._deadline(name)
+                forget(self.run, RunResource("endpoint", name))
+            elif name in created or (endpoint.tags or {}).get(RUN_TAG) == self.run.name:
+                work = partial(
+                    self.remove,
+                    f"endpoint {name}",
+                    partial(operations.begin_delete, name),
+                    partial(operations.get, name),
+                )
+                if self.attempt(f"endpoint {name} and its deployments", work):
+                    self._deadline(name)  # not before: until then it still holds
+                    forget(self.run, RunResource("endpoint", name))
+            elif name in deployed_to:
+                self.receipt.left_alone.append(f"endpoint {name}: phi3 did not create it")
+                self._delete_deployments(name, traffic_shares(endpoint.traffic))
+        if self.receipt.failed:
+            return
+        connection = self.run.read(ConnectionManifest)
+        if connection is not None:  # the one on this machine, if it still leads there
+            try:
+                for name in store.delete_connections_to(connection):
+                    self.receipt.deleted.append(f"connection {name} on this machine")
+            except (store.StoreError, MissingExtraError) as error:
+                log.info("the connection on this machine was not deleted: %s", error)
+        for kind in (AnswerManifest, ConnectionManifest, EndpointManifest, RolloutManifest):
+            self.run.forget(kind)
+
+    def _deadline(self, endpoint: str) -> None:
+        work = partial(remove_deadline, self.clients, endpoint, self.progress)
+        self.attempt(f"deadline of {endpoint}", work)
+
+    def idle_deployments(self, *, only_failed: bool = False) -> None:
+        """The run's deployments without traffic."""
+        for name in sorted(self._deployed_to()):
+            endpoint = find("endpoint", name, self.clients.ml.online_endpoints.get)
+            if endpoint is not None:
+                shares = traffic_shares(endpoint.traffic)
+                self._delete_deployments(name, shares, only_failed=only_failed)
+
+    def _delete_deployments(
+        self, endpoint: str, shares: dict[str, int], *, only_failed: bool = False
+    ) -> None:
+        """The run's deployments of an endpoint; Azure refuses to delete one that has traffic."""
+        ours = {
+            resource.name
+            for resource in recorded_resources(self.run, "deployment")
+            if resource.parent == endpoint
+        }
+        with explained(f"Listing the deployments of {endpoint}"):
+            listed = self.clients.ml.online_deployments.list(endpoint)
+            states = {str(item.name): state_of(item) for item in listed}
+        for name, state in states.items():
+            if name not in ours or (only_failed and state != "failed"):
+                continue
+            what = f"deployment {name} of {endpoint}"
+            if shares.get(name):
+                self.receipt.left_alone.append(
+                    f"{what}: it has {shares[name]} % of the traffic; give that to another one "
+                    f"first: phi3 azure traffic --run {self.run.name}"
+                )
+                continue
+            target = DeploymentId(endpoint, name)
+            work = partial(delete_deployment, self.clients, self.section, target, self.progress)
+            if self.attempt(what, work):
+                forget(self.run, RunResource("deployment", name, endpoint))
+
+    def cluster(self, *, only_failed: bool = False, though_used: bool = False) -> None:
+        """The cluster, where phi3 made it and no other run's job works on it."""
+        name, operations = self.section.compute.name, self.clients.ml.compute
+        what = f"cluster {name}"
+        cluster = find("cluster", name, operations.get)
+        if cluster is None or (only_failed and state_of(cluster) != "failed"):
+            return
+        if not self.keeps(what, cluster):
+            users = (
+                [] if only_failed or though_used else others_at_work(self.clients, self.run, name)
+            )
+            if users:
+                self.receipt.left_alone.append(
+                    f"{what}: {', '.join(users[:5])} of another run still works on it; --all "
+                    f"deletes it all the same"
+                )
+                return
+            start, read = partial(operations.begin_delete, name), partial(operations.get, name)
+            self.attempt(what, partial(self.remove, what, start, read))

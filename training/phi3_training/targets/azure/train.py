@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -41,6 +42,7 @@ from .jobs import (
     run_job,
     status_of,
 )
+from .operations import within
 from .pipeline_job import (
     ARCHIVED,
     PIPELINE_OUTPUT,
@@ -319,10 +321,7 @@ def _measured_in_training(run: Run, job: str, questions: str) -> MetricsManifest
         return None
     if metrics is None or (metrics.job, metrics.asked) != (job, questions):
         return None
-    # After another job has measured, the rows in the run folder are that job's.
-    last = run.read(MetricsManifest)
-    is_ours = last is None or last.job in (None, job)
-    return metrics if is_ours and (run.path / metrics.rows).is_file() else None
+    return metrics if (run.path / metrics.rows).is_file() else None
 
 
 def _brought(run: Run, purpose: Purpose) -> Run:
@@ -338,6 +337,9 @@ def _bring_back(clients: Clients, run: Run, job: Job, purpose: Purpose, progress
     brought = _brought(run, purpose)
     metrics = Run(fetched / MANIFESTS).read(MetricsManifest)
     _remove(brought.path)  # an earlier job's
+    if purpose == EVALUATE:
+        # Its rows replace those of the training job, whose figures must not be shown with them.
+        _brought(run, TRAIN).forget(MetricsManifest)
     for path in sorted((fetched / MANIFESTS).glob("*.json")):
         write_atomically(brought.file(path.name), path.read_text(encoding="utf-8"))
     if metrics is not None:
@@ -375,10 +377,14 @@ def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress
                 if place and not count:
                     count = _download_blobs(clients, *place, content, progress)
         if not count:
+            fetch = partial(
+                clients.ml.jobs.download,
+                str(job.name),
+                output_name=output,
+                download_path=str(content),
+            )
             with explained(doing):
-                clients.ml.jobs.download(
-                    str(job.name), output_name=output, download_path=str(content)
-                )
+                within(doing, fetch, progress, limit=clients.poll.upload_timeout)
             inner = content / "named-outputs" / output
             content = inner if inner.is_dir() else content
         if not any(path.is_file() for path in content.rglob("*")):

@@ -1,0 +1,106 @@
+"""`python -m phi3_agent chat | serve | ui | rows`: what `phi3 agent` starts in this environment.
+
+The endpoint and its key come from PHI3_ENDPOINT and PHI3_KEY, never from the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from agent_framework.observability import disable_instrumentation
+
+from phi3_tool.errors import ConfigurationError
+
+from .agent import Documents, create_agent
+from .client import MAX_NEW_TOKENS, Phi3ChatClient, phi3_error
+from .conversation import Conversations, FileConversations, MemoryConversations
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phi3 agent", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    chat = commands.add_parser("chat")
+    chat.add_argument("question", nargs="?")
+    chat.add_argument("--session", default="")
+    serve, ui = commands.add_parser("serve"), commands.add_parser("ui")
+    for server, port in ((serve, 8090), (ui, 8091)):
+        server.add_argument("--host", default="127.0.0.1")
+        server.add_argument("--port", type=int, default=port)
+    ui.add_argument("--open", action="store_true")
+    for command in (chat, serve, ui):
+        command.add_argument("--sessions", type=Path)
+        command.add_argument("--system", default="")
+        command.add_argument("--temperature", type=float, default=0.0)
+        command.add_argument("--top-p", type=float, default=1.0)
+        command.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
+        command.add_argument("--rag", action="store_true")
+        command.add_argument("--trace", action="store_true")
+    rows = commands.add_parser("rows")
+    rows.add_argument("folder", nargs="?", default="")
+    return parser
+
+
+def _conversations(args: argparse.Namespace) -> Conversations:
+    return FileConversations(args.sessions) if args.sessions else MemoryConversations()
+
+
+def run(args: argparse.Namespace) -> int:
+    """One command; raises the framework's exceptions."""
+    if args.command == "rows":
+        disable_instrumentation()
+        from .rows import main as serve_rows
+
+        return serve_rows(args.folder)
+    if args.trace:
+        from .tracing import print_traces
+
+        print_traces()
+    else:
+        disable_instrumentation()
+    client = Phi3ChatClient()
+    agent = create_agent(
+        client,
+        instructions=args.system or None,
+        conversations=_conversations(args) if args.command != "serve" else None,
+        documents=Documents() if args.rag else None,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_new_tokens,
+    )
+    if args.command == "chat":
+        from .chat import talk
+
+        return talk(agent, args.question, args.session)
+    if args.command == "ui":
+        from .ui import show
+
+        return show(agent, client, rag=args.rag, host=args.host, port=args.port, browse=args.open)
+    from .serve import serve
+
+    return serve(agent, _conversations(args), host=args.host, port=args.port, rag=args.rag)
+
+
+def main() -> int:
+    """Exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    args = _parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        # A thread may wait for the endpoint for minutes; nobody waits for its answer.
+        sys.stdout.flush()
+        os._exit(130)
+    except Exception as error:
+        failure = phi3_error(error)
+        if failure is None:
+            raise
+        sys.stderr.write(f"Error: {failure}\n")
+        return 2 if isinstance(failure, ConfigurationError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

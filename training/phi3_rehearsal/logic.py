@@ -1,0 +1,273 @@
+"""Logic Apps of the plan Consumption: a recurrence that sends HTTP requests as the app's identity.
+
+They go by the rehearsal's clock, which `clock` moves: what would have fired in between fires then,
+with no client alive. A recurrence as in "Schedule recurring automated workflows" and "Recurrence
+trigger" (learn.microsoft.com/azure/logic-apps): without a start time it fires at once, with one in
+the past at the next slot.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import uuid
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from .cloud import Cloud, check_location, need_group, on_get, public, route
+from .identity import TENANT, token_for
+from .proxy import CutError, answer
+from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
+
+KIND = "Microsoft.Logic/workflows"
+_WORKFLOW = GROUP + "/providers/Microsoft.Logic/workflows/{workflow}"
+_SECONDS = {"Second": 1, "Minute": 60, "Hour": 3600, "Day": 86400, "Week": 7 * 86400}
+# The default of an HTTP action's retry policy: four repeats after 408, 429 and 5xx.
+_RETRIES = 4
+_RUNS_KEPT = 50
+
+
+@route("PUT", ARM, _WORKFLOW)
+def put_workflow(cloud: Cloud, request: Request) -> Reply:
+    """Make a workflow or change it; its recurrence starts anew."""
+    need_group(cloud, request)
+    arm_id, body = request.id(_WORKFLOW), request.json()
+    location = check_location(body.get("location"))
+    before = cloud.get(arm_id)
+    given = body.get("properties") or {}
+    definition = given.get("definition") or {}
+    if not definition.get("$schema") or not definition.get("triggers"):
+        raise bad("The workflow's definition has no schema or no trigger.", "InvalidTemplate")
+    for trigger in definition["triggers"].values():
+        if trigger.get("type") != "Recurrence":
+            raise AzureError(501, "NotRehearsed", f"Triggers of type {trigger.get('type')}")
+        _period(trigger.get("recurrence") or {})
+    identity = _identity(body.get("identity"), before)
+    for action in (definition.get("actions") or {}).values():
+        if action.get("type") != "Http":
+            raise AzureError(501, "NotRehearsed", f"Actions of type {action.get('type')}")
+        if "authentication" in (action.get("inputs") or {}) and identity is None:
+            raise bad(
+                "The workflow has no managed identity.", "WorkflowManagedIdentityNotSpecified"
+            )
+    document: Json = {
+        "location": location,
+        "tags": body.get("tags") or {},
+        "properties": {
+            "state": "Enabled",
+            **given,
+            "provisioningState": "Succeeded",
+            "createdTime": before["properties"]["createdTime"] if before else _text(cloud.time()),
+            "changedTime": _text(cloud.time()),
+            "version": uuid.uuid4().hex,
+        },
+        **({"identity": identity} if identity else {}),
+        "_saved": cloud.time(),
+        "_fired": {},
+        "_runs": before["_runs"] if before else [],
+    }
+    workflow = cloud.put(arm_id, KIND, document)
+    _fire_due(cloud, cloud.time())  # at once, where there is no start time
+    return Reply(200 if before else 201, public(workflow))
+
+
+def _identity(given: Json | None, before: Json | None) -> Json | None:
+    """The identity that the service makes; it stays the same until the workflow is deleted."""
+    if not given or given.get("type") == "None":
+        return None
+    if given.get("type") != "SystemAssigned":
+        raise AzureError(501, "NotRehearsed", f"Workflows with identity {given.get('type')}")
+    known = (before or {}).get("identity") or {}
+    principal = known.get("principalId") or str(uuid.uuid4())
+    return {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
+
+
+def _need(cloud: Cloud, request: Request) -> Json:
+    text = f"The workflow '{request.args['workflow']}' could not be found."
+    return cloud.need(request.id(_WORKFLOW), code="ResourceNotFound", message=text)
+
+
+on_get(_WORKFLOW, _need)
+
+
+@route("DELETE", ARM, _WORKFLOW)
+def delete_workflow(cloud: Cloud, request: Request) -> Reply:
+    """Delete it, and its identity with it; role assignments stay and name nobody."""
+    return cloud.delete_now(request.id(_WORKFLOW))
+
+
+@route("GET", ARM, _WORKFLOW + "/triggers/{trigger}")
+def get_trigger(cloud: Cloud, request: Request) -> Reply:
+    """When it fires next, and when it did last."""
+    workflow, name = _need(cloud, request), request.args["trigger"]
+    properties = workflow["properties"]
+    trigger = properties["definition"]["triggers"].get(name)
+    if trigger is None:
+        raise AzureError(404, "WorkflowTriggerNotFound", f"No trigger '{name}'.")
+    times = {
+        "lastExecutionTime": workflow["_fired"].get(name),
+        "nextExecutionTime": _next(workflow, name),
+    }
+    shown = {key: _text(value) for key, value in times.items() if value is not None}
+    state = {"state": properties["state"], "recurrence": trigger["recurrence"], **shown}
+    arm_id = request.id(_WORKFLOW + "/triggers/{trigger}")
+    own = {"id": arm_id, "name": name, "type": f"{KIND}/triggers"}
+    return Reply(200, {**own, "properties": {"provisioningState": "Succeeded", **state}})
+
+
+@route("GET", ARM, _WORKFLOW + "/runs")
+def list_runs(cloud: Cloud, request: Request) -> Reply:
+    """What it did, newest first."""
+    workflow = _need(cloud, request)
+    base = {"type": f"{KIND}/runs"}
+    runs = [
+        {**base, "id": f"{workflow['id']}/runs/{run['name']}", "name": run["name"]}
+        | {"properties": {k: v for k, v in run.items() if k != "name"}}
+        for run in reversed(workflow["_runs"])
+    ]
+    return Reply(200, {"value": runs})
+
+
+# --- the clock ---
+
+
+@route("POST", "rehearsal.invalid", "/clock", audience="")
+def move_clock(cloud: Cloud, request: Request) -> Reply:
+    """The control interface's call: move the clock by `seconds`, and do what is due until then."""
+    seconds = request.json().get("seconds")
+    if not isinstance(seconds, int | float) or seconds < 0:
+        raise bad("seconds: expected a number of 0 or more; the clock only moves forward")
+    runs = _fire_due(cloud, cloud.time() + seconds)
+    return Reply(200, {"time": _text(cloud.time()), "moved": cloud.clock, "runs": runs})
+
+
+def run_due(cloud: Cloud) -> None:
+    """Do what has become due by itself; called from time to time."""
+    _fire_due(cloud, cloud.time())
+
+
+def _fire_due(cloud: Cloud, until: float) -> list[Json]:
+    """Let the time pass, from one slot to the next; each run's workflow, time and status."""
+    runs = []
+    while slots := sorted(_slots(cloud), key=lambda slot: slot[0]):
+        when, workflow, trigger = slots[0]
+        if when > until:
+            break
+        cloud.clock += max(0.0, when - cloud.time())
+        cloud.settle()
+        workflow["_fired"][trigger] = when
+        run = _run(cloud, workflow)
+        workflow["_runs"] = [*workflow["_runs"], run][-_RUNS_KEPT:]
+        runs.append({"workflow": workflow["name"], "time": _text(when), "status": run["status"]})
+    cloud.clock += max(0.0, until - cloud.time())
+    cloud.settle()
+    return runs
+
+
+def _slots(cloud: Cloud) -> Iterator[tuple[float, Json, str]]:
+    for workflow in cloud.children("/subscriptions", KIND):
+        for trigger in workflow["properties"]["definition"]["triggers"]:
+            when = _next(workflow, trigger)
+            if when is not None:
+                yield when, workflow, trigger
+
+
+def _next(workflow: Json, trigger: str) -> float | None:
+    """When the trigger fires next; None where it is switched off or over."""
+    properties = workflow["properties"]
+    if properties["state"] != "Enabled":
+        return None
+    recurrence = properties["definition"]["triggers"][trigger]["recurrence"]
+    period, saved = _period(recurrence), float(workflow["_saved"])
+    fired = workflow["_fired"].get(trigger)
+    start = _time(recurrence["startTime"]) if recurrence.get("startTime") else None
+    base = saved if start is None else start
+    if fired is not None:
+        when = base + (round((fired - base) / period) + 1) * period
+    elif base >= saved:
+        when = base
+    else:  # times that are past are left out, not made up
+        when = base + (math.floor((saved - base) / period) + 1) * period
+    ends = recurrence.get("endTime")
+    return None if ends and when > _time(ends) else when
+
+
+def _period(recurrence: Json) -> float:
+    frequency, interval = recurrence.get("frequency"), recurrence.get("interval")
+    if frequency not in _SECONDS or not isinstance(interval, int) or interval < 1:
+        raise bad(f"The recurrence '{frequency}' x {interval} is invalid.", "InvalidTemplate")
+    return float(_SECONDS[frequency] * interval)
+
+
+def _time(text: str) -> float:
+    value = dt.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return (value if value.tzinfo else value.replace(tzinfo=dt.timezone.utc)).timestamp()
+
+
+def _text(seconds: float) -> str:
+    when = dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
+    return when.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+# --- one run ---
+
+
+def _run(cloud: Cloud, workflow: Json) -> Json:
+    """Do the actions in the order of their `runAfter`."""
+    waiting = dict(workflow["properties"]["definition"].get("actions") or {})
+    done: dict[str, Json] = {}
+    while waiting:
+        name = next(
+            (n for n, a in waiting.items() if set(a.get("runAfter") or {}) <= set(done)), ""
+        )
+        if not name:
+            raise bad("The actions' runAfter form a circle.", "InvalidTemplate")
+        action = waiting.pop(name)
+        allowed = (action.get("runAfter") or {}).items()
+        if all(done[other]["status"] in states for other, states in allowed):
+            done[name] = _send(cloud, workflow, action)
+        else:
+            done[name] = {"status": "Skipped"}
+    failed = any(action["status"] == "Failed" for action in done.values())
+    return {
+        "name": uuid.uuid4().hex,
+        "startTime": _text(cloud.time()),
+        "status": "Failed" if failed else "Succeeded",
+        "actions": done,
+    }
+
+
+def _send(cloud: Cloud, workflow: Json, action: Json) -> Json:
+    """Send an HTTP action's request, and follow a 202 unless the action says not to."""
+    inputs = action["inputs"]
+    count = (inputs.get("retryPolicy") or {}).get("count", _RETRIES)
+    for _ in range(1 + int(count)):
+        status, headers = _call(cloud, workflow, inputs, inputs["method"], inputs["uri"])
+        if status not in (408, 429) and status < 500:
+            break
+    follows = "DisableAsyncPattern" not in str(action.get("operationOptions", ""))
+    if status == 202 and "Location" in headers and follows:
+        status, _headers = _call(cloud, workflow, inputs, "GET", headers["Location"])
+    return {"status": "Succeeded" if status < 400 else "Failed", "code": status}
+
+
+def _call(
+    cloud: Cloud, workflow: Json, inputs: Json, method: str, uri: str
+) -> tuple[int, dict[str, str]]:
+    parts = urlsplit(uri)
+    target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    headers = {name.lower(): str(value) for name, value in (inputs.get("headers") or {}).items()}
+    authentication = inputs.get("authentication")
+    if authentication:
+        if authentication.get("type") != "ManagedServiceIdentity":
+            raise AzureError(501, "NotRehearsed", f"Authentication {authentication.get('type')}")
+        audience = str(authentication.get("audience") or f"https://{ARM}/").rstrip("/")
+        token = token_for(cloud, workflow["identity"]["principalId"], audience)
+        headers["authorization"] = f"Bearer {token}"
+    body = json.dumps(inputs["body"]).encode() if "body" in inputs and method != "GET" else b""
+    try:
+        reply = answer(cloud, Request(method, parts.hostname or "", target, headers, body))
+    except CutError:
+        return 502, {}
+    return reply.status, reply.headers
