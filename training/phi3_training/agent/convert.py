@@ -224,8 +224,7 @@ def _faults(source: FlowSource, node: Mapping[str, Any]) -> Iterator[str]:
 def _ordered(nodes: Sequence[Mapping[str, Any]], faults: list[str]) -> list[Mapping[str, Any]]:
     """The nodes so that each comes after those whose outputs it takes."""
     names = {str(node["name"]) for node in nodes}
-    waiting = list(nodes)
-    ordered: list[Mapping[str, Any]] = []
+    waiting, ordered = list(nodes), list[Mapping[str, Any]]()
     done: set[str] = set()
     while waiting:
         ready = [node for node in waiting if _taken(node) & names <= done]

@@ -122,9 +122,9 @@ def _outcome_difference(flow: Outcome, agent: Outcome) -> str:
         return f"{one} and {other}"
     if flow.error is not None and agent.error is not None:
         for fact in ("kind", "message", "status", "inner_status", "reason", "attempts"):
-            here, there = (_settled(each.error, fact) for each in (flow, agent))
-            if here != there:
-                return f"error {fact}: {first_difference(str(here), str(there))}"
+            settled = [_settled(each.error, fact) for each in (flow, agent)]
+            if settled[0] != settled[1]:
+                return f"error {fact}: {first_difference(*map(str, settled))}"
         return ""
     if flow.answer == agent.answer:
         return ""
