@@ -8,9 +8,14 @@ from urllib.parse import unquote
 
 from phi3_training.recipe.azure import AzureSection
 
-from .azure_wire import Answer, Wire
+from .azure_wire import SUBSCRIPTION, Answer, Wire
 
 BLUE = {"blue": 100}
+# The SDK takes ids apart.
+WORKSPACE = (
+    f"/subscriptions/{SUBSCRIPTION}/resourceGroups/group/providers/"
+    "Microsoft.MachineLearningServices/workspaces/place"
+)
 
 
 def section(**values: Any) -> AzureSection:
@@ -77,7 +82,7 @@ class Service:
     def endpoint(self) -> dict[str, Any]:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return {
-            "id": "/x/onlineEndpoints/ep",
+            "id": f"{WORKSPACE}/onlineEndpoints/ep",
             "name": "ep",
             "location": "eastus",
             "kind": "Managed",
@@ -94,13 +99,13 @@ class Service:
 
 def deployment(name: str, version: str, state: str = "Succeeded") -> Answer:
     return 200, {
-        "id": f"/x/onlineEndpoints/ep/deployments/{name}",
+        "id": f"{WORKSPACE}/onlineEndpoints/ep/deployments/{name}",
         "name": name,
         "location": "eastus",
         "sku": {"name": "Default", "capacity": 1},
         "properties": {
             "endpointComputeType": "Managed",
-            "model": f"/subscriptions/s/x/workspaces/w/models/phi3/versions/{version}",
+            "model": f"{WORKSPACE}/models/phi3/versions/{version}",
             "provisioningState": state,
             "instanceType": "Standard_NC24ads_A100_v4",
             "scaleSettings": {"scaleType": "Default"},
