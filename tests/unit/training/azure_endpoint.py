@@ -24,7 +24,7 @@ def section(**values: Any) -> AzureSection:
 
 @dataclass
 class Service:
-    """An endpoint `ep` with two deployments; `refusals` are its next answers to a change."""
+    """An endpoint `chat` with two deployments; `refusals` are its next answers to a change."""
 
     refusals: list[Answer] = field(default_factory=list)
     traffic: dict[str, int] = field(default_factory=lambda: dict(BLUE))
@@ -54,7 +54,7 @@ class Service:
         if "/deployments/" in path:
             missing: Answer = (404, {"error": {"code": "ResourceNotFound", "message": "no"}})
             return self.deployments.get(path.rsplit("/", 1)[-1], missing)
-        if path.endswith("/onlineEndpoints/ep"):
+        if path.endswith("/onlineEndpoints/chat"):
             return self.change() if method == "PUT" else (200, self.endpoint())
         return 200, {"location": "eastus", "properties": {}}
 
@@ -82,8 +82,8 @@ class Service:
     def endpoint(self) -> dict[str, Any]:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return {
-            "id": f"{WORKSPACE}/onlineEndpoints/ep",
-            "name": "ep",
+            "id": f"{WORKSPACE}/onlineEndpoints/chat",
+            "name": "chat",
             "location": "eastus",
             "kind": "Managed",
             "tags": self.tags,
@@ -92,14 +92,14 @@ class Service:
                 "provisioningState": state,
                 "traffic": self.traffic,
                 "mirrorTraffic": self.mirror,
-                "scoringUri": "https://ep.eastus.inference.ml.azure.com/score",
+                "scoringUri": "https://chat.eastus.inference.ml.azure.com/score",
             },
         }
 
 
 def deployment(name: str, version: str, state: str = "Succeeded") -> Answer:
     return 200, {
-        "id": f"{WORKSPACE}/onlineEndpoints/ep/deployments/{name}",
+        "id": f"{WORKSPACE}/onlineEndpoints/chat/deployments/{name}",
         "name": name,
         "location": "eastus",
         "sku": {"name": "Default", "capacity": 1},
