@@ -129,10 +129,11 @@ class Stand:
         }
 
     def _make(self, name: str) -> None:
-        body: dict[str, Any] = {"location": REGION, "properties": {"authMode": "Key"}}
+        # The SDK reads the empty inner properties, which it always sends itself.
+        properties: dict[str, Any] = {"authMode": "Key", "properties": {}}
         if name:
-            properties = {"model": MODEL, "instanceType": A100, "endpointComputeType": "Managed"}
-            body = {"location": REGION, "sku": {"name": "Default"}, "properties": properties}
+            properties = {"model": MODEL, "instanceType": A100, "properties": {}}
+        body = {"location": REGION, "sku": {"name": "Default"}, "properties": properties}
         path = f"{self.azure.workspace}/onlineEndpoints/{EP}{name}"
         assert self.azure.call("PUT", path, body).status_code == 201
         ends = time.monotonic() + 60

@@ -105,12 +105,14 @@ class Fault:
 
     def as_typed(self) -> str:
         """The fault as it is typed."""
-        more: dict[str, float | str | None] = {
+        more: dict[str, object] = {
             "times": self.left,
             "seconds": self.seconds,
             "share": self.share,
+            "retry-after": self.retry_after,
+            "code": self.code,
+            "message": self.message,
         }
-        more |= {"retry-after": self.retry_after, "code": self.code, "message": self.message}
         words = [f"{name}={value}" for name, value in more.items() if value]
         return shlex.join([self.method, self.path, self.kind, *words])
 

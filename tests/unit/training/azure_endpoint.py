@@ -8,12 +8,13 @@ from urllib.parse import unquote
 
 from phi3_training.recipe.azure import AzureSection
 
-from .azure_wire import Answer, Wire
+from .azure_wire import SUBSCRIPTION, Answer, Wire
 
 BLUE = {"blue": 100}
-ENDPOINT = (
-    "/subscriptions/s/resourceGroups/g/providers/Microsoft.MachineLearningServices/workspaces/w"
-    "/onlineEndpoints/shop"
+# The SDK takes ids apart.
+WORKSPACE = (
+    f"/subscriptions/{SUBSCRIPTION}/resourceGroups/group/providers/"
+    "Microsoft.MachineLearningServices/workspaces/place"
 )
 
 
@@ -23,7 +24,7 @@ def section(**values: Any) -> AzureSection:
 
 @dataclass
 class Service:
-    """An endpoint `shop` with two deployments; `refusals` are its next answers to a change."""
+    """An endpoint `chat` with two deployments; `refusals` are its next answers to a change."""
 
     refusals: list[Answer] = field(default_factory=list)
     traffic: dict[str, int] = field(default_factory=lambda: dict(BLUE))
@@ -53,7 +54,7 @@ class Service:
         if "/deployments/" in path:
             missing: Answer = (404, {"error": {"code": "ResourceNotFound", "message": "no"}})
             return self.deployments.get(path.rsplit("/", 1)[-1], missing)
-        if path.endswith("/onlineEndpoints/shop"):
+        if path.endswith("/onlineEndpoints/chat"):
             return self.change() if method == "PUT" else (200, self.endpoint())
         return 200, {"location": "eastus", "properties": {}}
 
@@ -81,8 +82,8 @@ class Service:
     def endpoint(self) -> dict[str, Any]:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return {
-            "id": ENDPOINT,
-            "name": "shop",
+            "id": f"{WORKSPACE}/onlineEndpoints/chat",
+            "name": "chat",
             "location": "eastus",
             "kind": "Managed",
             "tags": self.tags,
@@ -91,20 +92,20 @@ class Service:
                 "provisioningState": state,
                 "traffic": self.traffic,
                 "mirrorTraffic": self.mirror,
-                "scoringUri": "https://shop.eastus.inference.ml.azure.com/score",
+                "scoringUri": "https://chat.eastus.inference.ml.azure.com/score",
             },
         }
 
 
 def deployment(name: str, version: str, state: str = "Succeeded") -> Answer:
     return 200, {
-        "id": f"{ENDPOINT}/deployments/{name}",
+        "id": f"{WORKSPACE}/onlineEndpoints/chat/deployments/{name}",
         "name": name,
         "location": "eastus",
         "sku": {"name": "Default", "capacity": 1},
         "properties": {
             "endpointComputeType": "Managed",
-            "model": f"/subscriptions/s/x/workspaces/w/models/phi3/versions/{version}",
+            "model": f"{WORKSPACE}/models/phi3/versions/{version}",
             "provisioningState": state,
             "instanceType": "Standard_NC24ads_A100_v4",
             "scaleSettings": {"scaleType": "Default"},

@@ -84,12 +84,12 @@ def run(tmp_path: Path) -> Run:
 def rollout(
     service: Service, run: Run, say: Callable[[str, str], str] = right, **settings: Any
 ) -> Rollout:
-    access = Scripted("https://shop/score", "key")
+    access = Scripted("https://chat/score", "key")
     object.__setattr__(access, "say", say)
     azure = {"poll": {"interval": 0.05}, "rollout": {"minutes": 0, **settings}}
     recipe = Recipe.model_validate({**RECIPE, "azure": azure})
     before = {name: share for name, share in service.traffic.items() if share}
-    target = DeploymentId("shop", "green")
+    target = DeploymentId("chat", "green")
     known = clients(service.wire, run.path)
     return Rollout(known, recipe, run, target, before, access, no_progress, "green bills")
 
@@ -159,7 +159,7 @@ def test_what_is_worse_at_any_step_is_undone(run: Run, share: int, form: str) ->
         rollout(service, run, say).go()
 
     told = str(caught.value)
-    assert f"green of shop is worse than blue, with {share} % of the traffic" in told
+    assert f"green of chat is worse than blue, with {share} % of the traffic" in told
     assert "What is" in told  # which answers sank it
     assert "read back from Azure: blue 100 %.\ngreen bills" in told
     assert traffic_shares(service.traffic) == BLUE
@@ -251,7 +251,7 @@ def test_one_that_has_the_traffic_is_left_alone(run: Run) -> None:
 def test_an_interrupted_rollout_is_undone(run: Run, knows: str) -> None:
     """A client killed at 5 %: the next one puts the shares back, whoever still knows them."""
     begun = RolloutManifest(
-        endpoint_name="shop", deployment="green", before=BLUE, share=5, started="2026-11-29T09:00"
+        endpoint_name="chat", deployment="green", before=BLUE, share=5, started="2026-11-29T09:00"
     )
     service = Service(traffic={"blue": 95, "green": 5})
     if knows == "the tag":
@@ -263,7 +263,7 @@ def test_an_interrupted_rollout_is_undone(run: Run, knows: str) -> None:
     known = clients(service.wire, run.path)
     recipe = rollout(service, run).recipe
 
-    endpoint = known.ml.online_endpoints.get("shop")
+    endpoint = known.ml.online_endpoints.get("chat")
     found = undo_interrupted(known, recipe.azure, run, endpoint, no_progress)
 
     expected = {"blue": 95, "green": 5} if knows == "another run" else BLUE
@@ -297,11 +297,11 @@ def test_what_serves_keeps_its_traffic_where_nobody_could_have_it_back(
     run: Run, before: dict[str, int]
 ) -> None:
     """Killed after the first deployment had got the traffic; or the old one was deleted since."""
-    run.write(RolloutManifest(endpoint_name="shop", deployment="green", before=before, share=100))
+    run.write(RolloutManifest(endpoint_name="chat", deployment="green", before=before, share=100))
     service = Service(traffic={"green": 100})
     known, recipe = clients(service.wire, run.path), rollout(service, run).recipe
 
-    endpoint = known.ml.online_endpoints.get("shop")
+    endpoint = known.ml.online_endpoints.get("chat")
     found = undo_interrupted(known, recipe.azure, run, endpoint, no_progress)
 
     assert found == {"green": 100}
@@ -317,7 +317,7 @@ def test_shares_add_up_whatever_the_rounding() -> None:
 
 def test_a_tag_says_what_it_said() -> None:
     begun = RolloutManifest(
-        endpoint_name="shop", deployment="green", before={"a": 60, "b": 40}, started="now"
+        endpoint_name="chat", deployment="green", before={"a": 60, "b": 40}, started="now"
     )
     assert tagged(tag_of(begun)) == Interrupted("green", {"a": 60, "b": 40})
     assert tagged("something else") is None

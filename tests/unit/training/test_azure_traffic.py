@@ -29,19 +29,19 @@ MODEL = ServedModel("phi3", "2", "job")
 def test_a_change_sends_the_whole_endpoint_back(tmp_path: Path) -> None:
     service = Service(mirror={"green": 10})
 
-    assert set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, no_progress)
+    assert set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, no_progress)
 
     (sent,) = service.puts
     assert service.traffic == {"green": 100}
     assert service.mirror == {}  # live traffic and copies exclude each other
     assert sent["tags"] == {"team": "ours"}
-    assert not set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, no_progress)
+    assert not set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, no_progress)
 
 
 def test_copies_of_requests_stay_where_the_shares_change(tmp_path: Path) -> None:
     service = Service(mirror={"green": 10}, traffic={})
 
-    set_traffic(clients(service.wire, tmp_path), section(), "shop", Wanted(BLUE), no_progress)
+    set_traffic(clients(service.wire, tmp_path), section(), "chat", Wanted(BLUE), no_progress)
 
     assert service.mirror == {"green": 10}
 
@@ -50,7 +50,7 @@ def test_a_refusal_is_reported_once_with_azures_reason(tmp_path: Path) -> None:
     service = Service([refusal(400, "InvalidTraffic", "green has no healthy instance")] * 9)
 
     with pytest.raises(StageError, match="green has no healthy instance") as caught:
-        set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, no_progress)
+        set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, no_progress)
 
     assert len(service.puts) == 1
     assert "InvalidTraffic, HTTP 400" in str(caught.value)
@@ -65,13 +65,13 @@ def test_a_conflict_is_waited_for_and_its_reason_kept(tmp_path: Path) -> None:
     def progress(_done: int, _total: int, text: str) -> None:
         told.append(text)
 
-    assert set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, progress)
+    assert set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, progress)
 
     assert len(service.puts) == 3
     assert any("another change is in progress" in text for text in told)
     with pytest.raises(StageError, match="another change is in progress"):
         set_traffic(
-            clients(Service([busy] * 99).wire, tmp_path), section(), "shop", GREEN, no_progress
+            clients(Service([busy] * 99).wire, tmp_path), section(), "chat", GREEN, no_progress
         )
 
 
@@ -79,13 +79,13 @@ def test_a_change_that_did_not_happen_is_no_success(tmp_path: Path) -> None:
     service = Service(keeps=True)
 
     with pytest.raises(StageError, match=r"but did not do it\nThe shares are still: blue"):
-        set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, no_progress)
+        set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, no_progress)
 
 
 def test_a_change_waits_for_the_one_before(tmp_path: Path) -> None:
     service = Service(states=["Updating", "Updating", "Succeeded"])
 
-    assert set_traffic(clients(service.wire, tmp_path), section(), "shop", GREEN, no_progress)
+    assert set_traffic(clients(service.wire, tmp_path), section(), "chat", GREEN, no_progress)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_failed_endpoint_is_repaired_with_its_traffic(tmp_path: Path) -> None:
     service = Service(states=["Failed"])
 
     ensure_endpoint(
-        clients(service.wire, tmp_path), section(), Run.open(tmp_path / "run"), "shop", no_progress
+        clients(service.wire, tmp_path), section(), Run.open(tmp_path / "run"), "chat", no_progress
     )
 
     assert len(service.puts) == 1
@@ -139,7 +139,7 @@ def test_what_is_live_or_kept_is_never_replaced(
     service = Service(traffic={name: 100} if live else dict(BLUE))
     service.deployments[name] = deployment(name, version, state)
     known = clients(service.wire, tmp_path)
-    endpoint = known.ml.online_endpoints.get("shop")
+    endpoint = known.ml.online_endpoints.get("chat")
 
     found = free_name(known, section(), endpoint, MODEL, endpoint.traffic)
 
@@ -147,7 +147,7 @@ def test_what_is_live_or_kept_is_never_replaced(
 
 
 def test_what_is_up_without_traffic_is_named_with_its_size(tmp_path: Path) -> None:
-    told = what_bills(section(), Run.open(tmp_path / "my-run"), DeploymentId("shop", "green"))
+    told = what_bills(section(), Run.open(tmp_path / "my-run"), DeploymentId("chat", "green"))
 
-    assert "green of shop (1 x Standard_NC24ads_A100_v4)" in told
+    assert "green of chat (1 x Standard_NC24ads_A100_v4)" in told
     assert "bills until it is deleted: phi3 down --on azure --idle --run my-run" in told
