@@ -318,7 +318,7 @@ def test_another_machine_sees_it_and_when_it_ends(road: Road) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(rf"endpoint small-azure-\w+: succeeded, key, owner {RUN}", done.stdout)
     assert re.search(r"deadline 20\S+ \S+ UTC \(in 7 h 5\d min\), then it", done.stdout)
-    assert re.search(r"sum: 3\.67 USD per hour, about \S+ so far .* at most 29\.", done.stdout)
+    assert re.search(r"sum: \S+ USD per hour, about \S+ so far .* at most 2[89]\.", done.stdout)
 
 
 def test_the_deadline_is_moved(road: Road) -> None:
