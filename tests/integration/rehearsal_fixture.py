@@ -83,3 +83,10 @@ def provision(azure: Azure) -> None:
     }
     body = {"location": REGION, "kind": "Default", "properties": properties}
     assert azure.call("PUT", azure.workspace, body).status_code == 201
+    # Room for the idle nodes and deployments of all tests that share this Azure.
+    quota = (
+        f"{azure.group.partition('/resourceGroups/')[0]}/providers/{ML}/locations/{REGION}"
+        "/providers/Microsoft.Quota/quotas/standardNCADSA100v4Family"
+    )
+    limit = {"properties": {"limit": {"limitObjectType": "LimitValue", "value": 400}}}
+    assert azure.call("PUT", quota, limit).status_code == 200

@@ -166,7 +166,7 @@ def test_clusters_sizes_and_quota(azure: Azure) -> None:
     cluster = AmlCompute(name="gpu", size=A100, min_instances=0, max_instances=1)
     made = ml.compute.begin_create_or_update(cluster).result()
     assert (made.provisioning_state, made.size) == ("Succeeded", A100.upper())
-    refused = [("Standard_NC24rs_v3", 1, "not supported"), (A100, 5, "ClusterCoreQuotaReached")]
+    refused = [("Standard_NC24rs_v3", 1, "not supported"), (A100, 17, "ClusterCoreQuotaReached")]
     for size, count, message in refused:
         other = AmlCompute(name="other", size=size, max_instances=count)
         with pytest.raises(HttpResponseError, match=message):
