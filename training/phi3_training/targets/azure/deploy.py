@@ -215,8 +215,12 @@ def _as_it_is(
 ) -> OnlineEndpoint:
     """An endpoint that exists, once nothing changes it any more, with the traffic that it has."""
     operations, name = clients.ml.online_endpoints, str(endpoint.name)
-    read = partial(operations.get, name)
     poll = section.poll
+
+    def read() -> OnlineEndpoint:
+        found: OnlineEndpoint = operations.get(name)
+        return found
+
     if state_of(endpoint) not in ("succeeded", "failed", "canceled"):
         ends = time.monotonic() + poll.deploy_timeout
         doing = f"Waiting for the endpoint {name}"
@@ -242,7 +246,8 @@ def _as_it_is(
 def read_endpoint(clients: Clients, name: str) -> OnlineEndpoint:
     """The endpoint. StageError where there is none."""
     with explained(f"Reading the endpoint {name}"):
-        return clients.ml.online_endpoints.get(name)
+        found: OnlineEndpoint = clients.ml.online_endpoints.get(name)
+    return found
 
 
 def free_name(

@@ -183,8 +183,7 @@ def roll_back(clients: Clients, section: AzureSection, run: Run, progress: Progr
 
 
 def _endpoint_of(run: Run) -> str:
-    for kind in (EndpointManifest, RolloutManifest):
-        manifest = run.read(kind)
+    for manifest in (run.read(EndpointManifest), run.read(RolloutManifest)):
         if manifest is not None and manifest.endpoint_name:
             return manifest.endpoint_name
     made = recorded_resources(run, "endpoint")
