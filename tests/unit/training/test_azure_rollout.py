@@ -25,7 +25,7 @@ from phi3_training.targets.azure.rollout import (
     tagged,
     undo_interrupted,
 )
-from phi3_training.targets.azure.traffic import DeploymentId, traffic_shares
+from phi3_training.targets.azure.traffic import DeploymentId
 from phi3_training.targets.base import Access
 
 from .azure_endpoint import BLUE, Service, refusal
@@ -162,10 +162,10 @@ def test_what_is_worse_at_any_step_is_undone(run: Run, share: int, form: str) ->
     assert f"green of chat is worse than blue, with {share} % of the traffic" in told
     assert "What is" in told  # which answers sank it
     assert "read back from Azure: blue 100 %.\ngreen bills" in told
-    assert traffic_shares(service.traffic) == BLUE
+    assert service.traffic == BLUE
     assert ROLLOUT_TAG not in service.tags
     assert record(run).state == "undone"
-    assert any("worse than blue" in reason for reason in record(run).reasons)
+    assert "worse than blue" in record(run).reasons[0]
 
 
 def test_a_refused_step_is_undone_with_azures_reason(run: Run) -> None:
@@ -183,7 +183,7 @@ def test_a_refused_step_is_undone_with_azures_reason(run: Run) -> None:
 
     assert "The traffic is as before, read back from Azure: blue 100 %" in str(caught.value)
     assert "green bills" in str(caught.value)
-    assert traffic_shares(service.traffic) == BLUE
+    assert service.traffic == BLUE
 
 
 def test_ctrl_c_gives_the_traffic_back(run: Run) -> None:
@@ -197,7 +197,7 @@ def test_ctrl_c_gives_the_traffic_back(run: Run) -> None:
     with pytest.raises(KeyboardInterrupt):
         rollout(service, run, say).go()
 
-    assert traffic_shares(service.traffic) == BLUE
+    assert service.traffic == BLUE
     assert record(run).state == "undone"
 
 
