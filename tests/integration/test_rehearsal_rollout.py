@@ -215,6 +215,7 @@ def test_what_breaks_on_the_way_is_undone(stand: Stand, fault: str, told: str) -
     assert client.answers
 
 
+@pytest.mark.slow
 def test_through_faults_of_the_service_it_gets_there_and_back(stand: Stand) -> None:
     for fault in (
         f"PUT */onlineEndpoints/{EP} 409 times=2",
@@ -239,6 +240,7 @@ def test_through_faults_of_the_service_it_gets_there_and_back(stand: Stand) -> N
     assert stand.is_up()
 
 
+@pytest.mark.slow
 def test_copies_of_requests_reach_the_new_one_first(stand: Stand) -> None:
     ml, work = stand.clients.ml.online_endpoints, stand.rollout()
     work.recipe = Recipe.model_validate(
