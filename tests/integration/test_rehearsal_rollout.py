@@ -37,7 +37,7 @@ from phi3_training.targets.azure.inventory import take_inventory
 from phi3_training.targets.azure.place import find_place
 from phi3_training.targets.azure.rollback import roll_back, set_shares, traffic_of
 from phi3_training.targets.azure.rollout import Rollout
-from phi3_training.targets.azure.status import plan, status
+from phi3_training.targets.azure.status import plan
 from phi3_training.targets.azure.target import AzureTarget
 from phi3_training.targets.azure.traffic import DeploymentId, Wanted, set_traffic
 from phi3_training.targets.base import Access
@@ -274,7 +274,7 @@ def test_a_client_killed_at_a_step_is_seen_and_undone(stand: Stand) -> None:
     (seen,) = unfinished_rollouts([stand.run])
     assert "not finished: it was last given 5 % of the traffic (before: blue 100 %)" in seen.said
     assert remarks(stand.run)[0].startswith(seen.said)
-    lines = status(stand.clients, stand.run, take_inventory(stand.clients))["lines"]
+    lines = [line for each in take_inventory(stand.clients).endpoints for line in each.lines()]
     assert "  unfinished rollout to green from blue=100 since t" in lines
     assert any("undo it with: phi3 azure rollback" in line for line in found.lines(stand.run))
     with Asking(stand.access) as client:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3_training.errors import StageError
+from phi3_training.manifests import EndpointManifest
 from phi3_training.progress import no_progress
 from phi3_training.run import Run
 from phi3_training.targets.azure.deploy import (
@@ -17,6 +18,7 @@ from phi3_training.targets.azure.deploy import (
     what_bills,
 )
 from phi3_training.targets.azure.place import deployment_name
+from phi3_training.targets.azure.status import endpoint_state
 from phi3_training.targets.azure.traffic import Wanted, check_traffic, set_traffic
 
 from .azure_endpoint import BLUE, Service, deployment, refusal, section
@@ -151,3 +153,15 @@ def test_what_is_up_without_traffic_is_named_with_its_size(tmp_path: Path) -> No
 
     assert "green of chat (1 x Standard_NC24ads_A100_v4)" in told
     assert "bills until it is deleted: phi3 down --on azure --idle --run my-run" in told
+
+
+@pytest.mark.parametrize(("state", "is_up"), [("Succeeded", True), ("Deleting", False)])
+def test_an_endpoint_that_is_being_deleted_is_not_up(
+    tmp_path: Path, state: str, is_up: bool
+) -> None:
+    service, run = Service(states=[state]), Run.open(tmp_path / "run")
+    run.write(EndpointManifest(endpoint="https://x/score", endpoint_name="chat", deployment="blue"))
+
+    found = endpoint_state(clients(service.wire, tmp_path), run)
+
+    assert (found.state == "up") is is_up

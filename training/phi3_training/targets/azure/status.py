@@ -55,7 +55,8 @@ def endpoint_state(clients: Clients, run: Run) -> EndpointState:
     state = partial(EndpointState, url=manifest.endpoint, name=name, deployment=deployment)
     ml = clients.ml
     endpoint = find("endpoint", name, ml.online_endpoints.get)
-    if endpoint is None:
+    # One that is being deleted may keep its traffic and its deployments to the end.
+    if endpoint is None or state_of(endpoint) == "deleting":
         return state("down", reason="the endpoint is gone")
     existing = find("deployment", deployment, lambda own: ml.online_deployments.get(own, name))
     if existing is None or state_of(existing) != "succeeded":
