@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,24 @@ def test_a_failure_is_told_and_nothing_is_left(
     assert outcomes[failed].state == "FAILED"
     assert reason in outcomes[failed].detail
     assert all(outcome.state != "FAILED" for n, outcome in outcomes.items() if n < failed)
+    assert groups(check) == []
+
+
+@pytest.mark.parametrize(("ends", "state"), [("Completed", "passed"), ("Failed", "FAILED")])
+def test_the_cluster_goes_however_its_job_ends(
+    check: LiveCheck, monkeypatch: pytest.MonkeyPatch, ends: str, state: str
+) -> None:
+    jobs, seen = check.clients.ml.jobs, iter(("Queued", "Running", ends))
+    sent: list[Any] = []
+    monkeypatch.setattr(jobs, "create_or_update", sent.append)
+    monkeypatch.setattr(jobs, "get", lambda _name: SimpleNamespace(status=next(seen)))
+    outcomes = run(check, wanted=(1, 6, 8))
+    assert outcomes[8].state == state, outcomes[8]
+    assert (sent[0].compute, sent[0].command) == ("phi3-check-cpu", "echo ready")
+    journal = (cloud_of(check).folder / "calls.jsonl").read_text(encoding="utf-8")
+    calls = [json.loads(line) for line in journal.splitlines()]
+    done = [call["method"] for call in calls if call["path"].endswith("/computes/phi3-check-cpu")]
+    assert [method for method in done if method != "GET"] == ["PUT", "DELETE"]
     assert groups(check) == []
 
 

@@ -52,7 +52,7 @@ def run_check(args: argparse.Namespace) -> int:
         run = Run.open(Path(folder) / name)
         check = LiveCheck(Clients(own, section.poll), recipe, run)
         steps = list_steps(check)
-        asks = os.isatty(0) and not args.yes
+        asks = os.isatty(0) and args.output == "text" and not args.yes
         if args.output == "text":
             _show(steps, name, section.location or "")
         outcomes: list[Outcome] = []

@@ -113,7 +113,10 @@ class LiveCheck:
         missing = [n for n in names if str(read(n).registration_state).lower() != "registered"]
         if missing:
             fixes = "; ".join(f"az provider register --namespace {name}" for name in missing)
-            raise StageError(f"not registered: {', '.join(missing)}. Fix: {fixes}")
+            raise StageError(
+                f"not registered: {', '.join(missing)}. Fix: {fixes}. (The workspace's and the "
+                "deadline's step register what they need, and it stays registered)"
+            )
         return f"{len(names)} registered"
 
     def prices(self, _progress: Progress) -> str:
