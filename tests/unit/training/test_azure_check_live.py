@@ -18,11 +18,13 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 from phi3_rehearsal import compute, control, endpoints, jobs, logic, offers, resources, workspaces
 from phi3_rehearsal.cloud import Cloud
 from phi3_training.cli import main
+from phi3_training.errors import StageError
 from phi3_training.progress import no_progress
 from phi3_training.project import find
 from phi3_training.recipe import load_recipe
 from phi3_training.recipe.azure import GPU_SIZE, AzureSection
 from phi3_training.run import Run
+from phi3_training.targets.azure import clients as azure_clients
 from phi3_training.targets.azure import live_steps
 from phi3_training.targets.azure.check_live import Outcome, list_steps, run_steps
 from phi3_training.targets.azure.live_steps import CHECK_TAG, LiveCheck, check_section
@@ -139,30 +141,51 @@ def test_by_hand_has_keys_of_this_version(check: LiveCheck) -> None:
     assert "--all --run phi3-check-tiny" in down
 
 
-@pytest.mark.parametrize("words", [[], ["-o", "json"]])
-def test_without_a_terminal_and_yes_it_only_lists(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-) -> None:
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line, without a terminal, with prices that were asked before."""
     kept = {"asked": time.time(), "prices": [0.229]}
     cache = {f"eastus/{size}": kept for size in (live_steps.CPU_SIZE, GPU_SIZE)}
     (tmp_path / "azure-prices.json").write_text(json.dumps(cache), encoding="utf-8")
     monkeypatch.setenv("PHI3_CACHE", str(tmp_path))
     monkeypatch.setattr("os.isatty", lambda _fd: False)
     recipe = str(find(Path("training/recipes/phi3-tiny-azure.yaml")))
-    key = f"azure.subscription_id={SUBSCRIPTION}"
-    assert main(["azure", "check-live", recipe, key, "azure.location=eastus", *words]) == 0
+    keys = (f"subscription_id={SUBSCRIPTION}", "location=eastus", "poll.interval=0.05")
+    return ["azure", "check-live", recipe, *(f"azure.{key}" for key in keys)]
+
+
+def test_without_a_terminal_and_yes_it_only_lists(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
     said = capsys.readouterr().out
-    if words:
-        assert [step["price"] for step in json.loads(said)["steps"]][:5] == ["free"] * 5
-        assert json.loads(said)["outcomes"] == []
-    else:
-        assert "never run live" in said
-        assert "Nothing was run" in said
-        assert "0.23 USD per hour of Standard_DS3_v2" in said
-        assert said.index(" 8. ") < said.index(" 9. ") < said.index("phi3 up ")
+    assert "never verified on live Azure" in said
+    assert "Nothing was run" in said
+    assert "0.23 USD per hour of Standard_DS3_v2" in said
+    assert said.index(" 8. ") < said.index(" 9. ") < said.index("phi3 up ")
+    assert main([*command, "-o", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [step["price"] for step in told["steps"]][:5] == ["free"] * 5
+    assert told["outcomes"] == []
+
+
+def test_yes_runs_it_with_the_price_before_each_and_fails_with_a_step(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(*_args: object, **_options: object) -> None:
+        raise StageError("the workspace was refused")
+
+    monkeypatch.setattr(live_steps, "provision", refused)
+    monkeypatch.setattr(azure_clients, "Clients", lambda here, _poll: rehearsed(tmp_path, here))
+    assert main([*command, "--yes"]) == 1
+    said = capsys.readouterr().out.partition("az group delete")[2]
+    asked = said.index("6. a workspace and an identity with its roles")
+    assert asked < said.index("some cents: registry") < said.index("FAILED   a workspace")
+    assert "the workspace was refused" in said
+    assert "passed   deletion of what is left" in said
 
 
 def test_each_step_passes_and_nothing_is_left(check: LiveCheck) -> None:

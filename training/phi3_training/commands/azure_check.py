@@ -22,9 +22,9 @@ def register_check(inner: Any) -> None:
     parser = add_command(
         inner,
         "check-live",
-        "list what to check first on a real subscription, cheapest first, with prices; run it step "
-        "by step after a question each (--yes: without), each undone afterwards. Never run live "
-        "by us",
+        "list what to check first on a real subscription, cheapest first, with prices, and run it "
+        "step by step, each undone afterwards; asks before each unless --yes (never verified on "
+        "live Azure)",
         "phi3 azure check-live training/recipes/phi3-mini-azure.yaml",
         run_check,
     )
@@ -64,7 +64,12 @@ def run_check(args: argparse.Namespace) -> int:
                 _line(f"{outcome.state:<8} {outcome.title}{tail}")
 
         def wanted(number: int, step: LiveStep) -> bool:
-            return bool(args.yes) or _agreed(f"{number}. {step.title} ({step.price})")
+            text = f"{number}. {step.title} ({step.price})"
+            if not args.yes:
+                return _agreed(text)
+            if args.output == "text":
+                _line(text)
+            return True
 
         if args.yes or asks:
             run_steps(check, steps, wanted, partial(console.progress_bar, "check"), told)
@@ -80,7 +85,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def _show(steps: list[LiveStep], name: str, location: str) -> None:
-    _line(f"What to check first on Azure in {location}, cheapest first (never run live by us):")
+    _line(f"What to check first in {location}, cheapest first (never verified on live Azure):")
     for number, step in enumerate(steps, start=1):
         _line(f"{number:>2}. {step.title}")
         _line(f"    {step.price}{'' if step.run else '; by hand:'}")

@@ -1,7 +1,7 @@
 """`phi3 azure check-live`: the list of what to check first on Azure, cheapest first, and its run.
 
 What a step made is deleted at its end, and everything at the end of all, also after a failure and
-Ctrl-C. Never run on live Azure.
+Ctrl-C. Never verified on live Azure.
 """
 
 from __future__ import annotations

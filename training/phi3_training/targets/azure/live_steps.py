@@ -1,7 +1,7 @@
 """The steps of `phi3 azure check-live`, each with what it undoes.
 
 All that is made is in a resource group of the check's own, which carries its tag; nothing else is
-changed. Never run on live Azure.
+changed. Never verified on live Azure.
 """
 
 from __future__ import annotations
