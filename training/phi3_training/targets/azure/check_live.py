@@ -45,6 +45,7 @@ def list_steps(check: LiveCheck) -> list[LiveStep]:
     cpu, gpu = check.price(CPU_SIZE), check.price(section.compute.size)
     by_hand = (
         "phi3 up training/recipes/phi3-tiny-azure.yaml --on azure --run phi3-check-tiny "
+        f"azure.subscription_id={check.place.subscription_id} "
         "azure.resource_group=phi3-check-tiny azure.workspace_name=phi3-check-tiny "
         f"azure.location={check.place.location} azure.compute.size={section.compute.size} "
         f"azure.endpoint.instance_type={CPU_SIZE} azure.endpoint.deadline=1h",
