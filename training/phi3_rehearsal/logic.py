@@ -116,6 +116,16 @@ def get_trigger(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {**own, "properties": {"provisioningState": "Succeeded", **state}})
 
 
+@route("POST", ARM, _WORKFLOW + "/triggers/{trigger}/run")
+def fire_trigger(cloud: Cloud, request: Request) -> Reply:
+    """Fire it now; its own times stay ("Workflow Triggers - Run")."""
+    workflow, name = _need(cloud, request), request.args["trigger"]
+    if name not in workflow["properties"]["definition"]["triggers"]:
+        raise AzureError(404, "WorkflowTriggerNotFound", f"No trigger '{name}'.")
+    workflow["_runs"] = [*workflow["_runs"], _run(cloud, workflow)][-_RUNS_KEPT:]
+    return Reply(202)
+
+
 @route("GET", ARM, _WORKFLOW + "/runs")
 def list_runs(cloud: Cloud, request: Request) -> Reply:
     """What it did, newest first."""

@@ -10,12 +10,20 @@ import shutil
 
 from . import workspaces
 from .cloud import POLL, Cloud, check_location, listed, need_group, on_get, public, route, stamps
+from .identity import TENANT
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad, not_found
 
 _SUBSCRIPTION = "/subscriptions/{sub}"
 _PROVIDER = _SUBSCRIPTION + "/providers/{namespace}"
 _GROUP_KIND = "Microsoft.Resources/resourceGroups"
 _GROUP_NAME = re.compile(r"[-\w.()]{0,89}[-\w()]")
+
+
+@route("GET", ARM, _SUBSCRIPTION)
+def get_subscription(_cloud: Cloud, request: Request) -> Reply:
+    """Every subscription is the caller's and enabled ("Subscriptions - Get")."""
+    own = {"id": request.id(_SUBSCRIPTION), "subscriptionId": request.args["sub"]}
+    return Reply(200, {**own, "tenantId": TENANT, "displayName": "Rehearsed", "state": "Enabled"})
 
 
 @route("GET", ARM, _PROVIDER)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import io
 import json
 import time
 from pathlib import Path
@@ -15,22 +14,17 @@ import pytest
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
-import requests
-from azure.core.credentials import AccessToken
-from azure.core.pipeline.transport import RequestsTransport
 from pydantic import ValidationError
 
 from phi3_rehearsal import budgets, endpoints, logic, resources, workspaces
-from phi3_rehearsal.cloud import Cloud
 from phi3_rehearsal.compute import DEPLOYMENT_KIND
-from phi3_rehearsal.identity import CALLER, token_for
-from phi3_rehearsal.proxy import CutError, answer
+from phi3_rehearsal.identity import token_for
+from phi3_rehearsal.proxy import answer
 from phi3_rehearsal.wire import ARM, Request
 from phi3_training.errors import StageError, UsageError
-from phi3_training.recipe.azure import AzureSection, PollSection, duration_of
+from phi3_training.recipe.azure import AzureSection, duration_of
 from phi3_training.run import Run
 from phi3_training.targets.azure.budget import set_budget
-from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.deadline import (
     endpoint_id,
     extend_deadline,
@@ -43,6 +37,7 @@ from phi3_training.targets.azure.deadline import (
 from phi3_training.targets.azure.discovery import Found, find_places
 from phi3_training.targets.azure.inventory import take_inventory
 
+from .azure_rehearsed import Rehearsed, rehearsed
 from .azure_wire import place
 
 HOUR = 3600.0
@@ -54,61 +49,13 @@ def silent(_done: int, _total: int, _text: str) -> None:
     """A progress that nobody reads."""
 
 
-class Rehearsed(Clients):
-    """Clients whose calls the rehearsed Azure answers in this process."""
-
-    cloud: Cloud
-
-    def _options(self) -> dict[str, Any]:
-        session = requests.Session()
-        session.mount("https://", _Adapter(self.cloud))
-        transport = RequestsTransport(session=session, session_owner=False)
-        return {**super()._options(), "transport": transport}
-
-
-class _Adapter(requests.adapters.BaseAdapter):
-    def __init__(self, cloud: Cloud) -> None:
-        self.cloud = cloud
-
-    def send(self, request: Any, **_options: Any) -> requests.Response:
-        body = request.body or b""
-        sent = Request(
-            request.method,
-            request.url.split("/")[2],
-            request.path_url,
-            {name.lower(): value for name, value in request.headers.items()},
-            body.encode() if isinstance(body, str) else body,
-        )
-        try:
-            reply = answer(self.cloud, sent)
-        except CutError:
-            raise requests.exceptions.ConnectionError("reset") from None
-        response = requests.Response()
-        response.status_code, response.url, response.request = reply.status, request.url, request
-        response.headers.update({"Content-Type": "application/json", **reply.headers})
-        content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        response.raw = io.BytesIO(b"" if reply.body is None else content)
-        return response
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-class _Caller:
-    def __init__(self, cloud: Cloud) -> None:
-        self.cloud = cloud
-
-    def get_token(self, *_scopes: str, **_options: Any) -> AccessToken:
-        return AccessToken(token_for(self.cloud, CALLER, f"https://{ARM}"), int(time.time()) + 3600)
-
-
 @pytest.fixture
 def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsed:
     """A workspace with the run's endpoint and its deployment, and another's endpoint."""
     monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))
-    cloud, here = Cloud(tmp_path / "azure"), place(tmp_path)
-    clients = Rehearsed(here, PollSection(interval=0.05, retry_total=0), _Caller(cloud))
-    clients.cloud = cloud
+    here = place(tmp_path)
+    clients = rehearsed(tmp_path, here)
+    cloud = clients.cloud
     ready = {"provisioningState": "Succeeded"}
     body = {"location": here.location, "tags": {"created-by": "phi3-promptflow"}}
     for arm_id, kind in (

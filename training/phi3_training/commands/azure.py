@@ -21,6 +21,7 @@ from ..project import find
 from ..recipe import Recipe
 from ..run import Run
 from . import HELP
+from .azure_check import register_check
 from .azure_traffic import register_traffic
 from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
 
@@ -81,6 +82,7 @@ def register_azure(subparsers: Any) -> None:
     add_rehearse(budget)
     budget.set_defaults(on="azure")
     register_traffic(inner)
+    register_check(inner)
 
 
 def _add_provision(inner: Any) -> None:

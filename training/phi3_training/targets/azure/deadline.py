@@ -36,7 +36,7 @@ _SCHEMA = (
     "https://schema.management.azure.com/providers/Microsoft.Logic/schemas/2016-06-01/"
     "workflowdefinition.json#"
 )
-_TRIGGER = "deadline"
+TRIGGER = "deadline"
 # A refused deletion (the endpoint is just being changed) is tried again each hour, for so long.
 _TRIES_FOR = dt.timedelta(days=7)
 # Azure's time of the next run may differ from what was asked by rounding alone; more means that
@@ -130,7 +130,7 @@ def workflow_body(
     definition = {
         "$schema": _SCHEMA,
         "contentVersion": "1.0.0.0",
-        "triggers": {_TRIGGER: {"type": "Recurrence", "recurrence": recurrence}},
+        "triggers": {TRIGGER: {"type": "Recurrence", "recurrence": recurrence}},
         "actions": {"delete_endpoint": action},
         "outputs": {},
     }
@@ -230,7 +230,7 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
         return Deadline(endpoint, None, f"{_name(endpoint)} is not the workflow of this endpoint")
     properties = workflow.properties or {}
     trigger = get_or_none(
-        partial(_by_id(clients), f"{arm_id}/triggers/{_TRIGGER}", api_version=WORKFLOWS_API),
+        partial(_by_id(clients), f"{arm_id}/triggers/{TRIGGER}", api_version=WORKFLOWS_API),
         f"Reading when {_name(endpoint)} runs",
     )
     at = _time(((trigger.properties if trigger else None) or {}).get("nextExecutionTime"))
