@@ -33,10 +33,9 @@ from .deploy import ensure_endpoint
 from .jobs import OUTPUT_STORE, WORKING, open_store, status_of
 from .operations import create, delete, find, get_or_none, within
 from .place import Place, resource_tags
-from .prices import PRICE_DATE, PRICE_PAGE
 from .provision import Step, provision
 from .resources import DELETION_ORDER, SUBSCRIPTION_API, ensure_group
-from .sizes import find_size, quota_needs, short_of_quota
+from .sizes import PRICE_DATE, PRICE_PAGE, find_size, quota_needs, short_of_quota
 
 CHECK_TAG = "phi3-check"
 CPU_SIZE = "Standard_DS3_v2"  # of the sizes without a GPU in our table, the smallest
