@@ -71,9 +71,12 @@ $(AGENT)/.dev: $(AGENT)/.agent
 agent: $(AGENT)/.agent
 	@echo "Ready: phi3 agent chat"
 
+# A third of their time tests wait for servers and processes: one worker more than there are cores.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
+
 test: $(VENV)/.dev $(AGENT)/.dev
 	@$(AGENT)/bin/python -m pytest -q tests/agent
-	@$(BIN)/python -m pytest -q -n logical --dist loadfile
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/agent
 
 # For every save: no process is started, no model trained.
 test-fast: $(VENV)/.dev

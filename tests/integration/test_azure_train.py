@@ -339,6 +339,7 @@ def test_a_pipeline_is_sent_what_the_component_takes_and_its_failure_is_reported
     assert literal["compute_finetune"] == recipe.azure.compute.name
 
 
+@pytest.mark.slow
 def test_a_pipeline_trains_and_a_second_job_measures(
     provisioned: object, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def check(metrics: dict[str, Any]) -> None:
     assert sorted(latency.values()) == list(latency.values())
 
 
+@pytest.mark.slow
 def test_run_over_a_run_counts_and_names_the_lines_that_prompt_flow_drops(bench: Bench) -> None:
     mapping = {
         "answer": "${run.outputs.answer}", "expected": "${data.expected}", "base_run": "base",

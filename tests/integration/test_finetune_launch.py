@@ -45,6 +45,7 @@ def test_two_processes_take_the_steps_of_one(base: Path, tmp_path: Path) -> None
         assert torch.allclose(weight, shared[name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_what_stops_the_processes_is_said(base: Path, tmp_path: Path) -> None:
     options = ("finetune.num_processes=2", "finetune.target_modules=[no_such_layer]")
     recipe = make_recipe(tmp_path, base, *options)

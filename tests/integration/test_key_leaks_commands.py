@@ -201,12 +201,14 @@ def use_phi3(
     chat_web(home, right, during)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [KEY, WRONG_KEY], ids=["accepted", "refused"])
 def test_key_is_nowhere_in_clear(used: PfHome, during: dict[str, bytes], key: str) -> None:
     assert leaks(key, everything(used)) == []
     assert leaks(key, during) == []
 
 
+@pytest.mark.slow
 def test_search_covered_what_matters(used: PfHome, during: dict[str, bytes]) -> None:
     names = set(everything(used))
     below = {str(Path(name).relative_to(used.path)) for name in names if name != "output"}
@@ -228,6 +230,7 @@ def test_search_covered_what_matters(used: PfHome, during: dict[str, bytes]) -> 
     assert any(name.endswith("pf.sqlite") for name in during)
 
 
+@pytest.mark.slow
 def test_questions_and_answers_are_logged_at_debug_alone(used: PfHome) -> None:
     """An answer repeats its question here. At DEBUG the same search finds it."""
     for name in ("serve-own.log", "serve-own-info.log"):

@@ -177,7 +177,15 @@ def blue_serves(stand: Stand) -> Iterator[None]:
     assert stand.shares() == BLUE
 
 
-@pytest.mark.parametrize("form", ["empty", "nothing", "none", "error", "garbled", "parrot"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "empty",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("nothing", "none", "garbled")),
+        "error",
+        "parrot",
+    ],
+)
 def test_bad_answers_never_get_traffic(stand: Stand, form: str) -> None:
     stand.azure.rehearsal.fault(f"POST */{EP}/deployments/green {form} times=999")
 

@@ -113,6 +113,7 @@ def test_the_picture_shows_every_trial(found: tuple[Path, dict[str, Any]]) -> No
     assert all(address.startswith("#") for address in addresses)
 
 
+@pytest.mark.slow
 def test_a_killed_search_finds_what_it_would_have_found(
     prepared: Path, found: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -182,6 +183,7 @@ def test_pruned_trials_end_early_and_are_told(prepared: Path) -> None:
             assert "pruned after step 7" in trial["remark"]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_told_and_not_tried_again(prepared: Path) -> None:
     """The label audit refuses rows that are cut; the other trials go on."""
     run = copy_of(prepared, "failed")

@@ -237,6 +237,7 @@ def test_an_endpoint_that_does_not_stream_answers_at_once(
     assert stub.seen[-1].path == "/score"
 
 
+@pytest.mark.slow
 def test_a_test_and_a_batch_hold_plain_text(home: PfHome, flow: Path) -> None:
     """One line fails: its error is ours, with status and fix, and no key."""
     done = home.pf("flow", "test", "--flow", flow, "--inputs", "input_data=Who founded it?")

@@ -28,7 +28,7 @@ Edit = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
@@ -66,7 +66,9 @@ def faults(found: list[Finding]) -> list[Finding]:
     return [finding for finding in found if finding.state is State.FAULT]
 
 
-def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_is_found_in_the_wheel_that_is_shipped(
+    package_index: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All of it, from the command line."""
     assert main(["doctor", "--tool", "-o", "json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -170,7 +172,7 @@ def test_a_wheel_that_does_not_install_is_named(wheel: Path, tmp_path: Path) -> 
         install_alone(foreign, tmp_path)
 
 
-def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_build_that_fails_says_why(package_index: None, tmp_path: Path) -> None:
     project = tmp_path / "clone"
     for name in ("flows", "connections", "training/recipes", "training/data"):
         shutil.copytree(ROOT / name, project / name)

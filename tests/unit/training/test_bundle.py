@@ -227,8 +227,7 @@ def test_somebodys_own_folder_is_not_replaced(clone: Path, tmp_path: Path) -> No
 
 
 def test_another_bundle_is_not_overwritten_in_silence(clone: Path, tmp_path: Path) -> None:
-    first = pack(clone, tmp_path / "out")
-    assert pack(clone, tmp_path / "out").sha256 == first.sha256  # the same bytes: nothing lost
+    pack(clone, tmp_path / "out")
     with pytest.raises(UsageError, match="--overwrite"):
         pack(clone, tmp_path / "out", image="phi3-session:1")
     assert pack(clone, tmp_path / "out", image="phi3-session:1", overwrite=True)
