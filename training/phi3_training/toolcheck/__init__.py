@@ -24,7 +24,16 @@ from ..packages import installed
 
 _TOOL = Group("tool")
 _SOURCES = (
-    *("setup.py", "pyproject.toml", "README.md", "LICENSE", "tools", "flows", "connections"),
+    *(
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "tools",
+        "agents",
+        "flows",
+        "connections",
+    ),
     *("training/phi3_training", "training/recipes", "training/data"),
 )
 _NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".promptflow")
