@@ -33,14 +33,6 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
-@pytest.fixture(scope="module")
-def package_index() -> Iterator[None]:
-    """Lets pip ask its index: a wheel's build fetches a setuptools where the one here is older."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PIP_NO_INDEX", raising=False)
-        yield
-
-
 @pytest.fixture(scope="session", autouse=True)
 def loopback_only() -> Iterator[None]:
     """A test that tries to leave this machine fails at once, with the address."""

@@ -28,7 +28,7 @@ Edit = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def wheel(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
@@ -66,9 +66,7 @@ def faults(found: list[Finding]) -> list[Finding]:
     return [finding for finding in found if finding.state is State.FAULT]
 
 
-def test_the_tool_is_found_in_the_wheel_that_is_shipped(
-    package_index: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     """All of it, from the command line."""
     assert main(["doctor", "--tool", "-o", "json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -131,7 +129,7 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(
         ),
         (
             CHAT,
-            replaced("import hashlib\n", "import hashlib\nimport not_installed\n"),
+            replaced("import sys\n", "import sys\nimport not_installed\n"),
             "tool",
             "cannot import phi3_tool.chat: ModuleNotFoundError: No module named 'not_installed'",
             "install what is missing",
@@ -172,7 +170,7 @@ def test_a_wheel_that_does_not_install_is_named(wheel: Path, tmp_path: Path) -> 
         install_alone(foreign, tmp_path)
 
 
-def test_a_build_that_fails_says_why(package_index: None, tmp_path: Path) -> None:
+def test_a_build_that_fails_says_why(tmp_path: Path) -> None:
     project = tmp_path / "clone"
     for name in ("flows", "connections", "training/recipes", "training/data"):
         shutil.copytree(ROOT / name, project / name)
@@ -181,7 +179,7 @@ def test_a_build_that_fails_says_why(package_index: None, tmp_path: Path) -> Non
     (gone,) = check_tool(project)
     assert (gone.check, gone.state) == ("build", State.FAULT)
     assert "tools is missing" in gone.said
-    for name in ("tools/phi3_tool", "training/phi3_training"):
+    for name in ("tools/phi3_tool", "agents/phi3_agent", "training/phi3_training"):
         (project / name).mkdir(parents=True)
     with pytest.raises(StageError, match=r"The wheel cannot be built: .*phi3_tool/__init__\.py"):
         build(project, tmp_path)
@@ -192,5 +190,6 @@ def test_the_clone_stays_as_it_was(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"phi3_tool", "phi3_training", "phi3_promptflow-0.1.0.dist-info"}
+    packages = {"phi3_tool", "phi3_agent", "phi3_training"}
+    assert tops == {*packages, "phi3_promptflow-0.1.0.dist-info"}
     assert not [name for name in names if "__pycache__" in name]

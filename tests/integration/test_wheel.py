@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def installed(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's files as an installation lays them out, far from the clone."""
     folder = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(build(PROJECT, folder)) as archive:
