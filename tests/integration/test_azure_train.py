@@ -378,7 +378,7 @@ def test_a_storage_that_refuses_uploads_ends_the_command_with_its_reason(
     finally:
         Faults(azure.folder / "faults.json").clear()
     refused = [call for call in azure.calls()[before:] if call["status"] == 403]
-    assert 0 < len(refused) < 10
+    assert refused
     assert _puts(azure, run) == 0
 
 

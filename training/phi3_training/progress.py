@@ -76,7 +76,7 @@ class _Filter(io.TextIOBase):
         self._is_error = is_error
 
     def write(self, text: str) -> int:
-        thread = threading.get_ident()
+        thread = threading.current_thread()
         sinks = (sink for takes, sink in tuple(_captures) if takes(thread, self._is_error))
         return int((next(sinks, None) or self._other).write(text) or 0)
 
@@ -92,7 +92,7 @@ class _Filter(io.TextIOBase):
 
 # The captures of all threads, and what they stand before. One filter serves them all: threads that
 # each redirected the streams for themselves would put them back in another order than they came.
-_captures: list[tuple[Callable[[int, bool], bool], io.StringIO]] = []
+_captures: list[tuple[Callable[[threading.Thread, bool], bool], io.StringIO]] = []
 _lock = threading.Lock()
 _filtered = contextlib.ExitStack()
 
@@ -105,10 +105,11 @@ def captured_output(
 
     `errors`: also what they write to standard error.
     """
-    own, known = threading.get_ident(), {thread.ident for thread in threading.enumerate()}
+    # Threads themselves, not their ids: a new thread may get the id of one that has ended.
+    own, known = threading.current_thread(), set(threading.enumerate())
 
-    def takes(thread: int, is_error: bool) -> bool:
-        is_meant = thread not in known if of_new_threads else thread == own
+    def takes(thread: threading.Thread, is_error: bool) -> bool:
+        is_meant = thread not in known if of_new_threads else thread is own
         return is_meant and (errors or not is_error)
 
     entry = (takes, sink)

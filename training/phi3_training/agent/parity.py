@@ -171,6 +171,9 @@ def _prepared(
             flows[kind] = scratch / kind / source.name
             copy_flow(source, flows[kind])
         if "rag" in flows:
+            # `phi3 rag index` leaves the user's own documents in the flow.
+            for own in ("index.sqlite", "index.json"):
+                (flows["rag"] / own).unlink(missing_ok=True)
             _make_index(scratch / "documents", flows["rag"] / "index.sqlite")
         yield flows, quiet_home(scratch)
 
