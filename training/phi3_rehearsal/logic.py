@@ -30,7 +30,7 @@ _RUNS_KEPT = 50
 
 @route("PUT", ARM, _WORKFLOW)
 def put_workflow(cloud: Cloud, request: Request) -> Reply:
-    """Make a workflow or change it; its recurrence starts anew."""
+    """Make a workflow or change it; its recurrence starts over."""
     need_group(cloud, request)
     arm_id, body = request.id(_WORKFLOW), request.json()
     location = check_location(body.get("location"))

@@ -73,7 +73,7 @@ def test_the_deployment_starts_when_the_node_is_gone(tmp_path: Path, counts_idle
 
     assert when_cores_are_free(region, section(), region.start, progress) == "up"  # type: ignore[arg-type]
     assert shown[0].startswith("waiting for 24 cores: 1 node(s) of gpu-cluster hold them")
-    # Where the figures already say that there is too little, Azure is not asked in vain.
+    # Where the figures already say that there is too little, there is no need to ask Azure.
     assert region.started == (1 if counts_idle else 4)
 
 

@@ -245,7 +245,7 @@ def test_a_deadline_that_cannot_delete_is_not_called_one(azure: Rehearsed, run: 
     azure.cloud.delete(role["id"])
     assert not read_deadline(azure, "ep").holds
     assert "has no role" in read_deadline(azure, "ep").text()
-    hold(azure, run)  # the next deployment mends it
+    hold(azure, run)  # the next deployment fixes it
     assert read_deadline(azure, "ep").holds
 
 

@@ -1,4 +1,4 @@
-"""Which answers of a new deployment are worse than the old one's, and how that is told."""
+"""Which answers of a new deployment are worse than the old one's, and the reasons given."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_deploy_is_refused_unless_forced(tmp_path: Path, force: bool) -> None:
 
 
 class Served:
-    """A target that deploys whatever it is told to."""
+    """A target that deploys whatever it is asked to."""
 
     def deploy(self, _recipe: Recipe, _run: Run, _progress: Progress) -> EndpointManifest:
         return EndpointManifest(endpoint="http://127.0.0.1:1/score")

@@ -29,7 +29,7 @@ from .worker import Outcome, Program, ask_both
 
 PROMPT_FLOW, AGENT = "promptflow", "agent"
 _FLOWS: dict[FlowKind, Path] = {"chat": FLOW, "rag": RAG_FLOW}
-# Ids are drawn anew for each request, and the port is where the recorder happened to listen.
+# Ids are drawn again for each request, and the port is where the recorder happened to listen.
 _VARYING = re.compile(r"127\.0\.0\.1:\d+/(?:promptflow|agent)/")
 
 

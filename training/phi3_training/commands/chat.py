@@ -68,6 +68,7 @@ from .common import (
     current_run,
     has_model_here,
     journey_of,
+    typed_questions,
 )
 from .rag import index_of
 from .rag_compare import DEFAULT_DOCUMENTS, add_compare, run_chat_compare
@@ -318,17 +319,11 @@ def converse(
     """Questions and answers until an empty line; what does not fit into `room` is left out."""
     console.err.print("Type a question; an empty line, Ctrl-C or Ctrl-D ends the conversation.")
     history: list[dict[str, dict[str, str]]] = []
-    while True:
-        try:
-            question = input("You: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            console.out.print()
-            return 0
-        if not question:
-            return 0
+    for question in typed_questions():
         console.out.print("Model: ", end="", style="bold green")
         answer = _answer(client, args, parameters, history, question, room)
         history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})
+    return 0
 
 
 class _Prompt(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -351,3 +351,16 @@ def tuned_run(args: argparse.Namespace) -> Run:
 def has_model_here(run: Run) -> bool:
     """Whether the tuned model is in the run folder; one tuned on Azure stays there."""
     return run.read(ModelManifest) is not None and is_here(run)
+
+
+def typed_questions() -> Iterator[str]:
+    """What is typed at `You:`, until an empty line, Ctrl-C or Ctrl-D."""
+    while True:
+        try:
+            question = input("You: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.out.print()
+            return
+        if not question:
+            return
+        yield question

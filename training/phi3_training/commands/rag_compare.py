@@ -20,7 +20,7 @@ from ..journey import RECIPE_FILE
 from ..manifests import Resampling
 from ..recipe import Recipe, load_recipe
 from ..run import Run
-from .common import add_command, add_which_run, tuned_run
+from .common import add_command, add_which_run, tuned_run, typed_questions
 
 if TYPE_CHECKING:
     from ..rag.compare import Comparison
@@ -207,15 +207,9 @@ def run_chat_compare(args: argparse.Namespace) -> int:
                 _side_by_side(answers)
             return 0
         console.err.print("Type a question; an empty line, Ctrl-C or Ctrl-D ends. Each one alone.")
-        while True:
-            try:
-                question = input("You: ").strip()
-            except (EOFError, KeyboardInterrupt):
-                console.out.print()
-                return 0
-            if not question:
-                return 0
+        for question in typed_questions():
             _side_by_side(ask(question))
+        return 0
 
 
 def _side_by_side(answers: dict[str, dict[str, Any]]) -> None:

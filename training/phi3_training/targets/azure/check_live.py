@@ -91,7 +91,7 @@ def run_steps(
 ) -> None:
     """Do the steps that are `wanted`, from 1 on, and delete what they made, whatever happens.
 
-    A failed step is told and the next one is done, but nothing after a failed sign-in. `shown`
+    A failed step is reported and the next one runs, but nothing after a failed sign-in. `shown`
     opens a display of progress for one step.
     """
     signed_in = True

@@ -294,7 +294,7 @@ def _undoing(undo: Callable[[], object]) -> Iterator[None]:
     """Undo afterwards. After a failure its reason counts: the whole group goes at the end."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # also on Ctrl-C: what was made may bill
         with contextlib.suppress(StageError):
             undo()
         raise

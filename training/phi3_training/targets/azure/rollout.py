@@ -150,7 +150,7 @@ class Rollout:
                 self._give(record, share)
                 # Without an old one there is nothing that a longer look could be held against.
                 self._watch(panel, old, share, minutes=settings.minutes if old else 0.0)
-        except BaseException as error:
+        except BaseException as error:  # also on Ctrl-C: the old shares come back first
             undone = self._undo(record, str(error))
             if isinstance(error, StageError):
                 raise StageError(f"{error}\n{undone}") from None
