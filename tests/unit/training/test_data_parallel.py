@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from phi3_training.data.findings import Findings, Rules
-from phi3_training.data.jsonl import Range, chunks
+from phi3_training.data.jsonl import Range, lines_of
 from phi3_training.data.scan import scan
 
 from .test_data_faults import BAD_LINES
@@ -81,10 +81,10 @@ def test_line_over_many_blocks_is_read_to_its_end_once(tmp_path: Path) -> None:
     with CountingFile(path) as file:
         stream: Any = io.BufferedReader(file)
         starts = range(0, 4_000_000, 100_000)
-        found = [list(chunks(stream, Range(start, start + 100_000))) for start in starts]
+        found = [list(lines_of(stream, Range(start, start + 100_000))) for start in starts]
 
         assert [len(block) for block in found] == [1] + [0] * 39
-        assert found[0][0].line(0, 1, 0).size == 4_000_000
+        assert found[0][0].size == 4_000_000
         assert file.given < 4 * 4_000_000
 
 

@@ -64,6 +64,8 @@ class Conversation:
 # C0 and C1 controls but tab and line ends (U+0085 is one), and halves of surrogate pairs, which
 # UTF-8 cannot hold.
 UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+_UNFIT_BYTES = bytes([*range(9), 11, 12, *range(14, 32), 127])
+_UNFIT_C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")
 _KINDS = {dict: "an object", list: "an array", str: "text", bool: "true/false", type(None): "null"}
 
 
@@ -83,8 +85,11 @@ def check_text(place: str, value: Any, *, drop: str = "conversation") -> list[Pr
 
 def check_characters(place: str, value: str) -> list[Problem]:
     """The first character of a text that has no place in training data."""
-    if value.isascii() and value.replace("\n", "").isprintable():
-        return []  # nearly every text, in a fraction of the time
+    try:
+        if not has_unfit_characters(value.encode()):
+            return []
+    except UnicodeEncodeError:
+        pass  # half of a surrogate pair
     unfit = UNFIT.search(value)
     if unfit is None:
         return []
@@ -92,6 +97,16 @@ def check_characters(place: str, value: str) -> list[Problem]:
     name = "half of a surrogate pair" if code >= 0xD800 else "the control character"
     what = f"{place} holds {name} U+{code:04X} at character {unfit.start() + 1}"
     return [Problem("control-character", what, "remove it")]
+
+
+def has_unfit_characters(text: bytes, nuls: int = 0) -> bool:
+    """Whether a text in UTF-8 matches UNFIT; `nuls` zero bytes in it are separators.
+
+    Dropping bytes from a copy takes a fifth of the time of searching for UNFIT.
+    """
+    if len(text) - len(text.translate(None, _UNFIT_BYTES)) != nuls:
+        return True
+    return b"\xc2" in text and _UNFIT_C1.search(text) is not None
 
 
 def check_order(roles: Sequence[str]) -> list[Problem]:

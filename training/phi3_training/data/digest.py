@@ -19,7 +19,7 @@ import xxhash
 
 from .arrays import U8, U32, U64, Bools, Ints, mixed
 from .faults import Problem
-from .jsonl import Sound
+from .jsonl import CheckedRow
 
 # The numbers that compare conversations: equal for the same messages, or for the same question.
 # 64 bits each: of 40 million sets of a million rows, one has two different rows that fall together.
@@ -44,7 +44,7 @@ def keys_of(joined: bytes, question_text: str, has_system: bool, unlearnt: int =
     """The keys of a checked conversation: its texts with a NUL between, and the last question.
 
     Its roles follow from `has_system`. Rows that teach different answers of the same conversation
-    (`unlearnt`, see Sound) are different rows.
+    (`unlearnt`, see CheckedRow) are different rows.
     """
     answer = joined.rfind(b"\0")
     question = joined.rfind(b"\0", 0, answer) + 1
@@ -332,10 +332,6 @@ class Digest:
     text_size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
     bands: U32 = field(default_factory=lambda: np.zeros((0, BANDS), np.uint32))
 
-    def fault(self, line: int, problem: Problem, number: int = 0) -> None:
-        """Note a problem of a line, or of a row by its number."""
-        self.faults.append((line, problem, number))
-
 
 class Digester:
     """Takes sound rows one by one, writes those that are new, and fills a Digest."""
@@ -350,25 +346,33 @@ class Digester:
         self._bands: list[U32] = []
 
     def take(
-        self, line: int, sound: Sound, offset: int, size: int, stream: BinaryIO, number: int = 0
+        self,
+        line: int,
+        row: CheckedRow | list[Problem],
+        stream: BinaryIO,
+        *,
+        offset: int = 0,
+        size: int = 0,
+        number: int = 0,
     ) -> None:
-        """Add a sound row; `offset` and `size` are its place in the source."""
+        """Add a row, or what is wrong with it; `offset` and `size` are its place in the source."""
         digest = self.digest
-        text = sound.joined
-        identity, question, system = keys_of(
-            text, sound.texts[-2], sound.has_system, sound.unlearnt
-        )
-        if sound.written is not None:
-            offset, size = self.written, len(sound.written)
-            self.written += stream.write(sound.written)
-        in_source = sound.written is None
-        self._columns.extend((line, size, offset, in_source, identity, question, len(text), number))
         digest.filled = True
-        digest.formats[sound.form] += 1
-        if sound.unused or sound.notes:
-            digest.unused.update(sound.unused)
-            digest.decided.update(sound.notes)
-        digest.several_turns += len(sound.texts) > 3
+        if isinstance(row, list):
+            digest.faults += [(line, problem, number) for problem in row]
+            return
+        text = row.joined
+        identity, question, system = keys_of(text, row.texts[-2], row.has_system, row.unlearnt)
+        in_source = row.written is None
+        if row.written is not None:
+            offset, size = self.written, len(row.written)
+            self.written += stream.write(row.written)
+        self._columns.extend((line, size, offset, in_source, identity, question, len(text), number))
+        digest.formats[row.form] += 1
+        if row.unused or row.notes:
+            digest.unused.update(row.unused)
+            digest.decided.update(row.notes)
+        digest.several_turns += len(row.texts) > 3
         self._texts.append(text)
         self._systems.append(system)
         self._waiting += len(text)

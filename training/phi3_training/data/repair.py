@@ -26,10 +26,8 @@ from .formats import (
     TEXT_KEYS,
     TOOL_KEYS,
     TOOL_ROLES,
-    carried,
-    read_row,
 )
-from .jsonl import LINE_LIMIT, Sound, encode
+from .jsonl import LINE_LIMIT, CheckedRow, check_row, encode
 from .opening import Note
 from .prepare import chosen_sources
 from .scan import Table, scan
@@ -181,7 +179,7 @@ def _left_out(why: str) -> Step:
     return Step("left-out", f"the row was left out: {why}")
 
 
-def _row(raw: Raw) -> tuple[Sound | None, list[Step]]:
+def _row(raw: Raw) -> tuple[CheckedRow | None, list[Step]]:
     """The row as it is written, and what was done to it; None where it is left out."""
     value = raw.value
     if raw.problems:  # what it says is not certain: repeated keys, broken JSON
@@ -192,24 +190,16 @@ def _row(raw: Raw) -> tuple[Sound | None, list[Step]]:
         return None, [_left_out("it is empty")]
     if why := _tools(value):
         return None, [_left_out(why)]
-    row, problems = _read(value)
+    row = check_row(value)
     steps: list[Step] = []
-    if problems:
+    if isinstance(row, list):
         value, steps = _mended(value)
-        row, problems = _read(value)
-    if row is None:
-        return None, [_left_out("; ".join(problem.what for problem in problems))]
+        row = check_row(value)
+    if isinstance(row, list):
+        return None, [_left_out("; ".join(problem.what for problem in row))]
     if len(row.written or b"") > LINE_LIMIT:
         return None, [_left_out(f"it is longer than {LINE_LIMIT >> 20} MiB")]
     return row, steps
-
-
-def _read(value: Mapping[str, Any]) -> tuple[Sound | None, list[Problem]]:
-    """What the reader of every other command makes of the row."""
-    row = read_row(value)
-    extra, wrong = carried(value)
-    problems = [*row.problems, *wrong]
-    return (None, problems) if problems or row.form is None else (Sound.of(row, extra), [])
 
 
 def _tools(row: Mapping[str, Any]) -> str:

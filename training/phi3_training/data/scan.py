@@ -36,7 +36,6 @@ from .sources import (
     SEPARATOR,
     Reading,
     Source,
-    digest_packed,
     digest_range,
     digest_rows,
     hash_of,
@@ -151,7 +150,7 @@ def scan(
                 tasks.append((one, _tasks(one.path, one.size, folder, number, block)))
             else:
                 one.sha256 = stamp(one.source)
-                one.add(_read_through(one, reading, folder, str(number)))
+                one.add(digest_rows(reading, one.note, folder, str(number)))
     _read(tasks, workers or _workers(sum(one.size for one, _ in tasks)), progress)
     return scans
 
@@ -165,17 +164,9 @@ def scan_start(source: Source, folder: Path, rows: int) -> Scan:
             tasks = _tasks(one.path, one.size, folder, 0, BLOCK)
             digests: Iterable[Digest] = (digest_range(*task) for task in tasks)
         else:
-            digests = _read_through(one, reading, folder, "0")
+            digests = digest_rows(reading, one.note, folder, "0")
         one.add(_until(digests, rows))
     return one
-
-
-def _read_through(one: Scan, reading: Reading, folder: Path, name: str) -> Iterator[Digest]:
-    """The blocks of a source that can only be read from its start."""
-    if reading.kind == "lines" and isinstance(one.source, Path):
-        reading.encoding.tell(one.note)
-        return digest_packed(one.source, reading.encoding, folder, name)
-    return digest_rows(reading.rows(one.note), folder, name)
 
 
 def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 from ..errors import MissingExtraError
 from ..recipe.sections import HUB, HubSet
@@ -18,14 +17,13 @@ from .digest import Digest, Digester
 from .documents import Raw, document_rows, is_document
 from .faults import Problem
 from .folders import Folder, expand_folder
-from .formats import carried, read_row
-from .jsonl import Chunk, Line, Range, Sound, StrictJson, accept, chunks, decode
+from .jsonl import READ_BUFFER, Line, Range, StrictJson, check_row, lines_of
 from .opening import PLAIN, BrokenFileError, Encoding, Note, encoding_of, open_text
 from .tables import column_rows, csv_rows, without_nulls
 
 # One block of rows, read, checked and digested: the unit of work of one process.
-# Reads a range of bytes of a JSON lines file, or rows that another reader gives; writes the sound
-# rows to block files.
+# Reads a range of bytes of a JSON lines file, or rows that another reader gives; writes the rows
+# that cannot stay as they are in their source to block files.
 
 BLOCK = 1 << 23
 CRLF, SEPARATOR = "crlf", "separator"
@@ -34,138 +32,46 @@ _SEPARATORS = (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85")
 
 
 def digest_range(source: Path, part: Range, path: Path) -> Digest:
-    """Read the lines that start in a range of a JSON lines file; the rows go to `path`."""
-    with source.open("rb") as stream:
-        return next(_digests(stream, part, iter([path]), copy=False))
+    """Read the lines that start in a range of a JSON lines file; rewritten rows go to `path`."""
+    digester, reader = Digester(path), StrictJson()
+    with source.open("rb", buffering=READ_BUFFER) as stream, path.open("wb") as rows:
+        for line in lines_of(stream, part):
+            digester.digest.lines = line.number
+            note_line_ends(line, digester.digest.notes)
+            if not line.is_blank:
+                value, problems = reader.read_line(line)
+                checked = check_row(value, problems, line.data)
+                digester.take(line.number, checked, rows, offset=line.offset, size=len(line.data))
+    return digester.finish()
 
 
-def digest_packed(source: Path, encoding: Encoding, folder: Path, name: str) -> Iterator[Digest]:
-    """The same for JSON lines that are packed or not UTF-8, in blocks, unpacked on the way."""
-    paths = (folder / f"{name}-{number:05}.jsonl" for number in count())
-    with open_text(source, encoding) as stream:
-        yield from _digests(stream, Range(0, sys.maxsize), paths, copy=True)
-
-
-def _digests(
-    stream: BinaryIO, part: Range, paths: Iterator[Path], *, copy: bool
-) -> Iterator[Digest]:
-    found = chunks(stream, part)
-    more = True
-    while more:
-        more = False
-        digester = Digester(next(paths))
-        with digester.digest.path.open("wb") as rows:
-            strict = _Strict(digester.digest, at_start=part.start == 0)
-            try:
-                for chunk in found:
-                    _digest_chunk(chunk, digester, strict, rows, copy=copy)
-                    if copy and digester.written > BLOCK:
-                        more = True
-                        break
-            except BrokenFileError as error:
-                digester.digest.fault(digester.digest.lines + 1, error.problem)
-                digester.digest.filled = True
-        yield digester.finish()
-
-
-def _digest_chunk(
-    chunk: Chunk, digester: Digester, strict: _Strict, rows: BinaryIO, *, copy: bool
-) -> None:
-    offset, number = chunk.offset, digester.digest.lines
-    _note_lines(chunk, digester.digest)
-    for index, sound in enumerate(accept(chunk)):
-        number += 1
-        size = len(chunk.lines[index])
-        if sound is None:
-            sound = strict.read(chunk.line(index, number, offset))
-        if sound is not None:
-            if copy and sound.written is None:
-                sound = sound._replace(written=chunk.lines[index])
-            digester.take(number, sound, offset, size, rows)
-        offset += size + 1
-    digester.digest.lines = number
-
-
-def _note_lines(chunk: Chunk, digest: Digest) -> None:
+def note_line_ends(line: Line, notes: Counter[str]) -> None:
     """Count line ends of Windows, and what other programs take for line ends inside of texts."""
-    # One byte is found ten times as fast as two or three, and few files have any of them.
-    if b"\r" in chunk.text:
-        digest.notes[CRLF] += sum(line.endswith(b"\r") for line in chunk.lines)
-    if not chunk.text.isascii() and any(mark in chunk.text for mark in _SEPARATORS):
-        digest.notes[SEPARATOR] += sum(
-            any(mark in line for mark in _SEPARATORS) for line in chunk.lines
-        )
+    if line.data.endswith(b"\r"):
+        notes[CRLF] += 1
+    if not line.data.isascii() and any(mark in line.data for mark in _SEPARATORS):
+        notes[SEPARATOR] += 1
 
 
-def digest_rows(raws: Iterable[Raw], folder: Path, name: str) -> Iterator[Digest]:
-    """The same for rows of other kinds of files, in blocks; `line` numbers are the file's own."""
-    rows = iter(raws)
-    number, more, last = 0, True, 0
+def digest_rows(reading: Reading, note: Note, folder: Path, name: str) -> Iterator[Digest]:
+    """Read a source of another kind, in blocks; line numbers are the file's own."""
+    line_ends: Counter[str] = Counter()
+    rows = reading.rows(note, line_ends)
+    number, more = 0, True
     while more:
         more = False
         digester = Digester(folder / f"{name}-{number:05}.jsonl")
         number += 1
         with digester.digest.path.open("wb") as stream:
-            try:
-                for raw in rows:
-                    last = raw.line
-                    found = _sound_or_problems(raw.value, raw.problems)
-                    if isinstance(found, Sound):
-                        digester.take(raw.line, found, 0, 0, stream, raw.row)
-                    else:
-                        for problem in found:
-                            digester.digest.fault(raw.line, problem, raw.row)
-                    digester.digest.filled = True
-                    if digester.written > BLOCK:
-                        more = True
-                        break
-            except BrokenFileError as error:
-                digester.digest.fault(last, error.problem)
-                digester.digest.filled = True
+            for row in rows:
+                checked = check_row(row.value, row.problems)
+                digester.take(row.line, checked, stream, number=row.row)
+                if digester.written > BLOCK:
+                    more = True
+                    break
+        if not more:
+            digester.digest.notes += line_ends
         yield digester.finish()
-
-
-class _Strict:
-    """Reads the lines that are not plainly sound, and notes all that is wrong with them."""
-
-    def __init__(self, digest: Digest, *, at_start: bool) -> None:
-        self._digest = digest
-        self._at_start = at_start
-        self._json = StrictJson()
-
-    def read(self, line: Line) -> Sound | None:
-        """The line's row, if it is sound."""
-        if self._at_start and line.offset == 0:
-            line = line._replace(data=line.data.removeprefix(codecs.BOM_UTF8))
-        if line.is_blank:
-            return None
-        self._digest.filled = True
-        found = self._row(line)
-        if isinstance(found, Sound):
-            return found
-        for problem in found:
-            self._digest.fault(line.number, problem)
-        return None
-
-    def _row(self, line: Line) -> Sound | list[Problem]:
-        text, problems = decode(line)
-        if text is None:
-            return problems
-        return _sound_or_problems(*self._json.read(text))
-
-
-def _sound_or_problems(value: Any, problems: list[Problem]) -> Sound | list[Problem]:
-    """A row that was read strictly: sound, or all that is wrong with it."""
-    if not isinstance(value, dict):
-        kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-        what = f"the line is {kinds.get(type(value), 'a number')}, not an object"
-        return problems or [Problem("not-an-object", what, 'write {"messages": […]}')]
-    row = read_row(value)
-    extra, wrong = carried(value)
-    problems = [*problems, *row.problems, *wrong]
-    if problems or row.form is None:
-        return problems
-    return Sound.of(row, extra)
 
 
 # Sets of the Hugging Face hub, through the `datasets` library: a split, or a share of one.
@@ -256,8 +162,20 @@ class Reading:
         """Whether the file is read in place, from any line on."""
         return self.kind == "lines" and self.encoding.is_plain
 
-    def rows(self, note: Note) -> Iterator[Raw]:
-        """The rows of a source that is not JSON lines."""
+    def rows(self, note: Note, line_ends: Counter[str] | None = None) -> Iterator[Raw]:
+        """The rows of the source; where it is damaged, the last one holds the problem.
+
+        `line_ends` counts unusual line ends of JSON lines, as the rows are read.
+        """
+        last = 0
+        try:
+            for raw in self._rows(note, line_ends):
+                yield raw
+                last = raw.line
+        except BrokenFileError as error:
+            yield Raw(last, None, [error.problem])
+
+    def _rows(self, note: Note, line_ends: Counter[str] | None) -> Iterator[Raw]:
         if isinstance(self.source, HubSet):
             return hub_rows(self.source)
         if self.kind == "columns":
@@ -267,7 +185,7 @@ class Reading:
         self.encoding.tell(note)
         if self.kind == "document":
             return document_rows(self.source, self.encoding, note)
-        return line_rows(self.source, self.encoding)
+        return line_rows(self.source, self.encoding, line_ends)
 
 
 def rows_of(source: Source, note: Note = no_note) -> Iterator[Raw]:
@@ -277,27 +195,25 @@ def rows_of(source: Source, note: Note = no_note) -> Iterator[Raw]:
     of a value where it cannot be read; a problem of the whole file has line 0. `note` is given
     what a person should know of the file. Raises OSError.
     """
-    line = 0
     try:
-        for raw in Reading.of(source).rows(note):
-            line = raw.line
-            yield raw
+        reading = Reading.of(source)
     except BrokenFileError as error:
-        yield Raw(line, None, [error.problem])
+        yield Raw(0, None, [error.problem])
+        return
+    yield from reading.rows(note)
 
 
-def line_rows(path: Path, encoding: Encoding) -> Iterator[Raw]:
-    """The rows of JSON lines; blank lines are skipped."""
-    strict, number = StrictJson(), 0
+def line_rows(
+    path: Path, encoding: Encoding, line_ends: Counter[str] | None = None
+) -> Iterator[Raw]:
+    """The rows of JSON lines; blank lines are skipped. `line_ends` counts unusual line ends."""
+    reader = StrictJson()
     with open_text(path, encoding) as stream:
-        for chunk in chunks(stream, Range(0, sys.maxsize)):
-            for index in range(len(chunk.lines)):
-                number += 1
-                line = chunk.line(index, number, 0)
-                if not line.is_blank:
-                    text, problems = decode(line)
-                    value, found = (None, problems) if text is None else strict.read(text)
-                    yield Raw(number, value, found)
+        for line in lines_of(stream, Range(0, sys.maxsize)):
+            if line_ends is not None:
+                note_line_ends(line, line_ends)
+            if not line.is_blank:
+                yield Raw(line.number, *reader.read_line(line))
 
 
 def stamp(source: Source) -> str:
