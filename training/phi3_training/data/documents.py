@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from .faults import Problem
 from .formats import read_row
@@ -38,7 +38,7 @@ def is_document(path: Path, encoding: Encoding) -> bool:
     Raises OSError, and BrokenFileError for what cannot be unpacked.
     """
     with open_text(path, encoding) as stream:
-        head = _head(stream)
+        head = stream.read(LINE_LIMIT + 1).decode("utf-8", "ignore")
     text = head.lstrip()
     if not text.startswith(("{", "[")):
         return False
@@ -54,10 +54,6 @@ def is_document(path: Path, encoding: Encoding) -> bool:
 
 def _suffixes(path: Path) -> list[str]:
     return [suffix.lower() for suffix in path.suffixes[-2:]]
-
-
-def _head(stream: BinaryIO) -> str:
-    return stream.read(LINE_LIMIT + 1).decode("utf-8", "ignore")
 
 
 def _goes_over_lines(path: Path, line: str, text: str) -> bool:
@@ -166,7 +162,16 @@ class _Document:
     def _one(self) -> Generator[Raw, None, bool]:
         self._peek()
         line, self._row = self._line, self._row + 1
-        value, problems, end = self._element()
+        while True:
+            value, problems, end = self._json.read_at(self._text, self._place)
+            whole = end is not None and end < len(self._text)
+            if whole or len(self._text) - self._place > LINE_LIMIT or not self._more():
+                break
+        if end is None:
+            problems = [problems[0]._replace(column=None)]
+            if len(self._text) - self._place > LINE_LIMIT:
+                what = f"the row is broken or larger than {LINE_LIMIT >> 20} MiB"
+                problems = [Problem("line-too-long", what, "split the conversation")]
         yield Raw(line, value, problems, self._row)
         if end is None:
             return False
@@ -219,19 +224,6 @@ class _Document:
         if more := [key for key, inside in value.items() if _are_rows(inside)]:
             what = f"a second list of rows, under the key {more[0]!r}"
             yield self._broken(what, "keep each list in a file of its own")
-
-    def _element(self) -> tuple[object, list[Problem], int | None]:
-        while True:
-            value, problems, end = self._json.read_at(self._text, self._place)
-            whole = end is not None and end < len(self._text)
-            if whole or len(self._text) - self._place > LINE_LIMIT or not self._more():
-                break
-        if end is None:
-            problems = [problems[0]._replace(column=None)]
-            if len(self._text) - self._place > LINE_LIMIT:
-                what = f"the row is broken or larger than {LINE_LIMIT >> 20} MiB"
-                problems = [Problem("line-too-long", what, "split the conversation")]
-        return value, problems, end
 
     def _peek(self) -> str:
         """The next character that is not a space; empty at the end."""

@@ -56,7 +56,17 @@ def find(table: Table) -> Repeats:
     repeated = first != np.arange(len(table))
     asked = _trained_question(table, held)
     leaking = (asked >= 0) & ~repeated
-    near = _near(table, ~repeated & ~leaking)
+    wanted = ~repeated & ~leaking
+    candidates = _candidates(table, wanted)
+    measure = lru_cache(_MEASURED)(lambda row: Measure(table.body(row)))
+    like: dict[int, int] = {}
+    for row in sorted(candidates):
+        earlier = {like.get(other, other) for other in candidates[row]}
+        for other in sorted(earlier):
+            if measure(row).near(measure(other)) and not _teach_apart(table, row, other):
+                like[row] = other
+                break
+    near = Pairs(np.array(list(like), np.int64), np.array(list(like.values()), np.int64))
     return Repeats(
         Pairs(np.flatnonzero(repeated), first[repeated]),
         Pairs(np.flatnonzero(leaking), asked[leaking]),
@@ -89,20 +99,6 @@ def _trained_question(table: Table, held: Bools) -> Ints:
     same[inside] = questions[place[inside]] == table.question[asking][inside]
     found[asking[same]] = trained[order[place[same]]]
     return found
-
-
-def _near(table: Table, wanted: Bools) -> Pairs:
-    """Rows nearly like an earlier one that stays; each such pair was measured."""
-    candidates = _candidates(table, wanted)
-    measure = lru_cache(_MEASURED)(lambda row: Measure(table.body(row)))
-    like: dict[int, int] = {}
-    for row in sorted(candidates):
-        earlier = {like.get(other, other) for other in candidates[row]}
-        for other in sorted(earlier):
-            if measure(row).near(measure(other)) and not _teach_apart(table, row, other):
-                like[row] = other
-                break
-    return Pairs(np.array(list(like), np.int64), np.array(list(like.values()), np.int64))
 
 
 def _teach_apart(table: Table, row: int, other: int) -> bool:
@@ -159,11 +155,11 @@ class Findings:
         self._held = self.table.in_part("validation")
         self._removed: list[tuple[str, Pairs]] = []
         self._refused: list[tuple[str, Pairs]] = []
-        self._told: list[tuple[str, Pairs]] = []
+        self._reported: list[tuple[str, Pairs]] = []
         for kind, pairs, taken, otherwise in (
             ("duplicate", self._repeats.duplicates, removes, self._refused),
             ("leak", self._repeats.leaks, removes, self._refused),
-            ("near-duplicate", self._repeats.near, removes_near, self._told),
+            ("near-duplicate", self._repeats.near, removes_near, self._reported),
         ):
             out = taken[sources[pairs.rows]] if len(pairs.rows) else np.zeros(0, np.bool_)
             self._removed.append((kind, Pairs(pairs.rows[out], pairs.others[out])))
@@ -197,7 +193,7 @@ class Findings:
 
     def warnings(self) -> Iterator[Fault]:
         """What to look at: rows nearly alike, and what looks like personal data."""
-        yield from self._repeated(self._told)
+        yield from self._repeated(self._reported)
         for one in self.table.scans:
             for digest, first in zip(one.digests, one.firsts, strict=True):
                 for line, kind, masked in digest.flags:
@@ -212,8 +208,8 @@ class Findings:
         for one in self.table.scans:
             for digest in one.digests:
                 flags.update(f"personal-data: {NAMES[kind]}" for _, kind, _ in digest.flags)
-        told = {**_sizes(self._told), **dict(sorted(flags.items()))}
-        return {"removed": _sizes(self._removed), "warnings": told}
+        warnings = {**_sizes(self._reported), **dict(sorted(flags.items()))}
+        return {"removed": _sizes(self._removed), "warnings": warnings}
 
     def _repeated(self, lists: list[tuple[str, Pairs]]) -> Iterator[Fault]:
         for kind, pairs in lists:
@@ -268,8 +264,8 @@ def write_findings(
 def sentences(counts: Mapping[str, Mapping[str, Any]], report: str) -> list[str]:
     """The counts for people, one line per kind."""
     removed = [f"removed: {_rows(n)} ({kind})" for kind, n in counts["removed"].items()]
-    told = [f"warning: {_rows(n)} ({kind})" for kind, n in counts["warnings"].items()]
-    return [f"{line}, listed in {report}" for line in (*removed, *told)]
+    warned = [f"warning: {_rows(n)} ({kind})" for kind, n in counts["warnings"].items()]
+    return [f"{line}, listed in {report}" for line in (*removed, *warned)]
 
 
 def _rows(number: int) -> str:

@@ -94,7 +94,12 @@ def read_row(row: Mapping[str, Any]) -> Row:
     if form is not None and not problems:
         problems = check_order([message.role for message in messages])
         if problems:
-            problems = [_mendable(problem) for problem in problems]
+            problems = [
+                problem._replace(
+                    fix=f"{problem.fix}, or repair the file: phi3 data fix FILE -o NEW"
+                )
+                for problem in problems
+            ]
         elif not any(message.learn for message in messages if message.role == "assistant"):
             what = "every answer has the weight 0, so there is nothing to learn"
             problems = [Problem("nothing-to-learn", what, "remove the row, or a weight")]
@@ -133,10 +138,6 @@ def _accept(value: Any) -> list[Problem]:
         fix = 'write "accept": ["a text that a correct answer contains"]'
         return [Problem("wrong-type", what, fix)]
     return [problem for text in texts for problem in check_characters("accept", text)]
-
-
-def _mendable(problem: Problem) -> Problem:
-    return problem._replace(fix=f"{problem.fix}, or repair the file: phi3 data fix FILE -o NEW")
 
 
 def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -590,8 +591,8 @@ def _kind_and_text(part: Any) -> tuple[Any, Any]:
         return "text", part
     if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
         return "thought", None
-    told = "text" if "text" in part else next(iter(part), "text")
-    return part.get("type", told), part.get("text")
+    key = "text" if "text" in part else next(iter(part), "text")
+    return part.get("type", key), part.get("text")
 
 
 def _more_of_parts(content: Any) -> set[str]:

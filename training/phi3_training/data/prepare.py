@@ -310,11 +310,16 @@ def examine(
     draws = all(part != "validation" for part, _ in sources)
     scans = scan(sources, folder, workers=workers, progress=progress)
     findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
-    target = _targets(findings)
+    table = findings.table
+    numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
+    target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
     verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
     target[verdict.rows] = 0
     if draws:
-        _hold_out(data, findings, target)
+        rows = np.flatnonzero(target == _number("train"))
+        if len(rows):
+            chosen = _held_out(data, findings, rows)
+            target[rows[chosen]] = _number("validation")
     faults += verdict.faults
     if not faults and not (target == _number("train")).any():
         what, fix = "no conversation is left to train on", "correct its rows, or name another file"
@@ -348,7 +353,14 @@ def prepare(
         if faults:
             write_report(run.path / FAULTS, faults)
             raise DataError(faults, run.path / FAULTS)
-        writers = _write(findings, target, staging)
+        with ExitStack() as stack:
+            writers = {
+                part: stack.enter_context(RowWriter(staging / f"{part}.jsonl"))
+                for part in PARTS
+                if (target == _number(part)).any()
+            }
+            numbered = {_number(part): writer for part, writer in writers.items()}
+            distribute(findings.table, target, numbered)
         # Rows were copied after all were checked: their source must still be the same.
         for one in scans:
             if one.has_changed():
@@ -366,9 +378,31 @@ def prepare(
     counts["removed"] |= verdict.removed()
     if verdict.cut:
         counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
+    lines = [f"{shown(one.path)}: {note}" for one in scans for note in one.notes]
+    if draws:
+        rows = writers["validation"].rows
+        lines.append(
+            f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
+            f"{data.seed} (data.validation names no file)"
+        )
+        if taught is not None:
+            lines.append(
+                f"held-out questions: {taught['reworded']} reword what a training chat answers, "
+                f"{taught['new']} ask for something that no training chat answers"
+            )
     return DatasetManifest(
         inputs={
-            part: [_input(one) for one in scans if one.part == part]
+            part: [
+                Input(
+                    path=str(one.path),
+                    sha256=one.sha256,
+                    bytes=one.size,
+                    rows=one.rows,
+                    formats=dict(one.formats),
+                )
+                for one in scans
+                if one.part == part
+            ]
             for part in order
             if any(one.part == part for one in scans)
         },
@@ -385,7 +419,7 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=taught,
-        choices=[*notes, *_choices(data, scans, counts, writers, taught, draws=draws)],
+        choices=[*notes, *lines, *sentences(counts, REPORT)],
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -470,21 +504,6 @@ def _number(part: str) -> int:
     return PARTS.index(part) + 1
 
 
-def _targets(findings: Findings) -> U8:
-    """For each row the number of the part that its source is named under; 0 for removed ones."""
-    table = findings.table
-    numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
-    return np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
-
-
-def _hold_out(data: DataSection, findings: Findings, target: U8) -> None:
-    """Move a share of the training rows to the held-out part."""
-    rows = np.flatnonzero(target == _number("train"))
-    if len(rows):
-        chosen = _held_out(data, findings, rows)
-        target[rows[chosen]] = _number("validation")
-
-
 def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
     """Reworded questions first, where the set is small enough to compare its chats."""
     keys = findings.groups[rows]
@@ -516,18 +535,6 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     return {"reworded": reworded, "new": len(held) - reworded}
 
 
-def _write(findings: Findings, target: U8, staging: Path) -> Writers:
-    with ExitStack() as stack:
-        writers = {
-            part: stack.enter_context(RowWriter(staging / f"{part}.jsonl"))
-            for part in PARTS
-            if (target == _number(part)).any()
-        }
-        numbered = {_number(part): writer for part, writer in writers.items()}
-        distribute(findings.table, target, numbered)
-    return writers
-
-
 def _publish(writers: Writers, run: Run) -> None:
     """Put the finished files in place, and remove those of an earlier recipe."""
     folder = run.path / FOLDER
@@ -549,41 +556,6 @@ def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]
         ]
         for part in PARTS
     }
-
-
-def _input(one: Scan) -> Input:
-    return Input(
-        path=str(one.path),
-        sha256=one.sha256,
-        bytes=one.size,
-        rows=one.rows,
-        formats=dict(one.formats),
-    )
-
-
-def _choices(
-    data: DataSection,
-    scans: Sequence[Scan],
-    counts: Mapping[str, Mapping[str, int]],
-    writers: Writers,
-    taught: Mapping[str, int] | None,
-    *,
-    draws: bool,
-) -> list[str]:
-    """What was found and chosen, each with its reason."""
-    lines = [f"{shown(one.path)}: {note}" for one in scans for note in one.notes]
-    if draws:
-        rows = writers["validation"].rows
-        lines.append(
-            f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
-            f"{data.seed} (data.validation names no file)"
-        )
-        if taught is not None:
-            lines.append(
-                f"held-out questions: {taught['reworded']} reword what a training chat answers, "
-                f"{taught['new']} ask for something that no training chat answers"
-            )
-    return [*lines, *sentences(counts, REPORT)]
 
 
 def question_of(recipe: Recipe, run: Run) -> str:

@@ -244,7 +244,10 @@ def _clean(value: Any, place: str, steps: list[Step]) -> Any:
 
 def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
     """The turns in the order of Phi-3's template, as far as dropping and joining brings them."""
-    role_key, text_key = (_first_in(turns, keys) for keys in (ROLE_KEYS, TEXT_KEYS))
+    role_key, text_key = (
+        next((key for key in keys if any(key in turn for turn in turns)), keys[0])
+        for keys in (ROLE_KEYS, TEXT_KEYS)
+    )
     if any(text_key not in turn and turn.keys() & {*TEXT_KEYS} for turn in turns):
         return turns  # spelt in two ways: what looks empty may be under the other key
 
@@ -282,10 +285,6 @@ def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[s
         kept.pop()
         steps.append(Step("open-end", "the last question, which has no answer, was cut off"))
     return kept
-
-
-def _first_in(turns: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    return next((key for key in keys if any(key in turn for turn in turns)), keys[0])
 
 
 def _joined(

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,7 +143,7 @@ def scan(
     scans = [Scan(source, part) for part, source in sources]
     tasks: list[tuple[Scan, list[Task]]] = []
     for number, one in enumerate(scans):
-        with _told(one):
+        with _faults_of_reading(one):
             reading = _opened(one)
             if reading.in_ranges:
                 reading.encoding.tell(one.note)
@@ -158,7 +158,7 @@ def scan(
 def scan_start(source: Source, folder: Path, rows: int) -> Scan:
     """As much of a source as holds `rows` sound rows, in whole blocks."""
     one = Scan(source)
-    with _told(one):
+    with _faults_of_reading(one):
         reading = _opened(one)
         if reading.in_ranges:
             tasks = _tasks(one.path, one.size, folder, 0, BLOCK)
@@ -178,7 +178,7 @@ def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:
 
 
 @contextmanager
-def _told(one: Scan) -> Iterator[None]:
+def _faults_of_reading(one: Scan) -> Iterator[None]:
     """A source that cannot be read is a fault of it."""
     try:
         yield
@@ -238,7 +238,7 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int, progress: Prog
             futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
             for (one, _), of_one in zip(tasks, futures, strict=True):
                 one.sha256 = hash_of(one.path)
-                one.add(counted(one, _results(of_one)))
+                one.add(counted(one, (future.result() for future in of_one)))
     except BrokenProcessPool:
         raise StageError(
             "A process reading the chats was killed, most likely because memory ran out; close "
@@ -249,11 +249,6 @@ def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int, progress: Prog
 def _start_worker() -> None:
     gc.disable()
     keep_freed_memory()
-
-
-def _results(futures: list[Future[Digest]]) -> Iterator[Digest]:
-    for future in futures:
-        yield future.result()
 
 
 # All sound rows of all sources as columns: 64 bytes a row, and each row's text on demand.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..recipe import DataSection
 from .arrays import U8, Ints
 from .faults import Fault, Problem
 from .findings import Findings
-from .scan import Scan, Table
+from .scan import Table
 from .sources import Reading, Source
 
 TOO_LONG = "too-long"
@@ -76,7 +75,12 @@ def judge(
     scans = {one.path: one for one in findings.table.scans}
     of_scans = {fault for one in findings.table.scans for fault in one.faults}
     for fault in findings.faults():
-        skips = data.bad_rows == "skip" and fault in of_scans and _of_a_row(fault, scans)
+        skips = bool(
+            data.bad_rows == "skip"
+            and fault in of_scans
+            and fault.line  # 0: of the whole file
+            and not ends_reading(scans[fault.path].source, fault)
+        )
         (verdict.skipped if skips else verdict.faults).append(fault)
     if rules is not None:
         judge_tokens(data, findings.table, target, numbers, rules, verdict)
@@ -102,10 +106,6 @@ def too_many(skipped: int, rows: int, ceiling: float) -> str:
         return ""
     share = f"{skipped} of {rows} rows ({skipped / rows:.1%})"
     return f"{share} would be skipped; data.max_skipped allows {ceiling:.1%}"
-
-
-def _of_a_row(fault: Fault, scans: dict[Path, Scan]) -> bool:
-    return bool(fault.line) and not ends_reading(scans[fault.path].source, fault)
 
 
 def ends_reading(source: Source, problem: Fault | Problem) -> bool:
