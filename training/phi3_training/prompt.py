@@ -235,7 +235,10 @@ class ChatFormat:
         self._guard = Guard(tokenizer_json, settings["special_texts"])
         self.context_length: int = settings["context_length"]
         known = {self._guard.control_id(text) for text in _KNOWN_STOPS}
-        stops = {*settings["eos_ids"], *known, self._turn_end_id()}
+        example = self.encode_example(_PROBE)
+        learnt = zip(example.input_ids, example.assistant_mask, strict=True)
+        ends = (i for i, trained in learnt if trained and self._guard.is_control(i))
+        stops = {*settings["eos_ids"], *known, next(ends, None)}
         stops.add(self._guard.control_id(settings["eos_text"]))
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
         pad = self._guard.control_id(settings["pad_text"])
@@ -338,12 +341,6 @@ class ChatFormat:
             "original chat template."
         )
 
-    def _turn_end_id(self) -> int | None:
-        example = self.encode_example(_PROBE)
-        learnt = zip(example.input_ids, example.assistant_mask, strict=True)
-        ends = (i for i, trained in learnt if trained and self._guard.is_control(i))
-        return next(ends, None)
-
 
 def _mark(
     mask: list[int],
@@ -383,17 +380,13 @@ def _checked(
         checked.append({"role": role, "content": content})
     roles = [message["role"] for message in checked]
     if any_order:
-        _check_question(roles)
+        if "user" not in roles:
+            raise ValueError("The conversation has no user message.")
+        if roles[-1] == "assistant":
+            raise ValueError("The last message has the role assistant; expected user.")
     else:
         _check_order(roles, last_role)
     return checked
-
-
-def _check_question(roles: Sequence[str]) -> None:
-    if "user" not in roles:
-        raise ValueError("The conversation has no user message.")
-    if roles[-1] == "assistant":
-        raise ValueError("The last message has the role assistant; expected user.")
 
 
 def _check_order(roles: Sequence[str], last_role: str | None) -> None:

@@ -47,8 +47,24 @@ def register(run: Run) -> RegistrationManifest:
         mlflow.set_tracking_uri(tracking_uri(run))
         client, experiment_id = experiment_of(name, run)
         with mlflow.start_run(experiment_id=experiment_id, run_name=run.name) as active:
-            mlflow.log_params(_params(run))
-            mlflow.log_metrics(_flat_metrics(metrics))
+            # 500 characters: the shortest limit of an MLflow store; longer ones fail the call.
+            manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
+            mlflow.log_params(
+                {
+                    f"{manifest.STAGE}.{key}": str(value)[:500]
+                    for manifest in manifests
+                    if manifest is not None
+                    for key, value in manifest.settings.items()
+                }
+            )
+            mlflow.log_metrics(
+                {
+                    f"{when}.{part}.{key}": float(value)
+                    for when, side in (("before", metrics.before), ("after", metrics.after))
+                    for part, values in side.items()
+                    for key, value in values.items()
+                }
+            )
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("mlflow_model.py")),
@@ -71,24 +87,3 @@ def register(run: Run) -> RegistrationManifest:
         tracking_uri=tracking_uri(run),
         mlflow_run_id=active.info.run_id,
     )
-
-
-def _params(run: Run) -> dict[str, str]:
-    """Data and fine-tuning settings."""
-    # 500 characters: the shortest limit of an MLflow store; longer ones fail the whole call.
-    manifests = (run.read(DatasetManifest), run.read(BaseManifest), run.read(ModelManifest))
-    return {
-        f"{manifest.STAGE}.{key}": str(value)[:500]
-        for manifest in manifests
-        if manifest is not None
-        for key, value in manifest.settings.items()
-    }
-
-
-def _flat_metrics(metrics: MetricsManifest) -> dict[str, float]:
-    return {
-        f"{when}.{part}.{key}": float(value)
-        for when, side in (("before", metrics.before), ("after", metrics.after))
-        for part, values in side.items()
-        for key, value in values.items()
-    }

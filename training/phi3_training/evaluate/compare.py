@@ -56,13 +56,25 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     was, now = _Examined(asked, known), _Examined(asked, judge.examine_tuned(tuned, asked, step))
     rows = make_rows(questions, was.answered(questions), now.answered(questions))
     write_rows(run, rows)
+    unasked = sum(said is None for said in now.said.values())
+    cut = sum(row["after_scores"]["cut"] for row in rows)
+    remarks = []
+    if unasked:
+        remarks.append(
+            f"{unasked} questions do not fit the model's context and count as wrong: shorten them"
+        )
+    if cut > unasked:
+        remarks.append(
+            f"{cut} of {len(rows)} answers of the tuned model were cut at "
+            "evaluate.max_new_tokens: raise it"
+        )
     return figures_of(rows, recipe.evaluate).model_copy(
         update={
             "ask": AskedBoth(
                 question=question, before=was.text(own.prompt), after=now.text(own.prompt)
             ),
             "answered_by": judge.as_dict(),
-            "choices": [judge.sentence, *_remarks(rows, now)],
+            "choices": [judge.sentence, *remarks],
         }
     )
 
@@ -149,7 +161,9 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifes
             seed=seed_of(part, settings.seed),
         )
         for side, found in sides.items():
-            found[part] = _side(chosen, compared, side)
+            figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
+            correct = sum(row[f"{side}_right"] is True for row in chosen)
+            found[part] = {"rows": len(chosen), "correct": correct, **figures}
         comparisons[part] = compared
     return MetricsManifest(
         before=sides["before"],
@@ -158,25 +172,3 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifes
         rows=PATH,
         settings=Resampling.model_validate(settings.model_dump(mode="json")),
     )
-
-
-def _side(rows: Sequence[Row], compared: dict[str, Comparison], side: str) -> dict[str, Figure]:
-    figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
-    correct = sum(row[f"{side}_right"] is True for row in rows)
-    return {"rows": len(rows), "correct": correct, **figures}
-
-
-def _remarks(rows: Sequence[Row], now: _Examined) -> list[str]:
-    unasked = sum(said is None for said in now.said.values())
-    cut = sum(row["after_scores"]["cut"] for row in rows)
-    found = []
-    if unasked:
-        found.append(
-            f"{unasked} questions do not fit the model's context and count as wrong: shorten them"
-        )
-    if cut > unasked:
-        found.append(
-            f"{cut} of {len(rows)} answers of the tuned model were cut at "
-            "evaluate.max_new_tokens: raise it"
-        )
-    return found

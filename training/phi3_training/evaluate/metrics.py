@@ -80,7 +80,13 @@ def rouge_l(answer: str, expected: str) -> float:
     got, wanted = _plain(answer), _plain(expected)
     if not got or not wanted:
         return float(got == wanted)
-    common = _common_subsequence(got, wanted)
+    above = [0] * (len(wanted) + 1)
+    for word in got:
+        row = [0]
+        for column, other in enumerate(wanted):
+            row.append(above[column] + 1 if word == other else max(row[column], above[column + 1]))
+        above = row
+    common = above[-1]
     return 2 * common / (len(got) + len(wanted))
 
 
@@ -103,13 +109,3 @@ def _f1(got: Sequence[str], wanted: Sequence[str]) -> float:
         return float(got == wanted)
     common = sum((Counter(got) & Counter(wanted)).values())
     return 2 * common / (len(got) + len(wanted))
-
-
-def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    above = [0] * (len(second) + 1)
-    for word in first:
-        row = [0]
-        for column, other in enumerate(second):
-            row.append(above[column] + 1 if word == other else max(row[column], above[column + 1]))
-        above = row
-    return above[-1]

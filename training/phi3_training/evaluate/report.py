@@ -57,6 +57,13 @@ def write(run: Run, verdict: GateManifest) -> str:
     comparisons = metrics.comparisons
     bars = [(label, comparisons.get(part, {}).get(key)) for part, key, label in _BARS]
     probes = [row for row in rows if row["part"] == "probes"]
+    # The loss of each step and its moving mean, on a logarithmic scale of whole powers of ten.
+    # A loss of 0 has no logarithm: a model that knows its few rows by heart comes near it.
+    logs = [math.log10(max(loss, 1e-6)) for loss in losses] or [0.0]
+    low, high = math.floor(min(logs)), math.ceil(max(logs))
+    high = max(high, low + 1)
+    window = max(1, len(logs) // _SMOOTHED)
+    parts = [logs[max(0, end - window) : end] for end in range(1, len(logs) + 1)]
     content = page.get_template("report.html").render(
         name=run.name,
         model=model,
@@ -66,7 +73,9 @@ def write(run: Run, verdict: GateManifest) -> str:
         share=lambda value: min(1.0, max(0.0, value)),
         settings=metrics.settings,
         losses=losses,
-        **_curves(losses),
+        powers=range(low, high + 1),
+        height=lambda log: (high - log) / (high - low),
+        curves=[("each", logs), ("mean", [sum(part) / len(part) for part in parts])],
         comparisons=comparisons,
         metrics=METRICS,
         parts=PARTS,
@@ -84,21 +93,6 @@ def write(run: Run, verdict: GateManifest) -> str:
     )
     write_atomically(run.path / PATH, content)
     return PATH
-
-
-def _curves(losses: Sequence[float]) -> dict[str, object]:
-    """Loss of each step and its moving mean, on a logarithmic scale of whole powers of ten."""
-    # A loss of 0 has no logarithm: a model that knows its few rows by heart comes near it.
-    logs = [math.log10(max(loss, 1e-6)) for loss in losses] or [0.0]
-    low, high = math.floor(min(logs)), math.ceil(max(logs))
-    high = max(high, low + 1)
-    window = max(1, len(logs) // _SMOOTHED)
-    parts = [logs[max(0, end - window) : end] for end in range(1, len(logs) + 1)]
-    return {
-        "powers": range(low, high + 1),
-        "height": lambda log: (high - log) / (high - low),
-        "curves": [("each", logs), ("mean", [sum(part) / len(part) for part in parts])],
-    }
 
 
 def _worst(rows: Sequence[Row], part: str, *, lost: bool = False) -> list[Row]:

@@ -306,14 +306,14 @@ class _Auditor:
         elif all(mask):
             yield "everything-trained", f"all of {len(mask)} tokens"
         if not row.is_cut:
-            yield from self._ends(row, [i for i, learnt in enumerate(mask) if learnt])
-
-    def _ends(self, row: Row, trained: Sequence[int]) -> Iterator[tuple[str, str]]:
-        answers = sum(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in row.messages)
-        ids = row.example.input_ids
-        ends = sum(ids[i] in self._stops for i in trained)
-        if trained and ends < answers:
-            yield "no-end", f"{answers} answers, {ends} ends to learn"
+            trained = [i for i, learnt in enumerate(mask) if learnt]
+            answers = sum(
+                m["role"] == "assistant" and m.get("weight", 1) != 0 for m in row.messages
+            )
+            ids = row.example.input_ids
+            ends = sum(ids[i] in self._stops for i in trained)
+            if trained and ends < answers:
+                yield "no-end", f"{answers} answers, {ends} ends to learn"
 
     def _system_turn(self, row: Row, given: Seen) -> Iterator[tuple[str, str]]:
         if any(m["role"] == "system" and m["content"].strip() for m in row.messages):
@@ -361,9 +361,7 @@ class _Auditor:
             yield "everything-trained", f"{sum(learnt)} of {len(ids)} tokens, including questions"
         elif extra:
             yield "question-trained", f"{len(extra)} tokens outside the answers"
-        yield from self._missing(ids, [i for i, on in enumerate(learnt) if mask[i] and not on])
-
-    def _missing(self, ids: Sequence[int], missing: Sequence[int]) -> Iterator[tuple[str, str]]:
+        missing = [i for i, on in enumerate(learnt) if mask[i] and not on]
         padding = [i for i in missing if ids[i] == self._chat.pad_token_id]
         ends = [i for i in missing if ids[i] in self._stops and i not in padding]
         rest = len(missing) - len(padding) - len(ends)

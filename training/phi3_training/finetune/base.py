@@ -6,7 +6,6 @@ Reads the base chats; writes run/base for the tiny model and nothing for other w
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
-from .rows import Located, audited, encode_rows, with_casual_copies
+from .rows import audited, encode_rows, with_casual_copies
 from .runtime import quiet_libraries, torch_threads
 from .teach import Taught, teach
 from .weights import BEGIN, find_weights, make_tokenizer
@@ -55,7 +54,13 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
     ]
     rows = with_casual_copies(rows) if recipe.data.casual_copies else rows
     with new_folder(run.path / "base") as folder, torch_threads(1):
-        size = _write_tokenizer(base, rows, folder)
+        texts = [message["content"] for _, row in rows for message in row]
+        size = make_tokenizer(
+            texts,
+            folder,
+            vocab_size=base.vocab_size,
+            model_max_length=base.max_position_embeddings,
+        )
         chat = ChatFormat.from_folder(folder)
         encoded = encode_rows(chat, rows)
         checked, _ = audited(chat, encoded, base.max_position_embeddings, allow=None)
@@ -78,16 +83,6 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
         cpu_seconds=round(time.process_time() - started, 3),
         settings={**base.model_dump(mode="json", exclude={"data"}), "vocab_size": size},
         choices=_choices(base, taught),
-    )
-
-
-def _write_tokenizer(base: BaseSection, rows: list[Located], folder: Path) -> int:
-    texts = [message["content"] for _, row in rows for message in row]
-    return make_tokenizer(
-        texts,
-        folder,
-        vocab_size=base.vocab_size,
-        model_max_length=base.max_position_embeddings,
     )
 
 

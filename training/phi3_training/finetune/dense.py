@@ -422,7 +422,15 @@ class DensePhi3:
             half = cos.shape[-1] // 2
             turns = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for layer in body.layers:
-            parts = _parts(layer)
+            attention, mlp = layer.self_attn, layer.mlp
+            parts = _Layer(
+                layer.input_layernorm,
+                _projection(attention.qkv_proj),
+                _projection(attention.o_proj),
+                layer.post_attention_layernorm,
+                _projection(mlp.gate_up_proj),
+                _projection(mlp.down_proj),
+            )
             if self._checkpointing and torch.is_grad_enabled():
                 hidden, added = checkpoint(
                     self._layer, hidden, added, parts, turns, batch, use_reentrant=False
@@ -441,12 +449,7 @@ class DensePhi3:
     ) -> tuple[Tensor, Tensor]:
         dtype = parts.qkv.weight.dtype
         hidden, seen = _normed(hidden, added, parts.input_norm, dtype)
-        added = parts.out(self._attention(parts.qkv(seen), turns, batch).to(dtype))
-        hidden, seen = _normed(hidden, added, parts.mlp_norm, dtype)
-        return hidden, parts.down(gated_silu(parts.gate_up(seen)))
-
-    def _attention(self, qkv: Tensor, turns: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
-        """T × (queries, keys, values) to T × values of all heads, float32."""
+        qkv = parts.qkv(seen)
         config = self._plain.config
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         # float32: the backward pass of torch's attention is five times slower in bfloat16.
@@ -455,7 +458,9 @@ class DensePhi3:
             _attend(states[b.start : b.end], b, heads, shared, config.sliding_window)
             for b in batch.blocks
         ]
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+        added = parts.out((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).to(dtype))
+        hidden, seen = _normed(hidden, added, parts.mlp_norm, dtype)
+        return hidden, parts.down(gated_silu(parts.gate_up(seen)))
 
 
 def _noisy(hidden: Tensor, batch: Layout, embed: Any) -> Tensor:
@@ -491,18 +496,6 @@ def _attend(states: Tensor, block: Block, heads: int, shared: int, window: int |
     )
     rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
     return rows if block.gathered is None else gather(rows, block.gathered)
-
-
-def _parts(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        layer.input_layernorm,
-        _projection(attention.qkv_proj),
-        _projection(attention.o_proj),
-        layer.post_attention_layernorm,
-        _projection(mlp.gate_up_proj),
-        _projection(mlp.down_proj),
-    )
 
 
 def _projection(module: Any) -> Projection:

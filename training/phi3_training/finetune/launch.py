@@ -60,7 +60,20 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
     Raises StageError with what stopped them.
     """
     where = device()
-    _check(recipe.finetune, where)
+    if where not in ("cuda", "cpu"):
+        raise StageError(
+            f"Several processes train on CUDA GPUs or on the CPU; this machine has: {where}. "
+            "Set finetune.num_processes=1."
+        )
+    import torch
+
+    machines, count = recipe.finetune.num_machines, torch.cuda.device_count()
+    here = recipe.finetune.num_processes // machines
+    if where == "cuda" and here > count:
+        raise StageError(
+            f"finetune.num_processes asks for {here} GPUs on this machine; it has {count}. "
+            f"Set finetune.num_processes={count * machines}."
+        )
     plan = run.file("finetune", "launch.json")
     result = run.path / "finetune" / "launch-result.json"
     log = run.path / "finetune" / "launch.log"
@@ -108,22 +121,6 @@ def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:
         tool = ["torch.distributed.run", "--nproc-per-node", str(here), "--nnodes", machines]
         tool += ["--node-rank", rank, "--master-addr", address, "--master-port", port]
     return [sys.executable, "-m", *tool, "--module", WORKER, str(plan)]
-
-
-def _check(settings: FinetuneSection, where: str) -> None:
-    if where not in ("cuda", "cpu"):
-        raise StageError(
-            f"Several processes train on CUDA GPUs or on the CPU; this machine has: {where}. "
-            "Set finetune.num_processes=1."
-        )
-    import torch
-
-    here, count = settings.num_processes // settings.num_machines, torch.cuda.device_count()
-    if where == "cuda" and here > count:
-        raise StageError(
-            f"finetune.num_processes asks for {here} GPUs on this machine; it has {count}. "
-            f"Set finetune.num_processes={count * settings.num_machines}."
-        )
 
 
 def _follow(words: Sequence[str], log: Path, progress: Progress) -> int:

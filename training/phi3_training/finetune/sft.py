@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         raise StageError(f"The settings of finetune: do not fit the model: {error}") from None
     own_names = recipe.finetune.model_copy(update={"target_modules": targets.names})
     recipe = recipe.model_copy(update={"finetune": own_names})
-    _check_one_gpu(recipe)
+    count = torch.cuda.device_count()
+    if count > 1 and recipe.finetune.num_processes == 1:
+        raise StageError(
+            f"{count} GPUs are visible, but one process would train. Use all of them: "
+            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
+        )
     located, counts = _rows(recipe, run)
     limit = min(recipe.data.max_length, chat.context_length)
     allow = [*recipe.finetune.allow, *(_CUT if recipe.data.too_long == "cut" else ())]
@@ -113,7 +117,18 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         watch.clear()
         # By the schedule: a training that stopped early has fewer epochs than the recipe says.
         epoch = trainer.state.max_steps // recipe.finetune.num_train_epochs
-        figures = _figures(trained, rows, log, epoch)
+        last = log.losses[-max(1, epoch) :]
+        weights = list(trained.parameters())
+        figures = {
+            # bitsandbytes packs two weights of 4 bits into a byte.
+            "parameters": sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights),
+            "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
+            "tokens": sum(len(row.example.input_ids) for row in rows),
+            "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),
+            "steps": len(log.losses),
+            "first_loss": round(log.losses[0], 5),
+            "final_loss": round(sum(last) / len(last), 5),  # mean of the last epoch
+        }
         if watch.best is not None:
             figures["validation_loss"] = round(watch.best[1], 5)
         _save(trained, recipe, run, chat, runtime, figures)
@@ -167,15 +182,6 @@ def _rows(recipe: Recipe, run: Run) -> tuple[list[Located], dict[str, int]]:
     }
 
 
-def _check_one_gpu(recipe: Recipe) -> None:
-    count = torch.cuda.device_count()
-    if count > 1 and recipe.finetune.num_processes == 1:
-        raise StageError(
-            f"{count} GPUs are visible, but one process would train. Use all of them: "
-            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
-        )
-
-
 def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -221,18 +227,3 @@ def _save(
                 model.to("meta")  # frees the rounded weights before the exact ones are loaded
             model = with_adapter(base, target, runtime.torch_dtype)
     merge(model, chat, run.path / "model", base, runtime.torch_dtype)
-
-
-def _figures(model: Any, rows: Sequence[Row], log: LossLog, epoch: int) -> dict[str, Any]:
-    last = log.losses[-max(1, epoch) :]
-    weights = list(model.parameters())
-    return {
-        # bitsandbytes packs two weights of 4 bits into a byte.
-        "parameters": sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights),
-        "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
-        "tokens": sum(len(row.example.input_ids) for row in rows),
-        "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),
-        "steps": len(log.losses),
-        "first_loss": round(log.losses[0], 5),
-        "final_loss": round(sum(last) / len(last), 5),  # mean of the last epoch
-    }

@@ -50,8 +50,23 @@ def teach(
     for epoch in range(base.num_train_epochs):
         sums = [0.0, 0.0]
         for batch in _batches(examples, base.per_device_train_batch_size, order):
-            ids, labels = _tensors(batch, pad)
-            loss = _answer_loss(model, ids, labels, unsaid)
+            width = max(len(example.input_ids) for example in batch)
+            ids = torch.full((len(batch), width), pad)
+            labels = torch.full((len(batch), width), -100)  # the next token; -100: nothing
+            for row, example in enumerate(batch):
+                length = len(example.input_ids)
+                tokens = torch.tensor(example.input_ids)
+                mask = torch.tensor(example.assistant_mask, dtype=torch.bool)
+                ids[row, :length] = tokens
+                labels[row, : length - 1] = tokens.masked_fill(~mask, -100)[1:]
+            # Padding stands on the right, where causal attention never looks, so no mask is needed;
+            # and the vocabulary is scored only where something is learnt. Both save much time on
+            # a CPU. Tokens of no answer are left out: taught only never to come, they would all
+            # end up alike, and fine-tuning could not tell them apart any more.
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            learnt = labels != -100
+            logits = model.lm_head(hidden[learnt]).masked_fill(unsaid, -torch.inf)
+            loss = torch.nn.functional.cross_entropy(logits, labels[learnt])
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT)
             optimizer.step()
@@ -87,20 +102,6 @@ def _batches(
     yield from batches
 
 
-def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right, and what to predict after each of them (-100: nothing)."""
-    width = max(len(example.input_ids) for example in batch)
-    ids = torch.full((len(batch), width), pad)
-    labels = torch.full((len(batch), width), -100)
-    for row, example in enumerate(batch):
-        length = len(example.input_ids)
-        tokens = torch.tensor(example.input_ids)
-        mask = torch.tensor(example.assistant_mask, dtype=torch.bool)
-        ids[row, :length] = tokens
-        labels[row, : length - 1] = tokens.masked_fill(~mask, -100)[1:]
-    return ids, labels
-
-
 def _unknown_tokens(examples: Sequence[Example], vocab_size: int) -> tuple[Tensor, Tensor]:
     """Which tokens no chat holds, and which no answer holds."""
     unread, unsaid = torch.ones(2, vocab_size, dtype=torch.bool)
@@ -121,17 +122,3 @@ def _resize(weights: Tensor, unknown: Tensor) -> None:
     if unknown.any() and not unknown.all():
         length = weights[~unknown].norm(dim=1).mean()
         weights[unknown] *= length / weights[unknown].norm(dim=1, keepdim=True)
-
-
-def _answer_loss(model: Any, ids: Tensor, labels: Tensor, unsaid: Tensor) -> Tensor:
-    """Cross entropy on the answers' tokens.
-
-    Padding stands on the right, where causal attention never looks, so no mask is needed; and
-    the vocabulary is scored only where something is learnt. Both save much time on a CPU.
-    Tokens of no answer are left out: taught only never to come, they would all end up alike,
-    and fine-tuning could not tell them apart any more.
-    """
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    learnt = labels != -100
-    logits = model.lm_head(hidden[learnt]).masked_fill(unsaid, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, labels[learnt])

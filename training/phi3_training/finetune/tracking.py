@@ -116,18 +116,15 @@ class _MLflow(_Tracker):
         with quiet_mlflow():
             self._client, experiment = experiment_of(self._recipe.name, self._run)
             if not self._go_on():
-                self._open(experiment)
+                from mlflow.entities import Param
 
-    def _open(self, experiment: str) -> None:
-        from mlflow.entities import Param
-
-        name = f"{self._run.name} finetune"
-        self._id = self._client.create_run(experiment, run_name=name).info.run_id
-        write_atomically(self._kept, self._id)
-        # Every MLflow store takes 500 characters; Azure ML's refuses longer ones.
-        settings = self._recipe.finetune.model_dump(mode="json").items()
-        params = [Param(key, str(value)[:500]) for key, value in settings]
-        self._client.log_batch(self._id, params=params)
+                name = f"{self._run.name} finetune"
+                self._id = self._client.create_run(experiment, run_name=name).info.run_id
+                write_atomically(self._kept, self._id)
+                # Every MLflow store takes 500 characters; Azure ML's refuses longer ones.
+                settings = self._recipe.finetune.model_dump(mode="json").items()
+                params = [Param(key, str(value)[:500]) for key, value in settings]
+                self._client.log_batch(self._id, params=params)
 
     def _go_on(self) -> bool:
         """Resume the MLflow run of an interrupted training; False if there is none."""

@@ -232,7 +232,14 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
         if state.is_world_process_zero:
             self._write()
             if better and self._patience:
-                _save(model, self._weights)
+                learning = {
+                    name: weight.detach().to("cpu", copy=True).contiguous()
+                    for name, weight in model.named_parameters()
+                    if weight.requires_grad and weight.dtype != torch.uint8
+                }
+                made = self._weights.with_name(f".{self._weights.name}")
+                save_file(learning, made)
+                made.replace(self._weights)
         steps = [step for step, _ in self.losses]
         since = len(steps) - 1 - steps.index(best[0]) if best else 0
         if self._patience and since >= self._patience:
@@ -254,18 +261,6 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
     def _write(self) -> None:
         lines = [json.dumps({"step": step, "loss": loss}) for step, loss in self.losses]
         self._log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _save(model: Any, path: Path) -> None:
-    """Write what learns, in one step."""
-    learning = {
-        name: weight.detach().to("cpu", copy=True).contiguous()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and weight.dtype != torch.uint8
-    }
-    made = path.with_name(f".{path.name}")
-    save_file(learning, made)
-    made.replace(path)
 
 
 class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no types

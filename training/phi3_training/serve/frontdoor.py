@@ -160,21 +160,23 @@ class FrontDoor:
             return
         visit = _Visit(scope, send, self._config.deployment)
         try:
-            await self._serve(visit, receive)
+            refusal = self._refusal(visit) or await self._attempt(visit, receive)
+            if refusal is not None:
+                if refusal[0] != 408:
+                    await drain(receive)
+                await visit.refuse(*refusal)
         except ClientGoneError:
             visit.leave()
         except Exception as error:  # noqa: BLE001 - the last place that can answer
-            _log_failure(error)
+            while inner := getattr(error, "exceptions", None):  # an exception group
+                error = inner[0]
+            # Where it happened, not what it says: messages can hold a caller's text.
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}:{frame.lineno}"
+            logger.error("internal error: %s at %s", type(error).__name__, where)  # noqa: TRY400
             await visit.refuse(500, b'{"error":{"message":"internal error"}}', _JSON)
         finally:
             visit.log()
-
-    async def _serve(self, visit: _Visit, receive: Receive) -> None:
-        refusal = self._refusal(visit) or await self._attempt(visit, receive)
-        if refusal is not None:
-            if refusal[0] != 408:
-                await drain(receive)
-            await visit.refuse(*refusal)
 
     async def _attempt(self, visit: _Visit, receive: Receive) -> Refusal | None:
         """Let the application answer; what the front door says where that is not possible."""
@@ -286,24 +288,21 @@ class _Visit:
     async def send(self, message: Message) -> None:
         """The application's `send`: adds headers, and wraps a status other than 200 in 424."""
         if message["type"] == "http.response.start":
-            message = {**message, **self._dress(message)}
+            inner, headers = message["status"], list(message.get("headers", ()))
+            self._streaming = any(name == b"content-type" and _STREAM in v for name, v in headers)
+            model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
+            extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
+            self.status = inner
+            # OpenAI's API has its own statuses; a forced 424 (see `config.Quirks`) is one still.
+            own = is_openai(self.scope["path"]) and "phi3.reason" not in self.scope
+            if inner != 200 and not own and not self.scope.get("phi3.bare"):
+                self.status = 424
+                extra.append(("ms-azureml-model-error-statuscode", str(inner)))
+                extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
+            message = {**message, "status": self.status, "headers": [*headers, *encoded(extra)]}
         else:
             self._ended = not message.get("more_body", False)
         await self._send(message)
-
-    def _dress(self, message: Message) -> Message:
-        inner, headers = message["status"], list(message.get("headers", ()))
-        self._streaming = any(name == b"content-type" and _STREAM in v for name, v in headers)
-        model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
-        extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
-        self.status = inner
-        # OpenAI's API has its own statuses; a forced 424 (see `config.Quirks`) is one all the same.
-        own = is_openai(self.scope["path"]) and "phi3.reason" not in self.scope
-        if inner != 200 and not own and not self.scope.get("phi3.bare"):
-            self.status = 424
-            extra.append(("ms-azureml-model-error-statuscode", str(inner)))
-            extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
-        return {"status": self.status, "headers": [*headers, *encoded(extra)]}
 
     async def refuse(
         self, status: int, body: bytes, content_type: str, headers: list[Header] | None = None
@@ -347,12 +346,3 @@ class _Visit:
             1000 * (time.perf_counter() - self.started),
             self._request_id,
         )
-
-
-def _log_failure(error: BaseException) -> None:
-    """Where it happened, not what it says: messages can hold a caller's text."""
-    while inner := getattr(error, "exceptions", None):  # an exception group
-        error = inner[0]
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{frame.filename}:{frame.lineno}"
-    logger.error("internal error: %s at %s", type(error).__name__, where)

@@ -44,24 +44,20 @@ def _load(name: EngineName, config: ServerConfig, upstream_key: str | None) -> E
         folder = _needed(config.onnx_dir, "onnx_dir", name)
         return onnxruntime.load(folder, slots=slots, num_threads=threads)
     if config.adapters:
-        return _load_adapters(config)
+        from .engines import adapters
+
+        return adapters.load(
+            _needed(config.base_dir, "base_dir", "transformers"),
+            _needed(config.adapter_dir, "adapter_dir", "transformers"),
+            config.adapters,
+            own_names=(config.model_name, config.deployment),
+            slots=config.max_concurrent_requests_per_instance,
+            num_threads=config.num_threads,
+        )
     from .engines import transformers
 
     folder = _needed(config.model_dir, "model_dir", name)
     return transformers.load(folder, slots=slots, num_threads=threads)
-
-
-def _load_adapters(config: ServerConfig) -> Engine:
-    from .engines import adapters
-
-    return adapters.load(
-        _needed(config.base_dir, "base_dir", "transformers"),
-        _needed(config.adapter_dir, "adapter_dir", "transformers"),
-        config.adapters,
-        own_names=(config.model_name, config.deployment),
-        slots=config.max_concurrent_requests_per_instance,
-        num_threads=config.num_threads,
-    )
 
 
 def _needed(value: T | None, setting: str, engine: str) -> T:

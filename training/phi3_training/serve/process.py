@@ -116,13 +116,20 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
         flags = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
         detached = {"creationflags": sum(getattr(subprocess, flag) for flag in flags)}
     try:
+        # Ours without the keys, finding our package also where it runs uninstalled.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3_")}
+        package_home = str(Path(__file__).resolve().parents[2])
+        paths = [package_home, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+        absolute = dict.fromkeys(str(Path(path).resolve()) for path in paths)
+        environment["PYTHONPATH"] = os.pathsep.join(absolute)
+        environment["PYTHONUNBUFFERED"] = "1"
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,
             stdin=subprocess.PIPE,
             stdout=descriptor,
             stderr=descriptor,
             cwd=log_path.parent,
-            env=_environment(),
+            env=environment,
             **detached,
         )
     finally:
@@ -134,17 +141,6 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
     except OSError:  # it ended at once; `_wait` says why
         pass
     return process
-
-
-def _environment() -> dict[str, str]:
-    """Ours without the keys, finding our package also where it runs uninstalled."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PHI3_")}
-    package_home = str(Path(__file__).resolve().parents[2])
-    paths = [package_home, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    absolute = dict.fromkeys(str(Path(path).resolve()) for path in paths)
-    environment["PYTHONPATH"] = os.pathsep.join(absolute)
-    environment["PYTHONUNBUFFERED"] = "1"
-    return environment
 
 
 def _wait(

@@ -57,7 +57,11 @@ def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: 
         if name in given:
             given["max_tokens"] = given[name]
     if dialect == "loi":
-        _translate(given)
+        if given.get("do_sample") is False:
+            given["temperature"] = 0.0
+        eos = given.get("eos_token_id")
+        if eos is not None and "stop_token_ids" not in given:
+            given["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
     try:
         known = _Known.model_validate(given)
     except ValidationError as error:
@@ -76,14 +80,6 @@ def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: 
         ignore_eos=known.ignore_eos,
         seed=known.seed,
     )
-
-
-def _translate(given: dict[str, Any]) -> None:
-    if given.get("do_sample") is False:
-        given["temperature"] = 0.0
-    eos = given.get("eos_token_id")
-    if eos is not None and "stop_token_ids" not in given:
-        given["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
 
 
 # Shapes that both APIs answer with: usage, ids, errors, `chat.completion` objects.
@@ -249,6 +245,21 @@ _MESSAGE = {
 
 def swagger(title: str) -> dict[str, Any]:
     """The description; paths as the Azure image lists them."""
+    data = {
+        "type": "object",
+        "required": ["input_string"],
+        "properties": {
+            "input_string": {"type": "array", "items": _MESSAGE},
+            "parameters": {"type": "object"},
+        },
+    }
+    schema = {"type": "object", "required": ["input_data"], "properties": {"input_data": data}}
+    properties = {
+        "messages": {"type": "array", "items": _MESSAGE},
+        "max_tokens": {"type": "integer"},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+        "stream": {"type": "boolean"},
+    }
     return {
         "openapi": "3.0.3",
         "info": {"title": title, "version": "1.0.0"},
@@ -256,9 +267,23 @@ def swagger(title: str) -> dict[str, Any]:
         "security": [{"Bearer": []}],
         "paths": {
             "/": {"get": _operation("health", "healthy", security=[])},
-            "/score": {"post": _operation("score", "the answer", body=_score_schema())},
+            "/score": {
+                "post": _operation(
+                    "score", "the answer", body={"schema": schema, "example": _EXAMPLE}
+                )
+            },
             "/v1/chat/completions": {
-                "post": _operation("chat", "the answer in OpenAI's shape", body=_chat_schema())
+                "post": _operation(
+                    "chat",
+                    "the answer in OpenAI's shape",
+                    body={
+                        "schema": {
+                            "type": "object",
+                            "required": ["messages"],
+                            "properties": properties,
+                        }
+                    },
+                )
             },
         },
     }
@@ -275,29 +300,6 @@ def _operation(
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": body}}
     return operation
-
-
-def _score_schema() -> dict[str, Any]:
-    data = {
-        "type": "object",
-        "required": ["input_string"],
-        "properties": {
-            "input_string": {"type": "array", "items": _MESSAGE},
-            "parameters": {"type": "object"},
-        },
-    }
-    schema = {"type": "object", "required": ["input_data"], "properties": {"input_data": data}}
-    return {"schema": schema, "example": _EXAMPLE}
-
-
-def _chat_schema() -> dict[str, Any]:
-    properties = {
-        "messages": {"type": "array", "items": _MESSAGE},
-        "max_tokens": {"type": "integer"},
-        "temperature": {"type": "number", "minimum": 0, "maximum": 1},
-        "stream": {"type": "boolean"},
-    }
-    return {"schema": {"type": "object", "required": ["messages"], "properties": properties}}
 
 
 logger = logging.getLogger(__name__)

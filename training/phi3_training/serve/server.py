@@ -151,7 +151,17 @@ def server_of(app: App, config: ServerConfig, *, drain_seconds: int) -> uvicorn.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `python -m phi3_training.serve`; its exit status."""
-    args = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m phi3_training.serve",
+        description="Serve a tuned model. The key comes from PHI3_KEY or standard input.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the settings, a JSON file")
+    parser.add_argument(
+        "--key-stdin",
+        action="store_true",
+        help="read the key from the first line of standard input, an upstream key from the second",
+    )
+    args = parser.parse_args(arguments)
     log_to_stderr()
     try:
         config = ServerConfig.from_file(args.config)
@@ -163,20 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # Ctrl-C while the model loads
         return 130
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m phi3_training.serve",
-        description="Serve a tuned model. The key comes from PHI3_KEY or standard input.",
-    )
-    parser.add_argument("--config", type=Path, required=True, help="the settings, a JSON file")
-    parser.add_argument(
-        "--key-stdin",
-        action="store_true",
-        help="read the key from the first line of standard input, an upstream key from the second",
-    )
-    return parser
 
 
 def log_to_stderr() -> None:
@@ -255,7 +251,17 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
             holder = await keyholder.offer(key)
             if holder is not None:
                 await open_until_stopped.enter_async_context(holder)
-        _announce(config, listener)
+        port = listener.getsockname()[1]
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        logger.info(
+            "serving %s at http://%s:%d/score and, as OpenAI's API, at http://%s:%d/v1; Ctrl-C or "
+            "SIGTERM stops it after the running requests",
+            *(config.model_name, host, port, host, port),
+        )
+        if config.status_file is not None:
+            pid = os.getpid()
+            status = {"pid": pid, "create_time": start_time(pid), "port": port}
+            write_atomically(config.status_file, json.dumps(status))
         try:
             await server.serve(sockets=[listener])
         finally:
@@ -273,17 +279,3 @@ def _signals_end_quietly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _announce(config: ServerConfig, listener: socket.socket) -> None:
-    port = listener.getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    logger.info(
-        "serving %s at http://%s:%d/score and, as OpenAI's API, at http://%s:%d/v1; Ctrl-C or "
-        "SIGTERM stops it after the running requests",
-        *(config.model_name, host, port, host, port),
-    )
-    if config.status_file is not None:
-        pid = os.getpid()
-        status = {"pid": pid, "create_time": start_time(pid), "port": port}
-        write_atomically(config.status_file, json.dumps(status))

@@ -384,7 +384,18 @@ def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
         check, made = _merged(run, model, folder, exam), MergedExport(path=model.path)
     else:
         onnx = converted(run, PRECISIONS[to], progress)
-        check, made = _onnx(folder, onnx, ONNX[to], to, exam), run.require(EXPORTS[to])
+        limits = ONNX[to]
+        from ..finetune.runtime import quiet_libraries
+        from ..serve.engines import onnxruntime
+        from . import models
+
+        quiet_libraries()
+        reference = models.merged_rows(folder)
+        said = exam.first(reference, "merged")
+        del reference
+        candidate = onnxruntime.step_model(onnx)
+        figures, problems = exam.second(candidate, said, limits, ("merged", to))
+        check, made = _check("merged", figures, problems, limits), run.require(EXPORTS[to])
     run.write(made.model_copy(update={"of": model.done_id, "check": check}))
     return check
 
@@ -470,21 +481,6 @@ def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> Export
     sides = ("base and adapter", "merged")
     figures, problems = exam.second(models.merged_rows(folder), said, limits, sides)
     return _check(sides[0], {**figures, "layers": layers}, [*wrong, *problems], limits)
-
-
-def _onnx(folder: Path, onnx: Path, limits: Limits, to: str, exam: _Exam) -> ExportCheck:
-    """The ONNX folder against the merged model."""
-    from ..finetune.runtime import quiet_libraries
-    from ..serve.engines import onnxruntime
-    from . import models
-
-    quiet_libraries()
-    reference = models.merged_rows(folder)
-    said = exam.first(reference, "merged")
-    del reference
-    candidate = onnxruntime.step_model(onnx)
-    figures, problems = exam.second(candidate, said, limits, ("merged", to))
-    return _check("merged", figures, problems, limits)
 
 
 def _check(against: str, figures: Figures, problems: list[str], limits: Limits) -> ExportCheck:

@@ -70,6 +70,8 @@ def golden(chat: ChatFormat, literals: Sequence[str]) -> list[Case]:
     forged = " ".join(["Say", *literals, "please"])
     few = "".join(literals[:3])
     turns = (_user("Hello"), _assistant("Hi there.\n"), _user("  And now?\n"))
+    wanted = min(chat.context_length // 2, _LONGEST)
+    each = len(chat.encode_prompt((_user(_SENTENCE * 10),))) // 10 + 1
     plain = {
         "one question": (_user("Who founded Microsoft?"),),
         "system prompt": (_system("You are brief."), _user("Hi")),
@@ -80,7 +82,7 @@ def golden(chat: ChatFormat, literals: Sequence[str]) -> list[Case]:
         "unicode": (_user("Grüße, naïve café – 世界 مرحبا 🙂👩‍👩‍👧 \u200b e\u0301"),),
         "code": (_user(_CODE), _assistant("    indented\n\n"), _user("`a  b`\r\n\tc")),
         "white space around": (_user("  \n Hi \n\n"), _assistant(" ok "), _user("\tBye  ")),
-        "long": (_user(_long_text(chat)),),
+        "long": (_user(_SENTENCE * max(1, wanted // each)),),
     }
     guarded = {
         "control texts by the user": (_user(forged),),
@@ -95,12 +97,6 @@ def golden(chat: ChatFormat, literals: Sequence[str]) -> list[Case]:
         *(Case(name, messages) for name, messages in plain.items()),
         *(Case(name, messages, forged_turn) for name, messages in guarded.items()),
     ]
-
-
-def _long_text(chat: ChatFormat) -> str:
-    wanted = min(chat.context_length // 2, _LONGEST)
-    each = len(chat.encode_prompt((_user(_SENTENCE * 10),))) // 10 + 1
-    return _SENTENCE * max(1, wanted // each)
 
 
 def _system(text: str) -> dict[str, str]:
@@ -455,7 +451,19 @@ def check_tokens(places: Places) -> Report:
         *(("onnxruntime", folder, "genai_config.json", _ROUTES) for folder in places.onnx),
     ):
         report.places += asyncio.run(_engine(name, folder, cases, rows, names, routes))
-        report.places.append(_stops(folder / settings, rows, names))
+        # What other servers read: the stop tokens that the folder's own settings name.
+        file = folder / settings
+        place = Place(f"stop tokens of {file.parent.name}/{file.name}", compared=1)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = {}
+        named = content.get("model", content).get("eos_token_id")
+        stops = named if isinstance(named, list) else [named]
+        for end in {row.end for row in rows if row.end is not None}.difference(stops):
+            what = f"{names.text(end)!r} ({end}) ends a trained answer, but is not in"
+            place.differences.append(Difference("every answer", f"{what} eos_token_id {stops}"))
+        report.places.append(place)
     report.places.append(asyncio.run(_upstream(cases)))
     report.places += [Place(name, skipped=reason) for name, reason in places.notes.items()]
     return report
@@ -556,21 +564,6 @@ def _answered(
         what = "does not stop at the token that ends a trained answer"
         differences.append(Difference(case.name, what))
     return differences
-
-
-def _stops(file: Path, rows: Sequence[Trained], names: Vocabulary) -> Place:
-    """What other servers read: the stop tokens that the folder's own settings name."""
-    place = Place(f"stop tokens of {file.parent.name}/{file.name}", compared=1)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = {}
-    named = content.get("model", content).get("eos_token_id")
-    stops = named if isinstance(named, list) else [named]
-    for end in {row.end for row in rows if row.end is not None}.difference(stops):
-        what = f"{names.text(end)!r} ({end}) ends a trained answer, but is not in"
-        place.differences.append(Difference("every answer", f"{what} eos_token_id {stops}"))
-    return place
 
 
 async def _upstream(cases: Sequence[Case]) -> Place:

@@ -66,19 +66,16 @@ class Sampler:
     def pick(self, logits: Logits) -> int:
         """The next token for a row of logits."""
         if self._presence or self._frequency:
-            logits = self._penalise(logits)
+            if self._counts is None:
+                self._counts = np.zeros(logits.shape[-1], np.int32)
+            seen = (self._counts > 0) * self._presence
+            often = self._counts * self._frequency
+            penalised: Logits = (logits - seen - often).astype(np.float32)
+            logits = penalised
         token = self._draw(logits) if self._temperature > 0 else int(logits.argmax())
         if self._counts is not None:
             self._counts[token] += 1
         return token
-
-    def _penalise(self, logits: Logits) -> Logits:
-        if self._counts is None:
-            self._counts = np.zeros(logits.shape[-1], np.int32)
-        seen = (self._counts > 0) * self._presence
-        often = self._counts * self._frequency
-        penalised: Logits = (logits - seen - often).astype(np.float32)
-        return penalised
 
     def _draw(self, logits: Logits) -> int:
         scores = logits.astype(np.float64) / self._temperature
@@ -259,29 +256,35 @@ class Batcher:
     def _run(self) -> None:
         while self._wait_for_work():
             try:
-                self._turn()
+                for row in range(len(self._rows) - 1, -1, -1):
+                    if self._rows[row].cancelled:
+                        self._leave(row)
+                for job in [job for job in self._reading if job.cancelled]:
+                    self._close_reading(job)
+                self._admit()
+                if self._rows:
+                    logits = self._step()
+                    # Backwards: `_leave` moves the last row into the place of the one that left.
+                    for row in range(len(self._rows) - 1, -1, -1):
+                        self._accept(row, logits[row])
+                self._send()
             except Exception as error:  # noqa: BLE001 - the owner thread must outlive any failure
                 self._fail(error)
-        self._end_all("The engine was shut down before the answer was finished.")
+        with self._wake:
+            jobs = [*self._rows, *self._reading, *self._waiting]
+            self._rows, self._next, self._reading = [], [], {}
+            self._waiting.clear()
+        deliver(
+            [
+                (job, EngineError("The engine was shut down before the answer was finished."))
+                for job in jobs
+            ]
+        )
 
     def _wait_for_work(self) -> bool:
         with self._wake:
             self._wake.wait_for(lambda: self._closing or self.active)
             return not self._closing
-
-    def _turn(self) -> None:
-        for row in range(len(self._rows) - 1, -1, -1):
-            if self._rows[row].cancelled:
-                self._leave(row)
-        for job in [job for job in self._reading if job.cancelled]:
-            self._close_reading(job)
-        self._admit()
-        if self._rows:
-            logits = self._step()
-            # Backwards: `_leave` moves the last row into the place of the one that left.
-            for row in range(len(self._rows) - 1, -1, -1):
-                self._accept(row, logits[row])
-        self._send()
 
     def _step(self) -> Logits:
         """One token for every row; logits of shape (rows, vocabulary)."""
@@ -391,10 +394,3 @@ class Batcher:
         self._send()
         failure = EngineError("The model failed while generating this answer.")
         deliver([(job, failure) for job in rows])
-
-    def _end_all(self, reason: str) -> None:
-        with self._wake:
-            jobs = [*self._rows, *self._reading, *self._waiting]
-            self._rows, self._next, self._reading = [], [], {}
-            self._waiting.clear()
-        deliver([(job, EngineError(reason)) for job in jobs])

@@ -101,7 +101,15 @@ class TokenEngine:
         self, messages: Sequence[Message], sampling: Sampling
     ) -> AsyncGenerator[Chunk, None]:
         """The answer in chunks. Raises InvalidPromptError before the first one."""
-        job = await self._start(messages, sampling)
+        ids = await self._encode(messages)
+        room = self.context_length - len(ids)
+        if room < 1:
+            raise PromptTooLongError(len(ids), self.context_length)
+        own = () if sampling.ignore_eos else self._chat.stop_token_ids
+        stop_ids = frozenset((*own, *sampling.stop_token_ids))
+        sampler = Sampler(with_defaults(sampling, self._defaults))
+        job = Job(ids, min(sampling.max_new_tokens, room), sampler, stop_ids)
+        self._batcher.submit(job)
         writer = _Writer(self._chat, job.stop_ids, sampling.stop)
         text = ""
         try:
@@ -118,18 +126,6 @@ class TokenEngine:
     async def close(self) -> None:
         """Stop the owner thread; unfinished answers fail."""
         await asyncio.to_thread(self._batcher.close)
-
-    async def _start(self, messages: Sequence[Message], sampling: Sampling) -> Job:
-        ids = await self._encode(messages)
-        room = self.context_length - len(ids)
-        if room < 1:
-            raise PromptTooLongError(len(ids), self.context_length)
-        own = () if sampling.ignore_eos else self._chat.stop_token_ids
-        stop_ids = frozenset((*own, *sampling.stop_token_ids))
-        sampler = Sampler(with_defaults(sampling, self._defaults))
-        job = Job(ids, min(sampling.max_new_tokens, room), sampler, stop_ids)
-        self._batcher.submit(job)
-        return job
 
     async def _encode(self, messages: Sequence[Message]) -> list[int]:
         texts = "".join(str(message.get("content")) for message in messages)

@@ -82,7 +82,12 @@ class CachedRows:
         if not self._mask.shape[0]:
             self._cache, self._mask = cache, mask
         else:
-            self._join(cache, mask)
+            width = max(self._mask.shape[1], mask.shape[1])
+            self._mask = torch.cat([pad_left(self._mask, 1, width), pad_left(mask, 1, width)])
+            for mine, new in zip(self._cache.layers, cache.layers, strict=True):
+                for name in ("keys", "values"):
+                    both = getattr(mine, name), getattr(new, name)
+                    setattr(mine, name, torch.cat([pad_left(states, 2, width) for states in both]))
         row: Logits = logits[0]
         return row
 
@@ -116,14 +121,6 @@ class CachedRows:
         )
         logits: Logits = output.logits[:, -1].float().cpu().numpy()
         return logits
-
-    def _join(self, cache: Any, mask: torch.Tensor) -> None:
-        width = max(self._mask.shape[1], mask.shape[1])
-        self._mask = torch.cat([pad_left(self._mask, 1, width), pad_left(mask, 1, width)])
-        for mine, new in zip(self._cache.layers, cache.layers, strict=True):
-            for name in ("keys", "values"):
-                both = getattr(mine, name), getattr(new, name)
-                setattr(mine, name, torch.cat([pad_left(states, 2, width) for states in both]))
 
 
 def pad_left(tensor: torch.Tensor, dim: int, width: int) -> torch.Tensor:
