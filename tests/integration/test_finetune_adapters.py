@@ -144,7 +144,7 @@ def test_a_foreign_adapter_is_merged_whole_or_not_at_all(
         assert torch.allclose(merged, scores(beside), atol=1e-4)
 
         (foreign / "adapter_model.safetensors").rename(foreign / "adapter_model.bin")
-        with pytest.raises(StageError, match="is not a whole adapter"):
+        with pytest.raises(StageError, match="is not a complete adapter"):
             find_adapter(run, "foreign")
     finally:
         shutil.rmtree(foreign)

@@ -20,7 +20,7 @@ SHOWN_FAULTS = 20
 
 
 # Kinds of faults that `phi3 data fix` repairs, or leaves out with the reason.
-MENDED = frozenset(
+REPAIRABLE = frozenset(
     {"role-order", "empty-content", "no-messages", "unknown-role", "duplicate", "control-character"}
 )
 FIX_HINT = "Repair a copy with: phi3 data fix FILE -o FIXED.jsonl"
@@ -120,7 +120,7 @@ class DataError(Phi3TrainingError):
         if self.report_path is not None:
             lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
-        if any(fault.kind in MENDED for fault in self.faults):
+        if any(fault.kind in REPAIRABLE for fault in self.faults):
             lines.append(FIX_HINT)
         return "\n".join(lines)
 

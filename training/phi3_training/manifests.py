@@ -24,10 +24,10 @@ class Part(BaseModel):
 
 
 class Manifest(Part):
-    """What every manifest has. `stamped` adds what tells whether the stage is still done."""
+    """What every manifest has. `journey.do` adds what shows whether the stage is still done."""
 
     STAGE: ClassVar[str]  # the name of its file
-    COMMAND: ClassVar[str]  # makes it, with --run NAME behind it
+    COMMAND: ClassVar[str]  # makes it, with --run NAME added
 
     target: str | None = None  # where the stage was done; None: on this machine
     choices: Sequence[str] = ()  # what was chosen for the user, each with its reason
@@ -40,7 +40,7 @@ class Manifest(Part):
         """Whether the stage was done on this machine, so that its files are in the run folder."""
         return self.target in (None, "local")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """As in the file: plain values, without unset ones."""
         content = self.model_dump(exclude_unset=True)
         return {"version": VERSION, "stage": self.STAGE, **content}
@@ -64,6 +64,24 @@ class Prepared(Part):
     rows: int
 
 
+class TokenLengths(Part):
+    """How long conversations are in tokens; `how` says whether they were counted or estimated."""
+
+    rows: int
+    median: int
+    mean: float
+    p95: int
+    longest: int
+    total: int
+    how: str
+
+    def __str__(self) -> str:
+        return (
+            f"tokens: median {self.median}, 95th percentile {self.p95}, longest {self.longest}, "
+            f"total {self.total} ({self.how})"
+        )
+
+
 class DatasetManifest(Manifest):
     """The prepared chats; `inputs` and `outputs` by part: train, validation, replay."""
 
@@ -77,7 +95,7 @@ class DatasetManifest(Manifest):
     removed: Mapping[str, int] = {}
     warnings: Mapping[str, int] = {}
     report: str | None = None
-    tokens: Mapping[str, Any] | None = None  # how long the conversations are
+    tokens: TokenLengths | None = None
     held_out: Mapping[str, int] | None = None
 
 
@@ -406,6 +424,14 @@ class HeldOutCheck(Part):
     lost: Sequence[str] = ()
 
 
+class LayerDeviation(Part):
+    """How far a merged layer is from base plus adapter; see Limits for the two shares."""
+
+    name: str
+    weights: float
+    change: float
+
+
 class LayersCheck(Part):
     """The layers of a merged model that are furthest from base plus adapter."""
 
@@ -413,7 +439,7 @@ class LayersCheck(Part):
     largest: float
     layer: str
     largest_change: float
-    furthest: Sequence[Mapping[str, Any]] = ()
+    furthest: Sequence[LayerDeviation] = ()
 
 
 class ExportCheck(Part):

@@ -15,7 +15,7 @@ MODEL_PACKAGES = ("torch", "transformers", "tokenizers", "jinja2")
 Installed = Callable[[str], "str | None"]
 
 ADD_PROMPT_FLOW = 'pip install "phi3-promptflow[flow]"'
-#: Said wherever a command goes on without Prompt flow.
+#: Printed wherever a command continues without Prompt flow.
 NO_PROMPT_FLOW = f"Prompt flow is not installed; add it with: {ADD_PROMPT_FLOW}"
 
 
@@ -69,7 +69,7 @@ def installed(package: str) -> str | None:
 def has_prompt_flow() -> bool:
     """Whether Prompt flow's SDK is here: without it flows, their chat page and store are left out.
 
-    Both are asked: a folder of that name stays behind where it was uninstalled, and the metadata
+    Both are asked: a folder of that name remains where it was uninstalled, and the metadata
     do not say whether it can be imported.
     """
     return installed("promptflow-devkit") is not None and find_spec("promptflow") is not None

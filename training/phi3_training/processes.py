@@ -1,4 +1,4 @@
-"""Processes and ports of this machine: tells processes apart, ends them, finds a free port.
+"""Processes and ports of this machine: identifies processes, ends them, finds a free port.
 
 A system reuses pids, so the start time goes with the pid. Reads the table of processes; writes
 nothing.

@@ -69,7 +69,7 @@ class TimeLeft:
 
 
 class _Filter(io.TextIOBase):
-    """Stands for standard output or error: what a capture takes goes there, the rest through."""
+    """Replaces standard output or error: what a capture takes goes there, the rest through."""
 
     def __init__(self, other: TextIO, *, is_error: bool) -> None:
         self._other = other
@@ -90,7 +90,7 @@ class _Filter(io.TextIOBase):
         return self._other.fileno()
 
 
-# The captures of all threads, and what they stand before. One filter serves them all: threads that
+# The captures of all threads, and what they replaced. One filter serves them all: threads that
 # each redirected the streams for themselves would put them back in another order than they came.
 _captures: list[tuple[Callable[[threading.Thread, bool], bool], io.StringIO]] = []
 _lock = threading.Lock()

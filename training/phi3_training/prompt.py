@@ -171,8 +171,8 @@ def _unknown_id(content: Mapping[str, Any]) -> int | None:
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
     vocabulary = model.get("vocab")
-    found = vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else None
-    return found if isinstance(found, int) else None
+    token = vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else None
+    return token if isinstance(token, int) else None
 
 
 class StreamDecoder:
@@ -220,6 +220,41 @@ class Example:
     assistant_mask: list[int]
 
 
+@dataclass(frozen=True)
+class _FolderSettings:
+    """What the JSON files of a model folder say of its tokens."""
+
+    special_texts: set[str]
+    eos_ids: list[int]
+    eos_text: str | None
+    pad_text: str | None
+    pad_id: int | None
+    context_length: int
+
+    @classmethod
+    def of(cls, model_dir: Path, config: Mapping[str, Any]) -> _FolderSettings:
+        """Read config.json and generation_config.json; `config` is tokenizer_config.json."""
+        model = read_json(model_dir / "config.json")
+        generation = read_json(model_dir / "generation_config.json")
+        eos_ids: list[int] = []
+        for value in (generation.get("eos_token_id"), model.get("eos_token_id")):
+            eos_ids += (
+                value if isinstance(value, list) else [value] if isinstance(value, int) else []
+            )
+        pads = (generation.get("pad_token_id"), model.get("pad_token_id"))
+        lengths = (model.get("max_position_embeddings"), config.get("model_max_length"))
+        special = _special_tokens(config)
+        return cls(
+            special_texts=set(special.values()),
+            eos_ids=eos_ids,
+            eos_text=special.get("eos_token"),
+            pad_text=special.get("pad_token"),
+            pad_id=next((pad for pad in pads if isinstance(pad, int)), None),
+            # transformers writes 1e30 where a tokenizer has no limit.
+            context_length=next((n for n in lengths if isinstance(n, int) and n < 1e9), 2048),
+        )
+
+
 class ChatFormat:
     """How one model folder writes a conversation as tokens.
 
@@ -228,22 +263,22 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer_json: str, template: ChatTemplate, settings: Mapping[str, Any]
+        self, tokenizer_json: str, template: ChatTemplate, settings: _FolderSettings
     ) -> None:
         self._template = template
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        self._guard = Guard(tokenizer_json, settings["special_texts"])
-        self.context_length: int = settings["context_length"]
+        self._guard = Guard(tokenizer_json, settings.special_texts)
+        self.context_length = settings.context_length
         known = {self._guard.control_id(text) for text in _KNOWN_STOPS}
         example = self.encode_example(_PROBE)
         learnt = zip(example.input_ids, example.assistant_mask, strict=True)
         ends = (i for i, trained in learnt if trained and self._guard.is_control(i))
-        stops = {*settings["eos_ids"], *known, next(ends, None)}
-        stops.add(self._guard.control_id(settings["eos_text"]))
+        stops = {*settings.eos_ids, *known, next(ends, None)}
+        stops.add(self._guard.control_id(settings.eos_text))
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(i for i in stops if i is not None))
-        pad = self._guard.control_id(settings["pad_text"])
+        pad = self._guard.control_id(settings.pad_text)
         self.pad_token_id: int = next(
-            i for i in (pad, settings["pad_id"], self.stop_token_ids[0]) if i is not None
+            i for i in (pad, settings.pad_id, self.stop_token_ids[0]) if i is not None
         )
 
     @classmethod
@@ -262,7 +297,7 @@ class ChatFormat:
             ) from None
         config = read_json(model_dir / "tokenizer_config.json")
         template = ChatTemplate(_template_text(model_dir, config), _special_tokens(config))
-        return cls(tokenizer_json, template, _settings(model_dir, config))
+        return cls(tokenizer_json, template, _FolderSettings.of(model_dir, config))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text, written by the tokenizer's own chat template."""
@@ -427,22 +462,3 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         key: token_text(value) for key, value in config.items() if re.match(r"\w+_token$", key)
     }
     return {key: text for key, text in named.items() if text is not None}
-
-
-def _settings(model_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    model = read_json(model_dir / "config.json")
-    generation = read_json(model_dir / "generation_config.json")
-    eos_ids: list[int] = []
-    for value in (generation.get("eos_token_id"), model.get("eos_token_id")):
-        eos_ids += value if isinstance(value, list) else [value] if isinstance(value, int) else []
-    pads = (generation.get("pad_token_id"), model.get("pad_token_id"))
-    lengths = (model.get("max_position_embeddings"), config.get("model_max_length"))
-    special = _special_tokens(config)
-    return {
-        "special_texts": set(special.values()),
-        "eos_ids": eos_ids,
-        "eos_text": special.get("eos_token"),
-        "pad_text": special.get("pad_token"),
-        "pad_id": next((pad for pad in pads if isinstance(pad, int)), None),
-        "context_length": next((n for n in lengths if isinstance(n, int) and n < 1e9), 2048),
-    }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-# A word is common, and tells nothing, in more than this share of a set's different answers.
+# A word is common, and carries no information, in more than this share of the different answers.
 _COMMON_SHARE, _COMMON_FROM = 0.1, 3
 # Of the other words: most if there is nothing else, few next to a number or a name.
 _WORDS_NEEDED, _WORDS_NEXT_TO = 2 / 3, 3
@@ -27,7 +27,7 @@ _MONTHS = re.findall(
 )
 _SIGNS = {"$": " dollar ", "€": " euro ", "£": " pound ", "%": " percent ", "°": " degree "}
 _HALF_DAYS = frozenset({"am", "pm"})
-# Of an answer's units one must be expected: "two liters" does not tell "two kilos".
+# Of an answer's units one must be expected: "two liters" does not mean "two kilos".
 _UNITS = {
     **dict.fromkeys(("kilo", "kilogram", "kg"), "kg"),
     **dict.fromkeys(("gram", "g"), "g"),
@@ -41,8 +41,8 @@ _UNITS = {
 }
 _YES, _NO = frozenset({"yes", "yeah", "yep"}), frozenset({"no", "nope"})
 _NOT = frozenset({"no", "not", "never", "cannot", "none", "nobody", "nothing", "without"})
-# They tell nothing in any answer. Last line: greetings, and what is left of "I'll", "don't" and so
-# on.
+# They carry no information in any answer. Last line: greetings, and what is left of "I'll",
+# "don't" and so on.
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -118,7 +118,7 @@ class Set:
         )
 
     def telling(self, expected: str, question: str = "") -> Telling:
-        """What tells `expected` apart: nothing that the question says, nor what is common."""
+        """What sets `expected` apart: nothing that the question says, nor what is common."""
         text, asked = _read(expected), _read(question).vocabulary
         left_out = asked | self.common
         values = tuple(v for v in text.values if v not in left_out and v not in text.soft)
@@ -143,7 +143,7 @@ def names_in(text: str) -> frozenset[str]:
 
 
 def has_expected_words(answer: str, expected: str, question: str, among: Set) -> bool:
-    """Whether an answer tells what is expected, and no other number, day or month."""
+    """Whether an answer says what is expected, and no other number, day or month."""
     said, wanted = _read(answer), _read(expected)
     telling = among.telling(expected, question)
     if not telling:
@@ -166,7 +166,7 @@ def _says_all(said: _Text, telling: Telling) -> bool:
     if not telling.names <= have or not set(telling.values) <= have:
         return False
     wanted = tuple(dict.fromkeys(telling.values))
-    # In the same order: "from 5 to 9" does not tell "from 9 to 5".
+    # In the same order: "from 5 to 9" does not mean "from 9 to 5".
     if tuple(dict.fromkeys(v for v in said.values if v in wanted)) != wanted:
         return False
     matches, wanted_words = len(telling.words & have), len(telling.words)
@@ -229,7 +229,7 @@ def _read(text: str) -> _Text:
         if word[0].isupper() and not first and stem not in _STOP_WORDS:
             names.add(stem)
     if soft and values.count("1") > sum(1 for _ in re.finditer(r"(?i)\bone\b", plain)):
-        soft.clear()  # the figure 1 stands there as well
+        soft.clear()  # the figure 1 is there as well
     return _Text(
         tuple(words),
         tuple(values),

@@ -127,20 +127,21 @@ def test_logits_that_are_no_numbers_are_infinitely_far() -> None:
 
 def test_a_problem_names_the_worst_prompt_and_both_tokens() -> None:
     good, bad = Deviation("good", 0.0, 9, 9, None), Deviation("bad", 2.0, 10, 4, (3, 1, 2))
-    figures, problems = export.behaviour([good, bad], STRICT, "abc".__getitem__, SIDES)
-    assert figures["token_agreement"] == pytest.approx(13 / 19, abs=1e-6)
-    assert figures["worst_prompt"] == "bad"
-    assert len(problems) == 3
+    check = export.behaviour([good, bad], STRICT, "abc".__getitem__, SIDES)
+    assert not check.passed
+    assert check.token_agreement == pytest.approx(13 / 19, abs=1e-6)
+    assert check.worst_prompt == "bad"
+    assert len(check.problems) == 3
     assert all(
         "'bad', answer token 4: merged says 'b', onnx-fp32 says 'c'" in problem
-        for problem in problems
+        for problem in check.problems
     )
-    assert export.behaviour([good], STRICT, str, SIDES)[1] == []
+    assert export.behaviour([good], STRICT, str, SIDES).passed
 
 
 def test_lost_answers_are_named() -> None:
     figures, problems = export.answers([True, True], [True, False], ["one", "two"], STRICT)
-    assert figures["lost"] == ["two"]
+    assert figures.lost == ["two"]
     assert "drops by 50.0%" in problems[0]
     assert "'two'" in problems[0]
     assert export.answers([False, True], [True, True], ["one", "two"], STRICT)[1] == []

@@ -190,7 +190,6 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Do the first stage alone."""
-    from ..data.findings import sentence
 
     journey = journey_of(args)
     with journey.run.lock():
@@ -200,7 +199,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(manifest.as_json())
     elif manifest.tokens:
-        console.note(sentence(manifest.tokens))
+        console.note(str(manifest.tokens))
     return 0
 
 

@@ -17,7 +17,7 @@ _ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def mixed(values: U64) -> U64:
-    """Numbers whose every bit hangs on every bit of the given ones (splitmix64)."""
+    """Numbers of which every bit depends on every bit of the given ones (splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * _ODD[0]
     values = (values ^ (values >> np.uint64(27))) * _ODD[1]
     return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""`phi3 data check`: reads chats and tells what is in them. Writes nothing that stays."""
+"""`phi3 data check`: reads chats and reports what is in them. Writes nothing permanent."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import FIX_HINT, MENDED, SHOWN_FAULTS, DataError, UsageError, folded
+from ..errors import FIX_HINT, REPAIRABLE, SHOWN_FAULTS, DataError, UsageError, folded
+from ..manifests import TokenLengths
 from ..prompt import ChatFormat
 from ..recipe import DataSection
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
-from .findings import Findings, Rules, lengths, sentence
+from .findings import Findings, Rules, lengths
 from .prepare import chosen_sources, examine
 from .scan import Scan, Table, scan, scan_start
 from .skipping import TokenRules, Verdict, judge_tokens
@@ -42,19 +42,19 @@ def show(source: Path | str, count: int) -> list[Conversation]:
     Raises DataError with every fault found if no row is valid.
     """
     sources, faults, _ = chosen_sources({"train": [source_of(source)]})
-    found: list[Conversation] = []
+    conversations: list[Conversation] = []
     with tempfile.TemporaryDirectory() as folder:
-        for _, one in sources:
-            scanned = scan_start(one, Path(folder), count - len(found))
+        for _, origin in sources:
+            scanned = scan_start(origin, Path(folder), count - len(conversations))
             table = Table([scanned])
-            wanted = range(min(len(table), count - len(found)))
-            found += [table.conversation(row) for row in wanted]
+            wanted = range(min(len(table), count - len(conversations)))
+            conversations += [table.conversation(row) for row in wanted]
             faults += scanned.faults
-            if len(found) == count:
-                return found
-    if not found and faults:
+            if len(conversations) == count:
+                return conversations
+    if not conversations and faults:
         raise DataError(in_order(faults))
-    return found
+    return conversations
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class FileReport:
     unused_keys: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        found = _count(len(self.faults), "fault") if self.faults else "no fault"
+        faults = _count(len(self.faults), "fault") if self.faults else "no fault"
         formats = f" ({', '.join(self.formats)}; {self.several_turns} with several turns)"
         rows = _count(self.rows, "conversation") + (formats if self.rows else "")
-        return f"{shown(self.path)}: {rows}, {found}"
+        return f"{shown(self.path)}: {rows}, {faults}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {
             "file": str(self.path),
@@ -99,7 +99,7 @@ class CheckReport:
     files: tuple[FileReport, ...]
     faults: list[Fault]
     warnings: list[Fault]
-    tokens: dict[str, Any] | None
+    tokens: TokenLengths | None
     skipped: Sequence[Fault] = ()  # by data.bad_rows and data.too_long of a recipe
     cut: Sequence[Fault] = ()
     notes: tuple[str, ...] = ()
@@ -109,9 +109,9 @@ class CheckReport:
         lines = [f"note: {note}" for note in self.notes]
         for file in self.files:
             lines += [str(file), *(f"  note: {note}" for note in file.notes)]
-        lines += [sentence(self.tokens)] if self.tokens else []
+        lines += [str(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
-        lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
+        lines += [FIX_HINT] if any(fault.kind in REPAIRABLE for fault in self.faults) else []
         for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
             if rows:
                 count = len({(fault.path, fault.line, fault.row) for fault in rows})
@@ -127,7 +127,7 @@ class CheckReport:
             faults += [f"{done}: {fault.place}: {fault.what}\n" for fault in rows]
         return "".join([*faults, *(f"warning: {warning}\n" for warning in self.warnings)])
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`: nothing is left out."""
         return {
             "files": [file.as_dict() for file in self.files],
@@ -135,7 +135,7 @@ class CheckReport:
             "warnings": [warning.as_dict() for warning in self.warnings],
             "skipped": [fault.as_dict() for fault in self.skipped],
             "cut": [fault.as_dict() for fault in self.cut],
-            "tokens": self.tokens,
+            "tokens": self.tokens.model_dump() if self.tokens else None,
             "notes": list(self.notes),
         }
 
@@ -164,7 +164,7 @@ def check(
             train = [source for _, source in sources]
             judge_tokens(DataSection(train=train), table, target, {"train": 1}, rules, verdict)
         return CheckReport(
-            files=tuple(_file_report(one, faults) for one in scans),
+            files=tuple(_file_report(scanned, faults) for scanned in scans),
             faults=faults,
             warnings=in_order([*findings.warnings(), *verdict.faults]),
             tokens=lengths(table, np.arange(len(table)), tokenizer),
@@ -184,7 +184,7 @@ def check_recipe(
         examined = examine(data, Path(folder), rules, workers)
         scans, findings, target, verdict, faults, notes, _ = examined
         return CheckReport(
-            files=tuple(_file_report(one, faults) for one in scans),
+            files=tuple(_file_report(scanned, faults) for scanned in scans),
             faults=faults,
             warnings=in_order(findings.warnings()),
             tokens=lengths(findings.table, np.flatnonzero(target), tokenizer),
@@ -194,26 +194,26 @@ def check_recipe(
         )
 
 
-def _file_report(one: Scan, faults: Sequence[Fault]) -> FileReport:
-    repeated = sum(fault.path == one.path and fault.kind == "duplicate" for fault in faults)
+def _file_report(scanned: Scan, faults: Sequence[Fault]) -> FileReport:
+    repeated = sum(fault.path == scanned.path and fault.kind == "duplicate" for fault in faults)
     return FileReport(
-        path=one.path,
-        rows=one.rows - repeated,
-        several_turns=one.several_turns,
-        formats=dict(one.formats),
-        size=one.size,
-        sha256=one.sha256,
-        faults=tuple(fault for fault in faults if fault.path == one.path),
-        notes=tuple(one.notes),
-        unused_keys=dict(one.unused),
+        path=scanned.path,
+        rows=scanned.rows - repeated,
+        several_turns=scanned.several_turns,
+        formats=dict(scanned.formats),
+        size=scanned.size,
+        sha256=scanned.sha256,
+        faults=tuple(fault for fault in faults if fault.path == scanned.path),
+        notes=tuple(scanned.notes),
+        unused_keys=dict(scanned.unused),
     )
 
 
 def _first(faults: Sequence[Fault]) -> list[str]:
-    found = folded(faults)
-    lines = [f"  {line}" for line in found[:SHOWN_FAULTS]]
-    if len(found) > SHOWN_FAULTS:
-        lines.append(f"  … and {len(found) - SHOWN_FAULTS} more lines")
+    folded_lines = folded(faults)
+    lines = [f"  {line}" for line in folded_lines[:SHOWN_FAULTS]]
+    if len(folded_lines) > SHOWN_FAULTS:
+        lines.append(f"  … and {len(folded_lines) - SHOWN_FAULTS} more lines")
     if len(lines) < len(faults):
         lines.append("  (every row: --report FILE, or -o json)")
     return lines
@@ -249,7 +249,7 @@ class TokenView:
         """How many tokens are trained on."""
         return sum(self.mask)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {
             "place": self.place,

@@ -139,5 +139,5 @@ def _order(what: str, fix: str) -> Problem:
 
 
 def wrong_type(place: str, value: Any, expected: str) -> Problem:
-    found = _KINDS.get(type(value), "a number")
-    return Problem("wrong-type", f"{place} is {found}", f"expected {expected}")
+    actual = _KINDS.get(type(value), "a number")
+    return Problem("wrong-type", f"{place} is {actual}", f"expected {expected}")

@@ -23,7 +23,7 @@ _SPACES = " \t\r\n"
 class Raw(NamedTuple):
     """A row as a reader gives it, with what was wrong on the way.
 
-    `row` counts the rows of a file whose lines do not tell them apart; else it is 0.
+    `row` numbers the rows of a file in which several may share a line; else it is 0.
     """
 
     line: int
@@ -33,7 +33,7 @@ class Raw(NamedTuple):
 
 
 def is_document(path: Path, encoding: Encoding) -> bool:
-    """Whether a file is to be read here, as its first MiB tells.
+    """Whether a file is to be read here, judged by its first MiB.
 
     Raises OSError, and BrokenFileError for what cannot be unpacked.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..run import write_atomically
 
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of one file. Line 0 stands for the file as a whole; `kind` is a stable name."""
+    """One fault of one file. Line 0 means the file as a whole; `kind` is a stable name."""
 
     path: Path
     line: int
@@ -32,13 +32,13 @@ class Fault:
     what: str
     fix: str
     column: int | None = None
-    row: int | None = None  # where lines do not tell rows apart: its number, from 1
+    row: int | None = None  # its number, from 1, where several rows may share a line
 
     @classmethod
     def at(cls, path: Path, line: int, problem: Problem, row: int = 0) -> Fault:
         """The problem, found at this place."""
-        found = problem.kind, problem.what, problem.fix, problem.column
-        return cls(path, line, *found, row or None)
+        details = problem.kind, problem.what, problem.fix, problem.column
+        return cls(path, line, *details, row or None)
 
     def __str__(self) -> str:
         return f"{self.place}: {self.what}; {self.fix}"
@@ -48,7 +48,7 @@ class Fault:
         """`file`, `file:line` or `file:line:column`, as editors open it, and the row's number."""
         return place(self.path, self.line, self.row or 0, self.column)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {
             "file": str(self.path),

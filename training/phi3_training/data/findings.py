@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from ..manifests import TokenLengths
 from ..prompt import ChatFormat
 from ..recipe import HubSet
 from .arrays import U64, Bools, Ints
@@ -87,9 +88,9 @@ def first_of(keys: npt.NDArray[np.unsignedinteger]) -> Ints:
 
 def _trained_question(table: Table, held: Bools) -> Ints:
     """For each held-out row a trained row with its question, or -1."""
-    found = np.full(len(table), -1, np.int64)
+    asked = np.full(len(table), -1, np.int64)
     if not held.any():
-        return found
+        return asked
     trained, asking = np.flatnonzero(~held), np.flatnonzero(held)
     order = np.argsort(table.question[trained], kind="stable")
     questions = table.question[trained][order]
@@ -97,19 +98,19 @@ def _trained_question(table: Table, held: Bools) -> Ints:
     inside = place < len(questions)
     same = np.zeros(len(asking), np.bool_)
     same[inside] = questions[place[inside]] == table.question[asking][inside]
-    found[asking[same]] = trained[order[place[same]]]
-    return found
+    asked[asking[same]] = trained[order[place[same]]]
+    return asked
 
 
 def _teach_apart(table: Table, row: int, other: int) -> bool:
     """Whether two rows are one conversation of which they teach different answers."""
-    one, two = table.conversation(row).messages, table.conversation(other).messages
-    return one != two and [m.content for m in one] == [m.content for m in two]
+    first, second = table.conversation(row).messages, table.conversation(other).messages
+    return first != second and [m.content for m in first] == [m.content for m in second]
 
 
 def _candidates(table: Table, wanted: Bools) -> dict[int, set[int]]:
     """Rows with earlier rows that they share a number of the sketch with."""
-    found: dict[int, set[int]] = {}
+    candidates: dict[int, set[int]] = {}
     for band in range(BANDS):
         rows = np.flatnonzero(wanted & (table.bands[:, band] != 0))
         numbers = table.bands[rows, band]
@@ -119,8 +120,8 @@ def _candidates(table: Table, wanted: Bools) -> dict[int, set[int]]:
             same = np.flatnonzero(numbers[back:] == numbers[:-back])
             pairs = zip(rows[same + back].tolist(), rows[same].tolist(), strict=True)
             for row, other in pairs:
-                found.setdefault(row, set()).add(other)
-    return found
+                candidates.setdefault(row, set()).add(other)
+    return candidates
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,16 @@ class Rules:
     duplicates: str = "auto"
     near_duplicates: str = "auto"
 
-    def removes(self, one: Scan) -> bool:
+    def removes(self, scan: Scan) -> bool:
         """Whether exact duplicates (and leaks) are removed rather than refused."""
         if self.duplicates == "auto":  # nobody can fix a set of the hub
-            return isinstance(one.source, HubSet)
+            return isinstance(scan.source, HubSet)
         return self.duplicates == "remove"
 
-    def removes_near(self, one: Scan) -> bool:
+    def removes_near(self, scan: Scan) -> bool:
         """Whether near-duplicates are removed rather than reported."""
         if self.near_duplicates == "auto":
-            return isinstance(one.source, HubSet)
+            return isinstance(scan.source, HubSet)
         return self.near_duplicates == "remove"
 
 
@@ -150,8 +151,8 @@ class Findings:
         self.table = Table(scans)
         self._repeats: Repeats = find(self.table)
         sources = self.table.source
-        removes = np.array([rules.removes(one) for one in scans], np.bool_)
-        removes_near = np.array([rules.removes_near(one) for one in scans], np.bool_)
+        removes = np.array([rules.removes(scan) for scan in scans], np.bool_)
+        removes_near = np.array([rules.removes_near(scan) for scan in scans], np.bool_)
         self._held = self.table.in_part("validation")
         self._removed: list[tuple[str, Pairs]] = []
         self._refused: list[tuple[str, Pairs]] = []
@@ -184,7 +185,7 @@ class Findings:
 
     def faults(self) -> list[Fault]:
         """Every fault, by file and line."""
-        faults = [fault for one in self.table.scans for fault in one.faults]
+        faults = [fault for scan in self.table.scans for fault in scan.faults]
         return in_order([*faults, *self._repeated(self._refused)])
 
     def removed(self) -> Iterator[Fault]:
@@ -194,19 +195,19 @@ class Findings:
     def warnings(self) -> Iterator[Fault]:
         """What to look at: rows nearly alike, and what looks like personal data."""
         yield from self._repeated(self._reported)
-        for one in self.table.scans:
-            for digest, first in zip(one.digests, one.firsts, strict=True):
+        for scan in self.table.scans:
+            for digest, first in zip(scan.digests, scan.firsts, strict=True):
                 for line, kind, masked in digest.flags:
                     what = f"it seems to contain {NAMES[kind]} ({masked})"
                     fix = "remove it, or replace it with a made-up one"
                     problem = Problem("personal-data", what, fix)
-                    yield Fault.at(one.path, line + first, problem)
+                    yield Fault.at(scan.path, line + first, problem)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many rows were removed and how many warnings there are, by kind."""
         flags: Counter[str] = Counter()
-        for one in self.table.scans:
-            for digest in one.digests:
+        for scan in self.table.scans:
+            for digest in scan.digests:
                 flags.update(f"personal-data: {NAMES[kind]}" for _, kind, _ in digest.flags)
         warnings = {**_sizes(self._reported), **dict(sorted(flags.items()))}
         return {"removed": _sizes(self._removed), "warnings": warnings}
@@ -261,7 +262,7 @@ def write_findings(
     return count > 0
 
 
-def sentences(counts: Mapping[str, Mapping[str, Any]], report: str) -> list[str]:
+def sentences(counts: Mapping[str, Mapping[str, int]], report: str) -> list[str]:
     """The counts for people, one line per kind."""
     removed = [f"removed: {_rows(n)} ({kind})" for kind, n in counts["removed"].items()]
     warned = [f"warning: {_rows(n)} ({kind})" for kind, n in counts["warnings"].items()]
@@ -278,17 +279,20 @@ SAMPLE = 1000
 _BYTES_PER_TOKEN = 4.0  # of English text with tokenizers of the usual size
 
 
-def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> dict[str, Any] | None:
+def lengths(table: Table, rows: Ints, tokenizer: Path | None) -> TokenLengths | None:
     """Statistics over some rows; None when there are none.
 
-    Raises DataError for rows that the model's chat template cannot write.
+    Raises UsageError where `tokenizer` is not a model folder.
     """
     if not len(rows):
         return None
     sizes = table.text_size[rows].astype(np.float64)
     if tokenizer is None:
         return _summary(sizes / _BYTES_PER_TOKEN, "estimated as one token per 4 bytes of text")
-    chat = _format(tokenizer)
+    try:
+        chat = ChatFormat.from_folder(tokenizer)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     picked = np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(np.int64))
     counted = np.array([_tokens(table, int(row), chat) for row in rows[picked]], np.float64)
     if len(picked) == len(rows):
@@ -307,29 +311,14 @@ def _tokens(table: Table, row: int, chat: ChatFormat) -> float:
         return float(table.text_size[row]) / _BYTES_PER_TOKEN
 
 
-def _format(folder: Path) -> ChatFormat:
-    try:
-        return ChatFormat.from_folder(folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _summary(tokens: npt.NDArray[np.float64], how: str) -> dict[str, Any]:
+def _summary(tokens: npt.NDArray[np.float64], how: str) -> TokenLengths:
     median, high = np.percentile(tokens, [50, 95])
-    return {
-        "rows": len(tokens),
-        "median": round(float(median)),
-        "mean": round(float(tokens.mean()), 1),
-        "p95": round(float(high)),
-        "longest": round(float(tokens.max())),
-        "total": round(float(tokens.sum())),
-        "how": how,
-    }
-
-
-def sentence(stats: Mapping[str, Any]) -> str:
-    """The statistics on one line."""
-    return (
-        f"tokens: median {stats['median']}, 95th percentile {stats['p95']}, longest "
-        f"{stats['longest']}, total {stats['total']} ({stats['how']})"
+    return TokenLengths(
+        rows=len(tokens),
+        median=round(float(median)),
+        mean=round(float(tokens.mean()), 1),
+        p95=round(float(high)),
+        longest=round(float(tokens.max())),
+        total=round(float(tokens.sum())),
+        how=how,
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*_TEXT, *(f"{suffix}.gz" for suffix in _TEXT), ".parquet", ".arrow")
-# Beside the data of a set of the hub, and of `save_to_disk`.
+# Files that come with a hub data set, or with `save_to_disk`.
 _ABOUT = {
     "config.json",
     "dataset_info.json",
@@ -27,7 +27,7 @@ _ABOUT = {
     "dataset_dict.json",
     "state.json",
 }
-# datasets.data_files.SPLIT_KEYWORDS, and what may stand beside them: NON_WORDS_CHARS.
+# datasets.data_files.SPLIT_KEYWORDS, and what may come next to them: NON_WORDS_CHARS.
 _SPLITS = {
     "train": "train|training",
     "validation": "validation|valid|dev|val",
@@ -65,7 +65,7 @@ def named(names: Sequence[str]) -> str:
 
 def expand_folder(folder: Path) -> Folder:
     """The chat files in a folder and in the folders in it, in the order of their names."""
-    found: dict[str, list[Source]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Source]] = {"train": [], "validation": [], "test": []}
     plain: list[Source] = []
     hidden, other = [], []
     for path in sorted(folder.rglob("*")):
@@ -78,18 +78,18 @@ def expand_folder(folder: Path) -> Folder:
         elif path.name in _ABOUT or not path.name.lower().endswith(SUFFIXES):
             other.append(name)
         elif split := _split_of(inside):
-            found[split].append(path)
+            splits[split].append(path)
         else:
             plain.append(path)
     unread = []
-    if found["train"] and plain:
+    if splits["train"] and plain:
         names = [path.relative_to(folder).as_posix() for path in plain if isinstance(path, Path)]
         unread.append(("because other files are named for training", names))
     else:
-        found["train"] = plain or found["train"]
+        splits["train"] = plain or splits["train"]
     unread += [("hidden", hidden)] if hidden else []
     unread += [("no chats by their names", other)] if other else []
-    return Folder(found, unread)
+    return Folder(splits, unread)
 
 
 def _split_of(path: Path) -> str | None:

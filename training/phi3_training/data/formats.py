@@ -62,7 +62,7 @@ _WEIGHT_WORDS = {  # a table or an export may have written them as text
 }  # fmt: skip
 _PARTS_OF_ANSWERS = "train_detail"  # axolotl's: spans of an answer, each learnt or not
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
-# Beside a conversation these change what the model should say, and Phi-3's template has no place.
+# With a conversation these change what the model should say, and Phi-3's template has no place.
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
 _GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
 _SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
@@ -110,8 +110,8 @@ def read_row(row: Mapping[str, Any]) -> Row:
                 reader.notes.add("turns after the last answer that is learnt are left out")
     left = reader.row.keys() - reader.read_keys - set(CARRIED)
     unused = [str(key) for key in left if reader.row[key] not in _EMPTY]
-    found = (*sorted(unused), *sorted(reader.unused))
-    return Row(form, tuple(messages), problems, found, tuple(sorted(reader.notes)))
+    not_read = (*sorted(unused), *sorted(reader.unused))
+    return Row(form, tuple(messages), problems, not_read, tuple(sorted(reader.notes)))
 
 
 def carried(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -158,7 +158,7 @@ def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         }
     if not any(sides.values()):
         return dict(row), False
-    found = {
+    columns = {
         key: value
         for key, value in row.items()
         if key not in sides and not str(key).startswith(("inputs.", "outputs."))
@@ -167,9 +167,9 @@ def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         other = sides["outputs" if side == "inputs" else "inputs"]
         for key, value in sides[side].items():
             gives_way = key in other and (key in _ANSWERS) == (side == "inputs")
-            taken = key in found and found[key] != value
-            found[f"{side}.{key}" if gives_way or taken else key] = value
-    return found, True
+            taken = key in columns and columns[key] != value
+            columns[f"{side}.{key}" if gives_way or taken else key] = value
+    return columns, True
 
 
 def _openai_preference(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -241,7 +241,7 @@ class _Reader:
             what = f"the row holds two conversations that differ, under {' and '.join(read)}"
             self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
         systems = [m for found in read.values() for m in found[:1] if m.role == "system"]
-        if any(one != systems[0] for one in systems):
+        if any(system != systems[0] for system in systems):
             what = f"the row holds two system messages that differ, under {' and '.join(read)}"
             self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
         first = read[keys[0]]
@@ -375,11 +375,11 @@ class _Reader:
         return form, [*self._history(), *self._conversational(ask, answer)]
 
     def _asks(self) -> list[str]:
-        """The keys that may hold the question; beside another one `user` names a person."""
+        """The keys that may hold the question; if there is another one, `user` names a person."""
         asks = self._present(_ASKS)
         if "assistant" not in self.row and ("messages" in self.row or len(asks) > 1):
             asks = [key for key in asks if key != "user"]
-        # The whole prompt as it was rendered, beside what it was made of.
+        # The whole prompt as it was rendered, in addition to its parts.
         part, whole = self.row.get("instruction"), self.row.get("prompt")
         if isinstance(part, str) and isinstance(whole, str) and part in whole and part != whole:
             asks.remove("prompt")
@@ -444,19 +444,21 @@ class _Reader:
             what = "'chosen' is a text and the row has no question"
             fix = "add its 'prompt', or write 'chosen' as a list of messages"
             self.problems.append(Problem("unknown-format", f"unknown format: {what}", fix))
-        found = chosen
+        conversation = chosen
         for key in keys:
             self.read_keys.add(key)
             before = self._messages(key, self.row[key]) if key in lists else self._question(key)
             if key not in lists:
                 before = [*self._history(), *before]
-            whole = _asked_and_chosen(before, found if found is not chosen else chosen)
+            whole = _asked_and_chosen(
+                before, conversation if conversation is not chosen else chosen
+            )
             if whole is None:
                 what = f"{key!r} and 'chosen' do not say the same"
                 self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
             else:
-                found = whole
-        return found
+                conversation = whole
+        return conversation
 
     def _history(self) -> list[Message]:
         """Earlier turns: Alpaca's pairs, or Prompt flow's inputs and outputs."""
@@ -550,7 +552,7 @@ def _asked_and_chosen(before: list[Message], chosen: list[Message]) -> list[Mess
     """
     asked, said = _said(before), _said(chosen)
     system = [m for m in (*before[:1], *chosen[:1]) if m.role == "system"]
-    if any(one != system[0] for one in system):
+    if any(message != system[0] for message in system):
         return None
     if said[: len(asked)] == asked:  # chosen is the whole conversation
         return [*system[:1], *said]
@@ -586,7 +588,7 @@ def _joined_parts(content: Any) -> Any:
 
 
 def _kind_and_text(part: Any) -> tuple[Any, Any]:
-    """What a part is, and its text; Gemini's parts have no type, but a key that tells it."""
+    """What a part is, and its text; Gemini's parts have no type, but a key that shows it."""
     if not isinstance(part, dict):
         return "text", part
     if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
@@ -596,7 +598,7 @@ def _kind_and_text(part: Any) -> tuple[Any, Any]:
 
 
 def _more_of_parts(content: Any) -> set[str]:
-    """The keys of text parts beside their text, such as `cache_control`."""
+    """The keys of text parts other than their text, such as `cache_control`."""
     parts = content if isinstance(content, list) else [content]
     return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
 
@@ -636,7 +638,7 @@ def _chat_text(side: Any, names: Sequence[str]) -> str | None:
 
 def _no_format(row: Mapping[str, Any], asks: Sequence[str], answers: Sequence[str]) -> Problem:
     if "rejected" in row:
-        return _unknown("'rejected' has no 'chosen' beside it")
+        return _unknown("'rejected' without 'chosen'")
     if asks or answers:
         here = (asks or answers)[0]
         missing = "an answer" if asks else "a question"

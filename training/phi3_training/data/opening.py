@@ -60,7 +60,7 @@ class BrokenFileError(ValueError):
 
 
 class Encoding(NamedTuple):
-    """How the bytes of a file become text, as its first bytes tell."""
+    """How the bytes of a file become text, judged by its first bytes."""
 
     packed: bool = False
     codec: str = "utf-8"
@@ -71,8 +71,8 @@ class Encoding(NamedTuple):
         """Whether the file itself is UTF-8, so that it can be read from any place."""
         return not self.packed and self.codec == "utf-8"
 
-    def tell(self, note: Note) -> None:
-        """Say what is not as usual."""
+    def report(self, note: Note) -> None:
+        """Note what is unusual."""
         if self.packed:
             note("unpacked with gzip")
         if self.mark and self.codec == "utf-8":
@@ -141,7 +141,7 @@ class _Unpacked(io.RawIOBase):
         try:
             piece = self._stream.read(len(buffer))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            what = f"the gzip file is damaged or cut short ({error}); the rest was not read"
+            what = f"the gzip file is damaged or incomplete ({error}); the rest was not read"
             fix = "copy or download it again"
             raise BrokenFileError(Problem("broken-gzip", what, fix)) from None
         buffer[: len(piece)] = piece

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ..recipe import DataSection
 
 
-# Which chats teach what another one asks: the same answer, or one that tells the same.
+# Which chats teach what another one asks: the same answer, or one with the same facts.
 # Works on questions and answers alone; used where a set is small enough to compare.
 
 MOST_COMPARED = 5000  # chats of a set; that many of 50 words take some 5 seconds
@@ -61,7 +61,7 @@ class Chat(NamedTuple):
 def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
     """For each chat of `asked` the chats of `taught` that teach its answer, except itself.
 
-    One does where its own answer would count as right for the question, and it speaks of what the
+    One does where its own answer would count as right for the question, and it mentions what the
     question asks about: of its words, the rarest that other chats have as well.
     """
     itself = asked is taught
@@ -75,14 +75,14 @@ def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
         by_answer[chat.answer].append(number)
         for word in among.telling(chat.answer).all:
             by_word[word].append(number)
-    found: list[list[int]] = []
+    teachers_of: list[list[int]] = []
     for place, chat in enumerate(asked):
         known = {
             word: counts[word] for word in among.subject(chat.question) if counts[word] > itself
         }
         rarest = {word for word, count in known.items() if count == min(known.values())}
         if not names_in(chat.question) <= known.keys() | among.asked_common:
-            found.append([])  # asks about something that no other chat speaks of
+            teachers_of.append([])  # asks about something that no other chat mentions
             continue
         lists = sorted(
             (by_word.get(word, []) for word in among.telling(chat.answer, chat.before).all), key=len
@@ -90,7 +90,7 @@ def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
         # The rarest word may be among those that an answer need not have.
         near = [number for numbers in lists[:2] for number in numbers[:MOST_CANDIDATES]]
         candidates = {*near, *by_answer[chat.answer][:MOST_CANDIDATES]}
-        found.append(
+        teachers_of.append(
             sorted(
                 number
                 for number in candidates - ({place} if itself else set())
@@ -98,7 +98,7 @@ def teachers(asked: Sequence[Chat], taught: Sequence[Chat]) -> list[list[int]]:
                 and has_expected_words(taught[number].answer, chat.answer, chat.before, among)
             )
         )
-    return found
+    return teachers_of
 
 
 # Chooses the held-out part of a set: seeded, and never the same question on both sides.
@@ -181,17 +181,20 @@ def write_origins(path: Path, places: Mapping[str, Sequence[tuple[Path, int]]]) 
     if not 0 < sum(map(len, places.values())) <= MOST_ROWS:
         path.unlink(missing_ok=True)
         return
-    rows = {part: [f"{file}:{line}" for file, line in found] for part, found in places.items()}
+    rows = {
+        part: [f"{file}:{line}" for file, line in rows_of_part]
+        for part, rows_of_part in places.items()
+    }
     write_atomically(path, json.dumps(rows, ensure_ascii=False))
 
 
 def origins(run: Path, part: str) -> list[str]:
     """`file:line` for each row of a part, in order; empty where that is not known."""
     try:
-        found = json.loads((run / ORIGINS_FILE).read_text(encoding="utf-8")).get(part, [])
+        places = json.loads((run / ORIGINS_FILE).read_text(encoding="utf-8")).get(part, [])
     except (OSError, ValueError, AttributeError):
         return []
-    return [str(place) for place in found]
+    return [str(place) for place in places]
 
 
 # Writes prepared conversations as JSON lines, counted and hashed on the way.
@@ -231,7 +234,7 @@ class RowWriter:
     def write(self, data: bytes, rows: int, hashing: Executor) -> None:
         """Add whole lines; they are hashed in a thread, which takes as long as writing.
 
-        It stays one call behind at most, so that memory stays flat.
+        It lags one call at most, so that memory stays flat.
         """
         if rows:
             hashed = hashing.submit(self._hash.update, data)
@@ -256,11 +259,11 @@ def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> No
 
     def sorted_lines(span: Span) -> Lines:
         texts, wanted = table.texts(span), target[span.rows]
-        found = []
+        lines = []
         for number in writers:
             chosen = [texts[place] for place in np.flatnonzero(wanted == number).tolist()]
-            found.append((number, b"\n".join([*chosen, b""]), len(chosen)))
-        return found
+            lines.append((number, b"\n".join([*chosen, b""]), len(chosen)))
+        return lines
 
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as hashing:
         waiting: deque[Future[Lines]] = deque()
@@ -311,7 +314,7 @@ def examine(
     scans = scan(sources, folder, workers=workers, progress=progress)
     findings = Findings(scans, Rules(data.duplicates, data.near_duplicates))
     table = findings.table
-    numbers = np.array([_number(one.part) for one in table.scans], np.uint8)
+    numbers = np.array([_number(scanned.part) for scanned in table.scans], np.uint8)
     target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
     verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
     target[verdict.rows] = 0
@@ -362,10 +365,10 @@ def prepare(
             numbered = {_number(part): writer for part, writer in writers.items()}
             distribute(findings.table, target, numbered)
         # Rows were copied after all were checked: their source must still be the same.
-        for one in scans:
-            if one.has_changed():
+        for scanned in scans:
+            if scanned.has_changed():
                 raise StageError(
-                    f"{one.path} changed while it was being read; run the command again"
+                    f"{scanned.path} changed while it was being read; run the command again"
                 )
         listed = write_findings(run.path / REPORT, findings, verdict.skipped, verdict.cut)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
@@ -378,7 +381,7 @@ def prepare(
     counts["removed"] |= verdict.removed()
     if verdict.cut:
         counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
-    lines = [f"{shown(one.path)}: {note}" for one in scans for note in one.notes]
+    lines = [f"{shown(scanned.path)}: {note}" for scanned in scans for note in scanned.notes]
     if draws:
         rows = writers["validation"].rows
         lines.append(
@@ -394,17 +397,17 @@ def prepare(
         inputs={
             part: [
                 Input(
-                    path=str(one.path),
-                    sha256=one.sha256,
-                    bytes=one.size,
-                    rows=one.rows,
-                    formats=dict(one.formats),
+                    path=str(scanned.path),
+                    sha256=scanned.sha256,
+                    bytes=scanned.size,
+                    rows=scanned.rows,
+                    formats=dict(scanned.formats),
                 )
-                for one in scans
-                if one.part == part
+                for scanned in scans
+                if scanned.part == part
             ]
             for part in order
-            if any(one.part == part for one in scans)
+            if any(scanned.part == part for scanned in scans)
         },
         outputs={
             part: Prepared(
@@ -448,16 +451,16 @@ def chosen_sources(parts: Mapping[str, Sequence[Source]]) -> Chosen:
                 what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
                 faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
             notes += [f"{shown(place_of(source))}: {note}" for note in folder.notes()]
-            for taken, one in _by_part(part, folder, place_of(source), parts, notes):
-                key = str(one.resolve() if isinstance(one, Path) else one)
+            for taken, file in _by_part(part, folder, place_of(source), parts, notes):
+                key = str(file.resolve() if isinstance(file, Path) else file)
                 if key in seen:
                     what = f"named twice, under data.{seen[key]} and data.{taken}"
-                    faults.append(Fault(place_of(one), 0, "named-twice", what, "name it once"))
+                    faults.append(Fault(place_of(file), 0, "named-twice", what, "name it once"))
                     continue
                 seen[key] = taken
-                chosen.append((taken, one))
+                chosen.append((taken, file))
     order = list(PARTS)
-    chosen.sort(key=lambda one: order.index(one[0]))
+    chosen.sort(key=lambda file: order.index(file[0]))
     return Chosen(chosen, faults, notes)
 
 
@@ -471,20 +474,20 @@ def _by_part(
     """The files of a folder that is named under `part`, and the part that each belongs to."""
     splits = {split: files for split, files in folder.splits.items() if files}
     if len(splits) < 2 and "test" not in splits and "validation" not in splits:
-        return [(part, one) for one in folder.all]
+        return [(part, file) for file in folder.all]
     wanted = {"train": "train", "replay": "train"}.get(part)
-    if wanted is None or wanted not in splits:  # held out, or named for it in so many words
+    if wanted is None or wanted not in splits:  # held out, or explicitly named for it
         wanted = next(split for split in ("validation", "test", "train") if split in splits)
     taken = {wanted: part}
     held = next((split for split in ("validation", "test") if split in splits), None)
     if part == "train" and held not in (None, wanted) and not parts.get("validation"):
         taken[str(held)] = "validation"
     for split, files in splits.items():
-        names = named([place_of(one).relative_to(path).as_posix() for one in files])
+        names = named([place_of(file).relative_to(path).as_posix() for file in files])
         what = {None: "not read", "validation": "held out"}.get(taken.get(split), "read")
         notes.append(f"{shown(path)}: {what}, as its name says ({split}): {names}")
     return [
-        (taken[split], one) for split, files in splits.items() if split in taken for one in files
+        (taken[split], file) for split, files in splits.items() if split in taken for file in files
     ]
 
 
@@ -510,18 +513,18 @@ def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
     if len(rows) > MOST_COMPARED:
         return held_out(keys, data.validation_share, data.seed)
     chats = _chats(findings, rows)
-    found = teachers(chats, chats)
-    return held_out_reworded(keys, data.validation_share, data.seed, found)
+    taught_by = teachers(chats, chats)
+    return held_out_reworded(keys, data.validation_share, data.seed, taught_by)
 
 
 def _chats(findings: Findings, rows: Ints) -> list[Chat]:
-    found = []
+    chats = []
     for row in rows.tolist():
         *before, answer = findings.table.conversation(row).messages
         # Without the passages of documents: they hold the answers of other questions as well.
         asked = [question_in(message.content) for message in before]
-        found.append(Chat("\n".join(asked), asked[-1], answer.content))
-    return found
+        chats.append(Chat("\n".join(asked), asked[-1], answer.content))
+    return chats
 
 
 def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
@@ -530,8 +533,8 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     trained = np.flatnonzero((target == _number("train")) | (target == _number("replay")))
     if len(held) + len(trained) > MOST_COMPARED:
         return None
-    found = teachers(_chats(findings, held), _chats(findings, trained))
-    reworded = sum(bool(one) for one in found)
+    taught_by = teachers(_chats(findings, held), _chats(findings, trained))
+    reworded = sum(bool(rows) for rows in taught_by)
     return {"reworded": reworded, "new": len(held) - reworded}
 
 

@@ -53,11 +53,11 @@ def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Pro
     """
     if _is_transcript(text):
         return _spoken(text)
-    found = sorted((text.find(mark), name) for mark, name in _TEMPLATES.items() if mark in text)
-    if not found:
+    marks = sorted((text.find(mark), name) for mark, name in _TEMPLATES.items() if mark in text)
+    if not marks:
         what = f"{key!r} is plain text: it does not say what is asked and what is answered"
         return Problem("rendered-text", what, "write the conversation as 'messages'")
-    template = found[0][1]
+    template = marks[0][1]
     turns = _TURNS.get(template)
     if turns is None:
         why = f"was written by another chat template ({template})"
@@ -85,7 +85,7 @@ def _turns(text: str, opening: re.Pattern[str], end: str, *, ends: bool) -> list
         if body.endswith(mark):
             body, ends = body.removesuffix(mark).rstrip(), False
         if mark in body:
-            return f"{mark} stands in the middle of it, so it may hold several conversations"
+            return f"{mark} is in the middle of it, so it may hold several conversations"
     before, *turns = opening.split(body)
     if before.strip():
         return f"it starts with {before.strip()[:40]!r}"

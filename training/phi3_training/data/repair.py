@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """A step and where the row is; `row` is its number where lines do not tell rows apart."""
+    """A step and where the row is; `row` is its number where several rows may share a line."""
 
     path: Path
     line: int
@@ -67,7 +67,7 @@ class Change:
     def __str__(self) -> str:
         return f"{self.place}: {self.what}"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {
             "file": str(self.path),
@@ -104,7 +104,7 @@ class FixReport:
         """Every change, one line each, for a file."""
         return "".join(f"{change.kind}: {change}\n" for change in self.changes)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`: nothing is left out."""
         return {
             "out": str(self.out),
@@ -161,7 +161,7 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
 
 
 def _rows(source: Source, note: Note) -> Iterator[Raw]:
-    """The rows as they stand; a source that cannot be read is a problem of its line 0."""
+    """The rows unchanged; a source that cannot be read is a problem of its line 0."""
     try:
         yield from rows_of(source, note)
     except OSError as error:
@@ -193,7 +193,7 @@ def _row(raw: Raw) -> tuple[CheckedRow | None, list[Step]]:
     row = check_row(value)
     steps: list[Step] = []
     if isinstance(row, list):
-        value, steps = _mended(value)
+        value, steps = _repaired(value)
         row = check_row(value)
     if isinstance(row, list):
         return None, [_left_out("; ".join(problem.what for problem in row))]
@@ -217,22 +217,22 @@ def _tools(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _mended(row: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
+def _repaired(row: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
     """The row with what can be repaired repaired; the reader judges the result."""
     steps: list[Step] = []
     row = {key: _clean(value, key, steps) for key, value in row.items()}
     for key in row.keys() & set(LIST_KEYS):
         turns = row[key]
         if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            row[key] = _mended_turns([dict(turn) for turn in turns], steps)
+            row[key] = _repaired_turns([dict(turn) for turn in turns], steps)
     return row, steps
 
 
 def _clean(value: Any, place: str, steps: list[Step]) -> Any:
     """A value whose texts have no character that cannot be trained on."""
-    if isinstance(value, str) and (found := UNFIT.findall(value)):
-        names = ", ".join(f"U+{ord(mark):04X}" for mark in dict.fromkeys(found))
-        what = f"control characters ({names}, {len(found)} in all) were removed from {place}"
+    if isinstance(value, str) and (controls := UNFIT.findall(value)):
+        names = ", ".join(f"U+{ord(mark):04X}" for mark in dict.fromkeys(controls))
+        what = f"control characters ({names}, {len(controls)} in all) were removed from {place}"
         steps.append(Step("characters", what))
         return UNFIT.sub("", value)
     if isinstance(value, list):
@@ -242,7 +242,7 @@ def _clean(value: Any, place: str, steps: list[Step]) -> Any:
     return value
 
 
-def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
+def _repaired_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
     """The turns in the order of Phi-3's template, as far as dropping and joining brings them."""
     role_key, text_key = (
         next((key for key in keys if any(key in turn for turn in turns)), keys[0])
@@ -254,7 +254,7 @@ def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[s
     def role(turn: Mapping[str, Any]) -> str | None:
         return _ROLE_NAMES.get(str(turn.get(role_key)))
 
-    kept: list[dict[str, Any]] = []
+    repaired: list[dict[str, Any]] = []
     for number, turn in enumerate(turns, start=1):
         spelt, plain = turn.get(role_key), str(turn.get(role_key)).strip().lower()
         if spelt != plain and plain in _ROLE_NAMES:
@@ -265,26 +265,26 @@ def _mended_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[s
             named = role(turn) or "unknown"
             steps.append(Step("empty-turn", f"turn {number} ({named}) was empty and was dropped"))
             continue
-        before = kept[-1] if kept else None
+        before = repaired[-1] if repaired else None
         if before is not None and role(turn) is not None and role(before) == role(turn):
             joined = _joined(before, turn, text_key)
             if joined is not None:
-                kept[-1] = joined
+                repaired[-1] = joined
                 what = f"two {role(turn)} turns in a row were joined (turn {number})"
                 steps.append(Step("joined", what))
                 continue
-        kept.append(turn)
-    start = 1 if kept and role(kept[0]) == "system" else 0
-    if len(kept) > start + 1 and role(kept[start]) == "assistant":
-        said = str(kept.pop(start).get(text_key))
+        repaired.append(turn)
+    start = 1 if repaired and role(repaired[0]) == "system" else 0
+    if len(repaired) > start + 1 and role(repaired[start]) == "assistant":
+        said = str(repaired.pop(start).get(text_key))
         quoted = repr(said if len(said) <= 40 else said[:39] + "…")
         steps.append(
             Step("greeting", f"the greeting {quoted} before the first question was dropped")
         )
-    if len(kept) > start + 1 and role(kept[-1]) == "user":
-        kept.pop()
+    if len(repaired) > start + 1 and role(repaired[-1]) == "user":
+        repaired.pop()
         steps.append(Step("open-end", "the last question, which has no answer, was cut off"))
-    return kept
+    return repaired
 
 
 def _joined(
@@ -330,7 +330,7 @@ class ConvertReport:
         ]
         return lines
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {
             "out": str(self.out),
@@ -355,14 +355,14 @@ def convert(
     dropped: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="phi3-convert-") as folder, _written(out) as stream:
         scans = scan([("train", source) for source in sources], Path(folder))
-        if faults := in_order(fault for one in scans for fault in one.faults):
+        if faults := in_order(fault for scanned in scans for fault in scanned.faults):
             raise DataError(faults)
         table = Table(scans)
         formats: Counter[str] = Counter()
-        for one in scans:
-            formats += one.formats
-            for text in one.notes:
-                _note(notes, one.path, text)
+        for scanned in scans:
+            formats += scanned.formats
+            for text in scanned.notes:
+                _note(notes, scanned.path, text)
         rewrite = _openai(dropped) if form == "openai" else encode
         for row in range(len(table)):
             stream.write(rewrite(table.conversation(row).to_dict()) + b"\n")

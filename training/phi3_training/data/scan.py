@@ -142,31 +142,31 @@ def scan(
     """Read all sources, each with the name of its part; `progress` counts the blocks."""
     scans = [Scan(source, part) for part, source in sources]
     tasks: list[tuple[Scan, list[Task]]] = []
-    for number, one in enumerate(scans):
-        with _faults_of_reading(one):
-            reading = _opened(one)
+    for number, scanned in enumerate(scans):
+        with _faults_of_reading(scanned):
+            reading = _opened(scanned)
             if reading.in_ranges:
-                reading.encoding.tell(one.note)
-                tasks.append((one, _tasks(one.path, one.size, folder, number, block)))
+                reading.encoding.report(scanned.note)
+                tasks.append((scanned, _tasks(scanned.path, scanned.size, folder, number, block)))
             else:
-                one.sha256 = stamp(one.source)
-                one.add(digest_rows(reading, one.note, folder, str(number)))
-    _read(tasks, workers or _workers(sum(one.size for one, _ in tasks)), progress)
+                scanned.sha256 = stamp(scanned.source)
+                scanned.add(digest_rows(reading, scanned.note, folder, str(number)))
+    _read(tasks, workers or _workers(sum(scanned.size for scanned, _ in tasks)), progress)
     return scans
 
 
 def scan_start(source: Source, folder: Path, rows: int) -> Scan:
     """As much of a source as holds `rows` sound rows, in whole blocks."""
-    one = Scan(source)
-    with _faults_of_reading(one):
-        reading = _opened(one)
+    scanned = Scan(source)
+    with _faults_of_reading(scanned):
+        reading = _opened(scanned)
         if reading.in_ranges:
-            tasks = _tasks(one.path, one.size, folder, 0, BLOCK)
+            tasks = _tasks(scanned.path, scanned.size, folder, 0, BLOCK)
             digests: Iterable[Digest] = (digest_range(*task) for task in tasks)
         else:
-            digests = digest_rows(reading, one.note, folder, "0")
-        one.add(_until(digests, rows))
-    return one
+            digests = digest_rows(reading, scanned.note, folder, "0")
+        scanned.add(_until(digests, rows))
+    return scanned
 
 
 def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:
@@ -178,23 +178,23 @@ def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:
 
 
 @contextmanager
-def _faults_of_reading(one: Scan) -> Iterator[None]:
+def _faults_of_reading(scanned: Scan) -> Iterator[None]:
     """A source that cannot be read is a fault of it."""
     try:
         yield
     except FileNotFoundError:
-        one.fault(0, Problem("no-such-file", "no such file", "check its path and spelling"))
+        scanned.fault(0, Problem("no-such-file", "no such file", "check its path and spelling"))
     except BrokenFileError as error:
-        one.fault(0, error.problem)
+        scanned.fault(0, error.problem)
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
-        one.fault(0, Problem("unreadable", what, "name a file that you can read"))
+        scanned.fault(0, Problem("unreadable", what, "name a file that you can read"))
 
 
-def _opened(one: Scan) -> Reading:
-    if isinstance(one.source, Path):
-        one.size, one.changed_at = one.source.stat().st_size, _moment(one.source)
-    return Reading.of(one.source)
+def _opened(scanned: Scan) -> Reading:
+    if isinstance(scanned.source, Path):
+        scanned.size, scanned.changed_at = scanned.source.stat().st_size, _moment(scanned.source)
+    return Reading.of(scanned.source)
 
 
 def _moment(source: Source) -> int:
@@ -218,27 +218,27 @@ def _workers(size: int) -> int:
 def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int, progress: Progress) -> None:
     done, total = 0, sum(len(ranges) for _, ranges in tasks)
 
-    def counted(one: Scan, digests: Iterable[Digest]) -> Iterator[Digest]:
+    def counted(scanned: Scan, digests: Iterable[Digest]) -> Iterator[Digest]:
         nonlocal done
         for digest in digests:
             yield digest
             done += 1
-            progress(done, total, f"reading {one.path.name}")
+            progress(done, total, f"reading {scanned.path.name}")
 
     keep_freed_memory()
     if workers == 1:
-        for one, ranges in tasks:
-            one.sha256 = hash_of(one.path)
-            one.add(counted(one, (digest_range(*task) for task in ranges)))
+        for scanned, ranges in tasks:
+            scanned.sha256 = hash_of(scanned.path)
+            scanned.add(counted(scanned, (digest_range(*task) for task in ranges)))
         return
     # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     try:
         with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
-            for (one, _), of_one in zip(tasks, futures, strict=True):
-                one.sha256 = hash_of(one.path)
-                one.add(counted(one, (future.result() for future in of_one)))
+            for (scanned, _), of_one in zip(tasks, futures, strict=True):
+                scanned.sha256 = hash_of(scanned.path)
+                scanned.add(counted(scanned, (future.result() for future in of_one)))
     except BrokenProcessPool:
         raise StageError(
             "A process reading the chats was killed, most likely because memory ran out; close "
@@ -271,8 +271,8 @@ class Table:
 
     def __init__(self, scans: Sequence[Scan]) -> None:
         self.scans = scans
-        digests = [digest for one in scans for digest in one.digests]
-        firsts = [first for one in scans for first in one.firsts]
+        digests = [digest for scanned in scans for digest in scanned.digests]
+        firsts = [first for scanned in scans for first in scanned.firsts]
         self.line: U32 = _column(
             [d.line + np.uint32(f) for d, f in zip(digests, firsts, strict=True)], np.uint32
         )
@@ -284,7 +284,7 @@ class Table:
         self.text_size: U32 = _column([d.text_size for d in digests], np.uint32)
         bands = [d.bands for d in digests if len(d.bands)]
         self.bands: U32 = np.concatenate(bands) if bands else np.zeros((0, BANDS), np.uint32)
-        counts = [sum(len(d.line) for d in one.digests) for one in scans]
+        counts = [sum(len(d.line) for d in scanned.digests) for scanned in scans]
         self.source: U32 = np.repeat(np.arange(len(scans), dtype=np.uint32), counts)
         self._backing, self._paths = _backing(scans, digests)
 
@@ -293,7 +293,7 @@ class Table:
 
     def in_part(self, *parts: str) -> Bools:
         """Which rows are of one of these parts."""
-        chosen = np.array([one.part in parts for one in self.scans], np.bool_)
+        chosen = np.array([scanned.part in parts for scanned in self.scans], np.bool_)
         return chosen[self.source] if len(self) else np.zeros(0, np.bool_)
 
     def place(self, row: int) -> tuple[Path, int]:
@@ -340,10 +340,10 @@ def _column(parts: Sequence[npt.NDArray[Column]], kind: type[Column]) -> npt.NDA
 
 def _backing(scans: Sequence[Scan], digests: Sequence[Digest]) -> tuple[U32, list[Path]]:
     """For each row the number of the file that holds its bytes, and those files."""
-    paths = [one.path for one in scans] + [digest.path for digest in digests]
+    paths = [scanned.path for scanned in scans] + [digest.path for digest in digests]
     columns, number = [], len(scans)
-    for index, one in enumerate(scans):
-        for digest in one.digests:
+    for index, scanned in enumerate(scans):
+        for digest in scanned.digests:
             columns.append(np.where(digest.in_source, np.uint32(index), np.uint32(number)))
             number += 1
     return _column(columns, np.uint32), paths

@@ -72,8 +72,8 @@ def judge(
     Above `data.max_skipped` of a part, everything that would be skipped is a fault.
     """
     verdict = Verdict()
-    scans = {one.path: one for one in findings.table.scans}
-    of_scans = {fault for one in findings.table.scans for fault in one.faults}
+    scans = {scanned.path: scanned for scanned in findings.table.scans}
+    of_scans = {fault for scanned in findings.table.scans for fault in scanned.faults}
     for fault in findings.faults():
         skips = bool(
             data.bad_rows == "skip"
@@ -85,7 +85,9 @@ def judge(
     if rules is not None:
         judge_tokens(data, findings.table, target, numbers, rules, verdict)
     for part in numbers:
-        paths = {one.path: one.rows for one in findings.table.scans if one.part == part}
+        paths = {
+            scanned.path: scanned.rows for scanned in findings.table.scans if scanned.part == part
+        }
         lines = {(f.path, f.line, f.row) for f in verdict.skipped if f.path in paths}
         unread = {
             (f.path, f.line, f.row) for f in verdict.skipped if f in of_scans and f.path in paths

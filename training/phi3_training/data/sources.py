@@ -182,7 +182,7 @@ class Reading:
             return column_rows(self.source)
         if self.kind == "csv":
             return csv_rows(self.source, note)
-        self.encoding.tell(note)
+        self.encoding.report(note)
         if self.kind == "document":
             return document_rows(self.source, self.encoding, note)
         return line_rows(self.source, self.encoding, line_ends)
@@ -191,7 +191,7 @@ class Reading:
 def rows_of(source: Source, note: Note = no_note) -> Iterator[Raw]:
     """The rows of any source, of whatever kind, before they are read as chats.
 
-    Each has its line (and its number, where lines do not tell rows apart), and problems in place
+    Each has its line (and its number, where several rows may share a line), and problems in place
     of a value where it cannot be read; a problem of the whole file has line 0. `note` is given
     what a person should know of the file. Raises OSError.
     """
@@ -226,8 +226,8 @@ def hash_of(path: Path) -> str:
 
     A command asks first whether the stage is done already, then for the manifest of the stage.
     """
-    found = path.stat()
-    return _hash_at(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+    status = path.stat()
+    return _hash_at(path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(64)
@@ -237,8 +237,8 @@ def _hash_at(path: Path, _inode: int, _size: int, _moment: int) -> str:
 
 def fingerprints(sources: Sequence[Source]) -> list[str]:
     """What the data stage depends on: the bytes of files, the name and split of sets."""
-    found = []
+    prints = []
     for source in sources:
-        for one in expand(source).all:
-            found.append(hash_of(one) if isinstance(one, Path) else fingerprint(str(one)))
-    return found
+        for file in expand(source).all:
+            prints.append(hash_of(file) if isinstance(file, Path) else fingerprint(str(file)))
+    return prints

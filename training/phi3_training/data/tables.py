@@ -23,7 +23,7 @@ def csv_rows(path: Path, note: Note) -> Iterator[Raw]:
     """The rows of a CSV or TSV file, whose first line names the columns."""
     csv.field_size_limit(LINE_LIMIT)
     encoding = table_encoding(path, note)
-    encoding.tell(note)
+    encoding.report(note)
     with io.TextIOWrapper(open_text(path, encoding), encoding="utf-8", newline="") as stream:
         lines = _Lines(stream)
         delimiter = _delimiter(lines, path, note)
@@ -78,22 +78,22 @@ class _Lines:
 def _delimiter(lines: _Lines, path: Path, note: Note) -> str:
     """What is between the columns: what Excel's line `sep=;` says, else what makes most columns."""
     usual = "\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes] else ","
-    found = usual
+    delimiter = usual
     try:
         while (first := lines.peek()) and not first.strip():  # an export may begin with blank lines
             lines.skip()
     except UnicodeDecodeError:
         return usual
     if first[:4].lower() == "sep=" and first[4:5] in _DELIMITERS:
-        found = first[4]
+        delimiter = first[4]
         lines.skip()
     else:
         columns = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in _DELIMITERS}
         if max(columns.values()) > columns[usual]:
-            found = max(columns, key=lambda mark: columns[mark])
-    if found != usual:
-        note(f"its columns are separated by {_DELIMITERS[found]}")
-    return found
+            delimiter = max(columns, key=lambda mark: columns[mark])
+    if delimiter != usual:
+        note(f"its columns are separated by {_DELIMITERS[delimiter]}")
+    return delimiter
 
 
 def _named(reader: Any, lines: _Lines) -> Iterator[Raw]:
@@ -130,8 +130,8 @@ def _row(line: int, cells: dict[str, str], json: StrictJson) -> Raw:
     for key in JSON_CELLS & row.keys():
         if not row[key].lstrip().startswith("["):
             continue
-        row[key], found = json.read(row[key])
-        problems += [problem._replace(column=None) for problem in found]
+        row[key], faults = json.read(row[key])
+        problems += [problem._replace(column=None) for problem in faults]
         if row[key] is None:
             return Raw(line, None, problems)
     return Raw(line, row, problems)
@@ -179,5 +179,5 @@ def _batches(path: Path) -> Iterator[Any]:
 def without_nulls(value: Any) -> Any:
     """A row without what is null: columns, and keys of structs, that other rows have."""
     if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

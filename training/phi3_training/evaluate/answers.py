@@ -64,13 +64,13 @@ def answer_losses(
     `share_limit`: longer rows share no pass with the others (see engines/tokens.py).
     """
     examples = [chat.encode_example(conversation) for conversation in conversations]
-    found: list[AnswerLoss | None] = [None] * len(examples)
+    losses_of: list[AnswerLoss | None] = [None] * len(examples)
     fitting = [i for i, e in enumerate(examples) if len(e.input_ids) <= chat.context_length]
     for batch in _batches(fitting, examples, share_limit):
         losses = _batch_losses(model, [examples[i] for i in batch], chat.pad_token_id)
         for index, loss in zip(batch, losses, strict=True):
-            found[index] = loss
-    return found
+            losses_of[index] = loss
+    return losses_of
 
 
 def _batches(
@@ -198,16 +198,18 @@ def examine(
     """
     losses: list[AnswerLoss | None] = [None] * len(asked)
     rows = []
-    for index, one in enumerate(asked):
-        row = _row(chat, index, one, max_new_tokens, share_limit)
+    for index, question in enumerate(asked):
+        row = _row(chat, index, question, max_new_tokens, share_limit)
         if row is None:
             step(1)
         else:
             rows.append(row)
     together = {row.index for row in rows if len(row.ids) > row.prompt}
-    apart = [i for i, one in enumerate(asked) if one.expected and i not in together]
-    found = answer_losses(model, chat, [asked[i].whole for i in apart], share_limit=share_limit)
-    for index, loss in zip(apart, found, strict=True):
+    apart = [i for i, question in enumerate(asked) if question.expected and i not in together]
+    apart_losses = answer_losses(
+        model, chat, [asked[i].whole for i in apart], share_limit=share_limit
+    )
+    for index, loss in zip(apart, apart_losses, strict=True):
         losses[index] = loss
     writer = _Writer(model, chat, losses, share_limit)
     # Like lengths together: less padding, and a batch of questions of one form ends together.
@@ -370,15 +372,15 @@ class _Writer:
         return done
 
     def _leave(self) -> None:
-        kept = [number for number, row in enumerate(self.rows) if not row.done]
-        if len(self.rows) - len(kept) < _LEAVE_AT * len(self.rows):
+        unfinished = [number for number, row in enumerate(self.rows) if not row.done]
+        if len(self.rows) - len(unfinished) < _LEAVE_AT * len(self.rows):
             return
-        self.rows = [self.rows[number] for number in kept]
-        if not kept:
+        self.rows = [self.rows[number] for number in unfinished]
+        if not unfinished:
             self._cache = None
             self._mask = self._mask[:0, :0]
             return
-        self._mask = kept_rows(self._mask, self._cache, kept)
+        self._mask = kept_rows(self._mask, self._cache, unfinished)
 
 
 # Asks many questions: a served engine over HTTP, or loaded weights directly.
@@ -410,7 +412,7 @@ def ask_served(
         reply = client.chat(prompt, temperature=0.0, max_new_tokens=max_new_tokens)
         return Said(reply.text, reply.finish_reason == "length")
 
-    found = []
+    replies = []
     with (
         _endpoint(engine, at_once) as (url, key),
         Phi3Client(url, key, max_retries=0) as client,
@@ -418,7 +420,7 @@ def ask_served(
     ):
         try:
             for said in pool.map(ask, prompts):
-                found.append(said)
+                replies.append(said)
                 step(1)
         except EndpointTimeoutError:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -429,7 +431,7 @@ def ask_served(
         except Phi3Error as error:
             pool.shutdown(wait=False, cancel_futures=True)
             raise StageError(f"The model could not be queried: {error}") from None
-    return found
+    return replies
 
 
 def ask_all(
@@ -452,7 +454,7 @@ def ask_all(
         share_limit=share_limit(folder),
         step=step,
     )
-    return [one.said for one in answered]
+    return [answer.said for answer in answered]
 
 
 @contextmanager
@@ -510,7 +512,7 @@ class Judge:
         if base_id is None:
             return None
         limit = self.recipe.evaluate.max_new_tokens
-        prompts = [one.whole for one in asked]
+        prompts = [question.whole for question in asked]
         return fingerprint([base_id, self.engine, self.precision, limit, prompts])
 
     def examine(self, folder: Path, asked: Sequence[Asked], step: Step) -> list[Answered]:
@@ -560,23 +562,23 @@ class Judge:
             at_once=at_once,
             step=step,
         )
-        found = dict(zip(order, answers, strict=True))
-        return [found[i] for i in range(len(asked))]
+        replies = dict(zip(order, answers, strict=True))
+        return [replies[i] for i in range(len(asked))]
 
     def _with_losses(
         self, folder: Path, asked: Sequence[Asked], said: Sequence[Said | None]
     ) -> list[Answered]:
         """Losses are of the weights themselves: an engine gives tokens, not their probabilities."""
-        known = [i for i, one in enumerate(asked) if one.expected]
+        known = [i for i, question in enumerate(asked) if question.expected]
         losses: list[AnswerLoss | None] = [None] * len(asked)
         with self.loaded(folder) as model:
-            found = answer_losses(
+            known_losses = answer_losses(
                 model,
                 chat_format(folder),
                 [asked[i].whole for i in known],
                 share_limit=share_limit(folder),
             )
-        for index, loss in zip(known, found, strict=True):
+        for index, loss in zip(known, known_losses, strict=True):
             losses[index] = loss
         return [Answered(*pair) for pair in zip(said, losses, strict=True)]
 

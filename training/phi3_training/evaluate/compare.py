@@ -99,8 +99,8 @@ class _Examined:
 
     def __init__(self, asked: Sequence[Asked], answered: Sequence[Answered]) -> None:
         pairs = list(zip(asked, answered, strict=True))
-        self.said = {_key(one.prompt): found.said for one, found in pairs}
-        self._losses = {_key(one.whole): found.loss for one, found in pairs}
+        self.said = {_key(question.prompt): answer.said for question, answer in pairs}
+        self._losses = {_key(question.whole): answer.loss for question, answer in pairs}
 
     def text(self, prompt: Conversation) -> str:
         said = self.said[_key(prompt)]
@@ -123,11 +123,13 @@ def _distinct(asked: Sequence[Asked]) -> list[Asked]:
 
     One without an expected answer is left out where the same question is there with one.
     """
-    measured = {_key(one.prompt) for one in asked if one.expected}
-    found = {
-        _key(one.whole): one for one in asked if one.expected or _key(one.prompt) not in measured
+    measured = {_key(question.prompt) for question in asked if question.expected}
+    by_key = {
+        _key(question.whole): question
+        for question in asked
+        if question.expected or _key(question.prompt) not in measured
     }
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _key(prompt: Conversation) -> str:
@@ -160,10 +162,10 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifes
             resamples=settings.resamples,
             seed=seed_of(part, settings.seed),
         )
-        for side, found in sides.items():
+        for side, figures_of_side in sides.items():
             figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
             correct = sum(row[f"{side}_right"] is True for row in chosen)
-            found[part] = {"rows": len(chosen), "correct": correct, **figures}
+            figures_of_side[part] = {"rows": len(chosen), "correct": correct, **figures}
         comparisons[part] = compared
     return MetricsManifest(
         before=sides["before"],

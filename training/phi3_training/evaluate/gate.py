@@ -54,12 +54,12 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
         for row in asked
     ]
     known = [Chat(asked_in(q.prompt), q.prompt[-1]["content"], q.expected) for q in trained]
-    found = teachers(chats, known)
-    answers = [vocabulary(one.expected) for one in trained]
+    taught_by = teachers(chats, known)
+    answers = [vocabulary(question.expected) for question in trained]
     new = [
         row
-        for row, teacher in zip(asked, found, strict=True)
-        if not teacher and not _spoken_of(row, answers)
+        for row, teacher in zip(asked, taught_by, strict=True)
+        if not teacher and not _is_mentioned(row, answers)
     ]
     if not new or not trained:
         return []
@@ -77,16 +77,16 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     ]
 
 
-def _spoken_of(row: Row, answers: Sequence[frozenset[str]]) -> bool:
+def _is_mentioned(row: Row, answers: Sequence[frozenset[str]]) -> bool:
     """Whether one training answer has the numbers of the expected answer, or most of its words.
 
     Less than teaching it: an answer that says more, or the same in other words, is not missing.
     """
-    told = set(row.get("telling", ()))
-    figures = {word for word in told if any(sign.isdigit() for sign in word)}
+    telling = set(row.get("telling", ()))
+    figures = {word for word in telling if any(sign.isdigit() for sign in word)}
     if figures:
         return any(figures <= words for words in answers)
-    return bool(told) and any(2 * len(told & words) >= len(told) for words in answers)
+    return bool(telling) and any(2 * len(telling & words) >= len(telling) for words in answers)
 
 
 def _not_learnt(rows: Sequence[Row]) -> list[str]:
@@ -203,9 +203,9 @@ def _judged(
     )[metric.name]
     passed, demand = _CHECKS[kind](compared, rule.value, metric)
     named = [] if passed else _worst(chosen, metric, kind)
-    reason = f"{_told(compared, metric, rule)}; {demand}"
-    told = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
-    return RuleVerdict.model_validate({**head, **told})
+    reason = f"{_change_line(compared, metric, rule)}; {demand}"
+    result = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    return RuleVerdict.model_validate({**head, **result})
 
 
 def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
@@ -234,7 +234,7 @@ _CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
 }
 
 
-def _told(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
+def _change_line(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
     low, high = metric.change(compared.low), metric.change(compared.high)
     return (
         f"{metric.label} on {PARTS[rule.part]}: {metric.text(compared.before)} → "
@@ -250,13 +250,13 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
         return float(metric.sign * (_one(row, metric, "after") - _one(row, metric, "before")))
 
     if kind == "max_refusal_change":
-        found = [row for row in rows if change(row)]
+        worst = [row for row in rows if change(row)]
     else:
-        found = sorted(rows, key=lambda r: (change(r), metric.sign * _one(r, metric, "after")))
+        worst = sorted(rows, key=lambda r: (change(r), metric.sign * _one(r, metric, "after")))
         if kind == "max_regression":
-            found = [row for row in found if change(row) < 0]
+            worst = [row for row in worst if change(row) < 0]
     keys = ("part", "line", "origin", "question", "expected", "before", "after")
-    return [{key: row.get(key, "") for key in keys} for row in found[:_NAMED_ROWS]]
+    return [{key: row.get(key, "") for key in keys} for row in worst[:_NAMED_ROWS]]
 
 
 def _one(row: Row, metric: Metric, side: str) -> float:

@@ -67,12 +67,12 @@ def lookalikes(expected: Sequence[str]) -> list[list[list[str]]]:
     """
     tokens = [words(text) for text in expected]
     some = tokens[:: max(1, -(-len(tokens) // _CANDIDATES))]
-    found = []
+    similar = []
     for own in tokens:
         others = {tuple(other) for other in some if other != own}
         alike = sorted(others, key=lambda other: (-_f1(own, other), other))
-        found.append([list(other) for other in alike[:_LOOKALIKES]])
-    return found
+        similar.append([list(other) for other in alike[:_LOOKALIKES]])
+    return similar
 
 
 def rouge_l(answer: str, expected: str) -> float:

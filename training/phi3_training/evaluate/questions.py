@@ -72,12 +72,12 @@ def extra_files(settings: EvaluateSection) -> list[tuple[str, Path]]:
         "probes": shipped_data("refusal_probes.jsonl"),
     }
     named = {"canary": settings.canary, "probes": settings.probes}
-    found = []
+    files = []
     for part, paths in named.items():
         path = shipped[part]
         default = [] if path is None else [path]
-        found += [(part, path) for path in (default if paths is None else paths)]
-    return found
+        files += [(part, path) for path in (default if paths is None else paths)]
+    return files
 
 
 def _read(path: Path, part: str) -> list[Question]:
@@ -85,8 +85,8 @@ def _read(path: Path, part: str) -> list[Question]:
     try:
         for raw in rows_of(path):
             if raw.problems:
-                told = Fault.at(path, raw.line, raw.problems[0], raw.row)
-                raise StageError(f"{told} (expected questions like the chats)")
+                fault = Fault.at(path, raw.line, raw.problems[0], raw.row)
+                raise StageError(f"{fault} (expected questions like the chats)")
             questions.append(_question(raw.value, part, path, raw.row or raw.line))
     except OSError as error:
         raise StageError(f"{path} cannot be read ({error.strerror})") from None

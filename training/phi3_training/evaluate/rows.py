@@ -63,8 +63,8 @@ def make_rows(
     alike: dict[int, list[list[str]]] = {}
     for part in PARTS:
         chosen = [i for i, q in enumerate(questions) if q.part == part and q.expected]
-        found = lookalikes([questions[i].expected for i in chosen])
-        alike.update(zip(chosen, found, strict=True))
+        similar = lookalikes([questions[i].expected for i in chosen])
+        alike.update(zip(chosen, similar, strict=True))
     sets = answer_sets(questions)
     rows = []
     for i, question in enumerate(questions):
@@ -93,14 +93,14 @@ def make_rows(
 
 def answer_sets(questions: Sequence[Question]) -> dict[str, Set]:
     """For each part what its expected answers share; held-out and trained chats are one set."""
-    found = {}
+    sets = {}
     for parts in (("validation", "train"), *((part,) for part in PARTS)):
         chosen = [q for q in questions if q.part in parts and q.expected]
-        one = Set.of(
+        answers = Set.of(
             [q.expected for q in chosen], [question_in(q.prompt[-1]["content"]) for q in chosen]
         )
-        found.update({part: one for part in parts if part not in found})
-    return found
+        sets.update({part: answers for part in parts if part not in sets})
+    return sets
 
 
 def asked_in(prompt: Sequence[Mapping[str, str]]) -> str:
@@ -140,21 +140,21 @@ def _text(answered: Answered) -> str:
 
 def _right(scores: dict[str, Any]) -> bool | None:
     """Whether the answer is right: it has the expected words. None where none are expected."""
-    found = scores.get("contains")
-    return None if found is None else bool(found)
+    has_words = scores.get("contains")
+    return None if has_words is None else bool(has_words)
 
 
 def _scores(
     question: Question, answered: Answered, alike: Sequence[Sequence[str]], among: Set
 ) -> dict[str, Any]:
     text, expected = _text(answered), question.expected
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     if question.accept:
-        found["contains"] = contains(text, question.accept)
+        scores["contains"] = contains(text, question.accept)
     elif expected:
-        found["contains"] = has_expected_words(text, expected, asked_in(question.prompt), among)
+        scores["contains"] = has_expected_words(text, expected, asked_in(question.prompt), among)
     if expected:
-        found |= {
+        scores |= {
             "exact_match": exact_match(text, expected),
             "token_f1": round(token_f1(text, expected), 4),
             "f1_over_lookalikes": round(f1_over_lookalikes(text, expected, alike), 4),
@@ -163,9 +163,9 @@ def _scores(
             "chrf": round(corpus.of_one("chrf", text, expected), 2),
         }
     if answered.loss is not None:
-        found |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}
+        scores |= {"nll": answered.loss.nll, "tokens": answered.loss.tokens}
     return {
-        **found,
+        **scores,
         "words": len(words(text)),
         "cut": answered.said is None or answered.said.cut,
         "refusal_rate": refuses(text),
@@ -184,15 +184,15 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
     if key is None:
         return None
     try:
-        kept = json.loads((run.path / BASE_ANSWERS).read_text(encoding="utf-8"))
-        if kept["key"] != key:
+        cached = json.loads((run.path / BASE_ANSWERS).read_text(encoding="utf-8"))
+        if cached["key"] != key:
             return None
         return [
             Answered(
-                Said(**one["said"]) if one["said"] is not None else None,
-                AnswerLoss(**one["loss"]) if one["loss"] is not None else None,
+                Said(**answer["said"]) if answer["said"] is not None else None,
+                AnswerLoss(**answer["loss"]) if answer["loss"] is not None else None,
             )
-            for one in kept["answers"]
+            for answer in cached["answers"]
         ]
     except (OSError, ValueError, TypeError, KeyError):  # nothing, or of another version
         return None
@@ -201,5 +201,5 @@ def remembered(run: Run, key: str | None) -> list[Answered] | None:
 def remember(run: Run, key: str | None, answers: Sequence[Answered]) -> None:
     """Cache the answers under `key`, replacing earlier ones."""
     if key is not None:
-        kept = {"key": key, "answers": [asdict(one) for one in answers]}
-        write_atomically(run.path / BASE_ANSWERS, json.dumps(kept, ensure_ascii=False))
+        content = {"key": key, "answers": [asdict(answer) for answer in answers]}
+        write_atomically(run.path / BASE_ANSWERS, json.dumps(content, ensure_ascii=False))

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 from ..errors import StageError
 from ..prompt import ChatFormat, Example
@@ -165,7 +165,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation, where it stands (`data/train.jsonl:12`), and what it should teach."""
+    """A conversation, its place (`data/train.jsonl:12`), and what it should teach."""
 
     place: str
     messages: Sequence[dict[str, str]]
@@ -222,15 +222,15 @@ class Report:
 
     def choices(self) -> list[str]:
         """What a user should see of it: what was let pass."""
-        found = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
+        counted = ", ".join(f"{count} × {rule}" for rule, count in self.counts().items())
         how = "trained anyway (--allow, or data.too_long=cut)"
-        lines = [f"label audit: {found}; {how}"] if found else []
+        lines = [f"label audit: {counted}; {how}"] if counted else []
         if count := self.answers_as_context:
             what = "1 answer is" if count == 1 else f"{count} answers are"
             lines.append(f"label audit: {what} context and not learnt (weight 0 in the chats)")
         return lines
 
-    def manifest(self, allow: Collection[str]) -> dict[str, Any]:
+    def manifest(self, allow: Collection[str]) -> dict[str, object]:
         """For the run: the shares of trained tokens, and what was found and allowed."""
         shares = sorted(self.shares) or [0.0]
         return {
@@ -246,11 +246,11 @@ class Report:
         }
 
     def _paragraph(self, rule: str) -> str:
-        found = [finding for finding in self.findings if finding.rule == rule]
-        lines = [f"{rule} ({len(found)} of {self.rows} rows): {RULES[rule].what}"]
-        lines += [f"  {finding.place}: {finding.detail}" for finding in found[:_SHOWN]]
-        if len(found) > _SHOWN:
-            lines.append(f"  … and {len(found) - _SHOWN} more")
+        broken = [finding for finding in self.findings if finding.rule == rule]
+        lines = [f"{rule} ({len(broken)} of {self.rows} rows): {RULES[rule].what}"]
+        lines += [f"  {finding.place}: {finding.detail}" for finding in broken[:_SHOWN]]
+        if len(broken) > _SHOWN:
+            lines.append(f"  … and {len(broken) - _SHOWN} more")
         return "\n".join([*lines, f"  Fix: {RULES[rule].fix}"])
 
 

@@ -74,14 +74,14 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
         What a killed process left unfinished is removed.
         """
-        found = {_step(path): path for path in self.folder.glob("checkpoint-*")}
-        whole = {step for step, path in found.items() if _is_whole(path)}
+        checkpoints = {_step(path): path for path in self.folder.glob("checkpoint-*")}
+        whole = {step for step, path in checkpoints.items() if _is_whole(path)}
         if is_main_process():
-            for step in found.keys() - whole:
-                shutil.rmtree(found[step])
+            for step in checkpoints.keys() - whole:
+                shutil.rmtree(checkpoints[step])
         steps = _common(whole)
         self.resumed_at = max(steps, default=None)
-        return None if self.resumed_at is None else found[self.resumed_at]
+        return None if self.resumed_at is None else checkpoints[self.resumed_at]
 
     def choices(self) -> list[str]:
         """What a person should know: where training resumed."""

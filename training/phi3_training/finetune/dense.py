@@ -32,7 +32,7 @@ _ALIKE = 0.75
 class Block:
     """Conversations of similar length, one after the other from token `start` to `end`.
 
-    `spread` gives for each of their padded places (conversations × width) the token that stands
+    `spread` gives for each of their padded places (conversations × width) the token that is
     there, counted from `start`, and `gathered` the padded place of each token; both None where
     all are of one length.
     """
@@ -272,10 +272,10 @@ class _Turn(Function):
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, way: int) -> None:
     half = cos.shape[-1]
-    one, two = states[..., :half], states[..., half : 2 * half]
-    first = (one * cos).addcmul_(two, sin, value=-way)
-    two.mul_(cos).addcmul_(one, sin, value=way)
-    one.copy_(first)
+    left, right = states[..., :half], states[..., half : 2 * half]
+    first = (left * cos).addcmul_(right, sin, value=-way)
+    right.mul_(cos).addcmul_(left, sin, value=way)
+    left.copy_(first)
 
 
 def turn(rows: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:

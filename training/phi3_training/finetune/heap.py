@@ -33,7 +33,7 @@ def give_back_at_once(parameters: int) -> bool:
 def release() -> None:
     """Give the heap's free pages back to the system: between stages, each of which loads a model.
 
-    Without it a process that trains, measures and converts the 135 M model held 5.0 GB at its end.
+    Without it a process that trains, measures and converts the 135 M model kept 5.0 GB at its end.
     """
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

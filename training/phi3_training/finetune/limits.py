@@ -58,7 +58,7 @@ class TokenRules:
         """The numbers of the conversations that the audit would stop, and why; each once."""
         rows: list[Row] = []
         whose: list[int] = []
-        found: dict[int, Problem] = {}
+        problems: dict[int, Problem] = {}
         for number, conversation in enumerate(conversations):
             for place, copy in self._copies(part, conversation):
                 try:
@@ -66,15 +66,15 @@ class TokenRules:
                 except ValueError as error:
                     what = f"the model cannot be given it: {str(error).rstrip('.')}"
                     fix = "change or remove the row, or set data.bad_rows=skip"
-                    found.setdefault(number, Problem("unwritable", what, fix))
+                    problems.setdefault(number, Problem("unwritable", what, fix))
                     continue
                 whose.append(number)
         for finding in audit_rows(self._chat, rows, self.limit)[1].findings if rows else []:
             if finding.row is not None and finding.rule not in self._allow:
                 row = rows[finding.row]
                 problem = self._problem(finding.rule, finding.detail, row)
-                found.setdefault(whose[finding.row], problem)
-        yield from sorted(found.items())
+                problems.setdefault(whose[finding.row], problem)
+        yield from sorted(problems.items())
 
     def _copies(self, part: str, conversation: Conversation) -> list[Located]:
         """The row and what is made of it for the training, which may be longer."""
@@ -131,8 +131,8 @@ def trainable(
         raise StageError(f"{reason}. The first: {', '.join(places)}")
     if not rows:
         raise StageError("There is nothing to train on: the chats contain no conversation.")
-    told = [f"skipped: {len(bad)} rows that cannot be encoded (data.bad_rows)"] if bad else []
+    remarks = [f"skipped: {len(bad)} rows that cannot be encoded (data.bad_rows)"] if bad else []
     if long and data.too_long != "refuse":
         done = "skipped" if data.too_long == "skip" else "cut"
-        told.append(f"{done}: {len(long)} rows of more than {limit} tokens (data.too_long)")
-    return rows, told
+        remarks.append(f"{done}: {len(long)} rows of more than {limit} tokens (data.too_long)")
+    return rows, remarks

@@ -48,8 +48,8 @@ Loss = Callable[[LossInput], Tensor]
 
 def find_loss(name: str) -> Loss:
     """The loss of that name; StageError, with the known names, if there is none."""
-    found = entry_points(group=GROUP)
-    for entry in found:
+    entries = entry_points(group=GROUP)
+    for entry in entries:
         if entry.name == name:
             try:
                 loss: Loss = entry.load()
@@ -58,7 +58,7 @@ def find_loss(name: str) -> Loss:
                     f"finetune.loss {name!r} ({entry.value}) cannot be loaded: {error}"
                 ) from None
             return loss
-    known = ", ".join(sorted({entry.name for entry in found})) or "none"
+    known = ", ".join(sorted({entry.name for entry in entries})) or "none"
     raise StageError(
         f"There is no loss {name!r} (finetune.loss); installed ones: {known}. A package adds one "
         f'by an entry point "{name} = module:function" in the group {GROUP}.'

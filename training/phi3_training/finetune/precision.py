@@ -89,9 +89,9 @@ def _cpu_frozen(
         return "float32", "exact; bfloat16 is used only for a Phi-3 with sdpa attention"
     if parameters < SMALL_MODEL:
         return "float32", "exact, and no slower for a model this small"
-    found = cpu_flags() if flags is None else flags
+    supported = cpu_flags() if flags is None else flags
     for flag in ("amx_bf16", "avx512_bf16"):
-        if flag in found:
+        if flag in supported:
             return "bfloat16", f"the CPU multiplies it in hardware ({flag}); the adapter is float32"
     return "float32", "exact, and the fastest this CPU has (neither amx_bf16 nor avx512_bf16)"
 

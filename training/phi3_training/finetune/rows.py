@@ -18,7 +18,7 @@ from ..prompt import ChatFormat, Example
 from .audit import Report, Row, Seen, audit, expected_labels
 
 Conversation = list[dict[str, str]]
-Located = tuple[str, Conversation]  # where it stands, and its messages
+Located = tuple[str, Conversation]  # its place (file:line), and its messages
 
 
 def read_rows(paths: Iterable[Path]) -> list[Conversation]:
@@ -92,10 +92,10 @@ def audited(
     """
     given, report = audit_rows(chat, rows, limit)
     report.refuse(allow)
-    kept = [row for row in given if any(row.example.assistant_mask)]
-    if not kept:
+    learnable = [row for row in given if any(row.example.assistant_mask)]
+    if not learnable:
         raise StageError("There is nothing to train on: no row has a token to learn.")
-    return kept, report
+    return learnable, report
 
 
 def audit_rows(chat: ChatFormat, rows: Sequence[Row], limit: int) -> tuple[list[Row], Report]:

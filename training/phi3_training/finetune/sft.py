@@ -34,6 +34,7 @@ from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, 
 from .tracking import trackers
 from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
 from .weights import (
+    AdapterNotes,
     adapter_folder,
     base_folder,
     chat_format,
@@ -113,25 +114,17 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if not is_main_process():
             return None
-        kept = watch.restore(trained)
+        restored = watch.restore(trained)
         watch.clear()
         # By the schedule: a training that stopped early has fewer epochs than the recipe says.
         epoch = trainer.state.max_steps // recipe.finetune.num_train_epochs
         last = log.losses[-max(1, epoch) :]
         weights = list(trained.parameters())
-        figures = {
-            # bitsandbytes packs two weights of 4 bits into a byte.
-            "parameters": sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights),
-            "trained_parameters": sum(w.numel() for w in weights if w.requires_grad),
-            "tokens": sum(len(row.example.input_ids) for row in rows),
-            "learnt_tokens": sum(sum(row.example.assistant_mask) for row in rows),
-            "steps": len(log.losses),
-            "first_loss": round(log.losses[0], 5),
-            "final_loss": round(sum(last) / len(last), 5),  # mean of the last epoch
-        }
-        if watch.best is not None:
-            figures["validation_loss"] = round(watch.best[1], 5)
-        _save(trained, recipe, run, chat, runtime, figures)
+        # bitsandbytes packs two weights of 4 bits into a byte.
+        parameters = sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights)
+        trained_parameters = sum(w.numel() for w in weights if w.requires_grad)
+        final_loss = round(sum(last) / len(last), 5)  # mean of the last epoch
+        _save(trained, recipe, run, chat, runtime, final_loss)
         saves.clear()
     del model, trainer, trained
     gc.collect()
@@ -140,15 +133,21 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     settings = recipe.finetune
     named = f" as adapter {settings.adapter}" if settings.adapter else ""
     adapter = f"adapters/{settings.adapter}" if settings.adapter else "adapter"
-    return ModelManifest(
+    manifest = ModelManifest(
         path="model",
         adapter=None if settings.method == "full" else adapter,
-        summary=f"{settings.method}{named}, {figures['trained_parameters'] / 1e6:.2f} M of "
-        f"{figures['parameters'] / 1e6:.2f} M weights, final loss {figures['final_loss']:.3f}",
+        summary=f"{settings.method}{named}, {trained_parameters / 1e6:.2f} M of "
+        f"{parameters / 1e6:.2f} M weights, final loss {final_loss:.3f}",
         loss_log="finetune/loss.jsonl",
         conversations=counts,
         audit=report.manifest(settings.allow),
-        **figures,
+        parameters=parameters,
+        trained_parameters=trained_parameters,
+        tokens=sum(len(row.example.input_ids) for row in rows),
+        learnt_tokens=sum(sum(row.example.assistant_mask) for row in rows),
+        steps=len(log.losses),
+        first_loss=round(log.losses[0], 5),
+        final_loss=final_loss,
         settings={
             **settings.model_dump(mode="json"),
             "device": runtime.device,
@@ -162,9 +161,12 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
             *saves.choices(),
             *skipped,
             *report.choices(),
-            *([kept] if kept else []),
+            *([restored] if restored else []),
         ],
     )
+    if watch.best is None:
+        return manifest
+    return manifest.model_copy(update={"validation_loss": round(watch.best[1], 5)})
 
 
 def _rows(recipe: Recipe, run: Run) -> tuple[list[Located], dict[str, int]]:
@@ -206,7 +208,7 @@ def _save(
     run: Run,
     chat: ChatFormat,
     runtime: Runtime,
-    figures: dict[str, Any],
+    final_loss: float,
 ) -> None:
     """Write the adapter, if there is one, and the full model."""
     settings = recipe.finetune
@@ -214,11 +216,11 @@ def _save(
     if settings.method != "full":
         target = adapter_folder(run, settings.adapter)
         scale_adapter(model, settings.adapter_weight)
-        notes = {
+        notes: AdapterNotes = {
             "method": settings.method,
             "base_id": run.require(BaseManifest).done_id,
             "dtype": runtime.dtype,
-            "final_loss": figures["final_loss"],
+            "final_loss": final_loss,
         }
         write_adapter(model, target, notes)
         # Merged into the full-precision weights, not into those it was trained on.

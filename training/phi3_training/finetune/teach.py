@@ -59,7 +59,7 @@ def teach(
                 mask = torch.tensor(example.assistant_mask, dtype=torch.bool)
                 ids[row, :length] = tokens
                 labels[row, : length - 1] = tokens.masked_fill(~mask, -100)[1:]
-            # Padding stands on the right, where causal attention never looks, so no mask is needed;
+            # Padding is on the right, where causal attention never looks, so no mask is needed;
             # and the vocabulary is scored only where something is learnt. Both save much time on
             # a CPU. Tokens of no answer are left out: taught only never to come, they would all
             # end up alike, and fine-tuning could not tell them apart any more.

@@ -27,16 +27,16 @@ def trackers(recipe: Recipe, run: Run, checkpoints: Path) -> list[TrainerCallbac
 
     `checkpoints` is the folder of this training's own, that goes when the training is done.
     """
-    made: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = []
     if "tensorboard" in recipe.finetune.report_to:
         if importlib.util.find_spec("tensorboard") is None:
             raise MissingExtraError("tensorboard", "tensorboard")
-        made.append(_TensorBoard(run))
+        callbacks.append(_TensorBoard(run))
     if "mlflow" in recipe.finetune.report_to:
         if importlib.util.find_spec("mlflow") is None:
             raise MissingExtraError("mlflow", "local")
-        made.append(_MLflow(recipe, run, checkpoints / _MLFLOW_ID))
-    return made
+        callbacks.append(_MLflow(recipe, run, checkpoints / _MLFLOW_ID))
+    return callbacks
 
 
 class _Tracker(TrainerCallback):  # type: ignore[misc]  # transformers has no types

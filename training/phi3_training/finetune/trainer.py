@@ -58,7 +58,7 @@ class CpuTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         num_items_in_batch: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Mean cross entropy of the learnt tokens; padding stands on the right, unseen by them."""
+        """Mean cross entropy of the learnt tokens; padding is on the right, unseen by them."""
         if self._dense is None:
             checkpointing = bool(self.args.activation_checkpointing)
             self._dense = (DensePhi3.of(model, checkpointing=checkpointing),)
@@ -237,9 +237,9 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
                     for name, weight in model.named_parameters()
                     if weight.requires_grad and weight.dtype != torch.uint8
                 }
-                made = self._weights.with_name(f".{self._weights.name}")
-                save_file(learning, made)
-                made.replace(self._weights)
+                temporary = self._weights.with_name(f".{self._weights.name}")
+                save_file(learning, temporary)
+                temporary.replace(self._weights)
         steps = [step for step, _ in self.losses]
         since = len(steps) - 1 - steps.index(best[0]) if best else 0
         if self._patience and since >= self._patience:
@@ -264,7 +264,7 @@ class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no 
 
 
 class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Writes each step's loss as a JSON line and tells the caller how far training is."""
+    """Writes each step's loss as a JSON line and reports to the caller how far training is."""
 
     def __init__(self, path: Path, progress: Progress) -> None:
         self.path = path

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -294,7 +294,7 @@ def learn_in_float32(model: Any) -> None:
             weight.data = weight.data.float()
 
 
-def four_bit(dtype: torch.dtype, device: str) -> dict[str, Any]:
+def four_bit(dtype: torch.dtype, device: str) -> dict[str, object]:
     """How transformers loads weights as 4-bit normal floats, computing in `dtype`.
 
     The rest of what QLoRA needs is TRL's: frozen weights, an adapter of bfloat16, and inputs that
@@ -366,7 +366,7 @@ def scale_adapter(model: Any, weight: float) -> None:
             parameter.mul_(weight)
 
 
-def write_adapter(model: Any, target: Path, notes: dict[str, Any]) -> None:
+def write_adapter(model: Any, target: Path, notes: AdapterNotes) -> None:
     """Write the adapter alone into `target`, with our notes on it."""
     with new_folder(target) as folder:
         model.save_pretrained(folder)
@@ -385,6 +385,15 @@ _WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class AdapterNotes(TypedDict, total=False):
+    """What phi3.json says of an adapter; one from elsewhere has none."""
+
+    method: str
+    base_id: str | None  # done_id of the base model that it was trained on
+    dtype: str
+    final_loss: float
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter; `fits` is False if the run's base was recreated after it was trained."""
@@ -392,9 +401,9 @@ class Adapter:
     name: str
     path: Path
     fits: bool
-    notes: dict[str, Any]
+    notes: AdapterNotes
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         return {"name": self.name, "path": str(self.path), "fits": self.fits, **self.notes}
 
@@ -405,22 +414,22 @@ def adapter_folder(run: Run, name: str | None) -> Path:
 
 
 def list_adapters(run: Run) -> list[Adapter]:
-    """The run's named adapters by name; whole ones only."""
+    """The run's named adapters by name; only complete ones."""
     manifest = run.read(BaseManifest)
     base = None if manifest is None else manifest.done_id
-    found = []
+    adapters = []
     for folder in sorted((run.path / FOLDER).glob("*")):
         if _NAME.fullmatch(folder.name) and (folder / _WEIGHTS).is_file():
             notes = _notes(folder)
             fits = notes.pop("base_id", base) == base
-            found.append(Adapter(folder.name, folder, fits, notes))
-    return found
+            adapters.append(Adapter(folder.name, folder, fits, notes))
+    return adapters
 
 
 def find_adapter(run: Run, name: str) -> Adapter:
     """The adapter of that name; UsageError, with the known names, or StageError if it is stale."""
-    found = list_adapters(run)
-    for adapter in found:
+    adapters = list_adapters(run)
+    for adapter in adapters:
         if adapter.name == name:
             if not adapter.fits:
                 raise StageError(
@@ -430,10 +439,10 @@ def find_adapter(run: Run, name: str) -> Adapter:
             return adapter
     if (run.path / FOLDER / name).is_dir():
         raise StageError(
-            f"{run.path / FOLDER / name} is not a whole adapter: expected adapter_config.json and "
-            f"{_WEIGHTS}, as peft's save_pretrained writes them"
+            f"{run.path / FOLDER / name} is not a complete adapter: expected adapter_config.json "
+            f"and {_WEIGHTS}, as peft's save_pretrained writes them"
         )
-    known = ", ".join(adapter.name for adapter in found) or "none yet"
+    known = ", ".join(adapter.name for adapter in adapters) or "none yet"
     raise UsageError(
         f"The run {run.name!r} has no adapter {name!r}; adapters: {known}. "
         f"Train one: phi3 train RECIPE --adapter {name}"
@@ -456,14 +465,14 @@ def merge_adapter(run: Run, name: str) -> Path:
     return target
 
 
-def write_notes(folder: Path, notes: dict[str, Any]) -> None:
+def write_notes(folder: Path, notes: AdapterNotes) -> None:
     """Record next to the weights what they are; peft ignores the file."""
     (folder / NOTES).write_text(json.dumps(notes, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _notes(folder: Path) -> dict[str, Any]:
+def _notes(folder: Path) -> AdapterNotes:
     try:
-        content = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+        content: object = json.loads((folder / NOTES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # a peft folder from elsewhere
-    return content if isinstance(content, dict) else {}
+    return cast(AdapterNotes, content) if isinstance(content, dict) else {}

@@ -319,7 +319,7 @@ def _halves(number: int, least: int) -> Iterator[int]:
         yield number
 
 
-def _difference(recipe: Recipe, changes: Changes) -> dict[str, Any]:
+def _difference(recipe: Recipe, changes: Changes) -> dict[str, object]:
     """The changes that change something."""
     return {k: v for k, v in changes.items() if changed(recipe, {k: v}) != recipe}
 
@@ -329,7 +329,7 @@ def _words(changes: Changes) -> str:
     return " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
 
 
-def _details(need: Need, shape: ModelShape) -> dict[str, Any]:
+def _details(need: Need, shape: ModelShape) -> dict[str, object]:
     device = need.device
     return {
         "phase": need.phase.name,

@@ -132,7 +132,7 @@ class ModelShape:
 
 
 def shape_of(recipe: Recipe) -> ModelShape:
-    """The shape of the recipe's base model. Raises UnknownShapeError when no config tells it."""
+    """The shape of the recipe's base model. Raises UnknownShapeError when no config has it."""
     if recipe.model.is_tiny and recipe.base is not None:
         return shape_from(recipe.base.model_dump(exclude={"data"}), "the recipe's base section")
     name = recipe.model.name_or_path
@@ -152,7 +152,7 @@ def shape_of(recipe: Recipe) -> ModelShape:
 
 
 def shape_from(config: Mapping[str, Any], source: str) -> ModelShape:
-    """The shape that a config.json tells. Raises UnknownShapeError for other kinds of models."""
+    """The shape by a config.json. Raises UnknownShapeError for other kinds of models."""
     missing = [name for name in _NEEDED if not isinstance(config.get(name), int)]
     experts = [name for name in config if "experts" in name]
     if missing or experts:

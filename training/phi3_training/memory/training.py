@@ -171,7 +171,7 @@ def compute_bytes(recipe: Recipe, device: Device) -> int:
 def step_phase(shape: ModelShape, work: Work) -> Phase:
     """The peak of a training step, from the second one on (the first has no moments yet).
 
-    Weights and moments are always there. Beside them a step passes three summits:
+    Weights and moments are always there. In addition a step passes three peaks:
       the loss:      all kept activations and the scores of the vocabulary
       the last layer's backward pass: all kept activations, one layer, its gradients
       the first layer's backward pass: one layer, its gradients, and those of all weights

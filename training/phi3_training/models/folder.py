@@ -34,16 +34,16 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(left)
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    made.chmod(0o755)
-    old = made.with_name(f"{made.name}.old")
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    scratch.chmod(0o755)
+    old = scratch.with_name(f"{scratch.name}.old")
     try:
-        yield made
+        yield scratch
         if target.exists():
             target.rename(old)
-        made.rename(target)
+        scratch.rename(target)
     finally:
-        for left in (made, old):
+        for left in (scratch, old):
             if left.exists():
                 shutil.rmtree(left)
 

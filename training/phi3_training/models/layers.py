@@ -30,12 +30,12 @@ def weight_shapes(folder: Path) -> Shapes:
     """The shape of each weight in a folder's safetensors files."""
     from safetensors import safe_open
 
-    found: Shapes = {}
+    shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="np") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
-                found[name] = tuple(weights.get_slice(name).get_shape())
-    return found
+                shapes[name] = tuple(weights.get_slice(name).get_shape())
+    return shapes
 
 
 def matrices(folder: Path) -> list[str]:

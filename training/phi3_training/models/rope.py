@@ -22,10 +22,10 @@ def check_rope(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, dict):
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
         return
-    kind = found.get("rope_type", found.get("type"))
+    kind = rope.get("rope_type", rope.get("type"))
     if kind is None or kind in _KNOWN:
         return
     place = folder / "config.json"

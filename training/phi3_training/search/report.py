@@ -95,7 +95,7 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
 
 def write_report(
     journey: Journey, plan: SearchPlan, make: MakeRecipe, trials: Sequence[Finished]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the three files; the content of report.json.
 
     Raises StageError when no trial came to a figure.
@@ -111,7 +111,7 @@ def write_report(
     )
     # What the recipe says, not what it leaves to the defaults; paths are absolute.
     recipe = make(overrides_of(best.parameters)).model_dump(mode="json", exclude_unset=True)
-    recipe["name"] = f"{journey.run.name[:59]}-best"  # a run of its own, beside the searched one
+    recipe["name"] = f"{journey.run.name[:59]}-best"  # a run of its own, next to the searched one
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", header + body)
     draw(plan, trials, best, folder / "report.svg")

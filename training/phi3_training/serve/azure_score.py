@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from ..errors import StageError
 from .config import ServerConfig
@@ -50,11 +49,11 @@ class Scorer:
         )
         self._thread.start()
 
-    def run(self, raw: str | bytes) -> dict[str, Any]:
+    def run(self, raw: str | bytes) -> dict[str, object]:
         """The answer to a body; waits for it. A failure is an answer too."""
         return asyncio.run_coroutine_threadsafe(self._answer(raw), self._loop).result()
 
-    async def _answer(self, raw: str | bytes) -> dict[str, Any]:
+    async def _answer(self, raw: str | bytes) -> dict[str, object]:
         try:
             messages, parameters = read_score(json.loads(raw))
             sampling = score_sampling(parameters, _READ, self._max_new_tokens)
@@ -79,7 +78,7 @@ class Scorer:
         self._loop.close()
 
 
-def _refused(reason: str) -> dict[str, Any]:
+def _refused(reason: str) -> dict[str, object]:
     logger.warning("not answered: %s", reason)
     body = {"status_code": 400, "body": error_body("Bad Request", 400, reason)}
     return {"output": None, "error": body}
@@ -87,8 +86,8 @@ def _refused(reason: str) -> dict[str, Any]:
 
 def find_model(folder: Path) -> Path:
     """The folder of weights below a registered model. Raises StageError if there is none."""
-    found = [path.parent for path in folder.rglob(_MODEL_FILES[0])]
-    models = [path for path in found if all((path / name).is_file() for name in _MODEL_FILES)]
+    folders = [path.parent for path in folder.rglob(_MODEL_FILES[0])]
+    models = [path for path in folders if all((path / name).is_file() for name in _MODEL_FILES)]
     if not models:
         raise StageError(
             f"The registered model contains no folder with {' and '.join(_MODEL_FILES)}: expected "
@@ -120,6 +119,6 @@ def init() -> None:
         _loaded.append(scorer_of(Path(os.environ["AZUREML_MODEL_DIR"])))
 
 
-def run(raw_data: str) -> dict[str, Any]:
+def run(raw_data: str) -> dict[str, object]:
     """Called by Azure's inference server with the body of each request."""
     return _loaded[0].run(raw_data)

@@ -151,7 +151,7 @@ def add_openai(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     about = {"object": "model", "created": started, "owned_by": "phi3-promptflow"}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         names = [config.model_name, *config.adapters]
         return {"object": "list", "data": [{"id": name, **about} for name in names]}
 
@@ -245,11 +245,11 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _error(error: EngineError, *, openai: bool) -> dict[str, Any]:
+def _error(error: EngineError, *, openai: bool) -> dict[str, object]:
     if openai:
         named = (names for kind, names in _NAMED.items() if isinstance(error, kind))
         param, code = next(named, (None, None))

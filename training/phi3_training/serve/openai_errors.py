@@ -6,8 +6,6 @@ Statuses, types and codes: https://platform.openai.com/docs/guides/error-codes. 
 
 from __future__ import annotations
 
-from typing import Any
-
 PREFIX = "/v1/"
 
 # What is served below the prefix, for clients that ask for something else.
@@ -35,7 +33,7 @@ def is_openai(path: str) -> bool:
 
 def openai_error(
     status: int, message: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The body of an error; `param` names the field at fault, `code` is fit for a program."""
     if status == 429:
         kind = "requests"
@@ -45,7 +43,7 @@ def openai_error(
     return {"error": {"message": message, "type": kind, "param": param, "code": known}}
 
 
-def no_such_route(path: str, status: int) -> dict[str, Any]:
+def no_such_route(path: str, status: int) -> dict[str, object]:
     """The body for a path or a method that is not served."""
     if path.rstrip("/") == "/v1/completions":
         return openai_error(404, _COMPLETIONS)

@@ -99,15 +99,15 @@ def usage(chunk: Chunk) -> dict[str, int]:
     }
 
 
-def error_body(code: str, status: int, message: str, details: object = None) -> dict[str, Any]:
+def error_body(code: str, status: int, message: str, details: object = None) -> dict[str, object]:
     """An error as the Azure images write it."""
-    error: dict[str, Any] = {"code": code, "status": status, "message": message}
+    error: dict[str, object] = {"code": code, "status": status, "message": message}
     if details is not None:
         error["details"] = details
     return {"error": error}
 
 
-def completion(model: str, text: str, last: Chunk) -> dict[str, Any]:
+def completion(model: str, text: str, last: Chunk) -> dict[str, object]:
     """A whole answer in OpenAI's shape."""
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": last.finish_reason}
@@ -132,14 +132,14 @@ class ChunkShape:
             "model": model,
         }
 
-    def piece(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def piece(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, object]:
         """An event with a piece of the answer."""
         return {
             **self._head,
             "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
         }
 
-    def figures(self, last: Chunk) -> dict[str, Any]:
+    def figures(self, last: Chunk) -> dict[str, object]:
         """The event with the token counts."""
         return {**self._head, "choices": [], "usage": usage(last)}
 
@@ -198,7 +198,7 @@ def read_score(payload: object) -> tuple[Messages, dict[str, Any]]:
     return conversation, parameters
 
 
-def success(answer: Answer, dialect: str, model_name: str) -> dict[str, Any]:
+def success(answer: Answer, dialect: str, model_name: str) -> dict[str, object]:
     """The body of an answer, as the image of that dialect writes it."""
     if dialect == "loi":
         return {"output": answer.text}
@@ -212,7 +212,7 @@ def success(answer: Answer, dialect: str, model_name: str) -> dict[str, Any]:
     }
 
 
-def engine_failure(error: EngineError, dialect: str) -> tuple[dict[str, Any], str]:
+def engine_failure(error: EngineError, dialect: str) -> tuple[dict[str, object], str]:
     """The body and the reason in plain words.
 
     The conversation's own faults look like a bad body; the rest is the engine's answer.
@@ -243,7 +243,7 @@ _MESSAGE = {
 }
 
 
-def swagger(title: str) -> dict[str, Any]:
+def swagger(title: str) -> dict[str, object]:
     """The description; paths as the Azure image lists them."""
     data = {
         "type": "object",
@@ -290,9 +290,9 @@ def swagger(title: str) -> dict[str, Any]:
 
 
 def _operation(
-    name: str, answer: str, *, body: dict[str, Any] | None = None, **more: object
-) -> dict[str, Any]:
-    operation: dict[str, Any] = {
+    name: str, answer: str, *, body: dict[str, object] | None = None, **more: object
+) -> dict[str, object]:
+    operation: dict[str, object] = {
         "operationId": name,
         "responses": {"200": {"description": answer}},
         **more,
@@ -327,7 +327,7 @@ def add_score(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
         return JSONResponse(success(answer, config.dialect, config.model_name))
 
 
-def _failure(body: dict[str, Any], reason: str) -> JSONResponse:
+def _failure(body: dict[str, object], reason: str) -> JSONResponse:
     plain = "".join(c if " " <= c <= "~" else " " for c in reason)[:200]
     logger.warning("/score failed as status 200: %s", plain)
     return JSONResponse(body, headers={"x-phi3-reason": plain})

@@ -67,7 +67,7 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
         return PlainTextResponse("healthy")
 
     @app.get("/swagger.json")
-    async def description() -> dict[str, Any]:
+    async def description() -> dict[str, object]:
         return swagger(config.model_name)
 
     @app.exception_handler(HTTPException)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,13 @@ from ..manifests import (
     BaseManifest,
     ExportCheck,
     ExportManifest,
+    HeldOutCheck,
+    LayerDeviation,
+    LayersCheck,
     Limits,
     MergedExport,
     ModelManifest,
+    Part,
 )
 from ..progress import Progress
 from ..prompt import ChatFormat
@@ -147,8 +151,6 @@ PRECISIONS: dict[Format, Precision] = {
 }
 
 
-Figures = dict[str, Any]  # of a manifest's ExportCheck
-
 _ROUNDED = "each weight is rounded to the nearest {}; that is noise, not a trend"
 
 # Merging in exactly the number type of the training. The rounding of a weight is uniform within
@@ -231,12 +233,12 @@ def held_out(run: Run, chat: ChatFormat) -> list[HeldOut]:
     path = run.path / "data" / "validation.jsonl"
     rows = read_rows([path]) if path.is_file() else []
     chosen = rows[:: -(-len(rows) // HELD_OUT_ROWS)] if rows else []
-    found = []
+    rows_held_out = []
     for messages in chosen:
         question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
         prompt = Prompt(question, chat.encode_prompt(messages[:-1]))
-        found.append(HeldOut(prompt, messages[-1]["content"]))
-    return [row for row in found if _fits(row.prompt, chat)]
+        rows_held_out.append(HeldOut(prompt, messages[-1]["content"]))
+    return [row for row in rows_held_out if _fits(row.prompt, chat)]
 
 
 def _fits(prompt: Prompt, chat: ChatFormat) -> bool:
@@ -268,14 +270,17 @@ class LayerFigures(Protocol):
 
 
 def behaviour(
-    found: Sequence[Deviation], limits: Limits, token: Callable[[int], str], sides: tuple[str, str]
-) -> tuple[Figures, list[str]]:
-    """Figures over all prompts and the problems; `sides` names the two models."""
-    tokens = sum(d.tokens for d in found)
-    agreement = sum(d.alike for d in found) / tokens
-    mean_kl = sum(d.kl * d.tokens for d in found) / tokens
-    worst = max(found, key=lambda d: d.kl)
-    least = min(found, key=lambda d: d.alike / d.tokens)
+    deviations: Sequence[Deviation],
+    limits: Limits,
+    token: Callable[[int], str],
+    sides: tuple[str, str],
+) -> ExportCheck:
+    """Figures over all prompts, and the problems; `sides` names the two models."""
+    tokens = sum(d.tokens for d in deviations)
+    agreement = sum(d.alike for d in deviations) / tokens
+    mean_kl = sum(d.kl * d.tokens for d in deviations) / tokens
+    worst = max(deviations, key=lambda d: d.kl)
+    least = min(deviations, key=lambda d: d.alike / d.tokens)
     problems = []
     if agreement < limits.token_agreement:
         problems.append(
@@ -292,32 +297,35 @@ def behaviour(
             f"KL {worst.kl:.2g} at one prompt (at most {limits.worst_kl:g}): "
             f"{_told(worst, token, sides)}"
         )
-    figures = {
-        "prompts": len(found),
-        "tokens": tokens,
-        "token_agreement": round(agreement, 6),
-        "answers_alike": sum(d.first_other is None for d in found),
-        "mean_kl": mean_kl,
-        "worst_kl": worst.kl,
-        "worst_prompt": worst.prompt,
-    }
-    return figures, problems
+    return ExportCheck(
+        passed=not problems,
+        problems=problems,
+        compared_with=sides[0],
+        prompts=len(deviations),
+        tokens=tokens,
+        token_agreement=round(agreement, 6),
+        answers_alike=sum(d.first_other is None for d in deviations),
+        mean_kl=mean_kl,
+        worst_kl=worst.kl,
+        worst_prompt=worst.prompt,
+        limits=limits,
+    )
 
 
 def answers(
     before: Sequence[bool], after: Sequence[bool], names: Sequence[str], limits: Limits
-) -> tuple[Figures, list[str]]:
+) -> tuple[HeldOutCheck, list[str]]:
     """Exact match on held-out rows before and after, and the rows that were lost."""
     rows = len(before)
     lost = [n for n, was, now in zip(names, before, after, strict=True) if was and not now]
     delta = (sum(after) - sum(before)) / rows
-    figures = {
-        "rows": rows,
-        "exact_match_before": round(sum(before) / rows, 6),
-        "exact_match": round(sum(after) / rows, 6),
-        "delta": round(delta, 6),
-        "lost": lost,
-    }
+    figures = HeldOutCheck(
+        rows=rows,
+        exact_match_before=round(sum(before) / rows, 6),
+        exact_match=round(sum(after) / rows, 6),
+        delta=round(delta, 6),
+        lost=lost,
+    )
     if -delta <= limits.lost_answers:
         return figures, []
     shown = ", ".join(repr(name[:60]) for name in lost[:3])
@@ -327,12 +335,14 @@ def answers(
     ]
 
 
-def weights(found: Sequence[LayerFigures], limits: Limits, dtype: str) -> tuple[Figures, list[str]]:
+def weights(
+    layers: Sequence[LayerFigures], limits: Limits, dtype: str
+) -> tuple[LayersCheck, list[str]]:
     """The layers that are furthest from base plus adapter."""
-    by_weights = sorted(found, key=lambda layer: layer.weights, reverse=True)
-    by_change = max(found, key=lambda layer: layer.change)
+    by_weights = sorted(layers, key=lambda layer: layer.weights, reverse=True)
+    by_change = max(layers, key=lambda layer: layer.change)
     problems = []
-    wrong = [layer for layer in found if layer.dtype != dtype]
+    wrong = [layer for layer in layers if layer.dtype != dtype]
     if wrong:
         problems.append(
             f"{len(wrong)} weights are {wrong[0].dtype}, but the model was trained in {dtype} and "
@@ -348,19 +358,24 @@ def weights(found: Sequence[LayerFigures], limits: Limits, dtype: str) -> tuple[
             f"the layer {by_change.name} lost {by_change.change:.1%} of what the adapter changes "
             f"in it (at most {limits.change:.1%})"
         )
-    top = [
-        {"name": layer.name, "weights": layer.weights, "change": layer.change}
-        for layer in by_weights[:5]
-    ]
-    figures = {"count": len(found), "largest": by_weights[0].weights, "layer": by_weights[0].name}
-    return {**figures, "largest_change": by_change.change, "furthest": top}, problems
+    check = LayersCheck(
+        count=len(layers),
+        largest=by_weights[0].weights,
+        layer=by_weights[0].name,
+        largest_change=by_change.change,
+        furthest=[
+            LayerDeviation(name=layer.name, weights=layer.weights, change=layer.change)
+            for layer in by_weights[:5]
+        ],
+    )
+    return check, problems
 
 
-def _told(found: Deviation, token: Callable[[int], str], sides: tuple[str, str]) -> str:
-    text = f"{found.prompt[:60]!r}"
-    if found.first_other is None:
+def _told(deviation: Deviation, token: Callable[[int], str], sides: tuple[str, str]) -> str:
+    text = f"{deviation.prompt[:60]!r}"
+    if deviation.first_other is None:
         return text
-    place, first, second = found.first_other
+    place, first, second = deviation.first_other
     return (
         f"{text}, answer token {place + 1}: {sides[0]} says {token(first)!r}, "
         f"{sides[1]} says {token(second)!r}"
@@ -379,9 +394,9 @@ def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
     model = run.require(ModelManifest)
     folder = run.path / model.path
     exam = _Exam(run, folder, progress)
-    made: ExportManifest
+    exported: ExportManifest
     if to == "merged":
-        check, made = _merged(run, model, folder, exam), MergedExport(path=model.path)
+        check, exported = _merged(run, model, folder, exam), MergedExport(path=model.path)
     else:
         onnx = converted(run, PRECISIONS[to], progress)
         limits = ONNX[to]
@@ -394,9 +409,9 @@ def export(run: Run, to: Format, progress: Progress) -> ExportCheck:
         said = exam.first(reference, "merged")
         del reference
         candidate = onnxruntime.step_model(onnx)
-        figures, problems = exam.second(candidate, said, limits, ("merged", to))
-        check, made = _check("merged", figures, problems, limits), run.require(EXPORTS[to])
-    run.write(made.model_copy(update={"of": model.done_id, "check": check}))
+        check = exam.second(candidate, said, limits, ("merged", to))
+        exported = run.require(EXPORTS[to])
+    run.write(exported.model_copy(update={"of": model.done_id, "check": check}))
     return check
 
 
@@ -424,20 +439,19 @@ class _Exam:
         said: tuple[list[Trace], list[bool]],
         limits: Limits,
         sides: tuple[str, str],
-    ) -> tuple[Figures, list[str]]:
+    ) -> ExportCheck:
         """The figures of the other model against those, and the problems."""
-        found = []
+        deviations = []
         for prompt, trace in zip(self._prompts, said[0], strict=True):
             logits = forced(model, prompt.ids, trace.tokens, self._switch)
-            found.append(deviation(prompt, trace, logits))
+            deviations.append(deviation(prompt, trace, logits))
             self._step(sides[1])
-        figures, problems = behaviour(found, limits, self.token, sides)
-        if self._rows:
-            names = [row.prompt.name for row in self._rows]
-            after = self._right(model, sides[1])
-            figures["held_out"], lost = answers(said[1], after, names, limits)
-            problems += lost
-        return figures, problems
+        check = behaviour(deviations, limits, self.token, sides)
+        if not self._rows:
+            return check
+        names = [row.prompt.name for row in self._rows]
+        held_out, lost = answers(said[1], self._right(model, sides[1]), names, limits)
+        return _with_part(check, lost, held_out=held_out)
 
     def _trace(self, model: StepModel, prompt: Prompt, name: str) -> Trace:
         self._step(name)
@@ -445,21 +459,23 @@ class _Exam:
         return greedy(model, prompt.ids, self._chat.stop_token_ids, most, self._switch)
 
     def _right(self, model: StepModel, name: str) -> list[bool]:
-        found = []
+        matches = []
         for row in self._rows:
             tokens = self._trace(model, row.prompt, name).tokens
             ended = tokens and tokens[-1] in self._chat.stop_token_ids
             answer = self._chat.decode(tokens[:-1] if ended else tokens)
-            found.append(exact_match(answer, row.expected))
-        return found
+            matches.append(exact_match(answer, row.expected))
+        return matches
 
     def _step(self, name: str) -> None:
         self._done += 1
         self._progress(self._done, self._total, f"asking {name}")
 
 
-def _answer(tokens: Sequence[int], chat: ChatFormat) -> Sequence[int]:
-    return tokens[:-1] if tokens and tokens[-1] in chat.stop_token_ids else tokens
+def _with_part(check: ExportCheck, problems: Sequence[str], **part: Part) -> ExportCheck:
+    """The check with one more part and its problems."""
+    listed = [*check.problems, *problems]
+    return check.model_copy(update={**part, "problems": listed, "passed": not listed})
 
 
 def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> ExportCheck:
@@ -479,11 +495,5 @@ def _merged(run: Run, model: ModelManifest, folder: Path, exam: _Exam) -> Export
     layers, wrong = weights(list(models.layers(side, base, folder)), limits, dtype)
     del side
     sides = ("base and adapter", "merged")
-    figures, problems = exam.second(models.merged_rows(folder), said, limits, sides)
-    return _check(sides[0], {**figures, "layers": layers}, [*wrong, *problems], limits)
-
-
-def _check(against: str, figures: Figures, problems: list[str], limits: Limits) -> ExportCheck:
-    return ExportCheck(
-        passed=not problems, compared_with=against, problems=problems, **figures, limits=limits
-    )
+    check = exam.second(models.merged_rows(folder), said, limits, sides)
+    return _with_part(check, wrong, layers=layers)

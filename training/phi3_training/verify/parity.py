@@ -190,23 +190,23 @@ class Report:
         """Whether nothing differs."""
         return not any(place.differences for place in self.places)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For `-o json`."""
         places = [{**asdict(place), "status": place.status} for place in self.places]
         return {"ok": self.ok, "cases": self.cases, "places": places}
 
     def lines(self) -> list[str]:
         """For a terminal: a line per place, the first differences below it."""
-        found = []
+        lines = []
         for place in self.places:
             if place.skipped is not None:
-                found.append(f"skipped  {place.name}: {place.skipped}")
+                lines.append(f"skipped  {place.name}: {place.skipped}")
                 continue
-            found.append(f"{place.status:<8} {place.name} ({place.compared} comparisons)")
-            found += [f"           {difference}" for difference in place.differences[:3]]
+            lines.append(f"{place.status:<8} {place.name} ({place.compared} comparisons)")
+            lines += [f"           {difference}" for difference in place.differences[:3]]
             if len(place.differences) > 3:
-                found.append(f"           … and {len(place.differences) - 3} more")
-        return found
+                lines.append(f"           … and {len(place.differences) - 3} more")
+        return lines
 
 
 def first_difference(
@@ -327,14 +327,14 @@ async def flow_asks(engine: Engine, messages: Messages) -> str:
 async def script_asks(engine: Engine, messages: Messages) -> str:
     """The same body, to the script that an Azure deployment runs."""
 
-    def run() -> dict[str, Any]:
+    def run() -> dict[str, object]:
         with Scorer(engine) as scorer:
             return scorer.run(json.dumps(_flow_body(messages)))
 
     return _why_ended(await asyncio.to_thread(run))
 
 
-def _flow_body(messages: Messages) -> dict[str, Any]:
+def _flow_body(messages: Messages) -> dict[str, object]:
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
     turns = messages[:-1] if system is None else messages[1:-1]
     asked = to_messages(from_messages(turns), messages[-1]["content"], system)
@@ -375,7 +375,7 @@ async def forwarded(case: Case) -> Messages:
     return tuple(bodies[0]["messages"])
 
 
-async def _post(engine: Engine, route: str, body: dict[str, Any]) -> dict[str, Any]:
+async def _post(engine: Engine, route: str, body: dict[str, Any]) -> dict[str, object]:
     # This dialect's answers say why they ended; requests are read alike in both.
     container = create_container(engine, ServerConfig(dialect="fms"))
     transport = httpx.ASGITransport(container)

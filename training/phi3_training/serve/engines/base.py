@@ -122,10 +122,10 @@ class StopCutter:
         if not self._stops or self.hit:
             return "" if self.hit else text
         self._held += text
-        found = [at for at in map(self._held.find, self._stops) if at >= 0]
-        if found:
+        places = [at for at in map(self._held.find, self._stops) if at >= 0]
+        if places:
             self.hit = True
-            return self._release(min(found))
+            return self._release(min(places))
         return self._release(len(self._held) - self._unsure())
 
     def flush(self) -> str:

@@ -87,8 +87,8 @@ class Sampler:
         cumulative = np.cumsum(weights / weights.sum())
         if self._top_p < 1:
             # The smallest set that reaches top_p; the likeliest token is always in it.
-            kept = int(np.searchsorted(cumulative, self._top_p)) + 1
-            order, cumulative = order[:kept], cumulative[:kept] / cumulative[:kept][-1]
+            count = int(np.searchsorted(cumulative, self._top_p)) + 1
+            order, cumulative = order[:count], cumulative[:count] / cumulative[:count][-1]
         drawn = int(np.searchsorted(cumulative, self._random.random(), side="right"))
         return int(order[min(drawn, len(order) - 1)])
 
@@ -293,7 +293,7 @@ class Batcher:
             return self._model.step(self._next)
         # From here on the model rotates by its other factors, and keys rotated by the first ones
         # would be misread (KL 0.54 at the next token of a random model). transformers' own
-        # `generate` reads the conversation again here, too. The job is alone: see `_fits_beside`.
+        # `generate` reads the conversation again here, too. The job is alone: see `_has_room_for`.
         self._model.drop(0)
         return self._model.add([*job.ids, *job.tokens], job.length)[None]
 
@@ -326,7 +326,7 @@ class Batcher:
                 return None
             job = min(open_ones, key=lambda job: job.unread - job.passed)
             if job not in self._reading:
-                if not self._fits_beside(job.length):
+                if not self._has_room_for(job.length):
                     # Rows must end first; prompts that are half read have their place already.
                     return min(self._reading, key=lambda job: job.unread, default=None)
                 self._waiting.remove(job)
@@ -358,11 +358,11 @@ class Batcher:
     def _close_reading(self, job: Job) -> None:
         self._reading.pop(job).close()
 
-    def _fits_beside(self, length: int) -> bool:
-        beside = [*self._rows, *self._reading]
-        if not beside:
+    def _has_room_for(self, length: int) -> bool:
+        others = [*self._rows, *self._reading]
+        if not others:
             return True
-        longest = max(length, *(job.length for job in beside))
+        longest = max(length, *(job.length for job in others))
         shares = self._share_limit is None or longest <= self._share_limit
         return shares and self._model.has_room(length)
 

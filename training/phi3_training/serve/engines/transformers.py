@@ -103,10 +103,10 @@ class CachedRows:
         if rows == 1:
             self.reset()
             return
-        kept = list(range(rows - 1))
+        rest = list(range(rows - 1))
         if row != rows - 1:
-            kept[row] = rows - 1
-        self._mask = kept_rows(self._mask, self._cache, kept)
+            rest[row] = rows - 1
+        self._mask = kept_rows(self._mask, self._cache, rest)
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Logits:
