@@ -420,24 +420,20 @@ def _checked(
         if roles[-1] == "assistant":
             raise ValueError("The last message has the role assistant; expected user.")
     else:
-        _check_order(roles, last_role)
+        turns = roles[1:] if roles and roles[0] == "system" else roles
+        if not turns:
+            raise ValueError("The conversation has no user message.")
+        if "system" in turns:
+            raise ValueError("A system message is allowed only at the start of a conversation.")
+        for number, role in enumerate(turns):
+            if role != ("user", "assistant")[number % 2]:
+                raise ValueError(
+                    "User and assistant messages must alternate, starting with the user; the roles "
+                    f"are: {', '.join(roles)}."
+                )
+        if last_role is not None and turns[-1] != last_role:
+            raise ValueError(f"The last message has the role {turns[-1]}; expected {last_role}.")
     return checked
-
-
-def _check_order(roles: Sequence[str], last_role: str | None) -> None:
-    turns = roles[1:] if roles and roles[0] == "system" else roles
-    if not turns:
-        raise ValueError("The conversation has no user message.")
-    if "system" in turns:
-        raise ValueError("A system message is allowed only at the start of a conversation.")
-    for number, role in enumerate(turns):
-        if role != ("user", "assistant")[number % 2]:
-            raise ValueError(
-                "User and assistant messages must alternate, starting with the user; the roles "
-                f"are: {', '.join(roles)}."
-            )
-    if last_role is not None and turns[-1] != last_role:
-        raise ValueError(f"The last message has the role {turns[-1]}; expected {last_role}.")
 
 
 def _template_text(model_dir: Path, config: Mapping[str, Any]) -> str:

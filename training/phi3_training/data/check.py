@@ -283,10 +283,6 @@ class TokenViewer:
         except ValueError as error:
             raise UsageError(f"{place}: {error}") from None
         ids, mask = example.input_ids, example.assistant_mask
-        return TokenView(place, ids, mask, self._stretches(ids, mask))
-
-    def _stretches(self, ids: list[int], mask: list[int]) -> list[Stretch]:
-        """Each stretch's text is what it adds to the text before it: so spaces are right."""
         stretches: list[Stretch] = []
         end, before = 0, ""
         for trained, run in groupby(mask):
@@ -294,4 +290,4 @@ class TokenViewer:
             text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=False))
             stretches.append(Stretch(bool(trained), text[len(before) :]))
             before = text
-        return stretches
+        return TokenView(place, ids, mask, stretches)

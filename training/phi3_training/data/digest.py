@@ -236,10 +236,13 @@ def flags_of(batch: Batch) -> list[Flag]:
 
     Patterns are tried only where one is possible: this looks at every byte of every text.
     """
+    digits = np.flatnonzero(batch.codes - np.uint8(48) < 10)
+    close = digits[6:] - digits[:-6] <= _PHONE_SPAN
+    close[1:] &= ~(close[:-1] & (digits[1:-6] - digits[:-7] <= 3))
     return sorted(
         [
             *_matches(batch, _around(_places(batch.text, b"@"), 1, 96), _EMAIL, EMAIL),
-            *_matches(batch, _around(_digit_places(batch.codes).tolist(), 8, 48), _PHONE, PHONE),
+            *_matches(batch, _around(digits[:-6][close].tolist(), 8, 48), _PHONE, PHONE),
             *_matches(batch, _unbroken(batch), _KEY, KEY),
         ]
     )
@@ -279,14 +282,6 @@ def _places(text: bytes, mark: bytes) -> Iterator[int]:
     while place >= 0:
         yield place
         place = text.find(mark, place + 1)
-
-
-def _digit_places(text: U8) -> Ints:
-    """Where seven digits begin that stand close enough for a phone number, first of a cluster."""
-    digits = np.flatnonzero(text - np.uint8(48) < 10)
-    close = digits[6:] - digits[:-6] <= _PHONE_SPAN
-    close[1:] &= ~(close[:-1] & (digits[1:-6] - digits[:-7] <= 3))
-    return digits[:-6][close]
 
 
 def _unbroken(batch: Batch) -> Iterator[tuple[int, int]]:

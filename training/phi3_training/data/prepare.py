@@ -373,7 +373,13 @@ def prepare(
         listed = write_findings(run.path / REPORT, findings, verdict.skipped, verdict.cut)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
         taught = _taught(findings, target)
-        _publish(writers, run)
+        folder = run.path / FOLDER
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.jsonl"):
+            if old.stem not in writers:
+                old.unlink()
+        for part, writer in writers.items():
+            writer.path.replace(folder / f"{part}.jsonl")
         write_origins(run.path / ORIGINS_FILE, _places(findings, target))
     (run.path / FAULTS).unlink(missing_ok=True)
     order = [part for part in ("train", "validation", "replay") if part in writers]
@@ -536,17 +542,6 @@ def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
     taught_by = teachers(_chats(findings, held), _chats(findings, trained))
     reworded = sum(bool(rows) for rows in taught_by)
     return {"reworded": reworded, "new": len(held) - reworded}
-
-
-def _publish(writers: Writers, run: Run) -> None:
-    """Put the finished files in place, and remove those of an earlier recipe."""
-    folder = run.path / FOLDER
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.jsonl"):
-        if old.stem not in writers:
-            old.unlink()
-    for part, writer in writers.items():
-        writer.path.replace(folder / f"{part}.jsonl")
 
 
 def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]:

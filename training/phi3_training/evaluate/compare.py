@@ -16,7 +16,6 @@ from ..finetune.weights import base_folder, chat_format
 from ..manifests import Asked as AskedBoth
 from ..manifests import Comparison, Figure, MetricsManifest, ModelManifest, Resampling
 from ..progress import Progress
-from ..prompt import ChatFormat
 from ..recipe import EvaluateSection, Recipe
 from ..run import Run
 from .answers import Asked, choose_judge
@@ -37,7 +36,18 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     quiet_libraries()
     questions = collect(recipe.evaluate, run)
     base = base_folder(run)
-    _check_prompts(questions, chat_format(base))
+    chat = chat_format(base)
+    faults = []
+    for q in questions:
+        try:
+            chat.encode_prompt(q.prompt)
+        except ValueError as error:
+            place = q.origin or f"data/{q.part}.jsonl:{q.line} of the run"
+            faults.append(f"  {place}: {error}")
+    if faults:
+        more = [f"  … and {len(faults) - _SOME} more"] if len(faults) > _SOME else []
+        listed = "\n".join([*faults[:_SOME], *more])
+        raise StageError(f"{len(faults)} questions cannot be put to this model:\n{listed}")
     tuned = run.path / run.require(ModelManifest).path
     question = question_of(recipe, run)
     own = Asked([{"role": "user", "content": question}])
@@ -77,21 +87,6 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
             "choices": [judge.sentence, *remarks],
         }
     )
-
-
-def _check_prompts(questions: Sequence[Question], chat: ChatFormat) -> None:
-    """Raise StageError, with each place, for questions that the model's template cannot write."""
-    faults = []
-    for question in questions:
-        try:
-            chat.encode_prompt(question.prompt)
-        except ValueError as error:
-            place = question.origin or f"data/{question.part}.jsonl:{question.line} of the run"
-            faults.append(f"  {place}: {error}")
-    if faults:
-        more = [f"  … and {len(faults) - _SOME} more"] if len(faults) > _SOME else []
-        listed = "\n".join([*faults[:_SOME], *more])
-        raise StageError(f"{len(faults)} questions cannot be put to this model:\n{listed}")
 
 
 class _Examined:

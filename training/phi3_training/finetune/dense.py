@@ -81,11 +81,7 @@ def layout(labels: Tensor, positions: Tensor | None = None) -> Layout:
         for start, (earlier, after) in zip(borders, pairwise(before), strict=False)
         if after > earlier
     ]
-    return _arranged(places or [(0, 1)], wanted)
-
-
-def _arranged(places: Sequence[tuple[int, int]], wanted: Tensor) -> Layout:
-    """The layout of conversations with these first places and lengths."""
+    places = places or [(0, 1)]
     ordered = sorted(places, key=lambda place: -place[1])
     taken = torch.cat([torch.arange(start, start + size) for start, size in ordered])
     positions = torch.cat([torch.arange(size) for _, size in ordered])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from .audit import Row
 from .checkpoints import Checkpoints
 from .limits import trainable
 from .rows import (
-    Located,
     audited,
     read_located,
     with_casual_copies,
@@ -77,10 +75,20 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
             f"{count} GPUs are visible, but one process would train. Use all of them: "
             f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
         )
-    located, counts = _rows(recipe, run)
+    train = list(read_located(run.path / "data" / "train.jsonl", run.path))
+    replay_file = run.path / "data" / "replay.jsonl"
+    replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
+    casual = with_casual_copies(train) if recipe.data.casual_copies else train
+    reworded = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
+    counts = {
+        "train": len(train),
+        "casual_copies": len(casual) - len(train),
+        "rewordings": len(reworded) - len(casual),
+        "replay": len(replay),
+    }
     limit = min(recipe.data.max_length, chat.context_length)
     allow = [*recipe.finetune.allow, *(_CUT if recipe.data.too_long == "cut" else ())]
-    rows, skipped = trainable(chat, located, limit, recipe.data)
+    rows, skipped = trainable(chat, [*reworded, *replay], limit, recipe.data)
     rows, report = audited(chat, rows, limit, allow)
     held_out: list[Row] = []
     if recipe.finetune.eval_steps is not None:
@@ -110,7 +118,22 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
             ) from None
         # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
         audit_trainer(trainer, rows, chat).refuse(allow)
-        _train(trainer, recipe, log, saves.newest())
+        checkpoint = saves.newest()
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except torch.OutOfMemoryError:
+            raise StageError(
+                "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
+                "finetune.gradient_accumulation_steps by the same factor), or set "
+                "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
+                "data.max_length."
+            ) from None
+        if not log.losses or not math.isfinite(log.losses[-1]):
+            raise StageError(
+                "The loss became NaN or infinite, so nothing was saved. Lower "
+                f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
+                f"the loss of each step: {log.path}"
+            )
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if not is_main_process():
             return None
@@ -167,39 +190,6 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     if watch.best is None:
         return manifest
     return manifest.model_copy(update={"validation_loss": round(watch.best[1], 5)})
-
-
-def _rows(recipe: Recipe, run: Run) -> tuple[list[Located], dict[str, int]]:
-    """The new chats, their casual copies and rewordings, and the old chats that are replayed."""
-    train = list(read_located(run.path / "data" / "train.jsonl", run.path))
-    replay_file = run.path / "data" / "replay.jsonl"
-    replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
-    casual = with_casual_copies(train) if recipe.data.casual_copies else train
-    rows = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
-    return [*rows, *replay], {
-        "train": len(train),
-        "casual_copies": len(casual) - len(train),
-        "rewordings": len(rows) - len(casual),
-        "replay": len(replay),
-    }
-
-
-def _train(trainer: Any, recipe: Recipe, log: LossLog, checkpoint: Path | None) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError:
-        raise StageError(
-            "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
-            "finetune.gradient_accumulation_steps by the same factor), or set "
-            "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
-            "data.max_length."
-        ) from None
-    if not log.losses or not math.isfinite(log.losses[-1]):
-        raise StageError(
-            "The loss became NaN or infinite, so nothing was saved. Lower "
-            f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
-            f"the loss of each step: {log.path}"
-        )
 
 
 def _save(

@@ -74,20 +74,14 @@ class CpuTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
                 model, inputs, num_items_in_batch=num_items_in_batch, **options
             )
             return loss
-        return _short_loss(model, inputs, items)
-
-
-def _short_loss(model: Any, inputs: Batch, items: torch.Tensor | int) -> torch.Tensor:
-    """The model's own pass, its vocabulary scored where something is learnt."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    positions = inputs.get("position_ids")
-    hidden = plain.base_model(
-        input_ids=inputs["input_ids"], position_ids=positions, use_cache=False
-    )[0]
-    labels = inputs["labels"][:, 1:]
-    learnt = labels != IGNORED
-    logits = plain.get_output_embeddings()(hidden[:, :-1][learnt]).float()
-    return torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum") / items
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        positions = inputs.get("position_ids")
+        hidden = plain.base_model(
+            input_ids=inputs["input_ids"], position_ids=positions, use_cache=False
+        )[0]
+        learnt = labels != IGNORED
+        logits = plain.get_output_embeddings()(hidden[:, :-1][learnt]).float()
+        return torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum") / items
 
 
 class OwnLossTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types

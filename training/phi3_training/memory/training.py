@@ -290,10 +290,17 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     An adapter adds its r inner numbers for each matrix, dropout one noise for each input, DoRA
     the matrix's output before and after the adapter.
     """
-    if work.dense:
-        return _dense_layer_bytes(shape, work)
     b, h, i = work.compute, shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if work.dense:
+        # What finetune/dense.py keeps, for each token: both norms' input 4·h each and, as computed,
+        # their output; q, k and v after the rotation and attention's output, 4 each, and the
+        # latter as computed; gate and up b·2i, and their product b·i. Inputs of layers without
+        # adapter are not stored. No mask and no repeated k and v.
+        inputs = {"qkv_proj": h, "o_proj": queries, "gate_up_proj": h, "down_proj": i}
+        numbers = 2 * i + sum(inputs[name] for name in _adapted_names(shape, work))
+        size = b * numbers + FLOAT32 * (2 * h + 2 * queries + 2 * keys)
+        return work.positions * size + _adapter_activations(shape, work)
     names = _adapted_names(shape, work)
     numbers = queries + 2 * keys + queries + keys + queries + 3 * i
     # Inputs of matrices are kept for those that learn or have an adapter: the norms' outputs feed
@@ -306,21 +313,6 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     if work.full:
         size += work.positions * 2 * h * work.stream_bytes
     return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
-
-
-def _dense_layer_bytes(shape: ModelShape, work: Work) -> int:
-    """What finetune/dense.py keeps of one layer: attention and norms in float32, products rounded.
-
-    For each token: both norms' input 4·h each and, as computed, their output; q, k and v after the
-    rotation and attention's output, 4 each, and the latter as computed; gate and up b·2i, and their
-    product b·i. Inputs of layers without adapter are not stored. No mask and no repeated k and v.
-    """
-    b, h, i = work.compute, shape.hidden, shape.intermediate
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inputs = {"qkv_proj": h, "o_proj": queries, "gate_up_proj": h, "down_proj": i}
-    numbers = 2 * i + sum(inputs[name] for name in _adapted_names(shape, work))
-    size = b * numbers + FLOAT32 * (2 * h + 2 * queries + 2 * keys)
-    return work.positions * size + _adapter_activations(shape, work)
 
 
 def _adapted_names(shape: ModelShape, work: Work) -> set[str]:

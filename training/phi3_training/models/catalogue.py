@@ -124,17 +124,13 @@ def weights_folder(name_or_path: str) -> Path | None:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    return _in_hub_cache(name_or_path)
-
-
-def _in_hub_cache(name: str) -> Path | None:
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name_or_path, "config.json")
     except HFValidationError:
         return None
     if not isinstance(config, str):

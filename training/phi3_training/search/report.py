@@ -115,7 +115,7 @@ def write_report(
     body = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", header + body)
     draw(plan, trials, best, folder / "report.svg")
-    content = {
+    content: dict[str, object] = {
         "metric": plan.metric,
         "direction": plan.direction,
         "best": {**asdict(best), "folder": best.folder},

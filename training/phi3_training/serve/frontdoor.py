@@ -329,9 +329,9 @@ class _Visit:
             await self.refuse(408, _TIMEOUT, _TEXT)
         elif not self._ended and self._streaming:
             self.status = f"{self.status}, timed out"
-            event = {"error": {"code": "timeout", "message": _TIMEOUT.decode()}}
-            if is_openai(self.scope["path"]):
-                event = openai_error(408, _TIMEOUT.decode())
+            said = _TIMEOUT.decode()
+            azure = {"error": {"code": "timeout", "message": said}}
+            event = openai_error(408, said) if is_openai(self.scope["path"]) else azure
             body = f"data: {json.dumps(event)}\n\n".encode()
             await self._send({"type": "http.response.body", "body": body})
 

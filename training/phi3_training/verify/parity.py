@@ -375,15 +375,17 @@ async def forwarded(case: Case) -> Messages:
     return tuple(bodies[0]["messages"])
 
 
-async def _post(engine: Engine, route: str, body: dict[str, Any]) -> dict[str, object]:
+async def _post(engine: Engine, route: str, body: dict[str, Any]) -> dict[str, Any]:
     # This dialect's answers say why they ended; requests are read alike in both.
     container = create_container(engine, ServerConfig(dialect="fms"))
     transport = httpx.ASGITransport(container)
     async with httpx.AsyncClient(transport=transport, base_url="http://phi3") as client:
         response = await client.post(route, json=body)
-    found = response.json()
-    content: dict[str, Any] = found if isinstance(found, dict) else {}
-    return {"reason": response.headers.get("x-phi3-reason"), **content}
+    content = response.json()
+    return {
+        "reason": response.headers.get("x-phi3-reason"),
+        **(content if isinstance(content, dict) else {}),
+    }
 
 
 # Holds every place that writes prompts against the trainer's rows, conversation by conversation.

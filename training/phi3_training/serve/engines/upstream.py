@@ -57,7 +57,28 @@ class Upstream:
         self, messages: Sequence[Message], sampling: Sampling
     ) -> AsyncGenerator[Chunk, None]:
         """The other server's answer in its own chunks."""
-        body = self._body(messages, sampling)
+        asked = {
+            "model": self._model or "default",
+            # An empty system prompt is no turn; the other server's template would write one.
+            "messages": [
+                {"role": m["role"], "content": m["content"]}
+                for m in messages
+                if m["role"] != "system" or m["content"].strip()
+            ],
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "presence_penalty": sampling.presence_penalty or None,
+            "frequency_penalty": sampling.frequency_penalty or None,
+            "stop": list(sampling.stop) or None,
+            "stop_token_ids": list(sampling.stop_token_ids) or None,
+            "ignore_eos": sampling.ignore_eos or None,
+            "seed": sampling.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        body = {name: value for name, value in asked.items() if value is not None}
         reading, cutter = _Reading(), StopCutter(_TURN_ENDS)
         self.active += 1
         try:
@@ -84,30 +105,6 @@ class Upstream:
     async def close(self) -> None:
         """Close the connections to the other server."""
         await self._client.aclose()
-
-    def _body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
-        asked = {
-            "model": self._model or "default",
-            # An empty system prompt is no turn; the other server's template would write one.
-            "messages": [
-                {"role": m["role"], "content": m["content"]}
-                for m in messages
-                if m["role"] != "system" or m["content"].strip()
-            ],
-            "max_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "presence_penalty": sampling.presence_penalty or None,
-            "frequency_penalty": sampling.frequency_penalty or None,
-            "stop": list(sampling.stop) or None,
-            "stop_token_ids": list(sampling.stop_token_ids) or None,
-            "ignore_eos": sampling.ignore_eos or None,
-            "seed": sampling.seed,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        return {name: value for name, value in asked.items() if value is not None}
 
 
 class _Reading:
