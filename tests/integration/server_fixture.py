@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from tests.integration.misbehaving import Wrapper
 
 from phi3_training.finetune import prepare_base
 from phi3_training.recipe import load_recipe
@@ -22,7 +23,8 @@ from phi3_training.run import Run
 from phi3_training.serve.config import ServerConfig
 from phi3_training.serve.engines.base import Engine
 from phi3_training.serve.export import export_onnx
-from phi3_training.serve.server import bind, create_app, server_of
+from phi3_training.serve.frontdoor import FrontDoor
+from phi3_training.serve.server import bind, create_app, create_container, server_of
 
 KEY = "test-key-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -105,11 +107,25 @@ def score_body(question: str, **parameters: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def served(engine: Engine, **settings: Any) -> Iterator[Served]:
-    """Serve `engine` from a thread on a free port."""
+def served(
+    engine: Engine,
+    *,
+    inside: Wrapper | None = None,
+    outside: Wrapper | None = None,
+    **settings: Any,
+) -> Iterator[Served]:
+    """Serve `engine` from a thread on a free port.
+
+    `inside` wraps the application behind the front door, `outside` both.
+    """
     config = ServerConfig(**settings)
+    app = create_app(engine, config, key=KEY)
+    if inside is not None:
+        app = FrontDoor(inside(create_container(engine, config)), key=KEY, config=config)
+    if outside is not None:
+        app = outside(app)
     listener = bind("127.0.0.1", 0)
-    server = server_of(create_app(engine, config, key=KEY), config, drain_seconds=2)
+    server = server_of(app, config, drain_seconds=2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

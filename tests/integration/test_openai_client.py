@@ -8,6 +8,7 @@ from contextlib import aclosing
 
 import openai
 import pytest
+from tests.integration.misbehaving import refused
 from tests.integration.server_fixture import KEY, PAIRS, Served, served
 
 from phi3_training.serve.engines.base import Chunk, Engine, Message, Sampling
@@ -162,7 +163,7 @@ class Slowed:
 
 
 def test_overload_is_retried_by_the_client(engine: Engine) -> None:
-    overloaded = served(engine, quirks=("429:0*1",))
+    overloaded = served(engine, outside=refused(429, [("retry-after", "0")], times=1))
     with overloaded as endpoint, openai.OpenAI(base_url=endpoint.url, api_key=KEY) as client:
         answer = client.chat.completions.create(model="any", messages=messages(3))
         assert answer.choices[0].message.content == PAIRS[3][1]

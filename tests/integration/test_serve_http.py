@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from tests.integration.misbehaving import cut, delayed
 from tests.integration.server_fixture import AUTH, PAIRS, Served, score_body, served
 
 from phi3_training.serve.engines.base import Engine
@@ -109,7 +110,7 @@ def test_a_slow_sender_is_408(engine: Engine) -> None:
 
 
 def test_a_long_answer_is_408(engine: Engine) -> None:
-    with served(engine, request_timeout_ms=1000, quirks=("delay:30*1",)) as endpoint:
+    with served(engine, request_timeout_ms=1000, inside=delayed(30, times=1)) as endpoint:
         answer = endpoint.score(PAIRS[0][0])
         assert (answer.status_code, answer.text) == (408, "upstream request timeout")
         assert endpoint.score(PAIRS[0][0]).status_code == 200
@@ -124,7 +125,8 @@ def test_too_large_requests_are_413_chunked_or_not(endpoint: Served) -> None:
 
 
 def test_overload_is_429_and_passes(engine: Engine) -> None:
-    with served(engine, max_concurrent_requests_per_instance=2, quirks=("delay:0.3",)) as endpoint:
+    busy = served(engine, max_concurrent_requests_per_instance=2, inside=delayed(0.3))
+    with busy as endpoint:
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda _: endpoint.score(PAIRS[0][0]), range(12)))
         statuses = [answer.status_code for answer in answers]
@@ -143,7 +145,7 @@ def test_a_connection_is_used_again(endpoint: Served) -> None:
 
 
 def test_a_cut_answer_looks_cut(engine: Engine) -> None:
-    with served(engine, quirks=("cut",)) as endpoint, pytest.raises(requests.RequestException):
+    with served(engine, inside=cut()) as endpoint, pytest.raises(requests.RequestException):
         endpoint.score(PAIRS[0][0])
 
 
@@ -172,5 +174,5 @@ def test_half_a_second_request_is_closed(engine: Engine) -> None:
 
 
 def test_a_slow_answer_is_no_idle_connection(engine: Engine) -> None:
-    with served(engine, idle_seconds=1, quirks=("delay:2.5",)) as endpoint:
+    with served(engine, idle_seconds=1, inside=delayed(2.5)) as endpoint:
         assert endpoint.score(PAIRS[0][0]).json()["output"] == PAIRS[0][1]

@@ -15,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from tests.integration.server_fixture import AUTH, KEY, PAIRS, Taught, score_body
+from tests.integration.misbehaving import delayed
+from tests.integration.server_fixture import AUTH, KEY, PAIRS, Served, Taught, score_body, served
 
 from phi3_training.engine import choose_engine
 from phi3_training.errors import StageError
 from phi3_training.serve import process
 from phi3_training.serve.config import ServerConfig
+from phi3_training.serve.engines.base import Engine
 
 pytest_plugins = ("tests.integration.server_plugin",)
 
@@ -168,44 +170,52 @@ def _wait_for_a_request(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_finishes_what_is_running(taught: Taught, tmp_path: Path) -> None:
-    settings = config(taught, quirks=("delay:1",), drain_seconds=10)
-    server = process.start(settings, key=KEY, log_path=tmp_path / "server.log")
-    answers: list[requests.Response] = []
-
-    def ask() -> None:
-        body = score_body(PAIRS[2][0])
-        answers.append(requests.post(server.endpoint, json=body, headers=AUTH, timeout=20))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    _wait_for_a_request(server.pid)
-    os.kill(server.pid, signal.SIGTERM)
-    thread.join(20)
-    assert [answer.json() for answer in answers] == [{"output": PAIRS[2][1]}]
-    psutil.wait_procs([psutil.Process(server.pid)], timeout=10)
-    assert not process.alive(server.pid, server.create_time)
-    process.stop(server.pid, server.create_time)
+def _in_front_of(slow: Served, folder: Path, *, drain_seconds: int) -> process.Started:
+    """A server process whose answers take as long as those of the other endpoint."""
+    settings = ServerConfig(
+        engine="upstream", upstream_url=slow.url + "/v1", drain_seconds=drain_seconds
+    )
+    return process.start(settings, key=KEY, log_path=folder / "server.log", upstream_key=KEY)
 
 
-def test_the_drain_has_an_end(taught: Taught, tmp_path: Path) -> None:
-    settings = config(taught, quirks=("delay:60",), drain_seconds=1)
-    server = process.start(settings, key=KEY, log_path=tmp_path / "server.log")
-    ends: list[str] = []
+def test_sigterm_finishes_what_is_running(engine: Engine, tmp_path: Path) -> None:
+    with served(engine, inside=delayed(1)) as slow:
+        server = _in_front_of(slow, tmp_path, drain_seconds=10)
+        answers: list[requests.Response] = []
 
-    def ask() -> None:
-        try:
+        def ask() -> None:
             body = score_body(PAIRS[2][0])
-            answer = requests.post(server.endpoint, json=body, headers=AUTH, timeout=30)
-            ends.append(str(answer.status_code))
-        except requests.RequestException as error:
-            ends.append(type(error).__name__)
+            answers.append(requests.post(server.endpoint, json=body, headers=AUTH, timeout=20))
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    _wait_for_a_request(server.pid)
-    started = time.monotonic()
-    assert process.stop(server.pid, server.create_time)
-    assert time.monotonic() - started < 15
-    thread.join(20)
-    assert ends in (["500"], ["ConnectionError"])
+        thread = threading.Thread(target=ask)
+        thread.start()
+        _wait_for_a_request(server.pid)
+        os.kill(server.pid, signal.SIGTERM)
+        thread.join(20)
+        assert [answer.json() for answer in answers] == [{"output": PAIRS[2][1]}]
+        psutil.wait_procs([psutil.Process(server.pid)], timeout=10)
+        assert not process.alive(server.pid, server.create_time)
+        process.stop(server.pid, server.create_time)
+
+
+def test_the_drain_has_an_end(engine: Engine, tmp_path: Path) -> None:
+    with served(engine, inside=delayed(60)) as slow:
+        server = _in_front_of(slow, tmp_path, drain_seconds=1)
+        ends: list[str] = []
+
+        def ask() -> None:
+            try:
+                body = score_body(PAIRS[2][0])
+                answer = requests.post(server.endpoint, json=body, headers=AUTH, timeout=30)
+                ends.append(str(answer.status_code))
+            except requests.RequestException as error:
+                ends.append(type(error).__name__)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        _wait_for_a_request(server.pid)
+        started = time.monotonic()
+        assert process.stop(server.pid, server.create_time)
+        assert time.monotonic() - started < 15
+        thread.join(20)
+        assert ends in (["500"], ["ConnectionError"])

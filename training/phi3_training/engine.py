@@ -28,6 +28,7 @@ def _origin(text: str) -> str:
 # A web page's origin as browsers send it, or * for any page: a value of serve.cors_origins.
 Origin = Annotated[str, AfterValidator(_origin)]
 
+# Linux with the driver, Windows' WSL, and containers that were given no device node.
 _GPU_MARKS = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
 
 

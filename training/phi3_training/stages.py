@@ -65,7 +65,7 @@ def _data_inputs(journey: Journey) -> Any:
 
 def _prepare(journey: Journey) -> DatasetManifest:
     from .data import prepare
-    from .finetune.limits import TokenRules
+    from .finetune.rows import TokenRules
     from .memory.rows import tokenizer_folder
 
     recipe = journey.recipe

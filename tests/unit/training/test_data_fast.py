@@ -19,7 +19,7 @@ from phi3_training.data.jsonl import (
     check_row,
     lines_of,
 )
-from phi3_training.data.sources import digest_range
+from phi3_training.data.scan import digest_range
 
 from .test_data_faults import BAD_LINES
 

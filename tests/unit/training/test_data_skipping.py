@@ -12,8 +12,14 @@ import pytest
 from phi3_training import cli
 from phi3_training.data import prepare
 from phi3_training.errors import DataError, StageError
-from phi3_training.finetune.limits import TokenRules, chat_of, trainable
-from phi3_training.finetune.rows import audited, encode_rows, read_located
+from phi3_training.finetune.rows import (
+    TokenRules,
+    audited,
+    chat_of,
+    encode_rows,
+    read_located,
+    trainable,
+)
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import DataSection

@@ -12,7 +12,7 @@ from phi3_training.data import check, prepare, show
 from phi3_training.data.check import TokenViewer
 from phi3_training.data.findings import SAMPLE
 from phi3_training.errors import DataError, UsageError
-from phi3_training.finetune.limits import TokenRules, chat_of
+from phi3_training.finetune.rows import TokenRules, chat_of
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.manifests import BaseManifest
 from phi3_training.prompt import ChatFormat

@@ -419,29 +419,6 @@ def test_the_description_names_the_score_route() -> None:
     assert one(Scripted(), b"", path="/v1/models", method="GET").json()["data"][0]["id"] == "phi3"
 
 
-@pytest.mark.parametrize(
-    ("quirk", "status", "inner"),
-    [("429:3", 429, None), ("503", 503, None), ("424:429:model_not_ready", 424, "429")],
-)
-def test_forced_statuses(quirk: str, status: int, inner: str | None) -> None:
-    first, second = ask(Scripted("x"), SCORE, SCORE, quirks=(f"{quirk}*1",))
-    assert first.status_code == status
-    assert first.headers.get("ms-azureml-model-error-statuscode") == inner
-    assert second.status_code == 200
-    if inner:
-        assert first.headers["ms-azureml-model-error-reason"] == "model_not_ready"
-    if quirk == "429:3":
-        assert first.headers["retry-after"] == "3"
-
-
-@pytest.mark.parametrize(
-    ("quirk", "body"), [("empty", "{}"), ("none", '{"output": "None"}'), ("text", "<html>")]
-)
-def test_forced_bodies(quirk: str, body: str) -> None:
-    answer = one(Scripted("x"), quirks=(quirk,))
-    assert (answer.status_code, answer.text[: len(body)]) == (200, body)
-
-
 def test_a_failure_of_ours_shows_and_logs_no_content(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Scripted):
         async def stream(

@@ -1,4 +1,4 @@
-"""What the two APIs read: `/score` bodies and parameters, OpenAI's bodies, quirks."""
+"""What the two APIs read: `/score` bodies and parameters, OpenAI's bodies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from phi3_training.serve.config import Quirk
 from phi3_training.serve.engines.base import EngineError
 from phi3_training.serve.openai_api import ChatRequest, unsupported
 from phi3_training.serve.score_api import BadBodyError, read_score, score_sampling
@@ -142,19 +141,3 @@ def test_what_the_endpoint_cannot_do_is_refused() -> None:
     assert unsupported(chat(user="u", n=1, stream_options={}), "error") is None
     assert "logit_bias" in str(unsupported(chat(logit_bias={}), "error"))
     assert unsupported(chat(logit_bias={}), "drop") is None
-
-
-@pytest.mark.parametrize("text", ["empty", "429", "429:1*2", "424:500:model_error*3", "delay:0.5"])
-def test_quirks_are_understood(text: str) -> None:
-    assert Quirk.parse(text).name == text.replace("*", ":").split(":")[0]
-
-
-@pytest.mark.parametrize("text", ["", "what", "424", "delay", "delay:x", "429*x", "200", "empty*"])
-def test_an_unknown_quirk_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a quirk"):
-        Quirk.parse(text)
-
-
-def test_a_counted_quirk_runs_out() -> None:
-    quirk = Quirk.parse("429*2")
-    assert [quirk.take() for _ in range(4)] == [True, True, False, False]

@@ -15,7 +15,7 @@ from phi3_training.serve.server import read_keys
 
 
 def test_settings_survive_the_file(tmp_path: Path) -> None:
-    config = ServerConfig(onnx_dir=tmp_path, port=8080, quirks=("429*2",), dialect="fms")
+    config = ServerConfig(onnx_dir=tmp_path, port=8080, dialect="fms")
     (tmp_path / "s.json").write_text(config.to_json())
     assert ServerConfig.from_file(tmp_path / "s.json") == config
 
@@ -26,7 +26,6 @@ def test_settings_survive_the_file(tmp_path: Path) -> None:
         ("{", "Invalid JSON"),
         ('{"prot": 1}', "prot: Extra inputs"),
         ('{"port": 70000, "dialect": "x"}', "port:.*dialect:"),
-        ('{"quirks": ["odd"]}', "is not a quirk"),
     ],
 )
 def test_faults_are_named_together(tmp_path: Path, text: str, words: str) -> None:

@@ -93,7 +93,7 @@ def register_data(subparsers: Any) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Check sources; exit 1 with all faults when there are any."""
     from ..data import check, check_recipe
-    from ..finetune.limits import TokenRules, chat_of
+    from ..finetune.rows import TokenRules, chat_of
     from ..memory.rows import tokenizer_folder
     from ..recipe import DataSection
 

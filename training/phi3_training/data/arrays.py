@@ -13,6 +13,7 @@ Bools = npt.NDArray[np.bool_]
 
 _KEPT = (32 << 20) - (64 << 10)  # just below the most that glibc's limits adapt to
 
+# The multipliers of splitmix64 (https://prng.di.unimi.it/splitmix64.c).
 _ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 

@@ -71,8 +71,9 @@ _EMPTY = np.uint64(2**64 - 1)
 # Runs follow on bytes with these low bits: h, H and (, and some bytes of every other script.
 _ANCHOR_BITS, _ANCHOR = np.uint8(0x1F), np.uint8(0x08)
 _NO_CASE = np.uint64(0x2020202020202020)
+# 2^64 divided by the golden ratio, and xxHash's PRIME64_2: odd, with well mixed bits.
 _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
-_SPACES = b" " * 16
+_SPACES = b" " * 16  # as long as a run: none reaches into the next text
 _WORDS = bytes(
     byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in bytes(range(256)).lower()
 )
@@ -213,7 +214,7 @@ _KEY = re.compile(
 _NAME = b"._%+-" + string.ascii_letters.encode() + string.digits.encode()
 _HIDE = re.compile(r"[^\W_]")
 _SHOWN = 24
-_PHONE_SPAN = 16
+_PHONE_SPAN = 16  # bytes from the first to the seventh digit of a phone number
 _FOUR_MARKS = np.uint32(0x01010101)
 
 
@@ -299,7 +300,7 @@ def _unbroken(batch: Batch) -> Iterator[tuple[int, int]]:
 
 
 _BATCH = 1 << 20  # bytes of text whose words are found at once
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 1000  # short texts need a limit of their own
 
 
 @dataclass

@@ -275,6 +275,7 @@ def _rows(number: int) -> str:
 
 # How long conversations are in tokens: counted with a tokenizer, or estimated without one.
 
+# Rows whose tokens are counted: a second of work, and the mean is then within some percent.
 SAMPLE = 1000
 _BYTES_PER_TOKEN = 4.0  # of English text with tokenizers of the usual size
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
@@ -23,7 +24,7 @@ from .formats import Row, carried, read_row
 # context of the longest Phi-3; without a limit a file without line ends fills the memory.
 LINE_LIMIT = 1 << 20
 READ_BUFFER = 1 << 18  # bytes; Python's default of 8 KiB reads a chat in several pieces
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # of a line that is only counted
 _NEAR = 24  # characters around a fault that its message shows
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -83,6 +84,20 @@ def lines_of(stream: BinaryIO, part: Range) -> Iterator[Line]:
             text = data.removesuffix(b"\n")
             yield Line(number, offset, text, len(text))
         offset += size
+
+
+# Line ends that a person should know of.
+CRLF, SEPARATOR = "crlf", "separator"
+# U+2028, U+2029 and NEL, which JSON allows in texts.
+_SEPARATORS = (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85")
+
+
+def note_line_ends(line: Line, notes: Counter[str]) -> None:
+    """Count line ends of Windows, and what other programs take for line ends inside of texts."""
+    if line.data.endswith(b"\r"):
+        notes[CRLF] += 1
+    if not line.data.isascii() and any(mark in line.data for mark in _SEPARATORS):
+        notes[SEPARATOR] += 1
 
 
 class StrictJson:

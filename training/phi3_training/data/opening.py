@@ -19,9 +19,9 @@ from .faults import Problem
 
 Note = Callable[[str], None]  # takes what a person should know of a file, each thing once
 
-_PIECE = 1 << 18
+_PIECE = 1 << 18  # bytes held at once
 _HEAD = 1 << 12
-_GZIP = b"\x1f\x8b"
+_GZIP = b"\x1f\x8b"  # RFC 1952, 2.3.1
 # UTF-32's mark starts with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),

@@ -26,28 +26,63 @@ from ..errors import StageError
 from ..progress import Progress, no_progress
 from .arrays import U32, U64, Bools, Ints, keep_freed_memory
 from .conversation import Conversation
-from .digest import BANDS, Digest
+from .digest import BANDS, Digest, Digester
 from .faults import Fault, Problem, place
-from .jsonl import Range, join
-from .opening import BrokenFileError
-from .sources import (
-    BLOCK,
+from .jsonl import (
     CRLF,
+    READ_BUFFER,
     SEPARATOR,
-    Reading,
-    Source,
-    digest_range,
-    digest_rows,
-    hash_of,
-    place_of,
-    stamp,
+    Range,
+    StrictJson,
+    check_row,
+    join,
+    lines_of,
+    note_line_ends,
 )
+from .opening import BrokenFileError, Note
+from .sources import Reading, Source, hash_of, place_of, stamp
 
+BLOCK = 1 << 23  # bytes: the unit of work of one process
 POOL_FROM = 48 << 20  # bytes; below, one process is done before others have started
 MOST_WORKERS = 8  # each holds some 30 MB of its own
 
 
 Task = tuple[Path, Range, Path]
+
+
+def digest_range(source: Path, part: Range, path: Path) -> Digest:
+    """Read the lines that start in a range of a JSON lines file; rewritten rows go to `path`."""
+    digester, reader = Digester(path), StrictJson()
+    with source.open("rb", buffering=READ_BUFFER) as stream, path.open("wb") as rows:
+        for line in lines_of(stream, part):
+            digester.digest.lines = line.number
+            note_line_ends(line, digester.digest.notes)
+            if not line.is_blank:
+                value, problems = reader.read_line(line)
+                checked = check_row(value, problems, line.data)
+                digester.take(line.number, checked, rows, offset=line.offset, size=len(line.data))
+    return digester.finish()
+
+
+def digest_rows(reading: Reading, note: Note, folder: Path, name: str) -> Iterator[Digest]:
+    """Read a source of another kind, in blocks; line numbers are the file's own."""
+    line_ends: Counter[str] = Counter()
+    rows = reading.rows(note, line_ends)
+    number, more = 0, True
+    while more:
+        more = False
+        digester = Digester(folder / f"{name}-{number:05}.jsonl")
+        number += 1
+        with digester.digest.path.open("wb") as stream:
+            for row in rows:
+                checked = check_row(row.value, row.problems)
+                digester.take(row.line, checked, stream, number=row.row)
+                if digester.written > BLOCK:
+                    more = True
+                    break
+        if not more:
+            digester.digest.notes += line_ends
+        yield digester.finish()
 
 
 @dataclass

@@ -24,7 +24,7 @@ TOO_LONG = "too-long"
 # sample: what else the audit finds is the fault of a template, and then of nearly all rows.
 EVERY_ROW = 20_000
 SAMPLE = 1000
-_BATCH = 1000
+_BATCH = 1000  # conversations in memory at once
 _LONGER = 64  # bytes that a rewording adds at most
 # After these the rest of a file was not read; of JSON lines and tables only a line was not.
 _OF_A_LINE = {"broken-json", "line-too-long", "not-utf8"}

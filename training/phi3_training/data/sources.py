@@ -13,66 +13,12 @@ from typing import Literal
 from ..errors import MissingExtraError
 from ..recipe.sections import HUB, HubSet
 from ..run import fingerprint, sha256_of
-from .digest import Digest, Digester
 from .documents import Raw, document_rows, is_document
 from .faults import Problem
 from .folders import Folder, expand_folder
-from .jsonl import READ_BUFFER, Line, Range, StrictJson, check_row, lines_of
+from .jsonl import Range, StrictJson, lines_of, note_line_ends
 from .opening import PLAIN, BrokenFileError, Encoding, Note, encoding_of, open_text
 from .tables import column_rows, csv_rows, without_nulls
-
-# One block of rows, read, checked and digested: the unit of work of one process.
-# Reads a range of bytes of a JSON lines file, or rows that another reader gives; writes the rows
-# that cannot stay as they are in their source to block files.
-
-BLOCK = 1 << 23
-CRLF, SEPARATOR = "crlf", "separator"
-# U+2028, U+2029 and NEL, which JSON allows in texts.
-_SEPARATORS = (b"\xe2\x80\xa8", b"\xe2\x80\xa9", b"\xc2\x85")
-
-
-def digest_range(source: Path, part: Range, path: Path) -> Digest:
-    """Read the lines that start in a range of a JSON lines file; rewritten rows go to `path`."""
-    digester, reader = Digester(path), StrictJson()
-    with source.open("rb", buffering=READ_BUFFER) as stream, path.open("wb") as rows:
-        for line in lines_of(stream, part):
-            digester.digest.lines = line.number
-            note_line_ends(line, digester.digest.notes)
-            if not line.is_blank:
-                value, problems = reader.read_line(line)
-                checked = check_row(value, problems, line.data)
-                digester.take(line.number, checked, rows, offset=line.offset, size=len(line.data))
-    return digester.finish()
-
-
-def note_line_ends(line: Line, notes: Counter[str]) -> None:
-    """Count line ends of Windows, and what other programs take for line ends inside of texts."""
-    if line.data.endswith(b"\r"):
-        notes[CRLF] += 1
-    if not line.data.isascii() and any(mark in line.data for mark in _SEPARATORS):
-        notes[SEPARATOR] += 1
-
-
-def digest_rows(reading: Reading, note: Note, folder: Path, name: str) -> Iterator[Digest]:
-    """Read a source of another kind, in blocks; line numbers are the file's own."""
-    line_ends: Counter[str] = Counter()
-    rows = reading.rows(note, line_ends)
-    number, more = 0, True
-    while more:
-        more = False
-        digester = Digester(folder / f"{name}-{number:05}.jsonl")
-        number += 1
-        with digester.digest.path.open("wb") as stream:
-            for row in rows:
-                checked = check_row(row.value, row.problems)
-                digester.take(row.line, checked, stream, number=row.row)
-                if digester.written > BLOCK:
-                    more = True
-                    break
-        if not more:
-            digester.digest.notes += line_ends
-        yield digester.finish()
-
 
 # Sets of the Hugging Face hub, through the `datasets` library: a split, or a share of one.
 

@@ -15,7 +15,7 @@ from .formats import JSON_CELLS
 from .jsonl import LINE_LIMIT, StrictJson
 from .opening import Note, open_text, table_encoding
 
-_BATCH = 256
+_BATCH = 256  # rows as Python objects at once: a column of long chats has 6 KB in each
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 

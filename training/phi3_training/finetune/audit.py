@@ -159,7 +159,7 @@ def _common(rows: Sequence[Sequence[T]]) -> list[T]:
     return list(first[:size])
 
 
-IGNORED = -100
+IGNORED = -100  # the label that torch's cross_entropy leaves out (its ignore_index)
 _SHOWN = 10
 
 

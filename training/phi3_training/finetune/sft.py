@@ -21,10 +21,10 @@ from ..recipe import Recipe
 from ..run import Run
 from .audit import Row
 from .checkpoints import Checkpoints
-from .limits import trainable
 from .rows import (
     audited,
     read_located,
+    trainable,
     with_casual_copies,
     with_rewordings,
 )

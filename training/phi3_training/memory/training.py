@@ -19,7 +19,7 @@ from .rows import RowSizes
 Method = Literal["full", "lora", "dora", "qlora"]
 Parts = Mapping[str, int]
 
-FLOAT32 = 4
+FLOAT32 = 4  # bytes of a number
 HALF = 2
 # AdamW keeps two moments for each weight that learns.
 _MOMENTS = 2

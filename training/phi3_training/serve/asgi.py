@@ -1,4 +1,4 @@
-"""The few ASGI helpers that the front door and the quirks share."""
+"""The few ASGI helpers of the front door."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ async def respond(
     content_type: str,
     *,
     headers: Sequence[Header] = (),
-    cut_from: int | None = None,
 ) -> None:
-    """Send a response; with `cut_from` it claims that length and is never finished."""
-    length = len(body) if cut_from is None else cut_from
-    all_headers = [("content-type", content_type), ("content-length", str(length)), *headers]
+    """Send a whole response."""
+    all_headers = [("content-type", content_type), ("content-length", str(len(body))), *headers]
     await send({"type": "http.response.start", "status": status, "headers": encoded(all_headers)})
-    await send({"type": "http.response.body", "body": body, "more_body": cut_from is not None})
+    await send({"type": "http.response.body", "body": body})

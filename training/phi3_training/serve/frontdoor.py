@@ -125,7 +125,7 @@ def replay(body: bytes) -> Receive:
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[ -~]+")
-_MOST_ID = 100
+_MOST_ID = 100  # characters: ids are written into the log
 _PATHS = frozenset(
     {
         *("/", "/score", "/swagger.json", "/chat/completions"),
@@ -293,12 +293,11 @@ class _Visit:
             model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
             extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
             self.status = inner
-            # OpenAI's API has its own statuses; a forced 424 (see `config.Quirks`) is one still.
-            own = is_openai(self.scope["path"]) and "phi3.reason" not in self.scope
-            if inner != 200 and not own and not self.scope.get("phi3.bare"):
+            # OpenAI's API has its own statuses.
+            if inner != 200 and not is_openai(self.scope["path"]):
                 self.status = 424
                 extra.append(("ms-azureml-model-error-statuscode", str(inner)))
-                extra.append(_reason(self.scope.get("phi3.reason", "model_error")))
+                extra.append(_reason("model_error"))
             message = {**message, "status": self.status, "headers": [*headers, *encoded(extra)]}
         else:
             self._ended = not message.get("more_body", False)

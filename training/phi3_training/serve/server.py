@@ -31,7 +31,7 @@ from ..processes import start_time
 from ..run import write_atomically
 from . import keyholder
 from .asgi import App
-from .config import Quirks, ServerConfig
+from .config import ServerConfig
 from .engines.base import Engine
 from .frontdoor import FrontDoor
 from .loading import load_engine
@@ -45,7 +45,7 @@ from .score_api import add_score, error_body, swagger
 def create_app(engine: Engine, config: ServerConfig, *, key: str) -> App:
     """The ASGI application of one endpoint."""
     container = create_container(engine, config)
-    door = FrontDoor(Quirks(container, config.quirks), key=key, config=config)
+    door = FrontDoor(container, key=key, config=config)
     if not config.cors_origins:
         return door
     # Around the front door: a browser asks first, without the key, and must read refusals too.
@@ -92,7 +92,7 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 2048
+_BACKLOG = 2048  # connections not accepted yet; uvicorn's own default
 
 
 class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
