@@ -75,6 +75,11 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     return lines
 
 
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 class Phi3TrainingError(Exception):
     """Base of all errors that are meant for the user's eyes."""
 
@@ -93,8 +98,9 @@ class RecipeError(UsageError):
 
 
 def _listed(source: str, faults: Sequence[str]) -> str:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return "\n".join([f"{source} has {count}:", *(f"  {fault}" for fault in faults)])
+    return "\n".join(
+        [f"{source} has {counted(len(faults), 'fault')}:", *(f"  {fault}" for fault in faults)]
+    )
 
 
 def _alike(fault: LocatedFault) -> tuple[Path, str, str]:
@@ -110,7 +116,7 @@ class DataError(Phi3TrainingError):
         super().__init__(self._message())
 
     def _message(self) -> str:
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        count = counted(len(self.faults), "fault")
         lines = [f"The chats have {count}; nothing was written or trained:"]
         found = folded(self.faults)
         lines += [f"  {line}" for line in found[:SHOWN_FAULTS]]

@@ -61,9 +61,15 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_GenerationTag, jinja2.ext.loopcontrols],
         )
-        environment.filters["tojson"] = _to_json
+        # What transformers gives templates (utils/chat_template_utils.py): jinja's own `tojson`
+        # escapes HTML, which would train the model on `\u003c`.
+        environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None: json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent
+        )
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["strftime_now"] = lambda layout: (
+            datetime.now().astimezone().strftime(layout)
+        )
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
@@ -86,16 +92,8 @@ class ChatTemplate:
             ) from None
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().astimezone().strftime(layout)
 
 
 class Guard:

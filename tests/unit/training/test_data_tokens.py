@@ -199,5 +199,5 @@ def test_a_system_turn_that_the_template_drops_is_a_fault_with_its_line(
         prepare(data, run, tokenizer=model, rules=rules)
 
     (fault,) = caught.value.faults
-    assert "a.jsonl:1: the model cannot be given it" in str(fault)
+    assert "a.jsonl:1: the model's chat template or tokenizer refuses it" in str(fault)
     assert "system" in str(fault).lower()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import FIX_HINT, REPAIRABLE, SHOWN_FAULTS, DataError, UsageError, folded
+from ..errors import FIX_HINT, REPAIRABLE, SHOWN_FAULTS, DataError, UsageError, counted, folded
 from ..manifests import TokenLengths
 from ..prompt import ChatFormat
 from ..recipe import DataSection
@@ -72,9 +72,9 @@ class FileReport:
     unused_keys: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        faults = _count(len(self.faults), "fault") if self.faults else "no fault"
+        faults = counted(len(self.faults), "fault") if self.faults else "no fault"
         formats = f" ({', '.join(self.formats)}; {self.several_turns} with several turns)"
-        rows = _count(self.rows, "conversation") + (formats if self.rows else "")
+        rows = counted(self.rows, "conversation") + (formats if self.rows else "")
         return f"{shown(self.path)}: {rows}, {faults}"
 
     def as_dict(self) -> dict[str, object]:
@@ -115,9 +115,9 @@ class CheckReport:
         for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
             if rows:
                 count = len({(fault.path, fault.line, fault.row) for fault in rows})
-                lines += [f"{_count(count, 'row')} will be {done}:", *_first(rows)]
+                lines += [f"{counted(count, 'row')} will be {done}:", *_first(rows)]
         if self.warnings:
-            lines += [_count(len(self.warnings), "warning") + ":", *_first(self.warnings)]
+            lines += [counted(len(self.warnings), "warning") + ":", *_first(self.warnings)]
         return lines
 
     def every_line(self) -> str:
@@ -217,10 +217,6 @@ def _first(faults: Sequence[Fault]) -> list[str]:
     if len(lines) < len(faults):
         lines.append("  (every row: --report FILE, or -o json)")
     return lines
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 # A conversation as the exact text that is trained on, cut where trained and other tokens meet.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..manifests import TokenLengths
 from ..prompt import ChatFormat
 from ..recipe import HubSet
@@ -264,13 +264,9 @@ def write_findings(
 
 def sentences(counts: Mapping[str, Mapping[str, int]], report: str) -> list[str]:
     """The counts for people, one line per kind."""
-    removed = [f"removed: {_rows(n)} ({kind})" for kind, n in counts["removed"].items()]
-    warned = [f"warning: {_rows(n)} ({kind})" for kind, n in counts["warnings"].items()]
+    removed = [f"removed: {counted(n, 'row')} ({kind})" for kind, n in counts["removed"].items()]
+    warned = [f"warning: {counted(n, 'row')} ({kind})" for kind, n in counts["warnings"].items()]
     return [f"{line}, listed in {report}" for line in (*removed, *warned)]
-
-
-def _rows(number: int) -> str:
-    return "1 row" if number == 1 else f"{number} rows"
 
 
 # How long conversations are in tokens: counted with a tokenizer, or estimated without one.

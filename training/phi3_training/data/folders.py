@@ -88,7 +88,7 @@ def expand_folder(folder: Path) -> Folder:
     else:
         splits["train"] = plain or splits["train"]
     unread += [("hidden", hidden)] if hidden else []
-    unread += [("no chats by their names", other)] if other else []
+    unread += [("not chat files by their names", other)] if other else []
     return Folder(splits, unread)
 
 

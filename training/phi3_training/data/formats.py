@@ -199,8 +199,8 @@ class _Reader:
             if name not in self.row:
                 self.row[name] = value
             elif self.row[name] != value:
-                what = f"the row has the key {name!r} twice, with other contents"
-                self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+                what = f"the row has the key {name!r} twice, with different contents"
+                self.problems.append(Problem("two-formats", what, "keep the right one"))
 
     def read(self) -> tuple[str | None, list[Message]]:
         """The format and its messages."""
@@ -239,11 +239,11 @@ class _Reader:
                     read["text"] = written
         if len({_said(messages) for messages in read.values()}) > 1:
             what = f"the row holds two conversations that differ, under {' and '.join(read)}"
-            self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+            self.problems.append(Problem("two-formats", what, "keep the right one"))
         systems = [m for found in read.values() for m in found[:1] if m.role == "system"]
         if any(system != systems[0] for system in systems):
             what = f"the row holds two system messages that differ, under {' and '.join(read)}"
-            self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+            self.problems.append(Problem("two-formats", what, "keep the right one"))
         first = read[keys[0]]
         if systems and first and first[0].role != "system":
             first.insert(0, systems[0])
@@ -337,10 +337,10 @@ class _Reader:
                 fix = "write 1 (learn this answer) or 0 (context only); shares are not supported"
                 self.problems.append(Problem("weight", what, fix))
         if len(set(said.values())) > 1:
-            what = f"{place} is to be learnt and not to be: {' and '.join(map(repr, said))} differ"
-            self.problems.append(Problem("weight", what, "keep the one that is meant"))
+            what = f"{place} has contradictory weights: {' and '.join(map(repr, said))} differ"
+            self.problems.append(Problem("weight", what, "keep the right one"))
         if turn.get(_PARTS_OF_ANSWERS):
-            what = f"{place}.{_PARTS_OF_ANSWERS} says that parts of an answer are not learnt"
+            what = f"{place}.{_PARTS_OF_ANSWERS} marks parts of an answer as not learnt"
             fix = 'answers are learnt whole or not at all: remove the key, or write "weight": 0'
             self.problems.append(Problem("weight", what, fix))
         return all(said.values())
@@ -362,7 +362,7 @@ class _Reader:
         ]
         if differing:
             what = f"the keys fit several formats: {', '.join(differing)} differ"
-            self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+            self.problems.append(Problem("two-formats", what, "keep the right one"))
         answer = answers[0]
         self.read_keys.update((*others, *answers, ask))
         form = _NAMED_PAIRS.get((ask, answer), f"{ask}/{answer}")
@@ -454,8 +454,8 @@ class _Reader:
                 before, conversation if conversation is not chosen else chosen
             )
             if whole is None:
-                what = f"{key!r} and 'chosen' do not say the same"
-                self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+                what = f"{key!r} and 'chosen' hold different conversations"
+                self.problems.append(Problem("two-formats", what, "keep the right one"))
             else:
                 conversation = whole
         return conversation
@@ -502,7 +502,7 @@ class _Reader:
             if messages and messages[0].role == "system":
                 if messages[0].content != text:
                     what = f"{key!r} differs from the system message of the conversation"
-                    self.problems.append(Problem("two-formats", what, "keep the one that is meant"))
+                    self.problems.append(Problem("two-formats", what, "keep the right one"))
             else:
                 messages.insert(0, Message("system", str(text)))
 
@@ -512,7 +512,7 @@ class _Reader:
             refused.append("context")
         refused += [key for key in _HISTORIES if key not in self.read_keys and self.row.get(key)]
         for key in refused:
-            what = f"{key!r} belongs to the conversation, and is not part of its messages"
+            what = f"{key!r} belongs to the conversation but is not in its messages"
             fix = "write what the model should see into the messages, or remove the key"
             self.problems.append(Problem("meaning", what, fix))
         # TRL's unpaired preferences (KTO); a table has the word.
@@ -638,7 +638,7 @@ def _chat_text(side: Any, names: Sequence[str]) -> str | None:
 
 def _no_format(row: Mapping[str, Any], asks: Sequence[str], answers: Sequence[str]) -> Problem:
     if "rejected" in row:
-        return _unknown("'rejected' without 'chosen'")
+        return _unknown("there is 'rejected' but no 'chosen'")
     if asks or answers:
         here = (asks or answers)[0]
         missing = "an answer" if asks else "a question"

@@ -96,7 +96,7 @@ def encoding_of(path: Path) -> Encoding:
             head = unpacked.read(_HEAD)
     for magic, what, fix in _FOREIGN:
         if head.startswith(magic):
-            inside = "what is packed in it is" if packed else "it is"
+            inside = "after unpacking with gzip it is" if packed else "it is"
             raise BrokenFileError(Problem("not-text", f"{inside} {what}", fix))
     for mark, codec in _MARKS:
         if head.startswith(mark):
@@ -175,7 +175,8 @@ class _Recoded(io.RawIOBase):
             try:
                 self._ready = self._decoder.decode(piece, not piece).encode()
             except UnicodeError:
-                what = f"the file is not {self._codec.upper()}, as which it starts"
+                name = self._codec.upper()
+                what = f"the file starts as {name}, but is not valid {name}"
                 fix = "save it as UTF-8"
                 problem = Problem("not-utf8", f"{what}; the rest was not read", fix)
                 raise BrokenFileError(problem) from None

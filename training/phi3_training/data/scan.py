@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from ..errors import StageError
+from ..errors import StageError, counted
 from ..progress import Progress, no_progress
 from .arrays import U32, U64, Bools, Ints, keep_freed_memory
 from .conversation import Conversation
@@ -143,20 +143,15 @@ class Scan:
             self.several_turns += digest.several_turns
             first += digest.lines
         for decision, many in sorted(decided.items()):
-            self.note(f"{decision} ({_rows(many)})")
+            self.note(f"{decision} ({counted(many, 'row')})")
         if self.unused:
-            keys = [f"{key} ({_rows(many)})" for key, many in sorted(self.unused.items())]
+            keys = [f"{key} ({counted(many, 'row')})" for key, many in sorted(self.unused.items())]
             self.note(f"keys that were not read: {', '.join(keys)}")
         for kind, many in seen.items():
-            lines = "1 line" if many == 1 else f"{many} lines"
-            self.note(_NOTES[kind].format(lines=lines))
+            self.note(_NOTES[kind].format(lines=counted(many, "line")))
         if not filled:
             what = "the file contains no conversation" if self.size else "the file is empty"
             self.fault(0, Problem("no-rows", what, "write one conversation per line"))
-
-
-def _rows(number: int) -> str:
-    return "1 row" if number == 1 else f"{number} rows"
 
 
 _NOTES = {

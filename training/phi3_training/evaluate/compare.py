@@ -47,7 +47,7 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     if faults:
         more = [f"  … and {len(faults) - _SOME} more"] if len(faults) > _SOME else []
         listed = "\n".join([*faults[:_SOME], *more])
-        raise StageError(f"{len(faults)} questions cannot be put to this model:\n{listed}")
+        raise StageError(f"{len(faults)} questions cannot be asked of this model:\n{listed}")
     tuned = run.path / run.require(ModelManifest).path
     question = question_of(recipe, run)
     own = Asked([{"role": "user", "content": question}])

@@ -260,7 +260,8 @@ class TokenRules:
                 try:
                     rows.append(Row(place, copy, self._chat.encode_example(copy)))
                 except ValueError as error:
-                    what = f"the model cannot be given it: {str(error).rstrip('.')}"
+                    why = str(error).rstrip(".")
+                    what = f"the model's chat template or tokenizer refuses it: {why}"
                     fix = "change or remove the row, or set data.bad_rows=skip"
                     problems.setdefault(number, Problem("unwritable", what, fix))
                     continue
