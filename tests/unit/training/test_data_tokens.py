@@ -118,15 +118,15 @@ def test_lengths_are_counted_with_a_tokenizer(folder: Path, chats: Path) -> None
     tokens = check([chats], folder).tokens
 
     assert tokens is not None
-    assert (tokens["total"], tokens["longest"]) == (sum(counts), max(counts))
-    assert tokens["how"] == f"counted with the tokenizer of {folder}"
+    assert (tokens.total, tokens.longest) == (sum(counts), max(counts))
+    assert tokens.how == f"counted with the tokenizer of {folder}"
 
 
 def test_lengths_are_estimated_without_a_tokenizer(chats: Path) -> None:
     report = check([chats])
 
     assert report.tokens is not None
-    assert report.tokens["how"].startswith("estimated")
+    assert report.tokens.how.startswith("estimated")
     assert report.lines()[1].startswith("tokens: median ")
 
 
@@ -139,10 +139,10 @@ def test_many_rows_are_counted_by_a_sample(folder: Path, tmp_path: Path) -> None
     tokens = check([path], folder).tokens
 
     assert tokens is not None
-    assert tokens["rows"] == SAMPLE + 500
-    assert tokens["how"].startswith(f"estimated from {SAMPLE} rows")
+    assert tokens.rows == SAMPLE + 500
+    assert tokens.how.startswith(f"estimated from {SAMPLE} rows")
     one = len(TokenViewer(folder).view(show(path, 1)[0]).ids)
-    assert abs(tokens["mean"] - one) < 5
+    assert abs(tokens.mean - one) < 5
 
 
 def test_lengths_are_in_the_manifest(folder: Path, tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_lengths_are_in_the_manifest(folder: Path, tmp_path: Path) -> None:
 
     tokens = prepare(DataSection(train=[path]), run, tokenizer=folder).tokens
     assert tokens is not None
-    assert tokens["rows"] == 9
-    assert tokens["how"].startswith("counted")
+    assert tokens.rows == 9
+    assert tokens.how.startswith("counted")
 
 
 def test_check_command_writes_every_fault_to_a_report(
