@@ -32,7 +32,7 @@ _ALIKE = 0.75
 class Block:
     """Conversations of similar length, one after the other from token `start` to `end`.
 
-    `spread` gives for each of their padded places (conversations × width) the token that is
+    `spread` gives for each of their padded places (conversations × width) the token that stands
     there, counted from `start`, and `gathered` the padded place of each token; both None where
     all are of one length.
     """
@@ -81,7 +81,11 @@ def layout(labels: Tensor, positions: Tensor | None = None) -> Layout:
         for start, (earlier, after) in zip(borders, pairwise(before), strict=False)
         if after > earlier
     ]
-    places = places or [(0, 1)]
+    return _arranged(places or [(0, 1)], wanted)
+
+
+def _arranged(places: Sequence[tuple[int, int]], wanted: Tensor) -> Layout:
+    """The layout of conversations with these first places and lengths."""
     ordered = sorted(places, key=lambda place: -place[1])
     taken = torch.cat([torch.arange(start, start + size) for start, size in ordered])
     positions = torch.cat([torch.arange(size) for _, size in ordered])
@@ -418,15 +422,7 @@ class DensePhi3:
             half = cos.shape[-1] // 2
             turns = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for layer in body.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            parts = _Layer(
-                layer.input_layernorm,
-                _projection(attention.qkv_proj),
-                _projection(attention.o_proj),
-                layer.post_attention_layernorm,
-                _projection(mlp.gate_up_proj),
-                _projection(mlp.down_proj),
-            )
+            parts = _parts(layer)
             if self._checkpointing and torch.is_grad_enabled():
                 hidden, added = checkpoint(
                     self._layer, hidden, added, parts, turns, batch, use_reentrant=False
@@ -445,7 +441,12 @@ class DensePhi3:
     ) -> tuple[Tensor, Tensor]:
         dtype = parts.qkv.weight.dtype
         hidden, seen = _normed(hidden, added, parts.input_norm, dtype)
-        qkv = parts.qkv(seen)
+        added = parts.out(self._attention(parts.qkv(seen), turns, batch).to(dtype))
+        hidden, seen = _normed(hidden, added, parts.mlp_norm, dtype)
+        return hidden, parts.down(gated_silu(parts.gate_up(seen)))
+
+    def _attention(self, qkv: Tensor, turns: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
+        """T × (queries, keys, values) to T × values of all heads, float32."""
         config = self._plain.config
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         # float32: the backward pass of torch's attention is five times slower in bfloat16.
@@ -454,9 +455,7 @@ class DensePhi3:
             _attend(states[b.start : b.end], b, heads, shared, config.sliding_window)
             for b in batch.blocks
         ]
-        added = parts.out((torch.cat(mixed) if len(mixed) > 1 else mixed[0]).to(dtype))
-        hidden, seen = _normed(hidden, added, parts.mlp_norm, dtype)
-        return hidden, parts.down(gated_silu(parts.gate_up(seen)))
+        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 def _noisy(hidden: Tensor, batch: Layout, embed: Any) -> Tensor:
@@ -492,6 +491,18 @@ def _attend(states: Tensor, block: Block, heads: int, shared: int, window: int |
     )
     rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
     return rows if block.gathered is None else gather(rows, block.gathered)
+
+
+def _parts(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        layer.input_layernorm,
+        _projection(attention.qkv_proj),
+        _projection(attention.o_proj),
+        layer.post_attention_layernorm,
+        _projection(mlp.gate_up_proj),
+        _projection(mlp.down_proj),
+    )
 
 
 def _projection(module: Any) -> Projection:

@@ -142,10 +142,10 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         # By the schedule: a training that stopped early has fewer epochs than the recipe says.
         epoch = trainer.state.max_steps // recipe.finetune.num_train_epochs
         last = log.losses[-max(1, epoch) :]
-        weights = list(trained.parameters())
+        # No list of the weights: it would keep the model in memory after `del` below.
         # bitsandbytes packs two weights of 4 bits into a byte.
-        parameters = sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in weights)
-        trained_parameters = sum(w.numel() for w in weights if w.requires_grad)
+        parameters = sum(w.numel() * (1 + (w.dtype == torch.uint8)) for w in trained.parameters())
+        trained_parameters = sum(w.numel() for w in trained.parameters() if w.requires_grad)
         final_loss = round(sum(last) / len(last), 5)  # mean of the last epoch
         _save(trained, recipe, run, chat, runtime, final_loss)
         saves.clear()

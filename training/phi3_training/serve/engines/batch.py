@@ -256,30 +256,30 @@ class Batcher:
     def _run(self) -> None:
         while self._wait_for_work():
             try:
-                for row in range(len(self._rows) - 1, -1, -1):
-                    if self._rows[row].cancelled:
-                        self._leave(row)
-                for job in [job for job in self._reading if job.cancelled]:
-                    self._close_reading(job)
-                self._admit()
-                if self._rows:
-                    logits = self._step()
-                    # Backwards: `_leave` moves the last row into the place of the one that left.
-                    for row in range(len(self._rows) - 1, -1, -1):
-                        self._accept(row, logits[row])
-                self._send()
+                self._turn()
             except Exception as error:  # noqa: BLE001 - the owner thread must outlive any failure
                 self._fail(error)
         with self._wake:
             jobs = [*self._rows, *self._reading, *self._waiting]
             self._rows, self._next, self._reading = [], [], {}
             self._waiting.clear()
-        deliver(
-            [
-                (job, EngineError("The engine was shut down before the answer was finished."))
-                for job in jobs
-            ]
-        )
+        reason = "The engine was shut down before the answer was finished."
+        deliver([(job, EngineError(reason)) for job in jobs])
+
+    def _turn(self) -> None:
+        """One step. A function of its own, so that no job outlives it while the thread waits."""
+        for row in range(len(self._rows) - 1, -1, -1):
+            if self._rows[row].cancelled:
+                self._leave(row)
+        for job in [job for job in self._reading if job.cancelled]:
+            self._close_reading(job)
+        self._admit()
+        if self._rows:
+            logits = self._step()
+            # Backwards: `_leave` moves the last row into the place of the one that left.
+            for row in range(len(self._rows) - 1, -1, -1):
+                self._accept(row, logits[row])
+        self._send()
 
     def _wait_for_work(self) -> bool:
         with self._wake:
