@@ -216,6 +216,18 @@ class MetricsManifest(Manifest):
     job: str | None = None
 
 
+class NamedRow(Part):
+    """A question whose answers did most to fail a rule."""
+
+    part: str
+    line: int  # of the prepared file
+    origin: str = ""  # file and line of the user's own file, where they are known
+    question: str
+    expected: str
+    before: str
+    after: str
+
+
 class RuleVerdict(Part):
     """A rule of the gate and how it came out; without figures where the rows were too few."""
 
@@ -227,7 +239,7 @@ class RuleVerdict(Part):
     rows: int
     passed: bool
     reason: str
-    rows_named: Sequence[Mapping[str, Any]] = ()
+    rows_named: Sequence[NamedRow] = ()
     before: float | None = None
     after: float | None = None
     change: float | None = None

@@ -85,7 +85,7 @@ def test_rows_that_sank_it_are_named() -> None:
     told = gate.refusal("mine", verdict, "report.html")
 
     (failed,) = [rule for rule in verdict.rules if not rule.passed]
-    assert sorted(row["line"] for row in failed.rows_named) == [4, 9, 20]
+    assert sorted(row.line for row in failed.rows_named) == [4, 9, 20]
     assert 'data/replay.jsonl:4 of the run: "Which letter is number 4?"' in told
     assert 'before "It is the letter d.", now "Hello!"' in told
     assert "--force" in told

@@ -5,12 +5,12 @@ Reads run/evaluate/rows.jsonl; its verdict is the manifest `gate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..data.prepare import MOST_COMPARED, Chat, teachers
 from ..errors import StageError
-from ..manifests import BaseManifest, GateManifest, GatePassage, RuleVerdict
+from ..manifests import BaseManifest, GateManifest, GatePassage, NamedRow, RuleVerdict
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
@@ -201,37 +201,25 @@ def _judged(
         resamples=settings.resamples,
         seed=seed_of(rule.part, settings.seed),
     )[metric.name]
-    passed, demand = _CHECKS[kind](compared, rule.value, metric)
+    passed, demand = _decided(kind, compared, rule.value, metric)
     named = [] if passed else _worst(chosen, metric, kind)
     reason = f"{_change_line(compared, metric, rule)}; {demand}"
     result = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
     return RuleVerdict.model_validate({**head, **result})
 
 
-def _gains(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    """The worse end of the interval must reach the gain, and be above 0."""
+def _decided(kind: str, compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
+    """Whether the interval passes the rule, and what the rule asks."""
     worst = min(metric.sign * compared.low, metric.sign * compared.high)
-    bound = metric.change(metric.sign * value)
-    demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
-    return worst >= value and worst > 0, f"{demand} required"
-
-
-def _holds(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    worst = min(metric.sign * compared.low, metric.sign * compared.high)
-    return worst >= -value, f"a loss of at most {metric.change(value, '')}{metric.unit} is allowed"
-
-
-def _stays(compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    inside = compared.low >= -value and compared.high <= value
+    if kind == "min_gain":  # the worse end of the interval must reach the gain, and be above 0
+        bound = metric.change(metric.sign * value)
+        demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
+        return worst >= value and worst > 0, f"{demand} required"
     allowed = f"{metric.change(value, '')}{metric.unit}"
+    if kind == "max_regression":
+        return worst >= -value, f"a loss of at most {allowed} is allowed"
+    inside = compared.low >= -value and compared.high <= value
     return inside, f"a change of at most {allowed} in either direction is allowed"
-
-
-_CHECKS: dict[str, Callable[[Comparison, float, Metric], tuple[bool, str]]] = {
-    "min_gain": _gains,
-    "max_regression": _holds,
-    "max_refusal_change": _stays,
-}
 
 
 def _change_line(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
@@ -243,7 +231,7 @@ def _change_line(compared: Comparison, metric: Metric, rule: GateRule | RefusalR
     )
 
 
-def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
+def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[NamedRow]:
     """The rows that did most to break the rule, worst first."""
 
     def change(row: Row) -> float:
@@ -255,8 +243,7 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[Row]:
         worst = sorted(rows, key=lambda r: (change(r), metric.sign * _one(r, metric, "after")))
         if kind == "max_regression":
             worst = [row for row in worst if change(row) < 0]
-    keys = ("part", "line", "origin", "question", "expected", "before", "after")
-    return [{key: row.get(key, "") for key in keys} for row in worst[:_NAMED_ROWS]]
+    return [NamedRow.model_validate(row) for row in worst[:_NAMED_ROWS]]
 
 
 def _one(row: Row, metric: Metric, side: str) -> float:
@@ -266,13 +253,12 @@ def _one(row: Row, metric: Metric, side: str) -> float:
     return float(scores[metric.name])
 
 
-def _row_line(row: Row) -> str:
-    expected = f", expected {_cut(row['expected'])}" if row["expected"] else ""
+def _row_line(row: NamedRow) -> str:
+    expected = f", expected {_cut(row.expected)}" if row.expected else ""
     # Without origins (very large sets, older rows): the prepared file in the run folder.
-    place = row.get("origin") or f"data/{row['part']}.jsonl:{row['line']} of the run"
+    place = row.origin or f"data/{row.part}.jsonl:{row.line} of the run"
     return (
-        f"{place}: {_cut(row['question'])}{expected}, "
-        f"before {_cut(row['before'])}, now {_cut(row['after'])}"
+        f"{place}: {_cut(row.question)}{expected}, before {_cut(row.before)}, now {_cut(row.after)}"
     )
 
 
