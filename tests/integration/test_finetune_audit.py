@@ -115,8 +115,9 @@ def test_the_command_stops_and_allow_is_recorded(
     assert main([*words, short, "--allow", "cut-answer"]) == 0
     manifest = run.read(ModelManifest)
     assert manifest is not None
-    assert manifest.audit["allow"] == ["cut-answer"]
-    assert manifest.audit["allowed_findings"]["cut-answer"] > 0
+    assert manifest.audit is not None
+    assert manifest.audit.allow == ["cut-answer"]
+    assert manifest.audit.allowed_findings["cut-answer"] > 0
     capsys.readouterr()
     # What follows needs no --allow: the model is trained.
     assert main([*words, short]) == 0
@@ -130,7 +131,8 @@ def test_too_long_rows_are_cut_where_the_recipe_says_so(base: Path, tmp_path: Pa
     manifest = Run(tmp_path / "runs" / "small").read(ModelManifest)
     assert manifest is not None
     assert any("rows of more than 18 tokens (data.too_long)" in it for it in manifest.choices)
-    assert manifest.audit["allow"] == []
+    assert manifest.audit is not None
+    assert manifest.audit.allow == []
 
 
 def test_an_unknown_rule_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

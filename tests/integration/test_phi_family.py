@@ -139,8 +139,9 @@ def test_lora_learns_and_the_audit_passes(tuned: Tuned) -> None:
     losses = [line["loss"] for line in loss_log(tuned.run) if "loss" in line]
     assert losses[-1] < losses[0] / 4
     audited = tuned.run.require(ModelManifest).audit
-    assert audited["allowed_findings"] == {}
-    assert audited["trained_share"]["least"] > 0
+    assert audited is not None
+    assert audited.allowed_findings == {}
+    assert audited.trained_share.least > 0
 
 
 def test_the_tuned_folder_keeps_the_shape(tuned: Tuned) -> None:

@@ -130,6 +130,24 @@ class Foundation(Part):
     id: str
 
 
+class TrainedShare(Part):
+    """Which share of a row's tokens is learnt, over all rows."""
+
+    least: float
+    median: float
+    most: float
+
+
+class LabelAudit(Part):
+    """What the label audit found in the rows before the first step."""
+
+    rows: int
+    trained_share: TrainedShare
+    answers_as_context: int = 0
+    allow: Sequence[str] = ()
+    allowed_findings: Mapping[str, int] = {}  # by rule
+
+
 class ModelManifest(Manifest):
     """The tuned model; `path` is its folder inside the run folder."""
 
@@ -141,7 +159,7 @@ class ModelManifest(Manifest):
     summary: str = ""
     loss_log: str = "finetune/loss.jsonl"
     conversations: Mapping[str, int] = {}
-    audit: Mapping[str, Any] = {}
+    audit: LabelAudit | None = None
     parameters: int | None = None
     trained_parameters: int | None = None
     tokens: int | None = None

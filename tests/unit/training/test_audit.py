@@ -120,8 +120,8 @@ def test_allowed_rules_pass_and_are_counted(rows: list[Row], chat: ChatFormat) -
     allow = {"other-tokens", "empty-system"}
     report.refuse(allow)
     noted = report.manifest(allow)
-    assert noted["allowed_findings"] == {"other-tokens": 3, "empty-system": 3}
-    assert noted["allow"] == sorted(allow)
+    assert noted.allowed_findings == {"other-tokens": 3, "empty-system": 3}
+    assert noted.allow == sorted(allow)
     assert "3 × empty-system" in report.choices()[0]
 
 
@@ -130,8 +130,8 @@ def test_shares_of_trained_tokens(rows: list[Row], chat: ChatFormat) -> None:
     whole = audit(rows, [bugs.all_unmasked(row, chat) for row in rows], chat)
     right = audit(rows, [bugs.right(row, chat) for row in rows], chat)
     mask = rows[0].example.assistant_mask
-    assert masked.manifest(())["trained_share"]["most"] == 0
-    assert whole.manifest(())["trained_share"]["least"] == 1
+    assert masked.manifest(()).trained_share.most == 0
+    assert whole.manifest(()).trained_share.least == 1
     assert right.shares[0] == pytest.approx(sum(mask) / len(mask))
 
 

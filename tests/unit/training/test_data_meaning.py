@@ -546,7 +546,7 @@ def test_an_answer_that_is_context_is_told_by_the_label_audit(chat: ChatFormat) 
     assert report.choices() == [
         "label audit: 1 answer is context and not learnt (weight 0 in the chats)"
     ]
-    assert report.manifest(())["answers_as_context"] == 1
+    assert report.manifest(()).answers_as_context == 1
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -12,6 +12,7 @@ from itertools import pairwise, takewhile
 from typing import NamedTuple, TypeVar, get_args
 
 from ..errors import StageError
+from ..manifests import LabelAudit, TrainedShare
 from ..prompt import ChatFormat, Example
 from ..recipe import AuditRule
 
@@ -230,20 +231,20 @@ class Report:
             lines.append(f"label audit: {what} context and not learnt (weight 0 in the chats)")
         return lines
 
-    def manifest(self, allow: Collection[str]) -> dict[str, object]:
+    def manifest(self, allow: Collection[str]) -> LabelAudit:
         """For the run: the shares of trained tokens, and what was found and allowed."""
         shares = sorted(self.shares) or [0.0]
-        return {
-            "rows": self.rows,
-            "trained_share": {
-                "least": round(shares[0], 4),
-                "median": round(shares[len(shares) // 2], 4),
-                "most": round(shares[-1], 4),
-            },
-            "answers_as_context": self.answers_as_context,
-            "allow": sorted(allow),
-            "allowed_findings": self.counts(),
-        }
+        return LabelAudit(
+            rows=self.rows,
+            trained_share=TrainedShare(
+                least=round(shares[0], 4),
+                median=round(shares[len(shares) // 2], 4),
+                most=round(shares[-1], 4),
+            ),
+            answers_as_context=self.answers_as_context,
+            allow=sorted(allow),
+            allowed_findings=self.counts(),
+        )
 
     def _paragraph(self, rule: str) -> str:
         broken = [finding for finding in self.findings if finding.rule == rule]
