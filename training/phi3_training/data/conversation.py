@@ -69,7 +69,7 @@ _UNFIT_C1 = re.compile(rb"\xc2[\x80-\x84\x86-\x9f]")
 _KINDS = {dict: "an object", list: "an array", str: "text", bool: "true/false", type(None): "null"}
 
 
-def check_text(place: str, value: Any, *, drop: str = "conversation") -> list[Problem]:
+def check_text(place: str, value: object, *, drop: str = "conversation") -> list[Problem]:
     """The problems of a text: wrong type, nothing in it, characters that cannot be trained on.
 
     `drop` is what may be left out instead of writing the text.
@@ -138,6 +138,6 @@ def _order(what: str, fix: str) -> Problem:
     return Problem("role-order", f"wrong order of roles: {what}", fix)
 
 
-def wrong_type(place: str, value: Any, expected: str) -> Problem:
+def wrong_type(place: str, value: object, expected: str) -> Problem:
     actual = _KINDS.get(type(value), "a number")
     return Problem("wrong-type", f"{place} is {actual}", f"expected {expected}")

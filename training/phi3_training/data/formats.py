@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .conversation import (
     CARRIED,
@@ -82,11 +82,11 @@ _EXPECTED = (
     "('prompt' + 'completion', 'question' + 'answer', 'instruction' + 'output', 'input' + "
     "'output'), 'conversations', or 'chosen'"
 )
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
+_EMPTY: tuple[object, ...] = (None, "", [], {})
 _FAILED = "(Failed)"  # what `pf run show-details` writes for a line without an output
 
 
-def read_row(row: Mapping[str, Any]) -> Row:
+def read_row(row: Mapping[str, object]) -> Row:
     """The row's format, its messages, every problem, and what was not read."""
     reader = _Reader(row)
     form, messages = reader.read()
@@ -114,7 +114,7 @@ def read_row(row: Mapping[str, Any]) -> Row:
     return Row(form, tuple(messages), problems, not_read, tuple(sorted(reader.notes)))
 
 
-def carried(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+def carried(row: Mapping[str, object]) -> tuple[dict[str, object], list[Problem]]:
     """What goes along with a row (CARRIED), unless its format gives the key a meaning."""
     extra = {key: row[key] for key in CARRIED if row.get(key) is not None}
     lists = any(str(key).strip().lower() in LIST_KEYS for key in row)
@@ -131,22 +131,25 @@ def carried(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return extra, problems
 
 
-def _accept(value: Any) -> list[Problem]:
-    texts: list[Any] = value if isinstance(value, list) else []
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+def _accept(value: object) -> list[Problem]:
+    listed = value if isinstance(value, list) else []
+    texts = [text for text in listed if isinstance(text, str) and text.strip()]
+    if not texts or len(texts) < len(listed):
         what = "'accept' is not a list of texts"
         fix = 'write "accept": ["a text that a correct answer contains"]'
         return [Problem("wrong-type", what, fix)]
     return [problem for text in texts for problem in check_characters("accept", text)]
 
 
-def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def _without_prefixes(row: Mapping[str, object]) -> tuple[dict[str, object], bool]:
     """Prompt flow's batch outputs name their columns `inputs.X` and `outputs.X`; so do we not.
 
     An input may have the name of an output, as where the right answers are asked along: the
     answer is the output's, anything else the input's. The other one keeps its prefix.
     """
-    sides = {side: row[side] for side in ("inputs", "outputs") if isinstance(row.get(side), dict)}
+    sides: dict[str, dict[str, object]] = {
+        side: value for side in ("inputs", "outputs") if isinstance(value := row.get(side), dict)
+    }
     if len(sides) < 2:
         sides = {
             side: {
@@ -172,7 +175,7 @@ def _without_prefixes(row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return columns, True
 
 
-def _openai_preference(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _openai_preference(row: Mapping[str, object]) -> Mapping[str, object]:
     """OpenAI's rows of preferences under TRL's names; any other row as it is."""
     asked = row.get("input")
     if "preferred_output" not in row or not isinstance(asked, dict) or "messages" not in asked:
@@ -185,14 +188,14 @@ def _openai_preference(row: Mapping[str, Any]) -> Mapping[str, Any]:
 class _Reader:
     """Reads one row; collects problems, and notes which keys it has read."""
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, row: Mapping[str, object]) -> None:
         self.problems: list[Problem] = []
         self.read_keys: set[str] = set()
         self.unused: set[str] = set()
         self.notes: set[str] = set()
         plain, self._from_run = _without_prefixes(_openai_preference(row))
         # `Question ` and `question` are one key to whoever exports a table.
-        self.row: dict[str, Any] = {}
+        self.row: dict[str, object] = {}
         for key, value in plain.items():
             low = str(key).strip().lower()
             name = low if low in _KNOWN else key
@@ -249,7 +252,7 @@ class _Reader:
             first.insert(0, systems[0])
         return _FORMS[keys[0]], first
 
-    def _messages(self, key: str, turns: Any) -> list[Message]:
+    def _messages(self, key: str, turns: object) -> list[Message]:
         turns = _from_json(turns)
         if not isinstance(turns, list):
             self.problems.append(wrong_type(key, turns, "a list of messages"))
@@ -266,7 +269,7 @@ class _Reader:
                 messages.append(message)
         return messages
 
-    def _message(self, place: str, name: str, turn: Any) -> Message | None:
+    def _message(self, place: str, name: str, turn: object) -> Message | None:
         if not isinstance(turn, dict):
             expected = 'an object with "role" and "content"'
             self.problems.append(wrong_type(place, turn, expected))
@@ -301,7 +304,7 @@ class _Reader:
         )
         return Message(role or "", str(text), learn)
 
-    def _role(self, place: str, turn: Mapping[str, Any], key: str | None) -> str | None:
+    def _role(self, place: str, turn: Mapping[str, object], key: str | None) -> str | None:
         if key is None:
             fix = f"add one of {', '.join(ROLES)}"
             self.problems.append(Problem("missing-role", f"{place} has no 'role'", fix))
@@ -321,7 +324,7 @@ class _Reader:
         self.problems.append(Problem("unknown-role", what, fix))
         return None
 
-    def _learn(self, place: str, turn: Mapping[str, Any], role: str | None) -> bool:
+    def _learn(self, place: str, turn: Mapping[str, object], role: str | None) -> bool:
         said: dict[str, bool] = {}
         if role != "assistant":
             return True
@@ -347,9 +350,10 @@ class _Reader:
 
     def _pair(self) -> tuple[str | None, list[Message]]:
         asks, answers = self._asks(), self._present(_ANSWERS)
-        if not asks and not answers and isinstance(self.row.get("text"), str):
+        text = self.row.get("text")
+        if not asks and not answers and isinstance(text, str):
             self.read_keys.add("text")
-            return "rendered text", self._rendered(self.row["text"], "text")
+            return "rendered text", self._rendered(text, "text")
         if not asks or not answers:
             self.problems.append(_no_format(self.row, asks, answers))
             return None, []
@@ -369,9 +373,9 @@ class _Reader:
         if self._from_run and self.row[answer] == _FAILED:
             what = f"{answer} is {_FAILED!r}: the line of the batch run has no answer"
             self.problems.append(Problem("failed-line", what, "leave the row out"))
-        texts = self.row[ask], self.row[answer]
-        if all(isinstance(text, str) for text in texts) and is_rendered(texts[0]):
-            return "rendered text", self._rendered("".join(texts), ask, ends=False)
+        asked, said = self.row[ask], self.row[answer]
+        if isinstance(asked, str) and isinstance(said, str) and is_rendered(asked):
+            return "rendered text", self._rendered(asked + said, ask, ends=False)
         return form, [*self._history(), *self._conversational(ask, answer)]
 
     def _asks(self) -> list[str]:
@@ -571,7 +575,7 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
-def _joined_parts(content: Any) -> Any:
+def _joined_parts(content: object) -> object:
     """Text given as OpenAI's list of parts; a Problem for a part that is not text."""
     if isinstance(content, dict):  # one part
         content = [content]
@@ -587,7 +591,7 @@ def _joined_parts(content: Any) -> Any:
     return "\n".join(texts)
 
 
-def _kind_and_text(part: Any) -> tuple[Any, Any]:
+def _kind_and_text(part: object) -> tuple[object, object]:
     """What a part is, and its text; Gemini's parts have no type, but a key that shows it."""
     if not isinstance(part, dict):
         return "text", part
@@ -597,13 +601,13 @@ def _kind_and_text(part: Any) -> tuple[Any, Any]:
     return part.get("type", key), part.get("text")
 
 
-def _more_of_parts(content: Any) -> set[str]:
+def _more_of_parts(content: object) -> set[str]:
     """The keys of text parts other than their text, such as `cache_control`."""
     parts = content if isinstance(content, list) else [content]
     return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: object) -> object:
     """A list or object that a table or an export holds as text; anything else as it is."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
@@ -613,7 +617,7 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def _question_and_answer(turn: Any) -> tuple[Any, Any] | None:
+def _question_and_answer(turn: object) -> tuple[object, object] | None:
     """An earlier turn: a pair, or Prompt flow's `inputs` and `outputs`."""
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         return turn[0], turn[1]
@@ -625,7 +629,7 @@ def _question_and_answer(turn: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def _chat_text(side: Any, names: Sequence[str]) -> str | None:
+def _chat_text(side: object, names: Sequence[str]) -> str | None:
     """The text of a turn's side: the only one, or the one under a known name."""
     if not isinstance(side, dict):
         return None
@@ -636,7 +640,7 @@ def _chat_text(side: Any, names: Sequence[str]) -> str | None:
     return known[0] if len(known) == 1 else None
 
 
-def _no_format(row: Mapping[str, Any], asks: Sequence[str], answers: Sequence[str]) -> Problem:
+def _no_format(row: Mapping[str, object], asks: Sequence[str], answers: Sequence[str]) -> Problem:
     if "rejected" in row:
         return _unknown("there is 'rejected' but no 'chosen'")
     if asks or answers:
