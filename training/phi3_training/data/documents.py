@@ -84,7 +84,7 @@ def _row_follows(text: str) -> bool:
         return False
 
 
-def _wrapped(value: Any) -> str | None:
+def _wrapped(value: object) -> str | None:
     """The key of the one list of rows that an object holds, if it is no row itself."""
     if not isinstance(value, dict) or read_row(value)[0] is not None:
         return None
@@ -92,7 +92,7 @@ def _wrapped(value: Any) -> str | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def _are_rows(value: Any) -> bool:
+def _are_rows(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
@@ -101,7 +101,7 @@ def _are_rows(value: Any) -> bool:
     )
 
 
-def _is_message(value: dict[str, Any]) -> bool:
+def _is_message(value: dict[str, object]) -> bool:
     return "role" in value or "from" in value
 
 

@@ -109,16 +109,16 @@ class StrictJson:
             object_pairs_hook=self._object, parse_constant=self._constant
         )
 
-    def read(self, text: str) -> tuple[Any, list[Problem]]:
+    def read(self, text: str) -> tuple[object, list[Problem]]:
         """The value of a text; it is None when the text is not JSON."""
         value, problems, _ = self._read(text, lambda: (self._decoder.decode(text), len(text)))
         return value, problems
 
-    def read_at(self, text: str, place: int) -> tuple[Any, list[Problem], int | None]:
+    def read_at(self, text: str, place: int) -> tuple[object, list[Problem], int | None]:
         """The value that starts at a place, and where it ends; None if it is incomplete."""
         return self._read(text, lambda: self._decoder.raw_decode(text, place))
 
-    def read_line(self, line: Line) -> tuple[Any, list[Problem]]:
+    def read_line(self, line: Line) -> tuple[object, list[Problem]]:
         """The value of a line of a file; None where the line is not UTF-8 or not JSON."""
         if line.is_too_long:
             what = f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
@@ -144,8 +144,8 @@ class StrictJson:
         return value, problems
 
     def _read(
-        self, text: str, decode: Callable[[], tuple[Any, int]]
-    ) -> tuple[Any, list[Problem], int | None]:
+        self, text: str, decode: Callable[[], tuple[object, int]]
+    ) -> tuple[object, list[Problem], int | None]:
         self._problems = []
         try:
             value, end = decode()
@@ -164,7 +164,7 @@ class StrictJson:
         fix = 'write {"messages": […]} as plain JSON'
         return None, [Problem("broken-json", f"unreadable JSON: {why}", fix)], None
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         value = dict(pairs)
         if len(value) != len(pairs):
             seen: set[str] = set()
@@ -197,7 +197,7 @@ class CheckedRow(NamedTuple):
     unlearnt: int = 0  # one bit for each message: set where an answer is only context
 
     @classmethod
-    def rewritten(cls, row: Row, extra: Mapping[str, Any]) -> CheckedRow:
+    def rewritten(cls, row: Row, extra: Mapping[str, object]) -> CheckedRow:
         """A row that is written in another form than it was read in."""
         messages = row.messages
         texts = [message.content for message in messages]
@@ -210,7 +210,7 @@ class CheckedRow(NamedTuple):
 
 
 def check_row(
-    value: Any, problems: Sequence[Problem] = (), line: bytes = b""
+    value: object, problems: Sequence[Problem] = (), line: bytes = b""
 ) -> CheckedRow | list[Problem]:
     """A JSON value as a checked row, or all that is wrong with it.
 
@@ -271,7 +271,7 @@ def _roles(count: int) -> list[str]:
     return ["system", *turns] if count % 2 else turns
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
     """Any JSON value in its shortest form, in UTF-8."""
     try:
         return orjson.dumps(value)

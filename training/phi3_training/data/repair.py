@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from ..errors import DataError, UsageError, folded
 from .conversation import ROLES, UNFIT
@@ -202,10 +202,11 @@ def _row(raw: Raw) -> tuple[CheckedRow | None, list[Step]]:
     return row, steps
 
 
-def _tools(row: Mapping[str, Any]) -> str:
+def _tools(row: Mapping[str, object]) -> str:
     """Why a row with tools is left out: without their turns its answers come from nowhere."""
     for key in row.keys() & set(LIST_KEYS):
-        for number, turn in enumerate(row[key] if isinstance(row[key], list) else [], start=1):
+        turns = row[key]
+        for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
             if not isinstance(turn, dict):
                 continue
             role = turn.get("role", turn.get("from"))
@@ -217,7 +218,7 @@ def _tools(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _repaired(row: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
+def _repaired(row: dict[str, object]) -> tuple[dict[str, object], list[Step]]:
     """The row with what can be repaired repaired; the reader judges the result."""
     steps: list[Step] = []
     row = {key: _clean(value, key, steps) for key, value in row.items()}
@@ -228,7 +229,7 @@ def _repaired(row: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
     return row, steps
 
 
-def _clean(value: Any, place: str, steps: list[Step]) -> Any:
+def _clean(value: object, place: str, steps: list[Step]) -> object:
     """A value whose texts have no character that cannot be trained on."""
     if isinstance(value, str) and (controls := UNFIT.findall(value)):
         names = ", ".join(f"U+{ord(mark):04X}" for mark in dict.fromkeys(controls))
@@ -242,7 +243,7 @@ def _clean(value: Any, place: str, steps: list[Step]) -> Any:
     return value
 
 
-def _repaired_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict[str, Any]]:
+def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[dict[str, object]]:
     """The turns in the order of Phi-3's template, as far as dropping and joining brings them."""
     role_key, text_key = (
         next((key for key in keys if any(key in turn for turn in turns)), keys[0])
@@ -251,10 +252,10 @@ def _repaired_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict
     if any(text_key not in turn and turn.keys() & {*TEXT_KEYS} for turn in turns):
         return turns  # spelt in two ways: what looks empty may be under the other key
 
-    def role(turn: Mapping[str, Any]) -> str | None:
+    def role(turn: Mapping[str, object]) -> str | None:
         return _ROLE_NAMES.get(str(turn.get(role_key)))
 
-    repaired: list[dict[str, Any]] = []
+    repaired: list[dict[str, object]] = []
     for number, turn in enumerate(turns, start=1):
         spelt, plain = turn.get(role_key), str(turn.get(role_key)).strip().lower()
         if spelt != plain and plain in _ROLE_NAMES:
@@ -288,19 +289,19 @@ def _repaired_turns(turns: list[dict[str, Any]], steps: list[Step]) -> list[dict
 
 
 def _joined(
-    first: Mapping[str, Any], second: Mapping[str, Any], text_key: str
-) -> dict[str, Any] | None:
+    first: Mapping[str, object], second: Mapping[str, object], text_key: str
+) -> dict[str, object] | None:
     """Two turns as one; None where anything else about them differs (such as a weight)."""
     rest = [{k: v for k, v in turn.items() if k != text_key} for turn in (first, second)]
-    texts = [first[text_key], second[text_key]]
+    before, after = first[text_key], second[text_key]
     names = [part.pop("from", part.pop("role", None)) for part in rest]  # human and user are one
     if rest[0] != rest[1] or not names[0]:
         return None
-    if all(isinstance(text, list) for text in texts):  # of parts
-        return {**first, text_key: [*texts[0], *texts[1]]}
-    if not all(isinstance(text, str) for text in texts):
+    if isinstance(before, list) and isinstance(after, list):  # of parts
+        return {**first, text_key: [*before, *after]}
+    if not isinstance(before, str) or not isinstance(after, str):
         return None
-    return {**first, text_key: _BETWEEN.join(texts)}
+    return {**first, text_key: f"{before}{_BETWEEN}{after}"}
 
 
 # The same conversations in another form: messages, or what OpenAI's fine-tuning takes.
@@ -369,8 +370,8 @@ def convert(
     return ConvertReport(out, form, dict(formats), len(table), dict(dropped), tuple(notes))
 
 
-def _openai(dropped: Counter[str]) -> Callable[[dict[str, Any]], bytes]:
-    def rewrite(row: dict[str, Any]) -> bytes:
+def _openai(dropped: Counter[str]) -> Callable[[dict[str, object]], bytes]:
+    def rewrite(row: dict[str, object]) -> bytes:
         dropped.update(row.keys() - {"messages"})
         return encode({"messages": row["messages"]})
 

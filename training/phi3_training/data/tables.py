@@ -176,7 +176,7 @@ def _batches(path: Path) -> Iterator[Any]:
                 yield batch.slice(start, _BATCH)
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """A row without what is null: columns, and keys of structs, that other rows have."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
