@@ -39,10 +39,15 @@ class ServerConfig(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     status_file: Path | None = None
     deployment: str = "local"
+    # Which of Azure's two serving images `/score` imitates: they name parameters, wrap answers and
+    # report errors differently (see score_api.py).
     dialect: Literal["loi", "fms"] = "loi"
 
     max_concurrent_requests_per_instance: Positive = 32
+    # Azure ML: 5,000 by default and 180,000 at most
+    # (learn.microsoft.com/azure/machine-learning/reference-yaml-deployment-managed-online).
     request_timeout_ms: Annotated[int, Field(ge=100, le=180_000)] = 60_000
+    # Azure's documents named this size until 2022; the current ones name none.
     max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
     max_new_tokens: Positive = 256
     drain_seconds: Annotated[int, Field(ge=0)] = 30

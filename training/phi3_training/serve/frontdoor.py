@@ -293,6 +293,9 @@ class _Visit:
             model_ms = 1000 * (time.perf_counter() - (self.entered or self.started))
             extra = [*self._headers, ("ms-azureml-model-time", f"{model_ms:.0f}")]
             self.status = inner
+            # Whatever a container answers but 200 reaches the client as 424, with the container's
+            # status and a reason in headers
+            # (learn.microsoft.com/azure/machine-learning/how-to-troubleshoot-online-endpoints).
             # OpenAI's API has its own statuses.
             if inner != 200 and not is_openai(self.scope["path"]):
                 self.status = 424

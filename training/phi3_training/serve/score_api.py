@@ -221,6 +221,7 @@ def engine_failure(error: EngineError, dialect: str) -> tuple[dict[str, object],
     if dialect == "fms":
         body = {"status_code": error.status, "body": error_body("error", error.status, str(error))}
         return {"output": None, "error": body}, reason
+    # "None" is Python's None written as text: what the image says where its engine failed.
     in_template = type(error) is InvalidPromptError
     return ({} if in_template else {"output": "None"}), reason
 
