@@ -16,7 +16,7 @@ from phi3_training.data.jsonl import (
     Line,
     Range,
     StrictJson,
-    check_row,
+    check_line,
     lines_of,
 )
 from phi3_training.data.scan import digest_range
@@ -87,7 +87,7 @@ def by_the_rules(data: bytes) -> tuple[list[str], dict[str, Any]] | None:
 
 
 def checked(data: bytes) -> CheckedRow | None:
-    row = check_row(*StrictJson().read_line(line_of(data)), data)
+    row = check_line(line_of(data), StrictJson())
     return row if isinstance(row, CheckedRow) else None
 
 

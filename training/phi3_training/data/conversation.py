@@ -106,6 +106,11 @@ def has_unfit_characters(text: bytes, nuls: int = 0) -> bool:
     """
     if len(text) - len(text.translate(None, _UNFIT_BYTES)) != nuls:
         return True
+    return has_c1_controls(text)
+
+
+def has_c1_controls(text: bytes) -> bool:
+    """Whether UTF-8 bytes hold a C1 control other than U+0085."""
     return b"\xc2" in text and _UNFIT_C1.search(text) is not None
 
 

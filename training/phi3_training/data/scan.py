@@ -34,6 +34,7 @@ from .jsonl import (
     SEPARATOR,
     Range,
     StrictJson,
+    check_line,
     check_row,
     join,
     lines_of,
@@ -58,8 +59,7 @@ def digest_range(source: Path, part: Range, path: Path) -> Digest:
             digester.digest.lines = line.number
             note_line_ends(line, digester.digest.notes)
             if not line.is_blank:
-                value, problems = reader.read_line(line)
-                checked = check_row(value, problems, line.data)
+                checked = check_line(line, reader)
                 digester.take(line.number, checked, rows, offset=line.offset, size=len(line.data))
     return digester.finish()
 
