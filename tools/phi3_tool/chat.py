@@ -44,37 +44,26 @@ def print_pieces_as_they_come() -> None:
     def print_chat_output(output: object, generator_record: Record, *, generator_key: str) -> None:
         if isinstance(output, Iterator) and generator_key not in generator_record:
             # Prompt flow takes the whole answer from here afterwards.
-            generator_record[generator_key] = _shown(output)
+            pieces = generator_record[generator_key] = []
+            for piece in output:
+                pieces.append(str(piece))
+                sys.stdout.write(pieces[-1])
+                sys.stdout.flush()
+            sys.stdout.write("\n")
         else:
             show(output, generator_record, generator_key=generator_key)
 
     def resolve_generator(flow_result: Any, generator_record: Record) -> Any:
         for place in (flow_result.run_info.output, flow_result.run_info.result, flow_result.output):
-            _settle(place, generator_record)
+            # The text that was shown, instead of the exhausted iterator.
+            for name, value in place.items() if isinstance(place, dict) else ():
+                shown = generator_record.get(f"run.outputs.{name}")
+                if isinstance(value, Iterator) and shown is not None:
+                    place[name] = "".join(shown)
         return settle(flow_result, generator_record)
 
     setattr(loop, _SHOW, print_chat_output)
     setattr(loop, _SETTLE, resolve_generator)
-
-
-def _shown(pieces: Iterator[object]) -> list[str]:
-    texts = []
-    for piece in pieces:
-        texts.append(str(piece))
-        sys.stdout.write(texts[-1])
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return texts
-
-
-def _settle(outputs: object, record: Record) -> None:
-    """Put the text that was shown where the exhausted iterator still stands."""
-    if not isinstance(outputs, dict):
-        return
-    for name, value in outputs.items():
-        pieces = record.get(f"run.outputs.{name}")
-        if isinstance(value, Iterator) and pieces is not None:
-            outputs[name] = "".join(pieces)
 
 
 refuse_what_lacks_a_question()

@@ -401,10 +401,13 @@ class Phi3Client:
             outcome = self._attempt(call, auth)
             if isinstance(outcome, _Arrival):
                 return outcome
-            renewed = self._renewed(call, outcome, auth)
-            if renewed is not None:
-                auth = renewed
-                continue
+            if outcome.error.status == 401 and self._credential.renewable and not call.renewed:
+                # Once per call: a token that is another one than the rejected.
+                call.renewed = True
+                fresh = self._credential.auth()
+                if fresh != auth:
+                    auth = fresh
+                    continue
             wait = call.budget.next_wait(
                 outcome.retry, outcome.retry_after, call.deadline.remaining
             )
@@ -419,14 +422,6 @@ class Phi3Client:
             )
             if self._closed.wait(wait):
                 raise call.dress(outcome.error, self._credential)
-
-    def _renewed(self, call: Call, failure: Failure, used: BearerAuth) -> BearerAuth | None:
-        """A token other than the rejected one, once per call; None if there is none."""
-        if failure.error.status != 401 or not self._credential.renewable or call.renewed:
-            return None
-        call.renewed = True
-        fresh = self._credential.auth()
-        return fresh if fresh != used else None
 
     def _attempt(self, call: Call, auth: BearerAuth) -> _Arrival | Failure:
         response: requests.Response | None = None

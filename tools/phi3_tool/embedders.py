@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: What MiniLM was trained to read; a longer text is cut, in its vector alone.
 MAX_TOKENS = 256
-#: Names the folder of an ONNX embedder; beside the index it is called `embedder`.
+#: Names the folder of an ONNX embedder; next to the index it is called `embedder`.
 FOLDER_VARIABLE = "PHI3_EMBEDDER"
 _BATCH = 32
 _TRIES = 5
@@ -213,7 +213,7 @@ def embedder_of(facts: Mapping[str, str], index: Path) -> Embedder | None:
         if facts["embedder"] not in _open:
             if settings["kind"] == "endpoint":
                 key = os.environ.get("PHI3_EMBEDDINGS_KEY")
-                made: Embedder = EndpointEmbedder(
+                embedder: Embedder = EndpointEmbedder(
                     settings["base"], settings["model"], key, int(facts["dimension"])
                 )
             else:
@@ -225,6 +225,6 @@ def embedder_of(facts: Mapping[str, str], index: Path) -> Embedder | None:
                         f"{index} was made with an embedder whose folder is missing here; put "
                         f"it at {index.parent / 'embedder'}, or name it in ${FOLDER_VARIABLE}"
                     )
-                made = OnnxEmbedder(here[0])
-            _open[facts["embedder"]] = made
+                embedder = OnnxEmbedder(here[0])
+            _open[facts["embedder"]] = embedder
         return _open[facts["embedder"]]
