@@ -59,10 +59,10 @@ class Documents:
         Raises as `look_up` and `grounded` do.
         """
         query, _ = standalone_question(question, history)
-        found = look_up(
+        passages = look_up(
             query, self.index, self.folder, query_type=self.query_type, top_k=self.top_k
         )
-        return grounded(question, found, self.min_score)
+        return grounded(question, passages, self.min_score)
 
 
 class Grounding(ChatMiddleware):
@@ -77,11 +77,19 @@ class Grounding(ChatMiddleware):
     async def process(self, context: ChatContext, call_next: Callable[[], Awaitable[None]]) -> None:
         """Replace the question by the prompt; without a fitting passage the model is not asked."""
         try:
-            prompt = await asyncio.to_thread(self._prompt, list(context.messages))
+            sent = role_messages(list(context.messages))
+            question = sent[-1]["content"] if sent else ""
+            history = from_messages(sent[:-1])
+            prompt = await asyncio.to_thread(self._documents.prompt, question, history)
         except Phi3Error as error:
             raise in_framework(error) from error
         if not prompt["text"]:
-            context.result = _said(NOT_IN_DOCUMENTS, stream=context.stream)
+            if context.stream:
+                context.result = _stream(_only(NOT_IN_DOCUMENTS))
+            else:
+                context.result = ChatResponse(
+                    messages=[Message("assistant", [NOT_IN_DOCUMENTS])], finish_reason="stop"
+                )
             return
         context.messages = [*context.messages[:-1], Message("user", [prompt["text"]])]
         await call_next()
@@ -91,11 +99,6 @@ class Grounding(ChatMiddleware):
         elif context.result is not None:
             answer = answer_text(context.result.messages)
             context.result.messages = [Message("assistant", [answer + sources_note(answer, hits)])]
-
-    def _prompt(self, messages: list[Message]) -> dict[str, Any]:
-        sent = role_messages(messages)
-        question = sent[-1]["content"] if sent else ""
-        return self._documents.prompt(question, from_messages(sent[:-1]))
 
 
 def create_agent(
@@ -139,14 +142,6 @@ async def _only(text: str) -> AsyncIterator[ChatResponseUpdate]:
     yield ChatResponseUpdate(
         contents=[Content.from_text(text)], role="assistant", finish_reason="stop"
     )
-
-
-def _said(
-    text: str, *, stream: bool
-) -> ChatResponse[Any] | ResponseStream[ChatResponseUpdate, ChatResponse[Any]]:
-    if stream:
-        return _stream(_only(text))
-    return ChatResponse(messages=[Message("assistant", [text])], finish_reason="stop")
 
 
 def _stream(

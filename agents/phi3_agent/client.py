@@ -1,17 +1,17 @@
 """Phi3ChatClient: phi3_tool's client as a chat client of Agent Framework.
 
 Retries, deadlines and the wire are phi3_tool's. What the framework adds to a call and the endpoint
-cannot take (tools, response formats, images) is refused by name, never dropped in silence.
+cannot take (tools, response formats, images) is refused by name, never silently dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from agent_framework import (
     BaseChatClient,
@@ -79,8 +79,6 @@ _MAPPED: tuple[tuple[type[Phi3Error], type[ChatClientException]], ...] = (
 
 # One for all clients of the process; a thread is made when it is first needed.
 _POOL = ThreadPoolExecutor(THREADS, thread_name_prefix="phi3-agent")
-
-_T = TypeVar("_T")
 
 
 class Phi3ChatOptions(ChatOptions[None], total=False):
@@ -210,14 +208,23 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             wire, parameters = self._request(messages, options)
             return client_for(self._settings).chat(wire, **parameters)
 
-        reply = await self._in_thread(ask)
+        try:
+            reply = await asyncio.get_running_loop().run_in_executor(_POOL, ask)
+        except Phi3Error as error:
+            raise in_framework(error) from error.with_traceback(None)
+        names = {
+            "prompt_tokens": "input_token_count",
+            "completion_tokens": "output_token_count",
+            "total_tokens": "total_token_count",
+        }
+        usage = {names[name]: count for name, count in reply.usage.items() if name in names}
         facts = {"attempts": reply.attempts, "seconds": reply.seconds}
         return ChatResponse(
             messages=[Message("assistant", [reply.text])],
             response_id=reply.request_id,
             model=reply.model or self.model,
             finish_reason=reply.finish_reason or "stop",  # type: ignore[arg-type]
-            usage_details=_usage(reply.usage),
+            usage_details=UsageDetails(**usage) if usage else None,  # type: ignore[typeddict-item]
             additional_properties={**facts, "deployment": reply.deployment},
         )
 
@@ -272,12 +279,6 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
         room = budget(self._settings, wire[-1]["content"], system, length, self._max_history_tokens)
         return fit(wire, max_tokens=room), parameters
 
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(_POOL, work)
-        except Phi3Error as error:
-            raise in_framework(error) from error.with_traceback(None)
-
 
 class Phi3ChatClient(
     FunctionInvocationLayer[Phi3ChatOptions],
@@ -292,13 +293,3 @@ class Phi3ChatClient(
     """
 
     OTEL_PROVIDER_NAME = "phi3"
-
-
-def _usage(usage: Mapping[str, int]) -> UsageDetails | None:
-    names = {
-        "prompt_tokens": "input_token_count",
-        "completion_tokens": "output_token_count",
-        "total_tokens": "total_token_count",
-    }
-    details = {names[name]: count for name, count in usage.items() if name in names}
-    return UsageDetails(**details) if details else None  # type: ignore[typeddict-item]
