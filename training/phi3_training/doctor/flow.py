@@ -36,7 +36,11 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
         source = FlowSource.read(folder)
         yield HERE.ok("folder", f"{folder}: {len(source.dag['nodes'])} node(s)")
         with tempfile.TemporaryDirectory(prefix="phi3-doctor-") as scratch:
-            yield from _checked(source, Path(scratch), promptflow_there)
+            if promptflow_there:
+                yield from _checks(source, Path(scratch))
+            else:
+                for check in ("validate", "tools"):
+                    yield HERE.skipped(check, "Prompt flow is not installed")
     except UsageError as error:
         yield HERE.fault("folder", str(error), "name the flow's folder: phi3 doctor --flow FOLDER")
         for check in ("validate", "tools"):
@@ -44,11 +48,7 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
     yield package_tool()
 
 
-def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Iterator[Finding]:
-    if not promptflow_there:
-        for check in ("validate", "tools"):
-            yield HERE.skipped(check, "Prompt flow is not installed")
-        return
+def _checks(source: FlowSource, scratch: Path) -> Iterator[Finding]:
     copy = scratch / source.name
     copy_flow(source, copy)
     quiet_home(scratch)  # no usage report, no service left running
@@ -186,7 +186,16 @@ class Connection:
         if others:
             yield CONNECTION.fault("shape", "; ".join(others), fix)
         else:
-            yield CONNECTION.ok("shape", self._shown())
+            options = {} if self.settings is None else vars(self.settings)
+            named = [
+                f"{name} {options[name]}"
+                for name in ("deployment", "dialect", "context_length")
+                if options.get(name) is not None
+            ]
+            address = "endpoint and key are filled in"
+            if self.settings is not None:
+                address = f"{self.settings.endpoint.partition('?')[0]}, a key"
+            yield CONNECTION.ok("shape", ", ".join([address, *named]))
         if plain:
             yield CONNECTION.fault("https", plain[0], fix)
         elif self.settings is None:
@@ -198,14 +207,3 @@ class Connection:
             if parts.scheme.lower() != "https":
                 said = "plain http, to this machine only"
             yield CONNECTION.ok("https", said)
-
-    def _shown(self) -> str:
-        if self.settings is None:
-            return "endpoint and key are filled in"
-        options = {
-            "deployment": self.settings.deployment,
-            "dialect": self.settings.dialect,
-            "context_length": self.settings.context_length,
-        }
-        said = [f"{name} {value}" for name, value in options.items() if value is not None]
-        return ", ".join([self.settings.endpoint.partition("?")[0], "a key", *said])

@@ -10,8 +10,6 @@ import importlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,10 +48,22 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
             "With flask, Prompt flow's server is one process: use --engine fastapi, or `phi3 flow "
             "image`, whose server has a worker for each core"
         )
-    _refuse_taken(host, port)
+    # Loading a flow takes seconds: look first whether it can be served there at all.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if os.name != "nt":  # there it would accept a port that is in use
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StageError(
+                f"The flow cannot be served at {host}:{port} ({error.strerror}): stop the program "
+                f"that uses the port, or choose another --port"
+            ) from None
     os.environ[_NAME] = flow.resolve().name
     _prepare()
-    with _told_plainly(flow):
+    refused = _module("promptflow.exceptions").PromptflowException
+    try:
         if workers > 1:
             _serve_with_workers(flow, host, port, workers)
         else:
@@ -67,30 +77,7 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
                 engine=engine,
                 skip_open_browser=True,
             )
-
-
-def _refuse_taken(host: str, port: int) -> None:
-    """Loading a flow takes seconds: look first whether it can be served there at all."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name != "nt":  # there it would accept a port that is in use
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StageError(
-                f"The flow cannot be served at {host}:{port} ({error.strerror}): stop the program "
-                f"that uses the port, or choose another --port"
-            ) from None
-
-
-@contextmanager
-def _told_plainly(flow: Path) -> Iterator[None]:
-    """A fault of the flow in Prompt flow's words, without its traceback."""
-    refused = _module("promptflow.exceptions").PromptflowException
-    try:
-        yield
-    except refused as error:
+    except refused as error:  # a fault of the flow, in Prompt flow's words
         raise StageError(f"The flow {flow} cannot be served: {error}") from None
 
 
@@ -111,7 +98,7 @@ def _prepare() -> None:
     _module("promptflow.core._serving.app_base")
     let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
     provider = _module("promptflow.core._connection_provider._connection_provider")
-    provider.ConnectionProvider._instance = _provider(settings)
+    provider.ConnectionProvider._instance = _provider_of(settings)
 
 
 def leave_traces_out() -> None:
@@ -143,7 +130,7 @@ def _serve_with_workers(flow: Path, host: str, port: int, workers: int) -> None:
         )
 
 
-def _provider(settings: ConnectionSettings) -> Any:
+def _provider_of(settings: ConnectionSettings) -> Any:
     """Hands the environment's endpoint to whatever connection a flow names."""
     value = {
         name: str(given)
