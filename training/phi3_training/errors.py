@@ -20,7 +20,7 @@ SHOWN_FAULTS = 20
 
 
 # Kinds of faults that `phi3 data fix` repairs, or leaves out with the reason.
-MENDED = frozenset(
+FIXABLE = frozenset(
     {"role-order", "empty-content", "no-messages", "unknown-role", "duplicate", "control-character"}
 )
 FIX_HINT = "Repair a copy with: phi3 data fix FILE -o FIXED.jsonl"
@@ -61,12 +61,12 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     lines: list[str] = []
     for fault in faults:
         same = groups[_alike(fault)]
-        rows = list(dict.fromkeys((one.line, one.row) for one in same))
+        rows = list(dict.fromkeys((each.line, each.row) for each in same))
         if len(rows) < _FOLDED_FROM:
             lines.append(str(fault))
         elif fault is same[0]:
             text = str(fault).removeprefix(f"{fault.place}: ")
-            such = "" if len({one.what for one in same}) == 1 else " such as"
+            such = "" if len({each.what for each in same}) == 1 else " such as"
             others = (str(ln) if ln != fault.line else f"row {n}" for ln, n in rows[1:_LINES_NAMED])
             named = ", ".join([fault.place, *others])
             more = len(rows) > _LINES_NAMED
@@ -88,13 +88,13 @@ class RecipeError(UsageError):
 
     def __init__(self, source: str, faults: Sequence[str], typed: Sequence[str] = ()) -> None:
         self.faults = (*faults, *typed)
-        blocks = [(source, faults), ("The command line", typed)]
-        super().__init__("\n".join(_listed(name, lines) for name, lines in blocks if lines))
-
-
-def _listed(source: str, faults: Sequence[str]) -> str:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-    return "\n".join([f"{source} has {count}:", *(f"  {fault}" for fault in faults)])
+        lines: list[str] = []
+        for place, listed in ((source, faults), ("The command line", typed)):
+            count = "1 fault" if len(listed) == 1 else f"{len(listed)} faults"
+            lines += (
+                [f"{place} has {count}:", *(f"  {fault}" for fault in listed)] if listed else []
+            )
+        super().__init__("\n".join(lines))
 
 
 def _alike(fault: LocatedFault) -> tuple[Path, str, str]:
@@ -107,22 +107,19 @@ class DataError(Phi3TrainingError):
     def __init__(self, faults: Sequence[LocatedFault], report_path: Path | None = None) -> None:
         self.faults = tuple(faults)
         self.report_path = report_path
-        super().__init__(self._message())
-
-    def _message(self) -> str:
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         lines = [f"The chats have {count}; nothing was written or trained:"]
-        found = folded(self.faults)
-        lines += [f"  {line}" for line in found[:SHOWN_FAULTS]]
-        left = len(found) - SHOWN_FAULTS
+        groups = folded(self.faults)
+        lines += [f"  {line}" for line in groups[:SHOWN_FAULTS]]
+        left = len(groups) - SHOWN_FAULTS
         if left > 0:
             lines.append(f"  … and {left} more lines")
         if self.report_path is not None:
             lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
-        if any(fault.kind in MENDED for fault in self.faults):
+        if any(fault.kind in FIXABLE for fault in self.faults):
             lines.append(FIX_HINT)
-        return "\n".join(lines)
+        super().__init__("\n".join(lines))
 
 
 class MissingExtraError(Phi3TrainingError):

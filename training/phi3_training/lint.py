@@ -254,42 +254,39 @@ def files_in(paths: Sequence[Path]) -> list[Path]:
 
     UsageError for everything that cannot be read, all at once.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     faults = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(_walk(path))
+            inside = []
+            for root, folders, names in os.walk(path):
+                folders[:] = [
+                    name
+                    for name in folders
+                    if not name.startswith(".") and name not in _SKIPPED_FOLDERS
+                ]
+                inside += [Path(root, n) for n in names if Path(n).suffix.lower() in SUFFIXES]
             if not inside:
                 faults.append(f"{path}: no file with {', '.join(sorted(SUFFIXES))} in it")
-            found.update(dict.fromkeys(inside))
+            files.update(dict.fromkeys(sorted(inside)))
         elif not path.is_file():
             faults.append(f"{path}: no such file or folder")
         elif path.suffix.lower() not in SUFFIXES:
             faults.append(f"{path}: expected a file with {', '.join(sorted(SUFFIXES))}")
         else:
-            found[path] = None
+            files[path] = None
     if faults:
         raise UsageError("\n".join(faults))
-    return list(found)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS
-        ]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES:
-                yield Path(root, name)
+    return list(files)
 
 
 def lint(files: Sequence[Path]) -> list[Dead]:
     """What is dead in these files, each place once, by file and line."""
-    found: dict[Dead, None] = {}
+    findings: dict[Dead, None] = {}
     for path in files:
         try:
             text = path.read_text("utf-8", errors="replace")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-        found.update(dict.fromkeys(lint_text(text, str(path), path.suffix.lower())))
-    return list(found)
+        findings.update(dict.fromkeys(lint_text(text, str(path), path.suffix.lower())))
+    return list(findings)

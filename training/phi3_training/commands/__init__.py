@@ -75,7 +75,7 @@ GROUPS = (
         "chat", "register_invoke", {"invoke": "send a random held-out conversation to the endpoint"}
     ),
     Group(
-        "chat",
+        "batch",
         "register_batch",
         {
             "batch": "send every line of a JSONL file to the endpoint, many in parallel; "
@@ -136,7 +136,7 @@ GROUPS = (
         },
     ),
     Group(
-        "azure",
+        "rehearse",
         "register_rehearse",
         {"rehearse": "start, stop or inspect a rehearsed Azure on this machine"},
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import console
 from . import HELP
-from .common import add_command
+from .options import add_command
 
 
 def register_lint(subparsers: Any) -> None:
@@ -28,16 +28,19 @@ def run_lint(args: argparse.Namespace) -> int:
     from ..lint import files_in, lint
 
     files = files_in(args.paths)
-    found = lint(files)
-    if args.output == "json":
-        console.print_json(
-            {"ok": not found, "files": len(files), "findings": [each.as_dict() for each in found]}
-        )
-        return 1 if found else 0
-    for each in found:
-        console.out.print(str(each), markup=False)
-    places = f"{len(found)} place{'' if len(found) == 1 else 's'}"
-    said = f"{places} will not run any more or show a key" if found else "Nothing dead was found"
-    counted = f"{len(files)} file{'' if len(files) == 1 else 's'} read"
-    console.out.print(f"{said}; {counted}", markup=False)
-    return 1 if found else 0
+    findings = lint(files)
+    places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"
+    result = (
+        f"{places} will not run any more or show a key" if findings else "Nothing dead was found"
+    )
+    console.show(
+        args.output,
+        {
+            "ok": not findings,
+            "files": len(files),
+            "findings": [finding.as_dict() for finding in findings],
+        },
+        *map(str, findings),
+        f"{result}; {len(files)} file{'' if len(files) == 1 else 's'} read",
+    )
+    return 1 if findings else 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import FIX_HINT, MENDED, SHOWN_FAULTS, DataError, UsageError, folded
+from ..errors import FIX_HINT, FIXABLE, SHOWN_FAULTS, DataError, UsageError, folded
 from ..prompt import ChatFormat
 from ..recipe import DataSection
 from .conversation import Conversation
@@ -111,7 +111,7 @@ class CheckReport:
             lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [sentence(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
-        lines += [FIX_HINT] if any(fault.kind in MENDED for fault in self.faults) else []
+        lines += [FIX_HINT] if any(fault.kind in FIXABLE for fault in self.faults) else []
         for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
             if rows:
                 count = len({(fault.path, fault.line, fault.row) for fault in rows})

@@ -108,11 +108,13 @@ def _answered(replies: Sequence[Reply]) -> list[Answered]:
     return [Answered(Said(without_citations(reply.text), reply.cut), None) for reply in replies]
 
 
-def compared(rows: Sequence[Row], name: str, settings: Resampling) -> dict[str, Comparison]:
-    """Each metric of two arms, with paired bootstrap intervals."""
+def compared(
+    rows: Sequence[Row], name: str, settings: Resampling, only: Collection[str] = ()
+) -> dict[str, Comparison]:
+    """Each metric of two arms (those of `only`, if given), with paired bootstrap intervals."""
     return compare(
         rows,
-        metrics_for(rows),
+        [metric for metric in metrics_for(rows) if not only or metric.name in only],
         confidence=settings.confidence,
         resamples=settings.resamples,
         seed=seed_of(name, settings.seed),
@@ -123,22 +125,15 @@ def differences(
     questions: Sequence[Question], answers: Mapping[str, ArmAnswers], settings: Resampling
 ) -> dict[str, dict[tuple[str, str], Change]]:
     """What the recommendation looks at: `facts` and `voice` of each pair of arms."""
-    found: dict[str, dict[tuple[str, str], Change]] = {"facts": {}, "voice": {}}
+    changes: dict[str, dict[tuple[str, str], Change]] = {"facts": {}, "voice": {}}
     for arm, other in _PAIRS:
         pair = (answers[name].replies.replies for name in (other, arm))
         rows = rows_of(questions, *pair)
-        metrics = [metric for metric in metrics_for(rows) if metric.name in _LOOKED_AT]
-        result = compare(
-            rows,
-            metrics,
-            confidence=settings.confidence,
-            resamples=settings.resamples,
-            seed=seed_of("validation", settings.seed),
-        )
+        result = compared(rows, "validation", settings, _LOOKED_AT)
         for metric, kind in _LOOKED_AT.items():
             c = result[metric]
-            found[kind][arm, other] = Change(c.change, c.low, c.high)
-    return found
+            changes[kind][arm, other] = Change(c.change, c.low, c.high)
+    return changes
 
 
 _LOOKED_AT = {"contains": "facts", "token_f1": "voice"}
@@ -209,12 +204,12 @@ def _checked(
 
 def _cited(details: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> Cited:
     given = [(d, p) for d, p in zip(details, prompts, strict=True) if not d["declined"]]
-    every = [one for d, _ in given for one in d["citations"]]
-    of_right = [one for d, _ in given if d["right"] for one in d["citations"]]
+    every = [cited for d, _ in given for cited in d["citations"]]
+    of_right = [cited for d, _ in given if d["right"] for cited in d["citations"]]
     return Cited(
         answers=_share([bool(d["citations"]) for d, _ in given]),
-        exist=_share([one["place"] is not None for one in every]),
-        hold=_share([one["holds"] for one in of_right]),
+        exist=_share([cited["place"] is not None for cited in every]),
+        hold=_share([cited["holds"] for cited in of_right]),
         support=_share([support(d["answer"], p.hits) for d, p in given if d["citations"]]),
     )
 
@@ -224,13 +219,13 @@ def support(answer: str, hits: Sequence[Hit]) -> float:
 
     Catches invented figures; a wrong conclusion from the right words passes.
     """
-    told = _NOTHING.telling(without_citations(answer)).all
+    words = _NOTHING.telling(without_citations(answer)).all
     have: set[str] = set()
     for cited in citations(answer, hits):
         if cited["exists"]:
             hit = hits[cited["number"] - 1]
             have |= vocabulary(f"{hit.heading}\n{hit.text}")
-    return sum(word in have for word in told) / len(told) if told else 1.0
+    return sum(word in have for word in words) / len(words) if words else 1.0
 
 
 def _share(values: Sequence[float]) -> float | None:

@@ -348,3 +348,18 @@ def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:
 
 def _parts(trains: bool) -> list[str]:
     return [part for part in PARTS if trains or part != "cluster"]
+
+
+def clients_at(section: AzureSection) -> Clients:
+    """Azure at the place that the keys, the environment and config.json name; no sign-in yet.
+
+    Raises MissingExtraError where the extra `azure` is not installed.
+    """
+    refuse_without_extra()
+    return Clients(find_place(section, os.environ, Path.cwd()), section.poll)
+
+
+def clients_of(run: Run) -> Clients:
+    """Azure at the place where a run is; no sign-in yet. Raises as `clients_at` does."""
+    refuse_without_extra()
+    return Clients(place_of(run), section_of(run).poll)
