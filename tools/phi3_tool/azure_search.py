@@ -15,7 +15,6 @@ Shapes as api-version 2026-04-01 has them. Tested against a loopback service, ne
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
 import re
@@ -25,8 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from .connection import Address, is_loopback
 from .credentials import clean_secret
 from .entra import entra_tokens
@@ -35,10 +32,9 @@ from .errors import (
     ConfigurationError,
     RequestRejectedError,
     ServiceError,
-    one_line,
 )
 from .index import FORMAT, Hit, PassageIndex, Query, check_embedder, question_words, score_of
-from .transport import new_session
+from .transport import new_session, request_with_retries, said_by
 
 API_VERSION = "2026-04-01"
 SCOPE = "https://search.azure.com/.default"
@@ -54,7 +50,6 @@ AGAIN = frozenset((409, 422, 429, 503))
 # words alone 0.15 and 0.45), so that `min_score` means the same.
 _REACHED = 0.6
 _TRIES = 6
-_WAIT_SECONDS = 60.0  # the longest Retry-After that is waited for
 _SELECTED = "id,text,source,heading,page,first,last"
 
 
@@ -110,57 +105,51 @@ class SearchService:
         is sent. Raises AuthenticationError, RequestRejectedError or ServiceError with the
         service's own words.
         """
-        reason = ""
-        for attempt in range(_TRIES):
-            wait = min(2.0**attempt, _WAIT_SECONDS)
-            try:
-                answer = self._session.request(
-                    method,
-                    self.endpoint + path,
-                    params={"api-version": API_VERSION},
-                    data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
-                    headers={
-                        "Content-Type": "application/json",
-                        "Accept": "application/json;odata.metadata=none",
-                        **self._signature(),
-                        **(headers or {}),
-                    },
-                    timeout=(5, 120),
-                    allow_redirects=False,  # a key never goes on to another host
-                )
-            except requests.RequestException as error:
-                reason = f"no connection ({type(error).__name__})"
-            else:
-                if answer.ok:
-                    if answer.status_code == 204 or not answer.content:
-                        return {}
-                    content = _json_of(answer)
-                    if content is None:
-                        raise ServiceError(
-                            f"{self.endpoint} answered something else than JSON; is it an Azure "
-                            "AI Search service?"
-                        )
-                    return content
-                if answer.status_code == 404 and may_miss:
-                    return None
-                reason = f"status {answer.status_code}: {_said(answer)}"
-                if answer.status_code in (401, 403):
-                    raise AuthenticationError(
-                        f"{self.endpoint} refused the sign-in ({_said(answer)}). Set "
-                        f"{KEY_VARIABLE}, or let the signed-in account have the roles Search "
-                        "Service Contributor and Search Index Data Contributor there (a question "
-                        "alone: Search Index Data Reader)",
-                        status=answer.status_code,
-                    )
-                if answer.status_code != 429 and answer.status_code < 500:
-                    raise RequestRejectedError(
-                        f"{self.endpoint} refused {method} {path}: {reason}",
-                        status=answer.status_code,
-                    )
-                wait = retry_after(answer.headers.get("Retry-After")) or wait
-            if attempt < _TRIES - 1:
-                self._sleep(wait)
-        raise ServiceError(f"{self.endpoint} did not answer {method} {path}: {reason}")
+        answer = request_with_retries(
+            self._session,
+            method,
+            self.endpoint + path,
+            f"{self.endpoint} did not answer {method} {path}",
+            tries=_TRIES,
+            sleep=self._sleep,
+            params={"api-version": API_VERSION},
+            data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
+            headers={
+                "Content-Type": "application/json",
+                "Accept": "application/json;odata.metadata=none",
+                **self._signature(),
+                **(headers or {}),
+            },
+            timeout=(5, 120),
+            allow_redirects=False,  # a key never goes on to another host
+        )
+        if answer.status_code == 404 and may_miss:
+            return None
+        if answer.status_code in (401, 403):
+            raise AuthenticationError(
+                f"{self.endpoint} refused the sign-in ({said_by(answer)}). Set {KEY_VARIABLE}, or "
+                "let the signed-in account have the roles Search Service Contributor and Search "
+                "Index Data Contributor there (a question alone: Search Index Data Reader)",
+                status=answer.status_code,
+            )
+        if not answer.ok:
+            raise RequestRejectedError(
+                f"{self.endpoint} refused {method} {path}: status {answer.status_code}: "
+                f"{said_by(answer)}",
+                status=answer.status_code,
+            )
+        if answer.status_code == 204 or not answer.content:
+            return {}
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise ServiceError(
+                f"{self.endpoint} answered something else than JSON; is it an Azure AI Search "
+                "service?"
+            )
+        return content
 
     def _signature(self) -> dict[str, str]:
         if self._key:
@@ -172,36 +161,6 @@ class SearchService:
                     f"Azure AI Search without {KEY_VARIABLE} signs in with Microsoft Entra ID",
                 )
         return {"Authorization": f"Bearer {self._token()}"}
-
-
-def retry_after(stated: str | None) -> float | None:
-    """Seconds of a Retry-After header (a number or a date, RFC 9110), at most a minute."""
-    if not stated:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", stated.strip()):
-        return min(float(stated), _WAIT_SECONDS)
-    try:
-        moment = email.utils.parsedate_to_datetime(stated).timestamp()
-    except (TypeError, ValueError):
-        return None
-    return min(max(moment - time.time(), 0.0), _WAIT_SECONDS)
-
-
-def _json_of(answer: requests.Response) -> dict[str, Any] | None:
-    """The JSON object of an answer, if it is one."""
-    try:
-        content = answer.json()
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _said(answer: requests.Response) -> str:
-    """The service's own message, on one line."""
-    try:
-        return one_line(str((_json_of(answer) or {})["error"]["message"]))
-    except (KeyError, TypeError):
-        return one_line(answer.text)
 
 
 def index_url(name: str) -> str:

@@ -25,7 +25,6 @@ from ..run import Run, fingerprint, write_atomically
 from .arms import Arm, Prompt
 
 FOLDER = "rag/answers"
-_SOME = 8  # answers after which a guess of the time left is worth showing
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class Asking:
         self._judge = choose_judge(recipe, run)
         self._base = base_folder(run)
         self._tuned = run.path / run.require(ModelManifest).path
-        self._total = self._done = self._timed = 0
-        self._spent = 0.0
+        self._total = self._done = 0
 
     def expect(self, total: int) -> None:
         """How many prompts will be asked, for the estimate of the time left."""
@@ -104,11 +102,7 @@ class Asking:
 
         def step(count: int) -> None:
             self._done += count
-            self._timed += count
-            each = (self._spent + time.monotonic() - started) / max(1, self._timed)
-            left = each * (self._total - self._done)
-            shown = f", about {left:.0f} s left" if self._timed >= _SOME else ""
-            self._progress(self._done, self._total, f"{arm.label}{shown}")
+            self._progress(self._done, self._total, arm.label)
 
         step(0)
         judge = self._judge
@@ -116,7 +110,6 @@ class Asking:
         examine = judge.examine_tuned if arm.tuned else judge.examine
         answers = examine(folder, asked, step) if asked else []
         seconds = time.monotonic() - started
-        self._spent += seconds
         chat = chat_format(folder)
         by_text = {"": Reply(NOT_IN_DOCUMENTS, cut=False, asked=False, prompt_tokens=0,
                              answer_tokens=0)}  # fmt: skip

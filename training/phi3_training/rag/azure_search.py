@@ -321,13 +321,12 @@ def _fill(
     sleep: Callable[[float], None],
 ) -> int:
     """Send every passage; how many. Raises StageError with those that were refused for good."""
-    total, sent, started = int(facts["passages"]), 0, time.monotonic()
+    total, sent = int(facts["passages"]), 0
     refused: list[str] = []
     for batch in _batches(_documents(database, facts)):
         refused += _post(to, batch, sleep)
         sent += len(batch)
-        left = (time.monotonic() - started) / sent * max(total - sent, 0)
-        progress(sent, total, f"sending passages to {to.index}, about {left:.0f} s left")
+        progress(sent, total, f"sending passages to {to.index}")
     if refused:
         shown = "\n".join(f"  {line}" for line in refused[:_SHOWN])
         more = f"\n  … and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
