@@ -105,7 +105,7 @@ class Served:
         )
 
     async def health(self, _request: Request) -> Response:
-        """The process is up; the endpoint behind it is not asked."""
+        """The process is up; the model's endpoint is not asked."""
         return JSONResponse({"status": "ok", "agent": self._model})
 
     async def models(self, _request: Request) -> Response:

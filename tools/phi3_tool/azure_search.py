@@ -121,7 +121,7 @@ class SearchService:
                 **(headers or {}),
             },
             timeout=(5, 120),
-            allow_redirects=False,  # a key never goes on to another host
+            allow_redirects=False,  # a key is never sent on to another host
         )
         if answer.status_code == 404 and may_miss:
             return None

@@ -31,7 +31,7 @@ from .run import sha256_of, write_atomically
 # The lines of a batch: read from a JSONL file or a table, every fault named at once; writes
 # nothing.
 
-# What the flow takes besides the question; a null counts as not given.
+# The flow's other inputs; a null counts as not given.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_history": ((list,), "a list of turns"),
     "system_prompt": ((str,), "text"),

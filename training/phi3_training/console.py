@@ -1,4 +1,4 @@
-"""What a person sees: stage lines, progress bars, tables. The only place that prints.
+"""What the user sees: stage lines, progress bars, tables. The only place that prints.
 
 Progress goes to standard error, results to standard output, so that `-o json` stays clean.
 """

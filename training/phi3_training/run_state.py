@@ -40,7 +40,7 @@ class RunState:
         return str(self.status["endpoint"]["state"])
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for `-o json`; the target's own keys stand between the others."""
+        """Plain values for `-o json`; the target's own keys come between the others."""
         before = ("run", "path", "on", "current", "remarks", "done", "broken")
         after = ("adapters", "question", "answer")
         return {

@@ -97,7 +97,7 @@ TABLE = (
         f"{_LEARN}/machine-learning/prompt-flow/migrate-prompt-flow-to-agent-framework",
         "the same conversations on Agent Framework: phi3 agent chat, your own flow: phi3 flow "
         "to-agent; the same endpoint without either: phi3 chat, for other clients: phi3 env",
-        "packages that are installed go on; Microsoft names the Agent Framework as successor",
+        "installed packages keep working; Microsoft names the Agent Framework as successor",
         used=True,
     ),
     Sunset(

@@ -35,8 +35,8 @@ GROUPS = (
         "runs",
         "register_runs",
         {
-            "runs": "list the runs, which one is current, and what they take on the disk",
-            "use": "choose the current run, which chat, env, export and the flow then use",
+            "runs": "list the runs, which one is current, and their size on disk",
+            "use": "choose the current run, which chat, env, export and the flow use",
             "rm": "delete a run that is not serving",
         },
     ),
@@ -60,7 +60,7 @@ GROUPS = (
     Group(
         "rag",
         "register_rag",
-        {"rag": "index your documents, search them, make chats of them, compare RAG with tuning"},
+        {"rag": "index your documents, search them, turn them into chats, compare RAG with tuning"},
     ),
     Group(
         "chat",
@@ -91,8 +91,8 @@ GROUPS = (
         "agent",
         "register_agent",
         {
-            "agent": "the model on Microsoft Agent Framework: chat, serve, DevUI, a folder for "
-            "Foundry's hosted agents"
+            "agent": "run the model on Microsoft Agent Framework: chat, serve, DevUI, or pack "
+            "it for Foundry's hosted agents"
         },
     ),
     Group(
@@ -111,7 +111,7 @@ GROUPS = (
     Group(
         "lint",
         "register_lint",
-        {"lint": "find what will not run any more in a tutorial's or your own files"},
+        {"lint": "find what no longer runs in a tutorial's or your own files"},
     ),
     Group(
         "models",

@@ -78,8 +78,8 @@ def _register_recipe_commands(inner: Any) -> None:
         inner,
         "check-live",
         "list what to check first on a real subscription, cheapest first, with prices, and run it "
-        "step by step, each undone afterwards; asks before each unless --yes (never verified on "
-        "live Azure)",
+        "step by step, undoing each step; asks before each unless --yes (never verified on live "
+        "Azure)",
         "phi3 azure check-live training/recipes/phi3-mini-azure.yaml",
         run_check,
     )
@@ -111,15 +111,15 @@ def _register_run_commands(inner: Any) -> None:
     )
     extend = add(
         "extend",
-        "move the time at which a run's endpoint deletes itself",
+        "postpone the time at which a run's endpoint deletes itself",
         "extend 4h --run phi3-mini-azure",
         run_extend,
     )
     extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
     budget = add(
         "budget",
-        "mail you when a month's costs of the run's resource group come near an amount; it comes "
-        "a day late and stops nothing",
+        "mail you when the monthly cost of the run's resource group approaches an amount; the mail "
+        "is up to a day late and stops nothing",
         "budget 50 --mail me@example.com",
         run_budget,
     )
@@ -129,7 +129,7 @@ def _register_run_commands(inner: Any) -> None:
     )
     add(
         "rollback",
-        "give the traffic back to the deployments that had it before the last change",
+        "restore the traffic to what it was before the last change",
         "rollback --run phi3-mini-azure",
         run_rollback,
     )
@@ -150,7 +150,7 @@ def _register_run_commands(inner: Any) -> None:
         "shares", nargs="*", metavar="NAME=PERCENT", help="deployments and their shares, 100 in all"
     )
     traffic.add_argument(
-        "--force", action="store_true", help="set: also where a deployment does not answer"
+        "--force", action="store_true", help="with set: even if a deployment does not answer"
     )
 
 
@@ -307,7 +307,7 @@ def _show_traffic(args: argparse.Namespace, traffic: Traffic, run: Run) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Print the list, then run what is agreed to; 1 when a step failed."""
+    """Print the list, then run the confirmed steps; 1 when a step failed."""
     recipe = recipe_of(args.words, "azure")
     from ..targets.azure.check_live import list_steps, run_steps
     from ..targets.azure.clients import Clients
@@ -372,6 +372,6 @@ def _show_steps(steps: list[LiveStep], name: str, location: str) -> None:
         for command in step.commands:
             console.line(f"      {command}")
     console.line(
-        f"Steps 5 to 8 make all they need in the resource group {name} and delete it at the end. "
-        f"Should this machine die meanwhile: az group delete --name {name}"
+        f"Steps 5 to 8 create everything they need in the resource group {name} and delete it at "
+        f"the end. If this machine dies in the meantime: az group delete --name {name}"
     )

@@ -95,7 +95,7 @@ def _use_current_run(args: argparse.Namespace) -> None:
     run = current_of(args.runs)
     if run is None or args.on not in (None, target_of(run)):
         return
-    if args.on is None and not is_here(run):  # it would bill without a word
+    if args.on is None and not is_here(run):  # it would bill without notice
         on = target_of(run)
         raise UsageError(
             f"The current run {run.name!r} is on {on}: add --on {on} to continue it there, name "

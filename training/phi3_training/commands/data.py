@@ -41,7 +41,7 @@ def register_data(subparsers: Any) -> None:
         "files",
         nargs="+",
         metavar="SOURCE",
-        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are judged by its "
+        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are checked by its "
         "own data: keys and the tokenizer of its model",
     )
     check.add_argument("--report", type=Path, metavar="FILE", help="write every fault to this file")
@@ -59,7 +59,7 @@ def register_data(subparsers: Any) -> None:
     _add_out(fix)
     fix.add_argument("--report", type=Path, metavar="FILE", help="write every change to this file")
     convert = add_command(
-        actions, "convert", "write chats of any format in one form, unchanged",
+        actions, "convert", "write chats of any format as messages, otherwise unchanged",
         "phi3 data convert chats.csv -o chats.jsonl", run_convert, own_output=True,
     )  # fmt: skip
     _add_out(convert)

@@ -1,4 +1,4 @@
-"""`phi3 doctor`: looks for faults that keep the flow from answering, or fail silently."""
+"""`phi3 doctor`: finds what keeps the flow from answering, or fails silently."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def register_doctor(subparsers: Any) -> None:
     parser.add_argument(
         "--agent",
         action="store_true",
-        help="only send the golden conversations through Prompt flow and through the agent, and "
+        help="only send the golden conversations through Prompt flow and the agent, and "
         "compare requests, answers and errors",
     )
     parser.add_argument(
@@ -82,7 +82,7 @@ def register_doctor(subparsers: Any) -> None:
     parser.add_argument(
         "--dates",
         action="store_true",
-        help="only print what ends when, who says so, and what to do (as of another day: "
+        help="only print what ends when, the source, and what to do (as of another day: "
         "PHI3_TODAY=YYYY-MM-DD)",
     )
 
@@ -201,7 +201,7 @@ def _run_agent(args: argparse.Namespace) -> int:
 
 
 def _run_tokens(args: argparse.Namespace) -> int:
-    """Compare tokens everywhere; exit 1 when a place writes other ones."""
+    """Compare tokens everywhere; exit 1 where they differ."""
     from ..verify.parity import check_tokens, places_of_folder, places_of_run
 
     if args.model is not None and args.run:

@@ -38,8 +38,8 @@ def register_flow(subparsers: Any) -> None:
     image = add_command(
         actions,
         "image",
-        "write a container build context that serves the flow: small, no connection store, not "
-        "root",
+        "write a container build context that serves the flow: small, no connection store, "
+        "non-root",
         "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
         run_image,
     )
@@ -105,7 +105,7 @@ def register_flow(subparsers: Any) -> None:
     to_agent = add_command(
         actions,
         "to-agent",
-        "convert a flow to Agent Framework, proved on your own rows: same requests, same answers",
+        "convert a flow to Agent Framework, verified on your own rows: same requests, same answers",
         "phi3 flow to-agent flows/phi3_chat --data flows/phi3_chat/samples.jsonl",
         run_to_agent,
     )
@@ -203,7 +203,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_to_agent(args: argparse.Namespace) -> int:
-    """Convert; print what was written and proved."""
+    """Convert; print what was written and verified."""
     from ..agent.convert import convert
 
     out = args.out or Path(args.flow.resolve().name + "_agent")
@@ -217,6 +217,6 @@ def run_to_agent(args: argparse.Namespace) -> int:
             "requests": done.requests,
         },
         f"Folder: {done.folder} ({len(done.files)} files)",
-        f"Proved: {done.rows} rows whole and streamed, {done.requests} requests, all the same",
+        f"Verified: {done.rows} rows whole and streamed, {done.requests} requests, all the same",
         f'Run:    eval "$(phi3 env)" && .venv-agent/bin/python {done.folder}/agent.py "A question"',
     )

@@ -1,4 +1,4 @@
-"""`phi3 lint`: names what will not run any more in a tutorial's or a user's files."""
+"""`phi3 lint`: names what no longer runs in a tutorial's or a user's files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,13 @@ def register_lint(subparsers: Any) -> None:
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    """Show each place with its cure; exit 1 when there is one."""
+    """Show each place with its fix; exit 1 when there is one."""
     from ..lint import files_in, lint
 
     files = files_in(args.paths)
     findings = lint(files)
     places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"
-    result = (
-        f"{places} will not run any more or show a key" if findings else "Nothing dead was found"
-    )
+    result = f"{places} no longer work or show a key" if findings else "Nothing dead was found"
     console.show(
         args.output,
         {

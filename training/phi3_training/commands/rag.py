@@ -56,9 +56,9 @@ def register_rag(subparsers: Any) -> None:
         "--embedder",
         choices=("auto", "onnx", "endpoint", "none"),
         default="auto",
-        help="auto (default): all-MiniLM-L6-v2 on this machine, words alone where it cannot be "
+        help="auto (default): all-MiniLM-L6-v2 on this machine, words only where it cannot be "
         "downloaded; onnx: MiniLM or --embedder-folder, nothing else; endpoint: --base-url; "
-        "none: words alone",
+        "none: words only",
     )
     index.add_argument(
         "--embedder-folder",
@@ -79,9 +79,9 @@ def register_rag(subparsers: Any) -> None:
         action="store_true",
         help="index the other documents when some cannot be read",
     )
-    index.add_argument("--rebuild", action="store_true", help="start over from nothing")
+    index.add_argument("--rebuild", action="store_true", help="start over from scratch")
     search = add_command(
-        actions, "search", "show the passages that a question finds, with their scores",
+        actions, "search", "show the passages for a question, with their scores",
         'phi3 rag search "how long is the warranty?"', run_search,
     )  # fmt: skip
     search.add_argument("question")
@@ -89,7 +89,7 @@ def register_rag(subparsers: Any) -> None:
     search.add_argument("--query-type", choices=QUERY_TYPES, default="hybrid")
 
     evaluate = add_command(
-        actions, "evaluate", "measure how well the index finds what your questions ask for",
+        actions, "evaluate", "measure how well the index answers your questions",
         "phi3 rag evaluate questions.jsonl", run_evaluate,
     )  # fmt: skip
     add_questions(evaluate)
@@ -109,12 +109,12 @@ def register_rag(subparsers: Any) -> None:
         "--questions",
         type=Path,
         metavar="FILE",
-        help="your own questions, as for phi3 rag evaluate; rows of the split test are left out",
+        help="your own questions, as for phi3 rag evaluate; rows with the split test are left out",
     )
     making.add_argument(
         "--only",
         choices=("passages", "plain"),
-        help="passages: questions with what the index finds for them; plain: questions alone "
+        help="passages: questions with the passages found for them; plain: questions only "
         "(default: both)",
     )
     making.add_argument(
@@ -122,7 +122,7 @@ def register_rag(subparsers: Any) -> None:
         type=int,
         default=2,
         metavar="COUNT",
-        help="most questions made of a passage by templates; 0: your own alone (default 2)",
+        help="maximum number of template questions per passage; 0: only your own (default 2)",
     )
     making.add_argument(
         "--withheld",
@@ -136,12 +136,12 @@ def register_rag(subparsers: Any) -> None:
     making.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
     register_compare(actions)
     plan = add_command(
-        actions, "plan", "say what rag.search.create=true would create, and what it costs",
+        actions, "plan", "show what rag.search.create=true would create, and what it costs",
         "phi3 rag plan rag.search.tier=basic azure.location=westeurope", run_plan,
     )  # fmt: skip
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
     down = add_command(
-        actions, "down", "delete what was made in Azure AI Search: the index, or its service",
+        actions, "down", "delete what was created in Azure AI Search: the index, or its service",
         "phi3 rag down", run_down,
     )  # fmt: skip
     for each in (index, search, evaluate, making, plan, down):

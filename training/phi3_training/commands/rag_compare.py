@@ -153,7 +153,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         metavar="WAYS",
         help="show answers side by side: any of base,rag,tuned,both, with commas between. Each "
-        "question stands alone; loads the run's models here",
+        "question is asked without history; loads the run's models in this process",
     )
 
 

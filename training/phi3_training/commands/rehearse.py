@@ -97,10 +97,12 @@ def register_rehearse(subparsers: Any) -> None:
     stop = add("stop", "stop the rehearsal, its jobs and its servers", "stop", run_stop)
     stop.add_argument("--forget", action="store_true", help="also delete its state")
     add("status", "show whether it is running and what it contains", "status", run_status)
-    add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
+    add(
+        "env", "print the variables that direct the Azure SDKs to it", 'env  # eval "$(…)"', run_env
+    )
     clock = add(
         "clock",
-        "show its clock or move it forward; what is due by then happens",
+        "show its clock or move it forward; what is due by then runs",
         "clock 9h",
         run_clock,
     )

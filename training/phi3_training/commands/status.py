@@ -20,7 +20,7 @@ from . import HELP
 from .common import confirm, named_run
 from .options import add_command, add_on, add_rehearse, add_run
 
-# A place on Azure: the option, the recipe's key that it stands for, and its value.
+# A place on Azure: the option, the recipe's key that it sets, and its value.
 _PLACE = (
     ("workspace", "workspace_name", "NAME"),
     ("resource-group", "resource_group", "NAME"),
@@ -248,7 +248,7 @@ def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
 def _show_end(
     args: argparse.Namespace, stopped: list[str], broken: list[str], left: list[str]
 ) -> int:
-    """What was stopped, what could not be, and what goes on; 1 where something is broken."""
+    """What was stopped, what failed, and what is still running; exit status 1 for a failure."""
     for fault in broken:
         console.print_error(fault)
     lines = stopped or ([] if broken else ["Nothing of ours is running."])

@@ -216,7 +216,7 @@ def _add_options(parser: argparse.ArgumentParser, *, trains: bool, deploys: bool
 
 
 def run_up(args: argparse.Namespace) -> int:
-    """Do the journey and show what came out of it."""
+    """Run the journey and show the result."""
     # Before the run folder and its weights: a misspelt name costs no download.
     stages = stages_of(in_cloud=where_to_run(args) != HERE)
     known = {stage.title: stage.manifest for stage in stages}
@@ -238,7 +238,7 @@ def run_up(args: argparse.Namespace) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Say what would be done."""
+    """Show what would be done."""
     journey = journey_of(args, make_run=False)
     todo = []
     all_done = True  # a stage counts as done only if all before it are
@@ -287,7 +287,7 @@ def _plan_lines(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
 
 
 def _plan_data(recipe: Recipe) -> PlanLine:
-    """Which chats are learnt, which are held out, and what is asked at the end."""
+    """Which chats are trained on, which are held out, and what is asked at the end."""
     data = recipe.data
     train, validation, replay = (
         ", ".join(map(str, sources)) for sources in (data.train, data.validation, data.replay)
@@ -318,7 +318,7 @@ def _gigabytes(text: str) -> float:
 
 
 def run_search(args: argparse.Namespace, journey: Journey) -> int:
-    """Do the trials that are missing and show what was found."""
+    """Run the missing trials and show the results."""
     from ..search.plan import load_plan
 
     def make(overrides: Sequence[str]) -> Recipe:
@@ -393,7 +393,7 @@ def register_stages(subparsers: Any) -> None:
 
 
 def run_stage(args: argparse.Namespace) -> int:
-    """Do what is missing up to the stage."""
+    """Run the missing stages up to this one."""
     journey = journey_of(args)
     if getattr(args, "search", None) is not None:
         if journey.in_cloud:

@@ -160,7 +160,7 @@ def check_telemetry(settings: dict[str, object]) -> Finding:
     enabled = section.get("enabled", True) if isinstance(section, dict) else True
     if str(enabled).lower() == "false":
         return HERE.ok("telemetry", "off")
-    # Ten seconds measured behind a proxy that drops the packets; none where the name is unknown.
+    # Measured: ten seconds where a proxy drops the packets, none where the name is unknown.
     return HERE.warning(
         "telemetry",
         "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds "

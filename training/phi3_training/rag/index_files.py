@@ -90,7 +90,7 @@ def take_down(run: Run, progress: Progress) -> str:
         line = remove_service(clients, service_id, progress, ours=settings["index"])
         path.unlink()
     else:
-        line = f"{down(path)}; the service is not phi3's and goes on billing"
+        line = f"{down(path)}; the service is not phi3's and keeps billing"
     publish_to_flow(run)
     return line
 

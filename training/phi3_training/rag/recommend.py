@@ -174,7 +174,8 @@ RULES = (
     ),
     Rule(
         "no-difference",
-        "nothing tells RAG and tuning apart: RAG, which needs no training and shows its sources",
+        "no clear difference between RAG and tuning: RAG, which needs no training and shows its "
+        "sources",
         lambda _: True,
         lambda _: "rag",
         lambda e: f"{e.shown('rag', 'tuned')}.",

@@ -84,7 +84,7 @@ class ArmAnswers:
 
 
 def without_citations(answer: str) -> str:
-    """The answer as it is scored: `[1]` is no number that it tells."""
+    """The answer as it is scored: `[1]` is not one of its numbers."""
     return _CITATION.sub("", answer).strip()
 
 

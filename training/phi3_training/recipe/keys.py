@@ -65,7 +65,7 @@ def keys_of(model: type[BaseModel], prefix: str = "", given: BaseModel | None = 
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation stands for, without None and what is annotated to them."""
+    """The types in an annotation, without None and metadata."""
     if get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)

@@ -239,7 +239,7 @@ _MAY_BE_FOLDERS = ("data.train", "data.validation", "data.replay")
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Make paths absolute, and let one path stand for a list of one."""
+    """Make paths absolute, and turn a single path into a list of one."""
     for section, key in _PATH_KEYS:
         values = content.get(section)
         if not isinstance(values, dict) or values.get(key) is None:
