@@ -32,9 +32,8 @@ from agent_framework.exceptions import (
 )
 from agent_framework.observability import ChatTelemetryLayer
 
-from phi3_tool.asking import budget, client_for, settings_of
-from phi3_tool.client import ChatReply
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.client import ChatReply, client_for
+from phi3_tool.connection import ConnectionSettings, settings_of
 from phi3_tool.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -44,7 +43,7 @@ from phi3_tool.errors import (
     RequestRejectedError,
     UnreadableAnswerError,
 )
-from phi3_tool.history import fit
+from phi3_tool.history import budget, fit
 
 #: The flow's own default of max_new_tokens; what it leaves of the context is the history's.
 MAX_NEW_TOKENS = 256
@@ -276,7 +275,8 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             raise RequestRejectedError("The question is empty: type something to ask")
         system = wire[0]["content"] if wire[0]["role"] == "system" else ""
         length = parameters.get("max_new_tokens", MAX_NEW_TOKENS)
-        room = budget(self._settings, wire[-1]["content"], system, length, self._max_history_tokens)
+        context, question = self._settings.context_length, wire[-1]["content"]
+        room = budget(context, question, system, length, self._max_history_tokens)
         return fit(wire, max_tokens=room), parameters
 
 

@@ -25,7 +25,7 @@ from agent_framework import (
     handler,
 )
 
-from phi3_tool.asking import settings_of
+from phi3_tool.connection import settings_of
 from phi3_tool.errors import ConfigurationError, Phi3Error, RequestRejectedError
 
 from .client import in_framework, phi3_error

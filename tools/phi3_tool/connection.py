@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit, urlunsplit
 
 from .credentials import clean_secret
@@ -220,6 +220,20 @@ class ConnectionSettings:
             context_length=int(length) if length else None,
             auth=ENTRA if entra else None,
         )
+
+
+def settings_of(connection: object, deployment: str = "") -> ConnectionSettings:
+    """The endpoint that is meant: the environment's where it names one, else the connection's.
+
+    Raises ConfigurationError where neither can be used.
+    """
+    # Both from the environment or neither: a stored key never goes to another endpoint.
+    if environment_names_endpoint():
+        settings = ConnectionSettings.from_environment()
+    else:
+        settings = ConnectionSettings.from_connection(connection)
+    chosen = deployment.strip()
+    return replace(settings, deployment=chosen) if chosen else settings
 
 
 def environment_names_endpoint(environ: Mapping[str, str] | None = None) -> bool:

@@ -32,6 +32,25 @@ def rough_tokens(text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / 3)
 
 
+def budget(
+    context_length: int | None,
+    input_data: str,
+    system_prompt: str,
+    max_new_tokens: int,
+    max_history_tokens: int = 0,
+) -> int:
+    """Tokens that the whole prompt may have; `context_length` None: the model's is not stated."""
+    room = (context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
+    if max_history_tokens <= 0:
+        return room
+    always = (
+        rough_tokens(input_data or "") + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    )
+    wanted = always + max_history_tokens
+    # Without a stated context the caller's word counts: the model may well be a 128k one.
+    return wanted if context_length is None else min(room, wanted)
+
+
 def to_messages(
     chat_history: Sequence[Mapping[str, object]] | None,
     user_input: str | None,
