@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from .errors import ConfigurationError, RequestRejectedError
 
@@ -77,6 +77,14 @@ class Embedder(Protocol):
         ...
 
 
+class Lookup(TypedDict):
+    """A passage as Prompt flow's Index Lookup gives it; `metadata` has the rest of a `Hit`."""
+
+    text: str
+    score: float
+    metadata: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Hit:
     """A passage that was found, with the parts of its score.
@@ -103,14 +111,10 @@ class Hit:
         heading = f" ({self.heading})" if self.heading else ""
         return f"{self.source}{page}{heading}"
 
-    def as_lookup(self) -> dict[str, Any]:
-        """As Prompt flow's Index Lookup gives it: text, score and metadata."""
-        facts = asdict(self)
-        return {
-            "text": facts.pop("text"),
-            "score": facts.pop("score"),
-            "metadata": {**facts, "place": self.place},
-        }
+    def as_lookup(self) -> Lookup:
+        """As Prompt flow's Index Lookup gives it."""
+        facts = {k: v for k, v in asdict(self).items() if k not in ("text", "score")}
+        return {"text": self.text, "score": self.score, "metadata": {**facts, "place": self.place}}
 
 
 def hits_of(passages: Sequence[Mapping[str, Any]]) -> list[Hit]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rich.table import Table
 from rich.text import Text
 
 from phi3_tool.embedders import embedder_of
-from phi3_tool.grounding import citations
+from phi3_tool.grounding import Citation, citations
 from phi3_tool.index import DocumentIndex
 
 from .. import console
@@ -179,8 +179,8 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         prompts = Prompts(index, embedder_of(index.facts(), index.path), top_k=4)
     with answering(recipe_of_run(run), run, arms, args.max_new_tokens) as answer:
 
-        def ask(question: str) -> dict[str, dict[str, Any]]:
-            answers: dict[str, dict[str, Any]] = {}
+        def ask(question: str) -> dict[str, Timed]:
+            answers: dict[str, Timed] = {}
             for name, arm in arms.items():
                 started = time.monotonic()
                 needs = prompts is not None and arm.passages == "found"
@@ -204,7 +204,15 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         return 0
 
 
-def _side_by_side(answers: dict[str, dict[str, Any]]) -> None:
+class Timed(TypedDict):
+    """An arm's answer, as `-o json` prints it."""
+
+    answer: str
+    citations: list[Citation]
+    seconds: float
+
+
+def _side_by_side(answers: dict[str, Timed]) -> None:
     table = Table(show_lines=False, expand=True)
     cells = []
     for name, reply in answers.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from phi3_tool.grounding import question_in
 from phi3_tool.index import DocumentIndex, Embedder, Hit
@@ -25,7 +25,7 @@ from .comparison_report import page
 from .figures import Retrieval, measure
 from .questions import Question, answers_of, of_split, right_passages
 from .recommend import Evidence, Recommendation, recommend
-from .scores import ArmAnswers, ArmFigures, arm_figures, differences, rows_of
+from .scores import ArmAnswers, ArmFigures, ScoredAnswer, arm_figures, differences, rows_of
 
 FILE = "rag/comparison.json"
 ROWS = "rag/comparison-rows.jsonl"
@@ -48,6 +48,16 @@ class Changed:
     kept: Mapping[str, int]
 
 
+class WrongAnswer(TypedDict):
+    """A question that `both` answered wrongly, with every arm's answer."""
+
+    question: str
+    line: int
+    kind: str
+    expected: str
+    arms: Mapping[str, ScoredAnswer]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All figures; `left_out`: questions that the model was trained on word for word."""
@@ -63,7 +73,7 @@ class Comparison:
     changed: Changed | None
     recommendation: Recommendation
     settings: Resampling
-    worst: Sequence[Mapping[str, Any]]
+    worst: Sequence[WrongAnswer]
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the rows."""
@@ -150,7 +160,7 @@ def compare_arms(
             now = [edited.of(arm, question.text) for question in again]
             after[name] = asking.ask(f"{name}-changed", arm, now)
     arms: dict[str, ArmFigures] = {}
-    details: dict[str, list[dict[str, Any]]] = {}
+    details: dict[str, list[ScoredAnswer]] = {}
     for name in ARMS:
         note(progress, f"counting: {ARMS[name].label}")
         arms[name], details[name] = arm_figures(name, asked, answers, right_ids, among, settings)
@@ -225,10 +235,10 @@ def _changed(questions: Sequence[Question], after: Mapping[str, Replies]) -> Cha
 
 
 def _worst(
-    questions: Sequence[Question], details: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[dict[str, Any]]:
+    questions: Sequence[Question], details: Mapping[str, Sequence[ScoredAnswer]]
+) -> list[WrongAnswer]:
     """Wrong answers of `both`, those first that another arm has right."""
-    rows: list[dict[str, Any]] = [
+    rows: list[WrongAnswer] = [
         {
             "question": question.text,
             "line": question.line,
@@ -247,7 +257,7 @@ def _write(
     comparison: Comparison,
     questions: Sequence[Question],
     right: Sequence[Sequence[Hit]],
-    details: Mapping[str, Sequence[Mapping[str, Any]]],
+    details: Mapping[str, Sequence[ScoredAnswer]],
 ) -> None:
     rows = [
         {

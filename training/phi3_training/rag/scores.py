@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
-from phi3_tool.grounding import NOT_IN_DOCUMENTS, citations
+from phi3_tool.grounding import NOT_IN_DOCUMENTS, Citation, citations
 from phi3_tool.index import Hit
 
 from ..evaluate.figures import compare, metrics_for, seed_of
@@ -83,6 +83,24 @@ class ArmAnswers:
     unanswerable: Sequence[Reply] = field(default=())
 
 
+class CheckedCitation(TypedDict):
+    """A citation; `place` is None where it points to no passage."""
+
+    number: int
+    place: str | None
+    holds: bool  # the expected answer
+
+
+class ScoredAnswer(TypedDict):
+    """An arm's answer to a question, for the report."""
+
+    answer: str
+    right: bool
+    token_f1: float
+    declined: bool
+    citations: list[CheckedCitation]
+
+
 def without_citations(answer: str) -> str:
     """The answer as it is scored: `[1]` is not one of its numbers."""
     return _CITATION.sub("", answer).strip()
@@ -146,18 +164,21 @@ def arm_figures(
     right_ids: Sequence[Collection[int]],
     among: Set,
     settings: Resampling,
-) -> tuple[ArmFigures, list[dict[str, Any]]]:
+) -> tuple[ArmFigures, list[ScoredAnswer]]:
     """The figures of an arm, and for each question its answer with scores, for the report."""
     arm, own = ARMS[name], answers[name]  # type: ignore[index]
     replies = own.replies.replies
     rows = rows_of(questions, answers["base"].replies.replies, replies)
-    details = [
+    details: list[ScoredAnswer] = [
         {
             "answer": reply.text,
             "right": bool(row["after_right"]),
             "token_f1": row["after_scores"]["token_f1"],
             "declined": declines(reply.text),
-            "citations": _checked(reply.text, prompt.hits, question, ids, among),
+            "citations": [
+                _checked(cited, prompt.hits, question, ids, among)
+                for cited in citations(reply.text, prompt.hits)
+            ],
         }
         for question, prompt, reply, row, ids in zip(
             questions, own.prompts, replies, rows, right_ids, strict=True
@@ -185,24 +206,17 @@ def arm_figures(
 
 
 def _checked(
-    answer: str, hits: Sequence[Hit], question: Question, right: Collection[int], among: Set
-) -> list[dict[str, Any]]:
-    """The citations of an answer, and whether each one holds the expected answer."""
-    return [
-        {
-            "number": cited["number"],
-            "place": hits[cited["number"] - 1].place if cited["exists"] else None,
-            "holds": cited["exists"]
-            and (
-                hits[cited["number"] - 1].id in right
-                or tells(hits[cited["number"] - 1], question, among)
-            ),
-        }
-        for cited in citations(answer, hits)
-    ]
+    cited: Citation, hits: Sequence[Hit], question: Question, right: Collection[int], among: Set
+) -> CheckedCitation:
+    """Whether a citation exists, and its passage holds the expected answer."""
+    if not cited["exists"]:
+        return {"number": cited["number"], "place": None, "holds": False}
+    hit = hits[cited["number"] - 1]
+    holds = hit.id in right or tells(hit, question, among)
+    return {"number": cited["number"], "place": hit.place, "holds": holds}
 
 
-def _cited(details: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> Cited:
+def _cited(details: Sequence[ScoredAnswer], prompts: Sequence[Prompt]) -> Cited:
     given = [(d, p) for d, p in zip(details, prompts, strict=True) if not d["declined"]]
     every = [cited for d, _ in given for cited in d["citations"]]
     of_right = [cited for d, _ in given if d["right"] for cited in d["citations"]]
