@@ -65,6 +65,7 @@ class SearchService:
         endpoint: str,
         *,
         key: str | None = None,
+        token_provider: Callable[[], str] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         match = re.fullmatch(
@@ -79,16 +80,12 @@ class SearchService:
         if match[1] == "http" and not loopback:
             raise ConfigurationError(f"The key would go over plain http to {match[2]}; use https")
         self.endpoint = match[0].rstrip("/")
-        key = key or os.environ.get(KEY_VARIABLE, "").strip()
+        key = "" if token_provider else key or os.environ.get(KEY_VARIABLE, "").strip()
         self._key = clean_secret(key, f"key ({KEY_VARIABLE})") if key else ""
-        self._token: Callable[[], str] | None = None
+        self._token = token_provider  # else what azure-identity finds, when it is first needed
         self._sleep = sleep
         self._session = new_session(Address(self.endpoint, self.endpoint, "score", loopback))
         self._lock = threading.Lock()
-
-    def sign_in_with(self, token: Callable[[], str]) -> None:
-        """Send tokens of this provider, in place of a key or of what azure-identity finds."""
-        self._key, self._token = "", token
 
     def call(
         self,

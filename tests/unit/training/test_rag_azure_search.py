@@ -418,8 +418,7 @@ def test_neither_a_netrc_entry_nor_a_proxy_comes_between(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     shop.service.accepts_key = False  # tokens alone, in the header that netrc would replace
-    service = shop.client()
-    service.sign_in_with(lambda: KEY)
+    service = SearchService(shop.service.endpoint, token_provider=lambda: KEY)
     assert service.call("GET", "/indexes('none')", may_miss=True) is None
 
 
