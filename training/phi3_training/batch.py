@@ -398,7 +398,7 @@ class Tally:
     """How a batch ended."""
 
     lines: int
-    kept: int = 0
+    answered_before: int = 0  # by an earlier run of the same batch
     answered: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     stopped_by: str = ""
@@ -411,7 +411,7 @@ class Tally:
     @property
     def missing(self) -> int:
         """Lines that were not asked, because the batch was stopped."""
-        return self.lines - self.kept - self.answered - self.failed
+        return self.lines - self.answered_before - self.answered - self.failed
 
 
 def run_batch(
@@ -425,7 +425,7 @@ def run_batch(
 ) -> Tally:
     """Ask every line that has no answer yet; each outcome is written as it comes."""
     left = [line for line in lines if not answers.has(line)]
-    tally = Tally(len(lines), kept=len(lines) - len(left))
+    tally = Tally(len(lines), answered_before=len(lines) - len(left))
     in_a_row, started = 0, time.monotonic()
     outcomes = ask_all(ask, left, concurrency)
     try:
@@ -441,7 +441,7 @@ def run_batch(
                     tally.stopped_by = f"{kind}: {outcome.error}"
                     break
             rate = (tally.answered + tally.failed) / max(1e-9, time.monotonic() - started)
-            done = tally.kept + tally.answered + tally.failed
+            done = tally.answered_before + tally.answered + tally.failed
             step(done, tally.lines, f"{done}/{tally.lines}, {rate:.0f}/s, {tally.failed} failed")
     finally:
         outcomes.close()

@@ -105,12 +105,12 @@ def run_lines(args: argparse.Namespace) -> int:
         "out": out,
         "lines": tally.lines,
         "answered": tally.answered,
-        "answered_before": tally.kept,
+        "answered_before": tally.answered_before,
         "failed": tally.failed,
         "failures": tally.failures,
         "not_asked": tally.missing,
     }
-    before = f", {tally.kept} already there" if tally.kept else ""
+    before = f", {tally.answered_before} already there" if tally.answered_before else ""
     text = f"{out}: {tally.answered} answered{before}, {tally.failed} failed"
     console.show(args.output, counts, text)
     verdict(tally, _command_for_the_rest(args, out))

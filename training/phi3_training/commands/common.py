@@ -203,8 +203,8 @@ def confirm(args: argparse.Namespace, lines: list[str]) -> None:
     for line in lines:
         console.err.print(line, markup=False)
     try:
-        said = input("Type yes to continue: ") if os.isatty(0) else ""
+        typed = input("Type yes to continue: ") if os.isatty(0) else ""
     except EOFError:
-        said = ""
-    if said.strip().lower() != "yes":
+        typed = ""
+    if typed.strip().lower() != "yes":
         raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")

@@ -184,13 +184,13 @@ def _open(
 def page_environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
     """The environment of the page's processes: theirs is the Prompt flow home in `folder`."""
     home = quiet_home(folder)
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("PHI3_") or name in _DOCUMENTS
     }
     return {
-        **kept,
+        **inherited,
         **environment_of(settings),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PF_HOME_DIRECTORY": str(home),

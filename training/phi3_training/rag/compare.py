@@ -216,8 +216,8 @@ def _not_trained_on(questions: Sequence[Question], run: Run) -> tuple[list[Quest
         for turn in json.loads(line)["messages"]
         if turn["role"] == "user"
     }
-    kept = [question for question in questions if question.text.casefold() not in trained]
-    return kept, len(questions) - len(kept)
+    unseen = [question for question in questions if question.text.casefold() not in trained]
+    return unseen, len(questions) - len(unseen)
 
 
 def _changed(questions: Sequence[Question], after: Mapping[str, Replies]) -> Changed:

@@ -119,19 +119,19 @@ class Templates:
         words = list(dict.fromkeys(w for w in _WORD.findall(sentence) if not re.search(r"\d", w)))
         words = [word for word in words if len(word) > 2 and _PLAIN.subject(word)]
         rarest = sorted(words, key=lambda word: (self._counts[word.lower()], -len(word), word))
-        kept = set(rarest[:_KEYWORDS])
-        return [word for word in words if word in kept]
+        keywords = set(rarest[:_KEYWORDS])
+        return [word for word in words if word in keywords]
 
 
 def _of_heading(hit: Hit) -> Iterator[Pair]:
     heading = hit.heading.split(" | ")[-1].strip()
-    said = sentences(hit.text)
-    if not heading or not said:
+    lines = sentences(hit.text)
+    if not heading or not lines:
         return
     if heading.endswith("?"):  # a page of questions and answers has the question as heading
-        yield Pair(heading, said[0], "heading")
-    elif said[0].split()[0].lower().strip(",") not in _PRONOUNS:
-        yield Pair(f'What do you say under "{heading}"?', said[0], "heading")
+        yield Pair(heading, lines[0], "heading")
+    elif lines[0].split()[0].lower().strip(",") not in _PRONOUNS:
+        yield Pair(f'What do you say under "{heading}"?', lines[0], "heading")
 
 
 def _of_verbs(sentence: str) -> Iterator[Pair]:
