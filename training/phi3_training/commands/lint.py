@@ -30,7 +30,7 @@ def run_lint(args: argparse.Namespace) -> int:
     files = files_in(args.paths)
     findings = lint(files)
     places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"
-    result = f"{places} no longer work or show a key" if findings else "Nothing dead was found"
+    result = f"{places} to fix" if findings else "Nothing outdated was found"
     console.show(
         args.output,
         {
