@@ -108,13 +108,14 @@ def fit(
     turns = [sent[begin:end] for begin, end in zip(edges, edges[1:])]  # noqa: B905, RUF007 - Python 3.9
     always = [*sent[:first], *sent[edges[-1] :]]
     counter = count_tokens or rough_tokens
-    for budget, cost in (
-        (max_chars, lambda text: len(text)),
+    limits: list[tuple[int | None, Callable[[str], int]]] = [
+        (max_chars, len),
         (max_tokens, lambda text: counter(text) + TOKENS_AROUND_MESSAGE),
-    ):
-        if budget is None:
+    ]
+    for limit, cost in limits:
+        if limit is None:
             continue
-        left = budget - sum(cost(message["content"]) for message in always)
+        left = limit - sum(cost(message["content"]) for message in always)
         fitting = 0
         for turn in reversed(turns):
             left -= sum(cost(message["content"]) for message in turn)

@@ -48,7 +48,7 @@ def run_models(args: argparse.Namespace) -> int:
         return 0
     for row in rows:
         here = "created in each run" if row["name"] == TINY else row["folder"] or "not downloaded"
-        console.line(row["name"], "bold")
+        console.line(str(row["name"]), "bold")
         console.line(
             f"    {row['what']}\n"
             f"    licence {row['license']}, chat template {row['template']}, "

@@ -169,10 +169,10 @@ def _open(
     served = start(*arguments, "--port", flow_port)
     _wait_for(f"http://127.0.0.1:{flow_port}/health", served, log, key)
     # As `construct_chat_page_url` of promptflow-devkit 1.18.5 writes it.
-    file = str((copy / DAG).resolve())
+    definition = str((copy / DAG).resolve())
     query = urlencode(
         {
-            "flow": base64.urlsafe_b64encode(file.encode()).decode(),
+            "flow": base64.urlsafe_b64encode(definition.encode()).decode(),
             "serve_app_port": flow_port,
             "enable_internal_features": "false",
         }

@@ -89,10 +89,10 @@ class Asking:
         try:
             saved = json.loads(file.read_text("utf-8"))
             if key is not None and saved["key"] == key:
-                replies = [Reply(**reply) for reply in saved["replies"]]
+                replies = Replies([Reply(**each) for each in saved["replies"]], saved["seconds"])
                 self._done += len(prompts)
                 self._progress(self._done, self._total, f"{arm.label}: answered in an earlier run")
-                return Replies(replies, saved["seconds"])
+                return replies
         except (OSError, ValueError, TypeError, KeyError):
             pass  # nothing was saved, or by another version
         texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
