@@ -25,6 +25,7 @@ from agent_framework import (
 from phi3_tool.errors import Phi3Error
 from phi3_tool.grounding import (
     NOT_IN_DOCUMENTS,
+    Grounded,
     grounded,
     look_up,
     sources_note,
@@ -53,7 +54,7 @@ class Documents:
     top_k: int = 4
     min_score: float = 0.0
 
-    def prompt(self, question: str, history: list[Any]) -> dict[str, Any]:
+    def prompt(self, question: str, history: list[Any]) -> Grounded:
         """The flow's three nodes before the model: text for it, and the passages in it.
 
         Raises as `look_up` and `grounded` do.
