@@ -31,7 +31,7 @@ from phi3_tool.grounding import (
     standalone_question,
 )
 from phi3_tool.history import BROKE_OFF, budget, from_messages, to_messages
-from phi3_tool.index import Hit, Lookup, hits_of
+from phi3_tool.index import Hit, LookupResult, hits_of
 
 from .agent import create_agent
 from .client import (
@@ -74,7 +74,7 @@ class _Looked:
 
     inputs: RagInputs
     query: str
-    passages: list[Lookup] = field(default_factory=list)
+    passages: list[LookupResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from .embedders import embedder_of
 from .history import SOURCES, read_turns, required_question
-from .index import Hit, Lookup, hits_of, index_path, open_index
+from .index import Hit, LookupResult, hits_of, index_path, open_index
 
 #: The whole answer where nothing fits, and what the prompt asks the model to say then.
 NOT_IN_DOCUMENTS = "That is not in the documents."
@@ -46,7 +46,7 @@ class Grounded(TypedDict):
     """The message for the model, and the passages in it."""
 
     text: str
-    passages: list[Lookup]
+    passages: list[LookupResult]
 
 
 class Citation(TypedDict):
@@ -94,7 +94,7 @@ def standalone_question(
 
 def look_up(
     queries: str, index: str, folder: Path, *, query_type: str = "hybrid", top_k: int = 4
-) -> list[Lookup]:
+) -> list[LookupResult]:
     """The passages for a question as `{text, score, metadata}`, best first.
 
     `index` names the file, else $PHI3_INDEX, else the one in `folder` (`index_path`). Raises as

@@ -77,7 +77,7 @@ class Embedder(Protocol):
         ...
 
 
-class Lookup(TypedDict):
+class LookupResult(TypedDict):
     """A passage as Prompt flow's Index Lookup gives it; `metadata` has the rest of a `Hit`."""
 
     text: str
@@ -111,7 +111,7 @@ class Hit:
         heading = f" ({self.heading})" if self.heading else ""
         return f"{self.source}{page}{heading}"
 
-    def as_lookup(self) -> Lookup:
+    def as_lookup(self) -> LookupResult:
         """As Prompt flow's Index Lookup gives it."""
         facts = {k: v for k, v in asdict(self).items() if k not in ("text", "score")}
         return {"text": self.text, "score": self.score, "metadata": {**facts, "place": self.place}}
