@@ -86,7 +86,12 @@ class Grounding(ChatMiddleware):
             raise in_framework(error) from error
         if not prompt["text"]:
             if context.stream:
-                context.result = _stream(_only(NOT_IN_DOCUMENTS))
+
+                async def refusal() -> AsyncIterator[ChatResponseUpdate]:
+                    text = [Content.from_text(NOT_IN_DOCUMENTS)]
+                    yield ChatResponseUpdate(contents=text, role="assistant", finish_reason="stop")
+
+                context.result = _stream(refusal())
             else:
                 context.result = ChatResponse(
                     messages=[Message("assistant", [NOT_IN_DOCUMENTS])], finish_reason="stop"
@@ -137,12 +142,6 @@ async def _with_note(
     note = sources_note(answer, hits)
     if note:
         yield ChatResponseUpdate(contents=[Content.from_text(note)], role="assistant")
-
-
-async def _only(text: str) -> AsyncIterator[ChatResponseUpdate]:
-    yield ChatResponseUpdate(
-        contents=[Content.from_text(text)], role="assistant", finish_reason="stop"
-    )
 
 
 def _stream(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from .connection import ENTRA, Address, ConnectionSettings, parse_address
+from .connection import ENTRA, ConnectionSettings, parse_address
 from .entra import credential_of
 from .errors import one_line
 from .transport import Deadline, deadline_applies, new_session, read_up_to
@@ -43,7 +44,11 @@ def choices(settings: ConnectionSettings) -> list[Choice]:
     """
     address = parse_address(settings.endpoint, settings.dialect)
     credential = credential_of(settings)
-    url = _models_url(address)
+    # /v1/models next to /v1/chat/completions, or next to /score.
+    parts = urlsplit(address.url)
+    base = re.sub(r"(/chat/completions|/score)$", "", parts.path)
+    path = f"{base if base.endswith('/v1') else f'{base}/v1'}/models"
+    url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
     try:
         with new_session(address) as session, deadline_applies(Deadline(SECONDS, SECONDS)):
             response = session.get(
@@ -81,18 +86,6 @@ def no_list(reason: str) -> Choice:
     """The one entry of an empty list; a flow that uses it still works."""
     log.info("no deployments to choose from: %s", reason)
     return Choice("", f"(the endpoint chooses; no list: {one_line(reason)})")
-
-
-def _models_url(address: Address) -> str:
-    """/v1/models next to /v1/chat/completions, or next to /score."""
-    parts = urlsplit(address.url)
-    path = parts.path
-    for ending in ("/chat/completions", "/score"):
-        if path.endswith(ending):
-            path = path[: -len(ending)]
-            break
-    path = path if path.endswith("/v1") else f"{path}/v1"
-    return urlunsplit((parts.scheme, parts.netloc, f"{path}/models", "", ""))
 
 
 def not_listed(url: str, status: int) -> str:

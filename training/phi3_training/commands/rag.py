@@ -15,7 +15,6 @@ from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
 
 from .. import console
 from ..errors import UsageError
-from ..progress import PlanLine
 from ..project import DOCUMENTS_RUN
 from ..rag.index_files import (
     azure_section,
@@ -183,7 +182,9 @@ def run_index(args: argparse.Namespace) -> int:
     if to is not None:
         if to.service_id and begin(synced.path, to):
             with console.progress_bar("service") as progress:
-                create_service(azure, to, store.tier, progress, _show_plan_line)
+                create_service(
+                    azure, to, store.tier, progress, lambda line: console.note(line.text)
+                )
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)
     copy = publish_to_flow(run)
@@ -210,10 +211,6 @@ def run_index(args: argparse.Namespace) -> int:
         console.note(f"copied to {copy}, where the flow looks it up")
     console.line('Look up: phi3 rag search "a question"')
     return 0
-
-
-def _show_plan_line(line: PlanLine) -> None:
-    console.err.print(f"  {line.stage:<10} {line.text}", markup=False)
 
 
 def run_down(args: argparse.Namespace) -> int:

@@ -58,18 +58,17 @@ class Flow:
             # A streamed answer comes as a generator.
             text = answer if not hasattr(answer, "__next__") else "".join(answer)
         except (self._promptflow_error, Phi3Error) as error:
-            return {"id": row["id"], "error": _facts(error)}
+            inner = phi3_error_in(error)
+            if inner is not None:
+                return {"id": row["id"], "error": inner.facts()}
+            cause: BaseException = error  # the innermost one, such as an exception of the node
+            while (
+                deeper := getattr(cause, "inner_exception", None) or cause.__cause__
+            ) is not None:
+                cause = deeper
+            facts = {"kind": type(cause).__name__, "message": str(cause)}
+            return {"id": row["id"], "error": facts}
         return {"id": row["id"], "answer": text}
-
-
-def _facts(error: BaseException) -> dict[str, Any]:
-    """The error of phi3_tool inside Prompt flow's, else the innermost one."""
-    inner = phi3_error_in(error)
-    if inner is not None:
-        return inner.facts()
-    while (cause := getattr(error, "inner_exception", None) or error.__cause__) is not None:
-        error = cause
-    return {"kind": type(error).__name__, "message": str(error)}
 
 
 def main() -> int:

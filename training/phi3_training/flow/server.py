@@ -65,7 +65,21 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
     refused = _module("promptflow.exceptions").PromptflowException
     try:
         if workers > 1:
-            _serve_with_workers(flow, host, port, workers)
+            uvicorn = _module("uvicorn")
+            operations = _module("promptflow._sdk.operations").FlowOperations
+            with operations._resolve_additional_includes(flow / "flow.dag.yaml") as definition:
+                os.environ["PROMPTFLOW_PROJECT_PATH"] = str(Path(definition).parent.absolute())
+                # A flow that cannot be loaded fails here: uvicorn starts its workers for ever.
+                asgi_app()
+                uvicorn.run(
+                    f"{__name__}:asgi_app",
+                    factory=True,
+                    host=host,
+                    port=port,
+                    workers=workers,
+                    access_log=False,
+                    log_config=None,
+                )
         else:
             # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
             _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
@@ -111,23 +125,6 @@ def leave_traces_out() -> None:
         return
     for engine in ("flask", "fastapi"):
         sys.modules.setdefault(f"opentelemetry.instrumentation.{engine}", None)  # type: ignore[arg-type]
-
-
-def _serve_with_workers(flow: Path, host: str, port: int, workers: int) -> None:
-    uvicorn = _module("uvicorn")
-    operations = _module("promptflow._sdk.operations").FlowOperations
-    with operations._resolve_additional_includes(flow / "flow.dag.yaml") as definition:
-        os.environ["PROMPTFLOW_PROJECT_PATH"] = str(Path(definition).parent.absolute())
-        asgi_app()  # a flow that cannot be loaded fails here: uvicorn starts its workers for ever
-        uvicorn.run(
-            f"{__name__}:asgi_app",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            access_log=False,
-            log_config=None,
-        )
 
 
 def _provider_of(settings: ConnectionSettings) -> Any:
