@@ -183,7 +183,11 @@ def run_index(args: argparse.Namespace) -> int:
         if to.service_id and begin(synced.path, to):
             with console.progress_bar("service") as progress:
                 create_service(
-                    azure, to, store.tier, progress, lambda line: console.note(line.text)
+                    azure,
+                    to,
+                    store.tier,
+                    progress,
+                    lambda line: console.note(f"{line.stage:<10} {line.text}"),
                 )
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)

@@ -36,11 +36,15 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
         source = FlowSource.read(folder)
         yield HERE.ok("folder", f"{folder}: {len(source.dag['nodes'])} node(s)")
         with tempfile.TemporaryDirectory(prefix="phi3-doctor-") as scratch:
-            if promptflow_there:
-                yield from _checks(source, Path(scratch))
-            else:
+            if not promptflow_there:
                 for check in ("validate", "tools"):
                     yield HERE.skipped(check, "Prompt flow is not installed")
+            else:
+                copy = Path(scratch) / source.name
+                copy_flow(source, copy)
+                quiet_home(Path(scratch))  # no usage report, no service left running
+                yield _validated(source, copy)
+                yield tools_of(source, copy)
     except UsageError as error:
         yield HERE.fault("folder", str(error), "name the flow's folder: phi3 doctor --flow FOLDER")
         for check in ("validate", "tools"):
@@ -48,35 +52,22 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
     yield package_tool()
 
 
-def _checks(source: FlowSource, scratch: Path) -> Iterator[Finding]:
-    copy = scratch / source.name
-    copy_flow(source, copy)
-    quiet_home(scratch)  # no usage report, no service left running
+def _validated(source: FlowSource, copy: Path) -> Finding:
+    """What `pf flow validate` says of the copy."""
+    fix = f"see the full message: pf flow validate --source {source.folder}"
     try:
-        faults = _faults_in(copy)
+        done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
+            [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
+            cwd=copy.parent,
+            env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        faults = [f"no result within {SECONDS} s"]
-    if faults:
-        said = "; ".join(dict.fromkeys(fault.strip().splitlines()[0] for fault in faults))
-        fix = f"see the full message: pf flow validate --source {source.folder}"
-        yield HERE.fault("validate", said, fix)
-    else:
-        yield HERE.ok("validate", "Prompt flow accepts it")
-    yield tools_of(source, copy)
-
-
-def _faults_in(copy: Path) -> list[str]:
-    """What `pf flow validate` says of the folder; empty where it accepts it."""
-    done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
-        [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
-        cwd=copy.parent,
-        env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+        return HERE.fault("validate", f"no result within {SECONDS} s", fix)
     # Its JSON comes after whatever else was printed.
     start = done.stdout.find("{")
     try:
@@ -85,8 +76,13 @@ def _faults_in(copy: Path) -> list[str]:
         verdict = None
     if isinstance(verdict, dict) and (done.returncode == 0 or verdict.get("errors")):
         errors = verdict.get("errors", [])
-        return [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
-    return [((done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"])[-1]]
+        faults = [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
+    else:
+        faults = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
+    if not faults:
+        return HERE.ok("validate", "Prompt flow accepts it")
+    first_lines = (fault.strip().splitlines()[0] for fault in faults)
+    return HERE.fault("validate", "; ".join(dict.fromkeys(first_lines)), fix)
 
 
 def tools_of(source: FlowSource, copy: Path) -> Finding:
