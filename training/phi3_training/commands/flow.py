@@ -55,7 +55,9 @@ def register_flow(subparsers: Any) -> None:
         'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
         run_serve,
     )
-    serve.add_argument("--engine", choices=("flask", "fastapi"), default="fastapi")
+    serve.add_argument(
+        "--engine", choices=("flask", "fastapi"), default="fastapi", help="default fastapi"
+    )
     add_address(serve, 8080)
     serve.add_argument(
         "--workers", type=int, default=1, help="worker processes (fastapi only; default 1)"

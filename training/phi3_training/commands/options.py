@@ -73,7 +73,7 @@ def add_on(parser: argparse.ArgumentParser, help_text: str) -> None:
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
     """--run and --on of the commands that talk to an endpoint."""
     add_run(parser)
-    add_on(parser, "the current run there, else the one connected last there")
+    add_on(parser, "only a run there: the current one, else the one connected last")
 
 
 def add_rehearse(parser: argparse.ArgumentParser) -> None:
@@ -95,14 +95,21 @@ def add_replace(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """--system, --temperature, --top-p and --max-new-tokens; the defaults are the flow's."""
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default 1")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default 1)"
+    )
     add_max_new_tokens(parser)
 
 
 def add_max_new_tokens(parser: argparse.ArgumentParser) -> None:
     """--max-new-tokens."""
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N",
+        help="maximum length of the answer (default 256)",
+    )  # fmt: skip
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

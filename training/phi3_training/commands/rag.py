@@ -83,9 +83,14 @@ def register_rag(subparsers: Any) -> None:
         actions, "search", "show the passages for a question, with their scores",
         'phi3 rag search "how long is the warranty?"', run_search,
     )  # fmt: skip
-    search.add_argument("question")
+    search.add_argument("question", help="what to look up")
     add_top_k(search, "passages to show", most=100)
-    search.add_argument("--query-type", choices=QUERY_TYPES, default="hybrid")
+    search.add_argument(
+        "--query-type",
+        choices=QUERY_TYPES,
+        default="hybrid",
+        help="by words, by meaning (vector), or both (hybrid, the default)",
+    )
 
     evaluate = add_command(
         actions, "evaluate", "measure how well the index answers your questions",
@@ -132,7 +137,9 @@ def register_rag(subparsers: Any) -> None:
         "say that the answer is not there (default 0.2)",
     )
     add_top_k(making, "passages of a prompt, as in the flow")
-    making.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
+    making.add_argument(
+        "--seed", type=int, default=42, metavar="N", help="random seed (default 42)"
+    )
     register_compare(actions)
     plan = add_command(
         actions, "plan", "show what rag.search.create=true would create, and what it costs",
