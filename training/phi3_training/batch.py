@@ -24,7 +24,7 @@ from phi3_tool.errors import (
 from phi3_tool.history import to_messages
 
 from .data.sources import rows_of
-from .errors import SHOWN_FAULTS, StageError, UsageError
+from .errors import StageError, UsageError, shortened
 from .progress import Progress, no_progress
 from .run import sha256_of, write_atomically
 
@@ -89,8 +89,7 @@ def read_lines(
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if faults:
-        more = len(faults) - SHOWN_FAULTS
-        shown = "\n  ".join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
+        shown = "\n  ".join(shortened(faults))
         raise UsageError(f"{path} has faults, so nothing was sent:\n  {shown}")
     if not lines:
         raise UsageError(f"{path} has no lines")

@@ -75,6 +75,17 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     return lines
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(lines: Sequence[str], most: int = SHOWN_FAULTS) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"… and {more} more"] if more > 0 else [])]
+
+
 class Phi3TrainingError(Exception):
     """Base of all errors that are meant for the user's eyes."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from phi3_tool.connection import ConnectionSettings, environment_names_endpoint
 from phi3_tool.errors import Phi3Error
 
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import MissingExtraError, StageError, UsageError, first_line
 from . import store
 
 NODE = "integrate_with_promptflow"
@@ -65,9 +65,9 @@ def ask(
         inner = phi3_error_in(error)
         if inner is not None:
             raise StageError(str(inner)) from None
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StageError(
-            f"Prompt flow could not run the flow: {line}. For details: pf flow test --flow FOLDER"
+            f"Prompt flow could not run the flow: {first_line(error)}. "
+            "For details: pf flow test --flow FOLDER"
         ) from None
 
 

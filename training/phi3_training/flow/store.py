@@ -23,7 +23,7 @@ from typing import Any
 from phi3_tool.connection import ENTRA, ConnectionSettings, same_endpoint
 from phi3_tool.errors import Phi3Error
 
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import MissingExtraError, StageError, UsageError, first_line
 from ..manifests import ConnectionManifest
 from . import keyring_probe
 
@@ -269,11 +269,10 @@ def workspace_connection(workspace: tuple[str, str, str], name: str, credential:
     try:
         return provider.WorkspaceConnectionProvider(*workspace, credential=credential).get(name)
     except exceptions.PromptflowException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
             f"Prompt flow cannot read the connection {name!r} of the workspace {workspace[2]}: "
-            f"{reason}. It needs the role Azure Machine Learning Workspace Connection Secrets "
-            "Reader there; a new role takes effect after some minutes"
+            f"{first_line(error)}. It needs the role Azure Machine Learning Workspace Connection "
+            "Secrets Reader there; a new role takes effect after some minutes"
         ) from None
 
 
@@ -370,9 +369,8 @@ def _errors_of_the_store(doing: str, name: str) -> Iterator[None]:
         keyring.KeyringError,
         OSError,
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
-            f"Prompt flow's store could not {doing} the connection {name!r}: {reason}; "
+            f"Prompt flow's store could not {doing} the connection {name!r}: {first_line(error)}; "
             f"{_write_again(name)}"
         ) from None
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from phi3_tool.azure_search import AGAIN, STORE, SearchService, index_url, read_settings
 from phi3_tool.errors import one_line
 
-from ..errors import StageError, UsageError
+from ..errors import StageError, UsageError, shortened
 from ..progress import Progress
 from ..run import write_atomically
 
@@ -36,7 +36,6 @@ _BATCH = 500  # documents; the service takes 1,000 in 16 MB
 _BATCH_BYTES = 4_000_000
 _PAGE = 1000  # ids in an answer, the most that the service sends
 _TRIES = 6  # of a document that was refused for now
-_SHOWN = 20
 _LONGEST_SERVICE = 60  # characters of a service's name
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){1,127}")
 _KEYS = (
@@ -328,11 +327,10 @@ def _fill(
         sent += len(batch)
         progress(sent, total, f"sending passages to {to.index}")
     if refused:
-        shown = "\n".join(f"  {line}" for line in refused[:_SHOWN])
-        more = f"\n  … and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        shown = "\n".join(f"  {line}" for line in shortened(refused))
         raise StageError(
             f"{to.service.endpoint} refused {len(refused)} of {sent} passages; the others are "
-            f"there, and nothing was deleted:\n{shown}{more}\n"
+            f"there, and nothing was deleted:\n{shown}\n"
             "Run the same command again when that is fixed"
         )
     return sent

@@ -9,16 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from phi3_tool.azure_search import read_settings
 from phi3_tool.errors import ConfigurationError
 from phi3_tool.index import open_index
 
-from ..errors import UsageError
 from ..progress import PlanLine, Progress
 from ..project import RAG_FLOW
-from ..recipe import AzureSection
+from ..recipe import AzureSection, azure_section_of
 from ..run import Run, write_atomically
 
 if TYPE_CHECKING:
@@ -126,15 +123,7 @@ def create_service(
 
 def azure_section(words: Sequence[str]) -> AzureSection:
     """The place on Azure that `azure.KEY=VALUE` words name. Raises UsageError with every fault."""
-    given = dict(word.removeprefix("azure.").split("=", 1) for word in words)
-    try:
-        return AzureSection.model_validate(given)
-    except ValidationError as error:
-        faults = (
-            f"azure.{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
-        raise UsageError("\n".join(faults)) from None
+    return azure_section_of(dict(word.removeprefix("azure.").split("=", 1) for word in words))
 
 
 def _place_of(service_id: str) -> list[str]:

@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import RecipeError
+from ..errors import RecipeError, UsageError
 from ..run import write_atomically
 from .azure import AzureSection
-from .faults import fault_line, is_typed, lines_of
+from .faults import fault_line, is_typed, lines_of, plain
 from .keys import keys_of
 from .sections import (
     HUB,
@@ -136,6 +136,15 @@ def load_recipe(
     if faults or typed:
         raise RecipeError(str(path), faults, typed)
     return recipe
+
+
+def azure_section_of(values: Mapping[str, str]) -> AzureSection:
+    """The `azure:` section of values typed on the command line; UsageError with every fault."""
+    try:
+        return AzureSection.model_validate(dict(values))
+    except ValidationError as error:
+        faults = (f"azure.{item['loc'][0]}: {plain(item)}" for item in error.errors())
+        raise UsageError("\n".join(faults)) from None
 
 
 def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
