@@ -23,7 +23,7 @@ from pydantic import (
 from ..errors import RecipeError, UsageError
 from ..run import write_atomically
 from .azure import AzureSection
-from .faults import fault_line, is_typed, lines_of, plain
+from .faults import fault_line, is_typed, lines_of
 from .keys import keys_of
 from .sections import (
     HUB,
@@ -143,8 +143,9 @@ def azure_section_of(values: Mapping[str, str]) -> AzureSection:
     try:
         return AzureSection.model_validate(dict(values))
     except ValidationError as error:
-        faults = (f"azure.{item['loc'][0]}: {plain(item)}" for item in error.errors())
-        raise UsageError("\n".join(faults)) from None
+        keys = keys_of(Recipe)
+        items = ({**item, "loc": ("azure", *item["loc"])} for item in error.errors())
+        raise UsageError("\n".join(fault_line(item, {}, keys) for item in items)) from None
 
 
 def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
