@@ -86,6 +86,6 @@ def state_of(run: Run, target: Target | None = None) -> RunState:
         broken=list(broken.values()),
         status=status,
         adapters=[adapter.name for adapter in adapters],
-        question=answer and answer.question,
-        answer=answer and answer.answer,
+        question=None if answer is None else answer.question,
+        answer=None if answer is None else answer.answer,
     )
