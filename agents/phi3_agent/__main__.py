@@ -20,7 +20,47 @@ from .client import MAX_NEW_TOKENS, Phi3ChatClient, phi3_error
 from .conversation import Conversations, FileConversations, MemoryConversations
 
 
-def _parser() -> argparse.ArgumentParser:
+def run(args: argparse.Namespace) -> int:
+    """One command; raises the framework's exceptions."""
+    if args.command == "rows":
+        disable_instrumentation()
+        from .rows import main as serve_rows
+
+        return serve_rows(args.folder)
+    if args.trace:
+        from .tracing import print_traces
+
+        print_traces()
+    else:
+        disable_instrumentation()
+    client = Phi3ChatClient()
+    conversations: Conversations = (
+        FileConversations(args.sessions) if args.sessions else MemoryConversations()
+    )
+    agent = create_agent(
+        client,
+        instructions=args.system or None,
+        conversations=conversations if args.command != "serve" else None,
+        documents=Documents() if args.rag else None,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_tokens=args.max_new_tokens,
+    )
+    if args.command == "chat":
+        from .chat import talk
+
+        return talk(agent, args.question, args.session)
+    if args.command == "ui":
+        from .ui import show
+
+        return show(agent, client, rag=args.rag, host=args.host, port=args.port, browse=args.open)
+    from .serve import serve
+
+    return serve(agent, conversations, host=args.host, port=args.port, rag=args.rag)
+
+
+def main() -> int:
+    """Exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="phi3 agent", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     chat = commands.add_parser("chat")
@@ -41,52 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--trace", action="store_true")
     rows = commands.add_parser("rows")
     rows.add_argument("folder", nargs="?", default="")
-    return parser
-
-
-def _conversations(args: argparse.Namespace) -> Conversations:
-    return FileConversations(args.sessions) if args.sessions else MemoryConversations()
-
-
-def run(args: argparse.Namespace) -> int:
-    """One command; raises the framework's exceptions."""
-    if args.command == "rows":
-        disable_instrumentation()
-        from .rows import main as serve_rows
-
-        return serve_rows(args.folder)
-    if args.trace:
-        from .tracing import print_traces
-
-        print_traces()
-    else:
-        disable_instrumentation()
-    client = Phi3ChatClient()
-    agent = create_agent(
-        client,
-        instructions=args.system or None,
-        conversations=_conversations(args) if args.command != "serve" else None,
-        documents=Documents() if args.rag else None,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_new_tokens,
-    )
-    if args.command == "chat":
-        from .chat import talk
-
-        return talk(agent, args.question, args.session)
-    if args.command == "ui":
-        from .ui import show
-
-        return show(agent, client, rag=args.rag, host=args.host, port=args.port, browse=args.open)
-    from .serve import serve
-
-    return serve(agent, _conversations(args), host=args.host, port=args.port, rag=args.rag)
-
-
-def main() -> int:
-    """Exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    args = _parser().parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return run(args)

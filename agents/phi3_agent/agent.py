@@ -25,6 +25,7 @@ from agent_framework import (
 from phi3_tool.errors import Phi3Error
 from phi3_tool.grounding import (
     NOT_IN_DOCUMENTS,
+    Grounded,
     grounded,
     look_up,
     sources_note,
@@ -53,16 +54,16 @@ class Documents:
     top_k: int = 4
     min_score: float = 0.0
 
-    def prompt(self, question: str, history: list[Any]) -> dict[str, Any]:
+    def prompt(self, question: str, history: list[Any]) -> Grounded:
         """The flow's three nodes before the model: text for it, and the passages in it.
 
         Raises as `look_up` and `grounded` do.
         """
         query, _ = standalone_question(question, history)
-        found = look_up(
+        passages = look_up(
             query, self.index, self.folder, query_type=self.query_type, top_k=self.top_k
         )
-        return grounded(question, found, self.min_score)
+        return grounded(question, passages, self.min_score)
 
 
 class Grounding(ChatMiddleware):
@@ -77,11 +78,24 @@ class Grounding(ChatMiddleware):
     async def process(self, context: ChatContext, call_next: Callable[[], Awaitable[None]]) -> None:
         """Replace the question by the prompt; without a fitting passage the model is not asked."""
         try:
-            prompt = await asyncio.to_thread(self._prompt, list(context.messages))
+            sent = role_messages(list(context.messages))
+            question = sent[-1]["content"] if sent else ""
+            history = from_messages(sent[:-1])
+            prompt = await asyncio.to_thread(self._documents.prompt, question, history)
         except Phi3Error as error:
             raise in_framework(error) from error
         if not prompt["text"]:
-            context.result = _said(NOT_IN_DOCUMENTS, stream=context.stream)
+            if context.stream:
+
+                async def refusal() -> AsyncIterator[ChatResponseUpdate]:
+                    text = [Content.from_text(NOT_IN_DOCUMENTS)]
+                    yield ChatResponseUpdate(contents=text, role="assistant", finish_reason="stop")
+
+                context.result = _stream(refusal())
+            else:
+                context.result = ChatResponse(
+                    messages=[Message("assistant", [NOT_IN_DOCUMENTS])], finish_reason="stop"
+                )
             return
         context.messages = [*context.messages[:-1], Message("user", [prompt["text"]])]
         await call_next()
@@ -91,11 +105,6 @@ class Grounding(ChatMiddleware):
         elif context.result is not None:
             answer = answer_text(context.result.messages)
             context.result.messages = [Message("assistant", [answer + sources_note(answer, hits)])]
-
-    def _prompt(self, messages: list[Message]) -> dict[str, Any]:
-        sent = role_messages(messages)
-        question = sent[-1]["content"] if sent else ""
-        return self._documents.prompt(question, from_messages(sent[:-1]))
 
 
 def create_agent(
@@ -133,20 +142,6 @@ async def _with_note(
     note = sources_note(answer, hits)
     if note:
         yield ChatResponseUpdate(contents=[Content.from_text(note)], role="assistant")
-
-
-async def _only(text: str) -> AsyncIterator[ChatResponseUpdate]:
-    yield ChatResponseUpdate(
-        contents=[Content.from_text(text)], role="assistant", finish_reason="stop"
-    )
-
-
-def _said(
-    text: str, *, stream: bool
-) -> ChatResponse[Any] | ResponseStream[ChatResponseUpdate, ChatResponse[Any]]:
-    if stream:
-        return _stream(_only(text))
-    return ChatResponse(messages=[Message("assistant", [text])], finish_reason="stop")
 
 
 def _stream(

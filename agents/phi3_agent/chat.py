@@ -30,14 +30,14 @@ def talk(agent: Agent[Any], question: str | None, session_id: str) -> int:
     sys.stderr.write("Type a question; an empty line, Ctrl-C or Ctrl-D ends the conversation.\n")
     while True:
         try:
-            asked = input("You: ").strip()
+            typed = input("You: ").strip()
         except (EOFError, KeyboardInterrupt):
-            asked = ""
-        if not asked:
+            typed = ""
+        if not typed:
             return 0
         sys.stdout.write("Model: ")
         try:
-            asyncio.run(_say(agent, asked, session))
+            asyncio.run(_say(agent, typed, session))
         except Exception as error:
             failure: Phi3Error | None = phi3_error(error)
             if failure is None:

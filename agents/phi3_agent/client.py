@@ -1,17 +1,17 @@
 """Phi3ChatClient: phi3_tool's client as a chat client of Agent Framework.
 
 Retries, deadlines and the wire are phi3_tool's. What the framework adds to a call and the endpoint
-cannot take (tools, response formats, images) is refused by name, never dropped in silence.
+cannot take (tools, response formats, images) is refused by name, never silently dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from agent_framework import (
     BaseChatClient,
@@ -32,9 +32,8 @@ from agent_framework.exceptions import (
 )
 from agent_framework.observability import ChatTelemetryLayer
 
-from phi3_tool.asking import budget, client_for, settings_of
-from phi3_tool.client import ChatReply
-from phi3_tool.connection import ConnectionSettings
+from phi3_tool.client import ChatReply, client_for
+from phi3_tool.connection import ConnectionSettings, settings_of
 from phi3_tool.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -44,7 +43,7 @@ from phi3_tool.errors import (
     RequestRejectedError,
     UnreadableAnswerError,
 )
-from phi3_tool.history import fit
+from phi3_tool.history import budget, fit
 
 #: The flow's own default of max_new_tokens; what it leaves of the context is the history's.
 MAX_NEW_TOKENS = 256
@@ -79,8 +78,6 @@ _MAPPED: tuple[tuple[type[Phi3Error], type[ChatClientException]], ...] = (
 
 # One for all clients of the process; a thread is made when it is first needed.
 _POOL = ThreadPoolExecutor(THREADS, thread_name_prefix="phi3-agent")
-
-_T = TypeVar("_T")
 
 
 class Phi3ChatOptions(ChatOptions[None], total=False):
@@ -210,14 +207,23 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             wire, parameters = self._request(messages, options)
             return client_for(self._settings).chat(wire, **parameters)
 
-        reply = await self._in_thread(ask)
+        try:
+            reply = await asyncio.get_running_loop().run_in_executor(_POOL, ask)
+        except Phi3Error as error:
+            raise in_framework(error) from error.with_traceback(None)
+        names = {
+            "prompt_tokens": "input_token_count",
+            "completion_tokens": "output_token_count",
+            "total_tokens": "total_token_count",
+        }
+        usage = {names[name]: count for name, count in reply.usage.items() if name in names}
         facts = {"attempts": reply.attempts, "seconds": reply.seconds}
         return ChatResponse(
             messages=[Message("assistant", [reply.text])],
             response_id=reply.request_id,
             model=reply.model or self.model,
             finish_reason=reply.finish_reason or "stop",  # type: ignore[arg-type]
-            usage_details=_usage(reply.usage),
+            usage_details=UsageDetails(**usage) if usage else None,  # type: ignore[typeddict-item]
             additional_properties={**facts, "deployment": reply.deployment},
         )
 
@@ -269,14 +275,9 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             raise RequestRejectedError("The question is empty: type something to ask")
         system = wire[0]["content"] if wire[0]["role"] == "system" else ""
         length = parameters.get("max_new_tokens", MAX_NEW_TOKENS)
-        room = budget(self._settings, wire[-1]["content"], system, length, self._max_history_tokens)
+        context, question = self._settings.context_length, wire[-1]["content"]
+        room = budget(context, question, system, length, self._max_history_tokens)
         return fit(wire, max_tokens=room), parameters
-
-    async def _in_thread(self, work: Callable[[], _T]) -> _T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(_POOL, work)
-        except Phi3Error as error:
-            raise in_framework(error) from error.with_traceback(None)
 
 
 class Phi3ChatClient(
@@ -292,13 +293,3 @@ class Phi3ChatClient(
     """
 
     OTEL_PROVIDER_NAME = "phi3"
-
-
-def _usage(usage: Mapping[str, int]) -> UsageDetails | None:
-    names = {
-        "prompt_tokens": "input_token_count",
-        "completion_tokens": "output_token_count",
-        "total_tokens": "total_token_count",
-    }
-    details = {names[name]: count for name, count in usage.items() if name in names}
-    return UsageDetails(**details) if details else None  # type: ignore[typeddict-item]

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from agent_framework import HistoryProvider, Message
 
@@ -26,12 +26,12 @@ from .client import answer_text, in_framework
 Turns = list[Mapping[str, Any]]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-#: Conversations that are kept in memory; the one not used for longest goes first.
+#: Conversations that are kept in memory; the least recently used is dropped first.
 KEPT = 1000
 
 
 class Conversations(Protocol):
-    """Where turns are kept, by session id."""
+    """Where turns are stored, by session id."""
 
     def read(self, session: str) -> Turns | None:
         """The turns, oldest first; None where the session is unknown."""
@@ -53,8 +53,8 @@ class MemoryConversations:
     def read(self, session: str) -> Turns | None:
         """The turns; None where the session is unknown or was dropped."""
         with self._lock:
-            found = self._turns.get(session)
-            return None if found is None else list(found)
+            turns = self._turns.get(session)
+            return None if turns is None else list(turns)
 
     def append(self, session: str, turns: Turns) -> None:
         """Add turns to the end."""
@@ -80,7 +80,10 @@ class FileConversations:
         """The turns of a session; raises ConfigurationError for a file that is none of ours."""
         path = self._path(session)
         try:
-            return _checked(json.loads(path.read_text(encoding="utf-8")))
+            turns = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(turns, list):
+                raise RequestRejectedError("it contains no list")
+            read_turns(turns)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, Phi3Error) as error:
@@ -88,6 +91,7 @@ class FileConversations:
                 f"The conversation {path} cannot be read ({error}): expected a list of turns as "
                 "Prompt flow's chat_history; move the file away to begin a new one"
             ) from None
+        return cast(Turns, turns)
 
     def append(self, session: str, turns: Turns) -> None:
         """Add turns to the session's file; raises ConfigurationError where it cannot be written."""
@@ -114,13 +118,6 @@ class FileConversations:
                 "at most 128"
             )
         return self._folder / f"{session}.json"
-
-
-def _checked(turns: Any) -> Turns:
-    if not isinstance(turns, list):
-        raise RequestRejectedError("it holds no list")
-    read_turns(turns)
-    return turns
 
 
 class TurnsProvider(HistoryProvider):

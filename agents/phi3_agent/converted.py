@@ -16,12 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent_framework import Executor, Workflow, WorkflowBuilder, WorkflowContext, handler
+from agent_framework import (
+    Executor,
+    Workflow,
+    WorkflowBuilder,
+    WorkflowContext,
+    WorkflowRunResult,
+    handler,
+)
 
-from phi3_tool.asking import settings_of
+from phi3_tool.connection import settings_of
 from phi3_tool.errors import ConfigurationError, Phi3Error, RequestRejectedError
 
-from .client import in_framework
+from .client import in_framework, phi3_error
 from .promptflow_names import CustomConnection, provide_names
 
 FLOW = "flow.json"
@@ -85,7 +92,15 @@ def load(folder: Path) -> Flow:
     nodes = []
     for node in written["nodes"]:
         path = folder / node["path"]
-        call = _template(path) if node["type"] == "prompt" else _function(path, node["function"])
+        if node["type"] == "prompt":
+            call: Callable[..., Any] = _template(path)
+        else:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            if spec is None or spec.loader is None:
+                raise ConfigurationError(f"{path} cannot be imported")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            call = getattr(module, node["function"])
         streaming = getattr(call, "__phi3_tool__", "")
         connections = tuple(node["connections"])
         nodes.append(Node(node["name"], node["inputs"], connections, call, streaming))
@@ -118,7 +133,10 @@ class NodeExecutor(Executor):
             else:
                 output = await asyncio.to_thread(node.call, **given)
             if streams and isinstance(output, Iterator):
-                output = await self._pieces(output, ctx)
+                pieces, output = output, ""
+                while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                    output += piece
+                    await ctx.yield_output(piece)
                 direct = False
         except Phi3Error as error:
             raise in_framework(error) from error
@@ -127,13 +145,6 @@ class NodeExecutor(Executor):
             await ctx.send_message(new)
         elif not streams or direct:
             await ctx.yield_output(value_of(self._flow.answer, new))
-
-    async def _pieces(self, pieces: Iterator[Any], ctx: WorkflowContext[State, Any]) -> str:
-        said = ""
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            said += piece
-            await ctx.yield_output(piece)
-        return said
 
 
 def create_workflow(flow: Flow) -> Workflow:
@@ -177,13 +188,13 @@ def value_of(value: Any, state: State) -> Any:
     if first == "inputs":
         return state.inputs[rest]
     _, _, parts = rest.partition(".")  # after `output`
-    found = state.outputs[first]
+    output = state.outputs[first]
     for word, key, index in _PART.findall(parts):
         if word:
-            found = found[word] if isinstance(found, dict) else getattr(found, word)
+            output = output[word] if isinstance(output, dict) else getattr(output, word)
         else:
-            found = found[int(index)] if index else found[key]
-    return found
+            output = output[int(index)] if index else output[key]
+    return output
 
 
 def _typed(value: Any, kind: str) -> Any:
@@ -203,16 +214,6 @@ def _typed(value: Any, kind: str) -> Any:
             if kind == "list":
                 raise RequestRejectedError(f"Not a list: {value!r:.80}") from None
     return value
-
-
-def _function(path: Path, name: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigurationError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[..., Any] = getattr(module, name)
-    return found
 
 
 def _template(path: Path) -> Callable[..., str]:
@@ -243,21 +244,16 @@ def main(folder: Path, words: list[str]) -> int:
         given[first] = " ".join(question)
     try:
         state = State(flow.given(given), {}, connection_for(None))
-        result = asyncio.run(_answer(create_workflow(flow), state))
-    except Phi3Error as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
-    sys.stdout.write(f"{result}\n")
-    return 0
-
-
-async def _answer(workflow: Workflow, state: State) -> Any:
-    from .client import phi3_error
-
-    try:
-        return (await workflow.run(state)).get_outputs()[0]
+        result = asyncio.run(_run(create_workflow(flow), state))
     except Exception as error:
         failure = phi3_error(error)
         if failure is None:
             raise
-        raise failure from None
+        sys.stderr.write(f"Error: {failure}\n")
+        return 1
+    sys.stdout.write(f"{result.get_outputs()[0]}\n")
+    return 0
+
+
+async def _run(workflow: Workflow, state: State) -> WorkflowRunResult:
+    return await workflow.run(state)

@@ -30,6 +30,7 @@ _OPTIONS = {
 }
 _REFUSED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prompt")
 _ROLES = {"developer": "system"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 RoleMessages = list[dict[str, str]]
 
@@ -214,7 +215,7 @@ class ResponseWriter:
         )
 
     def failed(self, error: Mapping[str, Any]) -> str:
-        """The event in place of the rest."""
+        """The event that replaces the rest."""
         about = self._about("failed", [])
         about["error"] = {"code": "server_error", "message": error["message"]}
         return self._event("response.failed", response=about)
@@ -299,31 +300,23 @@ def _messages(given: object, faults: list[str]) -> RoleMessages:
     if not isinstance(given, list) or not given:
         faults.append('expected a list of {"role", "content"} messages, or for input a text')
         return []
-    found: RoleMessages = []
+    messages: RoleMessages = []
     for number, item in enumerate(given):
         if not isinstance(item, Mapping) or item.get("type", "message") != "message":
             kind = item.get("type") if isinstance(item, Mapping) else type(item).__name__
             faults.append(f"item {number} is {kind}, not a message")
             continue
-        text = _text(item.get("content"))
-        if text is None:
+        content = item.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [
+            part.get("text")
+            for part in (parts if isinstance(parts, list) else [None])
+            if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS
+        ]
+        is_text = isinstance(parts, list) and len(texts) == len(parts)
+        if not is_text or not all(isinstance(text, str) for text in texts):
             faults.append(f"message {number} has content that is not text")
             continue
         role = str(item.get("role"))
-        found.append({"role": _ROLES.get(role, role), "content": text})
-    return found
-
-
-def _text(content: object) -> str | None:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    parts = [
-        part.get("text")
-        for part in content
-        if isinstance(part, Mapping) and part.get("type") in ("text", "input_text", "output_text")
-    ]
-    if len(parts) != len(content) or not all(isinstance(part, str) for part in parts):
-        return None
-    return "".join(str(part) for part in parts)
+        messages.append({"role": _ROLES.get(role, role), "content": "".join(map(str, texts))})
+    return messages

@@ -37,13 +37,13 @@ Make = Callable[[Row], "tuple[Workflow, Any]"]
 
 
 @lru_cache(maxsize=16)
-def _client(connection: str) -> Phi3ChatClient:
+def _client_of(connection: str) -> Phi3ChatClient:
     return Phi3ChatClient(connection=json.loads(connection))
 
 
 def shipped(row: Row) -> tuple[Workflow, FlowInputs]:
     """The mirror of the row's flow; raises RequestRejectedError for inputs that it lacks."""
-    client = _client(json.dumps(row.get("connection")))
+    client = _client_of(json.dumps(row.get("connection")))
     rag = row.get("flow") == "rag"
     known = (RagInputs if rag else FlowInputs).__dataclass_fields__
     # A null counts as not given, as for an input with a default.
@@ -83,21 +83,21 @@ async def serve_rows(lines: TextIO, out: TextIO, make: Make = shipped) -> None:
     loop = asyncio.get_running_loop()
     running: set[asyncio.Task[None]] = set()
 
-    async def one(text: str) -> None:
+    async def answer(text: str) -> None:
         row = json.loads(text)
         try:
-            said = await outcome(row, make)
+            line = await outcome(row, make)
         except Exception as error:  # noqa: BLE001 - one broken row must not end the others
-            said = {
+            line = {
                 "id": row["id"],
                 "error": {"kind": type(error).__name__, "message": str(error) or repr(error)},
                 "exception": type(error).__name__,
             }
-        out.write(json.dumps(said) + "\n")
+        out.write(json.dumps(line) + "\n")
         out.flush()
 
     while text := await loop.run_in_executor(None, lines.readline):
-        task = loop.create_task(one(text))
+        task = loop.create_task(answer(text))
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)

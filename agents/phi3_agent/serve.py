@@ -43,7 +43,6 @@ from .openai_shapes import (
     Asked,
     ChunkWriter,
     ResponseWriter,
-    RoleMessages,
     completion,
     read_chat,
     read_responses,
@@ -88,6 +87,11 @@ class Served:
 
     def app(self, key: str) -> Starlette:
         """The application; every route but /health asks for `key` as a Bearer token."""
+
+        async def fail(_request: Request, error: Exception) -> Response:
+            status, shown = _shown(error)
+            return JSONResponse({"error": shown}, status)
+
         return Starlette(
             routes=[
                 Route("/health", self.health),
@@ -97,11 +101,11 @@ class Served:
                 Route("/score", self.score, methods=["POST"]),
             ],
             middleware=[Middleware(_Guard, key=key)],
-            exception_handlers=dict.fromkeys(FAILURES, _failure),
+            exception_handlers=dict.fromkeys(FAILURES, fail),
         )
 
     async def health(self, _request: Request) -> Response:
-        """The process is up; the endpoint behind it is not asked."""
+        """The process is up; the model's endpoint is not asked."""
         return JSONResponse({"status": "ok", "agent": self._model})
 
     async def models(self, _request: Request) -> Response:
@@ -133,7 +137,18 @@ class Served:
 
     async def score(self, request: Request) -> Response:
         """The flow's inputs in, {"answer": …} out, as `pf flow serve` has it."""
-        inputs = self._inputs(await _json(request))
+        body = await _json(request)
+        kind = FlowInputs if self._documents is None else RagInputs
+        # A client of the server must not name files of this machine.
+        known = set(kind.__dataclass_fields__) - {"index"}
+        if not isinstance(body, Mapping) or not isinstance(body.get("input_data"), str):
+            raise RequestRejectedError("The request must have the question as text in input_data")
+        unknown = sorted(set(body) - known)
+        if unknown:
+            raise RequestRejectedError(
+                f"The flow has no input {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        inputs = kind(**{name: value for name, value in body.items() if value is not None})
         client = cast(Phi3ChatClient, self._agent.client)
         workflow = (
             create_workflow(client)
@@ -145,21 +160,16 @@ class Served:
             return await _streaming(sse({"answer": piece}) async for piece in pieces)
         return JSONResponse({"answer": await run_flow(workflow, inputs)})
 
-    def _inputs(self, body: object) -> FlowInputs:
-        kind = FlowInputs if self._documents is None else RagInputs
-        # A client of the server must not name files of this machine.
-        known = set(kind.__dataclass_fields__) - {"index"}
-        if not isinstance(body, Mapping) or not isinstance(body.get("input_data"), str):
-            raise RequestRejectedError("The request must have the question as text in input_data")
-        unknown = sorted(set(body) - known)
-        if unknown:
-            raise RequestRejectedError(
-                f"The flow has no input {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-            )
-        return kind(**{name: value for name, value in body.items() if value is not None})
-
     def _run(self, asked: Asked, turns: list[Mapping[str, Any]], *, stream: bool) -> Any:
-        sent = _with_history(asked.messages, turns)
+        # The earlier turns come between the request's own system messages and the rest of it.
+        sent = asked.messages
+        first = next((i for i, m in enumerate(sent) if m["role"] != "system"), len(sent))
+        earlier = [
+            {"role": role, "content": text}
+            for question, answer in read_turns(turns)
+            for role, text in (("user", question), ("assistant", answer))
+        ]
+        sent = [*sent[:first], *system_of(turns), *earlier, *sent[first:]]
         messages = [Message(m["role"], [m["content"]]) for m in sent]
         return self._agent.run(messages, stream=stream, options=asked.options)  # type: ignore[call-overload]
 
@@ -238,8 +248,8 @@ class _Guard:
         if scope["type"] == "http" and scope["path"] != "/health":
             headers = dict(scope["headers"])
             if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
-                said = f"the key is missing or wrong: send the server's {KEY} as a Bearer token"
-                refusal = JSONResponse({"error": _error(said, "invalid_api_key", 401)}, 401)
+                why = f"the key is missing or wrong: send the server's {KEY} as a Bearer token"
+                refusal = JSONResponse({"error": _error(why, "invalid_api_key", 401)}, 401)
                 await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -262,17 +272,6 @@ def serve(
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
     return 0
-
-
-def _with_history(messages: RoleMessages, turns: list[Mapping[str, Any]]) -> RoleMessages:
-    """The kept turns between the request's own system messages and the rest of it."""
-    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
-    earlier = [
-        {"role": role, "content": text}
-        for asked, answer in read_turns(turns)
-        for role, text in (("user", asked), ("assistant", answer))
-    ]
-    return [*messages[:first], *system_of(turns), *earlier, *messages[first:]]
 
 
 async def _json(request: Request) -> object:
@@ -330,20 +329,12 @@ def _shown(error: Exception) -> tuple[int, dict[str, Any]]:
         return 500, _error("the agent failed; its log says why", "server_error")
     # The endpoint's 401 is not the caller's: the key sent to this server was right.
     status = next((code for kind, code in _STATUS if isinstance(failure, kind)), 502)
-    return status, _error(str(failure), _code(failure), status)
-
-
-def _code(failure: Phi3Error) -> str:
+    code = type(failure).__name__
     if isinstance(failure, _NoSuchResponseError):
-        return "previous_response_not_found"
-    return type(failure).__name__
+        code = "previous_response_not_found"
+    return status, _error(str(failure), code, status)
 
 
 def _error(message: str, code: str, status: int = 500) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"message": message, "type": kind, "code": code, "param": None}
-
-
-async def _failure(_request: Request, error: Exception) -> Response:
-    status, shown = _shown(error)
-    return JSONResponse({"error": shown}, status)

@@ -22,7 +22,6 @@ from agent_framework import (
 )
 from typing_extensions import Never
 
-from phi3_tool.asking import budget
 from phi3_tool.errors import Phi3Error
 from phi3_tool.grounding import (
     NOT_IN_DOCUMENTS,
@@ -31,8 +30,8 @@ from phi3_tool.grounding import (
     sources_note,
     standalone_question,
 )
-from phi3_tool.history import BROKE_OFF, from_messages, to_messages
-from phi3_tool.index import Hit, hits_of
+from phi3_tool.history import BROKE_OFF, budget, from_messages, to_messages
+from phi3_tool.index import Hit, LookupResult, hits_of
 
 from .agent import create_agent
 from .client import (
@@ -75,7 +74,7 @@ class _Looked:
 
     inputs: RagInputs
     query: str
-    passages: list[dict[str, Any]] = field(default_factory=list)
+    passages: list[LookupResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,8 @@ class Chat(Executor):
             await ctx.yield_output(NOT_IN_DOCUMENTS)
             return
         given = prompt.inputs
-        room = budget(self._client.settings, prompt.text, given.system_prompt, given.max_new_tokens)
+        context = self._client.settings.context_length
+        room = budget(context, prompt.text, given.system_prompt, given.max_new_tokens)
         sent = await _in_thread(
             lambda: to_messages(
                 given.chat_history, prompt.text, given.system_prompt, max_tokens=room

@@ -7,7 +7,7 @@ import json
 import pytest
 from tests.integration.stub_endpoint import KEY, OPENAI, Reply, StubEndpoint, no_listener
 
-from phi3_tool.deployments import choices, not_told
+from phi3_tool.deployments import choices, not_listed
 
 pytest.importorskip("promptflow.core", reason="the extra `flow` is not installed")
 
@@ -104,8 +104,8 @@ def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_azure_says_where_the_names_are() -> None:
     url = "https://a.eastus.inference.ml.azure.com/v1/models"
-    assert "az ml online-deployment list" in not_told(url, 404)
-    assert "az ml" not in not_told("https://a.example/v1/models", 404)
+    assert "az ml online-deployment list" in not_listed(url, 404)
+    assert "az ml" not in not_listed("https://a.example/v1/models", 404)
 
 
 def test_the_chosen_one_is_asked_for() -> None:

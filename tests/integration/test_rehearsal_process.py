@@ -18,7 +18,7 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
 from phi3_rehearsal import Rehearsal, find, run_inside, start, stop
 from phi3_training.cli import main
-from phi3_training.commands.azure import azure_folder as folder_of
+from phi3_training.commands.rehearse import azure_folder as folder_of
 
 GROUP = "/subscriptions/5ab5c817-0000-4000-8000-5ab5c8170000/resourceGroups/rg-kept"
 PHI3 = (sys.executable, "-m", "phi3_training.cli")

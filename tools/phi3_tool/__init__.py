@@ -1,4 +1,4 @@
-"""phi3_tool: a client, and a Prompt flow tool, for a fine-tuned Phi-3 behind an HTTP endpoint.
+"""phi3_tool: a client, and a Prompt flow tool, for a fine-tuned Phi-3 served over HTTP.
 
 Needs requests alone; only phi3_tool.chat imports Prompt flow, and nothing here imports that.
 """

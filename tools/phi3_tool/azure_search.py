@@ -1,21 +1,20 @@
-"""An index of documents in Azure AI Search: asked over its REST API, with `requests` alone.
+"""An index of documents in Azure AI Search, queried over its REST API with `requests` alone.
 
-Reads the small file that `phi3 rag index … rag.store=azure_search` writes in place of the SQLite
+Reads the small file that `phi3 rag index … rag.store=azure_search` writes instead of the SQLite
 file: where the index is, and with which embedder it was made. Never a key: that comes from
 $PHI3_SEARCH_KEY, else a token of Microsoft Entra ID is sent.
 
-One hybrid question brings candidates, which Azure has put in order by reciprocal rank fusion. They
-are put in order again by the sum that `index` explains, from the parts of the score that the
-service tells when it is asked to (`debug: vector`): the cosine, and BM25. What BM25 could reach for
-the question is not told, so it is estimated: the best passage by words reaches 0.6 of the share of
-the question's words that it holds.
+One hybrid question returns candidates, which Azure has ranked by reciprocal rank fusion. They are
+ranked again by the sum that `index` explains, from the parts of the score that the service reports
+on request (`debug: vector`): the cosine, and BM25. What BM25 could reach for the question is not
+reported, so it is estimated: the best passage by words reaches 0.6 of the share of the question's
+words that it holds.
 
 Shapes as api-version 2026-04-01 has them. Tested against a loopback service, never against Azure's.
 """
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
 import re
@@ -25,8 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from .connection import Address, is_loopback
 from .credentials import clean_secret
 from .entra import entra_tokens
@@ -35,10 +32,9 @@ from .errors import (
     ConfigurationError,
     RequestRejectedError,
     ServiceError,
-    one_line,
 )
-from .index import FORMAT, Embedder, Hit, check_embedder, check_query, question_words, score_of
-from .transport import new_session
+from .index import FORMAT, Hit, PassageIndex, Query, check_embedder, question_words, score_of
+from .transport import new_session, request_with_retries, said_by
 
 API_VERSION = "2026-04-01"
 SCOPE = "https://search.azure.com/.default"
@@ -46,7 +42,7 @@ KEY_VARIABLE = "PHI3_SEARCH_KEY"
 STORE = "azure_search"
 #: Of both halves of a hybrid question: what reciprocal rank fusion itself looks at.
 CANDIDATES = 50
-#: Answers that come right by themselves: too busy, or an index that is just being changed.
+#: Answers worth a retry: too busy, or an index that is just being changed.
 AGAIN = frozenset((409, 422, 429, 503))
 
 # A word that a passage holds once adds less than it could. Measured on 397 questions about 240
@@ -54,7 +50,6 @@ AGAIN = frozenset((409, 422, 429, 503))
 # words alone 0.15 and 0.45), so that `min_score` means the same.
 _REACHED = 0.6
 _TRIES = 6
-_WAIT_SECONDS = 60.0  # the longest Retry-After that is waited for
 _SELECTED = "id,text,source,heading,page,first,last"
 
 
@@ -70,6 +65,7 @@ class SearchService:
         endpoint: str,
         *,
         key: str | None = None,
+        token_provider: Callable[[], str] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         match = re.fullmatch(
@@ -84,16 +80,12 @@ class SearchService:
         if match[1] == "http" and not loopback:
             raise ConfigurationError(f"The key would go over plain http to {match[2]}; use https")
         self.endpoint = match[0].rstrip("/")
-        key = key or os.environ.get(KEY_VARIABLE, "").strip()
+        key = "" if token_provider else key or os.environ.get(KEY_VARIABLE, "").strip()
         self._key = clean_secret(key, f"key ({KEY_VARIABLE})") if key else ""
-        self._token: Callable[[], str] | None = None
+        self._token = token_provider  # else what azure-identity finds, when it is first needed
         self._sleep = sleep
         self._session = new_session(Address(self.endpoint, self.endpoint, "score", loopback))
         self._lock = threading.Lock()
-
-    def sign_in_with(self, token: Callable[[], str]) -> None:
-        """Send tokens of this provider, in place of a key or of what azure-identity finds."""
-        self._key, self._token = "", token
 
     def call(
         self,
@@ -110,62 +102,39 @@ class SearchService:
         is sent. Raises AuthenticationError, RequestRejectedError or ServiceError with the
         service's own words.
         """
-        reason = ""
-        for attempt in range(_TRIES):
-            wait = min(2.0**attempt, _WAIT_SECONDS)
-            try:
-                answer = self._session.request(
-                    method,
-                    self.endpoint + path,
-                    params={"api-version": API_VERSION},
-                    data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
-                    headers={
-                        "Content-Type": "application/json",
-                        "Accept": "application/json;odata.metadata=none",
-                        **self._credentials(),
-                        **(headers or {}),
-                    },
-                    timeout=(5, 120),
-                    allow_redirects=False,  # a key never goes on to another host
-                )
-            except requests.RequestException as error:
-                reason = f"no connection ({type(error).__name__})"
-            else:
-                if answer.ok:
-                    return self._read(answer)
-                if answer.status_code == 404 and may_miss:
-                    return None
-                reason = f"status {answer.status_code}: {_said(answer)}"
-                if answer.status_code in (401, 403):
-                    raise AuthenticationError(
-                        f"{self.endpoint} refused the sign-in ({_said(answer)}). Set "
-                        f"{KEY_VARIABLE}, or let the signed-in account have the roles Search "
-                        "Service Contributor and Search Index Data Contributor there (a question "
-                        "alone: Search Index Data Reader)",
-                        status=answer.status_code,
-                    )
-                if answer.status_code != 429 and answer.status_code < 500:
-                    raise RequestRejectedError(
-                        f"{self.endpoint} refused {method} {path}: {reason}",
-                        status=answer.status_code,
-                    )
-                wait = retry_after(answer.headers.get("Retry-After")) or wait
-            if attempt < _TRIES - 1:
-                self._sleep(wait)
-        raise ServiceError(f"{self.endpoint} did not answer {method} {path}: {reason}")
-
-    def _credentials(self) -> dict[str, str]:
-        if self._key:
-            return {"api-key": self._key}
-        with self._lock:
-            if self._token is None:
-                self._token = entra_tokens(
-                    SCOPE,
-                    f"Azure AI Search without {KEY_VARIABLE} signs in with Microsoft Entra ID",
-                )
-        return {"Authorization": f"Bearer {self._token()}"}
-
-    def _read(self, answer: Any) -> dict[str, Any]:
+        answer = request_with_retries(
+            self._session,
+            method,
+            self.endpoint + path,
+            f"{self.endpoint} did not answer {method} {path}",
+            tries=_TRIES,
+            sleep=self._sleep,
+            params={"api-version": API_VERSION},
+            data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
+            headers={
+                "Content-Type": "application/json",
+                "Accept": "application/json;odata.metadata=none",
+                **self._signature(),
+                **(headers or {}),
+            },
+            timeout=(5, 120),
+            allow_redirects=False,  # a key is never sent on to another host
+        )
+        if answer.status_code == 404 and may_miss:
+            return None
+        if answer.status_code in (401, 403):
+            raise AuthenticationError(
+                f"{self.endpoint} refused the sign-in ({said_by(answer)}). Set {KEY_VARIABLE}, or "
+                "let the signed-in account have the roles Search Service Contributor and Search "
+                "Index Data Contributor there (a question alone: Search Index Data Reader)",
+                status=answer.status_code,
+            )
+        if not answer.ok:
+            raise RequestRejectedError(
+                f"{self.endpoint} refused {method} {path}: status {answer.status_code}: "
+                f"{said_by(answer)}",
+                status=answer.status_code,
+            )
         if answer.status_code == 204 or not answer.content:
             return {}
         try:
@@ -179,26 +148,16 @@ class SearchService:
             )
         return content
 
-
-def retry_after(stated: str | None) -> float | None:
-    """Seconds of a Retry-After header (a number or a date, RFC 9110), at most a minute."""
-    if not stated:
-        return None
-    if re.fullmatch(r"\d+(\.\d+)?", stated.strip()):
-        return min(float(stated), _WAIT_SECONDS)
-    try:
-        moment = email.utils.parsedate_to_datetime(stated).timestamp()
-    except (TypeError, ValueError):
-        return None
-    return min(max(moment - time.time(), 0.0), _WAIT_SECONDS)
-
-
-def _said(answer: Any) -> str:
-    """The service's own message, on one line."""
-    try:
-        return one_line(str(answer.json()["error"]["message"]))
-    except (ValueError, KeyError, TypeError):
-        return one_line(answer.text)
+    def _signature(self) -> dict[str, str]:
+        if self._key:
+            return {"api-key": self._key}
+        with self._lock:
+            if self._token is None:
+                self._token = entra_tokens(
+                    SCOPE,
+                    f"Azure AI Search without {KEY_VARIABLE} signs in with Microsoft Entra ID",
+                )
+        return {"Authorization": f"Bearer {self._token()}"}
 
 
 def index_url(name: str) -> str:
@@ -228,7 +187,7 @@ def read_settings(path: Path) -> dict[str, str]:
     return {name: str(value) for name, value in content.items()}
 
 
-class SearchIndex:
+class SearchIndex(PassageIndex):
     """An index in Azure AI Search, with the same questions and answers as `DocumentIndex`.
 
     Raises ConfigurationError when the file that names it is missing or is another one.
@@ -242,48 +201,26 @@ class SearchIndex:
         """Embedder, dimension, generation and passages, as they were when it was filled."""
         return read_settings(self.path)
 
-    def search(
-        self,
-        question: str,
-        *,
-        top_k: int = 4,
-        query_type: str = "hybrid",
-        embedder: Embedder | None = None,
-    ) -> list[Hit]:
-        """The passages that fit best, best first, at most `top_k` (1 to 100).
-
-        Raises what `DocumentIndex.search` raises, and what `SearchService.call` raises.
-        """
-        check_query(question, top_k, query_type)
+    def find(self, query: Query) -> list[Hit]:
+        """Asks the service; raises what `SearchService.call` raises as well."""
         facts = self.facts()
-        words = question_words(question)
-        body: dict[str, Any] = {
-            "select": _SELECTED,
-            # More than are wanted: they are put in order again.
-            "top": max(top_k, CANDIDATES),
-        }
-        if query_type != "vector":
+        words = question_words(query.question)
+        # More than are wanted: they are put in order again.
+        wanted = max(query.top_k, CANDIDATES)
+        body: dict[str, Any] = {"select": _SELECTED, "top": wanted}
+        if query.query_type != "vector":
             # Words alone: in a question a leading minus or a quotation mark is no operator.
             body["search"] = " ".join(words)
             body["searchFields"] = "heading,text"
             body["searchMode"] = "any"
-        by_meaning = query_type != "keyword" and facts["embedder"] != "none"
+        by_meaning = query.needs_vectors(facts["index"], facts)
         if by_meaning:
-            vector = check_embedder(str(self.path), facts, embedder).embed([question])[0]
+            embedder = check_embedder(str(self.path), facts, query.embedder)
+            vector = [float(value) for value in embedder.embed([query.question])[0]]
             body["vectorQueries"] = [
-                {
-                    "kind": "vector",
-                    "vector": [float(value) for value in vector],
-                    "k": max(top_k, CANDIDATES),
-                    "fields": "vector",
-                }
+                {"kind": "vector", "vector": vector, "k": wanted, "fields": "vector"}
             ]
             body["debug"] = "vector"
-        elif query_type == "vector":
-            raise ConfigurationError(
-                f"{facts['index']} has no vectors; search by words with query_type keyword, or "
-                "index with an embedder: phi3 rag index FOLDER --embedder onnx"
-            )
         path = f"{index_url(facts['index'])}/docs/search.post.search"
         answer = self._service.call("POST", path, body, may_miss=True)
         if answer is None:
@@ -292,7 +229,7 @@ class SearchIndex:
                 "again with: phi3 rag index FOLDER --rebuild"
             )
         try:
-            return _hits(answer["value"], words, by_meaning=by_meaning)[:top_k]
+            return _hits(answer["value"], words, by_meaning=by_meaning)[: query.top_k]
         except (KeyError, TypeError, ValueError):
             raise ServiceError(
                 f"{self._service.endpoint} sent documents of another form than phi3 wrote; make "
@@ -301,22 +238,22 @@ class SearchIndex:
 
 
 def _hits(
-    found: Sequence[Mapping[str, Any]], words: Sequence[str], *, by_meaning: bool
+    documents: Sequence[Mapping[str, Any]], words: Sequence[str], *, by_meaning: bool
 ) -> list[Hit]:
     """The documents as passages with our own score, best first; equal ones in Azure's order."""
-    bm25 = [_word_score(document, by_meaning=by_meaning) for document in found]
-    cosines = [_cosine(document) for document in found] if by_meaning else []
+    bm25 = [_word_score(document, by_meaning=by_meaning) for document in documents]
+    cosines = [_cosine(document) for document in documents] if by_meaning else []
     known = [cosine for cosine in cosines if cosine is not None]
-    best = max(range(len(found)), key=bm25.__getitem__, default=0)
-    reached = _REACHED * share_of_words(words, found[best]) if found else 0.0
+    best = max(range(len(documents)), key=bm25.__getitem__, default=0)
+    reached = _REACHED * share_of_words(words, documents[best]) if documents else 0.0
     hits = []
-    for at, document in enumerate(found):
+    for at, document in enumerate(documents):
         by_words = reached * bm25[at] / bm25[best] if bm25[best] else 0.0
         cosine: float | None = None
         if known:
             # Found by its words alone: it is further off than the last one found by meaning.
-            told = cosines[at]
-            cosine = min(known) if told is None else told
+            reported = cosines[at]
+            cosine = min(known) if reported is None else reported
         hits.append(
             Hit(
                 id=int(document["id"]),
@@ -344,7 +281,7 @@ def _word_score(document: Mapping[str, Any], *, by_meaning: bool) -> float:
     if not by_meaning:
         return float(document["@search.score"])
     parts = _parts(document)
-    if not parts:  # a service that does not tell the parts: its own order counts
+    if not parts:  # a service that does not report the parts: its own order counts
         return float(document["@search.score"])
     return float((parts.get("text") or {}).get("searchScore") or 0.0)
 

@@ -5,21 +5,24 @@ With connection_type.py the only module that imports Prompt flow.
 
 # Annotations stay real objects here, because Prompt flow reads them: no postponed evaluation, and
 # Optional[...] in place of newer spellings.
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, Optional, Union
 
 from promptflow.connections import ConnectionProvider, CustomConnection
 from promptflow.core import tool
 from promptflow.exceptions import PromptflowException
 
-from .asking import budget, client_for, settings_of, with_first
-from .connection import environment_names_endpoint
+from .client import client_for
+from .connection import environment_names_endpoint, settings_of
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error, RequestRejectedError
 from .flow_inputs import refuse_what_lacks_a_question
-from .history import to_messages
+from .history import BROKE_OFF, budget, to_messages
+
+log = logging.getLogger(__name__)
 
 # `pf flow test --interactive` of Prompt flow 1.18 reads a streamed answer to its end before it
 # prints the first piece; with traces on it then forgets the text, and the next turn knows nothing
@@ -44,37 +47,26 @@ def print_pieces_as_they_come() -> None:
     def print_chat_output(output: object, generator_record: Record, *, generator_key: str) -> None:
         if isinstance(output, Iterator) and generator_key not in generator_record:
             # Prompt flow takes the whole answer from here afterwards.
-            generator_record[generator_key] = _shown(output)
+            pieces = generator_record[generator_key] = []
+            for piece in output:
+                pieces.append(str(piece))
+                sys.stdout.write(pieces[-1])
+                sys.stdout.flush()
+            sys.stdout.write("\n")
         else:
             show(output, generator_record, generator_key=generator_key)
 
     def resolve_generator(flow_result: Any, generator_record: Record) -> Any:
         for place in (flow_result.run_info.output, flow_result.run_info.result, flow_result.output):
-            _settle(place, generator_record)
+            # The text that was shown, instead of the exhausted iterator.
+            for name, value in place.items() if isinstance(place, dict) else ():
+                shown = generator_record.get(f"run.outputs.{name}")
+                if isinstance(value, Iterator) and shown is not None:
+                    place[name] = "".join(shown)
         return settle(flow_result, generator_record)
 
     setattr(loop, _SHOW, print_chat_output)
     setattr(loop, _SETTLE, resolve_generator)
-
-
-def _shown(pieces: Iterator[object]) -> list[str]:
-    texts = []
-    for piece in pieces:
-        texts.append(str(piece))
-        sys.stdout.write(texts[-1])
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return texts
-
-
-def _settle(outputs: object, record: Record) -> None:
-    """Put the text that was shown where the exhausted iterator still stands."""
-    if not isinstance(outputs, dict):
-        return
-    for name, value in outputs.items():
-        pieces = record.get(f"run.outputs.{name}")
-        if isinstance(value, Iterator) and pieces is not None:
-            outputs[name] = "".join(pieces)
 
 
 refuse_what_lacks_a_question()
@@ -114,7 +106,9 @@ def phi3_chat(
     """
     try:
         settings = settings_of(connection, deployment)
-        room = budget(settings, input_data, system_prompt, max_new_tokens, max_history_tokens)
+        room = budget(
+            settings.context_length, input_data, system_prompt, max_new_tokens, max_history_tokens
+        )
         messages = to_messages(chat_history, input_data, system_prompt, max_tokens=room)
         client = client_for(settings)
         ask: dict[str, Any] = {
@@ -131,6 +125,21 @@ def phi3_chat(
     except Phi3Error as error:
         # Prompt flow shows and stores a failed node's whole traceback: keep it to this one line.
         raise error.with_traceback(None) from None
+
+
+def with_first(first: str, pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+    """A streamed answer whose first piece is there; broken off later, it ends with a note."""
+    try:
+        if first:
+            yield first
+        yield from pieces
+    except Phi3Error as error:
+        # The status is long sent. Raised here, the chat page would put "network error" in place of
+        # all that came, and one serving engine would end the answer as if it were whole.
+        log.warning("the answer was cut off: %s", error)
+        yield f"{BROKE_OFF}{error}]"
+    finally:
+        pieces.close()
 
 
 def phi3_rag_chat(prompt: Mapping[str, Any], **asked: Any) -> Any:

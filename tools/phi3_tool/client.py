@@ -5,6 +5,7 @@ Talks to the one endpoint it was made for; reads proxy and CA settings from the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,10 +14,11 @@ import re
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Optional, Tuple
 
 import requests
 from urllib3.exceptions import HTTPError, ReadTimeoutError
@@ -401,10 +403,13 @@ class Phi3Client:
             outcome = self._attempt(call, auth)
             if isinstance(outcome, _Arrival):
                 return outcome
-            renewed = self._renewed(call, outcome, auth)
-            if renewed is not None:
-                auth = renewed
-                continue
+            if outcome.error.status == 401 and self._credential.renewable and not call.renewed:
+                # Once per call: a token that is another one than the rejected.
+                call.renewed = True
+                fresh = self._credential.auth()
+                if fresh != auth:
+                    auth = fresh
+                    continue
             wait = call.budget.next_wait(
                 outcome.retry, outcome.retry_after, call.deadline.remaining
             )
@@ -419,14 +424,6 @@ class Phi3Client:
             )
             if self._closed.wait(wait):
                 raise call.dress(outcome.error, self._credential)
-
-    def _renewed(self, call: Call, failure: Failure, used: BearerAuth) -> BearerAuth | None:
-        """A token other than the rejected one, once per call; None if there is none."""
-        if failure.error.status != 401 or not self._credential.renewable or call.renewed:
-            return None
-        call.renewed = True
-        fresh = self._credential.auth()
-        return fresh if fresh != used else None
 
     def _attempt(self, call: Call, auth: BearerAuth) -> _Arrival | Failure:
         response: requests.Response | None = None
@@ -531,3 +528,32 @@ def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
                 return
     except (requests.RequestException, HTTPError, OSError):
         log.debug("the connection of a finished stream is not reused")
+
+
+# Each keeps a pool of open connections.
+_MAX_CLIENTS = 16
+_Identity = Tuple[int, str, str, Optional[str], Optional[str], Optional[str]]
+_clients: OrderedDict[_Identity, Phi3Client] = OrderedDict()
+_clients_lock = threading.Lock()
+
+
+def client_for(settings: ConnectionSettings) -> Phi3Client:
+    """One client per endpoint, key and process, so that its connections are used again."""
+    key_hash = hashlib.sha256(settings.key.encode()).hexdigest()
+    identity = (
+        os.getpid(),
+        settings.endpoint,
+        key_hash,
+        settings.deployment,
+        settings.dialect,
+        settings.auth,
+    )
+    with _clients_lock:
+        client = _clients.get(identity)
+        if client is None:
+            client = _clients[identity] = Phi3Client.from_connection(settings)
+            if len(_clients) > _MAX_CLIENTS:
+                # Not closed: another thread may be in the middle of a call.
+                _clients.popitem(last=False)
+        _clients.move_to_end(identity)
+        return client

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit, urlunsplit
 
 from .credentials import clean_secret
@@ -123,7 +123,7 @@ def _choose_dialect(url: str, asked: str | None) -> Dialect:
     return chosen
 
 
-#: Where each setting may stand; the second names are those of promptflow-tools' open_model_llm.
+#: The names of each setting; the second names are those of promptflow-tools' open_model_llm.
 _NAMES = {
     "endpoint": ("endpoint", "endpoint_url"),
     "key": ("key", "endpoint_api_key"),
@@ -222,6 +222,20 @@ class ConnectionSettings:
         )
 
 
+def settings_of(connection: object, deployment: str = "") -> ConnectionSettings:
+    """The endpoint that is meant: the environment's where it names one, else the connection's.
+
+    Raises ConfigurationError where neither can be used.
+    """
+    # Both from the environment or neither: a stored key never goes to another endpoint.
+    if environment_names_endpoint():
+        settings = ConnectionSettings.from_environment()
+    else:
+        settings = ConnectionSettings.from_connection(connection)
+    chosen = deployment.strip()
+    return replace(settings, deployment=chosen) if chosen else settings
+
+
 def environment_names_endpoint(environ: Mapping[str, str] | None = None) -> bool:
     """Whether PHI3_ENDPOINT is set, and so outranks any connection."""
     environment = os.environ if environ is None else environ
@@ -278,22 +292,12 @@ def _find(
         faults.append(f"{' and '.join(given)} differ: keep one of them")
         return None
     name, value = next(iter(given.items()))
-    return _filled_in(name, value, environment, faults)
-
-
-def _is_given(value: object) -> bool:
-    return value is not None and str(value).strip() != ""
-
-
-def _filled_in(
-    name: str, value: object, environment: Mapping[str, str], faults: list[str]
-) -> str | None:
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         faults.append(f"{name} must be text")
         return None
     text = str(value).strip()
     # Prompt flow's own commands look it up only when they serve a flow; when they test one, the
-    # text comes as it stands.
+    # text arrives unchanged.
     variable = _ENVIRONMENT.fullmatch(text)
     if variable:
         text = environment.get(variable[1], "").strip()
@@ -307,3 +311,7 @@ def _filled_in(
         faults.append(f"{name} is not filled in: it still contains the template's placeholder")
         return None
     return text
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and str(value).strip() != ""

@@ -13,7 +13,7 @@ class Phi3Connection(CustomStrongTypeConnection):  # type: ignore[misc]  # promp
     key: Secret
     #: The scoring URI, ending with /score or with /v1/chat/completions.
     endpoint: str
-    #: One deployment of several behind the endpoint; empty lets the endpoint choose.
+    #: One of the endpoint's deployments; empty lets the endpoint choose.
     deployment: str = ""
     #: "score" or "openai", where the endpoint's path does not tell.
     api: str = ""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from .connection import ENTRA, Address, ConnectionSettings, parse_address
-from .credentials import Credential
+from .connection import ENTRA, ConnectionSettings, parse_address
 from .entra import credential_of
 from .errors import one_line
 from .transport import Deadline, deadline_applies, new_session, read_up_to
@@ -38,14 +38,48 @@ class Choice:
 
 
 def choices(settings: ConnectionSettings) -> list[Choice]:
-    """ "No name", which always works, and the names that the endpoint tells; or why it tells none.
+    """ "No name", which always works, and the names that the endpoint lists; or why it lists none.
 
     ConfigurationError where the settings are unusable; an unreachable endpoint is not an error.
     """
-    names, reason = _names(settings)
-    if names:
-        return [Choice("", "(the endpoint chooses)"), *(Choice(name, name) for name in names)]
-    return [no_list(reason)]
+    address = parse_address(settings.endpoint, settings.dialect)
+    credential = credential_of(settings)
+    # /v1/models next to /v1/chat/completions, or next to /score.
+    parts = urlsplit(address.url)
+    base = re.sub(r"(/chat/completions|/score)$", "", parts.path)
+    path = f"{base if base.endswith('/v1') else f'{base}/v1'}/models"
+    url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    try:
+        with new_session(address) as session, deadline_applies(Deadline(SECONDS, SECONDS)):
+            response = session.get(
+                url,
+                auth=credential.auth(),
+                headers={"Accept": "application/json", "Accept-Encoding": "identity"},
+                timeout=SECONDS,
+                allow_redirects=False,
+                stream=True,
+            )
+            with response:
+                status, body = response.status_code, bytes(read_up_to(_MAX_BYTES, response))
+    except (requests.RequestException, HTTPError, OSError) as error:
+        return [no_list(f"no answer from {url} ({type(error).__name__})")]
+    if status in (401, 403):
+        reason = f"the endpoint does not accept the {_WITH[settings.auth]} (status {status})"
+        return [no_list(reason)]
+    if status != 200:
+        return [no_list(not_listed(url, status))]
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError):
+        payload = None
+    data = payload.get("data") if isinstance(payload, dict) else None
+    entries = data if isinstance(data, list) else []
+    ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+    names = [name for name in ids if isinstance(name, str) and name.isprintable() and name.strip()]
+    if not names:
+        return [no_list(f"{url} lists no model")]
+    listed = [Choice(name, name) for name in names[:_MAX_NAMES]]
+    return [Choice("", "(the endpoint chooses)"), *listed]
 
 
 def no_list(reason: str) -> Choice:
@@ -54,66 +88,11 @@ def no_list(reason: str) -> Choice:
     return Choice("", f"(the endpoint chooses; no list: {one_line(reason)})")
 
 
-def _names(settings: ConnectionSettings) -> tuple[list[str], str]:
-    address = parse_address(settings.endpoint, settings.dialect)
-    credential = credential_of(settings)
-    url = _models_url(address)
-    try:
-        status, body = _get(url, address, credential)
-    except (requests.RequestException, HTTPError, OSError) as error:
-        return [], f"no answer from {url} ({type(error).__name__})"
-    if status in (401, 403):
-        return [], f"the endpoint does not accept the {_WITH[settings.auth]} (status {status})"
-    if status != 200:
-        return [], not_told(url, status)
-    names = _ids(body)
-    return names, "" if names else f"{url} lists no model"
-
-
-def _models_url(address: Address) -> str:
-    """/v1/models next to /v1/chat/completions, or next to /score."""
-    parts = urlsplit(address.url)
-    path = parts.path
-    for ending in ("/chat/completions", "/score"):
-        if path.endswith(ending):
-            path = path[: -len(ending)]
-            break
-    path = path if path.endswith("/v1") else f"{path}/v1"
-    return urlunsplit((parts.scheme, parts.netloc, f"{path}/models", "", ""))
-
-
-def _get(url: str, address: Address, credential: Credential) -> tuple[int, bytes]:
-    deadline = Deadline(SECONDS, SECONDS)
-    with new_session(address) as session, deadline_applies(deadline):
-        response = session.get(
-            url,
-            auth=credential.auth(),
-            headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-            timeout=SECONDS,
-            allow_redirects=False,
-            stream=True,
-        )
-        with response:
-            return response.status_code, bytes(read_up_to(_MAX_BYTES, response))
-
-
-def not_told(url: str, status: int) -> str:
-    """Why an endpoint that answers with this status tells no names."""
+def not_listed(url: str, status: int) -> str:
+    """Why an endpoint that answers with this status lists no names."""
     if (urlsplit(url).hostname or "").endswith(_AZURE):
         return (
             "Azure lists the deployments of an endpoint for an identity, not for its key; list "
             "them with `az ml online-deployment list --endpoint-name NAME`"
         )
     return f"{url} answered status {status}"
-
-
-def _ids(body: bytes) -> list[str]:
-    try:
-        payload = json.loads(body)
-    except (ValueError, RecursionError):
-        return []
-    data = payload.get("data") if isinstance(payload, dict) else None
-    entries = data if isinstance(data, list) else []
-    ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
-    names = [name for name in ids if isinstance(name, str) and name.isprintable() and name.strip()]
-    return names[:_MAX_NAMES]

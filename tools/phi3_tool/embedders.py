@@ -10,13 +10,12 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from .errors import AuthenticationError, ConfigurationError, ServiceError, one_line
+from .errors import AuthenticationError, ConfigurationError, ServiceError
 from .index import Embedder
 
 if TYPE_CHECKING:
@@ -25,11 +24,10 @@ if TYPE_CHECKING:
 
 #: What MiniLM was trained to read; a longer text is cut, in its vector alone.
 MAX_TOKENS = 256
-#: Names the folder of an ONNX embedder; beside the index it is called `embedder`.
+#: Names the folder of an ONNX embedder; next to the index it is called `embedder`.
 FOLDER_VARIABLE = "PHI3_EMBEDDER"
 _BATCH = 32
 _TRIES = 5
-_WAIT_SECONDS = 60.0  # the longest Retry-After that is waited for
 
 
 class OnnxEmbedder:
@@ -147,53 +145,42 @@ class EndpointEmbedder:
         return unit
 
     def _ask(self, texts: Sequence[str]) -> list[Sequence[float]]:
-        import requests
+        from .transport import request_with_retries, said_by
 
         # Azure OpenAI reads `api-key`, everybody else the bearer.
         headers = (
             {"Authorization": f"Bearer {self._key}", "api-key": self._key} if self._key else {}
         )
-        body = {"model": self.model, "input": list(texts)}
-        reason = ""
-        for attempt in range(_TRIES):
-            wait = min(2.0**attempt, _WAIT_SECONDS)
-            try:
-                answer = self._session.post(
-                    f"{self.base}/embeddings", json=body, headers=headers, timeout=(5, 120)
-                )
-            except requests.RequestException as error:
-                reason = f"no connection ({type(error).__name__})"
-            else:
-                if answer.status_code in (401, 403):
-                    raise AuthenticationError(
-                        f"{self.base} refused the key; set PHI3_EMBEDDINGS_KEY",
-                        status=answer.status_code,
-                    )
-                if answer.ok:
-                    return _vectors(answer, len(texts), self.base)
-                reason = f"status {answer.status_code}: {one_line(answer.text)}"
-                if answer.status_code != 429 and answer.status_code < 500:
-                    break
-                stated = answer.headers.get("Retry-After", "")
-                wait = min(float(stated), _WAIT_SECONDS) if stated.isdigit() else wait
-            if attempt < _TRIES - 1:
-                time.sleep(wait)
-        raise ServiceError(f"{self.base} gave no vectors: {reason}")
-
-
-def _vectors(answer: Any, count: int, base: str) -> list[Sequence[float]]:
-    try:
-        items = sorted(answer.json()["data"], key=lambda item: item["index"])
-        vectors: list[Sequence[float]] = [
-            [float(value) for value in item["embedding"]] for item in items
-        ]
-    except (ValueError, KeyError, TypeError):
-        raise ServiceError(
-            f"{base} answered in another form than data[].embedding; is it an embeddings endpoint?"
-        ) from None
-    if len(vectors) != count:
-        raise ServiceError(f"{base} sent {len(vectors)} vectors for {count} texts")
-    return vectors
+        answer = request_with_retries(
+            self._session,
+            "POST",
+            f"{self.base}/embeddings",
+            f"{self.base} gave no vectors",
+            tries=_TRIES,
+            json={"model": self.model, "input": list(texts)},
+            headers=headers,
+            timeout=(5, 120),
+        )
+        if answer.status_code in (401, 403):
+            raise AuthenticationError(
+                f"{self.base} refused the key; set PHI3_EMBEDDINGS_KEY", status=answer.status_code
+            )
+        if not answer.ok:
+            reason = f"status {answer.status_code}: {said_by(answer)}"
+            raise ServiceError(f"{self.base} gave no vectors: {reason}")
+        try:
+            items = sorted(answer.json()["data"], key=lambda item: item["index"])
+            vectors: list[Sequence[float]] = [
+                [float(value) for value in item["embedding"]] for item in items
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise ServiceError(
+                f"{self.base} answered in another form than data[].embedding; is it an embeddings "
+                "endpoint?"
+            ) from None
+        if len(vectors) != len(texts):
+            raise ServiceError(f"{self.base} sent {len(vectors)} vectors for {len(texts)} texts")
+        return vectors
 
 
 _open: dict[str, Embedder] = {}
@@ -213,7 +200,7 @@ def embedder_of(facts: Mapping[str, str], index: Path) -> Embedder | None:
         if facts["embedder"] not in _open:
             if settings["kind"] == "endpoint":
                 key = os.environ.get("PHI3_EMBEDDINGS_KEY")
-                made: Embedder = EndpointEmbedder(
+                embedder: Embedder = EndpointEmbedder(
                     settings["base"], settings["model"], key, int(facts["dimension"])
                 )
             else:
@@ -225,6 +212,6 @@ def embedder_of(facts: Mapping[str, str], index: Path) -> Embedder | None:
                         f"{index} was made with an embedder whose folder is missing here; put "
                         f"it at {index.parent / 'embedder'}, or name it in ${FOLDER_VARIABLE}"
                     )
-                made = OnnxEmbedder(here[0])
-            _open[facts["embedder"]] = made
+                embedder = OnnxEmbedder(here[0])
+            _open[facts["embedder"]] = embedder
         return _open[facts["embedder"]]

@@ -92,7 +92,7 @@ class Phi3Error(Exception):
 
 
 class ConfigurationError(Phi3Error):
-    """The endpoint, the key or another setting is missing or cannot be used as it stands."""
+    """The endpoint, the key or another setting is missing or unusable."""
 
     faults: tuple[str, ...] = ()
 

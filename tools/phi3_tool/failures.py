@@ -170,8 +170,22 @@ def server_words(body: str) -> str:
 
 
 def _plain_failure(status: int, says: str) -> Failure:
-    if status in (401, 403):
-        return Failure(_authentication(status, says))
+    if status == 401:
+        return Failure(
+            AuthenticationError(
+                "The endpoint does not accept the key or token: it may belong to another endpoint, "
+                "or be regenerated or expired. Fetch it again and store it in the connection"
+                f" (`phi3 connect`, or PHI3_KEY).{says}"
+            )
+        )
+    if status == 403:
+        return Failure(
+            AuthenticationError(
+                "The endpoint refuses this identity: it needs the permission to score (role "
+                "AzureML Data Scientist) and a network that can reach the endpoint."
+                f"{says}"
+            )
+        )
     if status in (404, 405):  # 404 also where no deployment has traffic
         return Failure(
             EndpointNotFoundError(
@@ -246,19 +260,6 @@ def _dependency_failure(
             retry = Retry.ONCE
     error.inner_status, error.reason = inner, reason
     return Failure(error, retry)
-
-
-def _authentication(status: int, says: str) -> AuthenticationError:
-    if status == 401:
-        return AuthenticationError(
-            "The endpoint does not accept the key or token: it may belong to another endpoint, or "
-            "be regenerated or expired. Fetch it again and store it in the connection"
-            f" (`phi3 connect`, or PHI3_KEY).{says}"
-        )
-    return AuthenticationError(
-        "The endpoint refuses this identity: it needs the permission to score (role AzureML Data "
-        f"Scientist) and a network that can reach the endpoint.{says}"
-    )
 
 
 def _throttled(says: str) -> ThrottledError:

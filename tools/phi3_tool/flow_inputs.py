@@ -50,17 +50,14 @@ def without_empty_cells(inputs: Mapping[str, Any], row: Mapping[str, Any]) -> di
     filled = dict(row)
     for name, about in inputs.items():
         value = filled.get(name)
-        if name in filled and (_is_null(value) or (value == "" and not _is_text(about))):
+        is_null = value is None or (isinstance(value, float) and math.isnan(value))
+        if name in filled and (is_null or (value == "" and not _is_text(about))):
             filled[name] = about.default
     return filled
 
 
 def _is_text(about: Any) -> bool:
     return str(getattr(about.type, "value", about.type)) == "string"
-
-
-def _is_null(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _in_the_server() -> None:

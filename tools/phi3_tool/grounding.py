@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from .embedders import embedder_of
 from .history import SOURCES, read_turns, required_question
-from .index import Hit, hits_of, index_path, open_index
+from .index import Hit, LookupResult, hits_of, index_path, open_index
 
 #: The whole answer where nothing fits, and what the prompt asks the model to say then.
 NOT_IN_DOCUMENTS = "That is not in the documents."
@@ -40,6 +40,24 @@ _LEANING = re.compile(
 )
 _CONTINUED = re.compile(r"^\W*(and|but|or|so|what about|how about|why|when|where)\b", re.IGNORECASE)
 _SHORT_WORDS = 3
+
+
+class Grounded(TypedDict):
+    """The message for the model, and the passages in it."""
+
+    text: str
+    passages: list[LookupResult]
+
+
+class Citation(TypedDict):
+    """What a `[n]` points to; `exists` is False for a number that no passage had."""
+
+    number: int
+    exists: bool
+    source: str | None
+    page: int | None
+    heading: str | None
+    text: str | None
 
 
 def as_text(text: str) -> str:
@@ -76,7 +94,7 @@ def standalone_question(
 
 def look_up(
     queries: str, index: str, folder: Path, *, query_type: str = "hybrid", top_k: int = 4
-) -> list[dict[str, Any]]:
+) -> list[LookupResult]:
     """The passages for a question as `{text, score, metadata}`, best first.
 
     `index` names the file, else $PHI3_INDEX, else the one in `folder` (`index_path`). Raises as
@@ -90,7 +108,7 @@ def look_up(
 
 def grounded(
     question: str, passages: Sequence[Mapping[str, Any]], min_score: float = 0.0
-) -> dict[str, Any]:
+) -> Grounded:
     """The message for the model, and the passages in it, numbered from 1 by their order.
 
     `text` is empty where no passage scores `min_score`: then the model is not asked. 0 takes
@@ -120,13 +138,10 @@ def question_in(message: str) -> str:
     return message.rpartition(f"\n\n{_ASKED}")[2]
 
 
-def citations(answer: str, hits: Sequence[Hit]) -> list[dict[str, Any]]:
-    """What the answer's `[n]` point to, in the order of their first use.
-
-    `exists` is False for a number that no passage had.
-    """
+def citations(answer: str, hits: Sequence[Hit]) -> list[Citation]:
+    """What the answer's `[n]` point to, in the order of their first use."""
     numbers = list(dict.fromkeys(int(text) for text in _CITED.findall(answer)))
-    listed = []
+    listed: list[Citation] = []
     for number in numbers:
         hit = hits[number - 1] if 1 <= number <= len(hits) else None
         listed.append(

@@ -32,6 +32,25 @@ def rough_tokens(text: str) -> int:
     return math.ceil(len(text.encode("utf-8", "replace")) / 3)
 
 
+def budget(
+    context_length: int | None,
+    input_data: str,
+    system_prompt: str,
+    max_new_tokens: int,
+    max_history_tokens: int = 0,
+) -> int:
+    """Tokens that the whole prompt may have; `context_length` None: the model's is not stated."""
+    room = (context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
+    if max_history_tokens <= 0:
+        return room
+    always = (
+        rough_tokens(input_data or "") + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    )
+    wanted = always + max_history_tokens
+    # Without a stated context the caller's word counts: the model may well be a 128k one.
+    return wanted if context_length is None else min(room, wanted)
+
+
 def to_messages(
     chat_history: Sequence[Mapping[str, object]] | None,
     user_input: str | None,
@@ -79,23 +98,35 @@ def fit(
     A turn begins with a user message. Leading system messages and everything from the last user
     message on stay. What fits is returned as it is.
     """
-    kept = [dict(message) for message in messages]
-    first = next((i for i, message in enumerate(kept) if message["role"] != "system"), len(kept))
-    starts = [i for i in range(first, len(kept)) if kept[i]["role"] == "user"]
+    sent = [dict(message) for message in messages]
+    first = next((i for i, message in enumerate(sent) if message["role"] != "system"), len(sent))
+    starts = [i for i in range(first, len(sent)) if sent[i]["role"] == "user"]
     if not starts:
-        return kept
+        return sent
     # What comes before the first question (a greeting) belongs to the first turn.
     edges = [first, *starts[1:]]
-    turns = [kept[begin:end] for begin, end in zip(edges, edges[1:])]  # noqa: B905, RUF007 - Python 3.9
-    always = [*kept[:first], *kept[edges[-1] :]]
+    turns = [sent[begin:end] for begin, end in zip(edges, edges[1:])]  # noqa: B905, RUF007 - Python 3.9
+    always = [*sent[:first], *sent[edges[-1] :]]
     counter = count_tokens or rough_tokens
-    for budget, cost in (
-        (max_chars, lambda text: len(text)),
+    limits: list[tuple[int | None, Callable[[str], int]]] = [
+        (max_chars, len),
         (max_tokens, lambda text: counter(text) + TOKENS_AROUND_MESSAGE),
-    ):
-        if budget is not None:
-            turns = _newest_within(budget, turns, always, cost)
-    return [*kept[:first], *(message for turn in turns for message in turn), *kept[edges[-1] :]]
+    ]
+    for limit, cost in limits:
+        if limit is None:
+            continue
+        left = limit - sum(cost(message["content"]) for message in always)
+        fitting = 0
+        for turn in reversed(turns):
+            left -= sum(cost(message["content"]) for message in turn)
+            if left < 0:
+                break
+            fitting += 1
+        surplus = len(turns) - fitting
+        if surplus:
+            log.info("left out %d of %d earlier turns to fit the budget", surplus, len(turns))
+        turns = turns[surplus:]
+    return [*sent[:first], *(message for turn in turns for message in turn), *sent[edges[-1] :]]
 
 
 def required_question(value: str | None, input_key: str = "input_data") -> str:
@@ -143,26 +174,25 @@ def read_turns(
         return []
     if isinstance(chat_history, (str, Mapping)) or not isinstance(chat_history, Sequence):
         raise RequestRejectedError("chat_history must be a list of turns")
-    turns = (_turn(i, item, input_key, output_key) for i, item in enumerate(chat_history))
-    return [turn for turn in turns if turn is not None]
-
-
-def _turn(index: int, item: object, input_key: str, output_key: str) -> Turn | None:
-    inputs = item.get("inputs") if isinstance(item, Mapping) else None
-    outputs = item.get("outputs") if isinstance(item, Mapping) else None
-    if not isinstance(inputs, Mapping) or not isinstance(outputs, (Mapping, type(None))):
-        raise RequestRejectedError(
-            f'chat_history[{index}] is not a turn: expected {{"inputs": {{"{input_key}": …}},'
-            f' "outputs": {{"{output_key}": …}}}}'
-        )
-    question = _one_text(inputs, input_key)
-    answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
-    answer = _SOURCES_NOTE.sub("", answer)
-    if question is None:
-        raise RequestRejectedError(f"chat_history[{index}] has no text under inputs.{input_key}")
-    if not answer or not question.strip():
-        return None
-    return question, answer
+    turns: list[Turn] = []
+    for index, item in enumerate(chat_history):
+        inputs = item.get("inputs") if isinstance(item, Mapping) else None
+        outputs = item.get("outputs") if isinstance(item, Mapping) else None
+        if not isinstance(inputs, Mapping) or not isinstance(outputs, (Mapping, type(None))):
+            raise RequestRejectedError(
+                f'chat_history[{index}] is not a turn: expected {{"inputs": {{"{input_key}": …}},'
+                f' "outputs": {{"{output_key}": …}}}}'
+            )
+        question = _one_text(inputs, input_key)
+        if question is None:
+            raise RequestRejectedError(
+                f"chat_history[{index}] has no text under inputs.{input_key}"
+            )
+        answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
+        answer = _SOURCES_NOTE.sub("", answer)
+        if answer and question.strip():
+            turns.append((question, answer))
+    return turns
 
 
 def _one_text(values: Mapping[str, Any], key: str) -> str | None:
@@ -171,22 +201,3 @@ def _one_text(values: Mapping[str, Any], key: str) -> str | None:
         return values[key] if isinstance(values[key], str) else None
     texts = [value for value in values.values() if isinstance(value, str)]
     return texts[0] if len(texts) == 1 else None
-
-
-def _newest_within(
-    budget: int,
-    turns: list[list[dict[str, str]]],
-    always: list[dict[str, str]],
-    cost: Callable[[str], int],
-) -> list[list[dict[str, str]]]:
-    left = budget - sum(cost(message["content"]) for message in always)
-    fitting = 0
-    for turn in reversed(turns):
-        left -= sum(cost(message["content"]) for message in turn)
-        if left < 0:
-            break
-        fitting += 1
-    surplus = len(turns) - fitting
-    if surplus:
-        log.info("left out %d of %d earlier turns to fit the budget", surplus, len(turns))
-    return turns[surplus:]

@@ -17,11 +17,12 @@ import os
 import re
 import sqlite3
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from .errors import ConfigurationError, RequestRejectedError
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-#: Part of the file; another form is refused, and `phi3 rag index` writes it again.
+#: Part of the file; another format is refused, and `phi3 rag index` writes it again.
 FORMAT = 1
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -76,6 +77,14 @@ class Embedder(Protocol):
         ...
 
 
+class LookupResult(TypedDict):
+    """A passage as Prompt flow's Index Lookup gives it; `metadata` has the rest of a `Hit`."""
+
+    text: str
+    score: float
+    metadata: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Hit:
     """A passage that was found, with the parts of its score.
@@ -102,14 +111,10 @@ class Hit:
         heading = f" ({self.heading})" if self.heading else ""
         return f"{self.source}{page}{heading}"
 
-    def as_lookup(self) -> dict[str, Any]:
-        """As Prompt flow's Index Lookup gives it: text, score and metadata."""
-        facts = asdict(self)
-        return {
-            "text": facts.pop("text"),
-            "score": facts.pop("score"),
-            "metadata": {**facts, "place": self.place},
-        }
+    def as_lookup(self) -> LookupResult:
+        """As Prompt flow's Index Lookup gives it."""
+        facts = {k: v for k, v in asdict(self).items() if k not in ("text", "score")}
+        return {"text": self.text, "score": self.score, "metadata": {**facts, "place": self.place}}
 
 
 def hits_of(passages: Sequence[Mapping[str, Any]]) -> list[Hit]:
@@ -130,14 +135,40 @@ def hits_of(passages: Sequence[Mapping[str, Any]]) -> list[Hit]:
         ) from None
 
 
-class PassageIndex(Protocol):
+@dataclass(frozen=True)
+class Query:
+    """A checked question to an index."""
+
+    question: str
+    top_k: int
+    query_type: str
+    embedder: Embedder | None
+
+    def needs_vectors(self, name: str, facts: Mapping[str, str]) -> bool:
+        """Whether to search by meaning in the index `name`; `hybrid` does without where it must.
+
+        Raises ConfigurationError for `vector` in an index without vectors.
+        """
+        if self.query_type == "vector" and facts["embedder"] == "none":
+            raise ConfigurationError(
+                f"{name} has no vectors; search by words with query_type keyword, or "
+                "index with an embedder: phi3 rag index FOLDER --embedder onnx"
+            )
+        return self.query_type != "keyword" and facts["embedder"] != "none"
+
+
+class PassageIndex(ABC):
     """What finds passages: this module's SQLite file, or `azure_search.SearchIndex`."""
 
     path: Path
 
+    @abstractmethod
     def facts(self) -> dict[str, str]:
         """What the index records of itself: embedder, dimension, generation, passages."""
-        ...
+
+    @abstractmethod
+    def find(self, query: Query) -> list[Hit]:
+        """What `search` returns, for a checked question."""
 
     def search(
         self,
@@ -147,20 +178,21 @@ class PassageIndex(Protocol):
         query_type: str = "hybrid",
         embedder: Embedder | None = None,
     ) -> list[Hit]:
-        """The passages that fit best, best first."""
-        ...
+        """The passages that fit best, best first, at most `top_k` (1 to 100).
 
-
-def check_query(question: object, top_k: int, query_type: str) -> None:
-    """Raise RequestRejectedError for an empty question or a wrong argument."""
-    if not isinstance(question, str) or not question.strip():
-        raise RequestRejectedError("The question is empty: type something to look up")
-    if query_type not in QUERY_TYPES:
-        raise RequestRejectedError(
-            f"query_type {query_type!r} is unknown; choose one of: {', '.join(QUERY_TYPES)}"
-        )
-    if not 1 <= top_k <= 100:
-        raise RequestRejectedError(f"top_k is {top_k}; it must be between 1 and 100")
+        `hybrid` falls back to words alone where the index has no vectors. Raises
+        ConfigurationError when `embedder` is not the one that the index was made with, or is
+        missing, and RequestRejectedError for an empty question or a wrong argument.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise RequestRejectedError("The question is empty: type something to look up")
+        if query_type not in QUERY_TYPES:
+            raise RequestRejectedError(
+                f"query_type {query_type!r} is unknown; choose one of: {', '.join(QUERY_TYPES)}"
+            )
+        if not 1 <= top_k <= 100:
+            raise RequestRejectedError(f"top_k is {top_k}; it must be between 1 and 100")
+        return self.find(Query(question, top_k, query_type, embedder))
 
 
 def check_embedder(index: str, facts: Mapping[str, str], embedder: Embedder | None) -> Embedder:
@@ -190,7 +222,7 @@ def score_of(words: float, cosine: float | None) -> float:
     return words if cosine is None else _WORD_WEIGHT * words + cosine
 
 
-class DocumentIndex:
+class DocumentIndex(PassageIndex):
     """An index file, open for searching. Safe to use from several threads.
 
     Raises ConfigurationError when the file is missing, is no index or has another format.
@@ -225,37 +257,21 @@ class DocumentIndex:
         with self._reading() as database:
             return dict(database.execute("SELECT key, value FROM meta"))
 
-    def search(
-        self,
-        question: str,
-        *,
-        top_k: int = 4,
-        query_type: str = "hybrid",
-        embedder: Embedder | None = None,
-    ) -> list[Hit]:
-        """The passages that fit best, best first, at most `top_k` (1 to 100).
-
-        `hybrid` falls back to words alone where the index has no vectors. Raises
-        ConfigurationError when `embedder` is not the one that the index was made with, or is
-        missing, and RequestRejectedError for an empty question or a wrong argument.
-        """
-        check_query(question, top_k, query_type)
+    def find(self, query: Query) -> list[Hit]:
+        """By words, by meaning, or both, from one generation of the file."""
         with self._reading() as database:
             facts = dict(database.execute("SELECT key, value FROM meta"))
-            by_words = {} if query_type == "vector" else _by_words(database, question)
+            by_words: dict[int, float] = {}
             by_meaning: dict[int, float] = {}
-            if query_type != "keyword" and facts["embedder"] != "none":
-                by_meaning = self._by_meaning(database, facts, question, embedder)
-            elif query_type == "vector":
-                raise ConfigurationError(
-                    f"{self.path} has no vectors; search by words with query_type keyword, or "
-                    "index with an embedder: phi3 rag index FOLDER --embedder onnx"
-                )
+            if query.needs_vectors(str(self.path), facts):
+                by_meaning = self._by_meaning(database, facts, query)
+            if query.query_type != "vector":
+                by_words = _by_words(database, query.question)
             scores = {
                 number: score_of(by_words.get(number, 0.0), by_meaning.get(number))
                 for number in by_words.keys() | _best(by_meaning, _CANDIDATES)
             }
-            best = _best(scores, top_k)
+            best = _best(scores, query.top_k)
             return [
                 Hit(
                     id=number,
@@ -311,16 +327,12 @@ class DocumentIndex:
             database.execute("ROLLBACK")
 
     def _by_meaning(
-        self,
-        database: sqlite3.Connection,
-        facts: Mapping[str, str],
-        question: str,
-        embedder: Embedder | None,
+        self, database: sqlite3.Connection, facts: Mapping[str, str], query: Query
     ) -> dict[int, float]:
         """Cosine of every passage with the question."""
         import numpy as np
 
-        embedder = check_embedder(str(self.path), facts, embedder)
+        embedder = check_embedder(str(self.path), facts, query.embedder)
         generation = int(facts["generation"])
         with self._lock:
             if self._vectors is None or self._vectors[0] != generation:
@@ -331,7 +343,7 @@ class DocumentIndex:
                 vectors = vectors.reshape(len(rows), embedder.dimension)
                 self._vectors = (generation, numbers, vectors)
             _, numbers, vectors = self._vectors
-        cosines = vectors @ embedder.embed([question])[0]
+        cosines = vectors @ embedder.embed([query.question])[0]
         return dict(zip(numbers.tolist(), cosines.tolist()))  # noqa: B905 - Python 3.9
 
 
@@ -388,8 +400,8 @@ def _by_words(database: sqlite3.Connection, question: str) -> dict[int, float]:
         ).fetchone()
         # FTS5's own idf, and its floor for words that more than half of the passages have.
         reach += (_K1 + 1) * max(math.log((total - having + 0.5) / (having + 0.5)), 1e-6)
-    found = database.execute(
+    scored = database.execute(
         "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words) LIMIT ?",
         (" OR ".join(quoted), _CANDIDATES),
     )
-    return {number: min(score / reach, 1.0) for number, score in found}
+    return {number: min(score / reach, 1.0) for number, score in scored}

@@ -21,6 +21,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util.retry import Retry as UrllibRetry
 
 from .connection import Address
+from .errors import ServiceError, one_line
+from .failures import retry_after_seconds, server_words
 
 # Connections that stay open for each host: as many threads can ask at once without a new handshake.
 POOL_SIZE = 64
@@ -224,3 +226,44 @@ def system_reason(error: BaseException) -> str | None:
             return str(item.strerror)
         waiting += [item.__cause__, item.__context__, getattr(item, "reason", None), *item.args]
     return None
+
+
+#: The longest Retry-After that is waited for, in seconds.
+LONGEST_WAIT = 60.0
+
+
+def request_with_retries(
+    session: requests.Session,
+    method: str,
+    url: str,
+    what: str,
+    *,
+    tries: int,
+    sleep: Callable[[float], None] = time.sleep,
+    **request: Any,
+) -> requests.Response:
+    """The first answer that is neither 429 nor 5xx, to a request that may safely be repeated.
+
+    Lost connections are retried too. Waits 1, 2, 4 … seconds, or what Retry-After says. Raises
+    ServiceError, which begins with `what`, when no try is left.
+    """
+    reason = ""
+    for attempt in range(tries):
+        wait = 2.0**attempt
+        try:
+            answer = session.request(method, url, **request)
+        except requests.RequestException as error:
+            reason = f"no connection ({type(error).__name__})"
+        else:
+            if answer.status_code != 429 and answer.status_code < 500:
+                return answer
+            reason = f"status {answer.status_code}: {said_by(answer)}"
+            wait = retry_after_seconds(answer.headers) or wait
+        if attempt < tries - 1:
+            sleep(min(wait, LONGEST_WAIT))
+    raise ServiceError(f"{what}: {reason}")
+
+
+def said_by(answer: requests.Response) -> str:
+    """A server's own message in an error answer, on one line."""
+    return one_line(server_words(answer.text) or answer.text)

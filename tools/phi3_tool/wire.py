@@ -124,7 +124,14 @@ def read_answer(
         # foundation-model-serve: {"output": null, "error": {"status_code": …, "body": …}}, with
         # 200.
         if payload.get("error") and payload.get("output") is None and not payload.get("choices"):
-            raise _reported(payload["error"], why, quote)
+            said, status = reported_failure(payload["error"])
+            words = "; ".join(filter(None, (quote(said), why)))
+            raise ModelError(
+                "The model failed although the endpoint answered 200: "
+                f"{words or 'no reason given'}",
+                inner_status=status,
+                reason=why,
+            )
         if "choices" in payload:
             return _read_choices(payload, why, quote)
         if "output" in payload:
@@ -134,8 +141,12 @@ def read_answer(
         raise _no_answer("an empty answer", why)
     text = _text_in(payload) if isinstance(payload, list) else None
     if text is None:
+        shape = _kind(payload)
+        if isinstance(payload, dict):
+            keys = quote(", ".join(repr(str(key)[:40]) for key in list(payload)[:5]))
+            shape = f"an object with the keys {keys}"
         raise UnreadableAnswerError(
-            f"The endpoint answered {_shape(payload, quote)}, which is not a known answer format "
+            f"The endpoint answered {shape}, which is not a known answer format "
             f"({_EXPECTED.get(dialect, _EXPECTED['score'])}): check that the URL is the"
             " scoring URI of a chat model"
         )
@@ -173,7 +184,29 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
         )
     if not messages:
         raise RequestRejectedError("There is no message to send: give at least one user message")
-    clean = [_check_message(index, message) for index, message in enumerate(messages)]
+    clean: list[dict[str, str]] = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestRejectedError(
+                f'Message {index} is not an object with "role" and "content"'
+            )
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise RequestRejectedError(
+                f"Message {index} has the role {role!r}: it must be one of {', '.join(ROLES)}"
+            )
+        if not isinstance(content, str):
+            raise RequestRejectedError(
+                f"Message {index}: content must be text, not {_kind(content)}"
+            )
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise RequestRejectedError(
+                f"Message {index}: content is invalid text (half a character at position "
+                f"{error.start})"
+            ) from None
+        clean.append({"role": str(role), "content": content})
     # As the MLflow image's predictor asserts; vLLM's images leave it to the chat template.
     late = [i for i, message in enumerate(clean) if message["role"] == "system" and i > 0]
     if late:
@@ -185,25 +218,6 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
             f"The last message has the role {clean[-1]['role']!r}: it must be the user's question"
         )
     return clean
-
-
-def _check_message(index: int, message: object) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise RequestRejectedError(f'Message {index} is not an object with "role" and "content"')
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RequestRejectedError(
-            f"Message {index} has the role {role!r}: it must be one of {', '.join(ROLES)}"
-        )
-    if not isinstance(content, str):
-        raise RequestRejectedError(f"Message {index}: content must be text, not {_kind(content)}")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise RequestRejectedError(
-            f"Message {index}: content is invalid text (half a character at position {error.start})"
-        ) from None
-    return {"role": str(role), "content": content}
 
 
 def _check_parameters(parameters: Mapping[str, object]) -> dict[str, Any]:
@@ -291,17 +305,6 @@ def _text_in(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _reported(error: object, reason: str | None, quote: Quote) -> ModelError:
-    said, status = reported_failure(error)
-    words = quote(said)
-    why = f"{words}; {reason}" if reason and words else (reason or words)
-    return ModelError(
-        f"The model failed although the endpoint answered 200: {why or 'no reason given'}",
-        inner_status=status,
-        reason=reason,
-    )
-
-
 def _no_answer(what: str, reason: str | None) -> ModelError:
     why = f" Its reason: {reason}." if reason else ""
     return ModelError(
@@ -319,13 +322,6 @@ def _optional_text(payload: Mapping[str, object], name: str) -> str | None:
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else "no text")
-
-
-def _shape(payload: object, quote: Quote) -> str:
-    if isinstance(payload, dict):
-        keys = quote(", ".join(repr(str(key)[:40]) for key in list(payload)[:5]))
-        return f"an object with the keys {keys}"
-    return _kind(payload)
 
 
 # Server-sent events of a streamed chat answer: bytes in, events out, text pieces out.

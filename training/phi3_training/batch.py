@@ -1,7 +1,8 @@
-"""Thousands of lines asked at once: bounded, resumable, each answer kept as it comes."""
+"""Thousands of lines asked in parallel: bounded, resumable, each answer saved as it comes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
@@ -23,14 +24,14 @@ from phi3_tool.errors import (
 from phi3_tool.history import to_messages
 
 from .data.sources import rows_of
-from .errors import SHOWN_FAULTS, StageError, UsageError
+from .errors import StageError, UsageError, shortened
 from .progress import Progress, no_progress
 from .run import sha256_of, write_atomically
 
 # The lines of a batch: read from a JSONL file or a table, every fault named at once; writes
 # nothing.
 
-# What the flow takes besides the question; a null counts as not given.
+# The flow's other inputs; a null counts as not given.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_history": ((list,), "a list of turns"),
     "system_prompt": ((str,), "text"),
@@ -77,7 +78,7 @@ def read_lines(
     lines: list[Line] = []
     table = path.suffix.lower() in TABLES
     try:
-        for place, row in _table_rows(path) if table else _json_rows(path):
+        for place, row in _rows_of(path, table=table):
             if isinstance(row, dict) and not lines and not faults:
                 renamed = _with_question(row, renamed, note)
             columns = _columns(row, renamed, cells=table) if isinstance(row, dict) else row
@@ -88,16 +89,22 @@ def read_lines(
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if faults:
-        more = len(faults) - SHOWN_FAULTS
-        shown = "\n  ".join([*faults[:SHOWN_FAULTS], *([f"… and {more} more"] if more > 0 else [])])
+        shown = "\n  ".join(shortened(faults))
         raise UsageError(f"{path} has faults, so nothing was sent:\n  {shown}")
     if not lines:
         raise UsageError(f"{path} has no lines")
     return lines
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Line number and object of each line, or what is wrong with it."""
+def _rows_of(path: Path, *, table: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and object of each row, or what is wrong with it."""
+    if table:  # as the reader of the training data gives them
+        for raw in rows_of(path):
+            if raw.problems:
+                yield raw.line, "; ".join(f"{p.what} ({p.fix})" for p in raw.problems)
+            else:
+                yield raw.line, raw.value if isinstance(raw.value, dict) else "not a JSON object"
+        return
     for place, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not text.strip():
             continue
@@ -109,19 +116,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield place, row if isinstance(row, dict) else "not a JSON object"
 
 
-def _table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The rows as the reader of the training data gives them."""
-    for raw in rows_of(path):
-        if raw.problems:
-            yield raw.line, "; ".join(f"{p.what} ({p.fix})" for p in raw.problems)
-        else:
-            yield raw.line, raw.value if isinstance(raw.value, dict) else "not a JSON object"
-
-
 def _with_question(
     row: Mapping[str, Any], renamed: Mapping[str, str], note: Callable[[str], None]
 ) -> Mapping[str, str]:
-    """`renamed`, with the column that is obviously the question's; raises where two could be."""
+    """`renamed`, and the one column that can only be the question; raises where two could be."""
     if "input_data" in row or "input_data" in renamed:
         return renamed
     fitting = [name for name in row if name.strip().casefold() in QUESTION_COLUMNS]
@@ -150,10 +148,12 @@ def _columns(
             "no text in the column input_data (name another with --map input_data=COLUMN); "
             f"it has {', '.join(row)}"
         )
-    if cells:
-        columns.update(
-            {name: _value(columns[name]) for name in _TYPES if name in columns and name != _TEXT}
-        )
+    for name in _TYPES if cells else ():
+        cell = columns.get(name)
+        if isinstance(cell, str) and name != _TEXT:
+            # An empty cell gives nothing, as a null does in JSON.
+            with contextlib.suppress(ValueError):
+                columns[name] = json.loads(cell) if cell.strip() else None
     wrong = [
         f"{name} must be {what}, not {columns[name]!r:.40}"
         for name, (kinds, what) in _TYPES.items()
@@ -161,16 +161,6 @@ def _columns(
         and (not isinstance(columns[name], kinds) or isinstance(columns[name], bool))
     ]
     return "; ".join(wrong) or columns
-
-
-def _value(cell: object) -> object:
-    """What a cell's text means; an empty cell gives nothing, as a null does in JSON."""
-    if not isinstance(cell, str):
-        return cell
-    try:
-        return json.loads(cell) if cell.strip() else None
-    except ValueError:
-        return cell
 
 
 # The answers of a batch: a JSONL file that loses nothing when its writer is killed.
@@ -193,7 +183,7 @@ class Answers:
                 f"--out FILE"
             )
         if path.exists():
-            self._go_on(asked)
+            self._continue(asked)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._record, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
@@ -219,7 +209,7 @@ class Answers:
     def _write_in_order(self) -> None:
         write_atomically(self.path, "".join(_text_of(self._rows[n]) for n in sorted(self._rows)))
 
-    def _go_on(self, asked: Mapping[str, Any]) -> None:
+    def _continue(self, asked: Mapping[str, Any]) -> None:
         try:
             before = json.loads(self._record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -234,21 +224,17 @@ class Answers:
                 f"cannot be mixed with new ones; choose another file with --out FILE"
             )
         for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            row = _row_in(text)
-            if row is not None and not row.get("error"):
+            try:
+                row = json.loads(text)
+            except ValueError:  # a truncated last line
+                continue
+            is_row = isinstance(row, dict) and isinstance(row.get("line_number"), int)
+            if is_row and not row.get("error"):
                 self._rows[row["line_number"]] = row
 
 
 def _text_of(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _row_in(text: str) -> Row | None:
-    try:
-        row = json.loads(text)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("line_number"), int) else None
 
 
 def asked_of(
@@ -258,7 +244,7 @@ def asked_of(
     endpoint: str,
     details: bool,
 ) -> dict[str, Any]:
-    """What a batch is known again by; no secret is part of it."""
+    """What --resume compares, so that answers to other questions are never mixed; no secret."""
     return {
         "data": sha256_of(data),
         "columns": dict(renamed),
@@ -341,7 +327,7 @@ class Pace:
             self._changed.notify()
 
     def throttled(self, age: int) -> None:
-        """Half as many at once from here on, unless that was done since this line was begun."""
+        """Half as many in flight from here on, unless that was done since this line was begun."""
         with self._changed:
             if age != self._age:
                 return
@@ -368,7 +354,15 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
     def work() -> None:
         try:
             while (line := waiting.get()) is not None and not stop.is_set():
-                outcome = _paced(ask, line, pace)
+                with pace as age:
+                    try:
+                        outcome = Outcome(line, reply=ask(line))
+                    except Phi3Error as error:
+                        outcome = Outcome(line, error=error)
+                if outcome.reply is not None:
+                    pace.answered()
+                elif isinstance(outcome.error, ThrottledError):
+                    pace.throttled(age)
                 if isinstance(outcome.error, ThrottledError) and line.turns < _THROTTLED_TURNS:
                     waiting.put(Line(line.number, line.columns, line.turns + 1))
                 else:
@@ -391,24 +385,7 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
             waiting.put(None)
 
 
-def _paced(ask: Ask, line: Line, pace: Pace) -> Outcome:
-    with pace as age:
-        outcome = _outcome(ask, line)
-    if outcome.reply is not None:
-        pace.answered()
-    elif isinstance(outcome.error, ThrottledError):
-        pace.throttled(age)
-    return outcome
-
-
-def _outcome(ask: Ask, line: Line) -> Outcome:
-    try:
-        return Outcome(line, reply=ask(line))
-    except Phi3Error as error:
-        return Outcome(line, error=error)
-
-
-# One batch: every line without an answer is sent; each outcome is written at once and counted.
+# One batch: every line without an answer is sent; each outcome is written immediately and counted.
 
 # After these no other line would fare better: the rest is not asked.
 HOPELESS = (AuthenticationError, EndpointNotFoundError, ConfigurationError)
@@ -420,20 +397,20 @@ class Tally:
     """How a batch ended."""
 
     lines: int
-    kept: int = 0
+    answered_before: int = 0  # by an earlier run of the same batch
     answered: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     stopped_by: str = ""
 
     @property
     def failed(self) -> int:
-        """Lines that have an error in place of an answer."""
+        """Lines that have an error instead of an answer."""
         return sum(self.failures.values())
 
     @property
     def missing(self) -> int:
         """Lines that were not asked, because the batch was stopped."""
-        return self.lines - self.kept - self.answered - self.failed
+        return self.lines - self.answered_before - self.answered - self.failed
 
 
 def run_batch(
@@ -445,9 +422,9 @@ def run_batch(
     details: bool = False,
     step: Progress = no_progress,
 ) -> Tally:
-    """Ask every line that has no answer yet; each outcome is kept at once."""
+    """Ask every line that has no answer yet; each outcome is written as it comes."""
     left = [line for line in lines if not answers.has(line)]
-    tally = Tally(len(lines), kept=len(lines) - len(left))
+    tally = Tally(len(lines), answered_before=len(lines) - len(left))
     in_a_row, started = 0, time.monotonic()
     outcomes = ask_all(ask, left, concurrency)
     try:
@@ -463,7 +440,7 @@ def run_batch(
                     tally.stopped_by = f"{kind}: {outcome.error}"
                     break
             rate = (tally.answered + tally.failed) / max(1e-9, time.monotonic() - started)
-            done = tally.kept + tally.answered + tally.failed
+            done = tally.answered_before + tally.answered + tally.failed
             step(done, tally.lines, f"{done}/{tally.lines}, {rate:.0f}/s, {tally.failed} failed")
     finally:
         outcomes.close()
@@ -476,10 +453,10 @@ def verdict(tally: Tally, again: str) -> None:
     if not tally.failed and not tally.missing:
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.failures.items()))
-    said = f"{tally.failed} of {tally.lines} lines failed ({kinds})"
+    text = f"{tally.failed} of {tally.lines} lines failed ({kinds})"
     if tally.stopped_by:
-        said += f" and {tally.missing} were not sent, because they would fail the same way:\n"
-        said += f"  {tally.stopped_by}\n"
+        text += f" and {tally.missing} were not sent, because they would fail the same way:\n"
+        text += f"  {tally.stopped_by}\n"
     else:
-        said += "; each has its error in the file.\n"
-    raise StageError(f"{said}Retry only these lines with: {again}")
+        text += "; each has its error in the file.\n"
+    raise StageError(f"{text}Retry only these lines with: {again}")

@@ -33,7 +33,13 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     typed = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
+    parser = Parser(
+        prog="phi3",
+        description="Fine-tune Phi-3 on your own chats and talk to it in Prompt flow.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"phi3-promptflow {__version__}")
     try:
         if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow, see `phi3 completion`
             from .commands.completion import complete
@@ -60,11 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        status: int = _run(args, typed)
-    except (UsageError, ConfigurationError) as error:
-        return _failed(error, 2, args, print_error)
+        if getattr(args, "rehearse", False):
+            from .commands.rehearse import run_rehearsed
+
+            return run_rehearsed(args, typed)
+        run: Callable[[argparse.Namespace], int] = args.run_command
+        return run(args)
     except (Phi3TrainingError, Phi3Error) as error:
-        return _failed(error, 1, args, print_error)
+        if args.debug:
+            raise
+        print_error(str(error))
+        return 2 if isinstance(error, (UsageError, ConfigurationError)) else 1
     except KeyboardInterrupt:
         print_error("Interrupted. Finished work is saved; resume with the same command.")
         return 130
@@ -78,16 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error}. Free disk space or fix the permissions, then run the same command again."
         )
         return 1
-    return status
-
-
-def _run(args: argparse.Namespace, typed: list[str]) -> int:
-    if getattr(args, "rehearse", False):
-        from .commands.azure import run_rehearsed
-
-        return run_rehearsed(args, typed)
-    status: int = args.run_command(args)
-    return status
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,17 +109,6 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="phi3",
-        description="Fine-tune Phi-3 on your own chats and talk to it in Prompt flow.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"phi3-promptflow {__version__}")
-    return parser
-
-
 def _add_commands(parser: argparse.ArgumentParser, wanted: str) -> None:
     """All commands by name; options only for `wanted`, so that no other module is loaded."""
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -128,15 +119,6 @@ def _add_commands(parser: argparse.ArgumentParser, wanted: str) -> None:
         else:
             for name, text in group.commands.items():
                 subparsers.add_parser(name, help=text)
-
-
-def _failed(
-    error: Exception, status: int, args: argparse.Namespace, show: Callable[[str], None]
-) -> int:
-    if args.debug:
-        raise error
-    show(str(error))
-    return status
 
 
 if __name__ == "__main__":

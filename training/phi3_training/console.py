@@ -1,4 +1,4 @@
-"""What a person sees: stage lines, progress bars, tables. The only place that prints.
+"""What the user sees: stage lines, progress bars, tables. The only place that prints.
 
 Progress goes to standard error, results to standard output, so that `-o json` stays clean.
 """
@@ -26,9 +26,24 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def line(text: str, style: str | None = None) -> None:
+    """Print a line of a result on standard output; square brackets are text, not rich's markup."""
+    out.print(text, markup=False, style=style)
+
+
 def print_json(value: Any) -> None:
     """Print `value` as JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def show(output: str, value: Any, *lines: str) -> int:
+    """Print a result: `value` with `-o json`, else the lines. Returns exit status 0."""
+    if output == "json":
+        print_json(value)
+    else:
+        for text in lines:
+            line(text)
+    return 0
 
 
 def print_error(message: str) -> None:
@@ -67,7 +82,7 @@ def progress_bar(title: str) -> Iterator[Progress]:
     Whatever is counted gets an estimate of the time left.
     """
     if not err.is_terminal:
-        yield _line_every(PLAIN_INTERVAL, title)
+        yield _plain_lines(title)
         return
     with Bars(
         SpinnerColumn(),
@@ -88,19 +103,20 @@ def progress_bar(title: str) -> Iterator[Progress]:
         yield update
 
 
-def _line_every(seconds: float, title: str) -> Progress:
-    shown = time.monotonic()
+def _plain_lines(title: str) -> Progress:
+    """Progress for a log file."""
+    last_shown = time.monotonic()
     left = TimeLeft()
 
     def update(done: int, total: int, text: str) -> None:
-        nonlocal shown
-        guess = left.after(done, total)
-        if time.monotonic() - shown >= seconds:
-            shown = time.monotonic()
+        nonlocal last_shown
+        # Outside the condition: the estimate needs every count.
+        estimate = left.after(done, total)
+        if time.monotonic() - last_shown >= PLAIN_INTERVAL:
+            last_shown = time.monotonic()
             share = f"{done}/{total} " if total else ""
-            said = ", ".join(filter(None, (text, guess)))
-            for line in said.splitlines() or [""]:  # one for each thing at work
-                err.print(f"  {title:<10} {share}{line}", markup=False)
+            for part in ", ".join(filter(None, (text, estimate))).splitlines() or [""]:
+                err.print(f"  {title:<10} {share}{part}", markup=False)
 
     return update
 

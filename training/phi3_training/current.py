@@ -17,24 +17,27 @@ _FILE = ".current"
 
 def all_runs(folder: Path) -> list[Run]:
     """The run folders: the current one first, then the one worked on last."""
-    found = _by_change(folder)
+    runs = _by_change(folder)
     current = current_of(folder)
     if current is None:
-        return found
-    return [current, *(run for run in found if run.path != current.path)]
+        return runs
+    return [current, *(run for run in runs if run.path != current.path)]
 
 
 def current_of(folder: Path) -> Run | None:
     """The current run; where none was chosen, the one connected last, else worked on last."""
-    found = _by_change(folder)
-    chosen = _chosen(folder)
-    for run in found:
+    runs = _by_change(folder)
+    try:
+        chosen = (folder / _FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        chosen = None
+    for run in runs:
         if run.name == chosen:
             return run
-    connected = [run for run in found if is_connected(run)]
+    connected = [run for run in runs if is_connected(run)]
     if connected:
         return max(connected, key=lambda run: _way_to(run).stat().st_mtime)
-    return found[0] if found else None
+    return runs[0] if runs else None
 
 
 def is_connected(run: Run) -> bool:
@@ -68,33 +71,26 @@ def is_current(run: Run) -> bool:
 
 
 def remarks(run: Run) -> list[str]:
-    """What whoever talks to the run's endpoint should know of the model that it serves."""
+    """What everybody who talks to the run's endpoint should know about the model that it serves."""
     rollout = run.read(RolloutManifest)
-    found = []
+    notes = []
     if rollout is not None and rollout.unfinished:
-        found.append(
+        notes.append(
             f"{rollout.unfinished}; finish it with: phi3 up --run {run.name}, or undo it with: "
             f"phi3 azure rollback --run {run.name}"
         )
     endpoint = run.read(EndpointManifest)
     if endpoint is None:
-        return found
+        return notes
     if endpoint.gate is not None and not endpoint.gate.passed:
-        found.append("this model did not pass its gate; it was deployed with --force")
+        notes.append("this model did not pass its gate; it was deployed with --force")
     model = run.read(ModelManifest)
     if endpoint.of is not None and (model is None or model.done_id != endpoint.of):
-        found.append(
+        notes.append(
             "the endpoint serves an earlier model than the run folder contains; serve the new one "
             f"with: phi3 up --run {run.name}"
         )
-    return found
-
-
-def _chosen(folder: Path) -> str | None:
-    try:
-        return (folder / _FILE).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+    return notes
 
 
 def _by_change(folder: Path) -> list[Run]:

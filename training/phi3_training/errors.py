@@ -20,7 +20,11 @@ SHOWN_FAULTS = 20
 
 
 # Kinds of faults that `phi3 data fix` repairs, or leaves out with the reason.
+<<<<<<< HEAD
 REPAIRABLE = frozenset(
+=======
+FIXABLE = frozenset(
+>>>>>>> front
     {"role-order", "empty-content", "no-messages", "unknown-role", "duplicate", "control-character"}
 )
 FIX_HINT = "Repair a copy with: phi3 data fix FILE -o FIXED.jsonl"
@@ -61,12 +65,12 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     lines: list[str] = []
     for fault in faults:
         same = groups[_alike(fault)]
-        rows = list(dict.fromkeys((one.line, one.row) for one in same))
+        rows = list(dict.fromkeys((each.line, each.row) for each in same))
         if len(rows) < _FOLDED_FROM:
             lines.append(str(fault))
         elif fault is same[0]:
             text = str(fault).removeprefix(f"{fault.place}: ")
-            such = "" if len({one.what for one in same}) == 1 else " such as"
+            such = "" if len({each.what for each in same}) == 1 else " such as"
             others = (str(ln) if ln != fault.line else f"row {n}" for ln, n in rows[1:_LINES_NAMED])
             named = ", ".join([fault.place, *others])
             more = len(rows) > _LINES_NAMED
@@ -75,9 +79,21 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     return lines
 
 
+<<<<<<< HEAD
 def counted(number: int, what: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+=======
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(lines: Sequence[str], most: int = SHOWN_FAULTS) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"… and {more} more"] if more > 0 else [])]
+>>>>>>> front
 
 
 class Phi3TrainingError(Exception):
@@ -93,6 +109,7 @@ class RecipeError(UsageError):
 
     def __init__(self, source: str, faults: Sequence[str], typed: Sequence[str] = ()) -> None:
         self.faults = (*faults, *typed)
+<<<<<<< HEAD
         blocks = [(source, faults), ("The command line", typed)]
         super().__init__("\n".join(_listed(name, lines) for name, lines in blocks if lines))
 
@@ -101,6 +118,15 @@ def _listed(source: str, faults: Sequence[str]) -> str:
     return "\n".join(
         [f"{source} has {counted(len(faults), 'fault')}:", *(f"  {fault}" for fault in faults)]
     )
+=======
+        lines: list[str] = []
+        for place, listed in ((source, faults), ("The command line", typed)):
+            count = "1 fault" if len(listed) == 1 else f"{len(listed)} faults"
+            lines += (
+                [f"{place} has {count}:", *(f"  {fault}" for fault in listed)] if listed else []
+            )
+        super().__init__("\n".join(lines))
+>>>>>>> front
 
 
 def _alike(fault: LocatedFault) -> tuple[Path, str, str]:
@@ -113,22 +139,30 @@ class DataError(Phi3TrainingError):
     def __init__(self, faults: Sequence[LocatedFault], report_path: Path | None = None) -> None:
         self.faults = tuple(faults)
         self.report_path = report_path
+<<<<<<< HEAD
         super().__init__(self._message())
 
     def _message(self) -> str:
         count = counted(len(self.faults), "fault")
+=======
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+>>>>>>> front
         lines = [f"The chats have {count}; nothing was written or trained:"]
-        found = folded(self.faults)
-        lines += [f"  {line}" for line in found[:SHOWN_FAULTS]]
-        left = len(found) - SHOWN_FAULTS
+        groups = folded(self.faults)
+        lines += [f"  {line}" for line in groups[:SHOWN_FAULTS]]
+        left = len(groups) - SHOWN_FAULTS
         if left > 0:
             lines.append(f"  … and {left} more lines")
         if self.report_path is not None:
             lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
+<<<<<<< HEAD
         if any(fault.kind in REPAIRABLE for fault in self.faults):
+=======
+        if any(fault.kind in FIXABLE for fault in self.faults):
+>>>>>>> front
             lines.append(FIX_HINT)
-        return "\n".join(lines)
+        super().__init__("\n".join(lines))
 
 
 class MissingExtraError(Phi3TrainingError):

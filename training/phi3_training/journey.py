@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from . import console
-from .errors import StageError
+from .errors import StageError, UsageError
 from .finetune import heap
-from .manifests import Manifest
+from .manifests import DatasetManifest, Manifest
+from .models.catalogue import weights_folder
+from .models.layers import matrices_of, targets_in
+from .models.rope import check_rope
 from .progress import Progress, no_progress
-from .recipe import Recipe, save_recipe
+from .recipe import Recipe, read_yaml, save_recipe
 from .run import RECIPE_FILE as RECIPE_FILE
 from .run import Run, fingerprint, sha256_of
-from .targets import Target
+from .targets import Target, target_of
 
 M = TypeVar("M", bound=Manifest)
 
@@ -166,3 +169,58 @@ def _fingerprint(journey: Journey, stage: Stage[M]) -> str:
 def file_hashes(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of each file: what the data stage depends on."""
     return [sha256_of(path) for path in paths]
+
+
+# What is refused before a run folder is touched or anything is downloaded.
+
+
+def check_model(recipe: Recipe) -> Sequence[str]:
+    """Raise what training would stop at, where the base model is known on this machine.
+
+    Returns the choices made for it, such as which of its matrices get an adapter.
+    """
+    folder = weights_folder(recipe.model.name_or_path)
+    if folder is not None:
+        check_rope(folder)
+    modules = matrices_of(recipe.model.name_or_path)
+    if modules is None or recipe.finetune.method == "full":
+        return ()
+    try:
+        return targets_in(recipe.finetune.target_modules, modules).choices
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def refuse_other_place(run: Run, on: str) -> None:
+    """Resources that a run created elsewhere would be forgotten, and might bill for ever."""
+    created_on = target_of(run)
+    if created_on != on and run.path.is_dir() and any(run.path.glob("*.json")):
+        raise UsageError(
+            f"The run {run.name!r} was created on {created_on}; resume it there with "
+            f"--on {created_on}, or start one on {on} under another name with --run NAME"
+        )
+
+
+def refuse_other_chats(run: Run, recipe: Recipe) -> None:
+    """A model trained on other chats would be lost. The same chats at another path are the same."""
+    saved = run.path / RECIPE_FILE
+    trained = any((run.path / name).exists() for name in ("model.json", "finetune"))
+    if not trained or not saved.is_file():
+        return
+    before, now = read_yaml(saved), recipe.model_dump(mode="json")
+    if any((content.get("finetune") or {}).get("adapter") for content in (before, now)):
+        return  # each adapter of a run may have chats of its own
+    paths = (before.get("data") or {}).get("train")
+    if paths == now["data"]["train"]:
+        return
+    from .data import fingerprints
+
+    dataset = run.read(DatasetManifest)
+    known = [] if dataset is None else [part.sha256 for part in dataset.inputs.get("train", ())]
+    if known and known == fingerprints(recipe.data.train):
+        return
+    shown = ", ".join(map(str, paths or ["unknown"]))
+    raise UsageError(
+        f"The run {run.name!r} was trained on other chats ({shown}) and would be replaced. "
+        "Keep both: add --run NAME. Replace it: add --replace"
+    )

@@ -23,7 +23,7 @@ _SKIPPED_FOLDERS = frozenset({"node_modules", "site-packages", "__pycache__", "v
 
 
 @dataclass(frozen=True)
-class Dead:
+class Outdated:
     """One place in a file; `what` never holds a key."""
 
     file: str
@@ -43,7 +43,7 @@ class Dead:
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern, why what it finds is dead, and what to write instead.
+    """A pattern, why what it finds is outdated, and what to write instead.
 
     `only_with`: the rule holds in files that have this pattern somewhere.
     """
@@ -206,28 +206,28 @@ _KEY_WHY = "a key in clear text: whoever reads the file can use it"
 _KEY_CURE = "replace it with ${env:NAME} or a connection, and regenerate the key"
 
 
-def lint_text(text: str, file: str, suffix: str) -> Iterator[Dead]:
-    """What is dead in one file's text; `file` is how it is named in the findings."""
+def lint_text(text: str, file: str, suffix: str) -> Iterator[Outdated]:
+    """What is outdated in one file's text; `file` is how it is named in the findings."""
     rules = [rule for rule in RULES if rule.only_with is None or rule.only_with.search(text)]
     for number, raw in enumerate(text.splitlines(), 1):
         line = _notebook_line(raw) if suffix == ".ipynb" else raw
         for match in (*_KEY.finditer(line), *_BEARER.finditer(line)):
             if _looks_like_key(match["value"]):
-                yield Dead(file, number, "key", match["name"], _KEY_WHY, _KEY_CURE)
+                yield Outdated(file, number, "key", match["name"], _KEY_WHY, _KEY_CURE)
         if suffix in {".py", ".yaml", ".yml"} and line.lstrip().startswith("#"):
             continue  # a remark runs nothing, but shows a key all the same
         for match in _MODEL.finditer(line):
             name = match[0].lower()
             new = "Phi-4" if "medium" in name else "Phi-4-mini-instruct"
             cure = f"use {new}, or the weights of Hugging Face's microsoft/{match[0]}"
-            yield Dead(file, number, "model", match[0], _GONE_MODELS[name], cure)
+            yield Outdated(file, number, "model", match[0], _GONE_MODELS[name], cure)
         for match in _SIZE.finditer(line):
             name = match[0].lower()
             why = RETIRED[name if name in RETIRED else f"standard_{name}"]
-            yield Dead(file, number, "size", match[0], why, f"use {GPU_SIZE}")
+            yield Outdated(file, number, "size", match[0], why, f"use {GPU_SIZE}")
         for rule in rules:
             for match in rule.pattern.finditer(line):
-                yield Dead(file, number, rule.kind, match[0].strip(), rule.why, rule.cure)
+                yield Outdated(file, number, rule.kind, match[0].strip(), rule.why, rule.cure)
 
 
 def _notebook_line(raw: str) -> str:
@@ -254,42 +254,39 @@ def files_in(paths: Sequence[Path]) -> list[Path]:
 
     UsageError for everything that cannot be read, all at once.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     faults = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(_walk(path))
+            inside = []
+            for root, folders, names in os.walk(path):
+                folders[:] = [
+                    name
+                    for name in folders
+                    if not name.startswith(".") and name not in _SKIPPED_FOLDERS
+                ]
+                inside += [Path(root, n) for n in names if Path(n).suffix.lower() in SUFFIXES]
             if not inside:
                 faults.append(f"{path}: no file with {', '.join(sorted(SUFFIXES))} in it")
-            found.update(dict.fromkeys(inside))
+            files.update(dict.fromkeys(sorted(inside)))
         elif not path.is_file():
             faults.append(f"{path}: no such file or folder")
         elif path.suffix.lower() not in SUFFIXES:
             faults.append(f"{path}: expected a file with {', '.join(sorted(SUFFIXES))}")
         else:
-            found[path] = None
+            files[path] = None
     if faults:
         raise UsageError("\n".join(faults))
-    return list(found)
+    return list(files)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and name not in _SKIPPED_FOLDERS
-        ]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES:
-                yield Path(root, name)
-
-
-def lint(files: Sequence[Path]) -> list[Dead]:
-    """What is dead in these files, each place once, by file and line."""
-    found: dict[Dead, None] = {}
+def lint(files: Sequence[Path]) -> list[Outdated]:
+    """What is outdated in these files, each place once, by file and line."""
+    findings: dict[Outdated, None] = {}
     for path in files:
         try:
             text = path.read_text("utf-8", errors="replace")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-        found.update(dict.fromkeys(lint_text(text, str(path), path.suffix.lower())))
-    return list(found)
+        findings.update(dict.fromkeys(lint_text(text, str(path), path.suffix.lower())))
+    return list(findings)

@@ -9,5 +9,5 @@ def did_you_mean(typed: str, known: Iterable[str]) -> str:
     """`; did you mean 'chat'?`, or nothing where no known name is close to what was typed."""
     from difflib import get_close_matches
 
-    found = get_close_matches(typed, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    closest = get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {closest[0]!r}?" if closest else ""

@@ -27,6 +27,7 @@ DEFAULT_RECIPES = {
     "local": RECIPES / "phi3-small.yaml",
     "azure": RECIPES / "phi3-mini-azure.yaml",
 }
+DOCUMENTS_RUN = "documents"  # the run of `phi3 rag index`, unless another is named
 TINY_RECIPE = RECIPES / "phi3-tiny.yaml"
 
 _OWN_RECIPE = "recipe.yaml"

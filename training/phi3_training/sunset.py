@@ -1,7 +1,7 @@
 """What ends on which day, who says so, and what to do: the one table of dates.
 
 Reads the clock, or PHI3_TODAY (YYYY-MM-DD) for a look ahead. A date only ever warns: what runs on
-this machine goes on after it, and what Azure has retired is refused where a recipe names it.
+this machine keeps running after it, and what Azure has retired is refused where a recipe names it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .errors import UsageError
 
 WITHIN = 90  # days before an end at which `phi3 doctor` and `phi3 plan` begin to warn
-CHECKED = dt.date(2026, 11, 29)  # the day on which the table was last held against its sources
+CHECKED = dt.date(2026, 11, 29)  # the day on which the table was last compared with its sources
 
 _LEARN = "https://learn.microsoft.com/azure"
 _PYTHON = "https://devguide.python.org/versions/"
@@ -32,11 +32,11 @@ _NEW_MODEL = "set model.name_or_path to a model of: phi3 models"
 
 @dataclass(frozen=True)
 class Sunset:
-    """A thing that ends. `date` None: no end is announced, but its version is held for a reason.
+    """A thing that ends. `date` None: no end is announced, but its version is pinned for a reason.
 
-    `used`: the product depends on it, so its end concerns every user. Otherwise the row tells
+    `used`: the product depends on it, so its end concerns every user. Otherwise the row is for
     people who come from a tutorial, and nothing here needs to move. `python`: the row concerns
-    only who runs that version.
+    only users of that version.
     """
 
     what: str
@@ -69,23 +69,21 @@ class Sunset:
         return f"{self.what}: {self.date.isoformat()}, {when}"
 
 
-def _python(minor: int) -> Sunset:
-    """The end of a version of Python: five years after its October, announced as a month."""
-    year = 2016 + minor
-    tested = minor == _TESTED_PYTHON
-    return Sunset(
-        f"Python 3.{minor}, end of life",
-        dt.date(year, 10, 31),
-        _PYTHON,
-        _NEWER if minor >= _TESTED_PYTHON else _PYTHON_311,
-        f"announced as {year}-10" + ("; the version that constraints/ is made for" * tested),
-        used=tested,
-        python=(3, minor),
-    )
-
-
 TABLE = (
-    *(_python(minor) for minor in range(9, 14)),
+    # The end of a version of Python: five years after its October, announced as a month.
+    *(
+        Sunset(
+            f"Python 3.{minor}, end of life",
+            dt.date(2016 + minor, 10, 31),
+            _PYTHON,
+            _NEWER if minor >= _TESTED_PYTHON else _PYTHON_311,
+            f"announced as {2016 + minor}-10"
+            + ("; the version that constraints/ is made for" * (minor == _TESTED_PYTHON)),
+            used=minor == _TESTED_PYTHON,
+            python=(3, minor),
+        )
+        for minor in range(9, 14)
+    ),
     Sunset(
         "Prompt flow, end of feature development",
         dt.date(2026, 4, 20),
@@ -99,7 +97,7 @@ TABLE = (
         f"{_LEARN}/machine-learning/prompt-flow/migrate-prompt-flow-to-agent-framework",
         "the same conversations on Agent Framework: phi3 agent chat, your own flow: phi3 flow "
         "to-agent; the same endpoint without either: phi3 chat, for other clients: phi3 env",
-        "packages that are installed go on; Microsoft names the Agent Framework as successor",
+        "installed packages keep working; Microsoft names the Agent Framework as successor",
         used=True,
     ),
     Sunset(
@@ -218,7 +216,7 @@ def today() -> dt.date:
 def due(
     day: dt.date, within: int = WITHIN, python: tuple[int, int] = sys.version_info[:2]
 ) -> list[Sunset]:
-    """What the user of this environment depends on and that ends until `within` days after `day`.
+    """What the user of this environment depends on that ends within `within` days of `day`.
 
     What has already ended stays in the list. Soonest first.
     """

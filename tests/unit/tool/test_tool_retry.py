@@ -6,8 +6,11 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
+import requests
 
+from phi3_tool.errors import ServiceError
 from phi3_tool.failures import BACKOFF_CEILING, Retry, RetryBudget, retry_after_seconds
+from phi3_tool.transport import request_with_retries
 
 
 def longest(low: float, high: float) -> float:
@@ -69,3 +72,46 @@ def test_an_http_date_in_the_future() -> None:
     wait = retry_after_seconds({"retry-after": format_datetime(moment, usegmt=True)})
     assert wait is not None
     assert 85 < wait < 91
+
+
+class Scripted(requests.Session):
+    """Answers with the given statuses; an exception is a lost connection."""
+
+    def __init__(self, *answers: int | Exception, **headers: str) -> None:
+        super().__init__()
+        self._answers = list(answers)
+        self._headers = headers
+
+    def request(self, *_: object, **__: object) -> requests.Response:
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        response = requests.Response()
+        response.status_code = answer
+        response._content = b'{"error": {"message": "busy"}}'
+        response.headers.update({k.replace("_", "-"): v for k, v in self._headers.items()})
+        return response
+
+
+def test_a_request_is_repeated_until_its_answer_counts() -> None:
+    waits: list[float] = []
+    session = Scripted(429, requests.ConnectionError(), 503, 404)
+    answer = request_with_retries(
+        session, "GET", "http://a", "nothing", tries=5, sleep=waits.append
+    )
+    assert answer.status_code == 404
+    assert waits == [1, 2, 4]
+
+
+def test_the_server_says_how_long_and_the_last_word_is_reported() -> None:
+    waits: list[float] = []
+    with pytest.raises(ServiceError, match="no vectors: status 503: busy"):
+        request_with_retries(
+            Scripted(503, 503, 503, retry_after="900"),
+            "POST",
+            "http://a",
+            "no vectors",
+            tries=3,
+            sleep=waits.append,
+        )
+    assert waits == [60, 60]

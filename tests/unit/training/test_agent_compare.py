@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from phi3_tool.errors import ModelError, Phi3Error
-from phi3_training.agent.golden import golden_rows
+from phi3_training.agent.golden import golden_rows, own_rows
 from phi3_training.agent.parity import compared
 from phi3_training.agent.recorder import Recorder, Reply, Request, first_difference
-from phi3_training.agent.rows import own_rows
 from phi3_training.agent.worker import Outcome
 from phi3_training.errors import UsageError
 

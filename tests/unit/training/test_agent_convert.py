@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import py_compile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ def test_a_packed_agent_is_whole_and_holds_no_key(
 ) -> None:
     monkeypatch.setenv("PHI3_KEY", "the-secret-key")
     monkeypatch.setenv("PHI3_ENDPOINT", "http://127.0.0.1:1/score")
+    # As pip leaves an installed package.
+    py_compile.compile(str(ROOT / "training/phi3_training/agent/hosted_files/main.py"))
     packed = pack_agent(tmp_path, "support")
     again = pack_agent(tmp_path, "support")
     assert packed == again

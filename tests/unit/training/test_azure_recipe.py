@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from phi3_training.errors import RecipeError
+from phi3_training.errors import RecipeError, UsageError
+from phi3_training.recipe import azure_section_of
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.targets.azure.place import find_place
 
@@ -134,3 +135,11 @@ def test_names_made_from_others_fit_and_stay_the_same(tmp_path: Path) -> None:
     AzureSection.model_validate(made)  # each is one that Azure takes
     other = find_place(section.model_copy(update={"resource_group": "other"}), {}, tmp_path)
     assert other.storage_account != first.storage_account
+
+
+def test_a_place_typed_on_the_command_line_is_checked_as_a_recipes_is() -> None:
+    with pytest.raises(UsageError) as caught:
+        azure_section_of({"workspace_name": "x!", "lokation": "eastus"})
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("azure.workspace_name: expected 3-33 letters")
+    assert "azure.lokation: unknown key; did you mean azure.location?" in second

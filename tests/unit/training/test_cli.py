@@ -257,9 +257,11 @@ def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatc
     client = Talker()
     questions = [f"Question number {number}, and some words more?" for number in range(12)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
-    args = argparse.Namespace(rag=False, system="Be kind.")
+    args = argparse.Namespace(
+        rag=False, system="Be kind.", temperature=0.0, top_p=1.0, max_new_tokens=256
+    )
 
-    assert converse(client, args, {}, 120) == 0  # type: ignore[arg-type]
+    assert converse(client, args, 120) == 0  # type: ignore[arg-type]
 
     assert len(client.asked) == len(questions)
     first, last = client.asked[1], client.asked[-1]

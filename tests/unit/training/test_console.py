@@ -1,6 +1,8 @@
-"""What a person sees on a narrow terminal."""
+"""What a person sees: results as text or JSON, tables, the time left."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,13 @@ def test_a_table_wraps_where_the_terminal_is_narrow(
     assert "last" in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 40
+
+
+def test_a_result_is_lines_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.show("text", {"n": 1}, "one [bold]", "two") == 0
+    assert capsys.readouterr().out == "one [bold]\ntwo\n"
+    assert console.show("json", {"n": 1}, "one") == 0
+    assert json.loads(capsys.readouterr().out) == {"n": 1}
 
 
 class Clock:

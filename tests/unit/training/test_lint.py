@@ -117,7 +117,7 @@ def test_a_folder_with_a_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_clean_file_exits_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job.yaml").write_text("compute: Standard_NC24ads_A100_v4\n", "utf-8")
     assert main(["lint", str(tmp_path)]) == 0
-    assert "Nothing dead was found; 1 file read" in capsys.readouterr().out
+    assert "Nothing outdated was found; 1 file read" in capsys.readouterr().out
 
 
 def test_paths_that_cannot_be_read_are_all_named(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from phi3_tool.azure_search import SearchIndex, SearchService, retry_after, share_of_words
+from phi3_tool.azure_search import SearchIndex, SearchService, share_of_words
 from phi3_tool.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -418,8 +418,7 @@ def test_neither_a_netrc_entry_nor_a_proxy_comes_between(
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     shop.service.accepts_key = False  # tokens alone, in the header that netrc would replace
-    service = shop.client()
-    service.sign_in_with(lambda: KEY)
+    service = SearchService(shop.service.endpoint, token_provider=lambda: KEY)
     assert service.call("GET", "/indexes('none')", may_miss=True) is None
 
 
@@ -427,17 +426,6 @@ def test_a_key_that_is_no_key_is_not_quoted() -> None:
     with pytest.raises(ConfigurationError, match="PHI3_SEARCH_KEY") as caught:
         SearchService("https://a.search.windows.net", key="planted\nkey")
     assert "planted" not in str(caught.value)
-
-
-def test_retry_after() -> None:
-    assert [retry_after(text) for text in ("3", "0.5", "900", None, "soon")] == [
-        3,
-        0.5,
-        60,
-        None,
-        None,
-    ]
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_the_share_of_words_forgives_endings() -> None:

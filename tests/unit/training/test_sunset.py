@@ -9,7 +9,7 @@ import pytest
 
 from phi3_training import sunset
 from phi3_training.cli import main
-from phi3_training.doctor.dates import dates
+from phi3_training.doctor.environment import dates
 from phi3_training.doctor.finding import State
 
 PROMPT_FLOW = "Prompt flow, read-only in Azure"

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from phi3_training.cli import main
-from phi3_training.commands.azure import inner_words
 from phi3_training.commands.common import run_name, where_to_run
+from phi3_training.commands.rehearse import inner_words
 from phi3_training.journey import Journey, Stage, do, go
 from phi3_training.manifests import (
     BaseManifest,

@@ -96,12 +96,12 @@ def convert(flow: Path, data: Path, out: Path, prove: Prove = compare) -> Conver
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (folder / FLOW).write_text(text, encoding="utf-8")
         (folder / "agent.py").write_text(_AGENT.format(name=source.name), encoding="utf-8")
-        found = list(prove(rows, flow=flow, folder=str(folder)))
-        _check(found, source.name)
+        compared = list(prove(rows, flow=flow, folder=str(folder)))
+        _refuse_differences(compared, source.name)
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, out)
     names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*") if p.is_file())
-    return Converted(out, tuple(names), len(rows), sum(each.requests for each in found))
+    return Converted(out, tuple(names), len(rows), sum(row.requests for row in compared))
 
 
 def describe(source: FlowSource) -> dict[str, Any]:
@@ -133,9 +133,16 @@ def describe(source: FlowSource) -> dict[str, Any]:
         ordered = _ordered(nodes, faults)
     if faults:
         raise UsageError(f"{source.folder} cannot be converted:\n  " + "\n  ".join(faults))
+    inputs: dict[str, dict[str, Any]] = {}
+    for name, about in (source.dag.get("inputs") or {}).items():
+        inputs[name] = {"type": about.get("type", "string")}
+        if about.get("default") is not None:  # a null default is none, as in Prompt flow
+            inputs[name]["default"] = about["default"]
+        if about.get("is_chat_input"):
+            inputs[name]["chat_input"] = True
     return {
         "name": source.name,
-        "inputs": {n: _input(about) for n, about in (source.dag.get("inputs") or {}).items()},
+        "inputs": inputs,
         "nodes": [_node(source, node, connections) for node in ordered],
         "answer": outputs[chat[0]]["reference"],
     }
@@ -174,16 +181,16 @@ def rows_of(path: Path, inputs: Mapping[str, Mapping[str, Any]]) -> list[GoldenR
     return rows
 
 
-def _check(found: Sequence[Compared], name: str) -> None:
-    different = [each for each in found if each.difference]
+def _refuse_differences(rows: Sequence[Compared], name: str) -> None:
+    different = [row for row in rows if row.difference]
     if different:
-        shown = "\n  ".join(f"{each.name}: {each.difference}" for each in different[:_SHOWN])
+        shown = "\n  ".join(f"{row.name}: {row.difference}" for row in different[:_SHOWN])
         raise StageError(
             f"The converted flow {name} differs from Prompt flow in {len(different)} of "
-            f"{len(found)} rows, so nothing was written:\n  {shown}"
+            f"{len(rows)} rows, so nothing was written:\n  {shown}"
         )
-    failed = [each for each in found if each.error]
-    if len(failed) == len(found):
+    failed = [row for row in rows if row.error]
+    if len(failed) == len(rows):
         raise StageError(
             f"Prompt flow itself answers no row of {name} ({failed[0].error} in "
             f"{failed[0].name}), so nothing is proved and nothing was written"
@@ -245,18 +252,8 @@ def _ordered(nodes: Sequence[Mapping[str, Any]], faults: list[str]) -> list[Mapp
 def _taken(node: Mapping[str, Any]) -> set[str]:
     """The nodes whose outputs a node takes; and `inputs`."""
     values = (node.get("inputs") or {}).values()
-    found = (_REFERENCE.fullmatch(value) for value in values if isinstance(value, str))
-    return {match[1] for match in found if match}
-
-
-def _input(about: Mapping[str, Any]) -> dict[str, Any]:
-    """An input's type and default; a null default is none, as in Prompt flow."""
-    kept: dict[str, Any] = {"type": about.get("type", "string")}
-    if about.get("default") is not None:
-        kept["default"] = about["default"]
-    if about.get("is_chat_input"):
-        kept["chat_input"] = True
-    return kept
+    matches = (_REFERENCE.fullmatch(value) for value in values if isinstance(value, str))
+    return {match[1] for match in matches if match}
 
 
 def _node(

@@ -63,16 +63,16 @@ def command(python: Path, words: Sequence[str]) -> list[str]:
 def environment(
     endpoint: Mapping[str, str], more: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """This process's environment, with `endpoint` in place of the endpoint that it names.
+    """This process's environment, with `endpoint` instead of the endpoint that it names.
 
     In a clone its sources come first, so that an older installation in the other environment is
     not used.
     """
-    kept = {name: value for name, value in os.environ.items() if name not in _ENDPOINT}
+    others = {name: value for name, value in os.environ.items() if name not in _ENDPOINT}
     clone = (CLONE / "Makefile").is_file()
     sources = [str(CLONE / name) for name in ("agents", "tools", "training")] if clone else []
     path = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**kept, **({"PYTHONPATH": path} if path else {}), **endpoint, **(more or {})}
+    return {**others, **({"PYTHONPATH": path} if path else {}), **endpoint, **(more or {})}
 
 
 _ENDPOINT = {

@@ -1,6 +1,7 @@
 """The golden conversations: what has gone wrong between a flow and an agent, or could.
 
-Each row is asked of Prompt flow and of the agent; nothing here depends on a model.
+Each row, or a user's own one, is asked of Prompt flow and of the agent; nothing here depends on a
+model.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from ..batch import INPUTS, read_lines
 from .recorder import Dialect, Reply
 
 FlowKind = Literal["chat", "rag"]
@@ -142,6 +145,20 @@ def golden_rows() -> list[GoldenRow]:
         GoldenRow("documents, no index", {"input_data": "Hi", "index": "/no/such/index"}, **rag),
         GoldenRow("documents, 424", {"input_data": _DOCUMENT}, **rag, replies=[_inner("400")]),
     ]  # fmt: skip
+
+
+def own_rows(path: Path, renamed: Mapping[str, str] | None = None) -> list[GoldenRow]:
+    """Each row whole by /score, and streamed in OpenAI's dialect; raises UsageError for a fault."""
+    rows = []
+    for line in read_lines(path, renamed or {}):
+        inputs: dict[str, Any] = {
+            name: line.columns[name] for name in INPUTS if line.columns.get(name) is not None
+        }
+        # Counted from 1, as an editor shows them.
+        name = f"row {line.number + 1}"
+        rows.append(GoldenRow(name, inputs))
+        rows.append(GoldenRow(f"{name}, streamed", inputs, stream=True, dialect="openai"))
+    return rows
 
 
 #: What the golden rows' index is made of.

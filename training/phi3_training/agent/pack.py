@@ -54,7 +54,8 @@ def pack_agent(out: Path, name: str) -> Packed:
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}.") as scratch:
         staged = Path(scratch) / name
         staged.mkdir()
-        for path in sorted(_FILES.iterdir()):
+        # pip compiles main.py, so that an installed package has a __pycache__ here.
+        for path in sorted(path for path in _FILES.iterdir() if path.is_file()):
             text = path.read_text(encoding="utf-8").replace("@BASE@", BASE).replace("@NAME@", name)
             target = ".dockerignore" if path.name == "dockerignore" else path.name
             (staged / target).write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import re
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +82,18 @@ def compare(
             }
 
         words = ["rows", folder] if folder else ["rows"]
-        agent = Program("The agent", command(python, words), environment({}, _index_of(flows)))
+        index = {"PHI3_INDEX": str(flows["rag"] / "index.sqlite")} if "rag" in flows else {}
+        agent = Program("The agent", command(python, words), environment({}, index))
+        quiet = {
+            "PF_HOME_DIRECTORY": str(home),
+            "PF_DISABLE_TRACING": "true",
+            "PF_LOGGING_LEVEL": "CRITICAL",
+        }
+        named = [f"{kind}={path}" for kind, path in flows.items()]
+        flow_words = [sys.executable, "-m", "phi3_training.flow.rows", *named]
+        promptflow = Program("Prompt flow", flow_words, environment({}, {**quiet, **index}))
         before, ours = ask_both(
-            (_prompt_flow(flows, home), [row_of(PROMPT_FLOW, n, row) for n, row in names.items()]),
+            (promptflow, [row_of(PROMPT_FLOW, n, row) for n, row in names.items()]),
             (agent, [row_of(AGENT, n, row) for n, row in names.items()]),
         )
         for number, row in names.items():
@@ -105,8 +114,8 @@ def compared(
         )
         return Compared(name, len(asked), f"no outcome from {missing}")
     for place, (one, other) in enumerate(zip(asked, theirs, strict=False), 1):
-        if found := one.difference(other):
-            return Compared(name, len(asked), f"request {place}: {found}")
+        if difference := one.difference(other):
+            return Compared(name, len(asked), f"request {place}: {difference}")
     if len(asked) != len(theirs):
         return Compared(name, len(asked), f"{len(asked)} and {len(theirs)} requests")
     error = str(flow.error["kind"]) if flow.error else ""
@@ -122,40 +131,21 @@ def _outcome_difference(flow: Outcome, agent: Outcome) -> str:
         return f"{one} and {other}"
     if flow.error is not None and agent.error is not None:
         for fact in ("kind", "message", "status", "inner_status", "reason", "attempts"):
-            settled = [_settled(each.error, fact) for each in (flow, agent)]
-            if settled[0] != settled[1]:
-                return f"error {fact}: {first_difference(*map(str, settled))}"
+            one, other = (
+                _VARYING.sub("", str((each.error or {}).get(fact))) for each in (flow, agent)
+            )
+            if one != other:
+                return f"error {fact}: {first_difference(one, other)}"
         return ""
     if flow.answer == agent.answer:
         return ""
-    one, other = (_VARYING.sub("", _without_ids(str(each.answer))) for each in (flow, agent))
+    # A note that an answer was cut off names its request.
+    one, other = (
+        re.sub("request id [0-9a-f-]{36}", "", _VARYING.sub("", str(each.answer)))
+        for each in (flow, agent)
+    )
     difference = first_difference(one, other)
     return f"answer {difference}" if difference else ""
-
-
-def _settled(error: Mapping[str, Any] | None, fact: str) -> object:
-    value = (error or {}).get(fact)
-    return _VARYING.sub("", value) if isinstance(value, str) else value
-
-
-def _without_ids(text: str) -> str:
-    """A note that an answer was cut off names its request."""
-    return re.sub(r"request id [0-9a-f-]{36}", "request id", text)
-
-
-def _prompt_flow(flows: Mapping[FlowKind, Path], home: Path) -> Program:
-    quiet = {
-        "PF_HOME_DIRECTORY": str(home),
-        "PF_DISABLE_TRACING": "true",
-        "PF_LOGGING_LEVEL": "CRITICAL",
-    }
-    named = [f"{kind}={folder}" for kind, folder in flows.items()]
-    words = [sys.executable, "-m", "phi3_training.flow.rows", *named]
-    return Program("Prompt flow", words, environment({}, {**quiet, **_index_of(flows)}))
-
-
-def _index_of(flows: Mapping[FlowKind, Path]) -> dict[str, str]:
-    return {"PHI3_INDEX": str(flows["rag"] / "index.sqlite")} if "rag" in flows else {}
 
 
 @contextmanager
@@ -174,16 +164,14 @@ def _prepared(
             # `phi3 rag index` leaves the user's own documents in the flow.
             for own in ("index.sqlite", "index.json"):
                 (flows["rag"] / own).unlink(missing_ok=True)
-            _make_index(scratch / "documents", flows["rag"] / "index.sqlite")
+            from ..progress import no_progress
+            from ..rag.build import choose_embedder, sync
+
+            documents = scratch / "documents"
+            documents.mkdir()
+            for file, text in DOCUMENTS.items():
+                (documents / file).write_text(text, encoding="utf-8")
+            # Words alone: the comparison needs no weights, and both sides read the same file.
+            by_words = choose_embedder("none", no_progress)
+            sync(flows["rag"] / "index.sqlite", [documents], by_words, no_progress)
         yield flows, quiet_home(scratch)
-
-
-def _make_index(documents: Path, index: Path) -> None:
-    from ..progress import no_progress
-    from ..rag.build import choose_embedder, sync
-
-    documents.mkdir()
-    for name, text in DOCUMENTS.items():
-        (documents / name).write_text(text, encoding="utf-8")
-    # Words alone: the comparison needs no weights, and both sides read the same file.
-    sync(index, [documents], choose_embedder("none", no_progress), no_progress)

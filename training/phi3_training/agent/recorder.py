@@ -141,11 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         question = json.loads(body)
         if reply.status == 200 and reply.body is None and question.get("stream"):
-            self._stream(reply, _text(reply, question))
+            self._send_stream(reply, _text(reply, question))
         else:
-            self._whole(reply, question)
+            self._send_whole(reply, question)
 
-    def _whole(self, reply: Reply, question: Mapping[str, Any]) -> None:
+    def _send_whole(self, reply: Reply, question: Mapping[str, Any]) -> None:
         body = reply.body
         if body is None:
             text = _text(reply, question)
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body if reply.cut is None else body[: reply.cut])
         self.close_connection = reply.cut is not None
 
-    def _stream(self, reply: Reply, text: str) -> None:
+    def _send_stream(self, reply: Reply, text: str) -> None:
         pieces = reply.pieces
         if pieces is None:
             pieces = [text[i : i + 7] for i in range(0, len(text), 7)]

@@ -35,13 +35,13 @@ class Outcome:
     seconds: float = 0.0
 
     @classmethod
-    def read(cls, said: Mapping[str, Any]) -> Outcome:
-        """Out of a worker's line."""
+    def read(cls, line: Mapping[str, Any]) -> Outcome:
+        """From a line that a worker wrote."""
         return cls(
-            said.get("answer"),
-            said.get("error"),
-            str(said.get("exception") or ""),
-            float(said.get("seconds") or 0.0),
+            line.get("answer"),
+            line.get("error"),
+            str(line.get("exception") or ""),
+            float(line.get("seconds") or 0.0),
         )
 
     def failure(self) -> Phi3Error | None:
@@ -85,8 +85,8 @@ def ask_rows(
             last = [line.rstrip() for line in log if line.strip()][-_SHOWN_LINES:]
             shown = "\n  ".join(last) or "it printed nothing"
             raise StageError(f"{program.name} ended with status {process.returncode}:\n  {shown}")
-    found = (json.loads(line) for line in out.splitlines())
-    return {str(said["id"]): Outcome.read(said) for said in found}
+    lines = (json.loads(line) for line in out.splitlines())
+    return {str(line["id"]): Outcome.read(line) for line in lines}
 
 
 Asked = tuple[Program, Sequence[Mapping[str, Any]]]
@@ -137,10 +137,10 @@ class RowProcess:
 
     def _read(self) -> None:
         for text in self._process.stdout or ():
-            said = json.loads(text)
+            line = json.loads(text)
             with self._lock:
-                future = self._waiting.pop(str(said["id"]))
-            future.set_result(Outcome.read(said))
+                future = self._waiting.pop(str(line["id"]))
+            future.set_result(Outcome.read(line))
         with self._lock:
             self._ended = True
             lost = list(self._waiting.values())

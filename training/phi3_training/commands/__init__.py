@@ -13,137 +13,129 @@ class Group(NamedTuple):
     commands: dict[str, str]
 
 
+def _group(module: str, register: str, /, **commands: str) -> Group:
+    return Group(module, register, commands)
+
+
 # In the order of `phi3 --help`, which therefore loads none of the modules.
 GROUPS = (
-    Group(
+    _group(
         "up",
         "register_up",
-        {
-            "up": "run every stage that is not done yet, from chats to an answer in Prompt flow",
-            "plan": "show what `up` would do and what would stop it; changes nothing",
-        },
+        up="run every stage that is not done yet, from chats to an answer in Prompt flow",
+        plan="show what `up` would do and what would stop it; changes nothing",
     ),
-    Group(
+    _group(
         "status",
         "register_status",
-        {
-            "status": "show the runs, their stages and endpoints",
-            "down": "stop what `up` started: local endpoints, or endpoint and cluster on Azure",
-        },
+        status="show the runs, their stages and endpoints",
+        down="stop what `up` started: local endpoints, or endpoint and cluster on Azure",
     ),
-    Group(
+    _group(
         "runs",
         "register_runs",
-        {
-            "runs": "list the runs, which one is current, and what they take on the disk",
-            "use": "choose the current run, which chat, env, export and the flow then use",
-            "rm": "delete a run that is not serving",
-        },
+        runs="list the runs, which one is current, and their size on disk",
+        use="choose the current run, which chat, env, export and the flow use",
+        rm="delete a run that is not serving",
     ),
-    Group(
+    _group(
         "up",
         "register_stages",
-        {
-            "train": "prepare the chats and fine-tune",
-            "evaluate": "compare the base and the tuned model, and apply the gate",
-            "register": "register the tuned model in the run's MLflow registry",
-            "deploy": "start the endpoint of the tuned model",
-            "connect": "write the Prompt flow connection for the endpoint",
-        },
+        train="prepare the chats and fine-tune",
+        evaluate="compare the base and the tuned model, and apply the gate",
+        register="register the tuned model in the run's MLflow registry",
+        deploy="start the endpoint of the tuned model",
+        connect="write the Prompt flow connection for the endpoint",
     ),
-    Group(
+    _group(
         "models",
         "register_adapters",
-        {"adapters": "list the named adapters of a run, or merge one into the base weights"},
+        adapters="list the named adapters of a run, or merge one into the base weights",
     ),
-    Group("data", "register_data", {"data": "check, repair, convert, prepare or show chats"}),
-    Group(
+    _group(
+        "data",
+        "register_data",
+        data="check, repair, convert, prepare or show chats",
+    ),
+    _group(
         "rag",
         "register_rag",
-        {"rag": "index your documents, search them, make chats of them, compare RAG with tuning"},
+        rag="index your documents, search them, turn them into chats, compare RAG with tuning",
     ),
-    Group(
+    _group(
         "chat",
         "register_chat",
-        {
-            "chat": "talk to the tuned model, in the terminal or with --web in the browser",
-            "env": "print endpoint and key as shell variables for any other client",
-            "serve": "serve the tuned model in the foreground, until Ctrl-C",
-        },
+        chat="talk to the tuned model, in the terminal or with --web in the browser",
+        env="print endpoint and key as shell variables for any other client",
+        serve="serve the tuned model in the foreground, until Ctrl-C",
     ),
-    Group(
-        "chat", "register_invoke", {"invoke": "send a random held-out conversation to the endpoint"}
-    ),
-    Group(
+    _group(
         "chat",
-        "register_batch",
-        {
-            "batch": "send every line of a JSONL file to the endpoint, many in parallel; "
-            "can be resumed"
-        },
+        "register_invoke",
+        invoke="send a random held-out conversation to the endpoint",
     ),
-    Group(
+    _group(
+        "batch",
+        "register_batch",
+        batch="send every line of a JSONL file to the endpoint, many in parallel; can be resumed",
+    ),
+    _group(
         "flow",
         "register_flow",
-        {"flow": "pack a flow for Foundry or Studio, push it, serve it, or build its container"},
+        flow="pack a flow for Foundry or Studio, push it, serve it, or build its container",
     ),
-    Group(
+    _group(
         "agent",
         "register_agent",
-        {
-            "agent": "the model on Microsoft Agent Framework: chat, serve, DevUI, a folder for "
-            "Foundry's hosted agents"
-        },
+        agent="run the model on Microsoft Agent Framework: chat, serve, DevUI, or pack it for "
+        "Foundry's hosted agents",
     ),
-    Group(
+    _group(
         "models",
         "register_export",
-        {"export": "convert the tuned model to another format and compare it with the original"},
+        export="convert the tuned model to another format and compare it with the original",
     ),
-    Group(
+    _group(
         "doctor",
         "register_doctor",
-        {
-            "doctor": "check environment, connection, endpoint and flow, and show how to "
-            "fix each fault"
-        },
+        doctor="check environment, connection, endpoint and flow, and show how to fix each fault",
     ),
-    Group(
+    _group(
         "lint",
         "register_lint",
-        {"lint": "find what will not run any more in a tutorial's or your own files"},
+        lint="find what no longer runs in a tutorial's or your own files",
     ),
-    Group(
+    _group(
         "models",
         "register_init",
-        {"init": "create a new project: flow, recipe, sample chats, connection templates"},
+        init="create a new project: flow, recipe, sample chats, connection templates",
     ),
-    Group("models", "register_recipes", {"recipes": "list the shipped recipes"}),
-    Group(
+    _group(
+        "models",
+        "register_recipes",
+        recipes="list the shipped recipes",
+    ),
+    _group(
         "models",
         "register_models",
-        {
-            "models": "list the base models that a recipe can name, or convert a "
-            "Llama-class folder to Phi-3"
-        },
+        models="list the base models that a recipe can name, or convert a Llama-class folder to "
+        "Phi-3",
     ),
-    Group(
+    _group(
         "azure",
         "register_azure",
-        {
-            "azure": "create what a run on Azure needs, show the GPU quota, cancel a job, move "
-            "traffic or an endpoint's deadline"
-        },
+        azure="create what a run on Azure needs, show the GPU quota, cancel a job, move traffic "
+        "or an endpoint's deadline",
     ),
-    Group(
-        "azure",
+    _group(
+        "rehearse",
         "register_rehearse",
-        {"rehearse": "start, stop or inspect a rehearsed Azure on this machine"},
+        rehearse="start, stop or inspect a rehearsed Azure on this machine",
     ),
-    Group(
+    _group(
         "completion",
         "register_completion",
-        {"completion": "print what a shell needs to complete commands, options and run names"},
+        completion="print what a shell needs to complete commands, options and run names",
     ),
 )
 HELP = {name: text for group in GROUPS for name, text in group.commands.items()}

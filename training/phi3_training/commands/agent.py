@@ -9,20 +9,28 @@ import argparse
 import contextlib
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phi3_tool.index import INDEX_VARIABLE, open_index
+from phi3_tool.index import INDEX_VARIABLE
 
 from .. import console
 from ..agent.environment import agent_python, command, environment
+from ..rag.index_files import checked_index
 from ..run import Run
 from . import HELP
-from .chat import access_of, has_screen, settings_in, streaming_url
-from .common import add_command, add_on, add_which_run
-from .rag import index_of
-from .rag_compare import DEFAULT_DOCUMENTS
+from .chat import has_screen
+from .endpoint import endpoint_of
+from .options import (
+    add_address,
+    add_command,
+    add_endpoint,
+    add_no_browser,
+    add_out_folder,
+    add_rag,
+    add_sampling,
+    sampling_of,
+)
 
 #: Conversations of `phi3 agent chat --session`, in the folder of the runs.
 SESSIONS = Path(".agent/sessions")
@@ -46,7 +54,6 @@ def register_agent(subparsers: Any) -> None:
         metavar="NAME",
         help="keep the conversation in a file under that name, and continue it",
     )
-    _add_options(chat)
     serve = add_command(
         actions,
         "serve",
@@ -55,7 +62,7 @@ def register_agent(subparsers: Any) -> None:
         run_serve,
         own_output=True,
     )
-    _add_address(serve, 8090)
+    add_address(serve, 8090)
     serve.add_argument(
         "--sessions",
         type=Path,
@@ -63,7 +70,6 @@ def register_agent(subparsers: Any) -> None:
         help="keep what previous_response_id refers to in files (default: in memory, the last "
         "1000)",
     )
-    _add_options(serve)
     ui = add_command(
         actions,
         "ui",
@@ -72,13 +78,18 @@ def register_agent(subparsers: Any) -> None:
         run_ui,
         own_output=True,
     )
-    _add_address(ui, 8091)
-    ui.add_argument("--no-browser", action="store_true", help="only print the page's address")
-    _add_options(ui)
-    _add_pack(actions)
-
-
-def _add_pack(actions: Any) -> None:
+    add_address(ui, 8091)
+    add_no_browser(ui)
+    for agent in (chat, serve, ui):
+        add_endpoint(agent)
+        add_sampling(agent)
+        add_rag(agent)
+        agent.add_argument(
+            "--trace",
+            action="store_true",
+            help="print OpenTelemetry spans on standard error, without prompts and answers",
+        )
+        agent.set_defaults(output="text")  # for what these commands share with others
     pack = add_command(
         actions,
         "pack",
@@ -87,9 +98,7 @@ def _add_pack(actions: Any) -> None:
         run_pack,
     )
     pack.add_argument("--name", default="phi3-agent", help="the agent's name in Foundry")
-    pack.add_argument(
-        "--out", type=Path, default=Path("dist"), metavar="FOLDER", help="default: dist"
-    )
+    add_out_folder(pack)
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -97,45 +106,13 @@ def run_pack(args: argparse.Namespace) -> int:
     from ..agent.pack import pack_agent
 
     packed = pack_agent(args.out, args.name)
-    if args.output == "json":
-        console.print_json({"folder": packed.folder, "files": list(packed.files)})
-        return 0
-    console.out.print(f"Folder: {packed.folder} ({len(packed.files)} files)", markup=False)
-    console.out.print(
-        f"Next:   see {packed.folder / 'README.md'} (this project has not deployed one to Azure)",
-        markup=False,
+    readme = packed.folder / "README.md"
+    return console.show(
+        args.output,
+        {"folder": packed.folder, "files": list(packed.files)},
+        f"Folder: {packed.folder} ({len(packed.files)} files)",
+        f"Next:   see {readme} (this project has not deployed one to Azure)",
     )
-    return 0
-
-
-def _add_address(parser: argparse.ArgumentParser, port: int) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
-    parser.add_argument("--port", type=int, default=port, help=f"default {port}")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Which run, and how it is asked; the defaults are the flow's."""
-    add_which_run(parser)
-    add_on(parser, "the current run there, else the one connected last there")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default 1")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
-    parser.add_argument(
-        "--rag", action="store_true", help="answer from the documents of `phi3 rag index`"
-    )
-    parser.add_argument(
-        "--documents",
-        default=DEFAULT_DOCUMENTS,
-        metavar="NAME",
-        help=f"with --rag: which, as `phi3 rag index --run NAME` (default: {DEFAULT_DOCUMENTS})",
-    )
-    parser.add_argument(
-        "--trace",
-        action="store_true",
-        help="print OpenTelemetry spans on standard error, without prompts and answers",
-    )
-    parser.set_defaults(output="text")  # for what these commands share with others
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -163,22 +140,16 @@ def run_ui(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = None) -> int:
     """Run the agent's own program with the endpoint in its environment; its exit status."""
     python = agent_python()
-    access, known = access_of(args)
-    url = streaming_url(access.endpoint)
-    if url != access.endpoint:
-        access, known["dialect"] = replace(access, endpoint=url), None
-    if access.token_provider is not None:
-        console.err.print("The endpoint uses Entra tokens; this one is valid for about an hour.")
-    from ..flow.page import environment_of
-
+    variables = endpoint_of(args).streaming().variables()
     more = {}
     if args.rag:
-        index = index_of(Run(args.runs / args.documents)).absolute()
-        open_index(index)  # reports a missing index before anything else
-        more[INDEX_VARIABLE] = str(index)
-    started = command(python, [*words, *_options(args), *(last or [])])
-    variables = environment(environment_of(settings_in(access, known)), more)
-    with subprocess.Popen(started, env=variables) as process:  # noqa: S603 - our own program
+        more[INDEX_VARIABLE] = str(checked_index(Run(args.runs / args.documents)))
+    # With `=`, so that a value may begin with a dash.
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in sampling_of(args).items()]
+    words += [f"--system={args.system}"] if args.system else []
+    words += [f"--{name}" for name in ("rag", "trace") if getattr(args, name)]
+    started = command(python, [*words, *(last or [])])
+    with subprocess.Popen(started, env=environment(variables, more)) as process:  # noqa: S603 - our own program
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             while True:
@@ -186,14 +157,3 @@ def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = 
                     return process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def _options(args: argparse.Namespace) -> list[str]:
-    words = [
-        f"--temperature={args.temperature}",
-        f"--top-p={args.top_p}",
-        f"--max-new-tokens={args.max_new_tokens}",
-    ]
-    words += [f"--system={args.system}"] if args.system else []
-    words += ["--rag"] if args.rag else []
-    return words + (["--trace"] if args.trace else [])

@@ -1,144 +1,171 @@
-"""`phi3 azure provision | quota | cancel | extend | budget | …`: what only Azure has."""
+"""`phi3 azure provision | quota | cancel | extend | budget | rollback | traffic | check-live`.
+
+What only Azure has, and no stage of the journey does.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
-import shlex
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import UsageError
 from ..manifests import EndpointManifest
-from ..project import find
-from ..recipe import Recipe
 from ..run import Run
 from . import HELP
-from .azure_check import register_check
-from .azure_traffic import register_traffic
-from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
+from .common import current_run, recipe_of
+from .options import add_command, add_recipe, add_rehearse, add_run
 
 if TYPE_CHECKING:
-    from ..targets.azure.clients import Clients
-    from ..targets.azure.sizes import Need
-
-_ABOUT = HELP["azure"]
+    from ..targets.azure.check_live import LiveStep, Outcome
+    from ..targets.azure.rollback import Traffic
 
 
 def register_azure(subparsers: Any) -> None:
     """Add the commands of this module."""
+    about = HELP["azure"]
     parser = subparsers.add_parser(
         "azure",
-        help=_ABOUT,
-        description=_ABOUT[0].upper() + _ABOUT[1:] + ".",
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
         epilog="example:\n  phi3 azure provision training/recipes/phi3-mini-lora.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run_command=lambda _args: _no_command(parser), debug=False)
+
+    def show_help(_args: argparse.Namespace) -> int:
+        parser.print_help()
+        return 2
+
+    parser.set_defaults(run_command=show_help, debug=False)
     inner = parser.add_subparsers(dest="azure_command", metavar="COMMAND")
-    _add_provision(inner)
-    _add_quota(inner)
-    cancel = add_command(
-        inner,
-        "cancel",
-        "cancel a run's active jobs; they bill until then",
-        "phi3 azure cancel --run phi3-mini-azure",
-        run_cancel,
-    )
-    cancel.add_argument("--run", metavar="NAME", required=True, help="which run")
-    add_rehearse(cancel)
-    cancel.set_defaults(on="azure")
-    extend = add_command(
-        inner,
-        "extend",
-        "move the time at which a run's endpoint deletes itself",
-        "phi3 azure extend 4h --run phi3-mini-azure",
-        run_extend,
-    )
-    extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
-    extend.add_argument("--run", metavar="NAME", help="which run (default: the current one)")
-    add_rehearse(extend)
-    extend.set_defaults(on="azure")
-    budget = add_command(
-        inner,
-        "budget",
-        "mail you when a month's costs of the resource group come near an amount; it comes a day "
-        "late and stops nothing",
-        "phi3 azure budget 50 --mail me@example.com",
-        run_budget,
-    )
-    budget.add_argument("amount", type=float, metavar="AMOUNT", help="in the account's currency")
-    budget.add_argument(
-        "--mail", action="append", required=True, metavar="ADDRESS", help="where to (repeatable)"
-    )
-    budget.add_argument("--run", metavar="NAME", help="which run's resource group")
-    add_rehearse(budget)
-    budget.set_defaults(on="azure")
-    register_traffic(inner)
-    register_check(inner)
+    _register_recipe_commands(inner)
+    _register_run_commands(inner)
 
 
-def _add_provision(inner: Any) -> None:
-    parser = add_command(
+def _register_recipe_commands(inner: Any) -> None:
+    """Those that need a recipe and no run."""
+    provision = add_command(
         inner,
         "provision",
         "create what is missing: group, workspace, identity, roles, hub, project, GPU cluster",
         "phi3 azure provision training/recipes/phi3-mini-lora.yaml azure.location=eastus",
         run_provision,
     )
-    add_recipe(parser)
-    add_rehearse(parser)
-    parser.set_defaults(on="azure")
-    parser.add_argument(
+    provision.add_argument(
         "--least-privilege",
         action="store_true",
         help="give the identity only the roles that a deployment needs "
         "(azure.least_privilege=true)",
     )
-
-
-def _add_quota(inner: Any) -> None:
-    parser = add_command(
+    quota = add_command(
         inner,
         "quota",
         "show the GPU quota that a recipe needs, or request more",
         "phi3 azure quota --request 48",
         run_quota,
     )
-    add_recipe(parser)
-    add_rehearse(parser)
-    parser.set_defaults(on="azure")
-    parser.add_argument(
+    quota.add_argument(
         "--request", type=int, metavar="CORES", help="request this many cores in total"
     )
-    parser.add_argument(
+    quota.add_argument(
         "--family", metavar="NAME", help="quota of this family (default: the recipe's)"
     )
+    check = add_command(
+        inner,
+        "check-live",
+        "list what to check first on a real subscription, cheapest first, with prices, and run it "
+        "step by step, undoing each step; asks before each unless --yes (never verified on live "
+        "Azure)",
+        "phi3 azure check-live training/recipes/phi3-mini-azure.yaml",
+        run_check,
+    )
+    for parser in (provision, quota, check):
+        add_recipe(parser)
+        parser.set_defaults(on="azure")
+    for parser in (provision, quota):
+        add_rehearse(parser)
 
 
-def _no_command(parser: argparse.ArgumentParser) -> int:
-    parser.print_help()
-    return 2
+def _register_run_commands(inner: Any) -> None:
+    """Those that work on what a run has on Azure."""
+
+    def add(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
+        parser = add_command(inner, name, help_text, f"phi3 azure {example}", run)
+        if name == "cancel":  # never by accident another run's
+            add_run(parser, "which run", required=True)
+        else:
+            add_run(parser)
+        add_rehearse(parser)
+        parser.set_defaults(on="azure")
+        return parser
+
+    add(
+        "cancel",
+        "cancel a run's active jobs; they bill until then",
+        "cancel --run phi3-mini-azure",
+        run_cancel,
+    )
+    extend = add(
+        "extend",
+        "postpone the time at which a run's endpoint deletes itself",
+        "extend 4h --run phi3-mini-azure",
+        run_extend,
+    )
+    extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
+    budget = add(
+        "budget",
+        "mail you when the monthly cost of the run's resource group approaches an amount; the mail "
+        "is up to a day late and stops nothing",
+        "budget 50 --mail me@example.com",
+        run_budget,
+    )
+    budget.add_argument("amount", type=float, metavar="AMOUNT", help="in the account's currency")
+    budget.add_argument(
+        "--mail", action="append", required=True, metavar="ADDRESS", help="where to (repeatable)"
+    )
+    add(
+        "rollback",
+        "restore the traffic to what it was before the last change",
+        "rollback --run phi3-mini-azure",
+        run_rollback,
+    )
+    traffic = add(
+        "traffic",
+        "show or set each deployment's share of the traffic",
+        "traffic set v1-5f3c2a=90 v2-09ab4e=10 --run phi3-mini-azure",
+        run_traffic,
+    )
+    traffic.add_argument(
+        "action",
+        nargs="?",
+        choices=("show", "set"),
+        default="show",
+        help="show (the default), or set the shares that follow",
+    )
+    traffic.add_argument(
+        "shares", nargs="*", metavar="NAME=PERCENT", help="deployments and their shares, 100 in all"
+    )
+    traffic.add_argument(
+        "--force", action="store_true", help="with set: even if a deployment does not answer"
+    )
 
 
 def run_provision(args: argparse.Namespace) -> int:
-    """Make what is missing, a line for each step; 1 when one failed."""
+    """Create what is missing, a line for each step; 1 when one failed."""
     words = [*args.words, *(["azure.least_privilege=true"] if args.least_privilege else [])]
     recipe = recipe_of(words, "azure")
     from ..targets.azure.provision import Step, provision
+    from ..targets.azure.target import clients_at
 
-    clients = _clients(recipe)
+    clients = clients_at(recipe.azure)
 
     def report(step: Step) -> None:
         if args.output == "text":
-            console.out.print(step.text(), markup=False)
+            console.line(step.text())
 
     if args.output == "text":
         for line in clients.place.lines():
@@ -154,55 +181,43 @@ def run_quota(args: argparse.Namespace) -> int:
     """Show what is needed, used and allowed, or ask for more; 1 when it does not suffice."""
     recipe = recipe_of(args.words, "azure")
     from ..targets.azure.cores import taking_turns
-    from ..targets.azure.sizes import quota_needs, short_of_quota
+    from ..targets.azure.sizes import quota_needs, request_quota, short_of_quota
+    from ..targets.azure.target import clients_at
 
-    clients = _clients(recipe)
-    found = quota_needs(clients, recipe)
+    clients = clients_at(recipe.azure)
+    needs = quota_needs(clients, recipe)
+    short = short_of_quota(needs)
     if args.request is not None:
-        return _request(args, clients, found)
-    short = short_of_quota(found)
-    if args.output == "json":
-        console.print_json([{**vars(need), "enough": need not in short} for need in found])
-    else:
-        for need in found:
-            mark = "too little" if need in short else "enough"
-            console.out.print(f"{mark:<10} {need.text()}", markup=False)
-        turns = taking_turns(found, recipe.azure)
-        if turns:
-            console.out.print(f"{'in turns':<10} {turns}", markup=False)
-        if short:
-            cores = max((need.used or 0) + need.cores for need in short)
-            console.out.print(f"Request more with: phi3 azure quota --request {cores}")
+        if args.request < 1:
+            raise UsageError(f"--request {args.request}: expected the number of cores, at least 1")
+        family = args.family or (short or needs)[0].family
+        with console.progress_bar("quota") as progress:
+            answer = request_quota(clients, family, args.request, progress)
+        return console.show(
+            args.output,
+            {"family": family, "requested": args.request, "answer": answer},
+            f"{family}, {args.request} cores: {answer}",
+        )
+    lines = [f"{'too little' if need in short else 'enough':<10} {need.text()}" for need in needs]
+    if turns := taking_turns(needs, recipe.azure):
+        lines.append(f"{'in turns':<10} {turns}")
+    if short:
+        cores = max((need.used or 0) + need.cores for need in short)
+        lines.append(f"Request more with: phi3 azure quota --request {cores}")
+    rows = [{**vars(need), "enough": need not in short} for need in needs]
+    console.show(args.output, rows, *lines)
     return 1 if short else 0
-
-
-def _request(args: argparse.Namespace, clients: Clients, found: list[Need]) -> int:
-    from ..targets.azure.sizes import request_quota, short_of_quota
-
-    family = args.family or (short_of_quota(found) or found)[0].family
-    if args.request < 1:
-        raise UsageError(f"--request {args.request}: expected the number of cores, at least 1")
-    with console.progress_bar("quota") as progress:
-        answer = request_quota(clients, family, args.request, progress)
-    if args.output == "json":
-        console.print_json({"family": family, "requested": args.request, "answer": answer})
-    else:
-        console.out.print(f"{family}, {args.request} cores: {answer}", markup=False)
-    return 0
 
 
 def run_cancel(args: argparse.Namespace) -> int:
     """Cancel what the run folder names and Azure still works on."""
     run = current_run(args)
     from ..targets.azure.jobs import cancel_all
+    from ..targets.azure.target import clients_of
 
-    lines = cancel_all(_clients_of(run), run)
-    if args.output == "json":
-        console.print_json({"cancelled": lines})
-    else:
-        for line in lines or ["This run has no active job."]:
-            console.out.print(line, markup=False)
-    return 0
+    lines = cancel_all(clients_of(run), run)
+    shown = lines or ["This run has no active job."]
+    return console.show(args.output, {"cancelled": lines}, *shown)
 
 
 def run_extend(args: argparse.Namespace) -> int:
@@ -217,17 +232,18 @@ def run_extend(args: argparse.Namespace) -> int:
     from ..targets.azure.deadline import extend_deadline, shown
     from ..targets.azure.inventory import cost_of
     from ..targets.azure.place import endpoint_name, place_of, section_of
+    from ..targets.azure.target import clients_of
 
-    clients, section = _clients_of(run), section_of(run)
-    made = run.read(EndpointManifest)
-    name = made.endpoint_name if made else endpoint_name(section, place_of(run), run)
+    clients, section = clients_of(run), section_of(run)
+    endpoint = run.read(EndpointManifest)
+    name = endpoint.endpoint_name if endpoint else endpoint_name(section, place_of(run), run)
     with console.progress_bar("deadline") as progress:
         before, after = extend_deadline(clients, section, run, name, by, progress)
     if args.output == "json":
         console.print_json({"endpoint": name, "before": before.at, "deadline": after.at})
         return 0
     old = f"was {shown(before.at)}" if before.at else "had none"
-    _line(f"{name}: {after.text()}; {old}; {cost_of(clients, name)}")
+    console.line(f"{name}: {after.text()}; {old}; {cost_of(clients, name)}")
     return 0
 
 
@@ -235,248 +251,127 @@ def run_budget(args: argparse.Namespace) -> int:
     """Set a budget that mails on the run's resource group."""
     run = current_run(args)
     from ..targets.azure.budget import set_budget
+    from ..targets.azure.target import clients_of
 
-    line = set_budget(_clients_of(run), args.amount, args.mail)
-    if args.output == "json":
-        console.print_json({"budget": line})
-    else:
-        _line(line)
-    return 0
+    line = set_budget(clients_of(run), args.amount, args.mail)
+    return console.show(args.output, {"budget": line}, line)
 
 
-def _clients_of(run: Run) -> Clients:
+def run_rollback(args: argparse.Namespace) -> int:
+    """Undo the last change of the traffic, or a rollout that was interrupted."""
+    run = current_run(args)
+    from ..targets.azure.place import section_of
+    from ..targets.azure.rollback import roll_back
+    from ..targets.azure.target import clients_of
+
+    clients = clients_of(run)
+    with run.lock(), console.progress_bar("rollback") as progress:
+        traffic = roll_back(clients, section_of(run), run, progress)
+    return _show_traffic(args, traffic, run)
+
+
+def run_traffic(args: argparse.Namespace) -> int:
+    """Show the shares, or set them."""
+    if args.action == "show" and (args.shares or args.force):
+        raise UsageError("Shares are set with: phi3 azure traffic set NAME=PERCENT …")
+    wanted = parse_shares(args.shares) if args.action == "set" else {}
+    run = current_run(args)
+    from ..targets.azure.place import section_of
+    from ..targets.azure.rollback import set_shares, traffic_of
+    from ..targets.azure.target import clients_of
+
+    clients = clients_of(run)
+    if args.action == "show":
+        return _show_traffic(args, traffic_of(clients, run), run)
+    with run.lock(), console.progress_bar("traffic") as progress:
+        section = section_of(run)
+        traffic = set_shares(clients, section, run, wanted, progress, unasked=args.force)
+    return _show_traffic(args, traffic, run)
+
+
+def parse_shares(words: list[str]) -> dict[str, int]:
+    """`blue=90 green=10` as numbers. Raises UsageError."""
+    shares = {}
+    for word in words:
+        name, equals, share = word.partition("=")
+        if not (name and equals and share.isdecimal()):
+            raise UsageError(f"{word!r}: expected NAME=PERCENT, for example blue=90 green=10")
+        shares[name] = int(share)
+    if not shares:
+        raise UsageError("Which shares? For example: phi3 azure traffic set blue=90 green=10")
+    return shares
+
+
+def _show_traffic(args: argparse.Namespace, traffic: Traffic, run: Run) -> int:
+    return console.show(args.output, traffic.as_json(), *traffic.lines(run))
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print the list, then run the confirmed steps; 1 when a step failed."""
+    recipe = recipe_of(args.words, "azure")
+    from ..targets.azure.check_live import list_steps, run_steps
     from ..targets.azure.clients import Clients
-    from ..targets.azure.place import place_of, section_of
-    from ..targets.azure.target import refuse_without_extra
-
-    refuse_without_extra()
-    return Clients(place_of(run), section_of(run).poll)
-
-
-def _clients(recipe: Recipe) -> Clients:
-    from ..targets.azure.clients import Clients
+    from ..targets.azure.live_steps import LiveCheck, check_name, check_section
     from ..targets.azure.place import find_place
-    from ..targets.azure.target import refuse_without_extra
+    from ..targets.azure.target import clients_at
 
-    refuse_without_extra()
-    place = find_place(recipe.azure, os.environ, Path.cwd())
-    return Clients(place, recipe.azure.poll)
+    is_text = args.output == "text"
+    name = check_name()
+    section = check_section(recipe.azure, clients_at(recipe.azure).place, name)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe.model_copy(update={"azure": section})
+        run = Run.open(Path(folder) / name)
+        # Its own place: neither the environment nor config.json names another one.
+        clients = Clients(find_place(section, {}, Path(folder)), section.poll)
+        check = LiveCheck(clients, recipe, run)
+        steps = list_steps(check)
+        if is_text:
+            _show_steps(steps, name, section.location or "")
+        outcomes: list[Outcome] = []
 
+        def report(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            if is_text:
+                tail = f": {outcome.detail}" if outcome.detail else ""
+                console.line(f"{outcome.state:<8} {outcome.title}{tail}")
 
-# `phi3 … --rehearse`: the same command inside a rehearsed Azure on this machine; and
-# `phi3 rehearse start | stop | status | env | calls | fault`: the rehearsed Azure by itself.
-# The rehearsed Azure is a separate program, `python -m phi3_rehearsal`, which this module starts
-# and whose JSON it reads: phi3 must not know what it is rehearsed with. All of it is under
-# <runs>/rehearsal, so that neither real runs nor the user's own Prompt flow store see it.
+        def is_wanted(number: int, step: LiveStep) -> bool:
+            text = f"{number}. {step.title} ({step.price})"
+            if args.yes:
+                if is_text:
+                    console.line(text)
+                return True
+            try:
+                typed = input(f"{text}: run it? [y/N] ")
+            except EOFError:
+                return False
+            return typed.strip().lower() in ("y", "yes")
 
-RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
-_CALLS_SHOWN = 20
-_USAGE = 2  # the exit status of a usage error
-
-
-def azure_folder(runs: Path) -> Path:
-    """Where the rehearsed Azure of a runs folder stores its state."""
-    return runs.resolve() / "rehearsal" / "azure"
-
-
-def _command(action: str, runs: Path, *words: str) -> list[str]:
-    """`python -m phi3_rehearsal ACTION FOLDER …`. Raises MissingExtraError."""
-    if importlib.util.find_spec("trustme") is None:
-        raise MissingExtraError("trustme", "rehearsal")
-    return [sys.executable, "-m", "phi3_rehearsal", action, str(azure_folder(runs)), *words]
-
-
-# --- --rehearse ---
-
-
-def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Run `argv` without its --rehearse; the exit status of what ran inside."""
-    home = args.runs.resolve() / "rehearsal"
-    # Outside the folder with the rehearsed Azure's own state.
-    os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
-    inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
-    command = _command("run", args.runs, "--", *inner)
-    status = _wait(subprocess.Popen(command))  # noqa: S603 - our own commands, no shell
-    if args.output == "text":
-        console.err.print(
-            "Rehearsed on this machine; not yet run against live Azure. Add --rehearse to the "
-            "next command too; stop the rehearsal with: phi3 rehearse stop",
-            markup=False,
-        )
-    return status
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit status. Ctrl-C at a terminal reaches the child by itself; a signal does not."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                process.send_signal(signal.SIGINT)
+        if args.yes or (os.isatty(0) and is_text):
+            run_steps(check, steps, is_wanted, partial(console.progress_bar, "check"), report)
+        elif is_text:
+            console.line(
+                "Nothing was run. Run it: on a terminal, which asks before each step; or --yes"
+            )
+    if not is_text:
+        listed = [
+            {"title": step.title, "price": step.price, "by_hand": list(step.commands)}
+            for step in steps
+        ]
+        console.print_json({"steps": listed, "outcomes": [vars(item) for item in outcomes]})
+    return 1 if any(item.state == "FAILED" for item in outcomes) else 0
 
 
-def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
-    """The command line inside: on Azure, in its own run folders, the tiny recipe if none."""
-    words = _without_own(argv)
-    words += ["--runs", str(runs)]
-    if args.on is None and not args.run and not getattr(args, "named", None):
-        words += ["--on", "azure"]
-    named = any("=" not in word for word in getattr(args, "words", ()))
-    if hasattr(args, "words") and not named and not args.run:
-        place = 2 if words[0] == "azure" else 1  # after the command, and the command of `azure`
-        words.insert(place, str(find(RECIPE).resolve()))
-    return words
-
-
-def _without_own(argv: Sequence[str]) -> list[str]:
-    """Without --rehearse and --runs FOLDER."""
-    kept: list[str] = []
-    skip = False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "--runs":
-            skip = True
-        elif not (word.startswith("--runs=") or word == "--rehearse"):
-            kept.append(word)
-    return kept
-
-
-# --- phi3 rehearse ---
-
-
-def register_rehearse(subparsers: Any) -> None:
-    """Add the commands of this module."""
-    parser = subparsers.add_parser("rehearse", help=HELP["rehearse"])
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
-        return add_command(actions, name, text, f"phi3 rehearse {example}", run)
-
-    start = add("start", "start the rehearsed Azure", "start", run_start)
-    start.add_argument(
-        "--fault", action="append", default=[], metavar="FAULT", help="inject a fault (repeatable)"
+def _show_steps(steps: list[LiveStep], name: str, location: str) -> None:
+    console.line(
+        f"What to check first in {location}, cheapest first (never verified on live Azure):"
     )
-    stop = add("stop", "stop the rehearsal, its jobs and its servers", "stop", run_stop)
-    stop.add_argument("--forget", action="store_true", help="also delete its state")
-    add("status", "show whether it is running and what it contains", "status", run_status)
-    add("env", "print the variables that point the Azure SDKs to it", 'env  # eval "$(…)"', run_env)
-    clock = add(
-        "clock",
-        "show its clock or move it forward; what is due by then happens",
-        "clock 9h",
-        run_clock,
+    for number, step in enumerate(steps, start=1):
+        console.line(f"{number:>2}. {step.title}")
+        console.line(f"    {step.price}{'' if step.run else '; by hand:'}")
+        for command in step.commands:
+            console.line(f"      {command}")
+    console.line(
+        f"Steps 5 to 8 create everything they need in the resource group {name} and delete it at "
+        f"the end. If this machine dies in the meantime: az group delete --name {name}"
     )
-    clock.add_argument("by", nargs="?", default="0m", metavar="DURATION", help="30m, 9h, 2d")
-    calls = add("calls", "show the calls it answered", "calls -n 50", run_calls)
-    calls.add_argument(
-        "-n",
-        type=int,
-        default=_CALLS_SHOWN,
-        metavar="COUNT",
-        help=f"how many (default: {_CALLS_SHOWN})",
-    )
-    fault = add(
-        "fault",
-        "inject a fault: METHOD PATH KIND [name=value …]",
-        "fault 'PUT */onlineEndpoints/* 429 retry-after=1 times=2'",
-        run_fault,
-    )
-    fault.add_argument(
-        "fault", nargs="?", metavar="FAULT", help="without it, list the pending faults"
-    )
-    fault.add_argument("--clear", action="store_true", help="clear all pending faults")
-
-
-def run_start(args: argparse.Namespace) -> int:
-    """Start it, or find the one that runs."""
-    faults = [f"--fault={fault}" for fault in args.fault]
-    return _shown(args, _ask(args, "start", *faults))
-
-
-def run_stop(args: argparse.Namespace) -> int:
-    """Stop it."""
-    done = _ask(args, "stop", *(["--forget"] if args.forget else []))
-    if args.output == "json":
-        return _shown(args, done)
-    said = "The rehearsed Azure is stopped" if done["stopped"] else "No rehearsed Azure is running"
-    kept = " and its state is deleted" if args.forget else f"; its state is in {done['folder']}"
-    _line(said + kept)
-    return 0
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Whether it runs, and its resources by type."""
-    return _shown(args, _ask(args, "status"))
-
-
-def run_env(args: argparse.Namespace) -> int:
-    """The variables, for a shell."""
-    environment = _ask(args, "env")
-    if args.output == "json":
-        console.print_json(environment)
-        return 0
-    for name, value in environment.items():
-        _line(f"export {name}={shlex.quote(value)}")
-    return 0
-
-
-def run_clock(args: argparse.Namespace) -> int:
-    """Move its clock, and say which workflows ran."""
-    done = _ask(args, "clock", args.by)
-    if args.output == "json":
-        return _shown(args, done)
-    _line(f"{done['time']} by the rehearsal's clock")
-    for run in done["runs"]:
-        _line(f"{run['time']} {run['workflow']}: {run['status']}")
-    return 0
-
-
-def run_calls(args: argparse.Namespace) -> int:
-    """The journal's last calls."""
-    calls = _ask(args, "calls", "-n", str(args.n))
-    if args.output == "json":
-        console.print_json(calls)
-        return 0
-    for call in calls:
-        _line(f"{call['status']} {call['method']} {call['host']}{call['path']}")
-    return 0
-
-
-def run_fault(args: argparse.Namespace) -> int:
-    """Inject a fault, or list the pending ones."""
-    words = ["--clear"] if args.clear else []
-    pending = _ask(args, "fault", *words, *([args.fault] if args.fault else []))
-    if args.output == "json":
-        console.print_json(pending)
-        return 0
-    for text in pending or ["No injected faults are pending."]:
-        _line(text)
-    return 0
-
-
-def _ask(args: argparse.Namespace, action: str, *words: str) -> Any:
-    """What the rehearsal's own program answers. Raises UsageError or StageError in its words."""
-    command = _command(action, args.runs, *words)
-    done = subprocess.run(  # noqa: S603 - our own program, no shell
-        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", check=False
-    )
-    if done.returncode:
-        text = done.stderr.strip() or f"The rehearsal ended with exit status {done.returncode}"
-        raise UsageError(text) if done.returncode == _USAGE else StageError(text)
-    return json.loads(done.stdout)
-
-
-def _line(text: str) -> None:
-    console.out.print(text, markup=False, soft_wrap=True, highlight=False)
-
-
-def _shown(args: argparse.Namespace, value: dict[str, Any]) -> int:
-    if args.output == "json":
-        console.print_json(value)
-        return 0
-    for name, item in value.items():
-        text = ", ".join(f"{n} {k}" for k, n in item.items()) if isinstance(item, dict) else item
-        _line(f"{name:<10} {text}")
-    return 0

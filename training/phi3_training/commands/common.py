@@ -1,4 +1,4 @@
-"""What the commands share: their common options, and which recipe and run they mean."""
+"""Which recipe and which run a command line means, and what is read from the terminal."""
 
 from __future__ import annotations
 
@@ -6,142 +6,34 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 from .. import console
 from ..current import all_runs, current_of, is_connected, is_current
 from ..errors import UsageError, WeightsUnavailableError
-from ..journey import RECIPE_FILE, Journey
-from ..manifests import DatasetManifest, ModelManifest
+from ..journey import RECIPE_FILE, Journey, check_model, refuse_other_chats, refuse_other_place
+from ..manifests import ModelManifest
 from ..models import small
-from ..models.catalogue import weights_folder
-from ..models.layers import matrices_of, targets_in
-from ..models.rope import check_rope
 from ..nearest import did_you_mean
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe, recipe_names
-from ..recipe import AuditRule, Recipe, load_recipe, read_yaml, replaced_with_chats
+from ..recipe import Recipe, load_recipe, replaced_with_chats
 from ..run import Run, check_run_name
 from ..targets import HERE, get_target, is_here, target_of
 
 
-def add_command(
-    subparsers: Any, name: str, help_text: str, example: str, run: Any, *, own_output: bool = False
-) -> argparse.ArgumentParser:
-    """A subcommand with the options that every command has; -o is left to it with `own_output`."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    if not own_output:
-        parser.add_argument(
-            "-o", "--output", choices=("text", "json"), default="text", help="output format"
-        )
-    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path(os.environ.get("PHI3_RUNS", "runs")),
-        metavar="FOLDER",
-        help="where run folders are (default: runs, or $PHI3_RUNS)",
-    )
-    parser.set_defaults(run_command=run, parser=parser)
-    return parser
-
-
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """RECIPE, key=value overrides, --run and --on."""
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE | key=value",
-        help="the recipe (default: that of --run, else that of the current run, else "
-        f"{DEFAULT_RECIPES[HERE]}) and keys to change",
-    )
-    parser.add_argument(
-        "--run",
-        metavar="NAME",
-        help="run folder (default: the recipe's name; without a recipe the current run)",
-    )
-    add_on(parser, "where to run (default: where --run was created, else local)")
-
-
-def add_on(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """--on local|azure."""
-    parser.add_argument("--on", choices=("local", "azure"), help=help_text)
-
-
-def add_rehearse(parser: argparse.ArgumentParser) -> None:
-    """--rehearse: the same on an Azure that runs on this machine."""
-    parser.add_argument(
-        "--rehearse",
-        action="store_true",
-        help="run against a rehearsed Azure on this machine: no account, nothing billed",
-    )
-
-
-def add_allow(parser: argparse.ArgumentParser) -> None:
-    """--allow RULE of the label audit."""
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        choices=get_args(AuditRule),
-        metavar="RULE",
-        help="train even though this rule of the label audit is broken (repeatable; recorded in "
-        "the run)",
-    )
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """--force past the gate."""
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="deploy even if the model did not pass the gate (recorded in the run)",
-    )
-
-
-def add_no_plan(parser: argparse.ArgumentParser) -> None:
-    """--no-plan past what the plan refuses."""
-    parser.add_argument(
-        "--no-plan", action="store_true", help="start even if the plan says it cannot fit"
-    )
-
-
-def add_replace(parser: argparse.ArgumentParser) -> None:
-    """--replace: train over a run that was made from other chats."""
-    parser.add_argument(
-        "--replace", action="store_true", help="replace a run that was trained on other chats"
-    )
-
-
-def add_which_run(parser: argparse.ArgumentParser) -> None:
-    """--run NAME of the commands that use a finished run."""
-    parser.add_argument(
-        "--run", metavar="NAME", help="which run (default: the current one, see phi3 use)"
-    )
-
-
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """--adapter NAME: which of a run's adapters is meant."""
-    parser.add_argument(
-        "--adapter", metavar="NAME", help="train a named adapter (short for finetune.adapter=NAME)"
-    )
-
-
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
-    _take_current(args)
+    _use_current_run(args)
     on = where_to_run(args)
-    args.words = _with_recipe(args)
+    if args.run and all("=" in word for word in args.words):
+        # --run alone means the recipe that the run was made with.
+        check_run_name(args.run)
+        saved = args.runs.resolve() / args.run / RECIPE_FILE
+        args.words = [str(saved), *args.words] if saved.is_file() else args.words
     words = [*args.words, *from_options(args)]
     recipe = recipe_of(words, on)
-    _check_model(recipe, say=not make_run)
+    choices = check_model(recipe)
+    for choice in () if make_run else choices:  # a training prints them itself
+        console.note(choice)
     if make_run and replaced_with_chats(words):
         console.note(
             "With data.train, chats of your own: held-out chats and question are taken from them "
@@ -151,29 +43,13 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
         recipe = _with_small_weights(recipe, words, on)
     path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
-    _refuse_other_place(run, on)
+    refuse_other_place(run, on)
     if make_run and not getattr(args, "replace", False):
-        _refuse_other_chats(run, recipe)
+        refuse_other_chats(run, recipe)
     journey = Journey(recipe, run, get_target(on), find(FLOW))
     journey.force = getattr(args, "force", False)
     journey.no_plan = getattr(args, "no_plan", False)
     return journey
-
-
-def _check_model(recipe: Recipe, *, say: bool) -> None:
-    """Raise what training would stop at, where the model is known here: before any work or cost."""
-    folder = weights_folder(recipe.model.name_or_path)
-    if folder is not None:
-        check_rope(folder)
-    modules = matrices_of(recipe.model.name_or_path)
-    if modules is None or recipe.finetune.method == "full":
-        return
-    try:
-        choices = targets_in(recipe.finetune.target_modules, modules).choices
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    for choice in choices if say else ():  # a training prints them itself
-        console.note(choice)
 
 
 def _with_small_weights(recipe: Recipe, words: Sequence[str], on: str) -> Recipe:
@@ -212,24 +88,14 @@ def run_name(recipe: Recipe, on: str) -> str:
     return f"{recipe.name[:58]}-azure"
 
 
-def _refuse_other_place(run: Run, on: str) -> None:
-    """Resources that a run created elsewhere would be forgotten and might bill for ever."""
-    made_on = target_of(run)
-    if made_on != on and run.path.is_dir() and any(run.path.glob("*.json")):
-        raise UsageError(
-            f"The run {run.name!r} was created on {made_on}; resume it there with --on {made_on}, "
-            f"or start one on {on} under another name with --run NAME"
-        )
-
-
-def _take_current(args: argparse.Namespace) -> None:
+def _use_current_run(args: argparse.Namespace) -> None:
     """Without a recipe and --run the current run is meant, if there is one at that place."""
     if args.run or any("=" not in word for word in args.words):
         return
     run = current_of(args.runs)
     if run is None or args.on not in (None, target_of(run)):
         return
-    if args.on is None and not is_here(run):  # it would bill without a word
+    if args.on is None and not is_here(run):  # it would bill without notice
         on = target_of(run)
         raise UsageError(
             f"The current run {run.name!r} is on {on}: add --on {on} to continue it there, name "
@@ -239,47 +105,11 @@ def _take_current(args: argparse.Namespace) -> None:
     console.note(f"Run {run.name}, the current one (another: --run NAME, or phi3 use RUN)")
 
 
-def _refuse_other_chats(run: Run, recipe: Recipe) -> None:
-    """A model trained on other chats would be lost. The same chats at another path are the same."""
-    kept = run.path / RECIPE_FILE
-    trained = any((run.path / name).exists() for name in ("model.json", "finetune"))
-    if not trained or not kept.is_file():
-        return
-    before, now = read_yaml(kept), recipe.model_dump(mode="json")
-    if any((saved.get("finetune") or {}).get("adapter") for saved in (before, now)):
-        return  # each adapter of a run may have chats of its own
-    paths = [(saved.get("data") or {}).get("train") for saved in (before, now)]
-    if paths[0] == paths[1]:
-        return
-    from ..data import fingerprints
-
-    dataset = run.read(DatasetManifest)
-    known = [] if dataset is None else [one.sha256 for one in dataset.inputs.get("train", ())]
-    if known and known == fingerprints(recipe.data.train):
-        return
-    shown = ", ".join(map(str, paths[0] or ["unknown"]))
-    raise UsageError(
-        f"The run {run.name!r} was trained on other chats ({shown}) and would be replaced. "
-        "Keep both: add --run NAME. Replace it: add --replace"
-    )
-
-
 def from_options(args: argparse.Namespace) -> list[str]:
     """Options that are short for keys of the recipe."""
     allow, adapter = getattr(args, "allow", []), getattr(args, "adapter", None)
     words = [f"finetune.allow=[{','.join(allow)}]"] if allow else []
     return [*words, f"finetune.adapter={adapter}"] if adapter else words
-
-
-def _with_recipe(args: argparse.Namespace) -> list[str]:
-    """The words; where they name no recipe and --run names a run that has one, that one leads."""
-    words: list[str] = args.words
-    if not args.run:
-        return words
-    check_run_name(args.run)
-    kept = args.runs.resolve() / args.run / RECIPE_FILE
-    named = any("=" not in word for word in words)
-    return words if named or not kept.is_file() else [str(kept), *words]
 
 
 def recipe_of(words: Sequence[str], on: str = HERE, instead: Path | None = None) -> Recipe:
@@ -364,3 +194,17 @@ def typed_questions() -> Iterator[str]:
         if not question:
             return
         yield question
+
+
+def confirm(args: argparse.Namespace, lines: list[str]) -> None:
+    """Show what would be deleted and ask. Raises UsageError unless --yes or a typed yes."""
+    if args.yes:
+        return
+    for line in lines:
+        console.err.print(line, markup=False)
+    try:
+        typed = input("Type yes to continue: ") if os.isatty(0) else ""
+    except EOFError:
+        typed = ""
+    if typed.strip().lower() != "yes":
+        raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import MissingExtraError
 from . import HELP
-from .common import add_command
+from .options import add_command
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -50,15 +50,14 @@ def complete(parser: argparse.ArgumentParser, add_commands: Callable[[str], None
 
 def _offer_runs(parser: argparse.ArgumentParser) -> None:
     """The names of the runs wherever one is asked for."""
+    from ..current import all_runs
+
+    def run_names(parsed_args: argparse.Namespace, **_more: object) -> list[str]:
+        return [run.name for run in all_runs(parsed_args.runs)]
+
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
                 _offer_runs(each)
         elif action.metavar in ("RUN", "NAME") and action.dest in ("run", "named"):
-            action.completer = _run_names  # type: ignore[attr-defined]  # argcomplete looks for it
-
-
-def _run_names(parsed_args: argparse.Namespace, **_more: object) -> list[str]:
-    from ..current import all_runs
-
-    return [run.name for run in all_runs(parsed_args.runs)]
+            action.completer = run_names  # type: ignore[attr-defined]  # argcomplete looks for it

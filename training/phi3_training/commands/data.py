@@ -17,10 +17,12 @@ from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
 from ..stages import stages_until
 from . import HELP
-from .common import add_command, add_recipe, add_replace, journey_of, recipe_of
+from .common import journey_of, recipe_of
+from .options import add_command, add_recipe, add_replace, number
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
+    from ..data.conversation import Conversation
 
 SOURCE_HELP = (
     "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz), a folder of such files, "
@@ -39,16 +41,11 @@ def register_data(subparsers: Any) -> None:
         "files",
         nargs="+",
         metavar="SOURCE",
-        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are judged by its "
+        help=f"{SOURCE_HELP}; or a recipe (.yaml), with key=value, whose chats are checked by its "
         "own data: keys and the tokenizer of its model",
     )
     check.add_argument("--report", type=Path, metavar="FILE", help="write every fault to this file")
-    check.add_argument(
-        "--model",
-        type=Path,
-        metavar="FOLDER",
-        help="count tokens with this model folder's tokenizer",
-    )
+    _add_model(check, "count tokens with this model folder's tokenizer")
     prepare = add_command(
         actions, "prepare", "check, split and copy the chats into the run", "phi3 data prepare",
         run_prepare,
@@ -62,7 +59,7 @@ def register_data(subparsers: Any) -> None:
     _add_out(fix)
     fix.add_argument("--report", type=Path, metavar="FILE", help="write every change to this file")
     convert = add_command(
-        actions, "convert", "write chats of any format in one form, unchanged",
+        actions, "convert", "write chats of any format as messages, otherwise unchanged",
         "phi3 data convert chats.csv -o chats.jsonl", run_convert, own_output=True,
     )  # fmt: skip
     _add_out(convert)
@@ -76,18 +73,19 @@ def register_data(subparsers: Any) -> None:
         actions, "show", "print conversations", "phi3 data show a.jsonl -n 3 --tokens", run_show
     )
     show.add_argument("file", metavar="SOURCE", help=SOURCE_HELP)
-    show.add_argument("-n", type=_count, default=5, metavar="COUNT", help="how many (default: 5)")
+    show.add_argument(
+        "-n", type=number(0), default=5, metavar="COUNT", help="how many (default: 5)"
+    )
     show.add_argument(
         "--tokens",
         action="store_true",
         help="show the exact training text, with the trained tokens marked",
     )
-    show.add_argument(
-        "--model",
-        type=Path,
-        metavar="FOLDER",
-        help="whose tokenizer (default: the base model of the most recent run)",
-    )
+    _add_model(show, "whose tokenizer (default: the base model of the most recent run)")
+
+
+def _add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help=help_text)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -111,16 +109,12 @@ def run_check(args: argparse.Namespace) -> int:
         rules = None
         if args.model:
             rules = TokenRules(
-                chat_of(args.model), DataSection(train=[Path(one) for one in args.files])
+                chat_of(args.model), DataSection(train=[Path(file) for file in args.files])
             )
         report = check(args.files, args.model, rules=rules)
     if args.report:
         write_atomically(args.report, report.every_line())
-    if args.output == "json":
-        console.print_json(report.as_dict())
-    else:
-        for line in report.lines():
-            console.out.print(line, markup=False)
+    console.show(args.output, report.as_dict(), *report.lines())
     return 1 if report.faults else 0
 
 
@@ -164,15 +158,9 @@ def run_fix(args: argparse.Namespace) -> int:
     report = fix(args.files, _out_of(args), force=args.force)
     if args.report:
         write_atomically(args.report, report.every_line())
-    if args.output == "json":
-        console.print_json(report.as_dict())
-        return 0
-    for line in report.lines():
-        console.out.print(line, markup=False)
-    if args.report:
-        console.out.print(f"Every change: {args.report}", markup=False)
-    console.out.print(f"Next: phi3 data check {report.out}", markup=False)
-    return 0
+    lines = [*report.lines(), *([f"Every change: {args.report}"] if args.report else [])]
+    last = f"Next: phi3 data check {report.out}"
+    return console.show(args.output, report.as_dict(), *lines, last)
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -180,12 +168,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from ..data.repair import convert
 
     report = convert(args.files, _out_of(args), args.to, force=args.force)
-    if args.output == "json":
-        console.print_json(report.as_dict())
-    else:
-        for line in report.lines():
-            console.out.print(line, markup=False)
-    return 0
+    return console.show(args.output, report.as_dict(), *report.lines())
 
 
 def run_prepare(args: argparse.Namespace) -> int:
@@ -215,34 +198,27 @@ def run_show(args: argparse.Namespace) -> int:
         return 0
     for conversation in shown:
         place = f"{conversation.source.name}:{conversation.line}"
-        console.out.print(place, style="dim", markup=False)
+        console.line(place, "dim")
         for message in conversation.messages:
             role = message.role if message.learn else f"{message.role} (not learnt)"
-            console.out.print(f"  {role}: {message.content}", markup=False)
+            console.line(f"  {role}: {message.content}")
     return 0
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _show_tokens(args: argparse.Namespace, shown: list[Any]) -> int:
+def _show_tokens(args: argparse.Namespace, conversations: list[Conversation]) -> int:
     from ..data.check import TokenViewer
 
     viewer = TokenViewer(args.model or _last_base(args.runs))
-    views = [viewer.view(conversation) for conversation in shown]
+    views = [viewer.view(conversation) for conversation in conversations]
     if args.output == "json":
         console.print_json([view.as_dict() for view in views])
         return 0
     plain = console.out.color_system is None or console.out.no_color
     how = "in ⟦ ⟧" if plain else "in green"
-    console.out.print(f"trained tokens are {how}; the rest is context", style="dim")
+    console.line(f"trained tokens are {how}; the rest is context", "dim")
     for view in views:
-        console.out.print(
-            f"{view.place}: {view.trained} of {len(view.ids)} tokens are trained on", style="dim"
-        )
+        counted = f"{view.trained} of {len(view.ids)} tokens are trained on"
+        console.line(f"{view.place}: {counted}", "dim")
         console.out.print(coloured(view.stretches, marked=plain))
     return 0
 

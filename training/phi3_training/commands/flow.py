@@ -14,57 +14,54 @@ from ..errors import UsageError
 from ..flow.bundle import BASE, pack, write_image
 from ..progress import note
 from ..project import FLOW, find
-from ..run import Run
 from ..targets import is_here
 from . import HELP
-from .common import add_command, add_rehearse, current_run
+from .common import current_run
+from .options import add_address, add_command, add_out_folder, add_rehearse, add_run
 
-# What the commands of `phi3 flow` share: which flow, and what of it travels.
 
-
-def add_flow(parser: argparse.ArgumentParser) -> None:
-    """FLOW, feed, image and further files: what `pack` and whatever builds on it take."""
-    add_flow_argument(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--feed",
-        metavar="URL",
-        help="install the tool from this package index instead of carrying its source",
+def register_flow(subparsers: Any) -> None:
+    """Add the commands of this module."""
+    parser = subparsers.add_parser("flow", help=HELP["flow"])
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    packs = add_command(
+        actions,
+        "pack",
+        "write a folder and a zip file of the flow, ready to import",
+        "phi3 flow pack flows/phi3_chat --out dist",
+        run_pack,
     )
-    source.add_argument(
-        "--image", metavar="NAME", help="image of the compute session, with the tool installed"
+    add_out_folder(packs)
+    packs.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier zip file that differs"
     )
-    add_extra(parser)
-
-
-def add_flow_argument(parser: argparse.ArgumentParser) -> None:
-    """FLOW, by default the shipped chat flow."""
-    parser.add_argument(
-        "flow", nargs="?", type=Path, metavar="FLOW", help=f"the flow's folder (default: {FLOW})"
+    image = add_command(
+        actions,
+        "image",
+        "write a container build context that serves the flow: small, no connection store, "
+        "non-root",
+        "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
+        run_image,
     )
-
-
-def add_extra(parser: argparse.ArgumentParser) -> None:
-    """--add FILE."""
-    parser.add_argument(
-        "--add",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="another file of the flow's folder that its code reads (repeatable)",
+    image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
+    image.add_argument(
+        "--base", default=BASE, metavar="IMAGE", help=f"base image (default: {BASE})"
     )
-
-
-def flow_of(args: argparse.Namespace) -> Path:
-    """The flow folder that is meant."""
-    return args.flow or find(FLOW)
-
-
-# `phi3 flow push`: packs a flow and creates it in the run's workspace and Foundry project.
-
-
-def add_push(actions: Any) -> None:
-    """`push`, among the other actions of `phi3 flow`."""
+    add_out_folder(image)
+    serve = add_command(
+        actions,
+        "serve",
+        "serve the flow like `pf flow serve`, with endpoint and key from the environment only",
+        'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
+        run_serve,
+    )
+    serve.add_argument(
+        "--engine", choices=("flask", "fastapi"), default="fastapi", help="default fastapi"
+    )
+    add_address(serve, 8080)
+    serve.add_argument(
+        "--workers", type=int, default=1, help="worker processes (fastapi only; default 1)"
+    )
     push = add_command(
         actions,
         "push",
@@ -72,10 +69,7 @@ def add_push(actions: Any) -> None:
         "phi3 flow push flows/phi3_chat --run phi3-mini-azure",
         run_push,
     )
-    add_flow(push)
-    push.add_argument(
-        "--run", metavar="NAME", help="which run on Azure (default: the current one there)"
-    )
+    add_run(push, "which run on Azure (default: the current one there)")
     push.add_argument(
         "--to",
         choices=("both", "workspace", "project"),
@@ -84,179 +78,36 @@ def add_push(actions: Any) -> None:
     )
     push.set_defaults(on="azure")
     add_rehearse(push)
-
-
-def run_push(args: argparse.Namespace) -> int:
-    """Push the flow and print where to open it."""
-    from ..targets.azure.target import AzureTarget
-
-    target = AzureTarget()
-    run = _run(args)
-    with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
-        note(progress, "packing")
-        bundle = pack(
-            flow_of(args),
-            Path(scratch),
-            feed=args.feed,
-            image=args.image,
-            extra=args.add,
+    for each in (packs, image, serve, push):
+        each.add_argument(
+            "flow",
+            nargs="?",
+            type=Path,
+            metavar="FLOW",
+            help=f"the flow's folder (default: {FLOW})",
         )
-        pushed = target.push(run, bundle, args.to, progress)
-    if args.output == "json":
-        console.print_json(pushed)
-        return 0
-    for item in pushed:
-        said = "already exists" if item["state"] == "exists" else "created"
-        console.out.print(f"{item['display_name']} {said} in {item['workspace']}", markup=False)
-        if item["page"]:
-            console.out.print(f"  open it at {item['page']}", markup=False)
-    return 0
-
-
-def _run(args: argparse.Namespace) -> Run:
-    if args.run:
-        return current_run(args)
-    runs = [run for run in all_runs(args.runs) if not is_here(run)]
-    if not runs:
-        raise UsageError(
-            f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"
+    for each in (packs, image, push):
+        each.add_argument(
+            "--add",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="another file of the flow's folder that its code reads (repeatable)",
         )
-    return runs[0]
-
-
-OUT = Path("dist")
-
-
-def register_flow(subparsers: Any) -> None:
-    """Add the commands of this module."""
-    parser = subparsers.add_parser("flow", help=HELP["flow"])
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for add in (_add_pack, _add_image, _add_serve, add_push, _add_to_agent):
-        add(actions)
-
-
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"output folder (default: {OUT})"
-    )
-
-
-def _add_pack(actions: Any) -> None:
-    pack = add_command(
-        actions,
-        "pack",
-        "write a folder and a zip file of the flow, ready to import",
-        "phi3 flow pack flows/phi3_chat --out dist",
-        run_pack,
-    )
-    add_flow(pack)
-    _add_out(pack)
-    pack.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier zip file that differs"
-    )
-
-
-def run_pack(args: argparse.Namespace) -> int:
-    """Pack; print where the results are."""
-    from ..flow.bundle import pack
-
-    bundle = pack(
-        flow_of(args),
-        args.out,
-        feed=args.feed,
-        image=args.image,
-        extra=args.add,
-        overwrite=args.overwrite,
-    )
-    if args.output == "json":
-        console.print_json(
-            {
-                "folder": bundle.folder,
-                "zip": bundle.zip_path,
-                "sha256": bundle.sha256,
-                "files": list(bundle.files),
-            }
+    for each in (packs, push):
+        tool = each.add_mutually_exclusive_group()
+        tool.add_argument(
+            "--feed",
+            metavar="URL",
+            help="install the tool from this package index instead of carrying its source",
         )
-        return 0
-    console.out.print(f"Folder: {bundle.folder} ({len(bundle.files)} files)", markup=False)
-    console.out.print(f"Zip:    {bundle.zip_path}", markup=False)
-    console.out.print(f"SHA256: {bundle.sha256}", markup=False)
-    return 0
-
-
-def _add_image(actions: Any) -> None:
-    image = add_command(
-        actions,
-        "image",
-        "write a container build context that serves the flow: small, no connection store, not "
-        "root",
-        "phi3 flow image flows/phi3_chat && docker build -t phi3-flow dist/phi3_chat-image",
-        run_image,
-    )
-    add_flow_argument(image)
-    image.add_argument("--feed", metavar="URL", help="install the tool from this package index")
-    image.add_argument(
-        "--base", default=BASE, metavar="IMAGE", help=f"base image (default: {BASE})"
-    )
-    add_extra(image)
-    _add_out(image)
-
-
-def run_image(args: argparse.Namespace) -> int:
-    """Write the context; print how it is built and run."""
-    context = write_image(flow_of(args), args.out, base=args.base, feed=args.feed, extra=args.add)
-    if args.output == "json":
-        console.print_json(
-            {"folder": context.folder, "start": context.start, "files": context.files}
+        tool.add_argument(
+            "--image", metavar="NAME", help="image of the compute session, with the tool installed"
         )
-        return 0
-    shown = shlex.quote(str(context.folder))
-    for line in (
-        f"Image:  {context.folder} ({len(context.files)} files)",
-        f"Build:  docker build -t phi3-flow {shown}",
-        "Run:    docker run -p 8080:8080 -e PHI3_ENDPOINT -e PHI3_KEY --read-only --tmpfs /tmp "
-        "phi3-flow",
-    ):
-        console.out.print(line, markup=False)
-    return 0
-
-
-def _add_serve(actions: Any) -> None:
-    serve = add_command(
-        actions,
-        "serve",
-        "serve the flow like `pf flow serve`, with endpoint and key from the environment only",
-        'eval "$(phi3 env)" && phi3 flow serve flows/phi3_chat --port 8080',
-        run_serve,
-    )
-    add_flow_argument(serve)
-    serve.add_argument("--engine", choices=("flask", "fastapi"), default="fastapi")
-    serve.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080, help="default 8080")
-    serve.add_argument(
-        "--workers", type=int, default=1, help="worker processes (fastapi only; default 1)"
-    )
-
-
-def run_serve(args: argparse.Namespace) -> int:
-    """Serve in this process until Ctrl-C."""
-    from ..flow.server import serve_flow
-
-    flow = flow_of(args)
-    url = f"http://{args.host}:{args.port}/score"
-    if args.output == "json":
-        console.print_json({"flow": flow, "url": url, "engine": args.engine})
-    else:
-        console.err.print(f"Loading {flow}, to serve it at {url} until Ctrl-C …", markup=False)
-    serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
-    return 0
-
-
-def _add_to_agent(actions: Any) -> None:
     to_agent = add_command(
         actions,
         "to-agent",
-        "convert a flow to Agent Framework, proved on your own rows: same requests, same answers",
+        "convert a flow to Agent Framework, verified on your own rows: same requests, same answers",
         "phi3 flow to-agent flows/phi3_chat --data flows/phi3_chat/samples.jsonl",
         run_to_agent,
     )
@@ -273,26 +124,101 @@ def _add_to_agent(actions: Any) -> None:
     )
 
 
+def run_pack(args: argparse.Namespace) -> int:
+    """Pack; print where the results are."""
+    bundle = pack(
+        args.flow or find(FLOW),
+        args.out,
+        feed=args.feed,
+        image=args.image,
+        extra=args.add,
+        overwrite=args.overwrite,
+    )
+    return console.show(
+        args.output,
+        {
+            "folder": bundle.folder,
+            "zip": bundle.zip_path,
+            "sha256": bundle.sha256,
+            "files": list(bundle.files),
+        },
+        f"Folder: {bundle.folder} ({len(bundle.files)} files)",
+        f"Zip:    {bundle.zip_path}",
+        f"SHA256: {bundle.sha256}",
+    )
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Pack the flow, create it in the run's workspace and project, print where to open it."""
+    from ..targets.azure.target import AzureTarget
+
+    target = AzureTarget()
+    if args.run:
+        run = current_run(args)
+    else:
+        away = [run for run in all_runs(args.runs) if not is_here(run)]
+        if not away:
+            raise UsageError(
+                f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"
+            )
+        run = away[0]
+    with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
+        note(progress, "packing")
+        flow = args.flow or find(FLOW)
+        bundle = pack(flow, Path(scratch), feed=args.feed, image=args.image, extra=args.add)
+        pushed = target.push(run, bundle, args.to, progress)
+    lines = []
+    for item in pushed:
+        done = "already exists" if item["state"] == "exists" else "created"
+        lines.append(f"{item['display_name']} {done} in {item['workspace']}")
+        if item["page"]:
+            lines.append(f"  open it at {item['page']}")
+    return console.show(args.output, pushed, *lines)
+
+
+def run_image(args: argparse.Namespace) -> int:
+    """Write the context; print how it is built and run."""
+    flow = args.flow or find(FLOW)
+    context = write_image(flow, args.out, base=args.base, feed=args.feed, extra=args.add)
+    return console.show(
+        args.output,
+        {"folder": context.folder, "start": context.start, "files": context.files},
+        f"Image:  {context.folder} ({len(context.files)} files)",
+        f"Build:  docker build -t phi3-flow {shlex.quote(str(context.folder))}",
+        "Run:    docker run -p 8080:8080 -e PHI3_ENDPOINT -e PHI3_KEY --read-only --tmpfs /tmp "
+        "phi3-flow",
+    )
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve in this process until Ctrl-C."""
+    from ..flow.server import serve_flow
+
+    flow = args.flow or find(FLOW)
+    url = f"http://{args.host}:{args.port}/score"
+    if args.output == "json":
+        console.print_json({"flow": flow, "url": url, "engine": args.engine})
+    else:
+        console.err.print(f"Loading {flow}, to serve it at {url} until Ctrl-C …", markup=False)
+    serve_flow(flow, host=args.host, port=args.port, engine=args.engine, workers=args.workers)
+    return 0
+
+
 def run_to_agent(args: argparse.Namespace) -> int:
-    """Convert; print what was written and proved."""
+    """Convert; print what was written and verified."""
     from ..agent.convert import convert
 
     out = args.out or Path(args.flow.resolve().name + "_agent")
     done = convert(args.flow, args.data, out)
-    if args.output == "json":
-        console.print_json(
-            {
-                "folder": done.folder,
-                "files": list(done.files),
-                "rows": done.rows,
-                "requests": done.requests,
-            }
-        )
-        return 0
-    for line in (
+    return console.show(
+        args.output,
+        {
+            "folder": done.folder,
+            "files": list(done.files),
+            "rows": done.rows,
+            "requests": done.requests,
+        },
         f"Folder: {done.folder} ({len(done.files)} files)",
-        f"Proved: {done.rows} rows whole and streamed, {done.requests} requests, all the same",
+        f"Verified: {done.rows} rows whole and streamed, {done.requests} requests, all the same",
         f'Run:    eval "$(phi3 env)" && .venv-agent/bin/python {done.folder}/agent.py "A question"',
-    ):
-        console.out.print(line, markup=False)
-    return 0
+    )

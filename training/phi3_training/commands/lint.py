@@ -1,4 +1,4 @@
-"""`phi3 lint`: names what will not run any more in a tutorial's or a user's files."""
+"""`phi3 lint`: names what no longer runs in a tutorial's or a user's files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import console
 from . import HELP
-from .common import add_command
+from .options import add_command
 
 
 def register_lint(subparsers: Any) -> None:
@@ -24,20 +24,21 @@ def register_lint(subparsers: Any) -> None:
 
 
 def run_lint(args: argparse.Namespace) -> int:
-    """Show each place with its cure; exit 1 when there is one."""
+    """Show each place with its fix; exit 1 when there is one."""
     from ..lint import files_in, lint
 
     files = files_in(args.paths)
-    found = lint(files)
-    if args.output == "json":
-        console.print_json(
-            {"ok": not found, "files": len(files), "findings": [each.as_dict() for each in found]}
-        )
-        return 1 if found else 0
-    for each in found:
-        console.out.print(str(each), markup=False)
-    places = f"{len(found)} place{'' if len(found) == 1 else 's'}"
-    said = f"{places} will not run any more or show a key" if found else "Nothing dead was found"
-    counted = f"{len(files)} file{'' if len(files) == 1 else 's'} read"
-    console.out.print(f"{said}; {counted}", markup=False)
-    return 1 if found else 0
+    findings = lint(files)
+    places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"
+    result = f"{places} to fix" if findings else "Nothing outdated was found"
+    console.show(
+        args.output,
+        {
+            "ok": not findings,
+            "files": len(files),
+            "findings": [finding.as_dict() for finding in findings],
+        },
+        *map(str, findings),
+        f"{result}; {len(files)} file{'' if len(files) == 1 else 's'} read",
+    )
+    return 1 if findings else 0

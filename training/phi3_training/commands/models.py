@@ -1,30 +1,23 @@
-"""`phi3 models`: what a recipe can name as its base model, and Llama-class folders as Phi-3."""
+"""`phi3 models | recipes | init | adapters | export`: what can be trained, and what came of it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import console
 from ..current import current_of
 from ..errors import MissingExtraError, UsageError
-from ..manifests import EXPORTS, ExportCheck, Limits
+from ..manifests import EXPORTS, ExportCheck
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..recipe.keys import keys_of
 from ..run import Run
 from . import HELP
-from .common import add_command, add_which_run, named_run, tuned_run
-
-if TYPE_CHECKING:
-    from ..finetune.weights import Adapter
-
-_ANY_RECIPES = (
-    "You can also name any folder with a causal language model as safetensors and a chat "
-    "template:\n  phi3 up RECIPE model.name_or_path=/path/to/folder"
-)
+from .common import named_run, tuned_run
+from .options import add_command, add_run
 
 
 def register_models(subparsers: Any) -> None:
@@ -49,32 +42,51 @@ def run_models(args: argparse.Namespace) -> int:
     """List the catalogue, or convert."""
     if args.convert:
         return _convert(args)
-    rows = [_row(model) for model in CATALOGUE]
+    rows = [_facts_of(model) for model in CATALOGUE]
     if args.output == "json":
         console.print_json(rows)
         return 0
     for row in rows:
-        console.out.print(row["name"], style="bold", markup=False)
         here = "created in each run" if row["name"] == TINY else row["folder"] or "not downloaded"
-        console.out.print(
+        console.line(str(row["name"]), "bold")
+        console.line(
             f"    {row['what']}\n"
             f"    licence {row['license']}, chat template {row['template']}, "
             f"{row['weights']} from: {row['source']}\n"
             f"    memory to train {row['memory_to_train']}, to serve {row['memory_to_serve']}\n"
-            f"    recipe {row['recipe']}; {here}",
-            markup=False,
+            f"    recipe {row['recipe']}; {here}"
         )
-    console.out.print(
-        "Memory as `phi3 plan` calculates it for the recipe and its chats.",
-        style="dim",
+    console.line("Memory as `phi3 plan` calculates it for the recipe and its chats.", "dim")
+    console.line(
+        "You can also name any folder with a causal language model as safetensors and a chat "
+        "template:\n  phi3 up RECIPE model.name_or_path=/path/to/folder"
     )
-    console.out.print(_ANY_RECIPES, markup=False)
     return 0
 
 
-def _row(model: KnownModel) -> dict[str, Any]:
+def _facts_of(model: KnownModel) -> dict[str, str | None]:
+    """What is known of a model, and the memory that training and serving it take."""
+    from ..memory import memory_plan, of_size, row_sizes
+    from ..memory.model import gib, shape_from
+    from ..recipe import load_recipe
+
+    weights = "3 MB"
+    if model.shape:
+        parameters = shape_from(model.shape, model.name).parameters
+        # As phi3 stores them: bf16, or float32 for `small`.
+        weights = f"{parameters * (4 if model.name == SMALL else 2) / 1e9:.1f} GB"
+    recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
+    on_cpu = model.name in (TINY, SMALL)
+    rows = row_sizes(recipe, Run(Path("runs") / recipe.name))
+    held: dict[str, int] = {}  # bytes, by stage
+    for line in memory_plan(recipe, of_size(80, "cpu" if on_cpu else "cuda"), rows):
+        if "bytes" in line.details:
+            held[line.stage] = max(held.get(line.stage, 0), line.details["bytes"])
+    train, serve = (
+        f"{gib(held[stage])} {'CPU' if on_cpu else 'GPU'}" if stage in held else "unknown"
+        for stage in ("finetune", "deploy")
+    )
     folder = None if model.name == TINY else weights_folder(model.name)
-    train, serve = _memory(model)
     return {
         "name": model.name,
         "what": model.what,
@@ -82,43 +94,11 @@ def _row(model: KnownModel) -> dict[str, Any]:
         "template": model.template,
         "source": model.source,
         "recipe": str(RECIPES / model.recipe),
-        "weights": _size(model),
+        "weights": weights,
         "memory_to_train": train,
         "memory_to_serve": serve,
         "folder": None if folder is None else str(folder),
     }
-
-
-def _size(model: KnownModel) -> str:
-    """The size of the weights on disk, as phi3 stores them: bf16, or float32 for `small`."""
-    from ..memory.model import shape_from
-
-    if not model.shape:
-        return "3 MB"
-    parameters = shape_from(model.shape, model.name).parameters
-    size = parameters * (4 if model.name == SMALL else 2)
-    return f"{size / 1e9:.1f} GB"
-
-
-def _memory(model: KnownModel) -> tuple[str, str]:
-    """What training and serving hold, by the memory plan of the model's own recipe."""
-    from ..memory import memory_plan, of_size, row_sizes
-    from ..memory.model import gib
-    from ..recipe import load_recipe
-    from ..run import Run
-
-    recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
-    kind = "cpu" if model.name in (TINY, SMALL) else "cuda"
-    sizes: dict[str, int] = {}
-    rows = row_sizes(recipe, Run(Path("runs") / recipe.name))
-    for line in memory_plan(recipe, of_size(80, "cpu" if kind == "cpu" else "cuda"), rows):
-        if "bytes" in line.details:
-            sizes[line.stage] = max(sizes.get(line.stage, 0), line.details["bytes"])
-    where = "CPU" if kind == "cpu" else "GPU"
-    return (
-        f"{gib(sizes['finetune'])} {where}" if "finetune" in sizes else "unknown",
-        f"{gib(sizes['deploy'])} {where}" if "deploy" in sizes else "unknown",
-    )
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -137,15 +117,13 @@ def _convert(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "local") from None
     difference = convert(source, target)
-    if args.output == "json":
-        console.print_json({"folder": str(target), "largest_logit_difference": difference})
-    else:
-        console.out.print(
-            f"Written: {target}\nLargest difference in logits: {difference:g}\n"
-            f"Use it with: phi3 up RECIPE model.name_or_path={target}",
-            markup=False,
-        )
-    return 0
+    return console.show(
+        args.output,
+        {"folder": str(target), "largest_logit_difference": difference},
+        f"Written: {target}",
+        f"Largest difference in logits: {difference:g}",
+        f"Use it with: phi3 up RECIPE model.name_or_path={target}",
+    )
 
 
 # `phi3 recipes`: the shipped recipes, and every key a recipe may have.
@@ -167,27 +145,25 @@ def register_recipes(subparsers: Any) -> None:
 def run_recipes(args: argparse.Namespace) -> int:
     """List recipes with the first line of their header, or all keys."""
     if args.keys is not None:
-        return _show_keys(args.keys, args.output)
+        return _show_keys(args)
     paths = sorted(find(RECIPES).glob("*.yaml"))
     headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
     listed = {
         str(RECIPES / path.name): header.lstrip("# ")
         for path, header in zip(paths, headers, strict=True)
     }
-    if args.output == "json":
-        console.print_json(listed)
-        return 0
     width = max(len(name) for name in listed)
-    for name, text in listed.items():
-        console.out.print(f"{name:<{width}}  {text}", markup=False)
-    return 0
+    lines = (f"{name:<{width}}  {text}" for name, text in listed.items())
+    return console.show(args.output, listed, *lines)
 
 
-def _show_keys(part: str, form: str) -> int:
-    keys = [key for key in keys_of(Recipe) if part in key.name]
+def _show_keys(args: argparse.Namespace) -> int:
+    keys = [key for key in keys_of(Recipe) if args.keys in key.name]
     if not keys:
-        raise UsageError(f"No key of a recipe contains {part!r}; all keys: phi3 recipes --keys")
-    if form == "json":
+        raise UsageError(
+            f"No key of a recipe contains {args.keys!r}; all keys: phi3 recipes --keys"
+        )
+    if args.output == "json":
         console.print_json(
             {
                 key.name: {
@@ -202,7 +178,7 @@ def _show_keys(part: str, form: str) -> int:
     for key in keys:
         default = "(required)" if key.default is None else f"default {key.default}"
         console.out.print(key.name, style="bold", markup=False, end="  ")
-        console.out.print(f"{default}; {key.allowed}\n    {key.description}", markup=False)
+        console.line(f"{default}; {key.allowed}\n    {key.description}")
     return 0
 
 
@@ -211,25 +187,19 @@ def _show_keys(part: str, form: str) -> int:
 
 def register_init(subparsers: Any) -> None:
     """Add the command of this module."""
-    parser = add_command(
-        subparsers,
-        "init",
-        HELP["init"],
-        "phi3 init my-phi3",
-        run_init,
-    )
+    parser = add_command(subparsers, "init", HELP["init"], "phi3 init my-phi3", run_init)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
 
 
 def run_init(args: argparse.Namespace) -> int:
     """Write the project and say what to do with it."""
     written = copy_project(args.folder)
-    if args.output == "json":
-        console.print_json({"folder": str(args.folder), "written": [str(path) for path in written]})
-        return 0
-    console.out.print(f"Created in {args.folder}: {', '.join(map(str, written))}", markup=False)
-    console.out.print(f"Next: cd {args.folder} && phi3 up recipe.yaml", markup=False)
-    return 0
+    return console.show(
+        args.output,
+        {"folder": str(args.folder), "written": [str(path) for path in written]},
+        f"Created in {args.folder}: {', '.join(map(str, written))}",
+        f"Next: cd {args.folder} && phi3 up recipe.yaml",
+    )
 
 
 # `phi3 adapters`: lists the named adapters of a run, or merges one into full weights.
@@ -244,54 +214,40 @@ def register_adapters(subparsers: Any) -> None:
         "phi3 adapters --merge french",
         run_adapters,
     )
-    add_which_run(parser)
+    add_run(parser)
     parser.add_argument("--merge", metavar="ADAPTER", help="write run/merged/ADAPTER")
 
 
 def run_adapters(args: argparse.Namespace) -> int:
     """List them, or merge one."""
-    run = _run(args)  # before torch is loaded, which takes seconds
+    run = named_run(args.runs, args.run) if args.run else current_of(args.runs)
+    if run is None:
+        raise UsageError(f"There is no run under {args.runs}; create one with: phi3 up")
+    # Here, after the run is known to exist: torch takes seconds to load.
     from ..finetune.weights import list_adapters, merge_adapter
 
     if args.merge is not None:
         with run.lock():
             folder = merge_adapter(run, args.merge)
-        if args.output == "json":
-            console.print_json({"name": args.merge, "path": str(folder)})
-        else:
-            console.out.print(f"Merged {args.merge}: {folder}", markup=False)
-        return 0
-    found = list_adapters(run)
+        merged = {"name": args.merge, "path": str(folder)}
+        return console.show(args.output, merged, f"Merged {args.merge}: {folder}")
+    adapters = list_adapters(run)
     if args.output == "json":
-        console.print_json([adapter.as_dict() for adapter in found])
-    elif not found:
-        console.out.print(
+        console.print_json([adapter.as_dict() for adapter in adapters])
+        return 0
+    if not adapters:
+        console.line(
             f"The run {run.name!r} has no named adapter; train one: "
-            "phi3 train RECIPE --adapter NAME",
-            markup=False,
+            "phi3 train RECIPE --adapter NAME"
         )
-    else:
-        columns = ["adapter", "method", "final loss", "folder"]
-        console.table(f"Adapters of {run.name}", columns, [_line(adapter) for adapter in found])
+        return 0
+    rows = []
+    for adapter in adapters:
+        stale = "" if adapter.fits else " (trained on an earlier base: train it again)"
+        method, loss = adapter.notes.get("method", "?"), adapter.notes.get("final_loss", "")
+        rows.append([adapter.name, str(method), str(loss), f"{adapter.path}{stale}"])
+    console.table(f"Adapters of {run.name}", ["adapter", "method", "final loss", "folder"], rows)
     return 0
-
-
-def _line(adapter: Adapter) -> list[str]:
-    stale = "" if adapter.fits else " (trained on an earlier base: train it again)"
-    loss = adapter.notes.get("final_loss", "")
-    return [
-        adapter.name,
-        str(adapter.notes.get("method", "?")),
-        str(loss),
-        f"{adapter.path}{stale}",
-    ]
-
-
-def _run(args: argparse.Namespace) -> Run:
-    run = named_run(args.runs, args.run) if args.run else current_of(args.runs)
-    if run is None:
-        raise UsageError(f"There is no run under {args.runs}; create one with: phi3 up")
-    return run
 
 
 # `phi3 export`: the tuned model in another format, compared with the original.
@@ -310,7 +266,7 @@ def register_export(subparsers: Any) -> None:
         run_export,
     )
     parser.add_argument("--to", choices=FORMATS, required=True, help="target format")
-    add_which_run(parser)
+    add_run(parser)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -324,22 +280,16 @@ def run_export(args: argparse.Namespace) -> int:
     if args.output == "json":
         console.print_json(manifest.as_json())
     else:
-        _show(str(run.path / manifest.path), check)
+        _show_check(str(run.path / manifest.path), check)
     return 0 if check.passed else 1
 
 
-def _show(path: str, check: ExportCheck) -> None:
-    console.out.print(f"Written: {path}", markup=False)
-    if check.limits is None:
-        console.out.print(check.note or "", markup=False)
+def _show_check(path: str, check: ExportCheck) -> None:
+    console.line(f"Written: {path}")
+    limits = check.limits
+    if limits is None:
+        console.line(check.note or "")
         return
-    title = f"Compared with {check.compared_with}, {check.prompts} fixed prompts"
-    console.table(title, ["figure", "measured", "limit"], _rows(check, check.limits))
-    for problem in check.problems:
-        console.out.print(f"Over the limit: {problem}", markup=False)
-
-
-def _rows(check: ExportCheck, limits: Limits) -> list[list[str]]:
     rows = [
         ["same token chosen", f"{check.token_agreement:.2%}",
          f"at least {limits.token_agreement:.1%}"],
@@ -357,4 +307,7 @@ def _rows(check: ExportCheck, limits: Limits) -> list[list[str]]:
             [f"largest weight difference, {layers.layer}", f"{layers.largest:.2g}",
              f"at most {limits.weights:g}"]
         )  # fmt: skip
-    return rows
+    title = f"Compared with {check.compared_with}, {check.prompts} fixed prompts"
+    console.table(title, ["figure", "measured", "limit"], rows)
+    for problem in check.problems:
+        console.line(f"Over the limit: {problem}")

@@ -8,28 +8,28 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import ValidationError
-from rich.text import Text
-
-from phi3_tool.azure_search import read_settings
 from phi3_tool.embedders import embedder_of
-from phi3_tool.errors import ConfigurationError
 from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
 
 from .. import console
 from ..errors import UsageError
-from ..project import RAG_FLOW
-from ..recipe.azure import AzureSection
-from ..run import Run, write_atomically
+from ..project import DOCUMENTS_RUN
+from ..rag.index_files import (
+    azure_section,
+    create_service,
+    index_file,
+    index_of,
+    publish_to_flow,
+    search_file,
+    service_id,
+    take_down,
+)
+from ..run import Run
 from . import HELP
-from .common import add_command
-from .rag_compare import DEFAULT_DOCUMENTS, register_compare
-
-if TYPE_CHECKING:
-    from ..rag.azure_search import Destination
-    from ..targets.azure.clients import Clients
+from .options import add_command, add_run, add_top_k
+from .rag_compare import add_questions, register_compare
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
@@ -55,9 +55,9 @@ def register_rag(subparsers: Any) -> None:
         "--embedder",
         choices=("auto", "onnx", "endpoint", "none"),
         default="auto",
-        help="auto (default): all-MiniLM-L6-v2 on this machine, words alone where it cannot be "
+        help="auto (default): all-MiniLM-L6-v2 on this machine, words only where it cannot be "
         "downloaded; onnx: MiniLM or --embedder-folder, nothing else; endpoint: --base-url; "
-        "none: words alone",
+        "none: words only",
     )
     index.add_argument(
         "--embedder-folder",
@@ -78,49 +78,30 @@ def register_rag(subparsers: Any) -> None:
         action="store_true",
         help="index the other documents when some cannot be read",
     )
-    index.add_argument("--rebuild", action="store_true", help="start over from nothing")
-    _add_run(index)
+    index.add_argument("--rebuild", action="store_true", help="start over from scratch")
     search = add_command(
-        actions, "search", "show the passages that a question finds, with their scores",
+        actions, "search", "show the passages for a question, with their scores",
         'phi3 rag search "how long is the warranty?"', run_search,
     )  # fmt: skip
-    search.add_argument("question")
-    search.add_argument("-k", "--top-k", type=int, default=4, metavar="COUNT", help="default 4")
-    search.add_argument("--query-type", choices=QUERY_TYPES, default="hybrid")
-    _add_run(search)
+    search.add_argument("question", help="what to look up")
+    add_top_k(search, "passages to show", most=100)
+    search.add_argument(
+        "--query-type",
+        choices=QUERY_TYPES,
+        default="hybrid",
+        help="by words, by meaning (vector), or both (hybrid, the default)",
+    )
 
     evaluate = add_command(
-        actions, "evaluate", "measure how well the index finds what your questions ask for",
+        actions, "evaluate", "measure how well the index answers your questions",
         "phi3 rag evaluate questions.jsonl", run_evaluate,
     )  # fmt: skip
-    evaluate.add_argument(
-        "questions",
-        type=Path,
-        metavar="FILE",
-        help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}',
-    )
+    add_questions(evaluate)
     evaluate.add_argument(
         "--split",
         choices=("train", "test"),
         help="only the questions with this `split` (default: all)",
     )
-    _add_run(evaluate)
-    _register_make_chats(actions)
-    register_compare(actions)
-    plan = add_command(
-        actions, "plan", "say what rag.search.create=true would create, and what it costs",
-        "phi3 rag plan rag.search.tier=basic azure.location=westeurope", run_plan,
-    )  # fmt: skip
-    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
-    _add_run(plan)
-    down = add_command(
-        actions, "down", "delete what was made in Azure AI Search: the index, or its service",
-        "phi3 rag down", run_down,
-    )  # fmt: skip
-    _add_run(down)
-
-
-def _register_make_chats(actions: Any) -> None:
     making = add_command(
         actions, "make-chats", "turn the indexed documents into chats to train on",
         "phi3 rag make-chats --out chats.jsonl", run_make_chats,
@@ -132,12 +113,12 @@ def _register_make_chats(actions: Any) -> None:
         "--questions",
         type=Path,
         metavar="FILE",
-        help="your own questions, as for phi3 rag evaluate; rows of the split test are left out",
+        help="your own questions, as for phi3 rag evaluate; rows with the split test are left out",
     )
     making.add_argument(
         "--only",
         choices=("passages", "plain"),
-        help="passages: questions with what the index finds for them; plain: questions alone "
+        help="passages: questions with the passages found for them; plain: questions only "
         "(default: both)",
     )
     making.add_argument(
@@ -145,7 +126,7 @@ def _register_make_chats(actions: Any) -> None:
         type=int,
         default=2,
         metavar="COUNT",
-        help="most questions made of a passage by templates; 0: your own alone (default 2)",
+        help="maximum number of template questions per passage; 0: only your own (default 2)",
     )
     making.add_argument(
         "--withheld",
@@ -155,37 +136,22 @@ def _register_make_chats(actions: Any) -> None:
         help="share of the questions whose right passage is withheld, so that the model learns to "
         "say that the answer is not there (default 0.2)",
     )
+    add_top_k(making, "passages of a prompt, as in the flow")
     making.add_argument(
-        "-k", "--top-k", type=int, default=4, metavar="COUNT",
-        help="passages of a prompt, as in the flow (default 4)",
-    )  # fmt: skip
-    making.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
-    _add_run(making)
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run",
-        default=DEFAULT_DOCUMENTS,
-        metavar="NAME",
-        help=f"run folder (default: {DEFAULT_DOCUMENTS})",
+        "--seed", type=int, default=42, metavar="N", help="random seed (default 42)"
     )
-
-
-def index_file(run: Run) -> Path:
-    """Where a run has its index."""
-    return run.path / "rag" / "index.sqlite"
-
-
-def search_file(run: Run) -> Path:
-    """Says where a run's passages are in Azure AI Search; missing where they are not there."""
-    return run.path / "rag" / "index.json"
-
-
-def index_of(run: Run) -> Path:
-    """What a run's questions are looked up in."""
-    elsewhere = search_file(run)
-    return elsewhere if elsewhere.is_file() else index_file(run)
+    register_compare(actions)
+    plan = add_command(
+        actions, "plan", "show what rag.search.create=true would create, and what it costs",
+        "phi3 rag plan rag.search.tier=basic azure.location=westeurope", run_plan,
+    )  # fmt: skip
+    plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
+    down = add_command(
+        actions, "down", "delete what was created in Azure AI Search: the index, or its service",
+        "phi3 rag down", run_down,
+    )  # fmt: skip
+    for each in (index, search, evaluate, making, plan, down):
+        add_run(each, f"run folder (default: {DOCUMENTS_RUN})", default=DOCUMENTS_RUN)
 
 
 def run_index(args: argparse.Namespace) -> int:
@@ -201,7 +167,7 @@ def run_index(args: argparse.Namespace) -> int:
         raise UsageError("--embedder-folder goes with --embedder onnx")
     run = Run.open(args.runs / args.run)
     store = Store.of(settings)
-    to = destination(search_file(run), store, args.run, partial(_service_id, azure))
+    to = destination(search_file(run), store, args.run, partial(service_id, azure))
     with console.progress_bar("index") as progress:
         chosen = choose_embedder(
             args.embedder,
@@ -222,53 +188,40 @@ def run_index(args: argparse.Namespace) -> int:
     sent = None
     if to is not None:
         if to.service_id and begin(synced.path, to):
-            _create(azure, to, store.tier)
+            with console.progress_bar("service") as progress:
+                create_service(
+                    azure,
+                    to,
+                    store.tier,
+                    progress,
+                    lambda line: console.note(f"{line.stage:<10} {line.text}"),
+                )
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)
-    copy = _publish(run)
+    copy = publish_to_flow(run)
     if args.output == "json":
         report = {**asdict(synced), "skipped": [str(fault) for fault in synced.skipped]}
         remote = {} if sent is None else {"azure_search": asdict(sent)}
         console.print_json({**report, "flow": copy and copy.parent, **remote})
         return 0
-    console.out.print(
+    console.line(
         f"{synced.path}: {synced.documents} documents, {synced.passages} passages "
         f"({synced.added} new, {synced.changed} changed, {synced.removed} removed, "
-        f"{synced.unchanged} unchanged)",
-        markup=False,
+        f"{synced.unchanged} unchanged)"
     )
     console.note(f"embedder: {chosen.reason}")
     for fault in synced.skipped:
         console.err.print(f"  skipped: {fault}", markup=False, style="yellow")
     if sent is not None:
         done = f"{sent.passages} passages sent, {sent.deleted} old ones deleted"
-        console.out.print(
-            f"{sent.endpoint}, index {sent.index}: "
-            f"{done if sent.passages else 'holds these passages already'}",
-            markup=False,
-        )
+        state = done if sent.passages else "holds these passages already"
+        console.line(f"{sent.endpoint}, index {sent.index}: {state}")
         ends = "deletes it" if to and to.service_id else "deletes the index, not the service"
         console.note(f"it bills by the hour, empty or full; phi3 rag down {ends}")
     if copy is not None:
         console.note(f"copied to {copy}, where the flow looks it up")
-    console.out.print("Look up:", 'phi3 rag search "a question"', markup=False)
+    console.line('Look up: phi3 rag search "a question"')
     return 0
-
-
-def _publish(run: Run) -> Path | None:
-    """Put what finds the run's passages into the flow's folder; where, None without a flow."""
-    from ..rag.build import publish
-
-    if not RAG_FLOW.is_dir():
-        return None
-    here, elsewhere = RAG_FLOW / "index.sqlite", RAG_FLOW / "index.json"
-    if search_file(run).is_file():
-        write_atomically(elsewhere, search_file(run).read_text(encoding="utf-8"))
-        here.unlink(missing_ok=True)
-        return elsewhere
-    publish(index_file(run), here)
-    elsewhere.unlink(missing_ok=True)
-    return here
 
 
 def run_down(args: argparse.Namespace) -> int:
@@ -276,114 +229,29 @@ def run_down(args: argparse.Namespace) -> int:
     run = Run(args.runs / args.run)
     if not search_file(run).is_file():
         raise UsageError(f"The run {args.run} has no index in Azure AI Search")
-    line = take_down(run)
-    if args.output == "json":
-        console.print_json({"deleted": [line]})
-        return 0
-    console.out.print(line, markup=False)
-    console.note(f"questions are looked up in {index_file(run)} again")
+    with console.progress_bar("down") as progress:
+        line = take_down(run, progress)
+    console.show(args.output, {"deleted": [line]}, line)
+    if args.output == "text":
+        console.note(f"questions are looked up in {index_file(run)} again")
     return 0
-
-
-def services_of(runs: Path) -> list[Run]:
-    """The runs for which a search service was created that bills until it is deleted."""
-    found = []
-    for path in sorted(runs.glob("*/rag/index.json")):
-        try:
-            has_service = read_settings(path).get("service_id")
-        except ConfigurationError:  # another file; `phi3 rag` says so
-            continue
-        if has_service:
-            found.append(Run(path.parents[1]))
-    return found
-
-
-def take_down(run: Run) -> str:
-    """Delete the run's index, or its service where one was created; a line that says so."""
-    from ..rag.azure_search import down
-
-    path = search_file(run)
-    settings = read_settings(path)
-    service_id = settings.get("service_id")
-    if service_id:
-        from ..targets.azure.search_service import remove_service
-
-        clients = _clients(_place_of(service_id))
-        with console.progress_bar("down") as progress:
-            line = remove_service(clients, service_id, progress, ours=settings["index"])
-        path.unlink()
-    else:
-        line = f"{down(path)}; the service is not phi3's and goes on billing"
-    _publish(run)
-    return line
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """Say what a service of one's own would be and cost; nothing is created."""
     from ..rag.azure_search import Store
     from ..targets.azure.search_service import Wanted, plan
+    from ..targets.azure.target import clients_at
 
     store = Store.of(_keys(args.words, "rag."))
-    clients = _clients(_keys(args.words, "azure."))
-    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier), clients.place)
-    if args.output == "json":
-        console.print_json([asdict(line) for line in lines])
-        return 0
-    for line in lines:
-        console.out.print(f"{line.stage:<10} {line.text}", markup=False)
-    return 0
+    place = clients_at(azure_section(_keys(args.words, "azure."))).place
+    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier), place)
+    texts = (f"{line.stage:<10} {line.text}" for line in lines)
+    return console.show(args.output, [asdict(line) for line in lines], *texts)
 
 
 def _keys(words: Sequence[str], prefix: str) -> list[str]:
     return [word for word in words if word.startswith(prefix) and "=" in word]
-
-
-def _azure_section(words: Sequence[str]) -> AzureSection:
-    """The place on Azure that the words name. Raises UsageError with every fault."""
-    given = dict(word.removeprefix("azure.").split("=", 1) for word in words)
-    try:
-        return AzureSection.model_validate(given)
-    except ValidationError as error:
-        faults = (
-            f"azure.{item['loc'][0]}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        )
-        raise UsageError("\n".join(faults)) from None
-
-
-def _clients(words: Sequence[str]) -> Clients:
-    """Azure at the place that the words, the environment and config.json name; no sign-in yet."""
-    from ..targets.azure.clients import Clients
-    from ..targets.azure.place import find_place
-    from ..targets.azure.target import refuse_without_extra
-
-    refuse_without_extra()
-    section = _azure_section(words)
-    return Clients(find_place(section, os.environ, Path.cwd()), section.poll)
-
-
-def _service_id(words: Sequence[str], name: str) -> str:
-    from ..targets.azure.search_service import Wanted
-
-    return Wanted(name).id(_clients(words).place)
-
-
-def _place_of(service_id: str) -> list[str]:
-    """Subscription and group of an ARM id, as the words that name them."""
-    parts = service_id.split("/")
-    return [f"azure.subscription_id={parts[2]}", f"azure.resource_group={parts[4]}"]
-
-
-def _create(words: Sequence[str], to: Destination, tier: str) -> None:
-    """Create the run's service, or finish what an earlier command began."""
-    from ..targets.azure.search_service import Wanted, ensure_service, plan
-
-    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], tier)
-    clients = _clients([*words, *_place_of(to.service_id)])
-    for line in plan(wanted, clients.place):
-        console.err.print(f"  {line.stage:<10} {line.text}", markup=False)
-    with console.progress_bar("service") as progress:
-        ensure_service(clients, wanted, _azure_section(words), progress, service=to.service)
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -401,13 +269,11 @@ def run_search(args: argparse.Namespace) -> int:
     for number, hit in enumerate(hits, 1):
         cosine = "" if hit.cosine is None else f", meaning {hit.cosine:.2f}"
         head = f"[{number}] {hit.score:.2f} (words {hit.words:.2f}{cosine})  {hit.place}"
-        console.out.print(Text(head, style="bold"))
+        console.line(head, "bold")
         text = " ".join(hit.text.split())
-        console.out.print(
-            Text("    " + text[:_SHOWN_CHARACTERS] + "…" * (len(text) > _SHOWN_CHARACTERS))
-        )
+        console.line("    " + text[:_SHOWN_CHARACTERS] + "…" * (len(text) > _SHOWN_CHARACTERS))
     if not hits:
-        console.out.print("Nothing was found.")
+        console.line("Nothing was found.")
     return 0
 
 
@@ -423,31 +289,34 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if not questions:
             raise UsageError(f"{args.questions} has no question with the split {args.split}")
     index = open_index(index_of(run))
-    # The run keeps its own file beside an index in Azure AI Search, with the same ids.
+    # The run keeps its own file in addition to an index in Azure AI Search, with the same ids.
     passages = DocumentIndex(index_file(run)).passages()
     right = right_ids_of(questions, passages)
-    found = measure(index, embedder_of(index.facts(), index.path), questions, right)
+    figures = measure(index, embedder_of(index.facts(), index.path), questions, right)
     if args.output == "json":
-        console.print_json(asdict(found))
+        console.print_json(asdict(figures))
         return 0
     rows = [
-        [f"right passage among the first {k}", f"{share:.1%}"] for k, share in found.hits.items()
+        [f"right passage among the first {k}", f"{share:.1%}"] for k, share in figures.hits.items()
     ]
-    for kind, hits in found.kinds.items():
+    for kind, hits in figures.kinds.items():
         rows += [[f"{kind or 'of no kind'}: among the first {k}", f"{hits[k]:.1%}"] for k in (1, 5)]
-    rows.append(["of all right passages, among the first 5", f"{found.recall[5]:.1%}"])
-    rows += [["mean reciprocal rank (10)", f"{found.mrr:.3f}"], ["nDCG (10)", f"{found.ndcg:.3f}"]]
-    rows.append([f"nothing scores {found.min_score}, so not answered", f"{found.lost:.1%}"])
-    if found.refused is not None:
-        text = f"unanswerable, and nothing scores {found.min_score}"
-        rows.append([f"{text} ({found.unanswerable} questions)", f"{found.refused:.1%}"])
-    rows.append(["time for a question (median)", f"{found.median_seconds * 1000:.1f} ms"])
-    console.table(f"{found.questions} questions", ["", ""], rows)
-    for line, question, place in found.worst[:_SHOWN_QUESTIONS]:
-        console.out.print(f"  line {line}: {question}\n      first: {place}", markup=False)
-    left = len(found.worst) - _SHOWN_QUESTIONS
+    rows += [
+        ["of all right passages, among the first 5", f"{figures.recall[5]:.1%}"],
+        ["mean reciprocal rank (10)", f"{figures.mrr:.3f}"],
+        ["nDCG (10)", f"{figures.ndcg:.3f}"],
+        [f"nothing scores {figures.min_score}, so not answered", f"{figures.lost:.1%}"],
+    ]
+    if figures.refused is not None:
+        text = f"unanswerable, and nothing scores {figures.min_score}"
+        rows.append([f"{text} ({figures.unanswerable} questions)", f"{figures.refused:.1%}"])
+    rows.append(["time for a question (median)", f"{figures.median_seconds * 1000:.1f} ms"])
+    console.table(f"{figures.questions} questions", ["", ""], rows)
+    for line, question, place in figures.worst[:_SHOWN_QUESTIONS]:
+        console.line(f"  line {line}: {question}\n      first: {place}")
+    left = len(figures.worst) - _SHOWN_QUESTIONS
     if left > 0:
-        console.out.print(f"  … and {left} more; all of them with: -o json", markup=False)
+        console.line(f"  … and {left} more; all of them with: -o json")
     return 0
 
 
@@ -456,11 +325,8 @@ def run_make_chats(args: argparse.Namespace) -> int:
     from ..rag.chats import Making, make_chats, write_chats
     from ..rag.questions import read_questions
 
-    if not 0 <= args.withheld < 1 or args.per_passage < 0 or not 1 <= args.top_k <= 50:
-        raise UsageError(
-            "Expected --withheld from 0 to below 1, --per-passage of 0 or more, and --top-k from "
-            "1 to 50"
-        )
+    if not 0 <= args.withheld < 1 or args.per_passage < 0:
+        raise UsageError("Expected --withheld from 0 to below 1, and --per-passage of 0 or more")
     index = DocumentIndex(index_file(Run(args.runs / args.run)))
     making = Making(
         top_k=args.top_k,
@@ -474,14 +340,11 @@ def run_make_chats(args: argparse.Namespace) -> int:
     with console.progress_bar("chats") as progress:
         embedder = embedder_of(index.facts(), index.path)
         counts = write_chats(make_chats(index, embedder, own, making, progress), args.out)
-    if args.output == "json":
-        console.print_json({"chats": args.out, "rows": sum(counts.values()), "kinds": counts})
-        return 0
-    console.out.print(
-        f"{args.out}: {sum(counts.values())} chats: {counts['passages']} with passages that hold "
-        f"the answer, {counts['withheld']} with passages that do not, {counts['plain']} questions "
-        "alone",
-        markup=False,
+    rows = sum(counts.values())
+    return console.show(
+        args.output,
+        {"chats": args.out, "rows": rows, "kinds": counts},
+        f"{args.out}: {rows} chats: {counts['passages']} with passages that hold the answer, "
+        f"{counts['withheld']} with passages that do not, {counts['plain']} questions alone",
+        f"Train:  phi3 up small-rag data.train={args.out}",
     )
-    console.out.print(f"Train:  phi3 up small-rag data.train={args.out}", markup=False)
-    return 0

@@ -5,27 +5,27 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rich.table import Table
 from rich.text import Text
 
 from phi3_tool.embedders import embedder_of
-from phi3_tool.grounding import citations
+from phi3_tool.grounding import Citation, citations
 from phi3_tool.index import DocumentIndex
 
 from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
 from ..journey import RECIPE_FILE
 from ..manifests import Resampling
+from ..rag.index_files import index_file
 from ..recipe import Recipe, load_recipe
 from ..run import Run
-from .common import add_command, add_which_run, tuned_run, typed_questions
+from .common import tuned_run, typed_questions
+from .options import add_command, add_documents, add_run, add_top_k
 
 if TYPE_CHECKING:
     from ..rag.compare import Comparison
-
-DEFAULT_DOCUMENTS = "documents"
 
 
 def register_compare(actions: Any) -> None:
@@ -34,20 +34,9 @@ def register_compare(actions: Any) -> None:
         actions, "compare", "compare base model, RAG, tuning and both on your own questions",
         "phi3 rag compare questions.jsonl --run mine", run_compare,
     )  # fmt: skip
-    parser.add_argument(
-        "questions",
-        type=Path,
-        metavar="FILE",
-        help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}; '
-        'with "split", those of the split test are asked',
-    )
-    add_which_run(parser)
-    parser.add_argument(
-        "--documents",
-        default=DEFAULT_DOCUMENTS,
-        metavar="NAME",
-        help=f"which index, as `phi3 rag index --run NAME` (default: {DEFAULT_DOCUMENTS})",
-    )
+    add_questions(parser, '; with "split", those of the split test are asked')
+    add_run(parser)
+    add_documents(parser)
     parser.add_argument(
         "--changes",
         type=Path,
@@ -55,10 +44,18 @@ def register_compare(actions: Any) -> None:
         help='facts that change after tuning: a JSON list of {"id", "file", "old", "new", '
         '"answer"}, the id that of a question',
     )
+    add_top_k(parser, "passages that a model is shown, as in the flow")
+
+
+def add_questions(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """FILE of questions."""
     parser.add_argument(
-        "-k", "--top-k", type=int, default=4, metavar="COUNT",
-        help="passages that a model is shown, as in the flow (default 4)",
-    )  # fmt: skip
+        "questions",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines: {"question", "answer", "source"}; {"question", "answerable": false}'
+        + more,
+    )
 
 
 def recipe_of_run(run: Run) -> Recipe:
@@ -79,36 +76,34 @@ def run_compare(args: argparse.Namespace) -> int:
         from ..rag.compare import PAGE, compare_arms
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "local") from None
-    if not 1 <= args.top_k <= 50:
-        raise UsageError(f"--top-k is {args.top_k}; it must be between 1 and 50")
     questions = read_questions(args.questions)
     changes = read_changes(args.changes) if args.changes else []
     run = tuned_run(args)
-    index = DocumentIndex(args.runs / args.documents / "rag" / "index.sqlite")
+    index = DocumentIndex(index_file(Run(args.runs / args.documents)))
     embedder = embedder_of(index.facts(), index.path)
     with run.lock(), console.progress_bar("compare") as progress:
         recipe = recipe_of_run(run)
         settings = Resampling.model_validate(recipe.evaluate.model_dump(mode="json"))
-        found = compare_arms(
+        comparison = compare_arms(
             run, index, embedder, questions, changes, Asking(recipe, run, progress), settings,
             top_k=args.top_k, progress=progress,
         )  # fmt: skip
     report = run.path / PAGE
     if args.output == "json":
-        console.print_json({**found.as_json(), "report": report})
+        console.print_json({**comparison.as_json(), "report": report})
         return 0
-    _show(found, run)
-    console.out.print(f"Report: {report}", markup=False)
+    _show(comparison, run)
+    console.line(f"Report: {report}")
     return 0
 
 
-def _show(found: Comparison, run: Run) -> None:
+def _show(figures: Comparison, run: Run) -> None:
     """The table fits 80 columns; the page has every figure under its full name."""
-    arms = list(found.arms.values())
+    arms = list(figures.arms.values())
     contains = [arm.metrics["contains"] for arm in arms]
     rows = [
         ["right answers", *(f"{c.after:.1%}" for c in contains)],
-        [f"  {found.settings.confidence:.0%} interval",
+        [f"  {figures.settings.confidence:.0%} interval",
          *(f"{100 * c.after_low:.0f} to {100 * c.after_high:.0f}" for c in contains)],
         *([f"  {kind}", *(f"{arm.kinds[kind]:.1%}" for arm in arms)] for kind in arms[0].kinds),
         ["token F1", *(f"{arm.metrics['token_f1'].after:.1%}" for arm in arms)],
@@ -121,29 +116,26 @@ def _show(found: Comparison, run: Run) -> None:
         ("support", "words in the cited"),
     ):
         rows.append([label, *(_share(getattr(arm.cited, key, None)) for arm in arms)])
-    if found.changed:
-        right = found.changed.right
-        cells = (str(right.get(name, "–")) for name in found.arms)
-        rows.append([f"of {found.changed.facts} changed facts", *cells])
+    if figures.changed:
+        right = figures.changed.right
+        cells = (str(right.get(name, "–")) for name in figures.arms)
+        rows.append([f"of {figures.changed.facts} changed facts", *cells])
     rows.append(["tokens of prompt", *(f"{arm.prompt_tokens:.0f}" for arm in arms)])
     rows.append(["tokens of answer", *(f"{arm.answer_tokens:.0f}" for arm in arms)])
     rows.append(["seconds an answer", *(f"{arm.seconds:.2f}" for arm in arms)])
-    title = (
-        f"{found.questions} held-out questions, {found.unanswerable} unanswerable, run {run.name}"
-    )
-    console.table(title, ["", *found.arms], rows)
-    hits, k = found.retrieval.hits, found.top_k
-    console.out.print(
+    asked = f"{figures.questions} held-out questions, {figures.unanswerable} unanswerable"
+    console.table(f"{asked}, run {run.name}", ["", *figures.arms], rows)
+    hits, k = figures.retrieval.hits, figures.top_k
+    console.line(
         f"The index: right passage first {hits[1]:.1%}, among the first 5 {hits[5]:.1%} "
-        f"({k} are shown), nDCG {found.retrieval.ndcg:.2f}",
-        markup=False,
+        f"({k} are shown), nDCG {figures.retrieval.ndcg:.2f}"
     )
-    if found.left_out:
-        console.note(f"{found.left_out} questions were trained on word for word and are left out")
-    advice = found.recommendation
-    console.out.print(advice.headline, style="bold", markup=False)
+    if figures.left_out:
+        console.note(f"{figures.left_out} questions were trained on word for word and are left out")
+    advice = figures.recommendation
+    console.line(advice.headline, "bold")
     for text in (advice.because, *advice.remarks):
-        console.out.print(f"  {text}", markup=False)
+        console.line(f"  {text}")
 
 
 def _share(value: float | None) -> str:
@@ -161,7 +153,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         metavar="WAYS",
         help="show answers side by side: any of base,rag,tuned,both, with commas between. Each "
-        "question stands alone; loads the run's models here",
+        "question is asked without history; loads the run's models in this process",
     )
 
 
@@ -183,21 +175,21 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         raise MissingExtraError(error.name or "torch", "local") from None
     prompts = None
     if any(arm.passages == "found" for arm in arms.values()):
-        index = DocumentIndex(args.runs / args.documents / "rag" / "index.sqlite")
+        index = DocumentIndex(index_file(Run(args.runs / args.documents)))
         prompts = Prompts(index, embedder_of(index.facts(), index.path), top_k=4)
     with answering(recipe_of_run(run), run, arms, args.max_new_tokens) as answer:
 
-        def ask(question: str) -> dict[str, dict[str, Any]]:
-            found: dict[str, dict[str, Any]] = {}
+        def ask(question: str) -> dict[str, Timed]:
+            answers: dict[str, Timed] = {}
             for name, arm in arms.items():
                 started = time.monotonic()
                 needs = prompts is not None and arm.passages == "found"
                 prompt = prompts.of(arm, question) if needs and prompts else Prompt(question)
-                said = answer(arm, prompt)
+                text = answer(arm, prompt)
                 seconds = round(time.monotonic() - started, 2)
-                cited = [c for c in citations(said, prompt.hits) if c["exists"]]
-                found[name] = {"answer": said, "citations": cited, "seconds": seconds}
-            return found
+                cited = [c for c in citations(text, prompt.hits) if c["exists"]]
+                answers[name] = {"answer": text, "citations": cited, "seconds": seconds}
+            return answers
 
         if args.question is not None:
             answers = ask(args.question)
@@ -212,17 +204,25 @@ def run_chat_compare(args: argparse.Namespace) -> int:
         return 0
 
 
-def _side_by_side(answers: dict[str, dict[str, Any]]) -> None:
+class Timed(TypedDict):
+    """An arm's answer, as `-o json` prints it."""
+
+    answer: str
+    citations: list[Citation]
+    seconds: float
+
+
+def _side_by_side(answers: dict[str, Timed]) -> None:
     table = Table(show_lines=False, expand=True)
     cells = []
-    for name, one in answers.items():
-        table.add_column(f"{name} ({one['seconds']:.1f} s)", ratio=1)
+    for name, reply in answers.items():
+        table.add_column(f"{name} ({reply['seconds']:.1f} s)", ratio=1)
         sources = "".join(
             f"\n[{cited['number']}] {cited['source']}"
             + (f", page {cited['page']}" if cited["page"] else "")
             + (f" ({cited['heading']})" if cited["heading"] else "")
-            for cited in one["citations"]
+            for cited in reply["citations"]
         )
-        cells.append(Text.assemble(one["answer"], (sources, "dim")))
+        cells.append(Text.assemble(reply["answer"], (sources, "dim")))
     table.add_row(*cells)
     console.out.print(table, soft_wrap=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from ..manifests import ConnectionManifest, EndpointManifest, GateManifest
 from ..memory.model import gib
 from ..recipe import read_yaml
 from ..run import Run
+from ..run_state import state_of
 from ..stages import stages_of
 from ..targets import HERE, is_here
 from . import HELP
-from .common import add_command, named_run
-from .status import confirm
-from .up import state_of
+from .common import confirm, named_run
+from .options import add_command
 
 
 def register_runs(subparsers: Any) -> None:
@@ -64,15 +65,12 @@ def run_use(args: argparse.Namespace) -> int:
     """Make it the current run, for every command and for Prompt flow's connection."""
     run = named_run(args.runs, args.run)
     make_current(run)
-    state = state_of(run)
-    if args.output == "json":
-        console.print_json({"run": run.name, "endpoint": state["endpoint"]["state"]})
-        return 0
-    endpoint = state["endpoint"]["state"]
+    endpoint = state_of(run).endpoint
     start = "" if endpoint in ("up", "not asked") else f"; start it with: phi3 up --run {run.name}"
-    console.out.print(f"Current run: {run.name}, endpoint {endpoint}{start}", markup=False)
-    for remark in remarks(run):
-        console.out.print(f"Note: {remark}", markup=False, style="yellow")
+    text = f"Current run: {run.name}, endpoint {endpoint}{start}"
+    console.show(args.output, {"run": run.name, "endpoint": endpoint}, text)
+    for remark in remarks(run) if args.output == "text" else ():
+        console.line(f"Note: {remark}", "yellow")
     return 0
 
 
@@ -83,7 +81,7 @@ def run_rm(args: argparse.Namespace) -> int:
     here = is_here(run)
     on = "" if here else " --on azure"
     # Away from here an endpoint that was not brought down is taken for one that bills.
-    serves = state_of(run)["endpoint"]["state"] == "up" if here else run.read(EndpointManifest)
+    serves = state_of(run).endpoint == "up" if here else run.read(EndpointManifest)
     if serves:
         raise StageError(
             f"The run {run.name!r} still has an endpoint; stop it first with: "
@@ -97,28 +95,19 @@ def run_rm(args: argparse.Namespace) -> int:
             f"phi3 down --on azure --all {run.name}"
         )
     confirm(args, lines)
-    with run.lock():
-        deleted = _connections(run)
-    shutil.rmtree(run.path)
-    if args.output == "json":
-        console.print_json({"deleted": str(run.path), "connections": deleted})
-        return 0
-    console.out.print(f"Deleted {run.path}: {size} freed", markup=False)
-    left = current_of(args.runs)
-    if was_current and left is not None:
-        console.out.print(f"The current run is now {left.name}", markup=False)
-    return 0
-
-
-def _connections(run: Run) -> list[str]:
-    """Delete what leads to its endpoint; a store that is broken or gone keeps no run alive."""
     from ..flow.store import delete_connections_to
 
-    try:
+    deleted: list[str] = []
+    # A connection store that is broken or gone keeps no run alive.
+    with run.lock(), contextlib.suppress(StageError, MissingExtraError):
         manifest = run.read(ConnectionManifest)
-        return [] if manifest is None else delete_connections_to(manifest)
-    except (StageError, MissingExtraError):
-        return []
+        deleted = [] if manifest is None else delete_connections_to(manifest)
+    shutil.rmtree(run.path)
+    lines = [f"Deleted {run.path}: {size} freed"]
+    now_current = current_of(args.runs)
+    if was_current and now_current is not None:
+        lines.append(f"The current run is now {now_current.name}")
+    return console.show(args.output, {"deleted": str(run.path), "connections": deleted}, *lines)
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -134,14 +123,14 @@ def _row(run: Run) -> dict[str, Any]:
     gate = "-" if verdict is None else "passed" if verdict.passed else "NOT passed"
     return {
         "run": run.name,
-        "current": state["current"],
+        "current": state.current,
         "recipe": recipe,
-        "on": state["on"],
-        "done": state["done"],
+        "on": state.on,
+        "done": state.done,
         "stages": len(stages_of(in_cloud=not is_here(run))),
         "gate": gate,
-        "endpoint": state["endpoint"]["state"],
-        "remarks": state["remarks"],
+        "endpoint": state.endpoint,
+        "remarks": state.remarks,
         "bytes": _bytes_of(run.path),
     }
 

@@ -1,4 +1,4 @@
-"""`phi3 status | down`: what stands, here and on Azure, and its end."""
+"""`phi3 status | down`: what runs or bills, here and on Azure, and how it is stopped."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from .. import console
 from ..current import all_runs
 from ..errors import Phi3TrainingError, StageError, UsageError
 from ..manifests import EndpointManifest
+from ..rag.index_files import services_of, take_down
 from ..run import Run
+from ..run_state import RunState, state_of
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
-from .common import add_command, add_on, add_rehearse, named_run
-from .rag import services_of, take_down
-from .up import state_of
+from .common import confirm, named_run
+from .options import add_command, add_on, add_rehearse, add_run
 
-# A place on Azure: the option, and the recipe's key that it stands for.
-_PLACE = {
-    "workspace": "workspace_name",
-    "resource-group": "resource_group",
-    "subscription": "subscription_id",
-}
-_METAVARS = {"workspace": "NAME", "resource-group": "NAME", "subscription": "GUID"}
+# A place on Azure: the option, the recipe's key that it sets, and its value.
+_PLACE = (
+    ("workspace", "workspace_name", "NAME"),
+    ("resource-group", "resource_group", "NAME"),
+    ("subscription", "subscription_id", "GUID"),
+)
 
 
 def register_status(subparsers: Any) -> None:
     """Add the commands of this module."""
     status = add_command(subparsers, "status", HELP["status"], "phi3 status", run_status)
-    status.add_argument("--run", metavar="NAME", help="one run only")
+    add_run(status, "one run only")
     add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
     _add_place(status, "look there, also without a run folder")
@@ -43,7 +43,7 @@ def register_status(subparsers: Any) -> None:
         run_down,
     )
     down.add_argument("run", nargs="?", metavar="RUN", help="one run only")
-    down.add_argument("--run", dest="named", metavar="NAME", help="same as RUN")
+    add_run(down, "same as RUN", dest="named")
     add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
     _add_place(down, "delete what phi3 made there, also without a run folder; asks first")
@@ -66,72 +66,71 @@ def register_status(subparsers: Any) -> None:
 
 def _add_place(parser: argparse.ArgumentParser, what_for: str) -> None:
     """--workspace, --resource-group and --subscription: a place on Azure without its runs."""
-    for option, key in _PLACE.items():
+    for option, key, metavar in _PLACE:
         named = f"azure.{key} on Azure: {what_for}"
-        parser.add_argument(f"--{option}", dest=key, metavar=_METAVARS[option], help=named)
+        parser.add_argument(f"--{option}", dest=key, metavar=metavar, help=named)
 
 
 def _place(args: argparse.Namespace) -> dict[str, str]:
     """The keys of the place that the options name. UsageError where they mean no Azure."""
-    named = {key: getattr(args, key) for key in _PLACE.values() if getattr(args, key)}
-    if named and args.on != "azure":
-        option = next(option for option, key in _PLACE.items() if key in named)
-        raise UsageError(f"--{option} is a place on Azure: add --on azure")
-    return named
+    place: dict[str, str] = {}
+    for option, key, _metavar in _PLACE:
+        if value := getattr(args, key):
+            if args.on != "azure":
+                raise UsageError(f"--{option} is a place on Azure: add --on azure")
+            place[key] = value
+    return place
 
 
 def run_status(args: argparse.Namespace) -> int:
     """List the runs under --runs; with --on azure or --run, from Azure itself."""
-    named = _place(args)
-    runs = [] if named else _runs(args, args.run)
+    place = _place(args)
+    runs = [] if place else _runs(args, args.run)
     asks = args.on == "azure" or args.run is not None
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
     targets = {name: get_target(name) for name in names if asks}
     states = [state_of(run, targets.get(target_of(run))) for run in runs]
-    places: list[dict[str, Any]] = []
+    workspaces: list[dict[str, Any]] = []
     for name, target in targets.items():
         if target.cloud is not None:
             own = [run for run in runs if target_of(run) == name]
-            places += target.cloud.overview(own, named, search=args.run is None)
+            workspaces += target.cloud.overview(own, place, search=args.run is None)
     if args.output == "json":
-        console.print_json([*states, *places])
+        console.print_json([*(state.as_json() for state in states), *workspaces])
         return 0
-    if not states and not places:
-        console.out.print(_no_runs(args), markup=False)
+    if not states and not workspaces:
+        console.line(_no_runs(args, place))
     for state in states:
         _show_state(state)
-    _show_places(places)
+    for workspace in workspaces:
+        console.out.print(
+            f"[bold]{workspace['workspace']}[/]  {workspace['resource_group']}, Azure"
+        )
+        for line in workspace["lines"]:
+            console.line(f"  {line}")
+    if len(workspaces) > 1:
+        costs = [workspace["usd"] for workspace in workspaces]
+        usd = {key: sum(cost[key] for cost in costs) for key in costs[0]}
+        console.line(
+            f"all {len(workspaces)} workspaces: {usd['per_hour']:.2f} USD per hour, about "
+            f"{usd['so_far']:.2f} so far, at most {usd['until_deadlines']:.2f} more until the "
+            f"deadlines; {usd['per_hour_without_deadline']:.2f} per hour without one"
+        )
     if args.run is None and args.on in (None, "azure"):
         for run in services_of(args.runs):
-            console.out.print(_bills(run), markup=False)
+            console.line(_search_service(run))
     return 0
 
 
-def _bills(run: Run) -> str:
+def _search_service(run: Run) -> str:
     command = f"phi3 rag down --run {run.name}"
     return f"{run.name}: an Azure AI Search service that bills by the hour; delete it: {command}"
 
 
-def _show_places(places: list[dict[str, Any]]) -> None:
-    """Each workspace once, and the sum over all of them."""
-    for place in places:
-        console.out.print(f"[bold]{place['workspace']}[/]  {place['resource_group']}, Azure")
-        for line in place["lines"]:
-            console.out.print(f"  {line}", markup=False)
-    if len(places) > 1:
-        usd = {key: sum(place["usd"][key] for place in places) for key in places[0]["usd"]}
-        console.out.print(
-            f"all {len(places)} workspaces: {usd['per_hour']:.2f} USD per hour, about "
-            f"{usd['so_far']:.2f} so far, at most {usd['until_deadlines']:.2f} more until the "
-            f"deadlines; {usd['per_hour_without_deadline']:.2f} per hour without one",
-            markup=False,
-        )
-
-
-def _no_runs(args: argparse.Namespace) -> str:
+def _no_runs(args: argparse.Namespace, place: dict[str, str]) -> str:
     """What there is instead: runs elsewhere, or nothing yet."""
     others = len(all_runs(args.runs))
-    if args.on == "azure" and any(vars(args)[key] for key in _PLACE.values()):
+    if place:
         return "phi3 has made nothing there"
     if not others and args.on == "azure":
         return (
@@ -149,65 +148,63 @@ def _runs(args: argparse.Namespace, name: str | None) -> list[Run]:
     return [run for run in runs if args.on in (None, target_of(run))]
 
 
-def _show_state(state: dict[str, Any]) -> None:
-    endpoint = state["endpoint"]
-    current = " (current)" if state["current"] else ""
-    console.out.print(f"[bold]{state['run']}[/]{current}  {', '.join(state['done'])}")
+def _show_state(state: RunState) -> None:
+    endpoint = state.status["endpoint"]
+    current = " (current)" if state.current else ""
+    console.out.print(f"[bold]{state.run}[/]{current}  {', '.join(state.done)}")
     process = f" (process {endpoint['pid']})" if endpoint.get("pid") else ""
     where = f" {endpoint['url']}{process}" if endpoint.get("url") else ""
-    console.out.print(f"  endpoint: {endpoint['state']}{where}", markup=False)
-    if state["on"] != HERE and "lines" not in state:
-        command = f"phi3 status --on {state['on']} --run {state['run']}"
-        console.out.print(f"  on {state['on']}; see what exists there: {command}", markup=False)
-    for remark in state["remarks"]:
-        console.out.print(f"  note: {remark}", markup=False, style="yellow")
-    for fault in state["broken"]:
-        console.out.print(f"  broken: {fault}", markup=False)
-    for line in state.get("lines", []):
-        console.out.print(f"  {line}", markup=False)
-    if state["adapters"]:
-        console.out.print(f"  adapters: {', '.join(state['adapters'])}", markup=False)
+    console.line(f"  endpoint: {state.endpoint}{where}")
+    if state.on != HERE and "lines" not in state.status:
+        command = f"phi3 status --on {state.on} --run {state.run}"
+        console.line(f"  on {state.on}; see what exists there: {command}")
+    for remark in state.remarks:
+        console.line(f"  note: {remark}", "yellow")
+    for fault in state.broken:
+        console.line(f"  broken: {fault}")
+    for line in state.status.get("lines", []):
+        console.line(f"  {line}")
+    if state.adapters:
+        console.line(f"  adapters: {', '.join(state.adapters)}")
 
 
 def run_down(args: argparse.Namespace) -> int:
     """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
-    named = _place(args)
-    if named:
-        return _down_there(args, named, name)
-    # Documents have no journey: their run has no stage, and no place on Azure but its service.
+    place = _place(args)
+    if place:
+        return _down_in(args, place, name)
+    # Documents have no journey: their run has no stage, and on Azure only its search service.
     services = [run for run in services_of(args.runs) if name in (None, run.name)]
     runs = [] if services and name is not None else _runs(args, name)
+    away: list[str] = []
     if args.on is None and name is None:
-        here = [run for run in runs if is_here(run)]
-        away = [run.name for run in runs if run not in here and run.read(EndpointManifest)]
-        runs = here
-    else:
-        away = []
+        away = [run.name for run in runs if not is_here(run) and run.read(EndpointManifest)]
+        runs = [run for run in runs if is_here(run)]
     only = "failed" if args.failed else "idle" if args.idle else "all" if args.all else "run"
     if only != "run" and any(is_here(run) for run in runs):
         raise UsageError(f"--{only} is for runs on Azure: phi3 down --on azure --{only}")
-    lines: list[str] = []
+    stopped: list[str] = []
     broken: list[str] = []
-    bills: list[str] = []
+    left = [f"{name} is on Azure and may be billing: phi3 down --on azure {name}" for name in away]
     for run in services:
         if args.on != "azure" or only not in ("run", "all"):
-            bills.append(_bills(run))
+            left.append(_search_service(run))
             continue
         try:
-            lines.append(take_down(run))
+            with console.progress_bar("down") as progress:
+                stopped.append(take_down(run, progress))
         except (Phi3TrainingError, Phi3Error) as error:
             broken.append(str(error))
     for run in runs:
         try:
-            lines += _teardown(args, run, only)
+            stopped += _teardown(args, run, only)
         except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
-    _show_end(args, lines, broken, away, bills)
-    return 1 if broken else 0
+    return _show_end(args, stopped, broken, left)
 
 
-def _down_there(args: argparse.Namespace, named: dict[str, str], run: str | None) -> int:
+def _down_in(args: argparse.Namespace, named: dict[str, str], run: str | None) -> int:
     """Delete what phi3 made in a place on Azure, whatever runs are known here."""
     if run is not None or args.failed or args.idle:
         raise UsageError(
@@ -215,24 +212,23 @@ def _down_there(args: argparse.Namespace, named: dict[str, str], run: str | None
             "out the run, --failed and --idle"
         )
     cloud = get_target("azure").cloud
-    lines: list[str] = []
+    stopped: list[str] = []
     broken: list[str] = []
     for place in cloud.found(named) if cloud else ():
         names = place.names()
         if args.all:
             names.append("the workspace itself, and all that phi3 made for it")
         if not names:
-            lines.append(f"{place.label}: nothing of phi3's that bills")
+            stopped.append(f"{place.label}: nothing of phi3's that bills")
             continue
-        said = [f"This deletes in the {place.label}, of all runs and users:"]
-        confirm(args, [*said, *(f"  {name}" for name in names)])
+        heading = f"This deletes in the {place.label}, of all runs and users:"
+        confirm(args, [heading, *(f"  {name}" for name in names)])
         try:
             with console.progress_bar("down") as progress:
-                lines += place.delete(progress, everything=args.all)
+                stopped += place.delete(progress, everything=args.all)
         except StageError as error:  # what is elsewhere is still deleted
             broken.append(str(error))
-    _show_end(args, lines, broken, [], [])
-    return 1 if broken else 0
+    return _show_end(args, stopped, broken, [])
 
 
 def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
@@ -241,51 +237,22 @@ def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
     if cloud is None:
         return target.teardown(run)
     if only == "all":
-        _confirm(args, cloud.all_of(run), run)
+        names = [f"  {name}" for name in cloud.all_of(run)]
+        # Deleting a workspace also deletes what others may have put there.
+        others = "with everything in them, including what phi3 did not create."
+        confirm(args, [f"This deletes, for the run {run.name}:", *names, others])
     with run.lock(), console.progress_bar("down") as progress:
         return cloud.remove(run, only, progress)
 
 
-def _confirm(args: argparse.Namespace, names: list[str], run: Run) -> None:
-    """Deleting a workspace also deletes what others may have put there."""
-    lines = [f"This deletes, for the run {run.name}:", *(f"  {name}" for name in names)]
-    confirm(args, [*lines, "with everything in them, including what phi3 did not create."])
-
-
-def confirm(args: argparse.Namespace, lines: list[str]) -> None:
-    """Show what would be deleted and ask. Raises UsageError unless --yes or a typed yes."""
-    if args.yes:
-        return
-    for line in lines:
-        console.err.print(line, markup=False)
-    try:
-        said = input("Type yes to continue: ") if os.isatty(0) else ""
-    except EOFError:
-        said = ""
-    if said.strip().lower() != "yes":
-        raise UsageError("Nothing was deleted; without a terminal, confirm with --yes")
-
-
 def _show_end(
-    args: argparse.Namespace,
-    lines: list[str],
-    broken: list[str],
-    away: list[str],
-    bills: list[str],
-) -> None:
+    args: argparse.Namespace, stopped: list[str], broken: list[str], left: list[str]
+) -> int:
+    """What was stopped, what failed, and what is still running; exit status 1 for a failure."""
     for fault in broken:
         console.print_error(fault)
-    if args.output == "json":
-        console.print_json({"stopped": lines, "broken": broken})
-        return
-    for line in lines:
-        console.out.print(line, markup=False)
-    if not lines and not broken:
-        console.out.print("Nothing of ours is running.")
-    for name in away:
-        command = f"phi3 down --on azure {name}"
-        console.out.print(f"{name} is on Azure and may be billing: {command}", markup=False)
-    for line in bills:
-        console.out.print(line, markup=False)
+    lines = stopped or ([] if broken else ["Nothing of ours is running."])
     if os.environ.get("PHI3_ENDPOINT"):
-        console.out.print("PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone.")
+        left = [*left, "PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone."]
+    console.show(args.output, {"stopped": stopped, "broken": broken}, *lines, *left)
+    return 1 if broken else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..errors import FIX_HINT, REPAIRABLE, SHOWN_FAULTS, DataError, UsageError, counted, folded
+from ..errors import FIX_HINT, FIXABLE, SHOWN_FAULTS, DataError, UsageError, counted, folded
 from ..manifests import TokenLengths
 from ..prompt import ChatFormat
 from ..recipe import DataSection
@@ -111,7 +111,7 @@ class CheckReport:
             lines += [str(file), *(f"  note: {note}" for note in file.notes)]
         lines += [str(self.tokens)] if self.tokens else []
         lines += _first(self.faults)
-        lines += [FIX_HINT] if any(fault.kind in REPAIRABLE for fault in self.faults) else []
+        lines += [FIX_HINT] if any(fault.kind in FIXABLE for fault in self.faults) else []
         for done, rows in (("skipped", self.skipped), ("cut", self.cut)):
             if rows:
                 count = len({(fault.path, fault.line, fault.row) for fault in rows})

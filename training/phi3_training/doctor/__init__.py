@@ -6,8 +6,8 @@ Changes nothing and keeps nothing; the flow is checked in a temporary copy.
 
 from __future__ import annotations
 
+from .endpoint import unfinished_rollouts
 from .examine import Setup, examine
 from .finding import Finding, State
-from .rollout import unfinished_rollouts
 
 __all__ = ["Finding", "Setup", "State", "examine", "unfinished_rollouts"]

@@ -1,14 +1,15 @@
 """The endpoint: is it up, how far away is it, and does it answer one question for one token.
 
 Sends the connection's key, as a flow would, to the connection's endpoint and nowhere else. The one
-answer shows key, dialect and traffic as well.
+answer shows key, dialect and traffic as well. Whether a rollout was left half done is read from the
+run folders' rollout.json; Azure is not asked.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit, urlunsplit
 
@@ -31,9 +32,12 @@ from phi3_tool.errors import (
 from phi3_tool.transport import new_session, system_reason
 from phi3_tool.wire import Dialect
 
+from ..errors import StageError
+from ..manifests import RolloutManifest
+from ..run import Run
 from .finding import Finding, Group
 
-ENDPOINT, CONNECTION = Group("endpoint"), Group("connection")
+ENDPOINT, CONNECTION, ROLLOUT = Group("endpoint"), Group("connection"), Group("rollout")
 # Azure's images answer GET / with 200 when they are ready, vLLM and its kin GET /health.
 HEALTH_PATHS = ("/", "/health")
 ROUND_TRIPS = 3  # their median counts, so that one slow answer does not
@@ -69,21 +73,39 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
             if tried[HEALTH_PATHS[0]] == 404:
                 tried[HEALTH_PATHS[1]] = get(HEALTH_PATHS[1])[0]
             path, status = list(tried.items())[-1]
-            yield _health(tried)
+            yield _health(tried, path, status)
             # The connection is open by now, so that no TLS handshake is timed.
-            yield _latency([get(path)[1] for _ in range(ROUND_TRIPS)], status, slow_ms)
+            times = [get(path)[1] for _ in range(ROUND_TRIPS)]
+            median = statistics.median(times)
+            said = (
+                f"{median:.1f} ms round trip (median of {len(times)}, kept-alive connection, "
+                f"status {status})"
+            )
+            if median > slow_ms:
+                yield ENDPOINT.warning(
+                    "latency",
+                    f"{said}, which is slow",
+                    "check network, proxy and region; run the flow close to the endpoint",
+                )
+            else:
+                yield ENDPOINT.ok("latency", said)
         except requests.exceptions.RequestException as error:
             reason = one_line(credential.scrub(system_reason(error) or type(error).__name__))
-            yield ENDPOINT.fault(
-                "health",
-                f"no answer from {address.shown}: {reason}",
-                _fix(error, address.is_loopback),
-            )
+            fix = "check the host name, the network and the proxy"
+            if isinstance(error, requests.exceptions.SSLError):
+                fix = (
+                    "check the host name, or point REQUESTS_CA_BUNDLE at your company's CA "
+                    "certificates"
+                )
+            elif isinstance(error, requests.exceptions.Timeout):
+                fix = "check network and proxy, or allow more time: phi3 doctor --timeout SECONDS"
+            elif address.is_loopback:
+                fix = "start the local endpoint: phi3 up"
+            yield ENDPOINT.fault("health", f"no answer from {address.shown}: {reason}", fix)
             yield ENDPOINT.skipped("latency", "it does not answer")
 
 
-def _health(tried: dict[str, int]) -> Finding:
-    path, status = list(tried.items())[-1]
+def _health(tried: dict[str, int], path: str, status: int) -> Finding:
     if status == 200:
         return ENDPOINT.ok("health", f"GET {path} returns 200")
     # Azure's gateway may pass /score alone.
@@ -96,31 +118,6 @@ def _health(tried: dict[str, int]) -> Finding:
         f"GET {path} returns {status}; a healthy endpoint returns 200",
         "check the deployment's state and log; for a local one: phi3 status",
     )
-
-
-def _latency(taken: list[float], status: int, slow_ms: float) -> Finding:
-    middle = statistics.median(taken)
-    said = (
-        f"{middle:.1f} ms round trip (median of {len(taken)}, kept-alive connection, status "
-        f"{status})"
-    )
-    if middle > slow_ms:
-        return ENDPOINT.warning(
-            "latency",
-            f"{said}, which is slow",
-            "check network, proxy and region; run the flow close to the endpoint",
-        )
-    return ENDPOINT.ok("latency", said)
-
-
-def _fix(error: Exception, loopback: bool) -> str:
-    if isinstance(error, requests.exceptions.SSLError):
-        return "check the host name, or point REQUESTS_CA_BUNDLE at your company's CA certificates"
-    if isinstance(error, requests.exceptions.Timeout):
-        return "check network and proxy, or allow more time: phi3 doctor --timeout SECONDS"
-    if loopback:
-        return "start the local endpoint: phi3 up"
-    return "check the host name, the network and the proxy"
 
 
 @dataclass(frozen=True)
@@ -227,3 +224,19 @@ def _parts(error: Phi3Error) -> tuple[str, str]:
     what, colon, fix = error.message.partition(": ")
     facts = str(error)[len(error.message) :]
     return (what + facts, fix) if colon else (error.message + facts, "see docs/doctor.md")
+
+
+def unfinished_rollouts(runs: Iterable[Run]) -> Iterator[Finding]:
+    """A fault for each run whose last change of an endpoint's traffic was not finished."""
+    for run in runs:
+        try:
+            record = run.read(RolloutManifest)
+        except StageError as error:
+            yield ROLLOUT.fault(run.name, str(error), f"phi3 azure traffic --run {run.name}")
+            continue
+        if record is not None and record.unfinished:
+            yield ROLLOUT.fault(
+                run.name,
+                record.unfinished,
+                f"phi3 up --run {run.name}, or undo it: phi3 azure rollback --run {run.name}",
+            )

@@ -1,4 +1,4 @@
-"""The environment: Python, package versions with known bad combinations, and the keyring.
+"""The environment: Python, package versions with known bad combinations, keyring, dates.
 
 Reads the metadata of installed packages; asks the keyring once.
 """
@@ -17,11 +17,12 @@ from packaging.version import Version
 
 from phi3_tool.connection import environment_names_endpoint
 
+from .. import sunset
 from ..flow import store
 from ..packages import ADD_PROMPT_FLOW, RULES, Installed, installed
 from .finding import Finding, Group
 
-HERE = Group("environment")
+HERE, DATES = Group("environment"), Group("dates")
 TESTED_PYTHON = (3, 11)
 NEWEST_PYTHON = (3, 13)
 OF_ONE_VERSION = (
@@ -159,7 +160,7 @@ def check_telemetry(settings: dict[str, object]) -> Finding:
     enabled = section.get("enabled", True) if isinstance(section, dict) else True
     if str(enabled).lower() == "false":
         return HERE.ok("telemetry", "off")
-    # Ten seconds measured behind a proxy that drops the packets; none where the name is unknown.
+    # Measured: ten seconds where a proxy drops the packets, none where the name is unknown.
     return HERE.warning(
         "telemetry",
         "on: Prompt flow reports usage to Microsoft, and each command waits up to ten seconds "
@@ -171,8 +172,15 @@ def check_telemetry(settings: dict[str, object]) -> Finding:
 def check_service(home: Path, settings: dict[str, object], version_of: Installed) -> Finding:
     """The local service, where one runs, is Prompt flow's and of this version."""
     # 23333 by default, the next free one where that is taken.
-    ports = sorted(_remembered(home))
-    alive = {port: version for port in ports if (version := _heartbeat(port)) is not None}
+    ports = set()
+    for path in [*home.glob("pfs/*pfs.port"), *home.glob("pfs.port")]:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError):
+            continue
+        port = (content or {}).get("service", {}).get("port") if isinstance(content, dict) else None
+        ports |= {port} if isinstance(port, int) else set()
+    alive = {port: version for port in sorted(ports) if (version := _heartbeat(port)) is not None}
     installed_version = version_of("promptflow")
     for port, version in alive.items():
         if version == "":  # `pf service stop` kills whatever listens on a remembered port
@@ -197,17 +205,6 @@ def check_service(home: Path, settings: dict[str, object], version_of: Installed
     return HERE.ok("service", f"not running ({why})")
 
 
-def _remembered(home: Path) -> Iterator[int]:
-    for path in [*home.glob("pfs/*pfs.port"), *home.glob("pfs.port")]:
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, OSError):
-            continue
-        port = (content or {}).get("service", {}).get("port") if isinstance(content, dict) else None
-        if isinstance(port, int):
-            yield port
-
-
 def _heartbeat(port: int) -> str | None:
     """The service's version; "" for another program, None where nobody listens."""
     session = requests.Session()
@@ -227,3 +224,17 @@ def _heartbeat(port: int) -> str | None:
     except ValueError:
         return ""
     return str(versions.get("promptflow", "")) if isinstance(versions, dict) else ""
+
+
+def dates() -> Iterator[Finding]:
+    """A warning for each end that is near or past; one line that says so when there is none."""
+    day = sunset.today()
+    rows = sunset.due(day)
+    for row in rows:
+        yield DATES.warning("ends", row.said(day), row.cure)
+    if not rows:
+        yield DATES.ok(
+            "ends",
+            f"nothing that is used here ends within {sunset.WITHIN} days of {day}; "
+            "all dates: phi3 doctor --dates",
+        )

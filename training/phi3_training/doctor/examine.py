@@ -12,9 +12,8 @@ from phi3_tool.connection import ConnectionSettings
 from ..errors import UsageError
 from ..flow.bundle import FlowSource, connection_of
 from ..packages import Installed, installed
-from .dates import dates
 from .endpoint import CONNECTION, ENDPOINT, ask, connection_findings, endpoint, token_finding
-from .environment import environment, promptflow_home, service
+from .environment import dates, environment, promptflow_home, service
 from .finding import Finding, Group
 from .flow import Connection, flow
 

@@ -1,4 +1,4 @@
-"""One finding of the doctor: what was looked at, how it stands, and what fixes it."""
+"""One finding of the doctor: what was checked, the result, and the fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 
 class State(enum.Enum):
-    """How a thing stands. Only a fault makes `phi3 doctor` fail."""
+    """The result of a check. Only a fault makes `phi3 doctor` fail."""
 
     OK = "ok"
     WARNING = "warning"
@@ -55,5 +55,5 @@ class Group:
         return Finding(self._name, check, State.FAULT, said, fix)
 
     def skipped(self, check: str, why: str, fix: str = "") -> Finding:
-        """It was not looked at, and why."""
+        """It was not checked, and why."""
         return Finding(self._name, check, State.SKIPPED, why, fix)

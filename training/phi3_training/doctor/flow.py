@@ -36,7 +36,15 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
         source = FlowSource.read(folder)
         yield HERE.ok("folder", f"{folder}: {len(source.dag['nodes'])} node(s)")
         with tempfile.TemporaryDirectory(prefix="phi3-doctor-") as scratch:
-            yield from _checked(source, Path(scratch), promptflow_there)
+            if not promptflow_there:
+                for check in ("validate", "tools"):
+                    yield HERE.skipped(check, "Prompt flow is not installed")
+            else:
+                copy = Path(scratch) / source.name
+                copy_flow(source, copy)
+                quiet_home(Path(scratch))  # no usage report, no service left running
+                yield _validated(source, copy)
+                yield tools_of(source, copy)
     except UsageError as error:
         yield HERE.fault("folder", str(error), "name the flow's folder: phi3 doctor --flow FOLDER")
         for check in ("validate", "tools"):
@@ -44,39 +52,22 @@ def flow(folder: Path, *, promptflow_there: bool = True) -> Iterator[Finding]:
     yield package_tool()
 
 
-def _checked(source: FlowSource, scratch: Path, promptflow_there: bool) -> Iterator[Finding]:
-    if not promptflow_there:
-        for check in ("validate", "tools"):
-            yield HERE.skipped(check, "Prompt flow is not installed")
-        return
-    copy = scratch / source.name
-    copy_flow(source, copy)
-    quiet_home(scratch)  # no usage report, no service left running
+def _validated(source: FlowSource, copy: Path) -> Finding:
+    """What `pf flow validate` says of the copy."""
+    fix = f"see the full message: pf flow validate --source {source.folder}"
     try:
-        faults = _faults_in(copy)
+        done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
+            [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
+            cwd=copy.parent,
+            env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        faults = [f"no result within {SECONDS} s"]
-    if faults:
-        said = "; ".join(dict.fromkeys(fault.strip().splitlines()[0] for fault in faults))
-        fix = f"see the full message: pf flow validate --source {source.folder}"
-        yield HERE.fault("validate", said, fix)
-    else:
-        yield HERE.ok("validate", "Prompt flow accepts it")
-    yield tools_of(source, copy)
-
-
-def _faults_in(copy: Path) -> list[str]:
-    """What `pf flow validate` says of the folder; empty where it accepts it."""
-    done = subprocess.run(  # noqa: S603 - Prompt flow's own command line
-        [sys.executable, "-c", PF_MAIN, "flow", "validate", "--source", str(copy)],
-        cwd=copy.parent,
-        env={**os.environ, "PF_HOME_DIRECTORY": str(copy.parent / ".promptflow")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+        return HERE.fault("validate", f"no result within {SECONDS} s", fix)
     # Its JSON comes after whatever else was printed.
     start = done.stdout.find("{")
     try:
@@ -85,8 +76,13 @@ def _faults_in(copy: Path) -> list[str]:
         verdict = None
     if isinstance(verdict, dict) and (done.returncode == 0 or verdict.get("errors")):
         errors = verdict.get("errors", [])
-        return [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
-    return [((done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"])[-1]]
+        faults = [str(e.get("message", e) if isinstance(e, dict) else e) for e in errors]
+    else:
+        faults = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
+    if not faults:
+        return HERE.ok("validate", "Prompt flow accepts it")
+    first_lines = (fault.strip().splitlines()[0] for fault in faults)
+    return HERE.fault("validate", "; ".join(dict.fromkeys(first_lines)), fix)
 
 
 def tools_of(source: FlowSource, copy: Path) -> Finding:
@@ -186,7 +182,16 @@ class Connection:
         if others:
             yield CONNECTION.fault("shape", "; ".join(others), fix)
         else:
-            yield CONNECTION.ok("shape", self._shown())
+            options = {} if self.settings is None else vars(self.settings)
+            named = [
+                f"{name} {options[name]}"
+                for name in ("deployment", "dialect", "context_length")
+                if options.get(name) is not None
+            ]
+            address = "endpoint and key are filled in"
+            if self.settings is not None:
+                address = f"{self.settings.endpoint.partition('?')[0]}, a key"
+            yield CONNECTION.ok("shape", ", ".join([address, *named]))
         if plain:
             yield CONNECTION.fault("https", plain[0], fix)
         elif self.settings is None:
@@ -198,14 +203,3 @@ class Connection:
             if parts.scheme.lower() != "https":
                 said = "plain http, to this machine only"
             yield CONNECTION.ok("https", said)
-
-    def _shown(self) -> str:
-        if self.settings is None:
-            return "endpoint and key are filled in"
-        options = {
-            "deployment": self.settings.deployment,
-            "dialect": self.settings.dialect,
-            "context_length": self.settings.context_length,
-        }
-        said = [f"{name} {value}" for name, value in options.items() if value is not None]
-        return ", ".join([self.settings.endpoint.partition("?")[0], "a key", *said])

@@ -14,7 +14,7 @@ from typing import Any
 from phi3_tool.connection import ConnectionSettings, environment_names_endpoint
 from phi3_tool.errors import Phi3Error
 
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import MissingExtraError, StageError, UsageError, first_line
 from . import store
 
 NODE = "integrate_with_promptflow"
@@ -43,39 +43,37 @@ def ask(
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "promptflow", "flow") from None
     flow = client.load_flow(flow_dir)
-    connection = connection or _connection(connection_name)
+    if connection is None and environment_names_endpoint():
+        try:
+            settings = ConnectionSettings.from_environment()
+        except Phi3Error as error:
+            raise StageError(str(error)) from None
+        # The flow reads the environment itself; Prompt flow only requires some connection.
+        connections = importlib.import_module("promptflow.connections")
+        connection = connections.CustomConnection(
+            name=connection_name,
+            configs={"endpoint": settings.endpoint},
+            secrets={"key": settings.key},
+        )
+    connection = connection or store.stored_connection(connection_name)
     flow.context = entities.FlowContext(connections={NODE: {"connection": connection}})
-    return _answer(flow, input_data=question, chat_history=list(chat_history), **inputs)
-
-
-def _answer(flow: Any, **inputs: Any) -> str:
-    exceptions = importlib.import_module("promptflow.exceptions")
+    refused = importlib.import_module("promptflow.exceptions").PromptflowException
     try:
-        return str(flow(**inputs)["answer"])
-    except exceptions.PromptflowException as error:
-        raise StageError(_reason(error)) from None
+        answer = flow(input_data=question, chat_history=list(chat_history), **inputs)["answer"]
+        return str(answer)
+    except refused as error:
+        inner = phi3_error_in(error)
+        if inner is not None:
+            raise StageError(str(inner)) from None
+        raise StageError(
+            f"Prompt flow could not run the flow: {first_line(error)}. "
+            "For details: pf flow test --flow FOLDER"
+        ) from None
 
 
-def _reason(error: BaseException) -> str:
-    """The endpoint's message if Prompt flow's error contains one, else the first line."""
+def phi3_error_in(error: BaseException) -> Phi3Error | None:
+    """The error of phi3_tool that Prompt flow wrapped in its own, if there is one."""
     inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, Phi3Error):
-            return str(inner)
+    while inner is not None and not isinstance(inner, Phi3Error):
         inner = getattr(inner, "inner_exception", None) or inner.__cause__
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"Prompt flow could not run the flow: {line}. For details: pf flow test --flow FOLDER"
-
-
-def _connection(name: str) -> Any:
-    """Prompt flow's object for the endpoint: the environment's, else the stored one."""
-    if not environment_names_endpoint():
-        return store.stored_connection(name)
-    try:
-        settings = ConnectionSettings.from_environment()
-    except Phi3Error as error:
-        raise StageError(str(error)) from None
-    # The flow reads the environment itself; Prompt flow only requires some connection.
-    return importlib.import_module("promptflow.connections").CustomConnection(
-        name=name, configs={"endpoint": settings.endpoint}, secrets={"key": settings.key}
-    )
+    return inner

@@ -6,6 +6,7 @@ Reads a flow folder; writes a folder and a zip file that is the same, byte for b
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -100,22 +101,41 @@ class FlowSource:
         return str((self.dag.get("environment") or {}).get("python_requirements_txt") or "").strip()
 
     def files(self, *, extra: Sequence[str] = (), carry_tool: bool = True) -> dict[str, Path]:
-        """Every file besides flow.dag.yaml; all that is named and missing is reported at once."""
+        """Every file but flow.dag.yaml; all that is named and missing is reported at once."""
         faults: list[str] = []
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for entry in self._includes():
-            if Path(entry).name != TOOL_PACKAGE or carry_tool:
-                found.update(_included(self.folder, entry, faults))
+            if Path(entry).name == TOOL_PACKAGE and not carry_tool:
+                continue
+            path = (self.folder / entry).resolve()
+            if path.is_file():
+                files[path.name] = path
+            elif path.is_dir():
+                files |= {f"{path.name}/{inner}": file for inner, file in _tree(path)}
+            else:
+                faults.append(f"additional_includes names {entry}, which does not exist")
         named = [str((node.get("source") or {}).get("path") or "") for node in _nodes(self.dag)]
         # The index that the lookup node opens, and the embedder if its folder was put next to it.
         documents = [name for name in _DOCUMENTS if (self.folder / name).is_file()]
         for name in dict.fromkeys([*named, self.requirements, *documents, *extra]):
-            if name and name not in found:
-                found.update(_own(self.folder, name, faults))
+            path = self.folder / name
+            if not name or name in files:
+                continue
+            if not path.exists():
+                faults.append(f"{name} is named, but is not in {self.folder}")
+            elif not path.resolve().is_relative_to(self.folder.resolve()):
+                faults.append(
+                    f"{name} points outside {self.folder}; list it under additional_includes "
+                    "instead"
+                )
+            elif path.is_dir():
+                files |= {str(PurePosixPath(name) / inner): file for inner, file in _tree(path)}
+            else:
+                files[PurePosixPath(Path(name)).as_posix()] = path
         if faults:
             raise UsageError(f"{self.folder / DAG} cannot be packed:\n  " + "\n  ".join(faults))
-        found.update(_imported(self.folder, found))
-        return dict(sorted(found.items()))
+        files |= _imported(self.folder, files)
+        return dict(sorted(files.items()))
 
     def _includes(self) -> list[str]:
         return [str(entry).rstrip("/\\") for entry in self.dag.get("additional_includes") or []]
@@ -127,29 +147,6 @@ def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for group in (dag.get("node_variants") or {}).values():
         for variant in (group.get("variants") or {}).values():
             yield variant["node"]
-
-
-def _own(folder: Path, name: str, faults: list[str]) -> dict[str, Path]:
-    """A file or folder that must be inside the flow's folder."""
-    path = folder / name
-    if not path.exists():
-        faults.append(f"{name} is named, but is not in {folder}")
-    elif not path.resolve().is_relative_to(folder.resolve()):
-        faults.append(f"{name} points outside {folder}; list it under additional_includes instead")
-    elif path.is_dir():
-        return {str(PurePosixPath(name) / inner): found for inner, found in _tree(path)}
-    else:
-        return {PurePosixPath(Path(name)).as_posix(): path}
-    return {}
-
-
-def _included(folder: Path, entry: str, faults: list[str]) -> dict[str, Path]:
-    path = (folder / entry).resolve()
-    if path.is_file():
-        return {path.name: path}
-    if not path.is_dir():
-        faults.append(f"additional_includes names {entry}, which does not exist")
-    return {f"{path.name}/{inner}": found for inner, found in _tree(path)}
 
 
 def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -164,11 +161,12 @@ def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _imported(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
     """Modules and packages of the flow's own folder that its files import, and those of these."""
-    found: dict[str, Path] = {}
+    imported: dict[str, Path] = {}
     waiting = [path for path in files.values() if path.suffix == ".py"]
     while waiting:
         for name in _imports(waiting.pop()):
-            if f"{name}.py" in {*files, *found} or f"{name}/__init__.py" in {*files, *found}:
+            known = {*files, *imported}
+            if f"{name}.py" in known or f"{name}/__init__.py" in known:
                 continue
             new: Iterable[tuple[str, Path]] = ()
             if (folder / f"{name}.py").is_file():
@@ -176,9 +174,9 @@ def _imported(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
             elif (folder / name / "__init__.py").is_file():
                 new = [(f"{name}/{inner}", path) for inner, path in _tree(folder / name)]
             for inner, path in new:
-                found[inner] = path
+                imported[inner] = path
                 waiting += [path] if path.suffix == ".py" else []
-    return found
+    return imported
 
 
 def _imports(path: Path) -> set[str]:
@@ -225,11 +223,22 @@ def definition(source: FlowSource, image: str | None) -> str:
     if image is not None:
         environment["image"] = image
     wanted["environment"] = {**(wanted.get("environment") or {}), **environment}
-    text = _without_block(source.text, "additional_includes")
+    # Line by line, so that comments and layout stay: the block, and the comment right above it.
+    lines = source.text.splitlines(keepends=True)
+    start = next((i for i, li in enumerate(lines) if li.startswith("additional_includes:")), None)
+    if start is not None:
+        end = start + 1
+        while end < len(lines) and (lines[end][:1] in " \t-" or not lines[end].strip()):
+            end += 1
+        while start and lines[start - 1].startswith("#"):
+            start -= 1
+        del lines[start:end]
+    text = "".join(lines)
     if image is not None:
         text = re.sub(r"(?m)^environment:[ \t]*$", f"environment:\n  image: {image}", text, count=1)
-    if _loaded(text) == wanted:
-        return text
+    with contextlib.suppress(yaml.YAMLError):
+        if yaml.safe_load(text) == wanted:
+            return text
     # Written in a way that cannot be edited line by line: rewritten, without its comments.
     return str(yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True))
 
@@ -264,28 +273,6 @@ def checked_image(image: str) -> str:
     return image
 
 
-def _without_block(text: str, key: str) -> str:
-    """The YAML text without a top-level key, its lines and the comment right above it."""
-    lines = text.splitlines(keepends=True)
-    start = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), None)
-    if start is None:
-        return text
-    end = start + 1
-    while end < len(lines) and (lines[end][:1] in " \t-" or not lines[end].strip()):
-        end += 1
-    while start and lines[start - 1].startswith("#"):
-        start -= 1
-    return "".join(lines[:start] + lines[end:])
-
-
-def _loaded(text: str) -> Mapping[str, Any] | None:
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
-    return loaded if isinstance(loaded, dict) else None
-
-
 # Packs a flow into a folder and a zip file, ready to be imported or uploaded elsewhere.
 # Reads a flow folder; writes OUT/<name>/ and OUT/<name>.zip, both whole or not at all.
 
@@ -316,15 +303,22 @@ Without a desktop (server, container) keyrings.alt, which the requirements name,
 encrypts Prompt flow's connections: in ~/.local/share/python_keyring, not encrypted itself. Let only
 its owner read that folder and ~/.promptflow.
 """
+CONNECTION_SCHEMA = (
+    "https://azuremlschemas.azureedge.net/promptflow/latest/CustomConnection.schema.json"
+)
 _CONNECTION = """\
 # Give both values with --set, so that no key is written into a file (see README.md).
-$schema: https://azuremlschemas.azureedge.net/promptflow/latest/CustomConnection.schema.json
+$schema: {schema}
 type: custom
 name: {name}
 configs:
   endpoint: <the full address, such as https://HOST/score or https://HOST/v1/chat/completions>
 secrets:
   key: <the endpoint's key>
+"""
+_KEYRING = """\
+# Where there is no desktop, Prompt flow can store a connection only with this.
+keyrings.alt>=5
 """
 _DESCRIBE_SECONDS = 120
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first moment a zip file can name
@@ -377,12 +371,23 @@ def pack(
         staged = Path(scratch) / source.name
         copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
         (staged / IGNORE).write_text(AMLIGNORE, encoding="utf-8")
-        _name_a_keyring(staged / (source.requirements or REQUIREMENTS))
+        needed = staged / (source.requirements or REQUIREMENTS)
+        text = needed.read_text(encoding="utf-8")
+        if "keyrings.alt" not in text:
+            end = "\n" if text and not text.endswith("\n") else ""
+            needed.write_text(f"{text}{end}{_KEYRING}", encoding="utf-8")
         _explain(source, staged)
         refuse_secrets(staged)
         _describe_tools(source, staged)
+        files = tuple(path.relative_to(staged).as_posix() for path in files_in(staged))
         archive = Path(scratch) / "bundle.zip"
-        files = _write_zip(staged, archive)
+        # The same bytes for the same files: sorted, no times or rights, no compressor's choices.
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as bundle:
+            for name in files:
+                entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
+                entry.create_system = 3  # whatever this machine is
+                entry.external_attr = 0o100644 << 16
+                bundle.writestr(entry, (staged / name).read_bytes())
         if not overwrite and zip_path.exists() and sha256_of(zip_path) != sha256_of(archive):
             raise UsageError(
                 f"{zip_path} exists and is another bundle; replace it with --overwrite, or choose "
@@ -393,15 +398,6 @@ def pack(
     return Bundle(folder, zip_path, files, sha256_of(zip_path))
 
 
-def _name_a_keyring(path: Path) -> None:
-    """Require the file keyring: without a desktop, Prompt flow can store no connection else."""
-    text = path.read_text(encoding="utf-8")
-    if "keyrings.alt" not in text:
-        lines = "# Where there is no desktop, Prompt flow can store a connection only with this.\n"
-        end = "\n" if text and not text.endswith("\n") else ""
-        path.write_text(f"{text}{end}{lines}keyrings.alt>=5\n", encoding="utf-8")
-
-
 def _explain(source: FlowSource, staged: Path) -> None:
     """README.md for who gets the bundle alone, and the connection it needs, without its values."""
     name = connection_of(source.dag)
@@ -410,7 +406,7 @@ def _explain(source: FlowSource, staged: Path) -> None:
     needed = source.requirements or REQUIREMENTS
     steps = [f'pip install "promptflow>=1.18.5,<2" "filelock<3.30" -r {needed}']
     if name is not None:
-        text = _CONNECTION.format(name=name)
+        text = _CONNECTION.format(name=name, schema=CONNECTION_SCHEMA)
         (staged / CONNECTION).write_text(text, encoding="utf-8")
         steps.append(
             f"pf connection create --file {CONNECTION} \\\n"
@@ -419,8 +415,8 @@ def _explain(source: FlowSource, staged: Path) -> None:
     given = f' --inputs {chat[0]}="Hello?"' if chat else ""
     steps.append(f"pf flow test --flow .{given}")
     if not (staged / README).exists():
-        said = _README.format(name=source.name, steps="\n".join(steps))
-        (staged / README).write_text(said, encoding="utf-8")
+        readme = _README.format(name=source.name, steps="\n".join(steps))
+        (staged / README).write_text(readme, encoding="utf-8")
 
 
 def copy_flow(
@@ -452,12 +448,12 @@ def _describe_tools(source: FlowSource, staged: Path) -> None:
     """Write flow.tools.json as Prompt flow would, in a separate process."""
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow-core", "flow")
-    asked = {"sources": source.tool_sources, "package_tools": source.package_tools}
+    tools = {"sources": source.tool_sources, "package_tools": source.package_tools}
     command = [sys.executable, "-B", str(Path(__file__).with_name("describe.py"))]
     try:
         done = subprocess.run(  # noqa: S603 - our own file
             [*command, str(staged), str(staged / TOOLS_JSON)],
-            input=json.dumps(asked),
+            input=json.dumps(tools),
             capture_output=True,
             text=True,
             timeout=_DESCRIBE_SECONDS,
@@ -482,26 +478,12 @@ def refuse_secrets(staged: Path) -> None:
     key = os.environ.get("PHI3_KEY", "").strip().encode()
     if not key:
         return
-    found = [p.relative_to(staged).as_posix() for p in files_in(staged) if key in p.read_bytes()]
-    if found:
+    exposed = [p.relative_to(staged).as_posix() for p in files_in(staged) if key in p.read_bytes()]
+    if exposed:
         raise UsageError(
-            f"The key in PHI3_KEY occurs in {', '.join(found)}; remove it there and keep it in a "
+            f"The key in PHI3_KEY occurs in {', '.join(exposed)}; remove it there and keep it in a "
             f"connection"
         )
-
-
-def _write_zip(staged: Path, target: Path) -> tuple[str, ...]:
-    """The same bytes for the same files: sorted, no times or rights, no compressor's choices."""
-    names = []
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for path in files_in(staged):
-            name = path.relative_to(staged).as_posix()
-            entry = zipfile.ZipInfo(name, _ZIP_EPOCH)
-            entry.create_system = 3  # whatever this machine is
-            entry.external_attr = 0o100644 << 16
-            archive.writestr(entry, path.read_bytes())
-            names.append(name)
-    return tuple(names)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The stage `connect`: tells Prompt flow where the endpoint of this run is.
+"""The stage `connect`: writes the Prompt flow connections that lead to the run's endpoint.
 
 Reads the manifest `endpoint`; writes a connection into Prompt flow's store, the key encrypted.
 """
@@ -20,7 +20,7 @@ _LONGEST = 64  # characters of a connection's name
 
 
 def own_name(name: str, run: str) -> str:
-    """The run's own connection beside the flow's connection `name`; at most 64 characters."""
+    """The name of the run's own connection, made of the flow's `name`; at most 64 characters."""
     own = f"{name}_{run}"
     return own if len(own) <= _LONGEST else f"{own[: _LONGEST - 9]}_{fingerprint(own)[:8]}"
 
@@ -42,10 +42,10 @@ def connect(
     extra: dict[str, Any] = {
         item: str(value) for item in PASSED_ON if (value := getattr(deployed, item))
     }
-    asked = in_dialect(endpoint, dialect)
-    if asked != endpoint:
-        endpoint = asked
-        extra.pop("dialect", None)  # the path tells it now
+    in_path = in_dialect(endpoint, dialect)
+    if in_path != endpoint:
+        endpoint = in_path
+        extra.pop("dialect", None)  # the path says it now
     store.write_connection(name, endpoint, key, extra_configs=extra)
     if run is not None:
         extra["own"] = own_name(name, run)

@@ -1,4 +1,4 @@
-"""Which inputs of a flow's nodes are connections: told by the annotations of their functions.
+"""Which inputs of a flow's nodes are connections, by the annotations of their functions.
 
 Reads the nodes' source files as text; imports nothing of them.
 """
@@ -15,12 +15,12 @@ from .bundle import FlowSource
 
 def connection_inputs(source: FlowSource) -> dict[str, list[str]]:
     """Node name → its inputs that are connections; nodes without any are left out."""
-    found: dict[str, list[str]] = {}
+    by_node: dict[str, list[str]] = {}
     for node in source.dag["nodes"]:
-        named = _of_node(source.folder, node) if isinstance(node, dict) else []
-        if named:
-            found[str(node.get("name"))] = named
-    return found
+        inputs = _of_node(source.folder, node) if isinstance(node, dict) else []
+        if inputs:
+            by_node[str(node.get("name"))] = inputs
+    return by_node
 
 
 def _of_node(folder: Path, node: Mapping[str, Any]) -> list[str]:
@@ -34,19 +34,14 @@ def _of_node(folder: Path, node: Mapping[str, Any]) -> list[str]:
     if node.get("type") != "python":
         return []
     try:
-        annotated = annotations_of(path)
+        function = tool_function(path)
     except SyntaxError:  # reported where the node is run or converted
         return []
-    return [name for name in literal if "Connection" in annotated.get(name, "")]
-
-
-def annotations_of(path: Path) -> dict[str, str]:
-    """Parameter → annotation of the @tool function in a file; empty where there is none."""
-    function = tool_function(path)
     if function is None:
-        return {}
+        return []
     parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-    return {each.arg: ast.unparse(each.annotation) for each in parameters if each.annotation}
+    annotated = {each.arg: ast.unparse(each.annotation) for each in parameters if each.annotation}
+    return [name for name in literal if "Connection" in annotated.get(name, "")]
 
 
 def tool_function(path: Path) -> ast.FunctionDef | ast.AsyncFunctionDef | None:

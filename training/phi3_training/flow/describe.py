@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,13 @@ def describe(folder: Path, sources: dict[str, dict[str, str]], package_tools: li
     return {"code": code, "package": package}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    raise TypeError(f"{type(value).__name__} in a tool's description")
-
-
 def main() -> None:
     """`describe.py FOLDER OUT`, with the sources and package tools as JSON on standard input."""
     folder, out = map(Path, sys.argv[1:])
-    asked = json.load(sys.stdin)
-    content = describe(folder, asked["sources"], asked["package_tools"])
+    tools = json.load(sys.stdin)
+    content = describe(folder, tools["sources"], tools["package_tools"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, default=_plain)
+    text = json.dumps(content, indent=2, default=lambda kind: kind.value)  # Prompt flow's enums
     out.write_text(text + "\n", encoding="utf-8")
 
 

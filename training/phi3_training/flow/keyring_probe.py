@@ -17,7 +17,7 @@ OWN_SYSTEM, OWN_NAME = "phi3-promptflow", "probe"
 
 def holder_of(members: list[Any], system: str, name: str) -> Any | None:
     """The first keyring that has this entry."""
-    return next((one for one in members if one.get_password(system, name) is not None), None)
+    return next((each for each in members if each.get_password(system, name) is not None), None)
 
 
 def probe() -> dict[str, Any]:

@@ -36,7 +36,7 @@ from .. import processes
 from ..errors import MissingExtraError, StageError
 from ..packages import RULES, Installed, installed
 from ..processes import free_port
-from .bundle import FlowSource, connection_of, copy_flow
+from .bundle import CONNECTION_SCHEMA, DAG, FlowSource, connection_of, copy_flow
 from .home import PF_MAIN, quiet_home
 
 READY_SECONDS = 120.0
@@ -57,10 +57,11 @@ class Page:
 
     def wait(self) -> None:
         """Until the page dies by itself, which is an error; a KeyboardInterrupt goes through."""
-        psutil.wait_procs(self._processes, timeout=None, callback=self._died)
 
-    def _died(self, _process: psutil.Process) -> None:
-        raise StageError(f"The chat page stopped unexpectedly.\n{_tail(self._log, self._key)}")
+        def died(_process: psutil.Process) -> None:
+            raise StageError(f"The chat page stopped unexpectedly.\n{_tail(self._log, self._key)}")
+
+        psutil.wait_procs(self._processes, timeout=None, callback=died)
 
 
 def environment_of(settings: ConnectionSettings) -> dict[str, str]:
@@ -86,13 +87,29 @@ def chat_page(
 
     `defaults` replaces defaults of the flow's inputs. Raises StageError where no page comes up.
     """
-    _check_packages(version_of)
+    if importlib.util.find_spec("promptflow") is None:
+        raise MissingExtraError("promptflow", "flow")
+    version = version_of("filelock")
+    rule = next(rule for rule in RULES if rule.package == "filelock")
+    if version and rule.broken_by(version):
+        raise StageError(
+            f"The chat page does not work with filelock {version}: {rule.why}. Fix it with: "
+            f"{rule.fix}"
+        )
     source = FlowSource.read(flow)
     with tempfile.TemporaryDirectory(prefix="phi3-chat-") as name:
         folder = Path(name)
         copy = folder / source.name
         copy_flow(source, copy)
-        _change_defaults(copy / "flow.dag.yaml", defaults)
+        # In the copy: what the command line says is what the page's conversations use.
+        dag = yaml.safe_load((copy / DAG).read_text(encoding="utf-8"))
+        inputs = dag.get("inputs") or {}
+        for input_name, value in defaults.items():
+            if input_name not in inputs:
+                raise StageError(f"The flow has no input {input_name!r}, so the page cannot set it")
+            inputs[input_name]["default"] = value
+        text = yaml.safe_dump(dag, sort_keys=False, allow_unicode=True)
+        (copy / DAG).write_text(text, encoding="utf-8")
         connection = connection_of(source.dag)
         environment = page_environment(folder, settings)
         log = folder / "page.log"
@@ -129,8 +146,16 @@ def _open(
         return process
 
     if connection is not None:  # before the service: both rewrite pf.yaml, and each may read half
+        # For Prompt flow to see one: the node takes the environment's.
+        nowhere = {
+            "$schema": CONNECTION_SCHEMA,
+            "type": "custom",
+            "name": connection,
+            "configs": {"endpoint": "in-the-environment"},
+            "secrets": {"key": "in-the-environment"},
+        }
         file = copy.parent / "connection.yaml"
-        file.write_text(yaml.safe_dump(_without_key(connection)), encoding="utf-8")
+        file.write_text(yaml.safe_dump(nowhere), encoding="utf-8")
         written = start("connection", "create", "--file", str(file))
         if written.wait(READY_SECONDS):
             raise StageError(f"Prompt flow did not accept the connection.\n{_tail(log, key)}")
@@ -143,55 +168,29 @@ def _open(
     arguments = ["flow", "serve", "--source", str(copy), "--skip-open-browser"]
     served = start(*arguments, "--port", flow_port)
     _wait_for(f"http://127.0.0.1:{flow_port}/health", served, log, key)
-    return Page(_address(service_port, flow_port, copy), (service, served), log, key)
-
-
-def _address(service_port: int, flow_port: str, flow: Path) -> str:
-    """The page's URL, as `construct_chat_page_url` of promptflow-devkit 1.18.5 writes it."""
-    file = (flow / "flow.dag.yaml").resolve()
+    # As `construct_chat_page_url` of promptflow-devkit 1.18.5 writes it.
+    definition = str((copy / DAG).resolve())
     query = urlencode(
         {
-            "flow": base64.urlsafe_b64encode(str(file).encode()).decode(),
+            "flow": base64.urlsafe_b64encode(definition.encode()).decode(),
             "serve_app_port": flow_port,
             "enable_internal_features": "false",
         }
     )
-    return f"http://127.0.0.1:{service_port}/v1.0/ui/chat?{query}"
-
-
-def _check_packages(version_of: Installed) -> None:
-    if importlib.util.find_spec("promptflow") is None:
-        raise MissingExtraError("promptflow", "flow")
-    version = version_of("filelock")
-    rule = next(rule for rule in RULES if rule.package == "filelock")
-    if version and rule.broken_by(version):
-        raise StageError(
-            f"The chat page does not work with filelock {version}: {rule.why}. Fix it with: "
-            f"{rule.fix}"
-        )
-
-
-def _change_defaults(path: Path, defaults: Mapping[str, Any]) -> None:
-    """In the copy: what the command line says is what the page's conversations use."""
-    dag = yaml.safe_load(path.read_text(encoding="utf-8"))
-    inputs = dag.get("inputs") or {}
-    for name, value in defaults.items():
-        if name not in inputs:
-            raise StageError(f"The flow has no input {name!r}, so the page cannot set it")
-        inputs[name]["default"] = value
-    path.write_text(yaml.safe_dump(dag, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    url = f"http://127.0.0.1:{service_port}/v1.0/ui/chat?{query}"
+    return Page(url, (service, served), log, key)
 
 
 def page_environment(folder: Path, settings: ConnectionSettings) -> dict[str, str]:
     """The environment of the page's processes: theirs is the Prompt flow home in `folder`."""
     home = quiet_home(folder)
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("PHI3_") or name in _DOCUMENTS
     }
     return {
-        **kept,
+        **inherited,
         **environment_of(settings),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "PF_HOME_DIRECTORY": str(home),
@@ -199,17 +198,6 @@ def page_environment(folder: Path, settings: ConnectionSettings) -> dict[str, st
         "PYTHON_KEYRING_BACKEND": "keyrings.alt.file.PlaintextKeyring",
         "XDG_DATA_HOME": str(folder / "data"),
         "APPLICATIONINSIGHTS_CONTROLPLANE_DISABLED": "true",
-    }
-
-
-def _without_key(name: str) -> dict[str, Any]:
-    """A connection only for Prompt flow to see one: the node takes the environment's."""
-    return {
-        "$schema": "https://azuremlschemas.azureedge.net/promptflow/latest/CustomConnection.schema.json",
-        "type": "custom",
-        "name": name,
-        "configs": {"endpoint": "in-the-environment"},
-        "secrets": {"key": "in-the-environment"},
     }
 
 
@@ -230,5 +218,5 @@ def _tail(log: Path, key: str) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     text = text.replace(key, "***") if key else text
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
-    said = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."
-    return f"{said}\nCheck what it needs with: phi3 doctor"
+    shown = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."
+    return f"{shown}\nCheck what it needs with: phi3 doctor"

@@ -17,6 +17,7 @@ from typing import Any
 
 from phi3_tool.errors import Phi3Error
 
+from .ask import phi3_error_in
 from .bundle import FlowSource
 from .connections import connection_inputs
 
@@ -42,7 +43,11 @@ class Flow:
         """The row's answer or its error; raises only what is not the flow's."""
         given = {name: value for name, value in row["inputs"].items() if value is not None}
         try:
-            connection = self._connection(row["connection"])
+            settings: Mapping[str, Any] = row["connection"]
+            configs = {name: str(value) for name, value in settings.items() if name != "key"}
+            connection = self._entities.CustomConnection(
+                name="row", configs=configs, secrets={"key": str(settings["key"])}
+            )
             self._flow.context = self._entities.FlowContext(
                 connections={
                     node: dict.fromkeys(inputs, connection) for node, inputs in self._nodes.items()
@@ -53,26 +58,17 @@ class Flow:
             # A streamed answer comes as a generator.
             text = answer if not hasattr(answer, "__next__") else "".join(answer)
         except (self._promptflow_error, Phi3Error) as error:
-            return {"id": row["id"], "error": _facts(error)}
+            inner = phi3_error_in(error)
+            if inner is not None:
+                return {"id": row["id"], "error": inner.facts()}
+            cause: BaseException = error  # the innermost one, such as an exception of the node
+            while (
+                deeper := getattr(cause, "inner_exception", None) or cause.__cause__
+            ) is not None:
+                cause = deeper
+            facts = {"kind": type(cause).__name__, "message": str(cause)}
+            return {"id": row["id"], "error": facts}
         return {"id": row["id"], "answer": text}
-
-    def _connection(self, settings: Mapping[str, Any]) -> Any:
-        configs = {name: str(value) for name, value in settings.items() if name != "key"}
-        return self._entities.CustomConnection(
-            name="row", configs=configs, secrets={"key": str(settings["key"])}
-        )
-
-
-def _facts(error: BaseException) -> dict[str, Any]:
-    """The error of phi3_tool inside Prompt flow's, else Prompt flow's own or the node's."""
-    inner: BaseException | None = error
-    last = error
-    while inner is not None:
-        if isinstance(inner, Phi3Error):
-            return inner.facts()
-        last = inner
-        inner = getattr(inner, "inner_exception", None) or inner.__cause__
-    return {"kind": type(last).__name__, "message": str(last)}
 
 
 def main() -> int:

@@ -10,8 +10,6 @@ import importlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,27 +48,7 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
             "With flask, Prompt flow's server is one process: use --engine fastapi, or `phi3 flow "
             "image`, whose server has a worker for each core"
         )
-    _refuse_taken(host, port)
-    os.environ[_NAME] = flow.resolve().name
-    _prepare()
-    with _told_plainly(flow):
-        if workers > 1:
-            _serve_with_workers(flow, host, port, workers)
-        else:
-            # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
-            _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
-            _module("promptflow._sdk._utilities.serve_utils").start_flow_service(
-                source=flow,
-                host=host,
-                port=port,
-                config=_NO_STORE,
-                engine=engine,
-                skip_open_browser=True,
-            )
-
-
-def _refuse_taken(host: str, port: int) -> None:
-    """Loading a flow takes seconds: look first whether it can be served there at all."""
+    # Loading a flow takes seconds: look first whether it can be served there at all.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if os.name != "nt":  # there it would accept a port that is in use
@@ -82,15 +60,38 @@ def _refuse_taken(host: str, port: int) -> None:
                 f"The flow cannot be served at {host}:{port} ({error.strerror}): stop the program "
                 f"that uses the port, or choose another --port"
             ) from None
-
-
-@contextmanager
-def _told_plainly(flow: Path) -> Iterator[None]:
-    """A fault of the flow in Prompt flow's words, without its traceback."""
+    os.environ[_NAME] = flow.resolve().name
+    _prepare()
     refused = _module("promptflow.exceptions").PromptflowException
     try:
-        yield
-    except refused as error:
+        if workers > 1:
+            uvicorn = _module("uvicorn")
+            operations = _module("promptflow._sdk.operations").FlowOperations
+            with operations._resolve_additional_includes(flow / "flow.dag.yaml") as definition:
+                os.environ["PROMPTFLOW_PROJECT_PATH"] = str(Path(definition).parent.absolute())
+                # A flow that cannot be loaded fails here: uvicorn starts its workers for ever.
+                asgi_app()
+                uvicorn.run(
+                    f"{__name__}:asgi_app",
+                    factory=True,
+                    host=host,
+                    port=port,
+                    workers=workers,
+                    access_log=False,
+                    log_config=None,
+                )
+        else:
+            # Prompt flow 1.18.5 forgot this import: without it flask's page at / answers 400.
+            _module("promptflow.core._serving.v1.blueprint.static_web_blueprint").os = os
+            _module("promptflow._sdk._utilities.serve_utils").start_flow_service(
+                source=flow,
+                host=host,
+                port=port,
+                config=_NO_STORE,
+                engine=engine,
+                skip_open_browser=True,
+            )
+    except refused as error:  # a fault of the flow, in Prompt flow's words
         raise StageError(f"The flow {flow} cannot be served: {error}") from None
 
 
@@ -111,7 +112,7 @@ def _prepare() -> None:
     _module("promptflow.core._serving.app_base")
     let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
     provider = _module("promptflow.core._connection_provider._connection_provider")
-    provider.ConnectionProvider._instance = _provider(settings)
+    provider.ConnectionProvider._instance = _provider_of(settings)
 
 
 def leave_traces_out() -> None:
@@ -126,24 +127,7 @@ def leave_traces_out() -> None:
         sys.modules.setdefault(f"opentelemetry.instrumentation.{engine}", None)  # type: ignore[arg-type]
 
 
-def _serve_with_workers(flow: Path, host: str, port: int, workers: int) -> None:
-    uvicorn = _module("uvicorn")
-    operations = _module("promptflow._sdk.operations").FlowOperations
-    with operations._resolve_additional_includes(flow / "flow.dag.yaml") as definition:
-        os.environ["PROMPTFLOW_PROJECT_PATH"] = str(Path(definition).parent.absolute())
-        asgi_app()  # a flow that cannot be loaded fails here: uvicorn starts its workers for ever
-        uvicorn.run(
-            f"{__name__}:asgi_app",
-            factory=True,
-            host=host,
-            port=port,
-            workers=workers,
-            access_log=False,
-            log_config=None,
-        )
-
-
-def _provider(settings: ConnectionSettings) -> Any:
+def _provider_of(settings: ConnectionSettings) -> Any:
     """Hands the environment's endpoint to whatever connection a flow names."""
     value = {
         name: str(given)

@@ -1,8 +1,8 @@
 """Prompt flow's own connection store: writes, reads and deletes the connection of a run.
 
 Reads and writes `pf.sqlite` in Prompt flow's home (~/.promptflow) through Prompt flow's SDK, which
-also reads the connections of a workspace. Besides ask.py the only module here that imports it. The
-key is never logged or shown.
+also reads the connections of a workspace. With ask.py the only module here that imports it. The key
+is never logged or shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from phi3_tool.connection import ENTRA, ConnectionSettings, same_endpoint
 from phi3_tool.errors import Phi3Error
 
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import MissingExtraError, StageError, UsageError, first_line
 from ..manifests import ConnectionManifest
 from . import keyring_probe
 
@@ -79,8 +79,7 @@ def find_keeper(limit: float | None = None) -> Keeper:
     if situation not in _settled:
         screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
         by_default = SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
-        limit = limit or by_default
-        keeper = _try_keyring(limit) or _fall_back(limit)
+        keeper = _choose_keyring(limit or by_default)
         # Falling back changes the environment: before and after, the same keeper is found.
         _settled[situation] = _settled[_situation()] = keeper
     return _settled[situation]
@@ -103,7 +102,7 @@ def keep_private(path: Path) -> bool:
 
 
 def describe(keeper: Keeper, *, tighten: bool = True) -> str:
-    """One honest line about what protects the endpoint's key; `tighten` keeps others out first."""
+    """One line about what protects the endpoint's key; `tighten` keeps others out first."""
     start = "Key: encrypted in Prompt flow's store; its encryption key "
     if keeper.file is None:
         return f"{start}is in this machine's keyring ({keeper.keyring.rpartition('.')[0]})"
@@ -127,32 +126,27 @@ def _situation() -> tuple[str | None, ...]:
     return tuple(os.environ.get(name) for name in _CHOOSING)
 
 
-def _try_keyring(limit: float) -> Keeper | None:
-    """The keyring that Python finds by itself, None when it does not work."""
-    found = _probe(limit)
-    if isinstance(found, Keeper):
-        return found
+def _choose_keyring(limit: float) -> Keeper:
+    """The keyring that Python finds by itself; where it does not work, the file keyring."""
+    outcome = _probe(limit)
+    if isinstance(outcome, Keeper):
+        return outcome
     if os.environ.get(CHOICE):
-        raise KeyringError(f"{CHOICE}={os.environ[CHOICE]} does not work ({found})")
-    logger.debug("keyring: %s", found)
-    return None
-
-
-def _fall_back(limit: float) -> Keeper:
-    """Use the file keyring for this process and its children; raises KeyringError."""
-    os.environ[CHOICE] = FILE_KEYRING
-    found = _probe(limit)
-    if not isinstance(found, Keeper):
+        raise KeyringError(f"{CHOICE}={os.environ[CHOICE]} does not work ({outcome})")
+    logger.debug("keyring: %s", outcome)
+    os.environ[CHOICE] = FILE_KEYRING  # for this process and its children
+    outcome = _probe(limit)
+    if not isinstance(outcome, Keeper):
         del os.environ[CHOICE]
         raise KeyringError(
-            f"this machine has neither a working keyring nor {FILE_KEYRING} ({found})"
+            f"this machine has neither a working keyring nor {FILE_KEYRING} ({outcome})"
         )
     import keyring
 
     # The process may have settled on the silent one already.
     keyring.set_keyring(keyring.core.load_keyring(FILE_KEYRING))
     why = f"the system keyring does not answer; before `pf` run: export {CHOICE}={FILE_KEYRING}"
-    return Keeper(found.keyring, found.file, why)
+    return Keeper(outcome.keyring, outcome.file, why)
 
 
 def _probe(limit: float) -> Keeper | str:
@@ -172,11 +166,7 @@ def _probe(limit: float) -> Keeper | str:
         return f"the system keyring did not answer within {limit:g} seconds (is it locked?)"
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return _read_probe(done.stdout)
-
-
-def _read_probe(output: str) -> Keeper:
-    answer = json.loads(output.splitlines()[-1])
+    answer = json.loads(done.stdout.splitlines()[-1])
     if answer["file"] is None:
         return Keeper(answer["keyring"])
     why = "this machine has no system keyring"
@@ -263,7 +253,7 @@ def stored_connection(name: str) -> Any:
     if keyring.get_password(keyring_probe.SYSTEM, keyring_probe.NAME) is None:
         raise StoreError(
             f"The key that encrypts the connection {name!r} is no longer in this machine's "
-            f"keyring; {_write_anew(name)}"
+            f"keyring; {_write_again(name)}"
         )
     with _errors_of_the_store("read", name):
         return _sdk("promptflow.client").PFClient().connections.get(name, with_secrets=True)
@@ -279,11 +269,10 @@ def workspace_connection(workspace: tuple[str, str, str], name: str, credential:
     try:
         return provider.WorkspaceConnectionProvider(*workspace, credential=credential).get(name)
     except exceptions.PromptflowException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
             f"Prompt flow cannot read the connection {name!r} of the workspace {workspace[2]}: "
-            f"{reason}. It needs the role Azure Machine Learning Workspace Connection Secrets "
-            "Reader there; a new role takes effect after some minutes"
+            f"{first_line(error)}. It needs the role Azure Machine Learning Workspace Connection "
+            "Secrets Reader there; a new role takes effect after some minutes"
         ) from None
 
 
@@ -380,14 +369,13 @@ def _errors_of_the_store(doing: str, name: str) -> Iterator[None]:
         keyring.KeyringError,
         OSError,
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StoreError(
-            f"Prompt flow's store could not {doing} the connection {name!r}: {reason}; "
-            f"{_write_anew(name)}"
+            f"Prompt flow's store could not {doing} the connection {name!r}: {first_line(error)}; "
+            f"{_write_again(name)}"
         ) from None
 
 
-def _write_anew(name: str) -> str:
+def _write_again(name: str) -> str:
     return (
         f"write it again with: phi3 connect connection.name={name}, "
         "or set PHI3_ENDPOINT and PHI3_KEY to use no store"

@@ -44,7 +44,7 @@ class Prompts:
 
     def __init__(self, index: DocumentIndex, embedder: Embedder | None, top_k: int) -> None:
         self._index, self._embedder, self._top_k = index, embedder, top_k
-        self._found: dict[str, Prompt] = {}
+        self._by_question: dict[str, Prompt] = {}
 
     def of(self, arm: Arm, question: str, right: Sequence[Hit] = ()) -> Prompt:
         """The prompt of an arm; `right` are the passages that hold the answer."""
@@ -54,8 +54,8 @@ class Prompts:
             return (
                 Prompt(grounded_question(question, right[:1]), right[:1]) if right else Prompt("")
             )
-        if question not in self._found:
+        if question not in self._by_question:
             hits = self._index.search(question, top_k=self._top_k, embedder=self._embedder)
-            made = grounded(question, [hit.as_lookup() for hit in hits])
-            self._found[question] = Prompt(made["text"], hits_of(made["passages"]))
-        return self._found[question]
+            prompt = grounded(question, [hit.as_lookup() for hit in hits])
+            self._by_question[question] = Prompt(prompt["text"], hits_of(prompt["passages"]))
+        return self._by_question[question]

@@ -1,4 +1,4 @@
-"""Asks the base and the tuned model of a run, arm by arm; what was answered once is kept.
+"""Asks the base and the tuned model of a run, arm by arm; answers are saved and used again.
 
 Reads the run's models; writes run/rag/answers/ARM.json after each arm, so that a comparison that
 was interrupted asks only what is missing.
@@ -25,7 +25,6 @@ from ..run import Run, fingerprint, write_atomically
 from .arms import Arm, Prompt
 
 FOLDER = "rag/answers"
-_SOME = 8  # answers after which a guess of the time left is worth showing
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class Asking:
         self._judge = choose_judge(recipe, run)
         self._base = base_folder(run)
         self._tuned = run.path / run.require(ModelManifest).path
-        self._total = self._done = self._timed = 0
-        self._spent = 0.0
+        self._total = self._done = 0
 
     def expect(self, total: int) -> None:
         """How many prompts will be asked, for the estimate of the time left."""
@@ -86,12 +84,17 @@ class Asking:
 
     def ask(self, name: str, arm: Arm, prompts: Sequence[Prompt]) -> Replies:
         """The answer to each prompt, from the file of an earlier run where it is the same."""
+        file = self._run.path / FOLDER / f"{name}.json"
         key = self._key(arm, prompts)
-        kept = self._kept(name, key)
-        if kept is not None:
-            self._done += len(prompts)
-            self._progress(self._done, self._total, f"{arm.label}: answered in an earlier run")
-            return kept
+        try:
+            saved = json.loads(file.read_text("utf-8"))
+            if key is not None and saved["key"] == key:
+                replies = Replies([Reply(**each) for each in saved["replies"]], saved["seconds"])
+                self._done += len(prompts)
+                self._progress(self._done, self._total, f"{arm.label}: answered in an earlier run")
+                return replies
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # nothing was saved, or by another version
         texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
         asked = [Asked([{"role": "user", "content": text}]) for text in texts]
         self._done += len(prompts) - len(texts)
@@ -99,11 +102,7 @@ class Asking:
 
         def step(count: int) -> None:
             self._done += count
-            self._timed += count
-            each = (self._spent + time.monotonic() - started) / max(1, self._timed)
-            left = each * (self._total - self._done)
-            shown = f", about {left:.0f} s left" if self._timed >= _SOME else ""
-            self._progress(self._done, self._total, f"{arm.label}{shown}")
+            self._progress(self._done, self._total, arm.label)
 
         step(0)
         judge = self._judge
@@ -111,19 +110,19 @@ class Asking:
         examine = judge.examine_tuned if arm.tuned else judge.examine
         answers = examine(folder, asked, step) if asked else []
         seconds = time.monotonic() - started
-        self._spent += seconds
         chat = chat_format(folder)
-        found = {"": Reply(NOT_IN_DOCUMENTS, cut=False, asked=False, prompt_tokens=0,
-                           answer_tokens=0)}  # fmt: skip
-        for text, one, answered in zip(texts, asked, answers, strict=True):
+        by_text = {"": Reply(NOT_IN_DOCUMENTS, cut=False, asked=False, prompt_tokens=0,
+                             answer_tokens=0)}  # fmt: skip
+        for text, question, answered in zip(texts, asked, answers, strict=True):
             said = answered.said
             spoken = said.text if said else ""
-            whole = [*one.prompt, {"role": "assistant", "content": spoken}]
-            prompt = len(chat.encode_prompt(one.prompt))
+            whole = [*question.prompt, {"role": "assistant", "content": spoken}]
+            prompt = len(chat.encode_prompt(question.prompt))
             tokens = len(chat.encode_example(whole).input_ids) - prompt if spoken else 0
-            found[text] = Reply(spoken, said is None or said.cut, True, prompt, tokens)
-        replies = Replies([found[prompt.text] for prompt in prompts], seconds)
-        self._keep(name, key, replies)
+            by_text[text] = Reply(spoken, said is None or said.cut, True, prompt, tokens)
+        replies = Replies([by_text[prompt.text] for prompt in prompts], seconds)
+        content = json.dumps({"key": key, **asdict(replies)}, ensure_ascii=False)
+        write_atomically(file, content)
         return replies
 
     def _key(self, arm: Arm, prompts: Sequence[Prompt]) -> str | None:
@@ -135,19 +134,6 @@ class Asking:
         settings = [self._judge.engine, self._judge.precision]
         limit = self._recipe.evaluate.max_new_tokens
         return fingerprint([weights, settings, limit, [prompt.text for prompt in prompts]])
-
-    def _kept(self, name: str, key: str | None) -> Replies | None:
-        try:
-            kept = json.loads((self._run.path / FOLDER / f"{name}.json").read_text("utf-8"))
-            if key is None or kept["key"] != key:
-                return None
-            return Replies([Reply(**reply) for reply in kept["replies"]], kept["seconds"])
-        except (OSError, ValueError, TypeError, KeyError):  # nothing, or of another version
-            return None
-
-    def _keep(self, name: str, key: str | None, replies: Replies) -> None:
-        kept = json.dumps({"key": key, **asdict(replies)}, ensure_ascii=False)
-        write_atomically(self._run.path / FOLDER / f"{name}.json", kept)
 
 
 @contextmanager

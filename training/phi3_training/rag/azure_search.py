@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from phi3_tool.azure_search import AGAIN, STORE, SearchService, index_url, read_settings
 from phi3_tool.errors import one_line
 
-from ..errors import StageError, UsageError
+from ..errors import StageError, UsageError, shortened
 from ..progress import Progress
 from ..run import write_atomically
 
@@ -36,7 +36,6 @@ _BATCH = 500  # documents; the service takes 1,000 in 16 MB
 _BATCH_BYTES = 4_000_000
 _PAGE = 1000  # ids in an answer, the most that the service sends
 _TRIES = 6  # of a document that was refused for now
-_SHOWN = 20
 _LONGEST_SERVICE = 60  # characters of a service's name
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9]|-(?=[a-z0-9])){1,127}")
 _KEYS = (
@@ -118,7 +117,7 @@ class Destination:
 def destination(
     path: Path, store: Store, run: str, service_id: Callable[[str], str] = str
 ) -> Destination | None:
-    """Where the passages of a run go besides its SQLite file; None where they stay there alone.
+    """Where a run's passages go in addition to its SQLite file; None where they stay in it alone.
 
     Without `store.kind` that is where `path` says they are. `service_id` gives the ARM id for the
     name of a service that is to be created. Asks nothing over the network. Raises UsageError where
@@ -203,14 +202,20 @@ def _settings(
     to: Destination, database: sqlite3.Connection, facts: dict[str, str]
 ) -> dict[str, str]:
     """What the small file says once the passages are there."""
-    made = {"service_id": to.service_id} if to.service_id else {}
+    # Not the generation: its number starts over with --rebuild.
+    content = hashlib.sha256()
+    for row in database.execute(
+        "SELECT path, sha256, min(passage.id), max(passage.id) FROM document "
+        "JOIN passage ON document.id = document GROUP BY document.id ORDER BY path"
+    ):
+        content.update(repr(row).encode())
     return {
         **facts,
         "store": STORE,
         "endpoint": to.service.endpoint,
         "index": to.index,
-        **made,
-        "content": _content(database),
+        **({"service_id": to.service_id} if to.service_id else {}),
+        "content": content.hexdigest()[:16],
     }
 
 
@@ -251,40 +256,29 @@ def definition(name: str, facts: dict[str, str]) -> dict[str, Any]:
         field("first", "Edm.Int64"),
         field("last", "Edm.Int64"),
     ]
-    made = {"name": name, "description": f"{MADE_BY}: passages of documents", "fields": fields}
+    index = {"name": name, "description": f"{MADE_BY}: passages of documents", "fields": fields}
     if facts["embedder"] == "none":
-        return made
+        return index
     fields.append(
         field(
             "vector",
             "Collection(Edm.Single)",
             searchable=True,
             retrievable=False,
-            stored=False,  # found by, never sent back: it would double the space
+            stored=False,  # searched, never sent back: it would double the space
             dimensions=int(facts["dimension"]),
             vectorSearchProfile="cosine",
         )
     )
     hnsw = {"name": "hnsw", "kind": "hnsw", "hnswParameters": {"metric": "cosine"}}
     profile = {"name": "cosine", "algorithm": "hnsw"}
-    return {**made, "vectorSearch": {"algorithms": [hnsw], "profiles": [profile]}}
+    return {**index, "vectorSearch": {"algorithms": [hnsw], "profiles": [profile]}}
 
 
 def _new_name(run: str) -> str:
     """A name that no other run has, on this service or another machine's."""
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     return f"phi3-{plain[:40].strip('-') or 'documents'}-{secrets.token_hex(4)}"
-
-
-def _content(database: sqlite3.Connection) -> str:
-    """What the generation holds: its number starts over with --rebuild."""
-    digest = hashlib.sha256()
-    for row in database.execute(
-        "SELECT path, sha256, min(passage.id), max(passage.id) FROM document "
-        "JOIN passage ON document.id = document GROUP BY document.id ORDER BY path"
-    ):
-        digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]
 
 
 def _ensure(to: Destination, settings: dict[str, str], *, rebuild: bool) -> bool:
@@ -326,19 +320,17 @@ def _fill(
     sleep: Callable[[float], None],
 ) -> int:
     """Send every passage; how many. Raises StageError with those that were refused for good."""
-    total, sent, started = int(facts["passages"]), 0, time.monotonic()
+    total, sent = int(facts["passages"]), 0
     refused: list[str] = []
     for batch in _batches(_documents(database, facts)):
         refused += _post(to, batch, sleep)
         sent += len(batch)
-        left = (time.monotonic() - started) / sent * max(total - sent, 0)
-        progress(sent, total, f"sending passages to {to.index}, about {left:.0f} s left")
+        progress(sent, total, f"sending passages to {to.index}")
     if refused:
-        shown = "\n".join(f"  {line}" for line in refused[:_SHOWN])
-        more = f"\n  … and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        shown = "\n".join(f"  {line}" for line in shortened(refused))
         raise StageError(
             f"{to.service.endpoint} refused {len(refused)} of {sent} passages; the others are "
-            f"there, and nothing was deleted:\n{shown}{more}\n"
+            f"there, and nothing was deleted:\n{shown}\n"
             "Run the same command again when that is fixed"
         )
     return sent
@@ -397,18 +389,18 @@ def _post(
     for attempt in range(_TRIES):
         body = {"value": list(waiting.values())}
         answer = to.service.call("POST", f"{index_url(to.index)}/docs/search.index", body) or {}
-        told = {str(result.get("key")): result for result in answer.get("value", ())}
+        results = {str(result.get("key")): result for result in answer.get("value", ())}
         again: dict[str, dict[str, Any]] = {}
         for key, document in waiting.items():
-            result = told.get(key, {"status": False, "errorMessage": "no answer for it"})
+            result = results.get(key, {"status": False, "errorMessage": "no answer for it"})
             if result.get("status"):
                 continue
             if result.get("statusCode") in AGAIN and attempt < _TRIES - 1:
                 again[key] = document
                 continue
             place = f"passage {key}" + (f" of {document['source']}" if "source" in document else "")
-            said = one_line(str(result.get("errorMessage") or "no reason given"))
-            refused.append(f"{place}: {said} (status {result.get('statusCode')})")
+            reason = one_line(str(result.get("errorMessage") or "no reason given"))
+            refused.append(f"{place}: {reason} (status {result.get('statusCode')})")
         waiting = again
         if not waiting:
             break
@@ -437,9 +429,9 @@ def _delete_stale(
         }
         path = f"{index_url(to.index)}/docs/search.post.search"
         answer = to.service.call("POST", path, body) or {}
-        found = [str(document["id"]) for document in answer.get("value", ())]
+        ids = [str(document["id"]) for document in answer.get("value", ())]
         # What was written a second ago may still be found with its old generation.
-        stale = [key for key in found if key not in current]
+        stale = [key for key in ids if key not in current]
         if stale:
             actions = [{"@search.action": "delete", "id": key} for key in stale]
             refused = _post(to, actions, sleep)
@@ -449,6 +441,6 @@ def _delete_stale(
                     f"longer in the documents:\n  {refused[0]}\nRun the same command again"
                 )
             deleted += len(stale)
-        if len(found) < _PAGE:
+        if len(ids) < _PAGE:
             return deleted
-        last = found[-1]
+        last = ids[-1]

@@ -89,7 +89,7 @@ def choose_embedder(
         settings = {"kind": "endpoint", "base": remote.base, "model": model}
         return Chosen(remote, settings, f"{model} at {remote.base}")
     try:
-        place = folder or minilm(progress)
+        model_folder = folder or minilm(progress)
     except EmbedderUnavailableError as error:
         if kind == "onnx":
             raise StageError(
@@ -98,9 +98,8 @@ def choose_embedder(
             ) from None
         reason = f"words alone (BM25): the embedder could not be downloaded ({error})"
         return Chosen(None, {}, reason)
-    local = OnnxEmbedder(place)
-    settings = {"kind": "onnx", "folder": str(place)}
-    return Chosen(local, settings, f"{place} on this machine")
+    settings = {"kind": "onnx", "folder": str(model_folder)}
+    return Chosen(OnnxEmbedder(model_folder), settings, f"{model_folder} on this machine")
 
 
 def sync(
@@ -123,26 +122,18 @@ def sync(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=0):
-            if rebuild:
-                _remove(path)
-            with closing(_open(path)) as database:
+            for suffix in ("", "-wal", "-shm") if rebuild else ():
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as database:
+                database.execute("PRAGMA journal_mode=WAL")
+                if not database.execute(
+                    "SELECT 1 FROM sqlite_master WHERE name = 'meta'"
+                ).fetchone():
+                    database.executescript(f"BEGIN;{SCHEMA}COMMIT;")
                 return _sync(database, path, files, faults, chosen, progress, skip_unreadable,
                              started)  # fmt: skip
     except Timeout:
         raise StageError(f"Another phi3 is writing {path}; wait until it has finished") from None
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, isolation_level=None, timeout=30)
-    database.execute("PRAGMA journal_mode=WAL")
-    if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-        database.executescript(f"BEGIN;{SCHEMA}COMMIT;")
-    return database
-
-
-def _remove(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _sync(
@@ -160,7 +151,7 @@ def _sync(
     if facts and facts["embedder"] != identity:
         raise UsageError(
             f"{path} was made with the embedder {facts['embedder']}, not {identity}; "
-            "make it again with --rebuild, or name the same embedder"
+            "build it again with --rebuild, or name the same embedder"
         )
     known = {
         name: (number, sha, size, modified)
@@ -268,14 +259,14 @@ def _replace(
 ) -> None:
     """Read a document and put its passages in the place of its old ones."""
     vectors: dict[tuple[str, str], bytes] = {}
-    found = database.execute("SELECT id FROM document WHERE path = ?", (name,)).fetchone()
-    if found:
+    old = database.execute("SELECT id FROM document WHERE path = ?", (name,)).fetchone()
+    if old:
         # A paragraph that stayed as it was keeps its vector.
         for heading, text, vector in database.execute(
-            "SELECT heading, text, vector FROM passage WHERE document = ?", found
+            "SELECT heading, text, vector FROM passage WHERE document = ?", old
         ):
             vectors[heading, text] = vector
-        _forget(database, found[0])
+        _forget(database, old[0])
     number = database.execute(
         "INSERT INTO document(path, sha256, size, modified, passages) VALUES(?, ?, ?, ?, 0)",
         (name, *stamp),
@@ -303,9 +294,13 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
         cache.execute("CREATE TABLE IF NOT EXISTS vector (sha BLOB PRIMARY KEY, vector BLOB)")
         (total,) = database.execute("SELECT count(*) FROM passage WHERE vector IS NULL").fetchone()
         done, computed = 0, 0
-        for batch in _batches(database):
+        while batch := database.execute(
+            "SELECT id, heading, text FROM passage WHERE vector IS NULL ORDER BY id LIMIT ?",
+            (_BATCH,),
+        ).fetchall():
             texts = [Passage(text, heading, None, 0, 0).searched for _, heading, text in batch]
-            keys = [_key(embedder, text) for text in texts]
+            # The same text has another vector from another embedder.
+            keys = [hashlib.sha256(f"{embedder.identity}\0{t}".encode()).digest() for t in texts]
             stored = [
                 cache.execute("SELECT vector FROM vector WHERE sha = ?", (key,)).fetchone()
                 for key in keys
@@ -330,20 +325,9 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
     return computed
 
 
-def _batches(database: sqlite3.Connection) -> Iterator[list[tuple[int, str, str]]]:
-    while batch := database.execute(
-        "SELECT id, heading, text FROM passage WHERE vector IS NULL ORDER BY id LIMIT ?", (_BATCH,)
-    ).fetchall():
-        yield batch
-
-
 def _cache(path: Path) -> Path:
     """Where vectors wait until their transaction is committed."""
     return path.with_name(f"{path.name}.vectors")
-
-
-def _key(embedder: Embedder, text: str) -> bytes:
-    return hashlib.sha256(f"{embedder.identity}\0{text}".encode()).digest()
 
 
 def _words_of(text: str) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,17 +43,16 @@ def read_changes(path: Path) -> list[FactChange]:
         raise UsageError(f"{path} cannot be read ({error}); {expected}") from None
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: {expected}")
-    faults = [f"  number {n}: {fault}" for n, row in enumerate(rows, 1) if (fault := _fault(row))]
+    faults = []
+    for number, row in enumerate(rows, 1):
+        values = row if isinstance(row, dict) else {}
+        texts = {key: text for key, text in values.items() if isinstance(text, str)}
+        missing = [key for key in _KEYS if not texts.get(key, "").strip()]
+        if missing:
+            faults.append(f"  number {number}: no text under {', '.join(missing)}")
     if faults:
         raise UsageError(f"{path}: {expected}\n" + "\n".join(faults))
     return [FactChange(**{key: row[key] for key in _KEYS}) for row in rows]
-
-
-def _fault(row: Any) -> str:
-    if not isinstance(row, dict):
-        return "is no object"
-    missing = [key for key in _KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
-    return f"no text under {', '.join(missing)}" if missing else ""
 
 
 def changed_index(
@@ -78,7 +76,7 @@ def changed_index(
         touched: set[int] = set()
         for change in changes:
             old = re.compile(r"\s+".join(map(re.escape, change.old.split())))
-            found = {
+            matching = {
                 number: text
                 for number, text in database.execute(
                     "SELECT passage.id, text FROM passage JOIN document ON document.id = document "
@@ -87,14 +85,24 @@ def changed_index(
                 )
                 if old.search(text)
             }
-            if not found:
+            if not matching:
                 lost.append(f'  {change.id}: no passage of {change.file} has "{change.old}"')
-            for number, text in found.items():
+            for number, text in matching.items():
                 edited = old.sub(lambda _, new=change.new: new, text)  # type: ignore[misc]
                 database.execute("UPDATE passage SET text = ? WHERE id = ?", (edited, number))
-            touched.update(found)
+            touched.update(matching)
         if embedder is not None:
-            _embed(database, embedder, sorted(touched))
+            numbers = sorted(touched)
+            rows = [
+                database.execute("SELECT heading, text FROM passage WHERE id = ?", (n,)).fetchone()
+                for n in numbers
+            ]
+            searched = [Passage(text, heading, None, 0, 0).searched for heading, text in rows]
+            vectors = embedder.embed(searched).astype(np.float16) if rows else ()
+            database.executemany(
+                "UPDATE passage SET vector = ? WHERE id = ?",
+                [(vector.tobytes(), n) for vector, n in zip(vectors, numbers, strict=True)],
+            )
         database.execute("INSERT INTO words(words) VALUES('rebuild')")
         database.commit()
     if lost:
@@ -102,18 +110,3 @@ def changed_index(
         raise UsageError("These changes do not fit the indexed documents:\n" + "\n".join(lost))
     scratch.replace(target)
     return DocumentIndex(target)
-
-
-def _embed(database: sqlite3.Connection, embedder: Embedder, numbers: Sequence[int]) -> None:
-    rows = [
-        database.execute("SELECT heading, text FROM passage WHERE id = ?", (number,)).fetchone()
-        for number in numbers
-    ]
-    if not rows:
-        return
-    texts = [Passage(text, heading, None, 0, 0).searched for heading, text in rows]
-    vectors = embedder.embed(texts).astype(np.float16)
-    database.executemany(
-        "UPDATE passage SET vector = ? WHERE id = ?",
-        [(vector.tobytes(), number) for vector, number in zip(vectors, numbers, strict=True)],
-    )

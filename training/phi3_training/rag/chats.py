@@ -92,27 +92,31 @@ def make_chats(
         for question in own
         if question.answer or not question.answerable
     ]
-    known += _from_templates(passages, making.per_passage, chance)
+    templates = Templates(passages)
+    for hit in passages:
+        for number, pair in enumerate(templates.pairs(hit, chance, making.per_passage), 1):
+            question = Question(0, pair.question, pair.answer, kind=pair.kind)
+            known.append(_Known(question, [hit], f"{pair.kind}-{hit.id}-{number}"))
     # Two rows with the same question and other answers would teach neither.
-    first = {_key(one.question.text): one for one in reversed(known)}
-    known = [one for key, one in reversed(first.items()) if key not in reserved]
-    if not any(one.right for one in known):
+    first = {_key(each.question.text): each for each in reversed(known)}
+    known = [each for key, each in reversed(first.items()) if key not in reserved]
+    if not any(each.right for each in known):
         raise UsageError(
             "No question could be made from these documents: they need sentences or tables under "
             "headings. Give your own with --questions FILE"
         )
-    answerable = [one for one in known if one.right]
+    answerable = [each for each in known if each.right]
     share = round(making.withheld * len(answerable))
-    withheld = {id(one) for one in chance.sample(answerable, share)}
+    withheld = {id(each) for each in chance.sample(answerable, share)}
     chats: list[Chat] = []
-    for done, one in enumerate(known):
+    for done, each in enumerate(known):
         progress(done, len(known), "looking the questions up")
         if making.with_passages:
-            hits = index.search(one.question.text, top_k=2 * making.top_k, embedder=embedder)
-            chats += _with_passages(one, hits, id(one) in withheld, among, making.top_k, chance)
-        if making.with_plain and one.question.answerable:
-            name = f"plain-{one.name}"
-            chats.append(Chat(name, one.question.text, one.question.answer, "plain"))
+            hits = index.search(each.question.text, top_k=2 * making.top_k, embedder=embedder)
+            chats += _with_passages(each, hits, id(each) in withheld, among, making.top_k, chance)
+        if making.with_plain and each.question.answerable:
+            name = f"plain-{each.name}"
+            chats.append(Chat(name, each.question.text, each.question.answer, "plain"))
     chance.shuffle(chats)
     return chats
 
@@ -126,32 +130,22 @@ def write_chats(chats: Sequence[Chat], path: Path) -> dict[Kind, int]:
     return {kind: sum(chat.kind == kind for chat in chats) for kind in KINDS}
 
 
-def _from_templates(
-    passages: Sequence[Hit], per_passage: int, chance: random.Random
-) -> Iterator[_Known]:
-    templates = Templates(passages)
-    for hit in passages:
-        for number, pair in enumerate(templates.pairs(hit, chance, per_passage), 1):
-            question = Question(0, pair.question, pair.answer, kind=pair.kind)
-            yield _Known(question, [hit], f"{pair.kind}-{hit.id}-{number}")
-
-
 def _with_passages(
-    one: _Known,
-    found: Sequence[Hit],
+    known: _Known,
+    hits: Sequence[Hit],
     withheld: bool,
     among: Set,
     top_k: int,
     chance: random.Random,
 ) -> Iterator[Chat]:
     """The rows with passages; none where all that was found scores too little to be shown."""
-    question, right = one.question, {hit.id for hit in one.right}
-    shown = hits_of(grounded(question.text, [hit.as_lookup() for hit in found])["passages"])
+    question, right = known.question, {hit.id for hit in known.right}
+    shown = hits_of(grounded(question.text, [hit.as_lookup() for hit in hits])["passages"])
     if withheld:
         shown = [hit for hit in shown if hit.id not in right and not tells(hit, question, among)]
     shown = shown[:top_k]
     if right and not withheld and not any(hit.id in right for hit in shown):
-        shown = [*shown[: top_k - 1], one.right[0]]  # the search missed it; the row must not
+        shown = [*shown[: top_k - 1], known.right[0]]  # the search missed it; the row must not
     if not shown:
         return
     cited = None if withheld else next((hit for hit in shown if hit.id in right), None)
@@ -167,7 +161,7 @@ def _with_passages(
         orders.append([*shown])
         answer = f"{question.answer} [{shown.index(cited) + 1}]" if cited else NOT_IN_DOCUMENTS
         prompt = grounded_question(question.text, shown)
-        yield Chat(f"{kind}-{one.name}-{copy + 1}", prompt, answer, kind)
+        yield Chat(f"{kind}-{known.name}-{copy + 1}", prompt, answer, kind)
 
 
 def _key(text: str) -> str:

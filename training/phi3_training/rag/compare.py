@@ -1,15 +1,15 @@
 """`phi3 rag compare`: base, RAG, tuning and both on the same held-out questions.
 
 Reads a run with its models, an index, questions and changes; writes run/rag/comparison.json,
-comparison-rows.jsonl and comparison.html. Answers are kept: see asking.py.
+comparison-rows.jsonl and comparison.html. Answers are saved: see asking.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypedDict
 
 from phi3_tool.grounding import question_in
 from phi3_tool.index import DocumentIndex, Embedder, Hit
@@ -25,7 +25,7 @@ from .comparison_report import page
 from .figures import Retrieval, measure
 from .questions import Question, answers_of, of_split, right_passages
 from .recommend import Evidence, Recommendation, recommend
-from .scores import ArmAnswers, ArmFigures, arm_figures, differences, rows_of
+from .scores import ArmAnswers, ArmFigures, ScoredAnswer, arm_figures, differences, rows_of
 
 FILE = "rag/comparison.json"
 ROWS = "rag/comparison-rows.jsonl"
@@ -48,6 +48,16 @@ class Changed:
     kept: Mapping[str, int]
 
 
+class WrongAnswer(TypedDict):
+    """A question that `both` answered wrongly, with every arm's answer."""
+
+    question: str
+    line: int
+    kind: str
+    expected: str
+    arms: Mapping[str, ScoredAnswer]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All figures; `left_out`: questions that the model was trained on word for word."""
@@ -63,7 +73,7 @@ class Comparison:
     changed: Changed | None
     recommendation: Recommendation
     settings: Resampling
-    worst: Sequence[Mapping[str, Any]]
+    worst: Sequence[WrongAnswer]
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the rows."""
@@ -110,7 +120,15 @@ def compare_arms(
         )
     if not asked:
         raise UsageError("No question has an `answer` to compare with: add some to the file")
-    again = _changed_questions(questions, changes)
+    by_id = {question.id: question for question in questions if question.id}
+    missing = [change.id for change in changes if change.id not in by_id]
+    if missing:
+        raise UsageError(
+            f"No question has the id of these changes: {', '.join(missing)}. A change names its "
+            "question by `id`"
+        )
+    # Those of any split, since none is trained on with its new answer.
+    again = [replace(by_id[change.id], answer=change.answer) for change in changes]
     note(progress, "looking the questions up")
     passages = index.passages()
     right = [right_passages(question, passages, among) for question in asked]
@@ -126,29 +144,42 @@ def compare_arms(
     answers: dict[str, ArmAnswers] = {}
     after: dict[str, Replies] = {}
     for name, arm in ARMS.items():
-        made = [
+        answered = [
             prompts.of(arm, question.text, hits)
             for question, hits in zip(asked, right, strict=True)
         ]
         # The ceiling has no right passage to give for an unanswerable question.
         unanswerable = [] if arm.passages == "right" else [prompts.of(arm, q.text) for q in none]
-        replies = asking.ask(name, arm, [*made, *unanswerable])
-        said = replies.replies[: len(made)]
+        replies = asking.ask(name, arm, [*answered, *unanswerable])
+        said = replies.replies[: len(answered)]
         answers[name] = ArmAnswers(
-            made, Replies(said, replies.seconds_each * sum(reply.asked for reply in said)),
-            replies.replies[len(made):],
+            answered, Replies(said, replies.seconds_each * sum(reply.asked for reply in said)),
+            replies.replies[len(answered):],
         )  # fmt: skip
         if edited is not None and name in _AFTER_CHANGES:
             now = [edited.of(arm, question.text) for question in again]
             after[name] = asking.ask(f"{name}-changed", arm, now)
     arms: dict[str, ArmFigures] = {}
-    details: dict[str, list[dict[str, Any]]] = {}
+    details: dict[str, list[ScoredAnswer]] = {}
     for name in ARMS:
         note(progress, f"counting: {ARMS[name].label}")
         arms[name], details[name] = arm_figures(name, asked, answers, right_ids, among, settings)
     changed = _changed(again, after) if edited is not None else None
-    rows = _count(run).get("train")
-    evidence = _evidence(asked, answers, arms, changed, rows, settings)
+    model = run.read(ModelManifest)
+    rows = model.conversations.get("train") if model else None
+    between = differences(asked, answers, settings)
+    evidence = Evidence(
+        questions=len(asked),
+        right={name: figures.right for name, figures in arms.items()},
+        facts=between["facts"],
+        voice=between["voice"],
+        training_rows=rows,
+        changed=changed.facts if changed else 0,
+        lost=changed.lost if changed else 0,
+        kept=changed.kept if changed else {},
+        refused={n: figures.refused for n, figures in arms.items() if figures.refused is not None},
+        prompt_tokens={name: figures.prompt_tokens for name, figures in arms.items()},
+    )
     ids = iter(right_ids)
     looked_up = [*asked, *none]
     comparison = Comparison(
@@ -185,23 +216,8 @@ def _not_trained_on(questions: Sequence[Question], run: Run) -> tuple[list[Quest
         for turn in json.loads(line)["messages"]
         if turn["role"] == "user"
     }
-    kept = [question for question in questions if question.text.casefold() not in trained]
-    return kept, len(questions) - len(kept)
-
-
-def _changed_questions(
-    questions: Sequence[Question], changes: Sequence[FactChange]
-) -> list[Question]:
-    """The question of each change, with its new answer; those of any split: none is trained on
-    with it."""
-    by_id = {question.id: question for question in questions if question.id}
-    missing = [change.id for change in changes if change.id not in by_id]
-    if missing:
-        raise UsageError(
-            f"No question has the id of these changes: {', '.join(missing)}. A change names its "
-            "question by `id`"
-        )
-    return [Question(**{**asdict(by_id[change.id]), "answer": change.answer}) for change in changes]
+    unseen = [question for question in questions if question.text.casefold() not in trained]
+    return unseen, len(questions) - len(unseen)
 
 
 def _changed(questions: Sequence[Question], after: Mapping[str, Replies]) -> Changed:
@@ -212,51 +228,23 @@ def _changed(questions: Sequence[Question], after: Mapping[str, Replies]) -> Cha
     lost = [number for number, was in enumerate(right["tuned"]) if not was]
     return Changed(
         facts=len(questions),
-        right={name: sum(one) for name, one in right.items()},
+        right={name: sum(rows) for name, rows in right.items()},
         lost=len(lost),
         kept={name: sum(right[name][n] for n in lost) for name in ("rag", "both")},
     )
 
 
-def _count(run: Run) -> Mapping[str, int]:
-    model = run.read(ModelManifest)
-    return model.conversations if model else {}
-
-
-def _evidence(
-    questions: Sequence[Question],
-    answers: Mapping[str, ArmAnswers],
-    arms: Mapping[str, ArmFigures],
-    changed: Changed | None,
-    rows: int | None,
-    settings: Resampling,
-) -> Evidence:
-    found = differences(questions, answers, settings)
-    return Evidence(
-        questions=len(questions),
-        right={name: figures.right for name, figures in arms.items()},
-        facts=found["facts"],
-        voice=found["voice"],
-        training_rows=rows,
-        changed=changed.facts if changed else 0,
-        lost=changed.lost if changed else 0,
-        kept=changed.kept if changed else {},
-        refused={n: figures.refused for n, figures in arms.items() if figures.refused is not None},
-        prompt_tokens={name: figures.prompt_tokens for name, figures in arms.items()},
-    )
-
-
 def _worst(
-    questions: Sequence[Question], details: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[dict[str, Any]]:
+    questions: Sequence[Question], details: Mapping[str, Sequence[ScoredAnswer]]
+) -> list[WrongAnswer]:
     """Wrong answers of `both`, those first that another arm has right."""
-    rows: list[dict[str, Any]] = [
+    rows: list[WrongAnswer] = [
         {
             "question": question.text,
             "line": question.line,
             "kind": question.kind,
             "expected": question.answer,
-            "arms": {name: found[number] for name, found in details.items()},
+            "arms": {name: rows[number] for name, rows in details.items()},
         }
         for number, question in enumerate(questions)
     ]
@@ -269,13 +257,13 @@ def _write(
     comparison: Comparison,
     questions: Sequence[Question],
     right: Sequence[Sequence[Hit]],
-    details: Mapping[str, Sequence[Mapping[str, Any]]],
+    details: Mapping[str, Sequence[ScoredAnswer]],
 ) -> None:
     rows = [
         {
             **asdict(question),
             "right_passages": [hit.place for hit in hits],
-            "arms": {name: found[number] for name, found in details.items()},
+            "arms": {name: rows[number] for name, rows in details.items()},
         }
         for number, (question, hits) in enumerate(zip(questions, right, strict=True))
     ]

@@ -57,19 +57,16 @@ class Cutter:
         room = self._tokens - -(-self._count(heading) // 16) * 16 if heading else self._tokens
         room = max(room, self._tokens // 2)
         for start, block in _blocks(section.text):
-            for first, last in self._cut(block, room):
+            if room not in self._chunkers:
+                # memoize=False: it would hold every text of every document.
+                self._chunkers[room] = self._chunkerify(self._count, room, memoize=False)
+            _, offsets = self._chunkers[room](block, offsets=True)
+            for first, last in offsets:
                 text = block[first:last]
                 stripped = text.strip()
                 if stripped:
                     begin = section.start + start + first + len(text) - len(text.lstrip())
                     yield Passage(stripped, heading, section.page, begin, begin + len(stripped))
-
-    def _cut(self, text: str, room: int) -> list[tuple[int, int]]:
-        if room not in self._chunkers:
-            # memoize=False: it would hold every text of every document.
-            self._chunkers[room] = self._chunkerify(self._count, room, memoize=False)
-        _, offsets = self._chunkers[room](text, offsets=True)
-        return list(offsets)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str]]:

@@ -126,14 +126,14 @@ def read_sections(path: Path) -> Iterator[Section]:
     most = MAX_HTML if reader is _html else MAX_BYTES
     if path.stat().st_size > most:
         raise UnreadableError(f"has more than {most >> 20} MB", "split it")
-    found = False
+    has_text = False
     for section in reader(path):
         text = section.text.translate(_CONTROL)
         if text.strip():
-            found = True
+            has_text = True
             heading = tuple(title.translate(_CONTROL) for title in section.heading)
             yield replace(section, text=text, heading=heading)
-    if not found:
+    if not has_text:
         raise UnreadableError(*_EMPTY.get(path.suffix.lower(), ("has no text", "remove it")))
 
 
@@ -181,17 +181,17 @@ def _markdown(path: Path) -> Iterator[Section]:
     heading: list[str] = []
     start = 0
     fence = ""
-    for found in _LINE.finditer(text):  # a list of short lines would take twenty times the file
-        line = found.group()
+    for match in _LINE.finditer(text):  # a list of short lines would take twenty times the file
+        line = match.group()
         border = _FENCE.match(line)
         if border:
             fence = "" if fence == border.group(1) else fence or border.group(1)
         title = None if fence else _HEADING.match(line.rstrip("\r\n"))
         if title:
-            yield Section(text[start : found.start()], tuple(heading), None, start)
+            yield Section(text[start : match.start()], tuple(heading), None, start)
             level = len(title.group(1))
             heading = [*heading[: level - 1], title.group(2)]
-            start = found.end()
+            start = match.end()
     yield Section(text[start:], tuple(heading), None, start)
 
 

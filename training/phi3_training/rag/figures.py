@@ -96,7 +96,7 @@ def measure(
             / count
             for depth in DEPTHS
         },
-        mrr=sum(_reciprocal(right) for right in ranks) / count,
+        mrr=sum(1 / (right.index(True) + 1) for right in ranks if any(right)) / count,
         ndcg=sum(_ndcg(right) for right in ranks) / count,
         lost=sum(score < least for score in best) / count,
         refused=sum(score < least for score in none) / len(none) if none else None,
@@ -108,10 +108,6 @@ def measure(
 
 def _shares(ranks: Sequence[Sequence[bool]]) -> dict[int, float]:
     return {k: sum(any(right[:k]) for right in ranks) / len(ranks) for k in DEPTHS}
-
-
-def _reciprocal(right: Sequence[bool]) -> float:
-    return 1 / (right.index(True) + 1) if True in right else 0.0
 
 
 def _ndcg(right: Sequence[bool]) -> float:

@@ -128,16 +128,16 @@ def right_ids_of(questions: Sequence[Question], passages: Sequence[Hit]) -> list
     for hit in passages:
         by_source[hit.source].append(hit)
     texts = [(hit.id, _plain(hit.text)) for hit in passages]
-    found = []
+    right: list[set[int]] = []
     for question in questions:
         if question.source is None:
             answer = _plain(question.answer)
             # The plain search first: a set of 10,000 passages takes seconds with it alone.
-            found.append({n for n, text in texts if answer in text and holds(text, answer)})
+            right.append({n for n, text in texts if answer in text and holds(text, answer)})
         else:
             there = by_source[question.source]
-            found.append({hit.id for hit in there if question.is_place_of(hit)})
-    return found
+            right.append({hit.id for hit in there if question.is_place_of(hit)})
+    return right
 
 
 def holds(text: str, answer: str) -> bool:
@@ -159,9 +159,9 @@ def tells(hit: Hit, question: Question, among: Set) -> bool:
     if not telling or holds(text, question.answer):
         return holds(text, question.answer)
     have = vocabulary(text)
-    found, wanted = len(telling.words & have), len(telling.words)
+    shared, wanted = len(telling.words & have), len(telling.words)
     needed = _WORDS_NEXT_TO if telling.values or telling.names else _WORDS_NEEDED
-    return telling.names <= have and set(telling.values) <= have and found >= needed * wanted
+    return telling.names <= have and set(telling.values) <= have and shared >= needed * wanted
 
 
 def right_passages(question: Question, passages: Sequence[Hit], among: Set) -> list[Hit]:

@@ -79,6 +79,11 @@ class Evidence:
         )
 
     @property
+    def has_few_rows(self) -> bool:
+        """Whether it is known that the model was tuned on too little."""
+        return self.training_rows is not None and self.training_rows < FEW_ROWS
+
+    @property
     def facts_change(self) -> bool:
         """Whether changed facts are lost by tuning, and mostly kept by RAG or both."""
         kept = max(self.kept.values(), default=0)
@@ -148,7 +153,10 @@ RULES = (
         "tuning is not clearly better than the base model: RAG; more or other training data first",
         lambda e: not e.better("tuned", "base"),
         lambda e: "rag" if e.better("rag", "base") else "both",
-        lambda e: f"{_little(e)}{e.shown('tuned', 'base')}; {e.shown('rag', 'base')}.",
+        lambda e: (
+            (f"{e.training_rows} training rows are little data. " if e.has_few_rows else "")
+            + f"{e.shown('tuned', 'base')}; {e.shown('rag', 'base')}."
+        ),
     ),
     Rule(
         "style",
@@ -166,7 +174,8 @@ RULES = (
     ),
     Rule(
         "no-difference",
-        "nothing tells RAG and tuning apart: RAG, which needs no training and shows its sources",
+        "no clear difference between RAG and tuning: RAG, which needs no training and shows its "
+        "sources",
         lambda _: True,
         lambda _: "rag",
         lambda e: f"{e.shown('rag', 'tuned')}.",
@@ -183,32 +192,32 @@ def recommend(evidence: Evidence) -> Recommendation:
 
 
 def _remarks(e: Evidence, decided: Rule) -> list[str]:
-    found = []
+    remarks = []
     if e.changed and decided.name != "facts-change":
-        found.append(_changes(e))
+        remarks.append(_changes(e))
     ceiling, reading = e.right.get("ceiling"), max(e.right["rag"], e.right["both"])
     if ceiling is not None and ceiling < LOW_CEILING:
-        found.append(
+        remarks.append(
             f"Even with the right passage given only {ceiling:.0%} of the answers are right: a "
             "larger model gains more than a better index."
         )
     elif ceiling is not None and ceiling - reading > GAP:
-        found.append(
+        remarks.append(
             f"With the right passage given {ceiling:.0%} of the answers are right, with what the "
             f"index finds {reading:.0%}: work on the documents and the index."
         )
     if e.refused.get("both") is not None and e.refused["both"] < REFUSED:
-        found.append(
+        remarks.append(
             f"Of the unanswerable questions both refuses {e.refused['both']:.0%}: train with more "
             "withheld rows (phi3 rag make-chats --withheld 0.4)."
         )
     plain, grounded = e.prompt_tokens.get("tuned"), e.prompt_tokens.get("both")
     if plain and grounded:
-        found.append(
+        remarks.append(
             f"A prompt with passages has {grounded:.0f} tokens, without {plain:.0f}: "
             f"{grounded / plain:.0f} times as many to read for each answer."
         )
-    return found
+    return remarks
 
 
 def _changes(e: Evidence) -> str:
@@ -216,9 +225,3 @@ def _changes(e: Evidence) -> str:
         f"Of {e.changed} facts that changed after tuning, tuning alone gets {e.lost} wrong; of "
         f"these RAG answers {e.kept.get('rag', 0)} and both {e.kept.get('both', 0)}."
     )
-
-
-def _little(e: Evidence) -> str:
-    if e.training_rows is None or e.training_rows >= FEW_ROWS:
-        return ""
-    return f"{e.training_rows} training rows are little data. "

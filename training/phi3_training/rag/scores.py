@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
-from phi3_tool.grounding import NOT_IN_DOCUMENTS, citations
+from phi3_tool.grounding import NOT_IN_DOCUMENTS, Citation, citations
 from phi3_tool.index import Hit
 
 from ..evaluate.figures import compare, metrics_for, seed_of
@@ -83,8 +83,26 @@ class ArmAnswers:
     unanswerable: Sequence[Reply] = field(default=())
 
 
+class CheckedCitation(TypedDict):
+    """A citation; `place` is None where it points to no passage."""
+
+    number: int
+    place: str | None
+    holds: bool  # the expected answer
+
+
+class ScoredAnswer(TypedDict):
+    """An arm's answer to a question, for the report."""
+
+    answer: str
+    right: bool
+    token_f1: float
+    declined: bool
+    citations: list[CheckedCitation]
+
+
 def without_citations(answer: str) -> str:
-    """The answer as it is scored: `[1]` is no number that it tells."""
+    """The answer as it is scored: `[1]` is not one of its numbers."""
     return _CITATION.sub("", answer).strip()
 
 
@@ -108,11 +126,13 @@ def _answered(replies: Sequence[Reply]) -> list[Answered]:
     return [Answered(Said(without_citations(reply.text), reply.cut), None) for reply in replies]
 
 
-def compared(rows: Sequence[Row], name: str, settings: Resampling) -> dict[str, Comparison]:
-    """Each metric of two arms, with paired bootstrap intervals."""
+def compared(
+    rows: Sequence[Row], name: str, settings: Resampling, only: Collection[str] = ()
+) -> dict[str, Comparison]:
+    """Each metric of two arms (those of `only`, if given), with paired bootstrap intervals."""
     return compare(
         rows,
-        metrics_for(rows),
+        [metric for metric in metrics_for(rows) if not only or metric.name in only],
         confidence=settings.confidence,
         resamples=settings.resamples,
         seed=seed_of(name, settings.seed),
@@ -123,22 +143,15 @@ def differences(
     questions: Sequence[Question], answers: Mapping[str, ArmAnswers], settings: Resampling
 ) -> dict[str, dict[tuple[str, str], Change]]:
     """What the recommendation looks at: `facts` and `voice` of each pair of arms."""
-    found: dict[str, dict[tuple[str, str], Change]] = {"facts": {}, "voice": {}}
+    changes: dict[str, dict[tuple[str, str], Change]] = {"facts": {}, "voice": {}}
     for arm, other in _PAIRS:
         pair = (answers[name].replies.replies for name in (other, arm))
         rows = rows_of(questions, *pair)
-        metrics = [metric for metric in metrics_for(rows) if metric.name in _LOOKED_AT]
-        result = compare(
-            rows,
-            metrics,
-            confidence=settings.confidence,
-            resamples=settings.resamples,
-            seed=seed_of("validation", settings.seed),
-        )
+        result = compared(rows, "validation", settings, _LOOKED_AT)
         for metric, kind in _LOOKED_AT.items():
             c = result[metric]
-            found[kind][arm, other] = Change(c.change, c.low, c.high)
-    return found
+            changes[kind][arm, other] = Change(c.change, c.low, c.high)
+    return changes
 
 
 _LOOKED_AT = {"contains": "facts", "token_f1": "voice"}
@@ -151,18 +164,21 @@ def arm_figures(
     right_ids: Sequence[Collection[int]],
     among: Set,
     settings: Resampling,
-) -> tuple[ArmFigures, list[dict[str, Any]]]:
+) -> tuple[ArmFigures, list[ScoredAnswer]]:
     """The figures of an arm, and for each question its answer with scores, for the report."""
     arm, own = ARMS[name], answers[name]  # type: ignore[index]
     replies = own.replies.replies
     rows = rows_of(questions, answers["base"].replies.replies, replies)
-    details = [
+    details: list[ScoredAnswer] = [
         {
             "answer": reply.text,
             "right": bool(row["after_right"]),
             "token_f1": row["after_scores"]["token_f1"],
             "declined": declines(reply.text),
-            "citations": _checked(reply.text, prompt.hits, question, ids, among),
+            "citations": [
+                _checked(cited, prompt.hits, question, ids, among)
+                for cited in citations(reply.text, prompt.hits)
+            ],
         }
         for question, prompt, reply, row, ids in zip(
             questions, own.prompts, replies, rows, right_ids, strict=True
@@ -190,31 +206,24 @@ def arm_figures(
 
 
 def _checked(
-    answer: str, hits: Sequence[Hit], question: Question, right: Collection[int], among: Set
-) -> list[dict[str, Any]]:
-    """The citations of an answer, and whether each one holds the expected answer."""
-    return [
-        {
-            "number": cited["number"],
-            "place": hits[cited["number"] - 1].place if cited["exists"] else None,
-            "holds": cited["exists"]
-            and (
-                hits[cited["number"] - 1].id in right
-                or tells(hits[cited["number"] - 1], question, among)
-            ),
-        }
-        for cited in citations(answer, hits)
-    ]
+    cited: Citation, hits: Sequence[Hit], question: Question, right: Collection[int], among: Set
+) -> CheckedCitation:
+    """Whether a citation exists, and its passage holds the expected answer."""
+    if not cited["exists"]:
+        return {"number": cited["number"], "place": None, "holds": False}
+    hit = hits[cited["number"] - 1]
+    holds = hit.id in right or tells(hit, question, among)
+    return {"number": cited["number"], "place": hit.place, "holds": holds}
 
 
-def _cited(details: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> Cited:
+def _cited(details: Sequence[ScoredAnswer], prompts: Sequence[Prompt]) -> Cited:
     given = [(d, p) for d, p in zip(details, prompts, strict=True) if not d["declined"]]
-    every = [one for d, _ in given for one in d["citations"]]
-    of_right = [one for d, _ in given if d["right"] for one in d["citations"]]
+    every = [cited for d, _ in given for cited in d["citations"]]
+    of_right = [cited for d, _ in given if d["right"] for cited in d["citations"]]
     return Cited(
         answers=_share([bool(d["citations"]) for d, _ in given]),
-        exist=_share([one["place"] is not None for one in every]),
-        hold=_share([one["holds"] for one in of_right]),
+        exist=_share([cited["place"] is not None for cited in every]),
+        hold=_share([cited["holds"] for cited in of_right]),
         support=_share([support(d["answer"], p.hits) for d, p in given if d["citations"]]),
     )
 
@@ -224,13 +233,13 @@ def support(answer: str, hits: Sequence[Hit]) -> float:
 
     Catches invented figures; a wrong conclusion from the right words passes.
     """
-    told = _NOTHING.telling(without_citations(answer)).all
+    words = _NOTHING.telling(without_citations(answer)).all
     have: set[str] = set()
     for cited in citations(answer, hits):
         if cited["exists"]:
             hit = hits[cited["number"] - 1]
             have |= vocabulary(f"{hit.heading}\n{hit.text}")
-    return sum(word in have for word in told) / len(told) if told else 1.0
+    return sum(word in have for word in words) / len(words) if words else 1.0
 
 
 def _share(values: Sequence[float]) -> float | None:

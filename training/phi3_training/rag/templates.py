@@ -50,7 +50,7 @@ class Pair(NamedTuple):
 
 def sentences(text: str) -> list[str]:
     """The sentences of a passage without its tables, headings and list marks."""
-    found: list[str] = []
+    usable: list[str] = []
     for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*+•]|\d+[.)])\s)", text):
         lines = [line for line in block.splitlines() if not _TABLE_LINE.match(line)]
         plain = _MARKS.sub("", _LIST_MARK.sub("", " ".join(" ".join(lines).split())))
@@ -59,8 +59,8 @@ def sentences(text: str) -> list[str]:
             # "It is free." says nothing away from its place.
             shortest = 2 * _SHORTEST if words and words[0].lower() in _PRONOUNS else _SHORTEST
             if shortest <= len(words) <= _LONGEST and sentence[-1] in ".!":
-                found.append(sentence)
-    return found
+                usable.append(sentence)
+    return usable
 
 
 def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -71,13 +71,10 @@ def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
             lines.append(line)
             continue
         if len(lines) > 2 and _TABLE_RULE.match(lines[1]):
-            header, *rows = ([_cell(c) for c in r.strip().strip("|").split("|")] for r in lines)
+            cells = (line.strip().strip("|").split("|") for line in lines)
+            header, *rows = ([_MARKS.sub("", " ".join(c.split())) for c in row] for row in cells)
             yield header, [row for row in rows[1:] if len(row) == len(header)]
         lines = []
-
-
-def _cell(text: str) -> str:
-    return _MARKS.sub("", " ".join(text.split()))
 
 
 class Templates:
@@ -91,7 +88,7 @@ class Templates:
     def pairs(self, hit: Hit, chance: random.Random, most: int) -> list[Pair]:
         """At most `most` pairs of a passage, of every kind that it has, in random order."""
         by_kind: dict[str, list[Pair]] = {}
-        for pair in (*self._of_heading(hit), *_of_tables(hit, chance), *self._of_sentences(hit)):
+        for pair in (*_of_heading(hit), *_of_tables(hit, chance), *self._of_sentences(hit)):
             by_kind.setdefault(pair.kind, []).append(pair)
         kinds = list(by_kind.values())
         chance.shuffle(kinds)
@@ -101,16 +98,6 @@ class Templates:
         while len(chosen) < most and any(kinds):
             chosen += [pairs.pop() for pairs in kinds if pairs]
         return chosen[:most]
-
-    def _of_heading(self, hit: Hit) -> Iterator[Pair]:
-        heading = hit.heading.split(" | ")[-1].strip()
-        said = sentences(hit.text)
-        if not heading or not said:
-            return
-        if heading.endswith("?"):  # a page of questions and answers has the question as heading
-            yield Pair(heading, said[0], "heading")
-        elif said[0].split()[0].lower().strip(",") not in _PRONOUNS:
-            yield Pair(f'What do you say under "{heading}"?', said[0], "heading")
 
     def _of_sentences(self, hit: Hit) -> Iterator[Pair]:
         subject = hit.heading.split(" | ")[-1].strip()
@@ -132,8 +119,19 @@ class Templates:
         words = list(dict.fromkeys(w for w in _WORD.findall(sentence) if not re.search(r"\d", w)))
         words = [word for word in words if len(word) > 2 and _PLAIN.subject(word)]
         rarest = sorted(words, key=lambda word: (self._counts[word.lower()], -len(word), word))
-        kept = set(rarest[:_KEYWORDS])
-        return [word for word in words if word in kept]
+        keywords = set(rarest[:_KEYWORDS])
+        return [word for word in words if word in keywords]
+
+
+def _of_heading(hit: Hit) -> Iterator[Pair]:
+    heading = hit.heading.split(" | ")[-1].strip()
+    lines = sentences(hit.text)
+    if not heading or not lines:
+        return
+    if heading.endswith("?"):  # a page of questions and answers has the question as heading
+        yield Pair(heading, lines[0], "heading")
+    elif lines[0].split()[0].lower().strip(",") not in _PRONOUNS:
+        yield Pair(f'What do you say under "{heading}"?', lines[0], "heading")
 
 
 def _of_verbs(sentence: str) -> Iterator[Pair]:

@@ -2,6 +2,7 @@
 
 from .azure import AzureSection as AzureSection
 from .loading import Recipe as Recipe
+from .loading import azure_section_of as azure_section_of
 from .loading import load_recipe as load_recipe
 from .loading import read_yaml as read_yaml
 from .loading import replaced_with_chats as replaced_with_chats

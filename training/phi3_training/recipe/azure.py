@@ -28,11 +28,6 @@ def _follows(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _plain_location(value: object) -> object:
-    """`East US` and `eastus` are the same place."""
-    return value.replace(" ", "").lower() if isinstance(value, str) else value
-
-
 SubscriptionId = Annotated[
     str,
     _follows(
@@ -56,7 +51,8 @@ WorkspaceName = Annotated[
 ]
 Location = Annotated[
     str,
-    BeforeValidator(_plain_location),
+    # `East US` and `eastus` are the same place.
+    BeforeValidator(lambda v: v.replace(" ", "").lower() if isinstance(v, str) else v),
     _follows(r"[a-z][a-z0-9]{2,29}", "an Azure region such as eastus"),
 ]
 StorageName = Annotated[str, _follows(r"[a-z0-9]{3,24}", "3-24 lower-case letters and digits")]

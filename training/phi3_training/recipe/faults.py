@@ -46,7 +46,12 @@ def fault_line(item: Any, lines: Lines, keys: Sequence[Key]) -> str:
     """One of pydantic's findings: `finetune.lora_r: expected 1 or more, got 0 (line 7)`."""
     place: Place = tuple(item["loc"])
     key = ".".join(map(str, place)) or "recipe"
-    return f"{key}: {_what(item, key, keys)}{_where(place, lines)}"
+    what = "is missing" if item["type"] == "missing" else plain(item)
+    if item["type"] == "extra_forbidden":
+        names = meant(key, keys)
+        hint = f"did you mean {' or '.join(names)}?" if names else "check its spelling"
+        what = f"unknown key; {hint} (all keys: phi3 recipes --keys)"
+    return f"{key}: {what}{_where(place, lines)}"
 
 
 def is_typed(place: Sequence[str | int], overrides: Sequence[str]) -> bool:
@@ -99,18 +104,10 @@ def _places(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]
             yield from _places(value, (*place, number))
 
 
-def _what(item: Any, key: str, keys: Sequence[Key]) -> str:
-    if item["type"] == "extra_forbidden":
-        names = meant(key, keys)
-        asked = f"did you mean {' or '.join(names)}?" if names else "check its spelling"
-        return f"unknown key; {asked} (all keys: phi3 recipes --keys)"
-    return "is missing" if item["type"] == "missing" else plain(item)
-
-
 def _where(place: Place, lines: Lines) -> str:
     """The line of the key, or of what should hold it."""
     for length in range(len(place), 0, -1):
-        # One entry may stand for a list of one: its number is then nowhere in the file.
+        # One entry may be written for a list of one: its number is then nowhere in the file.
         for known in (place[:length], tuple(part for part in place[:length] if part != 0)):
             if known in lines:
                 return f" (line {lines[known]})"

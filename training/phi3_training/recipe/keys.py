@@ -35,38 +35,37 @@ class Key:
 
 def keys_of(model: type[BaseModel], prefix: str = "", given: BaseModel | None = None) -> list[Key]:
     """The keys of a section and of those below it; `given` is what is there by default."""
-    found: list[Key] = []
+    keys: list[Key] = []
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)
         if given is not None:
             default = getattr(given, name)
-        inner = _section_of(field.annotation)
-        if inner is not None:
+        section = _section_of(field.annotation)
+        if section is not None:
             below = default if isinstance(default, BaseModel) else None
-            found += keys_of(inner, f"{prefix}{name}.", below)
+            keys += keys_of(section, f"{prefix}{name}.", below)
             continue
-        found.append(_key(prefix + name, field, default))
-        rule = _entry_of(field.annotation)
-        if rule is not None:
-            found += keys_of(rule, f"{prefix}{name}[].")
-    return found
-
-
-def _key(name: str, field: FieldInfo, default: Any) -> Key:
-    kinds = list(_kinds(field.annotation))
-    items = [item for kind in kinds if get_origin(kind) is list for item in get_args(kind)]
-    return Key(
-        name=name,
-        allowed=_allowed(kinds, field.metadata),
-        default=None if default is PydanticUndefined else _as_yaml(default),
-        description=" ".join((field.description or "").split()),
-        is_text=bool(kinds) and all(_is_text(kind) for kind in kinds),
-        is_list_of_text=bool(items) and all(_is_text(kind) for i in items for kind in _kinds(i)),
-    )
+        kinds = list(_kinds(field.annotation))
+        items = [item for kind in kinds if get_origin(kind) is list for item in get_args(kind)]
+        item_kinds = [kind for item in items for kind in _kinds(item)]
+        key = Key(
+            name=prefix + name,
+            allowed=_allowed(kinds, field.metadata),
+            default=None if default is PydanticUndefined else _as_yaml(default),
+            description=" ".join((field.description or "").split()),
+            is_text=bool(kinds) and all(map(_is_text, kinds)),
+            is_list_of_text=bool(item_kinds) and all(map(_is_text, item_kinds)),
+        )
+        keys.append(key)
+        # A list of sections, such as the rules of the gate.
+        entry = _section_of(items[0]) if len(kinds) == 1 and items else None
+        if entry is not None:
+            keys += keys_of(entry, f"{prefix}{name}[].")
+    return keys
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation stands for, without None and what is annotated to them."""
+    """The types in an annotation, without None and metadata."""
     if get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
             yield from _kinds(part)
@@ -88,14 +87,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return kinds[0] if is_section else None
 
 
-def _entry_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a list of sections, such as the rules of the gate."""
-    kinds = list(_kinds(annotation))
-    if len(kinds) == 1 and get_origin(kinds[0]) is list:
-        return _section_of(get_args(kinds[0])[0])
-    return None
-
-
 _NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
 _BOUNDS = (
     ("ge", "{} or more"),
@@ -107,19 +98,16 @@ _BOUNDS = (
 
 def _allowed(kinds: Sequence[Any], metadata: Sequence[Any]) -> str:
     texts = [_kind_name(kind) for kind in kinds]
-    marks = [*metadata]
+    marks = [
+        m for mark in metadata for m in (mark.metadata if isinstance(mark, FieldInfo) else [mark])
+    ]
     bounds = [
         form.format(f"{bound:g}" if isinstance(bound, float) else bound)
         for name, form in _BOUNDS
-        for mark in _flat(marks)
+        for mark in marks
         if (bound := getattr(mark, name, None)) is not None
     ]
     return ", ".join([" or ".join(dict.fromkeys(texts)), *bounds])
-
-
-def _flat(marks: Sequence[Any]) -> Iterator[Any]:
-    for mark in marks:
-        yield from mark.metadata if isinstance(mark, FieldInfo) else [mark]
 
 
 def _kind_name(kind: Any) -> str:
@@ -202,7 +190,7 @@ _CLOSE = 0.75
 
 def meant(key: str, keys: Sequence[Key]) -> list[str]:
     """The keys that somebody may have meant by `key`, which a recipe does not have."""
-    names = [one.name for one in keys if "[]" not in one.name]
+    names = [each.name for each in keys if "[]" not in each.name]
     last = key.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
     # The tiny model's own training has keys of the same names, and is seldom meant.

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import RecipeError
+from ..errors import RecipeError, UsageError
 from ..run import write_atomically
 from .azure import AzureSection
 from .faults import fault_line, is_typed, lines_of
@@ -110,7 +110,12 @@ def load_recipe(
         if isinstance(content.get("data"), dict):
             content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
         overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
-    of_file = _found(deepcopy(content)) if overrides else []
+    of_file: set[tuple[Any, str]] = set()  # faults that the file alone has
+    if overrides:
+        try:
+            Recipe.model_validate(deepcopy(content))
+        except ValidationError as error:
+            of_file = {(item["loc"], item["msg"]) for item in error.errors()}
     typed = _apply_overrides(content, overrides)
     for key, value in replaced_with_chats(overrides).items():
         _set(content, key.split("."), value)
@@ -119,14 +124,13 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        found = error.errors()
-        known = [(item["loc"], item["msg"]) for item in of_file]
-        for item in found:
-            by_hand = is_typed(item["loc"], overrides)
+        items = error.errors()
+        for item in items:
             # A fault that the file alone does not have comes from what was typed, whatever its key.
-            blamed = by_hand or (bool(overrides) and (item["loc"], item["msg"]) not in known)
-            (typed if blamed else faults).append(fault_line(item, {} if blamed else lines, keys))
-        recipe = _sound_part(content, found)
+            is_new = bool(overrides) and (item["loc"], item["msg"]) not in of_file
+            by_hand = is_new or is_typed(item["loc"], overrides)
+            (typed if by_hand else faults).append(fault_line(item, {} if by_hand else lines, keys))
+        recipe = _sound_part(content, items)
     for key, fault in _missing_files(recipe):
         (typed if is_typed(key.split("."), overrides) else faults).append(fault)
     if faults or typed:
@@ -134,13 +138,14 @@ def load_recipe(
     return recipe
 
 
-def _found(content: dict[str, Any]) -> Sequence[Any]:
-    """What pydantic finds in a recipe's content."""
+def azure_section_of(values: Mapping[str, str]) -> AzureSection:
+    """The `azure:` section of values typed on the command line; UsageError with every fault."""
     try:
-        Recipe.model_validate(content)
+        return AzureSection.model_validate(dict(values))
     except ValidationError as error:
-        return error.errors()
-    return ()
+        keys = keys_of(Recipe)
+        items = ({**item, "loc": ("azure", *item["loc"])} for item in error.errors())
+        raise UsageError("\n".join(fault_line(item, {}, keys) for item in items)) from None
 
 
 def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ _TEXTS_UNDER = "azure.tags."
 
 def _value(key: str, text: str) -> Any:
     """The value of an override: as typed where the key is text, else what YAML makes of it."""
-    known = next((one for one in keys_of(Recipe) if one.name == key), None)
+    known = next((each for each in keys_of(Recipe) if each.name == key), None)
     is_list = text.startswith("[") and text.endswith("]")
     if text in ("", "null") or (known is None and not key.startswith(_TEXTS_UNDER)):
         return _parse(text)
@@ -240,13 +245,11 @@ _PATH_KEYS = (
     ("evaluate", "canary"),
     ("evaluate", "probes"),
 )
-
-
-_FOLDERS = ("data.train", "data.validation", "data.replay")
+_MAY_BE_FOLDERS = ("data.train", "data.validation", "data.replay")
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Make paths absolute, and let one path stand for a list of one."""
+    """Make paths absolute, and turn a single path into a list of one."""
     for section, key in _PATH_KEYS:
         values = content.get(section)
         if not isinstance(values, dict) or values.get(key) is None:
@@ -275,13 +278,15 @@ def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
         (key, f"{key}: no such file: {path}")
         for key, paths in named.items()
         for path in paths
-        if not (isinstance(path, HubSet) or path.is_file() or (key in _FOLDERS and path.is_dir()))
+        if not (
+            isinstance(path, HubSet) or path.is_file() or (key in _MAY_BE_FOLDERS and path.is_dir())
+        )
     ]
 
 
-def _sound_part(content: Mapping[str, Any], found: Sequence[Any]) -> Recipe:
+def _sound_part(content: Mapping[str, Any], faults: Sequence[Any]) -> Recipe:
     """What of a faulty recipe names files and can be read: each section without its wrong keys."""
-    wrong = {tuple(item["loc"][:2]) for item in found}
+    wrong = {tuple(item["loc"][:2]) for item in faults}
     sections: dict[str, Any] = {"data": DataSection.model_construct(train=[])}
     for name in {section for section, _key in _PATH_KEYS}:
         values = content.get(name)

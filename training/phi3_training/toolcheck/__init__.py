@@ -23,19 +23,11 @@ from ..errors import MissingExtraError, Phi3TrainingError, StageError
 from ..packages import installed
 
 _TOOL = Group("tool")
-_SOURCES = (
-    *(
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "tools",
-        "agents",
-        "flows",
-        "connections",
-    ),
-    *("training/phi3_training", "training/recipes", "training/data"),
-)
+_SOURCES = [
+    *["setup.py", "pyproject.toml", "README.md", "LICENSE"],
+    *["tools", "agents", "flows", "connections"],
+    *["training/phi3_training", "training/recipes", "training/data"],
+]
 _NEVER = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".promptflow")
 _SETUPTOOLS = "77"  # what pyproject.toml asks for
 
@@ -53,7 +45,8 @@ def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Find
             return
         try:
             if new_environment:
-                python, home = _fresh(wheel, folder, project / "constraints/local.txt")
+                home = folder / "new"
+                python = install_new(wheel, home, project / "constraints/local.txt")
                 yield _TOOL.ok("install", "installed with its extra `flow` into a new environment")
             else:
                 python, home = Path(sys.executable), install_alone(wheel, folder)
@@ -100,9 +93,8 @@ def install_alone(wheel: Path, folder: Path) -> Path:
     return target
 
 
-def _fresh(wheel: Path, folder: Path, constraints: Path) -> tuple[Path, Path]:
-    """The Python and the folder of a new environment with the wheel and its extra `flow`."""
-    home = folder / "fresh"
+def install_new(wheel: Path, home: Path, constraints: Path) -> Path:
+    """The Python of a new environment at `home`, with the wheel and its extra `flow`."""
     try:
         venv.create(home, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -110,7 +102,7 @@ def _fresh(wheel: Path, folder: Path, constraints: Path) -> tuple[Path, Path]:
     python = home / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     pip = [str(python), "-m", "pip", "install", "--constraint", str(constraints)]
     _run([*pip, f"{wheel}[flow]"], 1800, "The wheel cannot be installed")
-    return python, home
+    return python
 
 
 def search(python: Path, folder: Path) -> Iterator[Finding]:

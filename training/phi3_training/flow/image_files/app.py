@@ -32,8 +32,8 @@ def connection() -> dict[str, object]:
 def names() -> set[str]:
     """The connections that the flow's nodes name."""
     flow = init_executable(flow_path=FLOW / "flow.dag.yaml", working_dir=FLOW)
-    found: set[str] = flow.get_connection_names()
-    return found
+    connections: set[str] = flow.get_connection_names()
+    return connections
 
 
 # Prompt flow 1.18.5 forgot this import: without it the page at / answers 400.

@@ -13,10 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from ... import console
-from ...errors import MissingExtraError, RecipeError, StageError, UsageError
+from ...errors import MissingExtraError, RecipeError, StageError
 from ...flow.bundle import Bundle
 from ...manifests import (
     AnswerManifest,
@@ -31,7 +29,7 @@ from ...manifests import (
     RolloutManifest,
 )
 from ...progress import Progress, no_progress, note
-from ...recipe import Recipe
+from ...recipe import Recipe, azure_section_of
 from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
@@ -263,7 +261,7 @@ class AzureTarget:
         """The workspaces that `named` means, with what phi3 made there. UsageError for none."""
         from .discovery import Found
 
-        near = find_place(_named(named), os.environ, Path.cwd())
+        near = find_place(azure_section_of(named), os.environ, Path.cwd())
         return [Found(self._at(place)) for place in self._places(named, [near])]
 
     def _places(self, named: Mapping[str, str], known: Sequence[Place]) -> list[Place]:
@@ -271,7 +269,7 @@ class AzureTarget:
         from .discovery import find_places
 
         try:
-            near = [find_place(_named(named), os.environ, Path.cwd())]
+            near = [find_place(azure_section_of(named), os.environ, Path.cwd())]
         except RecipeError:
             if named:
                 raise
@@ -323,18 +321,6 @@ class AzureTarget:
         return [asdict(push_flow(clients, run, bundle, name, progress)) for name in workspaces]
 
 
-def _named(named: Mapping[str, str]) -> AzureSection:
-    """The section that the options mean. UsageError for what Azure would not take."""
-    try:
-        return AzureSection.model_validate(dict(named))
-    except ValidationError as error:
-        faults = [
-            f"{item['loc'][0]} {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        raise UsageError("; ".join(faults)) from None
-
-
 def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:
     """Raise MissingExtraError where a package of the extra `azure` is not installed."""
     for module in modules:
@@ -348,3 +334,18 @@ def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:
 
 def _parts(trains: bool) -> list[str]:
     return [part for part in PARTS if trains or part != "cluster"]
+
+
+def clients_at(section: AzureSection) -> Clients:
+    """Azure at the place that the keys, the environment and config.json name; no sign-in yet.
+
+    Raises MissingExtraError where the extra `azure` is not installed.
+    """
+    refuse_without_extra()
+    return Clients(find_place(section, os.environ, Path.cwd()), section.poll)
+
+
+def clients_of(run: Run) -> Clients:
+    """Azure at the place where a run is; no sign-in yet. Raises as `clients_at` does."""
+    refuse_without_extra()
+    return Clients(place_of(run), section_of(run).poll)
