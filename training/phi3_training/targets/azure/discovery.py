@@ -14,7 +14,7 @@ from typing import Any
 from ...progress import Progress
 from ...recipe.azure import AzureSection
 from .clients import Clients
-from .deadline import ENDPOINT_TAG, WORKFLOW_TYPE, WORKSPACE_TAG, delete_workflow
+from .deadline import ENDPOINT_TAG, WORKFLOW_TYPE, WORKSPACE_TAG, remove_deadline
 from .failures import explained
 from .inventory import take_inventory
 from .jobs import WORKING, compute_of, status_of
@@ -82,9 +82,9 @@ class Found:
         self.endpoints = [str(item.name) for item in endpoints]
         self.clusters = [str(item.name) for item in clusters]
         self.jobs = [str(job.name) for job in self.working if JOB_RUN_TAG in (job.tags or {})]
-        # ARM id and endpoint of each workflow, also of an endpoint that is gone.
+        # The endpoint of each workflow, also one that is gone.
         self.deadlines = {
-            str(item.id): str(item.tags[ENDPOINT_TAG])
+            str(item.tags[ENDPOINT_TAG])
             for item in _tagged(clients)
             if str(item.type).lower() == WORKFLOW_TYPE.lower()
             and _group_of(item).lower() == place.resource_group.lower()
@@ -97,7 +97,7 @@ class Found:
         return [
             *(f"job {name} (cancelled)" for name in self.jobs),
             *(f"endpoint {name} and its deployments" for name in self.endpoints),
-            *(f"deadline of {name}" for name in self.deadlines.values()),
+            *(f"deadline of {name}" for name in sorted(self.deadlines)),
             *(f"cluster {name}" for name in self.clusters),
         ]
 
@@ -137,9 +137,9 @@ class _Sweep(Deletion):
             work = self._work(what, operations, name)
             if not self.attempt(f"{what} and its deployments", work):
                 kept.add(name)
-        for arm_id, name in self.found.deadlines.items():
+        for name in sorted(self.found.deadlines):
             if name not in kept:  # else it still holds
-                work = partial(delete_workflow, self.clients, arm_id, self.progress)
+                work = partial(remove_deadline, self.clients, name, self.progress)
                 self.attempt(f"deadline of {name}", work)
 
     def delete_clusters(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -66,7 +66,7 @@ class Endpoint:
                 f"{item.count} x {item.size}, {item.model}".rstrip(", ")
                 for item in self.deployments
             ),
-            *([f"  {self.deadline.text()}"] if self.deadline else []),
+            *(f"  {line}" for line in (self.deadline.lines() if self.deadline else ())),
         ]
 
 
@@ -150,10 +150,13 @@ def _deployment_bill(endpoint: Endpoint, item: Deployment, now: dt.datetime) -> 
     if so_far is not None:
         text += f", about {so_far:.2f} so far"
     deadline = endpoint.deadline
-    if deadline is None or not deadline.holds or deadline.at is None:
+    ends = deadline.at if deadline is not None and deadline.holds else None
+    if deadline is not None and not item.traffic:
+        ends = deadline.end_of(item.name)
+    if ends is None:
         return Bill(f"{text}, {item.price.per_month(item.count)}", hourly, so_far)
-    left = hourly * _hours(deadline.at - now)
-    text += f", at most {left:.2f} more until {shown(deadline.at, now)}"
+    left = hourly * _hours(ends - now)
+    text += f", at most {left:.2f} more until {shown(ends, now)}"
     return Bill(text, hourly, so_far, left)
 
 
@@ -250,7 +253,7 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
     deadline = None
     if owner is not None:
         try:
-            deadline = read_deadline(clients, name)
+            deadline = _of_what_is(item, read_deadline(clients, name), deployments)
         except StageError as error:
             inventory.unknown.append(f"deadline of {name} ({str(error)[:120]})")
     return Endpoint(
@@ -262,6 +265,16 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
         deadline=deadline,
         rollout=(item.tags or {}).get(ROLLOUT_TAG, ""),
     )
+
+
+def _of_what_is(
+    item: OnlineEndpoint, deadline: Deadline, deployments: Sequence[Deployment]
+) -> Deadline:
+    """A deadline without what it cannot do any more: its put-back needs the rollout's tag."""
+    names = {deployment.name for deployment in deployments}
+    removals = {name: at for name, at in deadline.removals.items() if name in names}
+    back = deadline.put_back if ROLLOUT_TAG in (item.tags or {}) else None
+    return replace(deadline, removals=removals, put_back=back)
 
 
 def model_label(model: object) -> str:

@@ -23,6 +23,7 @@ from .inventory import Inventory, read_all
 from .jobs import recorded_jobs
 from .operations import find, state_of
 from .place import endpoint_name
+from .removals import rule_text
 from .rollout import plan_lines
 from .sizes import quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
@@ -192,17 +193,17 @@ def _serving_cost(clients: Clients, endpoint: EndpointSection) -> str:
     size, count, region = endpoint.instance_type, endpoint.instance_count, clients.place.location
     price = clients.prices.hourly(size, region)
     each = clients.prices.text(size, count, region)
+    rule = rule_text(endpoint, price.high * count if price else None)
     if endpoint.deadline == NO_DEADLINE:
         return (
             f"endpoint: {machines} from `deploy` until `phi3 down --on azure`, used or not, "
-            f"WITHOUT a deadline (azure.endpoint.deadline=none); {each}"
+            f"WITHOUT a deadline (azure.endpoint.deadline=none){rule}; {each}"
         )
     hours = duration_of(endpoint.deadline).total_seconds() / 3600
     most = f"at most {price.high * count * hours:.2f} USD, then it" if price else "then it"
     return (
         f"endpoint: {machines} from `deploy` until its deadline after {endpoint.deadline}, used or "
-        f"not: {most} deletes itself (azure.endpoint.deadline), with failed and old deployments, "
-        f"which stay until then; {each}"
+        f"not: {most} deletes itself (azure.endpoint.deadline){rule}; {each}"
     )
 
 

@@ -36,7 +36,16 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
 from .clients import Clients
-from .place import AZURE, Place, endpoint_name, find_place, place_of, section_of, settle
+from .place import (
+    AZURE,
+    WITHOUT_REDEPLOYMENT,
+    Place,
+    endpoint_name,
+    find_place,
+    place_of,
+    section_of,
+    settle,
+)
 from .provision import PARTS, is_provisioned, provision
 
 if TYPE_CHECKING:
@@ -122,7 +131,7 @@ class AzureTarget:
                 mode="json", include={"route", "environment"}
             ),
             EndpointManifest: section.endpoint.model_dump(
-                mode="json", exclude={"keep_deployments", "name", "deadline"}
+                mode="json", exclude={"name", *WITHOUT_REDEPLOYMENT}
             ),
         }
         return [shared, own.get(stage)]
