@@ -21,14 +21,14 @@ from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
 from .. import console
 from ..errors import UsageError
 from ..project import RAG_FLOW
-from ..recipe.azure import AzureSection
+from ..recipe.azure import AzureSection, duration_of
 from ..run import Run, write_atomically
 from . import HELP
 from .common import add_command
 from .rag_compare import DEFAULT_DOCUMENTS, register_compare
 
 if TYPE_CHECKING:
-    from ..rag.azure_search import Destination
+    from ..rag.azure_search import Destination, Store
     from ..targets.azure.clients import Clients
 
 _SHOWN_CHARACTERS = 300
@@ -113,6 +113,12 @@ def register_rag(subparsers: Any) -> None:
     )  # fmt: skip
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
     _add_run(plan)
+    extend = add_command(
+        actions, "extend", "move the time at which the run's search service deletes itself",
+        "phi3 rag extend 2d", run_extend,
+    )  # fmt: skip
+    extend.add_argument("by", metavar="DURATION", help="how much later, such as 12h or 2d")
+    _add_run(extend)
     down = add_command(
         actions, "down", "delete what was made in Azure AI Search: the index, or its service",
         "phi3 rag down", run_down,
@@ -221,8 +227,8 @@ def run_index(args: argparse.Namespace) -> int:
         )
     sent = None
     if to is not None:
-        if to.service_id and begin(synced.path, to):
-            _create(azure, to, store.tier)
+        if to.service_id and (begin(synced.path, to) or _begins_anew(synced.path, to)):
+            _create(azure, to, store)
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)
     copy = _publish(run)
@@ -255,6 +261,18 @@ def run_index(args: argparse.Namespace) -> int:
     return 0
 
 
+def _begins_anew(database: Path, to: Destination) -> bool:
+    """Whether the run's service is gone and has to be created again; its passages are here."""
+    from ..rag.azure_search import begin
+    from ..targets.azure.search_service import exists
+
+    if exists(_clients(_place_of(to.service_id)), to.service_id):
+        return False
+    console.note(f"{to.service.endpoint} is gone, by its deadline or by hand: created again")
+    to.path.unlink()
+    return begin(database, to)
+
+
 def _publish(run: Run) -> Path | None:
     """Put what finds the run's passages into the flow's folder; where, None without a flow."""
     from ..rag.build import publish
@@ -282,6 +300,30 @@ def run_down(args: argparse.Namespace) -> int:
         return 0
     console.out.print(line, markup=False)
     console.note(f"questions are looked up in {index_file(run)} again")
+    return 0
+
+
+def run_extend(args: argparse.Namespace) -> int:
+    """Move the deadline of the run's search service; print both times."""
+    from ..targets.azure.search_deadline import extend_search_deadline
+
+    try:
+        by = duration_of(args.by)
+    except ValueError as error:
+        raise UsageError(f"{args.by!r}: {error}") from None
+    path = search_file(Run(args.runs / args.run))
+    service_id = read_settings(path).get("service_id") if path.is_file() else None
+    if not service_id:
+        raise UsageError(f"phi3 has created no search service for the run {args.run}")
+    clients = _clients(_place_of(service_id))
+    with console.progress_bar("deadline") as progress:
+        before, after = extend_search_deadline(clients, service_id, by, progress)
+    if args.output == "json":
+        console.print_json({"service": service_id, "before": before.at, "deadline": after.at})
+        return 0
+    old = f"was: {before.text()}" if before.at else "had none"
+    name = service_id.rsplit("/", 1)[-1]
+    console.out.print(f"{name}: {after.text()}; {old}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -325,7 +367,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
     store = Store.of(_keys(args.words, "rag."))
     clients = _clients(_keys(args.words, "azure."))
-    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier), clients.place)
+    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier, store.deadline), clients.place)
     if args.output == "json":
         console.print_json([asdict(line) for line in lines])
         return 0
@@ -374,16 +416,18 @@ def _place_of(service_id: str) -> list[str]:
     return [f"azure.subscription_id={parts[2]}", f"azure.resource_group={parts[4]}"]
 
 
-def _create(words: Sequence[str], to: Destination, tier: str) -> None:
+def _create(words: Sequence[str], to: Destination, store: Store) -> None:
     """Create the run's service, or finish what an earlier command began."""
     from ..targets.azure.search_service import Wanted, ensure_service, plan
 
-    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], tier)
+    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], store.tier, store.deadline)
     clients = _clients([*words, *_place_of(to.service_id)])
     for line in plan(wanted, clients.place):
         console.err.print(f"  {line.stage:<10} {line.text}", markup=False)
+    section = _azure_section(words)
     with console.progress_bar("service") as progress:
-        ensure_service(clients, wanted, _azure_section(words), progress, service=to.service)
+        told = ensure_service(clients, wanted, section, progress, service=to.service)
+    console.note(told)
 
 
 def run_search(args: argparse.Namespace) -> int:

@@ -109,7 +109,10 @@ def run_status(args: argparse.Namespace) -> int:
 
 def _bills(run: Run) -> str:
     command = f"phi3 rag down --run {run.name}"
-    return f"{run.name}: an Azure AI Search service that bills by the hour; delete it: {command}"
+    return (
+        f"{run.name}: an Azure AI Search service that bills by the hour until its deadline (phi3 "
+        f"status --on azure; later: phi3 rag extend 2d --run {run.name}); delete it: {command}"
+    )
 
 
 def _show_places(places: list[dict[str, Any]]) -> None:

@@ -370,7 +370,9 @@ def _put(
         WORKSPACE_TAG: place.workspace_name,
         DEADLINE_TAG: NO_DEADLINE if wanted.at is None else iso(wanted.at),
     }
-    body = workflow_body(requests, place.location, {**tags, **own})
+    # Where it is changed without the run's recipe, the recipe's own tags stay.
+    known = (existing.tags if existing is not None else None) or {}
+    body = workflow_body(requests, place.location, {**known, **tags, **own})
     try:
         _send(clients, body, wanted, progress)
     except StageError:

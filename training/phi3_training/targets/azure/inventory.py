@@ -20,6 +20,7 @@ from .failures import message_of
 from .operations import is_absent, state_of
 from .place import ROLLOUT_TAG, RUN_TAG
 from .prices import Price
+from .search_service import Made, made_services
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Compute, OnlineEndpoint
@@ -107,6 +108,7 @@ class Inventory:
 
     endpoints: list[Endpoint] = field(default_factory=list)
     clusters: list[Cluster] = field(default_factory=list)
+    searches: list[Made] = field(default_factory=list)  # of the resource group
     unknown: list[str] = field(default_factory=list)
     group_exists: bool = True  # the resource group, and so what bills little
 
@@ -121,6 +123,10 @@ class Inventory:
         ]
         if owner is None:
             found += [bill for cluster in self.clusters for bill in _cluster_bills(cluster)]
+            found += [
+                Bill(each.text(), each.per_hour, until_deadline=each.until_deadline())
+                for each in self.searches
+            ]
         return found
 
     def lines(self, shown_runs: Sequence[str] = ()) -> list[str]:
@@ -225,6 +231,8 @@ def take_inventory(clients: Clients) -> Inventory:
         if str(getattr(item, "type", "")).lower() == "amlcompute"
     ]
     groups, group = clients.resources.resource_groups, clients.place.resource_group
+    search = partial(made_services, clients, group=group)
+    inventory.searches = read_all(inventory, "search services", search)
     listed = read_all(inventory, "resource group", lambda: [groups.get(group)])
     inventory.group_exists = bool(listed or inventory.unknown)
     return inventory
@@ -312,6 +320,9 @@ def read_all(inventory: Inventory, what: str, read: Callable[[], Iterable[T]]) -
 
     try:
         return list(read())
+    except StageError as error:
+        inventory.unknown.append(f"{what} ({str(error)[:120]})")
+        return []
     except (AzureError, MlException) as error:
         if not is_absent(error):
             inventory.unknown.append(f"{what} ({message_of(error)[:120]})")

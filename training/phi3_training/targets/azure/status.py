@@ -25,6 +25,7 @@ from .operations import find, state_of
 from .place import endpoint_name
 from .removals import rule_text
 from .rollout import plan_lines
+from .search_service import made_services
 from .sizes import quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
@@ -149,8 +150,10 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         lines.append(PlanLine("finetune", f"route {choice.route}: {choice.reason}"))
     except StageError as error:
         lines.append(PlanLine("finetune", str(error), stops=True))
+    searches: list[PlanLine] = []
     # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
+        searches = _search_cost(clients)
         lines += _existing(clients, recipe, run)
         lines += plan_lines(clients, recipe, run)
         try:
@@ -176,6 +179,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     always = f"; {always_on} nodes stay on and always bill" if always_on else ""
     return [
         *lines,
+        *searches,
         PlanLine(
             "cost",
             f"training: up to {compute.max_instances} x {compute.size} while a job runs and "
@@ -186,6 +190,14 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
             "cost", "storage, container registry, key vault, logs: small charges, until --all"
         ),
     ]
+
+
+def _search_cost(clients: Clients) -> list[PlanLine]:
+    """What the search services cost that `phi3 rag index` made; no recipe makes one."""
+    try:
+        return [PlanLine("cost", each.text()) for each in made_services(clients)]
+    except StageError as error:
+        return [PlanLine("cost", f"search services that phi3 made: unknown ({error})")]
 
 
 def _serving_cost(clients: Clients, endpoint: EndpointSection) -> str:

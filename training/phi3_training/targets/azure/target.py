@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -263,9 +263,14 @@ class AzureTarget:
                 raise
             console.note(f"other workspaces are not shown: {error}")
         result = []
+        groups: set[str] = set()
         for place, names in places.values():
             clients = self._at(place)
-            result.append(overview(clients, self._inventory(clients), names))
+            inventory, group = self._inventory(clients), place.group_scope.lower()
+            if group in groups:  # what is the group's is counted with its first workspace
+                inventory = replace(inventory, searches=[])
+            groups.add(group)
+            result.append(overview(clients, inventory, names))
         return result
 
     def found(self, named: Mapping[str, str]) -> list[Found]:
