@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def test_killed_after_its_creation_it_goes_by_itself(azure: Rehearsed, run: Run)
 def test_none_keeps_it_to_the_deadline(azure: Rehearsed, run: Run) -> None:
     never = {"remove_failed_after": "none", "remove_unused_after": "none"}
     told = hold(azure, run, "green", **never)
-    assert "deletes itself earlier" not in told
+    assert "without traffic deletes itself" not in told
     assert settle(azure, run, refused="green", **never) == []
     advance(azure, 71)
     assert stands(azure) == {"blue", "green"}
@@ -213,6 +214,14 @@ def test_without_a_deadline_the_rest_still_holds(azure: Rehearsed, run: Run) -> 
     assert read_deadline(azure, EP).text().startswith("no deadline")
     advance(azure, 80)
     assert stands(azure) == {"blue"}
+
+
+def test_what_it_costs_ends_with_the_deadline(azure: Rehearsed, run: Run) -> None:
+    told = hold(azure, run, deadline="8h")
+    assert "an old one after 24h or at the deadline, 29.38 USD" in told
+    add_deployment(azure, EP, "old", OURS)
+    told = "\n".join(settle(azure, run, deadline="8h"))
+    assert re.search(r"old has no traffic and deletes itself .* \(in (8 h|7 h 59 min)\)", told)
 
 
 def test_extending_changes_nothing_else(azure: Rehearsed, run: Run) -> None:

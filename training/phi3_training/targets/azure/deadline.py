@@ -110,14 +110,18 @@ class Deadline:
             lines.append(f"if the rollout is not ended by then, its traffic goes back {at}")
         lines += [
             f"deployment {name}, if it has no traffic then, deletes itself {shown(at, now)}"
-            for name, at in sorted(self.removals.items(), key=lambda item: item[1])
+            for name, at in sorted(self.ends().items(), key=lambda item: item[1])
         ]
         return lines
 
+    def ends(self) -> dict[str, dt.datetime]:
+        """When each deployment goes that deletes itself: at its time, or with the endpoint."""
+        at = self.at
+        return {name: min(own, at) if at else own for name, own in self.removals.items()}
+
     def end_of(self, deployment: str) -> dt.datetime | None:
         """When a deployment without traffic is gone; None: never, as far as one can see."""
-        times = [at for at in (self.at, self.removals.get(deployment)) if at is not None]
-        return None if self.fault else min(times, default=None)
+        return None if self.fault else self.ends().get(deployment, self.at)
 
 
 def workflow_id(place: Place, endpoint: str) -> str:
@@ -242,7 +246,8 @@ def settle_removals(
             f"as before: phi3 status --on azure --run {run.name}"
         ]
     return [
-        f"{name} has no traffic and deletes itself {shown(at)}" for name, at in removals.items()
+        f"{name} has no traffic and deletes itself {shown(at)}"
+        for name, at in wanted.ends().items()
     ]
 
 

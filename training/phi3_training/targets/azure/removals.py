@@ -93,10 +93,13 @@ def rule_text(settings: EndpointSection, hourly: float | None) -> str:
         ("one that fails or is worse", settings.remove_failed_after, "remove_failed_after"),
         ("an old one", settings.remove_unused_after, "remove_unused_after"),
     ):
-        time = length(after)
+        time, deadline = length(after), length(settings.deadline)
         if time is not None:
-            usd = "" if hourly is None else f", {hourly * time.total_seconds() / 3600:.2f} USD"
-            parts.append(f"{what} after {after}{usd} (azure.endpoint.{key})")
+            later = deadline is not None and time > deadline
+            hours = (deadline if later and deadline else time).total_seconds() / 3600
+            usd = "" if hourly is None else f", {hourly * hours:.2f} USD"
+            when = f"after {after}{' or at the deadline' if later else ''}"
+            parts.append(f"{what} {when}{usd} (azure.endpoint.{key})")
     if not parts:
         return ""
-    return f"; without traffic a deployment deletes itself earlier: {'; '.join(parts)}"
+    return f"; a deployment without traffic deletes itself: {'; '.join(parts)}"
