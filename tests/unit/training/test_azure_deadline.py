@@ -201,6 +201,19 @@ def test_none_is_none_and_takes_one_away(azure: Rehearsed, run: Run) -> None:
     assert exists(azure)
 
 
+def test_a_workflow_of_an_older_phi3_still_holds(azure: Rehearsed, run: Run) -> None:
+    """It sends one request without a condition; the next deployment writes it anew."""
+    hold(azure, run)
+    workflow = azure.cloud.get(workflow_id(azure.place, "ep"))
+    assert workflow is not None
+    definition = workflow["properties"]["definition"]
+    (guarded,) = definition["actions"].values()
+    definition["actions"] = {"delete_endpoint": guarded["actions"]["delete_endpoint_now"]}
+    assert read_deadline(azure, "ep").holds
+    hold(azure, run, "2d")
+    assert hours_left(azure) == pytest.approx(48, abs=0.1)
+
+
 def test_what_phi3_did_not_create_gets_no_deadline(azure: Rehearsed, run: Run) -> None:
     told = hold(azure, run, name="theirs", tags={})
     assert "NO deadline holds: phi3 did not create the endpoint theirs" in told

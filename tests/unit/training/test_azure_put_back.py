@@ -277,14 +277,18 @@ def test_when_each_goes(item: Item, known: float | None, hours: float | None) ->
 # --- a rollout that nobody ends ---
 
 
-def test_the_moved_clock_alone_puts_the_traffic_back(azure: Rehearsed, run: Run) -> None:
+@pytest.mark.parametrize("shares", [HALF, {"blue": 75, "green": 25}, {"green": 100}])
+def test_the_moved_clock_alone_puts_the_traffic_back(
+    azure: Rehearsed, run: Run, shares: dict[str, int]
+) -> None:
+    """Also after the last step, as long as that was not judged."""
     hold(azure, run, "green")
     before = json.loads(json.dumps(endpoint(azure)))
     assert "Azure itself puts the traffic back 20" in arm(azure, run)
-    move(azure, HALF)
+    move(azure, shares)
 
     advance(azure, 0.3)  # 5 minutes of the step and 20 for the change
-    assert traffic(azure) == HALF
+    assert traffic(azure) == shares
     advance(azure, 0.2)
 
     after = endpoint(azure)

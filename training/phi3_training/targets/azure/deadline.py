@@ -294,7 +294,7 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
     found = _as_deadline(endpoint, workflow)
     if str((workflow.properties or {}).get("state")).lower() != "enabled":
         found = replace(found, fault=f"the workflow {_name(endpoint)} is switched off")
-    if found.at is not None:
+    if TRIGGER in ((workflow.properties or {}).get("definition") or {}).get("triggers", {}):
         found = replace(found, at=next_time(clients, arm_id, TRIGGER))
         if found.at is None and not found.fault:
             fault = f"the workflow {_name(endpoint)} does not run any more"
@@ -427,13 +427,11 @@ def _same(found: Deadline, wanted: Deadline) -> bool:
 
 
 def _as_deadline(endpoint: str, workflow: Any) -> Deadline:
-    """What a workflow's own text says."""
+    """What a workflow's own text says, but for the deadline: that Azure's trigger tells."""
     found = Deadline(endpoint, None)
     removals: dict[str, dt.datetime] = {}
     for request in requests_of(workflow):
-        if request.name == _DELETE_ENDPOINT:
-            found = replace(found, at=request.at)
-        elif request.name.startswith(_DELETE_DEPLOYMENT):
+        if request.name.startswith(_DELETE_DEPLOYMENT):
             removals[request.name.removeprefix(_DELETE_DEPLOYMENT)] = request.at
         elif request.name == _PUT_BACK and request.body is not None and request.only_if:
             found = replace(found, put_back=PutBack(request.at, request.only_if, request.body))
