@@ -273,9 +273,18 @@ def test_shares_by_hand_go_to_what_answers(stand: Stand) -> None:
 
 
 def test_the_plan_says_what_a_rollout_takes(stand: Stand) -> None:
+    """And what a search service costs that phi3 has made there."""
+    tags = {"created-by": "phi3-promptflow"}
+    service = f"{stand.azure.group}/providers/Microsoft.Search/searchServices/phi3-docs"
+    body = {"location": REGION, "tags": tags, "sku": {"name": "basic"}, "properties": {}}
+    assert stand.azure.call("PUT", service, body).status_code == 201
+
     lines = [line.text for line in plan(stand.clients, stand.recipe, stand.run)]
 
     assert any("in steps of 5, 25, 100 %, each watched for 0 minutes" in line for line in lines)
     assert any("needs 24 cores" in line and "beside the 48" in line for line in lines)
     assert any(line.startswith("rollout: both deployments bill") for line in lines)
+    assert any("the old one, kept for a rollback, for 24h more" in line for line in lines)
+    assert any(line.startswith("Azure AI Search phi3-docs: basic; ") for line in lines)
+    assert stand.azure.call("DELETE", service).status_code == 200
     json.dumps(traffic_of(stand.clients, stand.run).as_json())

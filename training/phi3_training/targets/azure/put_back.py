@@ -40,7 +40,7 @@ class PutBackKeeper:
     endpoint: str
     target: str
     progress: Progress
-    _body: Body = field(default_factory=dict)
+    _body: Body = field(default_factory=dict, init=False)
 
     def arm(self, before: Mapping[str, int], tag: str, seconds: float) -> str:
         """Have the shares `before` put back unless the step ends within `seconds`, and some more.

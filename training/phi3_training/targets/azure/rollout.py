@@ -117,7 +117,7 @@ class Rollout:
     bills: str  # what is said of the new deployment where it stays without traffic
     keeper: PutBackKeeper | None = None  # None: nobody puts the traffic back but this process
     told: list[str] = field(default_factory=list)
-    _look_seconds: float = 0.0  # of the last look
+    _look_seconds: float = field(default=0.0, init=False)  # of the last look
 
     def go(self) -> None:
         """Move the traffic, step by step.
