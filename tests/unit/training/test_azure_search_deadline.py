@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,13 @@ from phi3_rehearsal.proxy import answer
 from phi3_rehearsal.wire import ARM, Request
 from phi3_tool.azure_search import SearchService
 from phi3_training.cli import main
+from phi3_training.commands.rag import service_line
 from phi3_training.errors import StageError, UsageError
 from phi3_training.progress import no_progress
+from phi3_training.rag import azure_search as rag_search
 from phi3_training.rag.azure_search import MADE_BY, Store
 from phi3_training.recipe.azure import AzureSection
+from phi3_training.run import Run
 from phi3_training.targets.azure import clients as azure_clients
 from phi3_training.targets.azure import search_service
 from phi3_training.targets.azure.discovery import Found
@@ -190,8 +194,47 @@ def test_the_command_moves_it(
     assert main(["rag", "extend", "2d", *runs]) == 0
     assert f"{NAME}: deletes itself 20" in capsys.readouterr().out
     assert days_left(azure) == pytest.approx(9, abs=0.01)
+    line = service_line(Run(file.parents[1]))
+    assert re.search(r"0\.100 USD per hour, at most 21\.\d+ more until 20.*phi3 rag down", line)
+    advance(azure, 10 * 24)
+    assert "is gone; phi3 rag index makes it again" in service_line(Run(file.parents[1]))
+    assert main(["rag", "extend", "2d", *runs]) == 1
     assert main(["rag", "extend", "soon", *runs]) == 2
     assert main(["rag", "extend", "2d", "--run", "other", *runs]) == 2
+
+
+def test_after_its_deadline_the_next_index_makes_it_again(
+    azure: Rehearsed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "handbook").mkdir()
+    (tmp_path / "handbook" / "a.txt").write_text("A refund takes five days.", encoding="utf-8")
+    monkeypatch.setattr(azure_clients, "Clients", lambda *_args: azure)
+    here = azure.place
+    place = [f"azure.subscription_id={here.subscription_id}", "rag.search.create=true"]
+    index = ["rag", "index", "handbook", "--embedder", "none"]
+    with SearchServiceStub() as stub:
+        stub.trouble = lambda _method, path: (
+            (200, {"value": []}, {}) if path == "/indexes" else None
+        )
+        reached = SearchService(stub.endpoint, key=KEY)
+        monkeypatch.setattr(rag_search, "SearchService", lambda _endpoint: reached)
+        assert main([*index, "rag.store=azure_search", *place]) == 0
+        told = capsys.readouterr().err
+        assert "then it deletes itself" in " ".join(told.split())
+        (made,) = made_services(azure)
+        advance(azure, 8 * 24)
+        assert made_services(azure) == []
+        stub.indexes.clear()
+
+        assert main(index) == 0
+
+        assert "is gone, by its deadline or by hand: created again" in capsys.readouterr().err
+        assert [each.id for each in made_services(azure)] == [made.id]
+        assert len(stub.indexes) == 1
 
 
 @pytest.mark.parametrize("value", ["", "7", "5m", "91d", "never"])

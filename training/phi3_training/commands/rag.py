@@ -19,7 +19,7 @@ from phi3_tool.errors import ConfigurationError
 from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
 
 from .. import console
-from ..errors import UsageError
+from ..errors import Phi3TrainingError, UsageError
 from ..project import RAG_FLOW
 from ..recipe.azure import AzureSection, duration_of
 from ..run import Run, write_atomically
@@ -338,6 +338,21 @@ def services_of(runs: Path) -> list[Run]:
         if has_service:
             found.append(Run(path.parents[1]))
     return found
+
+
+def service_line(run: Run) -> str:
+    """What Azure says of the service that was created for a run: its cost and its end."""
+    from ..targets.azure.search_service import made_service
+
+    service_id = read_settings(search_file(run))["service_id"]
+    try:
+        found = made_service(_clients(_place_of(service_id)), service_id)
+    except Phi3TrainingError as error:
+        return f"{service_id.rsplit('/', 1)[-1]} could not be read: {error}"
+    command = f"phi3 rag down --run {run.name}"
+    if found is None:
+        return f"its Azure AI Search service is gone; phi3 rag index makes it again, or: {command}"
+    return f"{found.text()}; delete it: {command}"
 
 
 def take_down(run: Run) -> str:

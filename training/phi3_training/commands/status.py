@@ -16,7 +16,7 @@ from ..run import Run
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import add_command, add_on, add_rehearse, named_run
-from .rag import services_of, take_down
+from .rag import service_line, services_of, take_down
 from .up import state_of
 
 # A place on Azure: the option, and the recipe's key that it stands for.
@@ -103,7 +103,8 @@ def run_status(args: argparse.Namespace) -> int:
     _show_places(places)
     if args.run is None and args.on in (None, "azure"):
         for run in services_of(args.runs):
-            console.out.print(_bills(run), markup=False)
+            said = _bills(run) if args.on is None else f"{run.name}: {service_line(run)}"
+            console.out.print(said, markup=False)
     return 0
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import requests
 
@@ -224,16 +225,21 @@ def made_services(clients: Clients, *, group: str = "") -> list[Made]:
             if str(item.type).lower() == TYPE.lower()
             and (not group or f"/resourcegroups/{group}/".lower() in str(item.id).lower())
         ]
-    return [
-        Made(
-            str(item.id),
-            tier := str(getattr(item.sku, "name", None) or "basic"),
-            str(item.location),
-            price_of(tier, str(item.location)) if tier in TIERS else None,
-            read_search_deadline(clients, str(item.id)),
-        )
-        for item in found
-    ]
+    return [_made(clients, item) for item in found]
+
+
+def made_service(clients: Clients, service_id: str) -> Made | None:
+    """One of them, by its ARM id; None where it is gone. StageError where it may not be read."""
+    read = partial(clients.resources.resources.get_by_id, service_id, api_version=API)
+    item = get_or_none(read, f"Looking for the search service {_name(service_id)}")
+    return None if item is None else _made(clients, item)
+
+
+def _made(clients: Clients, item: Any) -> Made:
+    tier, location = str(getattr(item.sku, "name", None) or "basic"), str(item.location)
+    per_hour = price_of(tier, location) if tier in TIERS else None
+    deadline = read_search_deadline(clients, str(item.id))
+    return Made(str(item.id), tier, location, per_hour, deadline)
 
 
 def _name(service_id: str) -> str:
