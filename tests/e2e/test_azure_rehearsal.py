@@ -263,7 +263,7 @@ def test_killed_at_a_step_the_clock_alone_puts_the_traffic_back(
     assert client.failures == []
     assert len(client.answers) > asked > 0
     lines = road.phi3("status", "--on", "azure", "--run", RUN).stdout
-    assert re.search(rf"deployment {old}, if it has no traffic then, deletes itself 20", lines)
+    assert re.search(rf"deployment {old}, if it has no traffic then, deletes itself at 20", lines)
     assert road.phi3("down", "--on", "azure", "--idle").returncode == 0
 
 

@@ -141,7 +141,7 @@ def test_a_deployment_that_failed_goes_by_itself(azure: Rehearsed, run: Run) -> 
     hold(azure, run, "green")
     add_deployment(azure, EP, "green", OURS, "Failed")
     (told,) = settle(azure, run, refused="green")
-    assert told.startswith("green has no traffic and deletes itself 20")
+    assert told.startswith("green has no traffic and deletes itself at 20")
     advance(azure, 0.9)
     assert stands(azure) == {"blue", "green"}
     assert advance(azure, 0.2) == ["Succeeded"]
@@ -221,7 +221,7 @@ def test_what_it_costs_ends_with_the_deadline(azure: Rehearsed, run: Run) -> Non
     assert "an old one after 24h or at the deadline, 29.38 USD" in told
     add_deployment(azure, EP, "old", OURS)
     told = "\n".join(settle(azure, run, deadline="8h"))
-    assert re.search(r"old has no traffic and deletes itself .* \(in (8 h|7 h 59 min)\)", told)
+    assert re.search(r"old has no traffic and deletes itself at .* \(in (8 h|7 h 59 min)\)", told)
 
 
 def test_extending_changes_nothing_else(azure: Rehearsed, run: Run) -> None:
@@ -284,7 +284,7 @@ def test_the_moved_clock_alone_puts_the_traffic_back(
     """Also after the last step, as long as that was not judged."""
     hold(azure, run, "green")
     before = json.loads(json.dumps(endpoint(azure)))
-    assert "Azure itself puts the traffic back 20" in arm(azure, run)
+    assert "Azure itself puts the traffic back to blue 100 % at 20" in arm(azure, run)
     move(azure, shares)
 
     advance(azure, 0.3)  # 5 minutes of the step and 20 for the change
@@ -395,8 +395,8 @@ def test_status_shows_what_happens_when(azure: Rehearsed, run: Run) -> None:
     arm(azure, run)
     (found,) = [item for item in take_inventory(azure).endpoints if item.name == EP]
     told = "\n".join(found.lines())
-    assert "if the rollout is not ended by then, its traffic goes back 20" in told
-    assert "deployment old, if it has no traffic then, deletes itself 20" in told
+    assert "if the rollout is not ended by then, its traffic goes back at 20" in told
+    assert "deployment old, if it has no traffic then, deletes itself at 20" in told
     (bill,) = [bill for bill in take_inventory(azure).bills() if "deployment old" in bill.text]
     assert bill.until_deadline == pytest.approx(24 * 3.673, rel=0.01)
     move(azure, {"green": 100}, None)

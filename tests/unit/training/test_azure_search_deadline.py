@@ -192,7 +192,7 @@ def test_the_command_moves_it(
     monkeypatch.setattr(azure_clients, "Clients", lambda *_args: azure)
     runs = ["--runs", str(tmp_path / "runs")]
     assert main(["rag", "extend", "2d", *runs]) == 0
-    assert f"{NAME}: deletes itself 20" in capsys.readouterr().out
+    assert f"{NAME}: deletes itself at 20" in capsys.readouterr().out
     assert days_left(azure) == pytest.approx(9, abs=0.01)
     line = service_line(Run(file.parents[1]))
     assert re.search(r"0\.100 USD per hour, at most 21\.\d+ more until 20.*phi3 rag down", line)

@@ -107,9 +107,9 @@ class Deadline:
             return lines
         if self.put_back is not None:
             at = shown(self.put_back.at, now)
-            lines.append(f"if the rollout is not ended by then, its traffic goes back {at}")
+            lines.append(f"if the rollout is not ended by then, its traffic goes back at {at}")
         lines += [
-            f"deployment {name}, if it has no traffic then, deletes itself {shown(at, now)}"
+            f"deployment {name}, if it has no traffic then, deletes itself at {shown(at, now)}"
             for name, at in sorted(self.ends().items(), key=lambda item: item[1])
         ]
         return lines
@@ -199,6 +199,7 @@ def hold_deadline(
     price = clients.prices.hourly(settings.instance_type, clients.place.location)
     hourly = price.high * settings.instance_count if price else None
     rule = rule_text(settings, hourly)
+    rule = f"\n{rule}" if rule else ""
     if at is None:
         return (
             f"no deadline (azure.endpoint.deadline=none): {name} bills until: phi3 down --on azure "
@@ -246,7 +247,7 @@ def settle_removals(
             f"as before: phi3 status --on azure --run {run.name}"
         ]
     return [
-        f"{name} has no traffic and deletes itself {shown(at)}"
+        f"{name} has no traffic and deletes itself at {shown(at)}"
         for name, at in wanted.ends().items()
     ]
 

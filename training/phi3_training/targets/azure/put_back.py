@@ -21,6 +21,7 @@ from .deadline import ENDPOINTS_API, PutBack, endpoint_id, keep_put_back
 from .failures import explained
 from .place import ROLLOUT_TAG, RUN_TAG
 from .resources import Body
+from .traffic import shares_text
 from .workflow import shown, utc_now
 
 # A change of the traffic takes a minute or two, and may wait for another one; with room to spare.
@@ -59,8 +60,8 @@ class PutBackKeeper:
         except StageError as error:
             return self._not(" ".join(str(error).split()).rstrip("."))
         return (
-            f"should this machine die now, Azure itself puts the traffic back {shown(at)} (never "
-            "verified on live Azure)"
+            f"should this machine die now, Azure itself puts the traffic back to "
+            f"{shares_text(before)} at {shown(at)} (never verified on live Azure)"
         )
 
     def _not(self, reason: str) -> str:

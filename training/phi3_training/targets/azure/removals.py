@@ -102,4 +102,4 @@ def rule_text(settings: EndpointSection, hourly: float | None) -> str:
             parts.append(f"{what} {when}{usd} (azure.endpoint.{key})")
     if not parts:
         return ""
-    return f"; a deployment without traffic deletes itself: {'; '.join(parts)}"
+    return f"a deployment without traffic deletes itself: {'; '.join(parts)}"

@@ -53,7 +53,7 @@ class SearchDeadline:
             return f"NO deadline holds: {self.fault}"
         if self.at is None:
             return "no deadline (set one: phi3 rag extend 7d)"
-        return f"deletes itself {shown(self.at, now)}; later: phi3 rag extend 2d"
+        return f"deletes itself at {shown(self.at, now)}; later: phi3 rag extend 2d"
 
 
 def search_workflow_id(service_id: str) -> str:

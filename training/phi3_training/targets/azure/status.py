@@ -206,6 +206,7 @@ def _serving_cost(clients: Clients, endpoint: EndpointSection) -> str:
     price = clients.prices.hourly(size, region)
     each = clients.prices.text(size, count, region)
     rule = rule_text(endpoint, price.high * count if price else None)
+    rule = f"; {rule}" if rule else ""
     if endpoint.deadline == NO_DEADLINE:
         return (
             f"endpoint: {machines} from `deploy` until `phi3 down --on azure`, used or not, "
