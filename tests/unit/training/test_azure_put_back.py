@@ -73,6 +73,7 @@ def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsed:
     document["tags"] |= {"mail": "@team", "odd": "a@{b} @@c"}
     document["properties"] |= {
         "description": "ours",
+        "compute": None,
         "traffic": {"blue": 100},
         "mirrorTraffic": {},
         "publicNetworkAccess": "Disabled",
@@ -296,7 +297,7 @@ def test_the_moved_clock_alone_puts_the_traffic_back(
     assert after["tags"] == before["tags"]
     users = after["identity"]["userAssignedIdentities"]
     assert list(users) == list(before["identity"]["userAssignedIdentities"])
-    for key in ("description", "publicNetworkAccess", "properties", "authMode"):
+    for key in ("description", "compute", "publicNetworkAccess", "properties", "authMode"):
         assert after["properties"][key] == before["properties"][key]
     advance(azure, 3)
     assert stands(azure) == {"blue"}  # the new one took over nothing, and bills no more

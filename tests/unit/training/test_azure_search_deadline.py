@@ -60,12 +60,17 @@ def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsed:
 
 
 @pytest.fixture
-def service() -> Iterator[SearchService]:
+def stub() -> Iterator[SearchServiceStub]:
     """The data plane, with an index that phi3 made."""
     with SearchServiceStub() as stub:
         listed = {"value": [{"name": "docs", "description": f"{MADE_BY}: passages"}]}
         stub.trouble = lambda _method, _path: (200, listed, {})
-        yield SearchService(stub.endpoint, key=KEY)
+        yield stub
+
+
+@pytest.fixture
+def service(stub: SearchServiceStub) -> SearchService:
+    return SearchService(stub.endpoint, key=KEY)
 
 
 def service_id(azure: Rehearsed) -> str:
@@ -175,6 +180,31 @@ def test_status_and_a_lost_laptop_know_it(
     told = found.delete(no_progress, everything=False)
     assert f"deleted: search service {NAME} (Deleted the search service {NAME})" in told
     assert Found(azure).names() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "listed", "why"),
+    [
+        (401, {}, "does not tell its indexes"),
+        (200, {"value": [{"name": "hotels", "description": "theirs"}]}, "other indexes.*hotels"),
+    ],
+)
+def test_a_lost_laptop_leaves_what_may_be_somebody_elses(
+    azure: Rehearsed,
+    stub: SearchServiceStub,
+    service: SearchService,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    listed: dict[str, object],
+    why: str,
+) -> None:
+    ensure(azure, service)
+    monkeypatch.setattr(search_service, "SearchService", lambda _endpoint: service)
+    stub.trouble = lambda _method, _path: (status, listed, {})
+    told = "\n".join(Found(azure).delete(no_progress, everything=False))
+    assert re.search(f"left alone: The search service {NAME} .*{why}", told)
+    assert exists(azure, service_id(azure))
+    assert not read_search_deadline(azure, service_id(azure)).fault
 
 
 def test_the_command_moves_it(

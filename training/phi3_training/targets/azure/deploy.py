@@ -139,6 +139,8 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     target = DeploymentId(name, free_name(clients, section, endpoint, model, before))
     # Before the first machine, so that there is none without it, whatever kills this process.
     console.note(hold_deadline(clients, section, run, endpoint, progress, coming=target.name))
+    settle = partial(settle_removals, clients, section, run, name, progress)
+    ours = RUN_TAG in (endpoint.tags or {})  # an endpoint of somebody else has no workflow of ours
     try:
         ensure_deployment(clients, section, run, target, model, progress)
         access = access_to(clients, target.endpoint)
@@ -149,10 +151,10 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
         rollout = Rollout(clients, recipe, run, target, before, access, progress, bills, keeper)
         rollout.go()
     except StageError as error:
-        settled = settle_removals(clients, section, run, name, progress, refused=target.name)
+        settled = settle(refused=target.name) if ours else []
         raise StageError("\n".join([str(error), *settled])) from None
     idle = _delete_surplus(clients, section, run, target, before, progress)
-    settled = settle_removals(clients, section, run, name, progress)
+    settled = settle() if ours else []
     choices = [
         f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment "
         f"answered through its header before it got the traffic",

@@ -30,6 +30,7 @@ from .place import CREATED_BY, CREATED_BY_TAG, Place, made_by_phi3, resource_tag
 from .resources import Grant, ensure_grant, ensure_group, ensure_resource
 from .search_deadline import SEARCH_API as API
 from .search_deadline import (
+    SEARCH_KEEPER,
     SearchDeadline,
     hold_search_deadline,
     read_search_deadline,
@@ -268,9 +269,16 @@ def remove_service(
         return f"Was deleted before: the search service {name}"
     if not made_by_phi3(found.tags):
         raise UsageError(f"The search service {name} was not made by phi3, so it was left alone")
+    listed = _indexes(service or SearchService(Wanted(name).endpoint))
+    if listed is None and ours is None:
+        raise UsageError(
+            f"The search service {name} does not tell its indexes, so others than phi3's may be in "
+            f"it. Give yourself the role {SEARCH_KEEPER} on it and run the same command again, or: "
+            "az search service delete"
+        )
     others = [
         index
-        for index, description in _indexes(service or SearchService(Wanted(name).endpoint)).items()
+        for index, description in (listed or {}).items()
         if (index != ours if ours is not None else not description.startswith(MADE_BY))
     ]
     if others:
@@ -286,12 +294,12 @@ def remove_service(
     return f"Deleted the search service {name}"
 
 
-def _indexes(service: SearchService) -> dict[str, str]:
-    """Name and description of its indexes; none where it does not answer (yet, or any more)."""
+def _indexes(service: SearchService) -> dict[str, str] | None:
+    """Name and description of its indexes; None where it does not answer (yet, or any more)."""
     try:
         listed = service.call("GET", "/indexes") or {}
     except (AuthenticationError, ServiceError):
-        return {}
+        return None
     return {str(each.get("name")): str(each.get("description")) for each in listed.get("value", ())}
 
 
