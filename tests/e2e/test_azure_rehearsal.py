@@ -17,9 +17,12 @@ import pytest
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
-from phi3_rehearsal import held
+from tests.integration.asking import Asking
 
-from .azure_road import RUN, Road
+from phi3_rehearsal import held
+from phi3_training.targets.base import Access
+
+from .azure_road import RUN, UP, Road
 
 TOKEN = re.compile(rb"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")
 SIGNATURE = re.compile(rb"[?&]sig=(?!\[hidden\])[A-Za-z0-9%+/=]{10,}")
@@ -188,7 +191,8 @@ def test_a_failed_deployment_is_told_and_takes_no_traffic(road: Road) -> None:
 
 def test_the_same_command_again_makes_it_beside_the_old_one(road: Road) -> None:
     """Through a fault in every call of the way; the old one answers until the new one has."""
-    old, deleted = str(road.manifest("endpoint")["deployment"]), len(road.called("DELETE", ""))
+    old = str(road.manifest("endpoint")["deployment"])
+    deleted = len(road.called("DELETE", "/deployments/"))
     (failed,) = set(deployments(road)) - {old}
     for fault in (
         "PUT */onlineEndpoints/*/deployments/* 429 retry-after=0 times=2",
@@ -207,7 +211,8 @@ def test_the_same_command_again_makes_it_beside_the_old_one(road: Road) -> None:
     assert deployments(road) == {old: 0, failed: 100}
     assert f"without traffic, but billing: {old}" in done.stderr
     assert len(road.made("onlineEndpoints")) == 1
-    assert len(road.called("DELETE", "")) == deleted + 1  # the failed one, which served nobody
+    # The failed one alone, which served nobody.
+    assert len(road.called("DELETE", "/deployments/")) == deleted + 1
 
 
 def test_idle_deployments_go_on_demand(road: Road) -> None:
@@ -232,6 +237,36 @@ def test_failed_deployments_go_on_demand(road: Road) -> None:
     assert list(before.values()) == [100]
 
 
+@pytest.mark.slow
+def test_killed_at_a_step_the_clock_alone_puts_the_traffic_back(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 at 5 %: no client is alive, and one that asks all the time notices nothing."""
+    old = str(road.manifest("endpoint")["deployment"])
+    access = Access(str(road.manifest("endpoint")["endpoint"]), _key(road))
+    for name, value in road.rehearsal.env.items():
+        monkeypatch.setenv(name, value)
+    settings = "azure.endpoint.request_timeout_ms=60000"
+    with Asking(access) as client:
+        # In this `up` the endpoint's first change is its first step.
+        road.kill_at("PUT", r"/onlineEndpoints/[^/]+$", command=(*UP, settings))
+        (new,) = set(half := deployments(road)) - {old}
+        assert half == {old: 95, new: 5}
+        road.rehearsal.advance(3600)
+        assert deployments(road) == {old: 100, new: 0}
+        asked = len(client.answers)
+
+        done = road.up(settings)
+
+        assert done.returncode == 0, done.stderr
+        assert deployments(road) == {old: 0, new: 100}
+    assert client.failures == []
+    assert len(client.answers) > asked > 0
+    lines = road.phi3("status", "--on", "azure", "--run", RUN).stdout
+    assert re.search(rf"deployment {old}, if it has no traffic then, deletes itself at 20", lines)
+    assert road.phi3("down", "--on", "azure", "--idle").returncode == 0
+
+
 def test_with_entra_sign_in_there_is_no_key(road: Road) -> None:
     done = road.up("azure.endpoint.auth_mode=aad_token", "azure.endpoint.name=small-entra")
 
@@ -243,9 +278,8 @@ def test_with_entra_sign_in_there_is_no_key(road: Road) -> None:
 
 
 def test_secrets_are_nowhere(road: Road) -> None:
-    values = json.loads(road.phi3("env", "--run", RUN, "-o", "json", secret=True).stdout)
     keys = _keys(road)
-    secrets = [values["PHI3_KEY"], road.rehearsal.env["AZURE_CLIENT_SECRET"], *keys]
+    secrets = [_key(road), road.rehearsal.env["AZURE_CLIENT_SECRET"], *keys]
     assert len(keys) >= 2
     plain = [secret.encode() for secret in secrets]
     wanted = [*plain, *(base64.b64encode(secret) for secret in plain)]
@@ -262,6 +296,12 @@ def test_secrets_are_nowhere(road: Road) -> None:
 
     assert len(texts) > 50
     assert found == []
+
+
+def _key(road: Road) -> str:
+    return str(
+        json.loads(road.phi3("env", "--run", RUN, "-o", "json", secret=True).stdout)["PHI3_KEY"]
+    )
 
 
 def _keys(road: Road) -> list[str]:

@@ -7,21 +7,19 @@ rollout between them, disturbed. Each test leaves blue with all the traffic.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.asking import Asking
 from tests.integration.rehearsal_fixture import A100, GROUP, REGION, WORKSPACE, Azure
 from tests.integration.server_fixture import PAIRS
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from phi3_rehearsal.faults import Faults
-from phi3_tool.client import Phi3Client
-from phi3_tool.errors import Phi3Error
 from phi3_training.current import remarks
 from phi3_training.doctor import unfinished_rollouts
 from phi3_training.errors import StageError
@@ -40,7 +38,6 @@ from phi3_training.targets.azure.rollout import Rollout
 from phi3_training.targets.azure.status import plan
 from phi3_training.targets.azure.target import AzureTarget
 from phi3_training.targets.azure.traffic import DeploymentId, Wanted, set_traffic
-from phi3_training.targets.base import Access
 
 pytest_plugins = (
     "tests.integration.server_plugin",
@@ -55,38 +52,6 @@ RECIPE = {
 }
 BLUE = {"blue": 100}
 MODEL = "azureml://registries/azureml/models/Phi-4-mini-instruct/versions/1"
-
-
-class Asking:
-    """A client of the endpoint that asks without a pause, and no deployment by name."""
-
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self.answers: list[str] = []
-        self.failures: list[str] = []
-
-    def _ask(self) -> None:
-        with self._access.client(max_retries=0) as client:
-            while not self._over.is_set():
-                try:
-                    self.answers.append(_said(client))
-                except Phi3Error as error:
-                    self.failures.append(str(error))
-
-    def __enter__(self) -> Asking:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(30)
-
-
-def _said(client: Phi3Client) -> str:
-    question = [{"role": "user", "content": PAIRS[0][0]}]
-    return client.chat(question, max_new_tokens=4, temperature=0.0).text
 
 
 class Stand:
@@ -308,9 +273,18 @@ def test_shares_by_hand_go_to_what_answers(stand: Stand) -> None:
 
 
 def test_the_plan_says_what_a_rollout_takes(stand: Stand) -> None:
+    """And what a search service costs that phi3 has made there."""
+    tags = {"created-by": "phi3-promptflow"}
+    service = f"{stand.azure.group}/providers/Microsoft.Search/searchServices/phi3-docs"
+    body = {"location": REGION, "tags": tags, "sku": {"name": "basic"}, "properties": {}}
+    assert stand.azure.call("PUT", service, body).status_code == 201
+
     lines = [line.text for line in plan(stand.clients, stand.recipe, stand.run)]
 
     assert any("in steps of 5, 25, 100 %, each watched for 0 minutes" in line for line in lines)
     assert any("needs 24 cores" in line and "beside the 48" in line for line in lines)
     assert any(line.startswith("rollout: both deployments bill") for line in lines)
+    assert any("the old one, kept for a rollback, for 24h more" in line for line in lines)
+    assert any(line.startswith("Azure AI Search phi3-docs: basic; ") for line in lines)
+    assert stand.azure.call("DELETE", service).status_code == 200
     json.dumps(traffic_of(stand.clients, stand.run).as_json())

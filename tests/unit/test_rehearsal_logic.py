@@ -17,6 +17,7 @@ from phi3_rehearsal.identity import CALLER, token_for
 from phi3_rehearsal.proxy import answer
 from phi3_rehearsal.rights import action_of
 from phi3_rehearsal.wire import ARM, ML, Reply, Request
+from phi3_rehearsal.workflow_text import literal
 
 GROUP = "/subscriptions/5ab5c817-0000-4000-8000-5ab5c8170000/resourceGroups/rg"
 WORKSPACE = f"{GROUP}/providers/{ML}/workspaces/ws"
@@ -173,6 +174,96 @@ def test_a_refusal_is_repeated_the_next_hour(cloud: Cloud) -> None:
     assert [run["status"] for run in advance(cloud, 1.5)] == ["Failed"]
     assert [run["status"] for run in advance(cloud, 1)] == ["Succeeded"]
     assert cloud.get(ENDPOINT) is None
+
+
+DUE = "@greaterOrEquals(ticks(utcNow()), ticks('{}'))"
+
+
+def guarded(cloud: Cloud, action: dict[str, Any], hours: float, **more: Any) -> dict[str, Any]:
+    expression = DUE.format(at(cloud, hours))
+    return {"type": "If", "expression": expression, "actions": {"now": action}, **more}
+
+
+def request(method: str, path: str, **inputs: Any) -> dict[str, Any]:
+    signed = {"type": "ManagedServiceIdentity", "audience": f"https://{ARM}"}
+    uri = f"https://{ARM}{path}?api-version=2025-12-01"
+    inputs = {"method": method, "uri": uri, "authentication": signed, **inputs}
+    return {"type": "Http", "operationOptions": "DisableAsyncPattern", "inputs": inputs}
+
+
+def put_actions(cloud: Cloud, **actions: Any) -> Reply:
+    every = {"frequency": "Hour", "interval": 1, "startTime": at(cloud, 1)}
+    definition = {
+        "$schema": "https://schema.management.azure.com/…/workflowdefinition.json#",
+        "triggers": {"hourly": {"type": "Recurrence", "recurrence": every}},
+        "actions": actions,
+    }
+    body = {"identity": {"type": "SystemAssigned"}, "properties": {"definition": definition}}
+    return call(cloud, "PUT", WORKFLOW, {"location": "eastus", **body})
+
+
+def principal_of(reply: Reply) -> str:
+    assert isinstance(reply.body, dict), reply.body
+    return str(reply.body["identity"]["principalId"])
+
+
+def test_a_condition_on_the_time_holds_from_then_on(cloud: Cloud) -> None:
+    made = put_actions(cloud, first=guarded(cloud, request("DELETE", ENDPOINT), 2.5))
+    assign(cloud, principal_of(made))
+    assert [run["status"] for run in advance(cloud, 2.2)] == ["Succeeded"] * 2
+    assert cloud.get(ENDPOINT) is not None
+    advance(cloud, 1)
+    assert cloud.get(ENDPOINT) is None
+
+
+def test_one_that_fails_does_not_stop_what_runs_after_it(cloud: Cloud) -> None:
+    after = {"runAfter": {"first": ["Succeeded", "Failed", "TimedOut", "Skipped"]}}
+    other = guarded(cloud, request("DELETE", OTHER), 0)
+    mine = guarded(cloud, request("DELETE", ENDPOINT), 0, **after)
+    mine["actions"] = {"also": mine["actions"]["now"]}
+    assign(cloud, principal_of(put_actions(cloud, first=other, second=mine)))
+    assert [run["status"] for run in advance(cloud, 1.5)] == ["Failed"]
+    assert (cloud.get(OTHER) is None, cloud.get(ENDPOINT) is None) == (False, True)
+
+
+@pytest.mark.parametrize(("tag", "gone"), [("it's", True), ("another", False), (None, False)])
+def test_a_condition_on_a_tag_of_what_was_read(cloud: Cloud, tag: str | None, gone: bool) -> None:
+    doc = cloud.get(ENDPOINT)
+    assert doc is not None
+    doc["tags"] = {"phi3_rollout": tag} if tag else {}
+    only_if = {
+        "type": "If",
+        "expression": "@equals(body('read')?['tags']?['phi3_rollout'], 'it''s')",
+        "actions": {"go": request("DELETE", ENDPOINT)},
+        "runAfter": {"read": ["Succeeded"]},
+    }
+    assign(cloud, principal_of(put_actions(cloud, read=request("GET", ENDPOINT), only=only_if)))
+    advance(cloud, 1.5)
+    assert (cloud.get(ENDPOINT) is None) == gone
+
+
+@pytest.mark.parametrize(
+    ("action", "code"),
+    [
+        ({"type": "If", "expression": "@less(1, 2)", "actions": {}}, "NotRehearsed"),
+        ({"type": "If", "expression": {"and": []}, "actions": {}}, "NotRehearsed"),
+        ({"type": "If", "expression": DUE.format("soon"), "actions": {}}, "InvalidTemplate"),
+        ({"type": "Until"}, "NotRehearsed"),
+        (request("PUT", ENDPOINT, body={"tags": {"x": "@utcNow()"}}), "NotRehearsed"),
+        (request("PUT", ENDPOINT, body={"tags": ["at @{utcNow()}"]}), "NotRehearsed"),
+        ({**request("GET", ENDPOINT), "runAfter": {"nobody": ["Succeeded"]}}, "InvalidTemplate"),
+    ],
+)
+def test_what_is_not_rehearsed_is_said(cloud: Cloud, action: dict[str, Any], code: str) -> None:
+    reply = put_actions(cloud, first=action)
+    assert isinstance(reply.body, dict)
+    assert reply.body["error"]["code"] == code
+    assert reply.status == (501 if code == "NotRehearsed" else 400)
+
+
+def test_a_doubled_at_is_sent_as_one() -> None:
+    text = {"a": "@@team", "b": "x@y @@{z}", "c": "@@{z}"}
+    assert literal(text) == {"a": "@team", "b": "x@y @{z}", "c": "@{z}"}
 
 
 def test_idle_nodes_go_by_the_moved_clock(cloud: Cloud) -> None:

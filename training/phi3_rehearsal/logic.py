@@ -1,9 +1,9 @@
-"""Logic Apps of the plan Consumption: a recurrence that sends HTTP requests as the app's identity.
+"""Logic Apps of the plan Consumption: recurrences that send HTTP requests as the app's identity.
 
 They go by the rehearsal's clock, which `clock` moves: what would have fired in between fires then,
 with no client alive. A recurrence as in "Schedule recurring automated workflows" and "Recurrence
 trigger" (learn.microsoft.com/azure/logic-apps): without a start time it fires at once, with one in
-the past at the next slot.
+the past at the next slot. Of actions it knows Http and If, of conditions those of workflow_text.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .cloud import Cloud, check_location, need_group, on_get, public, route
 from .identity import TENANT, token_for
 from .proxy import CutError, answer
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
+from .workflow_text import Condition, check_literal, literal
 
 KIND = "Microsoft.Logic/workflows"
 _WORKFLOW = GROUP + "/providers/Microsoft.Logic/workflows/{workflow}"
@@ -26,6 +27,7 @@ _SECONDS = {"Second": 1, "Minute": 60, "Hour": 3600, "Day": 86400, "Week": 7 * 8
 # The default of an HTTP action's retry policy: four repeats after 408, 429 and 5xx.
 _RETRIES = 4
 _RUNS_KEPT = 50
+_MOST_TRIGGERS = 10  # "Limits and configuration reference for Azure Logic Apps"
 
 
 @route("PUT", ARM, _WORKFLOW)
@@ -39,18 +41,14 @@ def put_workflow(cloud: Cloud, request: Request) -> Reply:
     definition = given.get("definition") or {}
     if not definition.get("$schema") or not definition.get("triggers"):
         raise bad("The workflow's definition has no schema or no trigger.", "InvalidTemplate")
+    if len(definition["triggers"]) > _MOST_TRIGGERS:
+        raise bad(f"The workflow has more than {_MOST_TRIGGERS} triggers.", "InvalidTemplate")
     for trigger in definition["triggers"].values():
         if trigger.get("type") != "Recurrence":
             raise AzureError(501, "NotRehearsed", f"Triggers of type {trigger.get('type')}")
         _period(trigger.get("recurrence") or {})
     identity = _identity(body.get("identity"), before)
-    for action in (definition.get("actions") or {}).values():
-        if action.get("type") != "Http":
-            raise AzureError(501, "NotRehearsed", f"Actions of type {action.get('type')}")
-        if "authentication" in (action.get("inputs") or {}) and identity is None:
-            raise bad(
-                "The workflow has no managed identity.", "WorkflowManagedIdentityNotSpecified"
-            )
+    _check_actions(definition.get("actions") or {}, set(), has_identity=identity is not None)
     document: Json = {
         "location": location,
         "tags": body.get("tags") or {},
@@ -70,6 +68,29 @@ def put_workflow(cloud: Cloud, request: Request) -> Reply:
     workflow = cloud.put(arm_id, KIND, document)
     _fire_due(cloud, cloud.time())  # at once, where there is no start time
     return Reply(200 if before else 201, public(workflow))
+
+
+def _check_actions(actions: Json, names: set[str], *, has_identity: bool) -> None:
+    """Refuse what the service refuses and what is not rehearsed; `names`: of all actions so far."""
+    for name, action in actions.items():
+        if name in names or len(name) > 80:
+            raise bad(f"The action name '{name}' is taken or too long.", "InvalidTemplate")
+        names.add(name)
+        if not set(action.get("runAfter") or {}) <= set(actions):
+            text = f"The action '{name}' runs after one that is not beside it."
+            raise bad(text, "InvalidTemplate")
+        if action.get("type") == "If":
+            Condition.of(action.get("expression"))
+            if (action.get("else") or {}).get("actions"):
+                raise AzureError(501, "NotRehearsed", "Conditions with an else")
+            _check_actions(action.get("actions") or {}, names, has_identity=has_identity)
+        elif action.get("type") == "Http":
+            check_literal(action.get("inputs"))
+            if "authentication" in (action.get("inputs") or {}) and not has_identity:
+                text = "The workflow has no managed identity."
+                raise bad(text, "WorkflowManagedIdentityNotSpecified")
+        else:
+            raise AzureError(501, "NotRehearsed", f"Actions of type {action.get('type')}")
 
 
 def _identity(given: Json | None, before: Json | None) -> Json | None:
@@ -224,21 +245,9 @@ def _text(seconds: float) -> str:
 
 
 def _run(cloud: Cloud, workflow: Json) -> Json:
-    """Do the actions in the order of their `runAfter`."""
-    waiting = dict(workflow["properties"]["definition"].get("actions") or {})
+    """Do all that the workflow does when it fires."""
     done: dict[str, Json] = {}
-    while waiting:
-        name = next(
-            (n for n, a in waiting.items() if set(a.get("runAfter") or {}) <= set(done)), ""
-        )
-        if not name:
-            raise bad("The actions' runAfter form a circle.", "InvalidTemplate")
-        action = waiting.pop(name)
-        allowed = (action.get("runAfter") or {}).items()
-        if all(done[other]["status"] in states for other, states in allowed):
-            done[name] = _send(cloud, workflow, action)
-        else:
-            done[name] = {"status": "Skipped"}
+    _do(cloud, workflow, workflow["properties"]["definition"].get("actions") or {}, done, {})
     failed = any(action["status"] == "Failed" for action in done.values())
     return {
         "name": uuid.uuid4().hex,
@@ -248,23 +257,52 @@ def _run(cloud: Cloud, workflow: Json) -> Json:
     }
 
 
-def _send(cloud: Cloud, workflow: Json, action: Json) -> Json:
-    """Send an HTTP action's request, and follow a 202 unless the action says not to."""
-    inputs = action["inputs"]
+def _do(
+    cloud: Cloud, workflow: Json, actions: Json, done: dict[str, Json], bodies: dict[str, Json]
+) -> None:
+    """Do actions that are beside each other, in the order of their `runAfter`."""
+    waiting = dict(actions)
+    while waiting:
+        name = next(
+            (n for n, a in waiting.items() if set(a.get("runAfter") or {}) <= set(done)), ""
+        )
+        if not name:
+            raise bad("The actions' runAfter form a circle.", "InvalidTemplate")
+        action = waiting.pop(name)
+        allowed = (action.get("runAfter") or {}).items()
+        if not all(done[other]["status"] in states for other, states in allowed):
+            done[name] = {"status": "Skipped"}
+        elif action["type"] == "Http":
+            done[name], bodies[name] = _send(cloud, workflow, action)
+        elif Condition.of(action["expression"]).holds(cloud.time(), bodies):
+            inner: dict[str, Json] = {}
+            _do(cloud, workflow, action["actions"], inner, bodies)
+            failed = any(each["status"] == "Failed" for each in inner.values())
+            done |= {**inner, name: {"status": "Failed" if failed else "Succeeded"}}
+        else:
+            done[name] = {"status": "Succeeded"}  # a condition that does not hold is no failure
+
+
+def _send(cloud: Cloud, workflow: Json, action: Json) -> tuple[Json, Json]:
+    """Send an HTTP action's request, and follow a 202 unless the action says not to.
+
+    The action's outcome, and the body that it got.
+    """
+    inputs = literal(action["inputs"])
     count = (inputs.get("retryPolicy") or {}).get("count", _RETRIES)
     for _ in range(1 + int(count)):
-        status, headers = _call(cloud, workflow, inputs, inputs["method"], inputs["uri"])
+        status, headers, body = _call(cloud, workflow, inputs, inputs["method"], inputs["uri"])
         if status not in (408, 429) and status < 500:
             break
     follows = "DisableAsyncPattern" not in str(action.get("operationOptions", ""))
     if status == 202 and "Location" in headers and follows:
-        status, _headers = _call(cloud, workflow, inputs, "GET", headers["Location"])
-    return {"status": "Succeeded" if status < 400 else "Failed", "code": status}
+        status, _, body = _call(cloud, workflow, inputs, "GET", headers["Location"])
+    return {"status": "Succeeded" if status < 400 else "Failed", "code": status}, body
 
 
 def _call(
     cloud: Cloud, workflow: Json, inputs: Json, method: str, uri: str
-) -> tuple[int, dict[str, str]]:
+) -> tuple[int, dict[str, str], Json]:
     parts = urlsplit(uri)
     target = f"{parts.path}?{parts.query}" if parts.query else parts.path
     headers = {name.lower(): str(value) for name, value in (inputs.get("headers") or {}).items()}
@@ -279,5 +317,5 @@ def _call(
     try:
         reply = answer(cloud, Request(method, parts.hostname or "", target, headers, body))
     except CutError:
-        return 502, {}
-    return reply.status, reply.headers
+        return 502, {}, {}
+    return reply.status, reply.headers, reply.body if isinstance(reply.body, dict) else {}

@@ -225,7 +225,7 @@ def list_deployment_operations(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"value": operations})
 
 
-# --- what a workspace stands on: storage, key vault, logs, insights, registry ---
+# --- what a workspace stands on: storage, key vault, logs, insights, registry; search beside it ---
 
 # Azure's rules for their names (learn.microsoft.com/azure/azure-resource-manager/management, page
 # resource-name-rules).
@@ -235,6 +235,7 @@ _PART_NAMES = {
     _INSIGHTS: r"[^%&\\?/]{1,260}",
     "Microsoft.OperationalInsights/workspaces": r"[A-Za-z0-9][A-Za-z0-9-]{2,61}[A-Za-z0-9]",
     _REGISTRY: r"[A-Za-z0-9]{5,50}",
+    "Microsoft.Search/searchServices": r"(?!.*--)[a-z0-9][a-z0-9-]{0,58}[a-z0-9]",
 }
 # The name of a key vault stays reserved for 90 days after it is deleted.
 _DELETED_KIND = "Microsoft.KeyVault/deletedVaults"

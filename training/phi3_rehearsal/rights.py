@@ -24,6 +24,7 @@ class Role(NamedTuple):
 
 
 _WS, _AUTH = f"{ML}/workspaces", "Microsoft.Authorization"
+_UAI = "Microsoft.ManagedIdentity/userAssignedIdentities"
 # "Azure built-in roles" (learn.microsoft.com/azure/role-based-access-control/built-in-roles), the
 # control plane's actions. A role that is not here allows nothing there.
 ALLOWED = {
@@ -41,6 +42,9 @@ ALLOWED = {
             *(f"{_WS}/featurestores/delete", f"{_WS}/featurestores/write"),
         ),
     ),
+    # `*/assign/action` in the role's text; it also allows that on the identity itself.
+    "Managed Identity Operator": Role((f"{_UAI}/*read", f"{_UAI}/*assign/action")),
+    "Search Service Contributor": Role(("Microsoft.Search/searchServices/*",)),
 }
 
 
@@ -57,17 +61,31 @@ def check_right(cloud: Cloud, principal: str, request: Request) -> None:
     """Raise AzureError (403) unless a role of the principal allows the call."""
     if principal == CALLER or request.host != ARM:
         return
+    client = f"The client '{principal}' with object id '{principal}'"
     action = action_of(request.method, request.path)
-    for name in roles_of(cloud, principal, request.path):
+    if not _may(cloud, principal, action, request.path):
+        text = f"{client} does not have authorization to perform action '{action}' over scope "
+        raise AzureError(403, "AuthorizationFailed", f"{text}'{request.path}'.")
+    if request.method not in ("PUT", "PATCH"):
+        return
+    # Whoever gives a resource an identity must be allowed to use that, also where it had it before
+    # ("Assign a managed identity access", linked access checks of the resource manager).
+    for user in (request.json().get("identity") or {}).get("userAssignedIdentities") or {}:
+        assign = f"{_UAI}/assign/action"
+        if not _may(cloud, principal, assign, user):
+            text = f"{client} has permission to perform action '{action}' on scope "
+            text += f"'{request.path}'; however, it does not have permission to perform action "
+            text += f"'{assign}' on the linked scope(s) '{user}'."
+            raise AzureError(403, "LinkedAuthorizationFailed", text)
+
+
+def _may(cloud: Cloud, principal: str, action: str, scope: str) -> bool:
+    """Whether a role of the principal at the scope or above it allows the action."""
+    for name in roles_of(cloud, principal, scope):
         role = ALLOWED.get(name, Role(()))
         if _fits(action, role.actions) and not _fits(action, role.not_actions):
-            return
-    raise AzureError(
-        403,
-        "AuthorizationFailed",
-        f"The client '{principal}' with object id '{principal}' does not have authorization to "
-        f"perform action '{action}' over scope '{request.path}'.",
-    )
+            return True
+    return False
 
 
 def _fits(action: str, patterns: tuple[str, ...]) -> bool:

@@ -20,11 +20,7 @@ SHOWN_FAULTS = 20
 
 
 # Kinds of faults that `phi3 data fix` repairs, or leaves out with the reason.
-<<<<<<< HEAD
-REPAIRABLE = frozenset(
-=======
 FIXABLE = frozenset(
->>>>>>> front
     {"role-order", "empty-content", "no-messages", "unknown-role", "duplicate", "control-character"}
 )
 FIX_HINT = "Repair a copy with: phi3 data fix FILE -o FIXED.jsonl"
@@ -79,11 +75,6 @@ def folded(faults: Sequence[LocatedFault]) -> list[str]:
     return lines
 
 
-<<<<<<< HEAD
-def counted(number: int, what: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-=======
 def first_line(error: BaseException) -> str:
     """The first line of another library's error; the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -93,7 +84,11 @@ def shortened(lines: Sequence[str], most: int = SHOWN_FAULTS) -> list[str]:
     """The first lines, and how many more there are."""
     more = len(lines) - most
     return [*lines[:most], *([f"… and {more} more"] if more > 0 else [])]
->>>>>>> front
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 class Phi3TrainingError(Exception):
@@ -109,24 +104,12 @@ class RecipeError(UsageError):
 
     def __init__(self, source: str, faults: Sequence[str], typed: Sequence[str] = ()) -> None:
         self.faults = (*faults, *typed)
-<<<<<<< HEAD
-        blocks = [(source, faults), ("The command line", typed)]
-        super().__init__("\n".join(_listed(name, lines) for name, lines in blocks if lines))
-
-
-def _listed(source: str, faults: Sequence[str]) -> str:
-    return "\n".join(
-        [f"{source} has {counted(len(faults), 'fault')}:", *(f"  {fault}" for fault in faults)]
-    )
-=======
         lines: list[str] = []
         for place, listed in ((source, faults), ("The command line", typed)):
-            count = "1 fault" if len(listed) == 1 else f"{len(listed)} faults"
-            lines += (
-                [f"{place} has {count}:", *(f"  {fault}" for fault in listed)] if listed else []
-            )
+            if listed:
+                lines.append(f"{place} has {counted(len(listed), 'fault')}:")
+                lines += [f"  {fault}" for fault in listed]
         super().__init__("\n".join(lines))
->>>>>>> front
 
 
 def _alike(fault: LocatedFault) -> tuple[Path, str, str]:
@@ -139,14 +122,7 @@ class DataError(Phi3TrainingError):
     def __init__(self, faults: Sequence[LocatedFault], report_path: Path | None = None) -> None:
         self.faults = tuple(faults)
         self.report_path = report_path
-<<<<<<< HEAD
-        super().__init__(self._message())
-
-    def _message(self) -> str:
         count = counted(len(self.faults), "fault")
-=======
-        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
->>>>>>> front
         lines = [f"The chats have {count}; nothing was written or trained:"]
         groups = folded(self.faults)
         lines += [f"  {line}" for line in groups[:SHOWN_FAULTS]]
@@ -156,11 +132,7 @@ class DataError(Phi3TrainingError):
         if self.report_path is not None:
             lines.append(f"Full list: {self.report_path}")
         lines.append("Check again with: phi3 data check FILE …")
-<<<<<<< HEAD
-        if any(fault.kind in REPAIRABLE for fault in self.faults):
-=======
         if any(fault.kind in FIXABLE for fault in self.faults):
->>>>>>> front
             lines.append(FIX_HINT)
         super().__init__("\n".join(lines))
 

@@ -17,13 +17,19 @@ import requests
 from azure.core.credentials import AccessToken
 from azure.core.pipeline.transport import RequestsTransport
 
-from phi3_rehearsal.cloud import Cloud
+from phi3_rehearsal import endpoints, workspaces
+from phi3_rehearsal.cloud import Cloud, stamps
+from phi3_rehearsal.compute import DEPLOYMENT_KIND
 from phi3_rehearsal.identity import CALLER, token_for
 from phi3_rehearsal.proxy import CutError, answer
 from phi3_rehearsal.wire import ARM, Request
 from phi3_training.recipe.azure import PollSection
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.place import Place
+
+from .azure_wire import place
+
+GPU = "Standard_NC24ads_A100_v4"
 
 
 def rehearsed(folder: Path, place: Place) -> Rehearsed:
@@ -32,6 +38,50 @@ def rehearsed(folder: Path, place: Place) -> Rehearsed:
     clients = Rehearsed(place, PollSection(interval=0.05, retry_total=0), _Caller(cloud))
     clients.cloud = cloud
     return clients
+
+
+def with_endpoint(folder: Path, name: str = "ep") -> Rehearsed:
+    """A workspace with an endpoint of the run `mine` and a deployment, and another's endpoint."""
+    here = place(folder)
+    clients = rehearsed(folder, here)
+    cloud = clients.cloud
+    ready = {"provisioningState": "Succeeded"}
+    body = {"location": here.location, "tags": {"created-by": "phi3-promptflow"}}
+    for arm_id, kind in (
+        (here.group_scope, "Microsoft.Resources/resourceGroups"),
+        (here.workspace_id(), workspaces.KIND),
+    ):
+        cloud.put(arm_id, kind, {**body, "kind": "Default", "properties": dict(ready)})
+    for endpoint, tags in ((name, {"phi3_run": "mine"}), ("theirs", {})):
+        properties = {
+            **ready,
+            "authMode": "Key",
+            "traffic": {},
+            "properties": {},
+            "scoringUri": f"https://{endpoint}/score",
+        }
+        document: Any = {"location": here.location, "tags": tags, "kind": "Managed"}
+        document["systemData"] = stamps()
+        arm_id = f"{here.workspace_id()}/onlineEndpoints/{endpoint}"
+        cloud.put(arm_id, endpoints.KIND, {**document, "properties": properties})
+    add_deployment(clients, name, "blue", {})
+    return clients
+
+
+def add_deployment(
+    clients: Rehearsed, endpoint: str, name: str, tags: dict[str, str], state: str = "Succeeded"
+) -> None:
+    """Put a deployment, without a server."""
+    here = clients.place
+    properties = {
+        "provisioningState": state,
+        "instanceType": GPU,
+        "endpointComputeType": "Managed",
+        "scaleSettings": {"scaleType": "Default"},
+    }
+    document = {"location": here.location, "kind": "Managed", "sku": {"capacity": 1}, "tags": tags}
+    arm_id = f"{here.workspace_id()}/onlineEndpoints/{endpoint}/deployments/{name}"
+    clients.cloud.put(arm_id, DEPLOYMENT_KIND, {**document, "properties": properties})
 
 
 class Rehearsed(Clients):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import time
 from collections.abc import Iterable
@@ -87,6 +88,7 @@ def listed_prices(_url: str, query: dict[str, str], _seconds: float) -> Any:
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LiveCheck:
     monkeypatch.setattr(live_steps, "open_store", lambda *_args: (Container(), []))
     monkeypatch.setattr(live_steps, "provision", made_at_once)
+    monkeypatch.setattr(live_steps, "FIRED_LEAD", dt.timedelta(0))
     theirs = AzureSection(
         subscription_id=SUBSCRIPTION, resource_group="theirs", storage_account="theirstorage"
     )

@@ -16,7 +16,7 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
 from pydantic import ValidationError
 
-from phi3_rehearsal import budgets, endpoints, logic, resources, workspaces
+from phi3_rehearsal import budgets, endpoints, logic, resources
 from phi3_rehearsal.compute import DEPLOYMENT_KIND
 from phi3_rehearsal.identity import token_for
 from phi3_rehearsal.proxy import answer
@@ -31,17 +31,15 @@ from phi3_training.targets.azure.deadline import (
     hold_deadline,
     read_deadline,
     remove_deadline,
-    workflow_body,
     workflow_id,
 )
 from phi3_training.targets.azure.discovery import Found, find_places
 from phi3_training.targets.azure.inventory import take_inventory
+from phi3_training.targets.azure.workflow import Dated, iso, utc_now, workflow_body
 
-from .azure_rehearsed import Rehearsed, rehearsed
-from .azure_wire import place
+from .azure_rehearsed import Rehearsed, with_endpoint
 
 HOUR = 3600.0
-GPU = "Standard_NC24ads_A100_v4"
 SERVICES = (resources, budgets)  # importing a service's module declares its calls
 
 
@@ -53,35 +51,7 @@ def silent(_done: int, _total: int, _text: str) -> None:
 def azure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsed:
     """A workspace with the run's endpoint and its deployment, and another's endpoint."""
     monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))
-    here = place(tmp_path)
-    clients = rehearsed(tmp_path, here)
-    cloud = clients.cloud
-    ready = {"provisioningState": "Succeeded"}
-    body = {"location": here.location, "tags": {"created-by": "phi3-promptflow"}}
-    for arm_id, kind in (
-        (here.group_scope, "Microsoft.Resources/resourceGroups"),
-        (here.workspace_id(), workspaces.KIND),
-    ):
-        cloud.put(arm_id, kind, {**body, "kind": "Default", "properties": dict(ready)})
-    for name, tags in (("ep", {"phi3_run": "mine"}), ("theirs", {})):
-        properties = {
-            **ready,
-            "authMode": "Key",
-            "traffic": {},
-            "scoringUri": f"https://{name}/score",
-        }
-        document = {"location": here.location, "tags": tags, "kind": "Managed"}
-        cloud.put(endpoint_id(here, name), endpoints.KIND, {**document, "properties": properties})
-    properties = {
-        **ready,
-        "instanceType": GPU,
-        "endpointComputeType": "Managed",
-        "scaleSettings": {"scaleType": "Default"},
-    }
-    document = {"location": here.location, "kind": "Managed", "sku": {"capacity": 1}}
-    deployment = f"{endpoint_id(here, 'ep')}/deployments/blue"
-    cloud.put(deployment, DEPLOYMENT_KIND, {**document, "properties": properties})
-    return clients
+    return with_endpoint(tmp_path)
 
 
 @pytest.fixture
@@ -140,7 +110,11 @@ def test_the_workflow_is_what_logic_apps_need(azure: Rehearsed, run: Run) -> Non
         for key in ("startTime", "endTime")
     )
     assert ends - starts == dt.timedelta(days=7)
-    (action,) = definition["actions"].values()
+    (guarded,) = definition["actions"].values()
+    assert guarded["expression"] == (
+        f"@greaterOrEquals(ticks(utcNow()), ticks('{recurrence['startTime']}'))"
+    )
+    (action,) = guarded["actions"].values()
     assert action["operationOptions"] == "DisableAsyncPattern"
     assert action["inputs"]["uri"].startswith(f"https://{ARM}{endpoint_id(azure.place, 'ep')}?")
     roles = azure.cloud.children("/subscriptions", "Microsoft.Authorization/roleAssignments")
@@ -158,10 +132,17 @@ def test_it_can_delete_nothing_else(azure: Rehearsed, run: Run) -> None:
         assert reply.status == 403, arm_id
 
 
-def test_a_body_without_a_future_start_is_never_made(azure: Rehearsed) -> None:
-    past = dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=1)
-    with pytest.raises(ValueError, match="is past"):
-        workflow_body(endpoint_id(azure.place, "ep"), "eastus", past, {})
+@pytest.mark.parametrize("ago", [dt.timedelta(0), dt.timedelta(days=3)])
+def test_a_body_without_a_future_start_is_never_made(ago: dt.timedelta) -> None:
+    """Logic Apps would run at once; also for a request that is due, or was refused until now."""
+    request = Dated("delete_x", "x", utc_now() - ago, "DELETE", "/x", "2025-12-01")
+    (trigger,) = workflow_body([request], "eastus", {})["properties"]["definition"][
+        "triggers"
+    ].values()
+    assert trigger["recurrence"]["startTime"] > iso(utc_now())
+    assert trigger["recurrence"]["endTime"] > trigger["recurrence"]["startTime"]
+    with pytest.raises(ValueError, match="needs a request"):
+        workflow_body([], "eastus", {})
 
 
 def test_it_is_moved_later_and_never_earlier(azure: Rehearsed, run: Run) -> None:
@@ -218,6 +199,19 @@ def test_none_is_none_and_takes_one_away(azure: Rehearsed, run: Run) -> None:
     assert hold(azure, run, "none").startswith("no deadline")
     advance(azure, 100)
     assert exists(azure)
+
+
+def test_a_workflow_of_an_older_phi3_still_holds(azure: Rehearsed, run: Run) -> None:
+    """It sends one request without a condition; the next deployment writes it anew."""
+    hold(azure, run)
+    workflow = azure.cloud.get(workflow_id(azure.place, "ep"))
+    assert workflow is not None
+    definition = workflow["properties"]["definition"]
+    (guarded,) = definition["actions"].values()
+    definition["actions"] = {"delete_endpoint": guarded["actions"]["delete_endpoint_now"]}
+    assert read_deadline(azure, "ep").holds
+    hold(azure, run, "2d")
+    assert hours_left(azure) == pytest.approx(48, abs=0.1)
 
 
 def test_what_phi3_did_not_create_gets_no_deadline(azure: Rehearsed, run: Run) -> None:

@@ -36,7 +36,8 @@ RECIPE = {
     "data": {"train": ["chats.jsonl"]},
     "model": {"name_or_path": "microsoft/Phi-4-mini-instruct"},
 }
-STEPS = [{"blue": 95, "green": 5}, {"blue": 75, "green": 25}, {"green": 100}]
+# The last one only takes the tag away: until it is judged, 100 % can be undone as well.
+STEPS = [{"blue": 95, "green": 5}, {"blue": 75, "green": 25}, {"green": 100}, {"green": 100}]
 QUESTIONS = [
     Question("validation", i, [{"role": "user", "content": f"What is {i}?"}], f"It is {i}")
     for i in range(20)
@@ -113,8 +114,7 @@ def test_the_traffic_moves_in_steps_each_judged(run: Run) -> None:
     assert sent(service) == STEPS
     assert service.tags == {"team": "ours"}  # the rollout's own tag is gone
     assert [body["tags"].get(ROLLOUT_TAG, "")[:21] for body in service.puts] == [
-        "to green from blue=10",
-        "to green from blue=10",
+        *["to green from blue=10"] * 3,
         "",
     ]
     assert record(run).state == "done"
@@ -184,6 +184,26 @@ def test_a_refused_step_is_undone_with_azures_reason(run: Run) -> None:
     assert "The traffic is as before, read back from Azure: blue 100 %" in str(caught.value)
     assert "green bills" in str(caught.value)
     assert service.traffic == BLUE
+
+
+def test_before_each_step_azure_is_told_what_to_put_back(run: Run) -> None:
+    """With the tag that the endpoint gets next, and for as long as the step takes."""
+    service = Service()
+    armed: list[tuple[dict[str, int], str, float, int]] = []
+
+    class Keeper:
+        def arm(self, before: dict[str, int], tag: str, seconds: float) -> str:
+            armed.append((before, tag, seconds, len(service.puts)))
+            return "armed"
+
+    work = rollout(service, run, minutes=1e-6)
+    work.keeper = Keeper()  # type: ignore[assignment]
+    work.go()
+
+    assert [puts for _, _, _, puts in armed] == [0, 1, 2]
+    assert {tag for _, tag, _, _ in armed} == {tag_of(record(run))}
+    assert {body["tags"].get(ROLLOUT_TAG) for body in service.puts} == {tag_of(record(run)), None}
+    assert all(before == BLUE and 0 < seconds < 60 for before, _, seconds, _ in armed)
 
 
 def test_ctrl_c_gives_the_traffic_back(run: Run) -> None:

@@ -31,6 +31,7 @@ from phi3_training.targets.azure.search_service import (
 from .search_service import KEY, SearchServiceStub
 
 NAME = "phi3-documents-1a2b3c4d"
+ENDLESS = Wanted(NAME, deadline="none")  # its deadline: test_azure_search_deadline.py
 OURS = {"created-by": "phi3-promptflow"}
 
 
@@ -85,7 +86,8 @@ def test_created_without_keys_and_open_to_whoever_signed_in(arm: tuple[Arm, Any]
             (200, {"value": []}, {}) if path == "/indexes" else None
         )
         service = SearchService(stub.endpoint, key=KEY)
-        ensure_service(signed_in, Wanted(NAME), AzureSection(), no_progress, service=service)
+        told = ensure_service(signed_in, ENDLESS, AzureSection(), no_progress, service=service)
+    assert told.startswith("no deadline (rag.search.deadline=none): it bills until")
     (body,) = made.bodies("/searchServices/" + NAME + "?")
     assert body["sku"] == {"name": "basic"}
     assert body["properties"]["disableLocalAuth"] is True
@@ -104,7 +106,7 @@ def test_a_new_role_is_waited_for(arm: tuple[Arm, Any]) -> None:
         stub.trouble = lambda _method, _path: next(answers, (200, {"value": []}, {}))
         service = SearchService(stub.endpoint, key=KEY)
         ensure_service(
-            signed_in, Wanted(NAME), AzureSection(), no_progress, service=service,
+            signed_in, ENDLESS, AzureSection(), no_progress, service=service,
             sleep=waited.append,
         )  # fmt: skip
     assert waited == [10.0, 10.0]
@@ -116,7 +118,7 @@ def test_a_second_time_nothing_is_created(arm: tuple[Arm, Any]) -> None:
         stub.trouble = lambda _method, _path: (200, {"value": []}, {})
         service = SearchService(stub.endpoint, key=KEY)
         for _ in range(2):
-            ensure_service(signed_in, Wanted(NAME), AzureSection(), no_progress, service=service)
+            ensure_service(signed_in, ENDLESS, AzureSection(), no_progress, service=service)
     assert len(made.bodies("/searchServices/")) == 3  # itself and two roles
 
 
@@ -124,7 +126,7 @@ def test_a_sign_in_that_does_not_say_who_it_is(arm: tuple[Arm, Any]) -> None:
     _, signed_in = arm
     signed_in.credential = Token()
     with pytest.raises(StageError, match=r"az login.*rag\.search\.endpoint"):
-        ensure_service(signed_in, Wanted(NAME), AzureSection(), no_progress)
+        ensure_service(signed_in, ENDLESS, AzureSection(), no_progress)
 
 
 def service_id(arm: Arm, folder: Path, tags: dict[str, str]) -> str:
@@ -181,6 +183,7 @@ def test_the_price_of_the_region(tmp_path: Path) -> None:
     assert "westeurope" in stub.seen[0].path
     text = "\n".join(line.text for line in lines)
     assert "0.100 USD per hour, 73 per month" in text
+    assert "by itself after 7d (rag.search.deadline), at most 16.80 USD" in text
     assert "phi3 rag down" in text
 
 

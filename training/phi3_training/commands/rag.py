@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi3_tool.embedders import embedder_of
 from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
@@ -19,17 +19,23 @@ from ..project import DOCUMENTS_RUN
 from ..rag.index_files import (
     azure_section,
     create_service,
+    extend_service,
     index_file,
     index_of,
+    is_gone,
     publish_to_flow,
     search_file,
     service_id,
     take_down,
 )
+from ..recipe.azure import duration_of
 from ..run import Run
 from . import HELP
 from .options import add_command, add_run, add_top_k
 from .rag_compare import add_questions, register_compare
+
+if TYPE_CHECKING:
+    from ..rag.azure_search import Destination
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
@@ -146,11 +152,16 @@ def register_rag(subparsers: Any) -> None:
         "phi3 rag plan rag.search.tier=basic azure.location=westeurope", run_plan,
     )  # fmt: skip
     plan.add_argument("words", nargs="*", metavar="KEY=VALUE", help="rag.search.*, azure.*")
+    extend = add_command(
+        actions, "extend", "move the time at which the run's search service deletes itself",
+        "phi3 rag extend 2d", run_extend,
+    )  # fmt: skip
+    extend.add_argument("by", metavar="DURATION", help="how much later, such as 12h or 2d")
     down = add_command(
         actions, "down", "delete what was created in Azure AI Search: the index, or its service",
         "phi3 rag down", run_down,
     )  # fmt: skip
-    for each in (index, search, evaluate, making, plan, down):
+    for each in (index, search, evaluate, making, plan, extend, down):
         add_run(each, f"run folder (default: {DOCUMENTS_RUN})", default=DOCUMENTS_RUN)
 
 
@@ -187,15 +198,16 @@ def run_index(args: argparse.Namespace) -> int:
         )
     sent = None
     if to is not None:
-        if to.service_id and begin(synced.path, to):
+        if to.service_id and (begin(synced.path, to) or _begins_again(synced.path, to)):
             with console.progress_bar("service") as progress:
-                create_service(
+                deadline = create_service(
                     azure,
                     to,
-                    store.tier,
+                    store,
                     progress,
                     lambda line: console.note(f"{line.stage:<10} {line.text}"),
                 )
+            console.note(deadline)
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)
     copy = publish_to_flow(run)
@@ -224,6 +236,17 @@ def run_index(args: argparse.Namespace) -> int:
     return 0
 
 
+def _begins_again(database: Path, to: Destination) -> bool:
+    """Whether the run's service is gone and has to be created again; its passages are here."""
+    from ..rag.azure_search import begin
+
+    if not is_gone(to.service_id):
+        return False
+    console.note(f"{to.service.endpoint} is gone, by its deadline or by hand: created again")
+    to.path.unlink()
+    return begin(database, to)
+
+
 def run_down(args: argparse.Namespace) -> int:
     """Delete what was made in Azure AI Search; the SQLite file stays and answers again."""
     run = Run(args.runs / args.run)
@@ -237,6 +260,19 @@ def run_down(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_extend(args: argparse.Namespace) -> int:
+    """Move the deadline of the run's search service; print both times."""
+    try:
+        by = duration_of(args.by)
+    except ValueError as error:
+        raise UsageError(f"{args.by!r}: {error}") from None
+    with console.progress_bar("deadline") as progress:
+        arm_id, before, after = extend_service(Run(args.runs / args.run), by, progress)
+    old = f"was: {before.text()}" if before.at else "had none"
+    moved = {"service": arm_id, "before": before.at, "deadline": after.at}
+    return console.show(args.output, moved, f"{arm_id.rsplit('/', 1)[-1]}: {after.text()}; {old}")
+
+
 def run_plan(args: argparse.Namespace) -> int:
     """Say what a service of one's own would be and cost; nothing is created."""
     from ..rag.azure_search import Store
@@ -245,7 +281,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
     store = Store.of(_keys(args.words, "rag."))
     place = clients_at(azure_section(_keys(args.words, "azure."))).place
-    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier), place)
+    lines = plan(Wanted(f"phi3-{args.run}-…", store.tier, store.deadline), place)
     texts = (f"{line.stage:<10} {line.text}" for line in lines)
     return console.show(args.output, [asdict(line) for line in lines], *texts)
 

@@ -12,7 +12,7 @@ from .. import console
 from ..current import all_runs
 from ..errors import Phi3TrainingError, StageError, UsageError
 from ..manifests import EndpointManifest
-from ..rag.index_files import services_of, take_down
+from ..rag.index_files import service_line, services_of, take_down
 from ..run import Run
 from ..run_state import RunState, state_of
 from ..targets import HERE, get_target, is_here, target_of
@@ -118,13 +118,18 @@ def run_status(args: argparse.Namespace) -> int:
         )
     if args.run is None and args.on in (None, "azure"):
         for run in services_of(args.runs):
-            console.line(_search_service(run))
+            console.line(
+                _search_service(run) if args.on is None else f"{run.name}: {service_line(run)}"
+            )
     return 0
 
 
 def _search_service(run: Run) -> str:
     command = f"phi3 rag down --run {run.name}"
-    return f"{run.name}: an Azure AI Search service that bills by the hour; delete it: {command}"
+    return (
+        f"{run.name}: an Azure AI Search service that bills by the hour until its deadline (phi3 "
+        f"status --on azure; later: phi3 rag extend 2d --run {run.name}); delete it: {command}"
+    )
 
 
 def _no_runs(args: argparse.Namespace, place: dict[str, str]) -> str:

@@ -28,6 +28,7 @@ from phi3_tool.errors import one_line
 
 from ..errors import StageError, UsageError, shortened
 from ..progress import Progress
+from ..recipe.azure import check_deadline
 from ..run import write_atomically
 
 #: How an index says that it was made here: others are never filled, and never deleted.
@@ -44,6 +45,7 @@ _KEYS = (
     "rag.search.index",
     "rag.search.create",
     "rag.search.tier",
+    "rag.search.deadline",
 )
 TIERS = ("free", "basic", "standard", "standard2", "standard3")
 
@@ -57,6 +59,7 @@ class Store:
     index: str = ""
     create: bool = False  # a service of the run's own
     tier: str = "basic"
+    deadline: str = "7d"  # after which such a service deletes itself, or none
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Store:
@@ -84,9 +87,14 @@ class Store:
         tier = given.get("rag.search.tier", "basic")
         if tier not in TIERS:
             faults.append(f"rag.search.tier is one of {', '.join(TIERS)}, not {tier!r}")
+        deadline = given.get("rag.search.deadline", "7d")
+        try:
+            deadline = check_deadline(deadline)
+        except ValueError as error:
+            faults.append(f"rag.search.deadline {deadline!r}: {error}")
         if faults:
             raise UsageError("\n".join(faults))
-        return cls(kind, endpoint, index, create == "true", tier)
+        return cls(kind, endpoint, index, create == "true", tier, deadline)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Reads and writes `<run>/rag/` and the flow `phi3_rag_chat`; creates and deletes 
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,15 @@ from phi3_tool.azure_search import read_settings
 from phi3_tool.errors import ConfigurationError
 from phi3_tool.index import open_index
 
+from ..errors import Phi3TrainingError, UsageError
 from ..progress import PlanLine, Progress
 from ..project import RAG_FLOW
 from ..recipe import AzureSection, azure_section_of
 from ..run import Run, write_atomically
 
 if TYPE_CHECKING:
-    from .azure_search import Destination
+    from ..targets.azure.search_deadline import SearchDeadline
+    from .azure_search import Destination, Store
 
 
 def index_file(run: Run) -> Path:
@@ -103,22 +106,64 @@ def service_id(words: Sequence[str], name: str) -> str:
 def create_service(
     words: Sequence[str],
     to: Destination,
-    tier: str,
+    store: Store,
     progress: Progress,
     show: Callable[[PlanLine], None],
-) -> None:
-    """Create the run's service, or finish what an earlier command began.
+) -> str:
+    """Create the run's service, or finish what an earlier command began; its deadline in words.
 
     `show` gets what it is and costs, before anything is created.
     """
     from ..targets.azure.search_service import Wanted, ensure_service, plan
     from ..targets.azure.target import clients_at
 
-    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], tier)
+    wanted = Wanted(to.service_id.rsplit("/", 1)[-1], store.tier, store.deadline)
     clients = clients_at(azure_section([*words, *_place_of(to.service_id)]))
     for line in plan(wanted, clients.place):
         show(line)
-    ensure_service(clients, wanted, azure_section(words), progress, service=to.service)
+    return ensure_service(clients, wanted, azure_section(words), progress, service=to.service)
+
+
+def is_gone(service_id: str) -> bool:
+    """Whether a search service does not exist (any more)."""
+    from ..targets.azure.search_service import exists
+    from ..targets.azure.target import clients_at
+
+    return not exists(clients_at(azure_section(_place_of(service_id))), service_id)
+
+
+def extend_service(
+    run: Run, by: dt.timedelta, progress: Progress
+) -> tuple[str, SearchDeadline, SearchDeadline]:
+    """Move the deadline of the run's search service; its ARM id, the deadline before and after.
+
+    Raises UsageError where phi3 has created none, StageError where Azure refuses.
+    """
+    from ..targets.azure.search_deadline import extend_search_deadline
+    from ..targets.azure.target import clients_at
+
+    path = search_file(run)
+    service_id = read_settings(path).get("service_id") if path.is_file() else None
+    if not service_id:
+        raise UsageError(f"phi3 has created no search service for the run {run.name}")
+    clients = clients_at(azure_section(_place_of(service_id)))
+    return service_id, *extend_search_deadline(clients, service_id, by, progress)
+
+
+def service_line(run: Run) -> str:
+    """What Azure says of the service that was created for a run: its cost and its end."""
+    from ..targets.azure.search_service import made_service
+    from ..targets.azure.target import clients_at
+
+    service_id = read_settings(search_file(run))["service_id"]
+    try:
+        found = made_service(clients_at(azure_section(_place_of(service_id))), service_id)
+    except Phi3TrainingError as error:
+        return f"{service_id.rsplit('/', 1)[-1]} could not be read: {error}"
+    command = f"phi3 rag down --run {run.name}"
+    if found is None:
+        return f"its Azure AI Search service is gone; phi3 rag index makes it again, or: {command}"
+    return f"{found.text()}; delete it: {command}"
 
 
 def azure_section(words: Sequence[str]) -> AzureSection:

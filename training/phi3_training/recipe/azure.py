@@ -129,7 +129,8 @@ def duration_of(text: str) -> dt.timedelta:
     return duration
 
 
-def _check_deadline(value: object) -> str:
+def check_deadline(value: object) -> str:
+    """A duration in lower case, or `none`. ValueError for what is neither."""
     text = value.strip().lower() if isinstance(value, str) else ""
     if text == NO_DEADLINE:
         return text
@@ -140,7 +141,7 @@ def _check_deadline(value: object) -> str:
     return text
 
 
-Deadline = Annotated[str, BeforeValidator(_check_deadline)]
+Deadline = Annotated[str, BeforeValidator(check_deadline)]
 Version = Annotated[
     str,
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),
@@ -281,6 +282,12 @@ class EndpointSection(Section):
     deadline: Deadline = "8h"
     """How long after its last deployment the endpoint deletes itself, such as 8h or 2d, also while
     this machine is off (phi3 azure extend moves it); none: it bills until phi3 down."""
+    remove_failed_after: Deadline = "1h"
+    """How long a deployment stays that failed or was worse than the one it was to replace, such as
+    1h; then it deletes itself, also while this machine is off; none: until the deadline."""
+    remove_unused_after: Deadline = "24h"
+    """How long an old deployment without traffic stays for a rollback after the last change, such
+    as 24h; then it deletes itself; none: until the deadline."""
     keep_deployments: Annotated[int, Field(ge=1, le=20)] = 2
     """Deployments kept at the endpoint; older ones without traffic are deleted."""
 

@@ -1,9 +1,9 @@
 """An endpoint's deadline: a Logic App on Azure that deletes it, whether or not this machine is on.
 
-One workflow of the plan Consumption per endpoint, next to the workspace. From the deadline on it
-asks Azure once an hour to delete that endpoint, for a week. Its identity has one role, on that
-endpoint alone. Never verified on live Azure. Workflow and trigger: "Schedule and run recurring
-workflows" and "Workflow Definition Language" (learn.microsoft.com/azure/logic-apps).
+One workflow of the plan Consumption per endpoint, next to the workspace. It also deletes
+deployments without traffic at their own times (removals.py), and puts the traffic back where a
+rollout was not ended (put_back.py). Its identity has one role, on that endpoint alone, and while a
+rollout lasts the right to use the endpoint's identity. Never verified on live Azure.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,37 @@ from ...errors import StageError
 from ...progress import Progress, note
 from ...recipe.azure import NO_DEADLINE, AzureSection, duration_of
 from ...run import Run
-from .clients import ARM, Clients
-from .failures import code_of
-from .operations import TRIES, create, delete, get_or_none
+from .clients import Clients
+from .failures import explained
+from .operations import TRIES, get_or_none
 from .place import JOB_RUN_TAG, RUN_TAG, Place, made_by_phi3, resource_tags
-from .resources import ENDPOINT_KEEPER, Body, Grant, ensure_grant, register_provider
+from .removals import Now, removals_of, rule_text
+from .resources import ENDPOINT_KEEPER, IDENTITY, IDENTITY_USER, Body, Grant, ensure_grant
+from .traffic import traffic_shares
+from .workflow import WORKFLOW_TYPE as WORKFLOW_TYPE
+from .workflow import WORKFLOWS_API as WORKFLOWS_API
+from .workflow import (
+    Dated,
+    delete_workflow,
+    find_workflow,
+    iso,
+    next_time,
+    put_workflow,
+    requests_of,
+    workflow_body,
+)
+from .workflow import shown as shown
+from .workflow import utc_now as utc_now
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import OnlineEndpoint
 
-WORKFLOW_TYPE = "Microsoft.Logic/workflows"
-WORKFLOWS_API = "2019-05-01"
-_ENDPOINTS_API = "2025-12-01"  # of the request that the workflow sends
-_SCHEMA = (
-    "https://schema.management.azure.com/providers/Microsoft.Logic/schemas/2016-06-01/"
-    "workflowdefinition.json#"
-)
+ENDPOINTS_API = "2025-12-01"  # of the requests that the workflow sends
 TRIGGER = "deadline"
-# A refused deletion (the endpoint is just being changed) is tried again each hour, for so long.
-_TRIES_FOR = dt.timedelta(days=7)
+_REMOVALS, _ROLLOUT = "deployments", "rollout"  # the other triggers
+_DELETE_ENDPOINT, _DELETE_DEPLOYMENT = "delete_endpoint", "delete_deployment_"
+_PUT_BACK = "put_traffic_back"
+_PUT_BACK_MINUTES = 15  # between two tries: meanwhile a bad deployment has traffic
 # Azure's time of the next run may differ from what was asked by rounding alone; more means that
 # this machine's clock is off, and that the endpoint would go at another time than is said here.
 _SAME_TIME = dt.timedelta(minutes=5)
@@ -47,12 +59,31 @@ BUDGET = "phi3 azure budget 50 --mail YOU@EXAMPLE.COM"
 
 
 @dataclass(frozen=True)
+class PutBack:
+    """A PUT of the endpoint, sent from `at` on as long as the endpoint carries this tag."""
+
+    at: dt.datetime
+    tag: tuple[str, str]  # name and value
+    body: Body
+
+    def identities(self) -> list[str]:
+        """The ids of the user-assigned identities that the body names."""
+        return list((self.body.get("identity") or {}).get("userAssignedIdentities") or {})
+
+
+@dataclass(frozen=True)
 class Deadline:
-    """When an endpoint deletes itself. `at` None: never; `fault` says why it would not work."""
+    """When an endpoint deletes itself, and what else its workflow does before.
+
+    `at` None: never; `fault` says why none of it would work. `removals`: when each deployment goes,
+    if it has no traffic then.
+    """
 
     endpoint: str
     at: dt.datetime | None
     fault: str = ""
+    removals: Mapping[str, dt.datetime] = field(default_factory=dict)
+    put_back: PutBack | None = None
 
     @property
     def holds(self) -> bool:
@@ -69,21 +100,28 @@ class Deadline:
             )
         return f"deadline {shown(self.at, now)}, then it deletes itself (phi3 azure extend 4h)"
 
+    def lines(self, now: dt.datetime | None = None) -> list[str]:
+        """All that it does, for people."""
+        lines = [self.text(now)]
+        if self.fault:
+            return lines
+        if self.put_back is not None:
+            at = shown(self.put_back.at, now)
+            lines.append(f"if the rollout is not ended by then, its traffic goes back at {at}")
+        lines += [
+            f"deployment {name}, if it has no traffic then, deletes itself at {shown(at, now)}"
+            for name, at in sorted(self.ends().items(), key=lambda item: item[1])
+        ]
+        return lines
 
-def shown(at: dt.datetime, now: dt.datetime | None = None) -> str:
-    """`2026-11-28 18:00 UTC (in 3 h 20 min)`."""
-    left = int((at - (now or utc_now())).total_seconds()) // 60
-    text = f"{at:%Y-%m-%d %H:%M} UTC"
-    if left < 1:
-        return f"{text} (due now)"
-    hours, minutes = divmod(left, 60)
-    parts = [f"{hours} h" if hours else "", f"{minutes} min" if minutes and hours < 48 else ""]
-    return f"{text} (in {' '.join(part for part in parts if part)})"
+    def ends(self) -> dict[str, dt.datetime]:
+        """When each deployment goes that deletes itself: at its time, or with the endpoint."""
+        at = self.at
+        return {name: min(own, at) if at else own for name, own in self.removals.items()}
 
-
-def utc_now() -> dt.datetime:
-    """Now, in whole seconds: Azure's times have no more."""
-    return dt.datetime.now(dt.timezone.utc).replace(microsecond=0)
+    def end_of(self, deployment: str) -> dt.datetime | None:
+        """When a deployment without traffic is gone; None: never, as far as one can see."""
+        return None if self.fault else self.ends().get(deployment, self.at)
 
 
 def workflow_id(place: Place, endpoint: str) -> str:
@@ -96,59 +134,44 @@ def endpoint_id(place: Place, endpoint: str) -> str:
     return f"{place.workspace_id()}/onlineEndpoints/{endpoint}"
 
 
-def workflow_body(
-    endpoint_arm_id: str, region: str, at: dt.datetime, tags: Mapping[str, str]
-) -> Body:
-    """The workflow as ARM takes it. ValueError for a deadline that is not ahead of us.
-
-    Without a start time a recurrence runs as soon as it is saved, which would delete the endpoint.
-    """
-    if at <= utc_now():
-        raise ValueError(f"the deadline {at} is past")
-    recurrence = {
-        "frequency": "Hour",
-        "interval": 1,
-        "startTime": _iso(at),
-        "endTime": _iso(at + _TRIES_FOR),
-        "timeZone": "UTC",
-    }
-    action = {
-        "type": "Http",
-        # Azure ML answers 202 with an address outside the endpoint. Logic Apps would poll it, get
-        # a 403 (the role ends at the endpoint) and call a deletion that works a failure.
-        "operationOptions": "DisableAsyncPattern",
-        "inputs": {
-            "method": "DELETE",
-            "uri": f"{ARM}{endpoint_arm_id}?api-version={_ENDPOINTS_API}",
-            "authentication": {
-                "type": "ManagedServiceIdentity",
-                "audience": "https://management.core.windows.net/",
-            },
-            "retryPolicy": {"type": "exponential", "count": 4, "interval": "PT30S"},
-        },
-    }
-    definition = {
-        "$schema": _SCHEMA,
-        "contentVersion": "1.0.0.0",
-        "triggers": {TRIGGER: {"type": "Recurrence", "recurrence": recurrence}},
-        "actions": {"delete_endpoint": action},
-        "outputs": {},
-    }
-    return {
-        "location": region,
-        "identity": {"type": "SystemAssigned"},
-        "tags": {**tags, DEADLINE_TAG: _iso(at)},
-        "properties": {"state": "Enabled", "definition": definition},
-    }
+def requests_for(place: Place, wanted: Deadline) -> list[Dated]:
+    """What the workflow is to send, in the order in which it sends what is due at the same time."""
+    scope = endpoint_id(place, wanted.endpoint)
+    send = partial(Dated, api_version=ENDPOINTS_API)
+    requests = []
+    if wanted.put_back is not None:
+        back = wanted.put_back
+        requests.append(
+            send(
+                *(_PUT_BACK, _ROLLOUT, back.at, "PUT", scope),
+                body=back.body,
+                only_if=back.tag,
+                minutes=_PUT_BACK_MINUTES,
+            )
+        )
+    requests += [
+        send(f"{_DELETE_DEPLOYMENT}{name}", _REMOVALS, at, "DELETE", f"{scope}/deployments/{name}")
+        for name, at in sorted(wanted.removals.items())
+    ]
+    # Last: while it is being deleted, Azure refuses everything else.
+    if wanted.at is not None:
+        requests.append(send(_DELETE_ENDPOINT, TRIGGER, wanted.at, "DELETE", scope))
+    return requests
 
 
 def hold_deadline(
-    clients: Clients, section: AzureSection, run: Run, endpoint: OnlineEndpoint, progress: Progress
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    endpoint: OnlineEndpoint,
+    progress: Progress,
+    coming: str = "",
 ) -> str:
-    """See to the endpoint's deadline before anything at it bills; one sentence about it.
+    """See to the endpoint's deadline before anything at it bills; what to tell of it.
 
-    It is never moved to an earlier time. Where it cannot be made, the sentence says that none holds
-    and why, and nothing is raised: the deployment is the user's to make.
+    `coming`: the deployment that is to be created; it goes by itself where it gets no traffic. The
+    deadline is never moved to an earlier time. Where it cannot be made, the sentence says that none
+    holds and why, and nothing is raised: the deployment is the user's to make.
     """
     name, settings = str(endpoint.name), section.endpoint
     if RUN_TAG not in (endpoint.tags or {}):
@@ -156,40 +179,77 @@ def hold_deadline(
             f"NO deadline holds: phi3 did not create the endpoint {name} and will not delete it. "
             f"What is deployed there bills until: phi3 down --on azure --run {run.name}"
         )
-    if settings.deadline == NO_DEADLINE:
-        try:
-            remove_deadline(clients, name, progress)
-        except StageError as error:
-            return f"azure.endpoint.deadline=none, but one may still hold: {error}"
-        return (
-            f"no deadline (azure.endpoint.deadline=none): {name} bills until: phi3 down --on azure "
-            f"--run {run.name}"
-        )
-    length = duration_of(settings.deadline)
     try:
-        at = utc_now() + length
         before = read_deadline(clients, name)
-        if before.holds and before.at is not None:
-            at = max(at, before.at)
-        _put(clients, resource_tags(section), run.name, name, at, progress)
+        at = None
+        if settings.deadline != NO_DEADLINE:
+            at = utc_now() + duration_of(settings.deadline)
+            at = max(at, before.at) if before.holds and before.at is not None else at
+        removals = _removals(clients, section, run, before, coming=coming)
+        wanted = Deadline(name, at, removals=removals)
+        _put(clients, resource_tags(section), run.name, wanted, progress)
     except StageError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = _plain(error)
+        if settings.deadline == NO_DEADLINE:
+            return f"azure.endpoint.deadline=none, but one may still hold: {reason}"
         return (
             f"NO deadline holds for {name}: {reason}. It bills until: phi3 down --on azure --run "
             f"{run.name}. A budget mails you, a day late: {BUDGET} --run {run.name}"
         )
     price = clients.prices.hourly(settings.instance_type, clients.place.location)
+    hourly = price.high * settings.instance_count if price else None
+    rule = rule_text(settings, hourly)
+    rule = f"\n{rule}" if rule else ""
+    if at is None:
+        return (
+            f"no deadline (azure.endpoint.deadline=none): {name} bills until: phi3 down --on azure "
+            f"--run {run.name}{rule}"
+        )
     # A deletion that is refused once comes an hour later.
     hours = (at - utc_now()).total_seconds() / 3600
     cost = (
-        f"this deployment costs at most {price.high * settings.instance_count * hours:.2f} USD, "
-        if price
-        else "price unknown, "
+        "price unknown, "
+        if hourly is None
+        else f"this deployment costs at most {hourly * hours:.2f} USD, "
     )
     return (
         f"deadline of {name}: {shown(at)}; {cost}then it deletes itself, also with this machine "
-        f"off (never verified on live Azure). Later: phi3 azure extend 4h --run {run.name}"
+        f"off (never verified on live Azure). Later: phi3 azure extend 4h --run {run.name}{rule}"
     )
+
+
+def settle_removals(
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    endpoint: str,
+    progress: Progress,
+    *,
+    refused: str = "",
+) -> list[str]:
+    """After a deployment or a change of its traffic: write down what goes by itself now.
+
+    Ends what a rollout has left in the workflow. What to tell of it; nothing is raised, for the
+    traffic is as it was asked for. `refused`: a new deployment that did not take over.
+    """
+    try:
+        if find_workflow(clients, workflow_id(clients.place, endpoint)) is None:
+            return []
+        before = read_deadline(clients, endpoint)
+        removals = _removals(clients, section, run, before, refused=refused)
+        wanted = replace(before, fault="", removals=removals, put_back=None)
+        if wanted != before:
+            _put(clients, resource_tags(section), run.name, wanted, progress)
+    except StageError as error:
+        return [
+            f"the workflow {_name(endpoint)} could not be changed: {_plain(error)}. It cannot undo "
+            "this, because the endpoint's tag of the rollout is gone; what it deletes and when is "
+            f"as before: phi3 status --on azure --run {run.name}"
+        ]
+    return [
+        f"{name} has no traffic and deletes itself at {shown(at)}"
+        for name, at in wanted.ends().items()
+    ]
 
 
 def extend_deadline(
@@ -215,138 +275,171 @@ def extend_deadline(
     before = read_deadline(clients, endpoint)
     # A deadline that is due deletes within the hour, so it is counted from now.
     at = max(before.at or utc_now(), utc_now()) + by
-    _put(clients, resource_tags(section), run.name, endpoint, at, progress)
-    return before, Deadline(endpoint, at)
+    after = replace(before, at=at, fault="")
+    _put(clients, resource_tags(section), run.name, after, progress)
+    return before, after
 
 
 def read_deadline(clients: Clients, endpoint: str) -> Deadline:
-    """The endpoint's deadline as Azure has it now. StageError where it may not be read."""
+    """What the endpoint's workflow does, as Azure has it now. StageError where it may not be read.
+
+    A put-back without the right to use the endpoint's identity is left out: it could do nothing.
+    """
     place = clients.place
-    workflow = _find(clients, endpoint)
+    arm_id = workflow_id(place, endpoint)
+    workflow = find_workflow(clients, arm_id)
     if workflow is None:
         return Deadline(endpoint, None)
-    arm_id = workflow_id(place, endpoint)
     if not _is_ours(workflow, place, endpoint):
         return Deadline(endpoint, None, f"{_name(endpoint)} is not the workflow of this endpoint")
-    properties = workflow.properties or {}
-    trigger = get_or_none(
-        partial(_by_id(clients), f"{arm_id}/triggers/{TRIGGER}", api_version=WORKFLOWS_API),
-        f"Reading when {_name(endpoint)} runs",
-    )
-    at = _time(((trigger.properties if trigger else None) or {}).get("nextExecutionTime"))
-    if str(properties.get("state")).lower() != "enabled":
-        return Deadline(endpoint, at, f"the workflow {_name(endpoint)} is switched off")
-    if at is None:
-        return Deadline(endpoint, None, f"the workflow {_name(endpoint)} does not run any more")
-    grant = _grant(place, endpoint, str(workflow.identity.principal_id))
-    operations = clients.authorization.role_assignments
-    read = partial(operations.get, grant.scope, grant.name)
-    if get_or_none(read, f"Reading the role of {_name(endpoint)}") is None:
-        return Deadline(endpoint, at, f"the workflow {_name(endpoint)} has no role: run deploy")
-    return Deadline(endpoint, at)
+    found = _as_deadline(endpoint, workflow)
+    if str((workflow.properties or {}).get("state")).lower() != "enabled":
+        found = replace(found, fault=f"the workflow {_name(endpoint)} is switched off")
+    if TRIGGER in ((workflow.properties or {}).get("definition") or {}).get("triggers", {}):
+        found = replace(found, at=next_time(clients, arm_id, TRIGGER))
+        if found.at is None and not found.fault:
+            fault = f"the workflow {_name(endpoint)} does not run any more"
+            return Deadline(endpoint, None, fault)
+    principal = str(workflow.identity.principal_id)
+    if not _has(clients, _keeper(place, endpoint, principal)) and not found.fault:
+        found = replace(found, fault=f"the workflow {_name(endpoint)} has no role: run deploy")
+    uses = [] if found.put_back is None else _users(found.put_back.identities(), principal)
+    return found if all(_has(clients, grant) for grant in uses) else replace(found, put_back=None)
+
+
+def keep_put_back(
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    endpoint: str,
+    back: PutBack,
+    progress: Progress,
+) -> None:
+    """Have the workflow put the traffic back from a time on. StageError where it will not."""
+    before = read_deadline(clients, endpoint)
+    wanted = replace(before, fault="", put_back=back)
+    _put(clients, resource_tags(section), run.name, wanted, progress)
 
 
 def remove_deadline(clients: Clients, endpoint: str, progress: Progress) -> bool:
-    """Delete the endpoint's workflow and its role; False where phi3 has none there."""
-    workflow = _find(clients, endpoint)
-    if workflow is None or not _is_ours(workflow, clients.place, endpoint):
+    """Delete the endpoint's workflow and its roles; False where phi3 has none there."""
+    place = clients.place
+    workflow = find_workflow(clients, workflow_id(place, endpoint))
+    if workflow is None or not _is_ours(workflow, place, endpoint):
         return False
-    # The role goes with the endpoint, and would otherwise be an entry without a name.
-    grant = _grant(clients.place, endpoint, str(workflow.identity.principal_id))
-    take = partial(clients.authorization.role_assignments.delete, grant.scope, grant.name)
-    get_or_none(take, f"Removing the role of {_name(endpoint)}")
-    return delete_workflow(clients, workflow_id(clients.place, endpoint), progress)
+    # They would otherwise be entries without a name.
+    principal = str(workflow.identity.principal_id)
+    back = _as_deadline(endpoint, workflow).put_back
+    users = _users({IDENTITY.id(place), *(back.identities() if back else ())}, principal)
+    for grant in (_keeper(place, endpoint, principal), *users):
+        _revoke(clients, grant)
+    return delete_workflow(clients, workflow_id(place, endpoint), progress)
 
 
-def delete_workflow(clients: Clients, arm_id: str, progress: Progress) -> bool:
-    """Delete a workflow by its id and wait until it is gone; False where there is none."""
-    resources, poll = clients.resources.resources, clients.poll
-    return delete(
-        f"Deleting the workflow {arm_id.rsplit('/', 1)[-1]}",
-        partial(resources.begin_delete_by_id, arm_id, api_version=WORKFLOWS_API),
-        partial(resources.get_by_id, arm_id, api_version=WORKFLOWS_API),
-        progress,
-        limit=poll.delete_timeout,
-        pause=poll.interval,
-    )
+def _removals(
+    clients: Clients,
+    section: AzureSection,
+    run: Run,
+    before: Deadline,
+    *,
+    coming: str = "",
+    refused: str = "",
+) -> dict[str, dt.datetime]:
+    """The times of the endpoint's deployments without traffic, as Azure has them now."""
+    ml, name = clients.ml, before.endpoint
+    with explained(f"Listing the deployments of {name}"):
+        endpoint = ml.online_endpoints.get(name)
+        listed = list(ml.online_deployments.list(name))
+    live = (traffic_shares(endpoint.traffic), traffic_shares(endpoint.mirror_traffic))
+    used = frozenset(name for shares in live for name in shares)
+    found = Now(listed, used, coming, refused)
+    return removals_of(section, run.name, found, before.removals, utc_now())
 
 
 def _put(
-    clients: Clients,
-    tags: Mapping[str, str],
-    run: str,
-    endpoint: str,
-    at: dt.datetime,
-    progress: Progress,
+    clients: Clients, tags: Mapping[str, str], run: str, wanted: Deadline, progress: Progress
 ) -> None:
-    """Make or move the workflow and give it its role. StageError, and none is left half-made."""
-    place = clients.place
-    existing = _find(clients, endpoint)
+    """Make or change the workflow and give it its roles. StageError, and none is left half-made."""
+    place, endpoint = clients.place, wanted.endpoint
+    existing = find_workflow(clients, workflow_id(place, endpoint))
     if existing is not None and not _is_ours(existing, place, endpoint):
         raise StageError(
             f"there is a workflow {_name(endpoint)} already that phi3 did not make for it"
         )
-    own = {JOB_RUN_TAG: run, ENDPOINT_TAG: endpoint, WORKSPACE_TAG: place.workspace_name}
-    scope = endpoint_id(place, endpoint)
-    body = workflow_body(scope, place.location, at, {**tags, **own})
+    requests = requests_for(place, wanted)
+    if not requests:
+        remove_deadline(clients, endpoint, progress)
+        return
+    own = {
+        JOB_RUN_TAG: run,
+        ENDPOINT_TAG: endpoint,
+        WORKSPACE_TAG: place.workspace_name,
+        DEADLINE_TAG: NO_DEADLINE if wanted.at is None else iso(wanted.at),
+    }
+    # Where it is changed without the run's recipe, the recipe's own tags stay.
+    known = (existing.tags if existing is not None else None) or {}
+    body = workflow_body(requests, place.location, {**known, **tags, **own})
     try:
-        _send(clients, endpoint, body, at, progress)
+        _send(clients, body, wanted, progress)
     except StageError:
         # A workflow that cannot delete would be taken for a deadline. One that held before stays.
         if existing is None:
             with contextlib.suppress(StageError):
                 remove_deadline(clients, endpoint, progress)
         raise
+    old = None if existing is None else _as_deadline(endpoint, existing).put_back
+    if old is not None and wanted.put_back is None:
+        # What is left of it allows to give that identity to this endpoint, which has it already.
+        with contextlib.suppress(StageError):
+            for grant in _users(old.identities(), str(existing.identity.principal_id)):
+                _revoke(clients, grant)
 
 
-def _send(clients: Clients, endpoint: str, body: Any, at: dt.datetime, progress: Progress) -> None:
-    """Put the workflow and its role until Azure says the same time. StageError otherwise."""
-    from azure.core.exceptions import HttpResponseError
-
-    poll, resources = clients.poll, clients.resources.resources
-    arm_id = workflow_id(clients.place, endpoint)
-    put = partial(resources.begin_create_or_update_by_id, arm_id, body, api_version=WORKFLOWS_API)
-
-    def start() -> object:
-        try:
-            return put()
-        except HttpResponseError as error:
-            if (code_of(error) or "").lower() != "missingsubscriptionregistration":
-                raise
-            register_provider(clients, WORKFLOW_TYPE.split("/")[0], progress)
-            return put()
-
+def _send(clients: Clients, body: Body, wanted: Deadline, progress: Progress) -> None:
+    """Put the workflow and its roles until Azure says the same. StageError otherwise."""
+    place, endpoint = clients.place, wanted.endpoint
     doing = f"Setting the deadline of {endpoint}"
     for _ in range(TRIES):
-        workflow: Any = create(
-            doing,
-            start,
-            partial(resources.get_by_id, arm_id, api_version=WORKFLOWS_API),
-            progress,
-            limit=poll.provision_timeout,
-            pause=poll.interval,
-        )
-        ensure_grant(clients, _grant(clients.place, endpoint, str(workflow.identity.principal_id)))
-        # After a lost answer `create` finds a workflow that is well, with the old time or new.
+        workflow = put_workflow(clients, workflow_id(place, endpoint), body, doing, progress)
+        principal = str(workflow.identity.principal_id)
+        users = [] if wanted.put_back is None else _users(wanted.put_back.identities(), principal)
+        for grant in (_keeper(place, endpoint, principal), *users):
+            ensure_grant(clients, grant)
+        # After a lost answer `create` finds a workflow that is well, as it was before or as wanted.
         found = read_deadline(clients, endpoint)
-        if found.at is not None and found.holds and abs(found.at - at) <= _SAME_TIME:
+        if _same(found, wanted):
             return
         note(progress, f"{doing}: not there yet")
-        time.sleep(poll.interval)
+        time.sleep(clients.poll.interval)
+    if not found.fault and found.at == wanted.at:
+        raise StageError(f"{doing}: Azure does not have it as it was sent")
     raise StageError(
         found.fault
-        or f"Azure would delete it at {found.at}, not at {at}: is this machine's clock right?"
+        or f"Azure would delete it at {found.at}, not at {wanted.at}: is this machine's clock "
+        "right?"
     )
 
 
-def _find(clients: Clients, endpoint: str) -> Any:
-    arm_id = workflow_id(clients.place, endpoint)
-    read = partial(_by_id(clients), arm_id, api_version=WORKFLOWS_API)
-    return get_or_none(read, f"Looking for the workflow {_name(endpoint)}")
+def _same(found: Deadline, wanted: Deadline) -> bool:
+    """Whether Azure has what was asked for, give or take what rounding may do to the deadline."""
+    if found.at is not None and wanted.at is not None and abs(found.at - wanted.at) <= _SAME_TIME:
+        found = replace(found, at=wanted.at)
+    if found.put_back is not None and wanted.put_back is not None:
+        # A body may come back in other words than it went, such as without a null.
+        found = replace(found, put_back=replace(found.put_back, body=wanted.put_back.body))
+    return found == wanted
 
 
-def _by_id(clients: Clients) -> Callable[..., Any]:
-    return clients.resources.resources.get_by_id
+def _as_deadline(endpoint: str, workflow: Any) -> Deadline:
+    """What a workflow's own text says, but for the deadline: that Azure's trigger tells."""
+    found = Deadline(endpoint, None)
+    removals: dict[str, dt.datetime] = {}
+    for request in requests_of(workflow):
+        if request.name.startswith(_DELETE_DEPLOYMENT):
+            removals[request.name.removeprefix(_DELETE_DEPLOYMENT)] = request.at
+        elif request.name == _PUT_BACK and request.body is not None and request.only_if:
+            found = replace(found, put_back=PutBack(request.at, request.only_if, request.body))
+    return replace(found, removals=removals)
 
 
 def _is_ours(workflow: Any, place: Place, endpoint: str) -> bool:
@@ -356,21 +449,28 @@ def _is_ours(workflow: Any, place: Place, endpoint: str) -> bool:
     return made_by_phi3(tags) and same
 
 
-def _grant(place: Place, endpoint: str, principal: str) -> Grant:
+def _keeper(place: Place, endpoint: str, principal: str) -> Grant:
     return Grant(ENDPOINT_KEEPER, endpoint_id(place, endpoint), principal)
+
+
+def _users(identities: Any, principal: str) -> list[Grant]:
+    """The right to give an endpoint the identities that it has: without it Azure refuses a PUT."""
+    return [Grant(IDENTITY_USER, arm_id, principal) for arm_id in identities]
+
+
+def _has(clients: Clients, grant: Grant) -> bool:
+    read = partial(clients.authorization.role_assignments.get, grant.scope, grant.name)
+    return get_or_none(read, f"Reading the role {grant.label}") is not None
+
+
+def _revoke(clients: Clients, grant: Grant) -> None:
+    take = partial(clients.authorization.role_assignments.delete, grant.scope, grant.name)
+    get_or_none(take, f"Removing the role {grant.label}")
 
 
 def _name(endpoint: str) -> str:
     return f"{endpoint}-deadline"
 
 
-def _iso(at: dt.datetime) -> str:
-    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _time(text: object) -> dt.datetime | None:
-    if not isinstance(text, str):
-        return None
-    # Azure writes seven digits of a second, which Python 3.10 does not read.
-    whole = text.split(".")[0].removesuffix("Z")
-    return dt.datetime.fromisoformat(whole).replace(tzinfo=dt.timezone.utc)
+def _plain(error: StageError) -> str:
+    return " ".join(str(error).split()).rstrip(".")

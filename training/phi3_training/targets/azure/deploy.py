@@ -41,7 +41,7 @@ from ...run import Run
 from ..base import Access
 from .clients import Clients
 from .cores import when_cores_are_free
-from .deadline import hold_deadline
+from .deadline import hold_deadline, settle_removals
 from .environments import serving_environment
 from .failures import explained, scrub
 from .operations import (
@@ -66,6 +66,7 @@ from .place import (
     recorded_resources,
 )
 from .probes import fault_of
+from .put_back import PutBackKeeper
 from .resources import IDENTITY
 from .rollout import Rollout, undo_interrupted
 from .sizes import find_size, refuse_retired
@@ -137,15 +138,23 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     before = undo_interrupted(clients, section, run, endpoint, progress)
     target = DeploymentId(name, free_name(clients, section, endpoint, model, before))
     # Before the first machine, so that there is none without it, whatever kills this process.
-    console.note(hold_deadline(clients, section, run, endpoint, progress))
-    ensure_deployment(clients, section, run, target, model, progress)
-    access = access_to(clients, target.endpoint)
-    question = question_of(recipe, run)
-    reply = _first_answer(clients, access, target, question, progress)
-    bills = what_bills(section, run, target)
-    rollout = Rollout(clients, recipe, run, target, before, access, progress, bills)
-    rollout.go()
+    console.note(hold_deadline(clients, section, run, endpoint, progress, coming=target.name))
+    settle = partial(settle_removals, clients, section, run, name, progress)
+    ours = RUN_TAG in (endpoint.tags or {})  # an endpoint of somebody else has no workflow of ours
+    try:
+        ensure_deployment(clients, section, run, target, model, progress)
+        access = access_to(clients, target.endpoint)
+        question = question_of(recipe, run)
+        reply = _first_answer(clients, access, target, question, progress)
+        bills = what_bills(section, run, target)
+        keeper = PutBackKeeper(clients, section, run, name, target.name, progress)
+        rollout = Rollout(clients, recipe, run, target, before, access, progress, bills, keeper)
+        rollout.go()
+    except StageError as error:
+        settled = settle(refused=target.name) if ours else []
+        raise StageError("\n".join([str(error), *settled])) from None
     idle = _delete_surplus(clients, section, run, target, before, progress)
+    settled = settle() if ours else []
     choices = [
         f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment "
         f"answered through its header before it got the traffic",
@@ -158,6 +167,7 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
             f"without traffic, but billing: {', '.join(idle)}; delete with: phi3 down --on azure "
             f"--idle"
         )
+    choices += settled
     return EndpointManifest(
         target=AZURE,
         endpoint=access.endpoint,

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...errors import StageError, UsageError
 from ...progress import Progress
 from ...recipe.azure import AzureSection
 from .clients import Clients
-from .deadline import ENDPOINT_TAG, WORKFLOW_TYPE, WORKSPACE_TAG, delete_workflow
+from .deadline import ENDPOINT_TAG, WORKFLOW_TYPE, WORKSPACE_TAG, remove_deadline
 from .failures import explained
 from .inventory import take_inventory
 from .jobs import WORKING, compute_of, status_of
@@ -27,6 +28,8 @@ from .place import (
     find_place,
     made_by_phi3,
 )
+from .resources import last_part
+from .search_service import made_services, remove_service
 from .teardown import Deletion
 
 _WORKSPACE_TYPE = "Microsoft.MachineLearningServices/workspaces"
@@ -79,12 +82,13 @@ class Found:
             ]
             clusters = [item for item in ml.compute.list() if made_by_phi3(item.tags)]
             self.working = [job for job in ml.jobs.list() if status_of(job) in WORKING]
+        self.searches = made_services(clients, group=place.resource_group)
         self.endpoints = [str(item.name) for item in endpoints]
         self.clusters = [str(item.name) for item in clusters]
         self.jobs = [str(job.name) for job in self.working if JOB_RUN_TAG in (job.tags or {})]
-        # ARM id and endpoint of each workflow, also of an endpoint that is gone.
+        # The endpoint of each workflow, also one that is gone.
         self.deadlines = {
-            str(item.id): str(item.tags[ENDPOINT_TAG])
+            str(item.tags[ENDPOINT_TAG])
             for item in _tagged(clients)
             if str(item.type).lower() == WORKFLOW_TYPE.lower()
             and _group_of(item).lower() == place.resource_group.lower()
@@ -97,8 +101,9 @@ class Found:
         return [
             *(f"job {name} (cancelled)" for name in self.jobs),
             *(f"endpoint {name} and its deployments" for name in self.endpoints),
-            *(f"deadline of {name}" for name in self.deadlines.values()),
+            *(f"deadline of {name}" for name in sorted(self.deadlines)),
             *(f"cluster {name}" for name in self.clusters),
+            *(f"search service {last_part(each.id)} with its indexes" for each in self.searches),
         ]
 
     def delete(self, progress: Progress, *, everything: bool) -> list[str]:
@@ -107,7 +112,7 @@ class Found:
         The receipt. Raises StageError with it where something could not be deleted.
         """
         work = _Sweep(self, progress)
-        work.each(work.cancel, work.delete_endpoints, work.delete_clusters)
+        work.each(work.cancel, work.delete_endpoints, work.delete_clusters, work.delete_searches)
         if everything and not work.receipt.failed:
             work.each(work.everything)
         inventory = take_inventory(self.clients)
@@ -137,9 +142,9 @@ class _Sweep(Deletion):
             work = self._work(what, operations, name)
             if not self.attempt(f"{what} and its deployments", work):
                 kept.add(name)
-        for arm_id, name in self.found.deadlines.items():
+        for name in sorted(self.found.deadlines):
             if name not in kept:  # else it still holds
-                work = partial(delete_workflow, self.clients, arm_id, self.progress)
+                work = partial(remove_deadline, self.clients, name, self.progress)
                 self.attempt(f"deadline of {name}", work)
 
     def delete_clusters(self) -> None:
@@ -157,6 +162,18 @@ class _Sweep(Deletion):
                 continue
             what = f"cluster {name}"
             self.attempt(what, self._work(what, self.clients.ml.compute, name))
+
+    def delete_searches(self) -> None:
+        """The search services; one with somebody else's indexes is left alone."""
+        for each in self.found.searches:
+            try:
+                line = remove_service(self.clients, each.id, self.progress, ours=None)
+            except UsageError as error:
+                self.receipt.left_alone.append(str(error))
+            except StageError as error:
+                self.receipt.failed.append(" ".join(str(error).split()))
+            else:
+                self.receipt.deleted.append(f"search service {last_part(each.id)} ({line})")
 
     def _work(self, what: str, operations: Any, name: str) -> Callable[[], bool]:
         start, read = partial(operations.begin_delete, name), partial(operations.get, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +20,7 @@ from .failures import message_of
 from .operations import is_absent, state_of
 from .place import ROLLOUT_TAG, RUN_TAG
 from .prices import Price
+from .search_service import Made, made_services
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Compute, OnlineEndpoint
@@ -66,7 +67,7 @@ class Endpoint:
                 f"{item.count} x {item.size}, {item.model}".rstrip(", ")
                 for item in self.deployments
             ),
-            *([f"  {self.deadline.text()}"] if self.deadline else []),
+            *(f"  {line}" for line in (self.deadline.lines() if self.deadline else ())),
         ]
 
 
@@ -107,6 +108,7 @@ class Inventory:
 
     endpoints: list[Endpoint] = field(default_factory=list)
     clusters: list[Cluster] = field(default_factory=list)
+    searches: list[Made] = field(default_factory=list)  # of the resource group
     unknown: list[str] = field(default_factory=list)
     group_exists: bool = True  # the resource group, and so what bills little
 
@@ -121,6 +123,10 @@ class Inventory:
         ]
         if owner is None:
             found += [bill for cluster in self.clusters for bill in _cluster_bills(cluster)]
+            found += [
+                Bill(each.text(), each.per_hour, until_deadline=each.until_deadline())
+                for each in self.searches
+            ]
         return found
 
     def lines(self, shown_runs: Sequence[str] = ()) -> list[str]:
@@ -150,10 +156,13 @@ def _deployment_bill(endpoint: Endpoint, item: Deployment, now: dt.datetime) -> 
     if so_far is not None:
         text += f", about {so_far:.2f} so far"
     deadline = endpoint.deadline
-    if deadline is None or not deadline.holds or deadline.at is None:
+    ends = deadline.at if deadline is not None and deadline.holds else None
+    if deadline is not None and not item.traffic:
+        ends = deadline.end_of(item.name)
+    if ends is None:
         return Bill(f"{text}, {item.price.per_month(item.count)}", hourly, so_far)
-    left = hourly * _hours(deadline.at - now)
-    text += f", at most {left:.2f} more until {shown(deadline.at, now)}"
+    left = hourly * _hours(ends - now)
+    text += f", at most {left:.2f} more until {shown(ends, now)}"
     return Bill(text, hourly, so_far, left)
 
 
@@ -222,6 +231,8 @@ def take_inventory(clients: Clients) -> Inventory:
         if str(getattr(item, "type", "")).lower() == "amlcompute"
     ]
     groups, group = clients.resources.resource_groups, clients.place.resource_group
+    search = partial(made_services, clients, group=group)
+    inventory.searches = read_all(inventory, "search services", search)
     listed = read_all(inventory, "resource group", lambda: [groups.get(group)])
     inventory.group_exists = bool(listed or inventory.unknown)
     return inventory
@@ -250,7 +261,7 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
     deadline = None
     if owner is not None:
         try:
-            deadline = read_deadline(clients, name)
+            deadline = _of_what_is(item, read_deadline(clients, name), deployments)
         except StageError as error:
             inventory.unknown.append(f"deadline of {name} ({str(error)[:120]})")
     return Endpoint(
@@ -262,6 +273,16 @@ def _endpoint(clients: Clients, item: OnlineEndpoint, inventory: Inventory) -> E
         deadline=deadline,
         rollout=(item.tags or {}).get(ROLLOUT_TAG, ""),
     )
+
+
+def _of_what_is(
+    item: OnlineEndpoint, deadline: Deadline, deployments: Sequence[Deployment]
+) -> Deadline:
+    """A deadline without what it cannot do any more: its put-back needs the rollout's tag."""
+    names = {deployment.name for deployment in deployments}
+    removals = {name: at for name, at in deadline.removals.items() if name in names}
+    back = deadline.put_back if ROLLOUT_TAG in (item.tags or {}) else None
+    return replace(deadline, removals=removals, put_back=back)
 
 
 def model_label(model: object) -> str:
@@ -299,6 +320,9 @@ def read_all(inventory: Inventory, what: str, read: Callable[[], Iterable[T]]) -
 
     try:
         return list(read())
+    except StageError as error:
+        inventory.unknown.append(f"{what} ({str(error)[:120]})")
+        return []
     except (AzureError, MlException) as error:
         if not is_absent(error):
             inventory.unknown.append(f"{what} ({message_of(error)[:120]})")

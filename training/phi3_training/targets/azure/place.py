@@ -56,6 +56,13 @@ _CONFIG_KEYS = {
 CREATED_BY_TAG, CREATED_BY = "created-by", "phi3-promptflow"
 RUN_TAG, JOB_RUN_TAG = "phi3_run", "phi3-run"
 ROLLOUT_TAG = "phi3_rollout"  # of an endpoint between two states
+# Keys of azure.endpoint that say what is kept for how long, and change no deployment.
+WITHOUT_REDEPLOYMENT = (
+    "keep_deployments",
+    "deadline",
+    "remove_failed_after",
+    "remove_unused_after",
+)
 # The longest name of an endpoint or a deployment ("Endpoint limits" in Azure ML's "Manage and
 # increase quotas").
 LONGEST_NAME = 32
@@ -276,7 +283,7 @@ def deployment_name(section: AzureSection, model: str, version: str) -> str:
     settings = section.endpoint
     # A changed model or setting is a new deployment next to the old one, never an update of the one
     # that has the traffic.
-    ignored = {"name", "auth_mode", "keep_deployments", "deadline"}
+    ignored = {"name", "auth_mode", *WITHOUT_REDEPLOYMENT}
     shape = settings.model_dump(mode="json", exclude=ignored)
     # Six hex digits: deployments are compared within one endpoint, which has at most 20.
     mark = fingerprint([shape, f"{model}:{version}"])[:6]

@@ -287,9 +287,13 @@ ROLES = {
         "ea01e6af-a1c1-4350-9563-ad00f8c72ec5"
     ),
     "AzureML Data Scientist": "f6c7c914-8db3-469d-8ca1-694a8f32e121",
+    "Managed Identity Operator": "f1a07417-d97a-45cb-824c-7a7467783830",
 }
 # On one online endpoint it allows to delete that endpoint and its deployments, and nothing more.
 ENDPOINT_KEEPER = "AzureML Data Scientist"
+# On one identity: to read it, and to give it to a resource that one may write. Of the built-in
+# roles with userAssignedIdentities/assign/action the one that allows least.
+IDENTITY_USER = "Managed Identity Operator"
 SECRETS_READER = "Azure Machine Learning Workspace Connection Secrets Reader"
 # A role assignment's name must be a GUID. This one is phi3's own; names are derived from it (UUID
 # version 5), so that a second run repeats the name instead of getting a 409 for another one.

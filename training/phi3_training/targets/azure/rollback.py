@@ -7,7 +7,7 @@ the run's endpoint.json, which names the deployment that the run is served by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...progress import Progress, note
 from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
+from .deadline import settle_removals
 from .deploy import access_to, read_endpoint
 from .failures import explained
 from .operations import state_of
@@ -48,6 +49,7 @@ class Traffic:
     deployments: Sequence[Held]
     before: Mapping[str, int]
     unfinished: str = ""  # the deployment whose rollout nobody has ended
+    removals: Sequence[str] = ()  # what deletes itself and when, in words
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -66,6 +68,7 @@ class Traffic:
                 f"without traffic, but billing: {', '.join(idle)}; delete with: phi3 down --on "
                 f"azure --idle --run {run.name}"
             )
+        lines += self.removals
         if self.unfinished:
             lines.append(
                 f"the rollout of {self.unfinished} is not finished; finish it with: phi3 up "
@@ -147,7 +150,7 @@ def set_shares(
         raise
     run.write(record.model_copy(update={"state": "done"}))
     _served_by(run, now.endpoint, shares)
-    return traffic_of(clients, run)
+    return _settled(clients, section, run, progress)
 
 
 def roll_back(clients: Clients, section: AzureSection, run: Run, progress: Progress) -> Traffic:
@@ -179,7 +182,14 @@ def roll_back(clients: Clients, section: AzureSection, run: Run, progress: Progr
         update = {"state": "undone", "reasons": ["rolled back by hand"]}
         run.write(record.model_copy(update=update))
     _served_by(run, now.endpoint, now.before)
-    return traffic_of(clients, run)
+    return _settled(clients, section, run, progress)
+
+
+def _settled(clients: Clients, section: AzureSection, run: Run, progress: Progress) -> Traffic:
+    """The traffic now, when what has none deletes itself by what it is now."""
+    found = traffic_of(clients, run)
+    told = settle_removals(clients, section, run, found.endpoint, progress)
+    return replace(found, removals=told)
 
 
 def _endpoint_of(run: Run) -> str:

@@ -1,8 +1,9 @@
 """A new deployment takes over the traffic in steps; what is worse than before is undone at once.
 
 The shares from before are in <run>/rollout.json before the first change, and in a tag of the
-endpoint while another share than all or nothing is set: whoever finds the endpoint half changed
-can finish or undo it. Each share is judged by the golden questions (probes.py).
+endpoint until the last share is judged: whoever finds the endpoint half changed can finish or undo
+it, and Azure itself does where nobody comes (put_back.py). Each share is judged by the golden
+questions (probes.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...errors import StageError
 from ...manifests import RegistrationManifest, RolloutManifest
 from ...progress import Progress, note
 from ...recipe import Recipe
-from ...recipe.azure import AzureSection
+from ...recipe.azure import NO_DEADLINE, AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
 from .clients import Clients
@@ -30,6 +31,7 @@ from .metrics import FEWEST_REQUESTS, counted
 from .operations import find
 from .place import ROLLOUT_TAG, deployment_name, endpoint_name
 from .probes import Judgement, Panel, golden_questions
+from .put_back import PutBackKeeper
 from .sizes import cores_needed, find_size, quota_usage
 from .traffic import (
     DeploymentId,
@@ -113,7 +115,9 @@ class Rollout:
     access: Access
     progress: Progress
     bills: str  # what is said of the new deployment where it stays without traffic
+    keeper: PutBackKeeper | None = None  # None: nobody puts the traffic back but this process
     told: list[str] = field(default_factory=list)
+    _look_seconds: float = field(default=0.0, init=False)  # of the last look
 
     def go(self) -> None:
         """Move the traffic, step by step.
@@ -142,14 +146,20 @@ class Rollout:
         try:
             self._watch(panel, old, now, minutes=0.0)
             if old and settings.mirror and not now:
+                self._arm(record)
                 self._copy(record, settings.mirror)
                 self._watch(panel, old, now, minutes=settings.minutes)
             for share in [step for step in settings.steps if step > now] if old else [100]:
                 record = record.model_copy(update={"share": share})
                 self.run.write(record)
-                self._give(record, share)
+                if old:
+                    self._arm(record)
+                self._give(record, share, tag=tag_of(record) if old else None)
                 # Without an old one there is nothing that a longer look could be held against.
                 self._watch(panel, old, share, minutes=settings.minutes if old else 0.0)
+            if old:
+                # Not before the last look: with the tag goes what would undo the rollout.
+                self._give(record, record.share, tag=None)
         except BaseException as error:  # also on Ctrl-C: the old shares come back first
             undone = self._undo(record, str(error))
             if isinstance(error, StageError):
@@ -172,11 +182,17 @@ class Rollout:
             f"the answers to copies are not compared"
         )
 
-    def _give(self, record: RolloutManifest, share: int) -> None:
-        wanted = Wanted(
-            shares_at(record.before, self.target.name, share),
-            tags={ROLLOUT_TAG: tag_of(record) if share < 100 else None},
-        )
+    def _arm(self, record: RolloutManifest) -> None:
+        """Have Azure put the traffic back, should this process not come to the step's end."""
+        if self.keeper is None:
+            return
+        # A look begins before the time is over and may end after it, and the next may take longer.
+        seconds = 60 * self.recipe.azure.rollout.minutes + 3 * self._look_seconds
+        console.note(self.keeper.arm(record.before, tag_of(record), seconds))
+
+    def _give(self, record: RolloutManifest, share: int, *, tag: str | None) -> None:
+        shares = shares_at(record.before, self.target.name, share)
+        wanted = Wanted(shares, tags={ROLLOUT_TAG: tag})
         section = self.recipe.azure
         set_traffic(self.clients, section, self.target.endpoint, wanted, self.progress)
 
@@ -185,7 +201,9 @@ class Rollout:
         ends = time.monotonic() + 60 * minutes
         looks = 0
         while True:
+            began = time.monotonic()
             judged = panel.look(self.target.name, old, partial(self._step, share))
+            self._look_seconds = time.monotonic() - began
             looks += 1
             left = ends - time.monotonic()
             counts, worse = self._counted(old, minutes) if minutes and share else ("", "")
@@ -285,6 +303,13 @@ def plan_lines(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     price = clients.prices.text(
         settings.instance_type, settings.instance_count, clients.place.location
     )
+    after = settings.remove_unused_after
+    kept = (
+        "the old one until the deadline or phi3 down --on azure --idle"
+        if after == NO_DEADLINE
+        else f"the old one, kept for a rollback, for {after} more or until the deadline "
+        "(azure.endpoint.remove_unused_after)"
+    )
     return [
         PlanLine(
             "deploy",
@@ -296,7 +321,7 @@ def plan_lines(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         PlanLine(
             "cost",
             f"rollout: both deployments bill from its creation (minutes) through "
-            f"{minutes * len(steps):g} minutes of steps, and the old one until it is deleted; the "
+            f"{minutes * len(steps):g} minutes of steps, and {kept}; the "
             f"second {settings.instance_count} x {settings.instance_type}: {price}",
         ),
     ]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import requests
 
@@ -20,13 +21,24 @@ from phi3_tool.errors import AuthenticationError, Phi3Error, ServiceError
 
 from ...errors import StageError, UsageError
 from ...progress import PlanLine, Progress, note
-from ...recipe.azure import AzureSection
+from ...rag.azure_search import MADE_BY, TIERS
+from ...recipe.azure import NO_DEADLINE, AzureSection, duration_of
 from .clients import ARM_SCOPE, Clients
+from .failures import explained
 from .operations import delete, get_or_none
-from .place import Place, made_by_phi3, resource_tags
+from .place import CREATED_BY, CREATED_BY_TAG, Place, made_by_phi3, resource_tags
 from .resources import Grant, ensure_grant, ensure_group, ensure_resource
+from .search_deadline import SEARCH_API as API
+from .search_deadline import (
+    SEARCH_KEEPER,
+    SearchDeadline,
+    hold_search_deadline,
+    read_search_deadline,
+    remove_search_deadline,
+)
+from .workflow import shown, utc_now
 
-TYPE, API = "Microsoft.Search/searchServices", "2025-05-01"
+TYPE = "Microsoft.Search/searchServices"
 ROLES_ON_IT = ("Search Service Contributor", "Search Index Data Contributor")
 #: Microsoft's public price list; needs no sign-in.
 PRICES = "https://prices.azure.com/api/retail/prices"
@@ -51,6 +63,7 @@ class Wanted:
 
     name: str
     tier: str = "basic"
+    deadline: str = "7d"  # after which it deletes itself, or none
 
     def id(self, place: Place) -> str:
         """Its ARM id."""
@@ -64,7 +77,7 @@ class Wanted:
 
 def plan(wanted: Wanted, place: Place, *, prices: str = PRICES) -> list[PlanLine]:
     """What would be created, what it costs, and what ends it; changes nothing."""
-    hour = 0.0 if wanted.tier == "free" else usd_per_hour(wanted.tier, place.location, url=prices)
+    hour = price_of(wanted.tier, place.location, url=prices)
     if wanted.tier == "free":
         cost = "nothing: the free tier is shared and has 50 MB; one per subscription"
     elif hour is None:
@@ -75,12 +88,27 @@ def plan(wanted: Wanted, place: Place, *, prices: str = PRICES) -> list[PlanLine
             f"(Microsoft's price list for {place.location})"
         )
     where = f"resource group {place.resource_group}, {place.location}"
+    end = "phi3 rag down, or phi3 down --on azure"
+    if wanted.deadline == NO_DEADLINE:
+        end = f"WITHOUT a deadline (rag.search.deadline=none): {end}"
+    else:
+        hours = duration_of(wanted.deadline).total_seconds() / 3600
+        most = "" if hour is None else f", at most {hour * hours:.2f} USD"
+        end = (
+            f"by itself after {wanted.deadline} (rag.search.deadline){most}, also with this "
+            f"machine off; later: phi3 rag extend 2d; at once: {end}"
+        )
     return [
         PlanLine("service", f"Azure AI Search {wanted.name}, tier {wanted.tier}, in {where}"),
         PlanLine("roles", f"yours on it: {', '.join(ROLES_ON_IT)}; it has no keys"),
         PlanLine("cost", f"{cost}; from creation to deletion, empty or full"),
-        PlanLine("end", "phi3 rag down, or phi3 down --on azure"),
+        PlanLine("end", end),
     ]
+
+
+def price_of(tier: str, location: str, *, url: str = PRICES) -> float | None:
+    """US dollars per hour of a tier, 0 for the free one; None where that is not known."""
+    return 0.0 if tier == "free" else usd_per_hour(tier, location, url=url)
 
 
 def usd_per_hour(tier: str, location: str, *, url: str = PRICES) -> float | None:
@@ -111,8 +139,9 @@ def ensure_service(
     *,
     service: SearchService | None = None,
     sleep: Callable[[float], None] = time.sleep,
-) -> None:
-    """Create what is missing and wait until this sign-in may use it.
+    prices: str = PRICES,
+) -> str:
+    """Create what is missing and wait until this sign-in may use it; a sentence on its deadline.
 
     Raises StageError with the fix, also where the name is somebody else's.
     """
@@ -135,10 +164,87 @@ def ensure_service(
         tags,
         progress,
     )
+    if wanted.deadline == NO_DEADLINE:
+        told = "no deadline (rag.search.deadline=none): it bills until phi3 rag down"
+    else:
+        length = duration_of(wanted.deadline)
+        hour = price_of(wanted.tier, clients.place.location, url=prices)
+        arm_id = wanted.id(clients.place)
+        told = hold_search_deadline(clients, arm_id, length, hour, progress)
     principal, kind = _signed_in(clients)
     for role in ROLES_ON_IT:
         ensure_grant(clients, Grant(role, wanted.id(clients.place), principal, kind))
     _wait_until_open(service or SearchService(wanted.endpoint), progress, sleep)
+    return told
+
+
+def exists(clients: Clients, service_id: str) -> bool:
+    """Whether it is still there: its deadline may have come."""
+    read = partial(clients.resources.resources.get_by_id, service_id, api_version=API)
+    return get_or_none(read, f"Looking for the search service {_name(service_id)}") is not None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A search service that phi3 made, with what it costs per hour and when it ends."""
+
+    id: str
+    tier: str
+    location: str
+    per_hour: float | None  # US dollars
+    deadline: SearchDeadline
+
+    def text(self) -> str:
+        """One line for a person."""
+        usd = "price unknown" if self.per_hour is None else f"{self.per_hour:.3f} USD per hour"
+        if self.per_hour is None:
+            usd += f": see {PRICE_PAGE}"
+        at = self.deadline.at
+        left = self.until_deadline()
+        if at is None or left is None:
+            ends = self.deadline.text()
+        else:
+            ends = f"at most {left:.2f} more until {shown(at)}; later: phi3 rag extend 2d"
+        return f"Azure AI Search {_name(self.id)}: {self.tier}; {usd}, {ends}"
+
+    def until_deadline(self) -> float | None:
+        """US dollars until it deletes itself; None where that or the price is not known."""
+        at = self.deadline.at
+        if at is None or self.deadline.fault or self.per_hour is None:
+            return None
+        return self.per_hour * max(0.0, (at - utc_now()).total_seconds() / 3600)
+
+
+def made_services(clients: Clients, *, group: str = "") -> list[Made]:
+    """The services that phi3 made in the subscription, or in one resource group. StageError."""
+    wanted = f"tagName eq '{CREATED_BY_TAG}' and tagValue eq '{CREATED_BY}'"
+    resources = clients.resources.resources
+    with explained("Looking for search services that phi3 made"):
+        found = [
+            resources.get_by_id(str(item.id), api_version=API)
+            for item in resources.list(filter=wanted)
+            if str(item.type).lower() == TYPE.lower()
+            and (not group or f"/resourcegroups/{group}/".lower() in str(item.id).lower())
+        ]
+    return [_made(clients, item) for item in found]
+
+
+def made_service(clients: Clients, service_id: str) -> Made | None:
+    """One of them, by its ARM id; None where it is gone. StageError where it may not be read."""
+    read = partial(clients.resources.resources.get_by_id, service_id, api_version=API)
+    item = get_or_none(read, f"Looking for the search service {_name(service_id)}")
+    return None if item is None else _made(clients, item)
+
+
+def _made(clients: Clients, item: Any) -> Made:
+    tier, location = str(getattr(item.sku, "name", None) or "basic"), str(item.location)
+    per_hour = price_of(tier, location) if tier in TIERS else None
+    deadline = read_search_deadline(clients, str(item.id))
+    return Made(str(item.id), tier, location, per_hour, deadline)
+
+
+def _name(service_id: str) -> str:
+    return service_id.rsplit("/", 1)[-1]
 
 
 def remove_service(
@@ -146,23 +252,35 @@ def remove_service(
     service_id: str,
     progress: Progress,
     *,
-    ours: str,
+    ours: str | None,
     service: SearchService | None = None,
 ) -> str:
-    """Delete the service; a line that says what was done.
+    """Delete the service, then its deadline; a line that says what was done.
 
-    Raises UsageError where it is not phi3's, or has indexes besides `ours`.
+    `ours` None: each index that phi3 made. Raises UsageError where the service is not phi3's, or
+    has indexes besides ours.
     """
-    name = service_id.rsplit("/", 1)[-1]
+    name = _name(service_id)
     resources = clients.resources.resources
     read = partial(resources.get_by_id, service_id, api_version=API)
     found = get_or_none(read, f"Looking for the search service {name}")
     if found is None:
+        remove_search_deadline(clients, service_id, progress)
         return f"Was deleted before: the search service {name}"
     if not made_by_phi3(found.tags):
         raise UsageError(f"The search service {name} was not made by phi3, so it was left alone")
-    others = [each for each in _indexes(service or SearchService(Wanted(name).endpoint))
-              if each != ours]  # fmt: skip
+    listed = _indexes(service or SearchService(Wanted(name).endpoint))
+    if listed is None and ours is None:
+        raise UsageError(
+            f"The search service {name} does not tell its indexes, so others than phi3's may be in "
+            f"it. Give yourself the role {SEARCH_KEEPER} on it and run the same command again, or: "
+            "az search service delete"
+        )
+    others = [
+        index
+        for index, description in (listed or {}).items()
+        if (index != ours if ours is not None else not description.startswith(MADE_BY))
+    ]
     if others:
         raise UsageError(
             f"The search service {name} has other indexes, which would be deleted with it: "
@@ -172,16 +290,17 @@ def remove_service(
     poll = clients.poll
     doing = f"Deleting the search service {name}"
     delete(doing, start, read, progress, limit=poll.provision_timeout, pause=poll.interval)
+    remove_search_deadline(clients, service_id, progress)  # not before: until then it still holds
     return f"Deleted the search service {name}"
 
 
-def _indexes(service: SearchService) -> list[str]:
-    """The names of its indexes; none where it does not answer (yet, or any more)."""
+def _indexes(service: SearchService) -> dict[str, str] | None:
+    """Name and description of its indexes; None where it does not answer (yet, or any more)."""
     try:
         listed = service.call("GET", "/indexes") or {}
     except (AuthenticationError, ServiceError):
-        return []
-    return [str(each.get("name")) for each in listed.get("value", ())]
+        return None
+    return {str(each.get("name")): str(each.get("description")) for each in listed.get("value", ())}
 
 
 def _wait_until_open(

@@ -23,7 +23,9 @@ from .inventory import Inventory, read_all
 from .jobs import recorded_jobs
 from .operations import find, state_of
 from .place import endpoint_name
+from .removals import rule_text
 from .rollout import plan_lines
+from .search_service import made_services
 from .sizes import quota_needs, quota_shortage, refuse_retired
 from .train import choose_route
 
@@ -148,8 +150,10 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
         lines.append(PlanLine("finetune", f"route {choice.route}: {choice.reason}"))
     except StageError as error:
         lines.append(PlanLine("finetune", str(error), stops=True))
+    searches: list[PlanLine] = []
     # Azure is not queried when the recipe alone would stop `up`.
     if not any(line.stops for line in lines):
+        searches = _search_cost(clients)
         lines += _existing(clients, recipe, run)
         lines += plan_lines(clients, recipe, run)
         try:
@@ -175,6 +179,7 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     always = f"; {always_on} nodes stay on and always bill" if always_on else ""
     return [
         *lines,
+        *searches,
         PlanLine(
             "cost",
             f"training: up to {compute.max_instances} x {compute.size} while a job runs and "
@@ -187,22 +192,31 @@ def plan(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     ]
 
 
+def _search_cost(clients: Clients) -> list[PlanLine]:
+    """What the search services cost that `phi3 rag index` made; no recipe makes one."""
+    try:
+        return [PlanLine("cost", each.text()) for each in made_services(clients)]
+    except StageError as error:
+        return [PlanLine("cost", f"search services that phi3 made: unknown ({error})")]
+
+
 def _serving_cost(clients: Clients, endpoint: EndpointSection) -> str:
     machines = f"{endpoint.instance_count} x {endpoint.instance_type}"
     size, count, region = endpoint.instance_type, endpoint.instance_count, clients.place.location
     price = clients.prices.hourly(size, region)
     each = clients.prices.text(size, count, region)
+    rule = rule_text(endpoint, price.high * count if price else None)
+    rule = f"; {rule}" if rule else ""
     if endpoint.deadline == NO_DEADLINE:
         return (
             f"endpoint: {machines} from `deploy` until `phi3 down --on azure`, used or not, "
-            f"WITHOUT a deadline (azure.endpoint.deadline=none); {each}"
+            f"WITHOUT a deadline (azure.endpoint.deadline=none){rule}; {each}"
         )
     hours = duration_of(endpoint.deadline).total_seconds() / 3600
     most = f"at most {price.high * count * hours:.2f} USD, then it" if price else "then it"
     return (
         f"endpoint: {machines} from `deploy` until its deadline after {endpoint.deadline}, used or "
-        f"not: {most} deletes itself (azure.endpoint.deadline), with failed and old deployments, "
-        f"which stay until then; {each}"
+        f"not: {most} deletes itself (azure.endpoint.deadline){rule}; {each}"
     )
 
 

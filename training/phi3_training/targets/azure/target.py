@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,16 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
 from .clients import Clients
-from .place import AZURE, Place, endpoint_name, find_place, place_of, section_of, settle
+from .place import (
+    AZURE,
+    WITHOUT_REDEPLOYMENT,
+    Place,
+    endpoint_name,
+    find_place,
+    place_of,
+    section_of,
+    settle,
+)
 from .provision import PARTS, is_provisioned, provision
 
 if TYPE_CHECKING:
@@ -120,7 +129,7 @@ class AzureTarget:
                 mode="json", include={"route", "environment"}
             ),
             EndpointManifest: section.endpoint.model_dump(
-                mode="json", exclude={"keep_deployments", "name", "deadline"}
+                mode="json", exclude={"name", *WITHOUT_REDEPLOYMENT}
             ),
         }
         return [shared, own.get(stage)]
@@ -252,9 +261,14 @@ class AzureTarget:
                 raise
             console.note(f"other workspaces are not shown: {error}")
         result = []
+        groups: set[str] = set()
         for place, names in places.values():
             clients = self._at(place)
-            result.append(overview(clients, self._inventory(clients), names))
+            inventory, group = self._inventory(clients), place.group_scope.lower()
+            if group in groups:  # what is the group's is counted with its first workspace
+                inventory = replace(inventory, searches=[])
+            groups.add(group)
+            result.append(overview(clients, inventory, names))
         return result
 
     def found(self, named: Mapping[str, str]) -> list[Found]:
