@@ -15,17 +15,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
+from ..current import all_runs
 from ..errors import MissingExtraError, StageError, UsageError
 from ..manifests import EndpointManifest
 from ..project import find
 from ..recipe import Recipe
 from ..run import Run
+from ..targets import target_of
 from . import HELP
 from .azure_check import register_check
 from .azure_traffic import register_traffic
-from .common import add_command, add_recipe, add_rehearse, current_run, recipe_of
+from .common import (
+    add_command,
+    add_place,
+    add_recipe,
+    add_rehearse,
+    current_run,
+    place_in,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
+    from ..recipe.azure import AzureSection
     from ..targets.azure.clients import Clients
     from ..targets.azure.sizes import Need
 
@@ -64,6 +75,10 @@ def register_azure(subparsers: Any) -> None:
     )
     extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
     extend.add_argument("--run", metavar="NAME", help="which run (default: the current one)")
+    extend.add_argument(
+        "--endpoint", metavar="NAME", help="the endpoint, without its run folder (another machine)"
+    )
+    add_place(extend, "look for the endpoint there, also without a run folder")
     add_rehearse(extend)
     extend.set_defaults(on="azure")
     budget = add_command(
@@ -213,22 +228,60 @@ def run_extend(args: argparse.Namespace) -> int:
         by = duration_of(args.by)
     except ValueError as error:
         raise UsageError(f"{args.by!r}: {error}") from None
-    run = current_run(args)
     from ..targets.azure.deadline import extend_deadline, shown
     from ..targets.azure.inventory import cost_of
-    from ..targets.azure.place import endpoint_name, place_of, section_of
 
-    clients, section = _clients_of(run), section_of(run)
-    made = run.read(EndpointManifest)
-    name = made.endpoint_name if made else endpoint_name(section, place_of(run), run)
+    clients, section, name = _endpoint_meant(args)
     with console.progress_bar("deadline") as progress:
-        before, after = extend_deadline(clients, section, run, name, by, progress)
+        before, after = extend_deadline(clients, section, name, by, progress)
     if args.output == "json":
         console.print_json({"endpoint": name, "before": before.at, "deadline": after.at})
         return 0
     old = f"was {shown(before.at)}" if before.at else "had none"
     _line(f"{name}: {after.text()}; {old}; {cost_of(clients, name)}")
     return 0
+
+
+def _endpoint_meant(args: argparse.Namespace) -> tuple[Clients, AzureSection, str]:
+    """The endpoint of the run, else the one that --endpoint and the place name.
+
+    Where no run folder is on this machine, the one that phi3's tags lead to.
+    """
+    from ..recipe.azure import AzureSection
+
+    named = place_in(args)
+    has_runs = any(target_of(run) == "azure" for run in all_runs(args.runs))
+    if not named and args.endpoint is None and (args.run or has_runs):
+        run = current_run(args)
+        from ..targets.azure.place import endpoint_name, place_of, section_of
+
+        clients, section = _clients_of(run), section_of(run)
+        made = run.read(EndpointManifest)
+        own = made.endpoint_name if made else endpoint_name(section, place_of(run), run)
+        return clients, section, own
+    if args.run is not None:
+        raise UsageError("--run means its own endpoint: leave out --endpoint and the place")
+    from ..targets.azure.target import AzureTarget
+
+    places = AzureTarget().found(named)
+    found = [
+        (place, name)
+        for place in places
+        for name in place.endpoints
+        if args.endpoint in (None, name)
+    ]
+    if not found:
+        what = f"no endpoint {args.endpoint}" if args.endpoint else "no endpoint"
+        where = ", ".join(place.label for place in places) or "the subscription"
+        raise StageError(
+            f"phi3 has made {what} in {where}. See what exists: phi3 status --on azure, with "
+            "--subscription GUID or --workspace NAME for another place"
+        )
+    if len(found) > 1:
+        listed = "\n".join(f"  {name} in the {place.label}" for place, name in found)
+        raise UsageError(f"Which one? Add --endpoint NAME or --workspace NAME:\n{listed}")
+    place, name = found[0]
+    return place.clients, AzureSection(poll=place.clients.poll), name
 
 
 def run_budget(args: argparse.Namespace) -> int:

@@ -120,6 +120,30 @@ def add_replace(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# A place on Azure: the option, the recipe's key that it stands for, and its placeholder.
+_PLACE = {
+    "workspace": ("workspace_name", "NAME"),
+    "resource-group": ("resource_group", "NAME"),
+    "subscription": ("subscription_id", "GUID"),
+}
+
+
+def add_place(parser: argparse.ArgumentParser, what_for: str) -> None:
+    """--workspace, --resource-group and --subscription: a place on Azure without its runs."""
+    for option, (key, metavar) in _PLACE.items():
+        named = f"azure.{key} on Azure: {what_for}"
+        parser.add_argument(f"--{option}", dest=key, metavar=metavar, help=named)
+
+
+def place_in(args: argparse.Namespace) -> dict[str, str]:
+    """The keys of the place that the options name. UsageError where they mean no Azure."""
+    named = {option: getattr(args, key) for option, (key, _metavar) in _PLACE.items()}
+    given = [option for option, value in named.items() if value]
+    if given and args.on != "azure":
+        raise UsageError(f"--{given[0]} is a place on Azure: add --on azure")
+    return {_PLACE[option][0]: named[option] for option in given}
+
+
 def add_which_run(parser: argparse.ArgumentParser) -> None:
     """--run NAME of the commands that use a finished run."""
     parser.add_argument(

@@ -15,17 +15,9 @@ from ..manifests import EndpointManifest
 from ..run import Run
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
-from .common import add_command, add_on, add_rehearse, named_run
+from .common import add_command, add_on, add_place, add_rehearse, named_run, place_in
 from .rag import services_of, take_down
 from .up import state_of
-
-# A place on Azure: the option, and the recipe's key that it stands for.
-_PLACE = {
-    "workspace": "workspace_name",
-    "resource-group": "resource_group",
-    "subscription": "subscription_id",
-}
-_METAVARS = {"workspace": "NAME", "resource-group": "NAME", "subscription": "GUID"}
 
 
 def register_status(subparsers: Any) -> None:
@@ -34,7 +26,7 @@ def register_status(subparsers: Any) -> None:
     status.add_argument("--run", metavar="NAME", help="one run only")
     add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
-    _add_place(status, "look there, also without a run folder")
+    add_place(status, "look there, also without a run folder")
     down = add_command(
         subparsers,
         "down",
@@ -46,7 +38,7 @@ def register_status(subparsers: Any) -> None:
     down.add_argument("--run", dest="named", metavar="NAME", help="same as RUN")
     add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
-    _add_place(down, "delete what phi3 made there, also without a run folder; asks first")
+    add_place(down, "delete what phi3 made there, also without a run folder; asks first")
     down.add_argument(
         "--failed",
         action="store_true",
@@ -64,25 +56,9 @@ def register_status(subparsers: Any) -> None:
     )
 
 
-def _add_place(parser: argparse.ArgumentParser, what_for: str) -> None:
-    """--workspace, --resource-group and --subscription: a place on Azure without its runs."""
-    for option, key in _PLACE.items():
-        named = f"azure.{key} on Azure: {what_for}"
-        parser.add_argument(f"--{option}", dest=key, metavar=_METAVARS[option], help=named)
-
-
-def _place(args: argparse.Namespace) -> dict[str, str]:
-    """The keys of the place that the options name. UsageError where they mean no Azure."""
-    named = {key: getattr(args, key) for key in _PLACE.values() if getattr(args, key)}
-    if named and args.on != "azure":
-        option = next(option for option, key in _PLACE.items() if key in named)
-        raise UsageError(f"--{option} is a place on Azure: add --on azure")
-    return named
-
-
 def run_status(args: argparse.Namespace) -> int:
     """List the runs under --runs; with --on azure or --run, from Azure itself."""
-    named = _place(args)
+    named = place_in(args)
     runs = [] if named else _runs(args, args.run)
     asks = args.on == "azure" or args.run is not None
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
@@ -131,7 +107,7 @@ def _show_places(places: list[dict[str, Any]]) -> None:
 def _no_runs(args: argparse.Namespace) -> str:
     """What there is instead: runs elsewhere, or nothing yet."""
     others = len(all_runs(args.runs))
-    if args.on == "azure" and any(vars(args)[key] for key in _PLACE.values()):
+    if args.on == "azure" and place_in(args):
         return "phi3 has made nothing there"
     if not others and args.on == "azure":
         return (
@@ -172,7 +148,7 @@ def _show_state(state: dict[str, Any]) -> None:
 def run_down(args: argparse.Namespace) -> int:
     """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
-    named = _place(args)
+    named = place_in(args)
     if named:
         return _down_there(args, named, name)
     # Documents have no journey: their run has no stage, and no place on Azure but its service.

@@ -195,7 +195,6 @@ def hold_deadline(
 def extend_deadline(
     clients: Clients,
     section: AzureSection,
-    run: Run,
     endpoint: str,
     by: dt.timedelta,
     progress: Progress,
@@ -215,7 +214,7 @@ def extend_deadline(
     before = read_deadline(clients, endpoint)
     # A deadline that is due deletes within the hour, so it is counted from now.
     at = max(before.at or utc_now(), utc_now()) + by
-    _put(clients, resource_tags(section), run.name, endpoint, at, progress)
+    _put(clients, resource_tags(section), str(found.tags[RUN_TAG]), endpoint, at, progress)
     return before, Deadline(endpoint, at)
 
 
@@ -287,8 +286,10 @@ def _put(
             f"there is a workflow {_name(endpoint)} already that phi3 did not make for it"
         )
     own = {JOB_RUN_TAG: run, ENDPOINT_TAG: endpoint, WORKSPACE_TAG: place.workspace_name}
+    # Where it is moved without the run's recipe, the recipe's own tags stay.
+    known = (existing.tags if existing is not None else None) or {}
     scope = endpoint_id(place, endpoint)
-    body = workflow_body(scope, place.location, at, {**tags, **own})
+    body = workflow_body(scope, place.location, at, {**known, **tags, **own})
     try:
         _send(clients, endpoint, body, at, progress)
     except StageError:
