@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import console
 from ..run import Run
-from .common import add_command, add_recipe, recipe_of
+from .common import add_command, add_recipe, add_rehearse, recipe_of
 
 if TYPE_CHECKING:
     from ..targets.azure.check_live import LiveStep, Outcome
@@ -29,6 +29,7 @@ def register_check(inner: Any) -> None:
         run_check,
     )
     add_recipe(parser)
+    add_rehearse(parser)
     parser.set_defaults(on="azure")
 
 
