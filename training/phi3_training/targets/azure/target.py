@@ -101,9 +101,11 @@ class AzureTarget:
         self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
     ) -> ProvisionManifest:
         """Provision what the rest of the journey needs. Safe to repeat."""
-        del run
-        parts = _parts(trains)
-        return provision(self.clients(recipe), recipe, progress, parts=parts).manifest()
+        from .train import send_ahead
+
+        clients = self.clients(recipe)
+        ahead = partial(send_ahead, clients, recipe, run) if trains else None
+        return provision(clients, recipe, progress, parts=_parts(trains), ahead=ahead).manifest()
 
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
         """Whether it still exists."""
