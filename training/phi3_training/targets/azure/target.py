@@ -144,11 +144,14 @@ class AzureTarget:
         clients = self.clients(recipe)
         if not deploys:
             return finetune(clients, recipe, run, progress)
-        from .deploy import ensure_endpoint
-
         name = endpoint_name(recipe.azure, clients.place, run)
-        # It costs nothing while it has no deployment, and takes minutes to be there.
-        beside = partial(ensure_endpoint, clients, recipe.azure, run, name)
+
+        def beside(shown: Progress) -> None:
+            """The endpoint: without a deployment it costs nothing, and it takes minutes."""
+            from .deploy import ensure_endpoint  # imported while the job is at work
+
+            ensure_endpoint(clients, recipe.azure, run, name, shown)
+
         return finetune(clients, recipe, run, progress, beside)
 
     def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
