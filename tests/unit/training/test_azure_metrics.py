@@ -38,7 +38,7 @@ from .azure_rehearsed import Rehearsed, rehearsed
 from .azure_wire import place
 
 SERVICES = (metrics,)  # importing a service's module declares its calls
-HOST = "ep.eastus.inference.ml.azure.com"
+HOST = "chat.eastus.inference.ml.azure.com"
 QUESTIONS = [
     Question("validation", i, [{"role": "user", "content": f"What is {i}?"}], f"It is {i}")
     for i in range(20)
@@ -56,8 +56,13 @@ def azure(tmp_path: Path) -> Rehearsed:
         (here.workspace_id(), workspaces.KIND),
     ):
         cloud.put(arm_id, kind, {"location": "eastus", "kind": "Default", "properties": ready})
-    endpoint = endpoint_id(here, "ep")
-    own = {"authMode": "Key", "traffic": {"blue": 100}, "scoringUri": f"https://{HOST}/score"}
+    endpoint = endpoint_id(here, "chat")
+    own: dict[str, Any] = {
+        "authMode": "Key",
+        "traffic": {"blue": 100},
+        "scoringUri": f"https://{HOST}/score",
+        "properties": {},
+    }
     document = {"location": "eastus", "tags": {}, "kind": "Managed", "systemData": stamps()}
     cloud.put(endpoint, endpoints.KIND, {**document, "properties": {**ready, **own}})
     own = {"endpointComputeType": "Managed", "scaleSettings": {"scaleType": "Default"}}
@@ -71,7 +76,7 @@ def azure(tmp_path: Path) -> Rehearsed:
 
 def ask(azure: Rehearsed, deployment: str | None = None) -> int:
     """One request as a client of the endpoint sends it; the status of its answer."""
-    endpoint = azure.cloud.get(endpoint_id(azure.place, "ep"))
+    endpoint = azure.cloud.get(endpoint_id(azure.place, "chat"))
     assert endpoint is not None
     headers = {"authorization": f"Bearer {key_of(azure.cloud, endpoint, 'primary')}"}
     if deployment:
@@ -91,19 +96,19 @@ def failing(azure: Rehearsed) -> None:
 def test_requests_are_counted_by_deployment_and_class_of_status(azure: Rehearsed) -> None:
     failing(azure)
     assert [ask(azure), ask(azure, "green"), ask(azure, "green")] == [200, 200, 200]
-    endpoint = azure.cloud.get(endpoint_id(azure.place, "ep"))
+    endpoint = azure.cloud.get(endpoint_id(azure.place, "chat"))
     assert endpoint is not None
     endpoint["properties"]["traffic"] = {"green": 100}
     assert ask(azure) == 500
     now = datetime.now(UTC)
     soon = now + timedelta(seconds=2)  # a span is of whole seconds
-    blue, green = (counted(azure, "ep", name, minutes=2, now=soon) for name in ("blue", "green"))
+    blue, green = (counted(azure, "chat", name, minutes=2, now=soon) for name in ("blue", "green"))
     assert blue is not None
     assert green is not None
     assert (blue.requests, blue.failed) == (1, 0)
     assert (green.requests, green.failed) == (3, 1)
     later = now + timedelta(minutes=10)
-    assert counted(azure, "ep", "green", minutes=1, now=later) is None
+    assert counted(azure, "chat", "green", minutes=1, now=later) is None
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_errors_that_the_golden_questions_do_not_see_undo_the_rollout(
     run = Run.open(tmp_path / "my-run")
     said = [Answered(Said(question.expected), None) for question in QUESTIONS]
     write_rows(run, make_rows(QUESTIONS, said, said))
-    endpoint = endpoint_id(azure.place, "ep")
+    endpoint = endpoint_id(azure.place, "chat")
     statuses: list[int] = []
 
     def shares() -> dict[str, int]:
@@ -204,7 +209,7 @@ def test_errors_that_the_golden_questions_do_not_see_undo_the_rollout(
             },
         }
     )
-    target = DeploymentId("ep", "green")
+    target = DeploymentId("chat", "green")
     work = Rollout(azure, recipe, run, target, {"blue": 100}, access, no_progress, "green bills")
     if not fails:
         work.go()
