@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
-from azure.core.exceptions import HttpResponseError
+from azure.core.exceptions import HttpResponseError, ServiceResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.progress import no_progress
@@ -134,6 +134,22 @@ def test_a_refused_upload_ends_at_once_with_azures_reason(
         upload(known, folder, no_progress)
     # One alone at first; later those that were under way when the first one was refused.
     assert len(store.tried) == 1 if refuses == 1 else len(store.tried) < refuses + 10
+
+
+def test_a_lost_connection_is_tried_again_with_what_is_missing(
+    store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, times = uploads.open_store, []
+
+    def reset(*where: Any) -> Any:
+        times.append(len(store.tried))
+        if len(times) == 1:
+            raise ServiceResponseError("reset")
+        return opened(*where)
+
+    monkeypatch.setattr(uploads, "open_store", reset)
+    upload(clients(Wire(absent), tmp_path), folder, no_progress)
+    assert (len(times), len(store.tried)) == (2, FILES + 1)
 
 
 def test_code_becomes_one_asset_by_its_content(store: Store, folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ it at once. Code becomes a code asset on top ("Train models with REST", learn.mi
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from ...errors import StageError
-from ...progress import Progress
+from ...progress import Progress, note
 from ...run import fingerprint, sha256_of
 from .clients import Clients
-from .failures import explained
+from .failures import stage_error
 from .jobs import OUTPUT_STORE, open_store
-from .operations import create, get_or_none, within
+from .operations import TRIES, create, get_or_none, is_transient, within
 
 _ROOT = "phi3/uploads"
 _CODE = "phi3-code"  # the name of the code asset; its versions are contents
@@ -48,9 +49,20 @@ def upload(clients: Clients, source: Path, progress: Progress) -> Uploaded:
 
     Hidden files stay here: a clone of weights has all of them once more below `.git`.
     """
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
     doing, work = f"Uploading {source.name}", partial(_upload, clients, source)
-    with explained(doing):
-        return within(doing, work, progress, limit=clients.poll.upload_timeout)
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return within(doing, work, progress, limit=clients.poll.upload_timeout)
+        except (AzureError, MlException) as error:
+            # A lost connection, also on the way to the store's key; what was sent is found again.
+            if not (tries_left and is_transient(error)):
+                raise stage_error(error, doing) from None
+            note(progress, f"{doing}: trying again")
+        time.sleep(clients.poll.interval)
+    raise AssertionError("unreachable")
 
 
 def _upload(clients: Clients, source: Path) -> Uploaded:
