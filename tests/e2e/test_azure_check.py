@@ -57,4 +57,4 @@ def test_each_step_passes_but_the_prices_and_nothing_is_left(tmp_path: Path) -> 
     ], said
     assert process.returncode == 1
     assert "later the cluster had no node any more" in said
-    assert not held(azure)
+    assert set(held(azure)) <= {"deletedVaults", "deletedWorkspaces"}  # names, kept for some days

@@ -132,7 +132,7 @@ def test_what_azure_monitor_would_refuse(
         **change,
     }
     query = "&".join(f"{name}={quote(value)}" for name, value in asked.items())
-    path = f"{endpoint_id(azure.place, 'ep')}/providers/Microsoft.Insights/metrics?{query}"
+    path = f"{endpoint_id(azure.place, 'chat')}/providers/Microsoft.Insights/metrics?{query}"
     token = token_for(azure.cloud, CALLER, f"https://{ARM}")
     request = Request("GET", ARM, path, {"authorization": f"Bearer {token}"}, b"")
     ask(azure)
