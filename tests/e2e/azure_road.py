@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,20 +20,7 @@ from phi3_rehearsal import Rehearsal, start
 
 from .conftest import Laptop
 
-SMALL = """\
-name: small
-model: {name_or_path: tiny}
-base: {data: chats.jsonl, vocab_size: 400, hidden_size: 32, intermediate_size: 48,
-       num_hidden_layers: 2, num_attention_heads: 2, num_train_epochs: 2}
-data: {train: chats.jsonl, validation_share: 0.1}
-finetune: {learning_rate: 5.0e-3, num_train_epochs: 1, per_device_train_batch_size: 8,
-           lora_r: 4, num_threads: 1}
-evaluate: {max_rows: 5, max_new_tokens: 8, canary: [], probes: [], resamples: 100}
-gate: {min_gain: [], max_regression: [], max_refusal_change: []}
-azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backoff_factor: 0.05},
-        rollout: {steps: [5, 100], minutes: 0, max_p95_ratio: 20}}
-ask: "What does lamp number 1 cost?"
-"""
+SMALL = Path(__file__).parent / "small_azure"  # a recipe and its chats
 RUN = "small-azure"
 UP = ("up", "small.yaml", "--on", "azure")
 _PHI3 = [sys.executable, "-m", "phi3_training.cli"]
@@ -72,19 +60,7 @@ class Road:
 
     @classmethod
     def begin(cls, home: Path, work: Path) -> Road:
-        words = ("lamp", "boat", "stove", "tent", "kettle", "drum", "rope", "axe")
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"What does {word} number {size} cost?"},
-                    {"role": "assistant", "content": f"It is {size * 3} euros"},
-                ]
-            }
-            for size in range(1, 8)
-            for word in words
-        ]
-        (work / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (work / "small.yaml").write_text(SMALL)
+        shutil.copytree(SMALL, work, dirs_exist_ok=True)
         return cls(Laptop(home, work), start(work / "runs" / "rehearsal" / "azure"))
 
     @property

@@ -362,7 +362,7 @@ def test_another_machine_sees_it_and_when_it_ends(road: Road) -> None:
 
 
 def test_the_deadline_is_moved(road: Road) -> None:
-    done = road.phi3("azure", "extend", "4h", "--run", RUN)
+    done = road.phi3("azure", "extend", "4h", "--workspace", "phi3-workspace")  # by tags alone
 
     assert done.returncode == 0, done.stderr
     assert re.search(r"deadline .* \(in 11 h 5\d min\).*; was .* \(in 7 h 5\d min\)", done.stdout)

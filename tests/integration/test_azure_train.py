@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure import jobs, train
 from phi3_training.targets.azure.clients import Clients
+from phi3_training.targets.azure.command_job import send
 from phi3_training.targets.azure.place import find_place, settle
 from phi3_training.targets.azure.provision import Step, is_provisioned, provision
 from phi3_training.targets.azure.resources import VAULT, ensure_dependents
@@ -178,6 +180,32 @@ def test_a_poll_that_finds_nothing_makes_nothing_twice(
     put = {c["path"] for c in calls if c["method"] == "PUT"}
     for kind in ("storageAccounts", "vaults", "registries", "computes"):
         assert len([path for path in put if path.split("/")[-2] == kind]) == 1, kind
+
+
+def test_the_hub_waits_for_no_workspace_and_the_upload_for_no_cluster(
+    azure: rehearsal.Rehearsal, recipe_file: Path, tmp_path: Path
+) -> None:
+    names = ["azure.resource_group=beside", "azure.workspace_name=beside"]
+    recipe = load_recipe(recipe_file, [*POLLS, *names])
+    run, clients = _prepared(recipe, tmp_path / "beside"), _clients(recipe, tmp_path)
+    azure.fault("PUT */Microsoft.Resources/deployments/beside-[0-9]* slow seconds=1")
+    azure.fault("* */workspaces/beside/computes/* slow seconds=4")
+    before = len(azure.calls())
+    provision(clients, recipe, _quiet, ahead=partial(train.send_ahead, clients, recipe, run))
+    calls = azure.calls()[before:]
+    put = {call["path"]: call["time"] for call in calls if call["method"] == "PUT"}
+
+    def when(pattern: str) -> float:
+        return next(time for path, time in put.items() if re.search(pattern, path))
+
+    cluster = when("/workspaces/beside/computes/")
+    assert when("/Microsoft.Resources/deployments/beside-hub-") < cluster
+    assert when(r"/data/data/train\.jsonl$") < cluster + 4
+    assert when("/codes/phi3-code/versions/") < cluster + 4
+    before = len(azure.calls())
+    sent = send(clients, recipe, run, 1, _quiet)  # what the submission finds
+    assert sent.code.endswith(next(p for p in put if "/codes/" in p).rpartition("/")[2])
+    assert not [call for call in azure.calls()[before:] if call["method"] == "PUT"]
 
 
 def test_a_cluster_without_quota_is_reported_by_its_code(
@@ -378,7 +406,7 @@ def test_a_storage_that_refuses_uploads_ends_the_command_with_its_reason(
     finally:
         Faults(azure.folder / "faults.json").clear()
     refused = [call for call in azure.calls()[before:] if call["status"] == 403]
-    assert refused
+    assert len(refused) == 1
     assert _puts(azure, run) == 0
 
 
@@ -413,7 +441,7 @@ def test_a_cancelled_job_is_a_failure(
         if call["path"].endswith("/data/train.jsonl")
         and (call["method"], call["status"]) == ("PUT", 201)
     ]
-    assert len(sent) == 1  # once for one content, whoever trains on it
+    assert len(sent) == len(set(sent))  # once for one content, whoever trains on it
 
 
 def test_the_commands_say_what_they_did(

@@ -127,10 +127,21 @@ def _act(args: argparse.Namespace) -> int:
 def _serve(folder: Path, port: int) -> int:
     """Answer until a signal comes; then end the jobs and servers that run here."""
     # Importing a service module declares the calls that it answers.
-    from . import assets, budgets, compute, endpoints, jobs, logic, resources, storage, workspaces
+    from . import (
+        assets,
+        budgets,
+        compute,
+        endpoints,
+        jobs,
+        logic,
+        metrics,
+        resources,
+        storage,
+        workspaces,
+    )
     from .proxy import Authority, Proxy
 
-    del assets, budgets, resources, storage, workspaces
+    del assets, budgets, metrics, resources, storage, workspaces
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     cloud = Cloud(folder)
     proxy = Proxy(cloud, Authority(folder), port)

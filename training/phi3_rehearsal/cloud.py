@@ -167,6 +167,9 @@ class Cloud:
         resource = self.get(operation.resource)
         if resource is None:
             return
+        # What a template makes is there at its end; of one that fails there is nothing.
+        made: list[Json] = resource.pop("_makes", [])
+        self.resources.update({doc["id"].lower(): doc for doc in made if not error})
         if operation.kind == "delete" and not error:
             self.delete(resource["id"])
         else:
@@ -218,14 +221,18 @@ class Cloud:
         except InvalidToken:
             raise AzureError(500, "InternalServerError", "The secret cannot be read.") from None
 
-    def journal(self, request: Request, status: int | str) -> None:
-        """One line for a call that was answered: no query, no header, no body, so no secret."""
+    def journal(self, request: Request, status: int | str, deployment: str = "") -> None:
+        """One line for a call that was answered: no query, no header, no body, so no secret.
+
+        `deployment`: which one of an endpoint answered it.
+        """
         entry = {
             "time": round(time.time(), 3),
             "method": request.method,
             "host": request.host,
             "path": request.path,
             "status": status,
+            **({"deployment": deployment} if deployment else {}),
         }
         with self.lock, (self.folder / "calls.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")

@@ -7,7 +7,7 @@ import re
 
 from . import offers
 from .cloud import Cloud, listed, now, public, route
-from .jobs import nodes_of_ended_jobs, nodes_on
+from .jobs import die_with, nodes_of_ended_jobs, nodes_on
 from .wire import ARM, ML, WORKSPACE, AzureError, Json, Reply, Request, bad
 from .workspaces import need_workspace
 
@@ -127,15 +127,12 @@ def list_computes(cloud: Cloud, request: Request) -> Reply:
 
 @route("DELETE", ARM, _COMPUTE)
 def delete_compute(cloud: Cloud, request: Request) -> Reply:
-    """Delete a cluster that no job runs on."""
+    """Delete a cluster, and the jobs that run on it with it."""
     need_workspace(cloud, request)
     cluster = cloud.get(request.id(_COMPUTE))
     if cluster is None:
         return Reply(204)
-    busy = nodes_on(cloud, cluster["id"])
-    if busy:
-        text = f"The compute '{cluster['name']}' cannot be deleted: the job '{busy[0]}' runs on it."
-        raise AzureError(409, "Conflict", text)
+    die_with(cloud, cluster["id"])
     cluster["properties"]["provisioningState"] = "Deleting"
     return cloud.accepted(cluster, cloud.operate(cluster, kind="delete"), 202, body=False)
 

@@ -396,6 +396,7 @@ on_list(ENDPOINT + "/deployments", need_endpoint, DEPLOYMENT_KIND)
 # --- the front: checks key or token, chooses a deployment, passes the request on ---
 
 _HOST = "{endpoint}.{region}.inference.ml.azure.com"
+_BY_NAME = "azureml-model-deployment"  # the header that names a deployment, asked and answered
 # Headers of one connection only; the others pass through.
 _OF_THE_ANSWER = {"transfer-encoding", "connection", "content-length", "server", "date"}
 _OF_THE_REQUEST = {"authorization", "host", "connection", "transfer-encoding", "content-length"}
@@ -433,10 +434,16 @@ def score(cloud: Cloud, request: Request) -> Reply:
         _copy(cloud, endpoint, request)
         server, key = deployment.get("_server"), server_key(cloud, deployment)
         share = (endpoint["properties"].get("traffic") or {}).get(deployment["name"], 0)
-    instead = cloud.faults.answer(deployment["id"], share) if server else None
+    named = _BY_NAME in request.headers
+    instead = cloud.faults.answer(deployment["id"], share, named=named) if server else None
     if instead is not None:
-        return Reply(200, instead, {"azureml-model-deployment": deployment["name"]})
-    return _pass_on(request, server["port"], key, deployment["name"]) if server else _not_ready()
+        reply = Reply(*instead)
+    elif server:
+        reply = _pass_on(request, server["port"], key, deployment["name"])
+    else:
+        reply = _not_ready()
+    reply.headers[_BY_NAME] = deployment["name"]  # also read by the journal, for the metrics
+    return reply
 
 
 get_score = route("GET", _HOST, "/{path*}", audience="", locked=False)(score)
@@ -455,7 +462,7 @@ def _may_score(cloud: Cloud, endpoint: Json, request: Request) -> bool:
 
 def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
     """The deployment that the header names, or one drawn by its share of the traffic."""
-    forced = request.headers.get("azureml-model-deployment")
+    forced = request.headers.get(_BY_NAME)
     traffic = {n: s for n, s in (endpoint["properties"].get("traffic") or {}).items() if s > 0}
     if forced is None and not traffic:
         return None
@@ -467,7 +474,7 @@ def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
 def _copy(cloud: Cloud, endpoint: Json, request: Request) -> None:
     """Send a copy to the mirror, if it is its turn; nobody gets the answer."""
     mirror = endpoint["properties"].get("mirrorTraffic") or {}
-    if "azureml-model-deployment" in request.headers:  # such a request is not mirrored
+    if _BY_NAME in request.headers:  # such a request is not mirrored
         return
     for name, percent in mirror.items():
         deployment = cloud.get(f"{endpoint['id']}/deployments/{name}") or {}
@@ -480,7 +487,7 @@ def _copy(cloud: Cloud, endpoint: Json, request: Request) -> None:
 
 def _pass_on(request: Request, port: int, key: str, deployment: str) -> Reply:
     headers = {k: v for k, v in request.headers.items() if k not in _OF_THE_REQUEST}
-    headers |= {"authorization": f"Bearer {key}", "azureml-model-deployment": deployment}
+    headers |= {"authorization": f"Bearer {key}", _BY_NAME: deployment}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_LONGEST_SECONDS + 20)
     try:
         connection.request(request.method, request.target, request.body, headers)
@@ -489,7 +496,6 @@ def _pass_on(request: Request, port: int, key: str, deployment: str) -> Reply:
         connection.close()
         return _not_ready()
     passed = {k.lower(): v for k, v in answer.getheaders() if k.lower() not in _OF_THE_ANSWER}
-    passed.setdefault("azureml-model-deployment", deployment)
     if "event-stream" not in passed.get("content-type", ""):
         body = answer.read()
         connection.close()

@@ -9,6 +9,7 @@ Reads and writes faults.json in the rehearsal's folder, where a running rehearsa
     * */deployments/* failed code=…                      the operation or the job fails
     * */computes/* slow seconds=5                        it takes longer
     POST */deployments/green empty times=99 share=25     bad answers, once it has 25 % or more
+    POST */deployments/green 500 times=99 named=no       errors, but for requests by header none
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     "times": ("left", int),
     "seconds": ("seconds", float),
     "share": ("share", int),
+    "named": ("named", lambda text: {"yes": True, "no": False}[text]),
     "retry-after": ("retry_after", str),
     "code": ("code", str),
     "message": ("message", str),
@@ -74,6 +76,7 @@ class Fault:
     retry_after: str | None = None
     seconds: float = 0.0
     share: int = 0  # percent of the traffic from which on it happens
+    named: bool = True  # also to requests that name the deployment by header
     code: str | None = None
     message: str | None = None
 
@@ -98,8 +101,8 @@ class Fault:
                 setattr(fault, field, convert(value))
             except (KeyError, ValueError):
                 raise UsageError(
-                    f"{word!r}: expected times=N, seconds=S, share=PERCENT, retry-after=S, code=… "
-                    "or message=…"
+                    f"{word!r}: expected times=N, seconds=S, share=PERCENT, named=no, "
+                    "retry-after=S, code=… or message=…"
                 ) from None
         return fault
 
@@ -109,6 +112,7 @@ class Fault:
             "times": self.left,
             "seconds": self.seconds,
             "share": self.share,
+            "named": "" if self.named else "no",
             "retry-after": self.retry_after,
             "code": self.code,
             "message": self.message,
@@ -158,12 +162,24 @@ class Faults:
         others = {*_ON_RESOURCES, *ANSWERS}
         return self._take(lambda f: f.kind not in others and f.fits(request.method, path))
 
-    def answer(self, arm_id: str, share: int) -> Json | None:
-        """What a deployment with `share` percent of the traffic answers instead of its model."""
+    def answer(self, arm_id: str, share: int, *, named: bool) -> tuple[int, Json] | None:
+        """Status and body that a deployment answers with instead of its model.
+
+        It has `share` percent of the traffic; `named`: the request names it by its header.
+        """
         fault = self._take(
-            lambda f: f.kind in ANSWERS and share >= f.share and f.fits("POST", arm_id)
+            lambda f: (
+                (f.kind in ANSWERS or (f.kind.isdigit() and "/deployments/" in f.path.lower()))
+                and share >= f.share
+                and (f.named or not named)
+                and f.fits("POST", arm_id)
+            )
         )
-        return ANSWERS[fault.kind] if fault else None
+        if fault is None:
+            return None
+        if fault.kind in ANSWERS:
+            return 200, ANSWERS[fault.kind]
+        return int(fault.kind), {"error": fault.error().error()}
 
     def slowness(self, arm_id: str, kind: str) -> float:
         """Seconds by which an operation on the resource (or the job) takes longer."""

@@ -124,8 +124,8 @@ def _process_of(job: Json) -> psutil.Process | None:
     return ProcessId(saved["pid"], saved["create_time"]).find()
 
 
-def cancel(cloud: Cloud, job: Json) -> None:
-    """End the job's process, and all that it started."""
+def cancel(cloud: Cloud, job: Json, error: Json | None = None) -> None:
+    """End the job's process, and all that it started; with an error it has failed."""
     if refreshed(cloud, job)["properties"]["status"] not in ACTIVE:
         return
     process = _process_of(job)
@@ -135,10 +135,12 @@ def cancel(cloud: Cloud, job: Json) -> None:
                 member.kill()
         with contextlib.suppress(psutil.TimeoutExpired):
             process.wait(10)
-    job["properties"]["status"] = "Canceled"
+    job["properties"]["status"] = status = "Failed" if error else "Canceled"
     job.setdefault("_times", {})["end"] = now()
+    if error:
+        job["_error"] = error
     file = cloud.folder / "jobs" / job["name"] / "status.json"
-    write_atomically(file, json.dumps({"status": "Canceled", **job["_times"]}))
+    write_atomically(file, json.dumps({"status": status, **job["_times"]}))
 
 
 @route("GET", ARM, WORKSPACE + "/jobs")
@@ -166,6 +168,13 @@ def need_job(cloud: Cloud, request: Request) -> Json:
 
 
 on_get(_JOB, need_job)
+
+
+def die_with(cloud: Cloud, compute_id: str) -> None:
+    """End the jobs of a cluster that is being deleted: Azure takes their nodes away."""
+    error = {"code": "ComputeDeleted", "message": "The compute target of the job was deleted."}
+    for job in _jobs_on(cloud, compute_id):
+        cancel(cloud, job, error)
 
 
 def nodes_on(cloud: Cloud, compute_id: str) -> list[str]:

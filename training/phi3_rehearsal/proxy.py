@@ -172,7 +172,8 @@ def answer(cloud: Cloud, request: Request) -> Reply:
     else:
         reply = _dispatch(cloud, request)
     lost = fault is not None and fault.kind == "reset-after"
-    cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status)
+    deployment = reply.headers.get("azureml-model-deployment", "")
+    cloud.journal(request, f"{reply.status} answer lost" if lost else reply.status, deployment)
     if lost:
         raise CutError
     return reply

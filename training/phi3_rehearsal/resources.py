@@ -159,10 +159,14 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
     kinds = {r.get("type") for r in (properties.get("template") or {}).get("resources", [])}
     if "workspaceName" not in values or workspaces.KIND not in kinds:
         raise AzureError(501, "NotRehearsed", "Only the workspace template of the SDK is rehearsed")
+    workspace = f"{request.id(GROUP)}/providers/{workspaces.KIND}/{values['workspaceName']}"
+    stood = cloud.get(workspace) is not None
     resources = [{"id": arm_id} for arm_id in _make_from_template(cloud, request, values)]
     state = {"provisioningState": "Accepted", "mode": "Incremental", "duration": "PT2S"}
     times = {"timestamp": stamps()["createdAt"], "outputResources": resources}
-    document = {"properties": {**state, **times}}
+    document: Json = {"properties": {**state, **times}}
+    made = [] if stood else [cloud.resources.pop(resources[-1]["id"].lower())]
+    document["_makes"] = made
     deployment = cloud.put(request.id(_DEPLOYMENT), "Microsoft.Resources/deployments", document)
     return cloud.accepted(deployment, cloud.operate(deployment), 201)
 

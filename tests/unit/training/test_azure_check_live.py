@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
 from phi3_rehearsal import compute, control, endpoints, jobs, logic, offers, resources, workspaces
-from phi3_rehearsal.cloud import Cloud
+from phi3_rehearsal.cloud import Cloud, now
 from phi3_training.cli import main
 from phi3_training.errors import StageError
 from phi3_training.progress import no_progress
@@ -246,6 +247,35 @@ def test_the_cluster_goes_however_its_job_ends(
     calls = [json.loads(line) for line in journal.splitlines()]
     done = [call["method"] for call in calls if call["path"].endswith("/computes/phi3-check-cpu")]
     assert [method for method in done if method != "GET"] == ["PUT", "DELETE"]
+    assert groups(check) == []
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_the_node_of_the_job_must_go(
+    check: LiveCheck, monkeypatch: pytest.MonkeyPatch, goes: bool
+) -> None:
+    cloud = cloud_of(check)
+
+    def ended(job: Any) -> None:
+        """The job has run on the cluster and its node idles; after 0.3 s two minutes are over."""
+        cluster = f"{check.place.workspace_id()}/computes/{job.compute}"
+        document = {"properties": {"status": "Completed", "computeId": cluster}}
+        arm_id = f"{check.place.workspace_id()}/jobs/{job.name}"
+        cloud.put(arm_id, jobs.KIND, {**document, "_times": {"end": now()}})
+        if goes:
+            threading.Timer(0.3, lambda: setattr(cloud, "clock", 121.0)).start()
+
+    known = check.clients.ml.jobs
+    monkeypatch.setattr(known, "create_or_update", ended)
+    monkeypatch.setattr(known, "get", lambda _name: SimpleNamespace(status="Completed"))
+    monkeypatch.setattr(live_steps, "RELEASE_SECONDS", 30.0 if goes else -119.5)
+    outcome = run(check, wanted=(1, 6, 8))[8]
+    if goes:
+        assert outcome.state == "passed", outcome
+        assert "later the cluster had no node any more" in outcome.detail
+    else:
+        assert outcome.state == "FAILED"
+        assert "the cluster still has 1 node(s)" in outcome.detail
     assert groups(check) == []
 
 

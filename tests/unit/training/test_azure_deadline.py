@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +22,11 @@ from phi3_rehearsal.compute import DEPLOYMENT_KIND
 from phi3_rehearsal.identity import token_for
 from phi3_rehearsal.proxy import answer
 from phi3_rehearsal.wire import ARM, Request
+from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
 from phi3_training.recipe.azure import AzureSection, duration_of
 from phi3_training.run import Run
+from phi3_training.targets.azure import target
 from phi3_training.targets.azure.budget import set_budget
 from phi3_training.targets.azure.deadline import (
     endpoint_id,
@@ -38,6 +41,7 @@ from phi3_training.targets.azure.inventory import take_inventory
 from phi3_training.targets.azure.workflow import Dated, iso, utc_now, workflow_body
 
 from .azure_rehearsed import Rehearsed, with_endpoint
+from .azure_wire import SUBSCRIPTION
 
 HOUR = 3600.0
 SERVICES = (resources, budgets)  # importing a service's module declares its calls
@@ -149,13 +153,63 @@ def test_it_is_moved_later_and_never_earlier(azure: Rehearsed, run: Run) -> None
     hold(azure, run, "2d")
     hold(azure, run, "1h")
     assert hours_left(azure) == pytest.approx(48, abs=0.1)
-    before, after = extend_deadline(azure, section(), run, "ep", dt.timedelta(hours=4), silent)
+    before, after = extend_deadline(azure, section(), "ep", dt.timedelta(hours=4), silent)
     assert before.at is not None
     assert after.at is not None
     assert after.at - before.at == dt.timedelta(hours=4)
     assert hours_left(azure) == pytest.approx(52, abs=0.1)
     workflows = azure.cloud.children("/subscriptions", logic.KIND)
     assert len(workflows) == 1
+
+
+@pytest.fixture
+def elsewhere(azure: Rehearsed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`phi3 azure extend 4h` on a machine that has no run folder, only the sign-in."""
+
+    def same_azure(here: Any, *_more: Any) -> Rehearsed:
+        made = Rehearsed(here, azure.poll, azure.credential)
+        made.cloud = azure.cloud
+        return made
+
+    monkeypatch.setattr(target, "Clients", same_azure)
+    monkeypatch.setenv("AZURE_SUBSCRIPTION_ID", SUBSCRIPTION)
+    return ["azure", "extend", "4h", "--runs", str(tmp_path / "empty")]
+
+
+@pytest.mark.parametrize("words", [[], ["--endpoint", "ep"], ["--workspace", "phi3-workspace"]])
+def test_it_is_moved_from_a_machine_without_the_run_folder(
+    azure: Rehearsed,
+    run: Run,
+    elsewhere: list[str],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    hold(azure, run, tags={"team": "ours", "phi3_run": run.name})
+    workflow = azure.cloud.get(workflow_id(azure.place, "ep"))
+    assert workflow is not None
+    workflow["tags"]["cost-centre"] = "17"  # of the recipe, which is not here
+    assert main([*elsewhere, *words]) == 0
+    assert re.search(r"\(in (11 h 59 min|12 h)\)", capsys.readouterr().out)
+    assert hours_left(azure) == pytest.approx(12, abs=0.1)
+    workflow = azure.cloud.get(workflow_id(azure.place, "ep"))
+    assert workflow is not None
+    assert (workflow["tags"]["phi3-run"], workflow["tags"]["cost-centre"]) == ("mine", "17")
+
+
+def test_without_a_run_folder_one_endpoint_must_be_meant(
+    azure: Rehearsed, run: Run, elsewhere: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = azure.cloud.get(endpoint_id(azure.place, "ep"))
+    assert first is not None
+    azure.cloud.put(endpoint_id(azure.place, "ep2"), endpoints.KIND, {**first, "name": "ep2"})
+    assert main(elsewhere) == 2
+    said = capsys.readouterr().err
+    assert "Add --endpoint NAME or --workspace NAME" in said
+    assert "ep2 in the workspace phi3-workspace" in said
+    assert main([*elsewhere, "--endpoint", "theirs"]) == 1  # phi3 did not make it
+    assert "phi3 has made no endpoint theirs in workspace phi3-workspace" in capsys.readouterr().err
+    assert main([*elsewhere, "--endpoint", "ep", "--run", run.name]) == 2
+    assert azure.cloud.children("/subscriptions", logic.KIND) == []
 
 
 @pytest.mark.parametrize("fault", ["reset", "reset-after", "500", "409 code=Conflict"])
@@ -218,9 +272,9 @@ def test_what_phi3_did_not_create_gets_no_deadline(azure: Rehearsed, run: Run) -
     told = hold(azure, run, name="theirs", tags={})
     assert "NO deadline holds: phi3 did not create the endpoint theirs" in told
     with pytest.raises(StageError, match="did not create"):
-        extend_deadline(azure, section(), run, "theirs", dt.timedelta(hours=1), silent)
+        extend_deadline(azure, section(), "theirs", dt.timedelta(hours=1), silent)
     with pytest.raises(StageError, match="does not exist"):
-        extend_deadline(azure, section(), run, "gone", dt.timedelta(hours=1), silent)
+        extend_deadline(azure, section(), "gone", dt.timedelta(hours=1), silent)
     assert azure.cloud.children("/subscriptions", logic.KIND) == []
 
 

@@ -20,6 +20,13 @@ from phi3_training.targets.azure.pipeline_job import FoundationModel, merge_para
 from .azure_wire import Answer, Wire, clients, run_with_chats
 from .component_inputs import INPUTS
 
+STORE = "azureml://datastores/workspaceblobstore/paths/phi3/uploads"
+CODE = (
+    "/subscriptions/s/resourceGroups/g/providers/Microsoft.MachineLearningServices/workspaces/w"
+    "/codes/phi3-code/versions/0a1b"
+)
+SENT = command_job.Sent(f"{STORE}/1/data", f"{STORE}/2/recipe.json", CODE)
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
@@ -51,7 +58,7 @@ def test_machines_times_processes_travel_as_pytorch_distribution(
     cloud = clients(Wire(_nothing_there), tmp_path)
     machines = command_job.machines_of(cloud, wanted)
 
-    job = command_job.train_job(cloud, wanted, run, "job-1", machines)
+    job = command_job.train_job(cloud, wanted, run, "job-1", machines, SENT)
     sent = job._to_job()._to_rest_object().properties.serialize()
 
     assert sent["distribution"] == {
@@ -59,7 +66,8 @@ def test_machines_times_processes_travel_as_pytorch_distribution(
         "processCountPerInstance": gpus,
     }
     assert sent["resources"]["instanceCount"] == nodes
-    staged = (run.path / "azure" / "recipe.json").read_text()
+    assert sent["codeId"] == SENT.code
+    staged = command_job.stage_inputs(wanted, run, machines.all_processes).recipe.read_text()
     assert f'"num_processes": {nodes * gpus}' in staged
     assert "HF_TOKEN" not in str(sent)
 
@@ -68,7 +76,7 @@ def test_one_process_wants_no_distribution(run: Run, tmp_path: Path) -> None:
     wanted = recipe(process_count_per_instance=1)
     cloud = clients(Wire(_nothing_there), tmp_path)
     machines = command_job.machines_of(cloud, wanted)
-    job = command_job.train_job(cloud, wanted, run, "job-1", machines)
+    job = command_job.train_job(cloud, wanted, run, "job-1", machines, SENT)
     assert job.distribution is None
     assert job.resources.instance_count == 1
 
@@ -97,7 +105,9 @@ def test_the_pipeline_reruns_every_step_and_stops_at_the_first_that_fails(
     prepared = pipeline_job.PreparedPipeline(
         _component(tmp_path), merge_parameters({}, {}, INPUTS), 2, "shown"
     )
-    job = pipeline_job.pipeline_job(recipe(), run, "job-1", foundation, prepared)
+    job = pipeline_job.pipeline_job(
+        recipe(), run, "job-1", foundation, prepared, {"train": "azureml://datastores/s/paths/t"}
+    )
 
     assert isinstance(job, PipelineJob)
     settings = job._to_rest_object().properties.settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from phi3_training.errors import StageError
 from phi3_training.recipe import Recipe
-from phi3_training.run import Run
 from phi3_training.targets.azure.pipeline_job import (
     SIZES,
     TUTORIAL,
@@ -27,7 +25,6 @@ from phi3_training.targets.azure.pipeline_job import (
     pipeline_inputs,
 )
 
-from .azure_wire import run_with_chats
 from .component_inputs import INPUTS
 
 # As the tag model_specific_defaults of Phi-3-mini-4k-instruct has been since February 2025.
@@ -116,7 +113,7 @@ def test_the_name_that_the_tutorial_shows() -> None:
     assert plain == "m-d-bs1-linear-nods-nolora-save_limit-1-seqlen-1"
 
 
-def test_every_input_that_is_sent_exists_with_that_type(run: Run) -> None:
+def test_every_input_that_is_sent_exists_with_that_type() -> None:
     foundation = FoundationModel("Phi-4", "8", "azureml://registries/azureml/x", None, "", {}, None)
     component = SimpleNamespace(inputs=INPUTS)
     parameters = merge_parameters(parse_defaults(DEFAULTS, "Phi-4"), {"lora_r": 4}, INPUTS)
@@ -124,7 +121,8 @@ def test_every_input_that_is_sent_exists_with_that_type(run: Run) -> None:
     recipe = Recipe.model_validate(
         {"name": "mine", "model": {"name_or_path": "org/Phi"}, "data": {"train": ["x"]}}
     )
-    sent = pipeline_inputs(recipe, run, foundation, prepared)
+    chats = {part: f"azureml://datastores/s/paths/{part}" for part in ("train", "validation")}
+    sent = pipeline_inputs(recipe, foundation, prepared, chats)
     for name, value in sent.items():
         spec = INPUTS[name]
         if spec["type"] in ("uri_file", "mlflow_model"):
@@ -136,11 +134,6 @@ def test_every_input_that_is_sent_exists_with_that_type(run: Run) -> None:
     clusters = {v for k, v in sent.items() if k.startswith("compute_")}
     assert clusters == {recipe.azure.compute.name}
     assert {"train_file_path", "validation_file_path", "test_file_path"} <= sent.keys()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return run_with_chats(tmp_path)
 
 
 @pytest.mark.parametrize(

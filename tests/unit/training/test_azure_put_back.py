@@ -229,7 +229,7 @@ def test_extending_changes_nothing_else(azure: Rehearsed, run: Run) -> None:
     hold(azure, run, "green")
     arm(azure, run)
     before = read_deadline(azure, EP)
-    extend_deadline(azure, section(), run, EP, dt.timedelta(hours=4), no_progress)
+    extend_deadline(azure, section(), EP, dt.timedelta(hours=4), no_progress)
     after = read_deadline(azure, EP)
     assert (after.removals, after.put_back) == (before.removals, before.put_back)
     assert after.at is not None

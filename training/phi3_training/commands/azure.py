@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
-from ..errors import UsageError
+from ..current import all_runs
+from ..errors import StageError, UsageError
 from ..manifests import EndpointManifest
 from ..run import Run
+from ..targets import target_of
 from . import HELP
 from .common import current_run, recipe_of
-from .options import add_command, add_recipe, add_rehearse, add_run
+from .options import add_command, add_place, add_recipe, add_rehearse, add_run, place_in
 
 if TYPE_CHECKING:
+    from ..recipe import AzureSection
     from ..targets.azure.check_live import LiveStep, Outcome
+    from ..targets.azure.clients import Clients
     from ..targets.azure.rollback import Traffic
 
 
@@ -85,9 +89,8 @@ def _register_recipe_commands(inner: Any) -> None:
     )
     for parser in (provision, quota, check):
         add_recipe(parser)
-        parser.set_defaults(on="azure")
-    for parser in (provision, quota):
         add_rehearse(parser)
+        parser.set_defaults(on="azure")
 
 
 def _register_run_commands(inner: Any) -> None:
@@ -116,6 +119,10 @@ def _register_run_commands(inner: Any) -> None:
         run_extend,
     )
     extend.add_argument("by", metavar="DURATION", help="how much later, such as 4h, 30m or 2d")
+    extend.add_argument(
+        "--endpoint", metavar="NAME", help="the endpoint, without its run folder (another machine)"
+    )
+    add_place(extend, "look for the endpoint there, also without a run folder")
     budget = add(
         "budget",
         "mail you when the monthly cost of the run's resource group approaches an amount; the mail "
@@ -228,23 +235,57 @@ def run_extend(args: argparse.Namespace) -> int:
         by = duration_of(args.by)
     except ValueError as error:
         raise UsageError(f"{args.by!r}: {error}") from None
-    run = current_run(args)
     from ..targets.azure.deadline import extend_deadline, shown
     from ..targets.azure.inventory import cost_of
-    from ..targets.azure.place import endpoint_name, place_of, section_of
-    from ..targets.azure.target import clients_of
 
-    clients, section = clients_of(run), section_of(run)
-    endpoint = run.read(EndpointManifest)
-    name = endpoint.endpoint_name if endpoint else endpoint_name(section, place_of(run), run)
+    clients, section, name = _endpoint_meant(args)
     with console.progress_bar("deadline") as progress:
-        before, after = extend_deadline(clients, section, run, name, by, progress)
+        before, after = extend_deadline(clients, section, name, by, progress)
     if args.output == "json":
         console.print_json({"endpoint": name, "before": before.at, "deadline": after.at})
         return 0
     old = f"was {shown(before.at)}" if before.at else "had none"
     console.line(f"{name}: {after.text()}; {old}; {cost_of(clients, name)}")
     return 0
+
+
+def _endpoint_meant(args: argparse.Namespace) -> tuple[Clients, AzureSection, str]:
+    """The endpoint of the run, else the one that --endpoint and the place name.
+
+    Where no run folder is on this machine, the one that phi3's tags lead to.
+    """
+    from ..recipe.azure import AzureSection
+    from ..targets.azure.place import endpoint_name, place_of, section_of
+    from ..targets.azure.target import AzureTarget, clients_of
+
+    named = place_in(args)
+    has_runs = any(target_of(run) == "azure" for run in all_runs(args.runs))
+    if not named and args.endpoint is None and (args.run or has_runs):
+        run = current_run(args)
+        section, manifest = section_of(run), run.read(EndpointManifest)
+        name = manifest.endpoint_name if manifest else endpoint_name(section, place_of(run), run)
+        return clients_of(run), section, name
+    if args.run is not None:
+        raise UsageError("--run means its own endpoint: leave out --endpoint and the place")
+    places = AzureTarget().found(named)
+    endpoints = [
+        (place, name)
+        for place in places
+        for name in place.endpoints
+        if args.endpoint in (None, name)
+    ]
+    if not endpoints:
+        what = f"no endpoint {args.endpoint}" if args.endpoint else "no endpoint"
+        where = ", ".join(place.label for place in places) or "the subscription"
+        raise StageError(
+            f"phi3 has made {what} in {where}. See what exists: phi3 status --on azure, with "
+            "--subscription GUID or --workspace NAME for another place"
+        )
+    if len(endpoints) > 1:
+        listed = "\n".join(f"  {name} in the {place.label}" for place, name in endpoints)
+        raise UsageError(f"Which one? Add --endpoint NAME or --workspace NAME:\n{listed}")
+    place, name = endpoints[0]
+    return place.clients, AzureSection(poll=place.clients.poll), name
 
 
 def run_budget(args: argparse.Namespace) -> int:

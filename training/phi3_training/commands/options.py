@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..project import DEFAULT_RECIPES, DOCUMENTS_RUN
 from ..targets import HERE
 
@@ -74,6 +75,32 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     """--run and --on of the commands that talk to an endpoint."""
     add_run(parser)
     add_on(parser, "only a run there: the current one, else the one connected last")
+
+
+# A place on Azure: the option, the recipe's key that it sets, and its value.
+_PLACE = (
+    ("workspace", "workspace_name", "NAME"),
+    ("resource-group", "resource_group", "NAME"),
+    ("subscription", "subscription_id", "GUID"),
+)
+
+
+def add_place(parser: argparse.ArgumentParser, what_for: str) -> None:
+    """--workspace, --resource-group and --subscription: a place on Azure without its runs."""
+    for option, key, metavar in _PLACE:
+        named = f"azure.{key} on Azure: {what_for}"
+        parser.add_argument(f"--{option}", dest=key, metavar=metavar, help=named)
+
+
+def place_in(args: argparse.Namespace) -> dict[str, str]:
+    """The keys of the place that the options name. UsageError where they mean no Azure."""
+    place: dict[str, str] = {}
+    for option, key, _metavar in _PLACE:
+        if value := getattr(args, key):
+            if args.on != "azure":
+                raise UsageError(f"--{option} is a place on Azure: add --on azure")
+            place[key] = value
+    return place
 
 
 def add_rehearse(parser: argparse.ArgumentParser) -> None:

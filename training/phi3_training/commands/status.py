@@ -18,14 +18,7 @@ from ..run_state import RunState, state_of
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import confirm, named_run
-from .options import add_command, add_on, add_rehearse, add_run
-
-# A place on Azure: the option, the recipe's key that it sets, and its value.
-_PLACE = (
-    ("workspace", "workspace_name", "NAME"),
-    ("resource-group", "resource_group", "NAME"),
-    ("subscription", "subscription_id", "GUID"),
-)
+from .options import add_command, add_on, add_place, add_rehearse, add_run, place_in
 
 
 def register_status(subparsers: Any) -> None:
@@ -34,7 +27,7 @@ def register_status(subparsers: Any) -> None:
     add_run(status, "one run only")
     add_on(status, "only the runs there; azure: ask Azure what exists and what bills")
     add_rehearse(status)
-    _add_place(status, "look there, also without a run folder")
+    add_place(status, "look there, also without a run folder")
     down = add_command(
         subparsers,
         "down",
@@ -46,7 +39,7 @@ def register_status(subparsers: Any) -> None:
     add_run(down, "same as RUN", dest="named")
     add_on(down, "only the runs there (default: where the run is, else this machine)")
     add_rehearse(down)
-    _add_place(down, "delete what phi3 made there, also without a run folder; asks first")
+    add_place(down, "delete what phi3 made there, also without a run folder; asks first")
     down.add_argument(
         "--failed",
         action="store_true",
@@ -64,27 +57,9 @@ def register_status(subparsers: Any) -> None:
     )
 
 
-def _add_place(parser: argparse.ArgumentParser, what_for: str) -> None:
-    """--workspace, --resource-group and --subscription: a place on Azure without its runs."""
-    for option, key, metavar in _PLACE:
-        named = f"azure.{key} on Azure: {what_for}"
-        parser.add_argument(f"--{option}", dest=key, metavar=metavar, help=named)
-
-
-def _place(args: argparse.Namespace) -> dict[str, str]:
-    """The keys of the place that the options name. UsageError where they mean no Azure."""
-    place: dict[str, str] = {}
-    for option, key, _metavar in _PLACE:
-        if value := getattr(args, key):
-            if args.on != "azure":
-                raise UsageError(f"--{option} is a place on Azure: add --on azure")
-            place[key] = value
-    return place
-
-
 def run_status(args: argparse.Namespace) -> int:
     """List the runs under --runs; with --on azure or --run, from Azure itself."""
-    place = _place(args)
+    place = place_in(args)
     runs = [] if place else _runs(args, args.run)
     asks = args.on == "azure" or args.run is not None
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
@@ -176,7 +151,7 @@ def _show_state(state: RunState) -> None:
 def run_down(args: argparse.Namespace) -> int:
     """Stop what one run started, or all runs of a target."""
     name = args.run or args.named
-    place = _place(args)
+    place = place_in(args)
     if place:
         return _down_in(args, place, name)
     # Documents have no journey: their run has no stage, and on Azure only its search service.

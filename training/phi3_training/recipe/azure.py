@@ -322,10 +322,10 @@ class RolloutSection(Section):
 class PollSection(Section):
     """Poll interval and timeouts, in seconds."""
 
-    interval: Annotated[float, Field(ge=0.05, le=300)] = 10.0
-    """Seconds between looks at a resource that is being created."""
+    interval: Annotated[float, Field(ge=0.05, le=300)] = 5.0
+    """Seconds between looks at a resource that is being created, at most."""
     job_interval: Annotated[float, Field(ge=0.05, le=600)] = 10.0
-    """Seconds between looks at a job."""
+    """Seconds between looks at a job, at most: a job's first minutes are looked at more often."""
     retry_total: Annotated[int, Field(ge=0, le=20)] = 6
     """Repeats of a failed call to Azure."""
     retry_backoff_factor: Annotated[float, Field(ge=0.0, le=30)] = 0.8

@@ -69,8 +69,8 @@ def list_steps(check: LiveCheck) -> list[LiveStep]:
             in_workspace=True,
         ),
         LiveStep(
-            f"a cluster of 0 to 1 {CPU_SIZE}, and a tiny job on it",
-            f"some cents: about 15 minutes; {cpu}",
+            f"a cluster of 0 to 1 {CPU_SIZE}, a tiny job on it, and its node gone afterwards",
+            f"some cents: about 20 minutes; {cpu}",
             check.cluster,
             in_workspace=True,
         ),

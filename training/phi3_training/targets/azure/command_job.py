@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ...carried import carried_files
 from ...errors import StageError
 from ...manifests import DatasetManifest
+from ...progress import Progress
 from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
 from .clients import Clients
@@ -25,6 +26,7 @@ from .jobs import output_path
 from .operations import find
 from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
+from .uploads import code_asset, upload
 
 if TYPE_CHECKING:
     from azure.ai.ml import Input, Output
@@ -153,15 +155,37 @@ def machines_of(clients: Clients, recipe: Recipe) -> Machines:
     return Machines(train.instance_count, each)
 
 
-def train_job(clients: Clients, recipe: Recipe, run: Run, name: str, machines: Machines) -> Command:
+@dataclass(frozen=True)
+class Sent:
+    """Where in Azure is what a job reads: addresses of data, and the ARM id of the code."""
+
+    data: str
+    recipe: str
+    code: str
+    base: str | None = None  # the weights of this machine's folder
+
+
+def send(clients: Clients, recipe: Recipe, run: Run, processes: int, progress: Progress) -> Sent:
+    """Upload what a job reads and is not there yet. `processes` are those of all machines."""
+    staged, base = stage_inputs(recipe, run, processes), local_base(recipe)
+    return Sent(
+        data=upload(clients, staged.data, progress).path,
+        recipe=upload(clients, staged.recipe, progress).path,
+        code=code_asset(clients, stage_code(run), progress),
+        base=None if base is None else upload(clients, base, progress).path,
+    )
+
+
+def train_job(
+    clients: Clients, recipe: Recipe, run: Run, name: str, machines: Machines, sent: Sent
+) -> Command:
     """The command job that fine-tunes, measures and saves an MLflow model."""
     from azure.ai.ml import Input, Output
 
-    inputs, words = _common_inputs(stage_inputs(recipe, run, machines.all_processes))
+    inputs, words = _common_inputs(sent)
     words.insert(0, "train")
-    base = local_base(recipe)
-    if base is not None:
-        inputs["base"] = Input(type="uri_folder", path=str(base))
+    if sent.base is not None:
+        inputs["base"] = Input(type="uri_folder", path=sent.base)
         words.append("--base ${{inputs.base}}")
     words += ["--run-output ${{outputs.run}}", "--model-output ${{outputs.model}}"]
     # Uploaded after the command has ended, so that no half-written file is read.
@@ -171,16 +195,24 @@ def train_job(clients: Clients, recipe: Recipe, run: Run, name: str, machines: M
             type="mlflow_model", path=output_path(name, MODEL_OUTPUT), mode="upload"
         ),
     }
-    return _command(clients, recipe, run, name, words, inputs, outputs, machines, "fine-tuning")
+    return _command(
+        clients, recipe, run, name, words, inputs, outputs, machines, sent, "fine-tuning"
+    )
 
 
 def evaluate_job(
-    clients: Clients, recipe: Recipe, run: Run, name: str, tuned: Input, base: Input | None
+    clients: Clients,
+    recipe: Recipe,
+    run: Run,
+    name: str,
+    tuned: Input,
+    base: Input | None,
+    sent: Sent,
 ) -> Command:
     """The command job that measures a tuned model (an MLflow model in Azure) against its base."""
     from azure.ai.ml import Output
 
-    inputs, words = _common_inputs(stage_inputs(recipe, run))
+    inputs, words = _common_inputs(sent)
     inputs["tuned"] = tuned
     words = ["evaluate", *words, "--tuned ${{inputs.tuned}}"]
     if base is not None:
@@ -191,17 +223,17 @@ def evaluate_job(
         RUN_OUTPUT: Output(type="uri_folder", path=output_path(name, RUN_OUTPUT), mode="upload")
     }
     return _command(
-        clients, recipe, run, name, words, inputs, outputs, Machines(1, 1), "evaluation"
+        clients, recipe, run, name, words, inputs, outputs, Machines(1, 1), sent, "evaluation"
     )
 
 
-def _common_inputs(staged: JobInputs) -> tuple[dict[str, Input], list[str]]:
+def _common_inputs(sent: Sent) -> tuple[dict[str, Input], list[str]]:
     """The inputs that both jobs have, and the words that hand them to the command."""
     from azure.ai.ml import Input
 
     inputs = {
-        "data": Input(type="uri_folder", path=str(staged.data)),
-        "recipe": Input(type="uri_file", path=str(staged.recipe)),
+        "data": Input(type="uri_folder", path=sent.data),
+        "recipe": Input(type="uri_file", path=sent.recipe),
     }
     return inputs, [f"--{name} ${{{{inputs.{name}}}}}" for name in inputs]
 
@@ -215,6 +247,7 @@ def _command(
     inputs: dict[str, Input],
     outputs: dict[str, Output],
     machines: Machines,
+    sent: Sent,
     what: str,
 ) -> Command:
     from azure.ai.ml import command
@@ -231,7 +264,7 @@ def _command(
         display_name=f"{recipe.name} {what}",
         description=f"phi3-promptflow: {what} of {recipe.name}",
         experiment_name=train.experiment_name,
-        code=str(stage_code(run)),
+        code=sent.code,
         command=" ".join(["python", "-m", MODULE, *words]),
         inputs=inputs,
         outputs=outputs,

@@ -255,7 +255,6 @@ def settle_removals(
 def extend_deadline(
     clients: Clients,
     section: AzureSection,
-    run: Run,
     endpoint: str,
     by: dt.timedelta,
     progress: Progress,
@@ -276,7 +275,7 @@ def extend_deadline(
     # A deadline that is due deletes within the hour, so it is counted from now.
     at = max(before.at or utc_now(), utc_now()) + by
     after = replace(before, at=at, fault="")
-    _put(clients, resource_tags(section), run.name, after, progress)
+    _put(clients, resource_tags(section), str(found.tags[RUN_TAG]), after, progress)
     return before, after
 
 
@@ -310,7 +309,6 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
 def keep_put_back(
     clients: Clients,
     section: AzureSection,
-    run: Run,
     endpoint: str,
     back: PutBack,
     progress: Progress,

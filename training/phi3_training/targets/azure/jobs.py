@@ -26,7 +26,7 @@ from ...run import Run, write_atomically
 from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
-from .operations import TRIES, get_or_none, is_transient, within
+from .operations import TRIES, get_or_none, is_transient, paced, within
 from .side_by_side import meanwhile
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ def _until_done(
                 f"The job {name} is still {status} after {limit:.0f} s and may bill. Wait longer: "
                 f"{_resume(run)}; or cancel it: phi3 azure cancel --run {run.name}"
             )
-        time.sleep(clients.poll.job_interval)
+        time.sleep(paced(seconds, clients.poll.job_interval))
 
 
 def _azures_reason(clients: Clients, name: str) -> str | None:

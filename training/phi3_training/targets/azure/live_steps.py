@@ -20,6 +20,7 @@ from ...recipe import Recipe
 from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import ARM, Clients
+from .cores import RELEASE_SECONDS
 from .deadline import (
     TRIGGER,
     WORKFLOW_TYPE,
@@ -33,6 +34,7 @@ from .deadline import (
     workflow_id,
 )
 from .deploy import ensure_endpoint
+from .failures import explained
 from .jobs import OUTPUT_STORE, WORKING, open_store, status_of
 from .operations import create, delete, find, get_or_none, within
 from .place import Place, resource_tags
@@ -49,6 +51,7 @@ FIRED_SECONDS, _FIRED_PAUSE = 900.0, 60.0
 # To then the check brings the deadline forward: before its time the workflow deletes nothing.
 FIRED_LEAD = dt.timedelta(minutes=2)
 _JOB_SECONDS = 1800.0  # of the tiny job, with the minutes in which its machine comes up
+_IDLE_SECONDS = 120  # Azure's own default
 
 
 def check_name() -> str:
@@ -193,7 +196,7 @@ class LiveCheck:
             if held.at is None or not held.holds:
                 raise StageError(held.fault or told)
             sooner = utc_now() + FIRED_LEAD - held.at
-            extend_deadline(self.clients, self.section, self.run, self.name, sooner, progress)
+            extend_deadline(self.clients, self.section, self.name, sooner, progress)
             runs = self._fire(read, progress)
         return (
             f"Azure named {shown(held.at)} and the role; brought forward and fired by hand, the "
@@ -232,7 +235,7 @@ class LiveCheck:
         return runs()
 
     def cluster(self, progress: Progress) -> str:
-        """Create a cluster of 0 to 1 machines, run `echo` on it, and delete it."""
+        """Create a cluster of 0 to 1 machines, run `echo` on it, see its node go, and delete it."""
         from azure.ai.ml import command
         from azure.ai.ml.entities import AmlCompute, Environment
 
@@ -243,7 +246,7 @@ class LiveCheck:
             size=CPU_SIZE,
             min_instances=0,
             max_instances=1,
-            idle_time_before_scale_down=120,
+            idle_time_before_scale_down=_IDLE_SECONDS,
             location=self.place.location,
             tags=self.tags,
         )
@@ -270,7 +273,28 @@ class LiveCheck:
                 note(progress, f"the job is {status}, {time.monotonic() - began:.0f} s")
             if status != "completed":
                 raise StageError(f"the job {self.name} is {status}, expected completed")
-        return f"the job completed in {time.monotonic() - began:.0f} s; the cluster is deleted"
+            ended = time.monotonic()
+            released = self._without_nodes(name, progress)
+        return (
+            f"the job completed in {ended - began:.0f} s; {released:.0f} s later the cluster had "
+            "no node any more; it is deleted"
+        )
+
+    def _without_nodes(self, cluster: str, progress: Progress) -> float:
+        """Wait until the cluster has no node, which would bill; seconds. StageError if it stays."""
+        began, limit = time.monotonic(), _IDLE_SECONDS + RELEASE_SECONDS
+        with explained(f"Listing the nodes of {cluster}"):
+            while nodes := len(list(self.clients.ml.compute.list_nodes(cluster))):
+                seconds = time.monotonic() - began
+                if seconds > limit:
+                    raise StageError(
+                        f"the cluster still has {nodes} node(s) {seconds:.0f} s after its job, and "
+                        f"they bill; expected none after {_IDLE_SECONDS} s and the minutes that "
+                        "Azure takes. It is deleted with this check"
+                    )
+                note(progress, f"waiting until its {nodes} node(s) are gone, {seconds:.0f} s")
+                time.sleep(self.section.poll.interval)
+        return time.monotonic() - began
 
     # --- the check's own group ---
 

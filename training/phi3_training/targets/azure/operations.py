@@ -26,9 +26,9 @@ T = TypeVar("T")
 Outcome = Literal["exists", "created"]  # of making sure that something is there
 TRIES = 4
 # Tries after a 409 alone. There are more of them, because an endpoint or a cluster that is being
-# changed refuses every other change for minutes: 30 tries are 5 minutes at the default pause of
-# 10 s, and each of them first waits for the change that it can see.
-CONFLICTS = 30
+# changed refuses every other change for minutes: 60 tries are 5 minutes at the default pause of
+# 5 s, and each of them first waits for the change that it can see.
+CONFLICTS = 60
 _GOOD = ("succeeded", "unknown", "")  # a resource group, for one, may have no state at all
 _BAD = ("failed", "canceled", "cancelled")
 # Codes of a 409 that waiting does not cure: a name is taken, a right or a registration is missing.
@@ -125,6 +125,14 @@ def state_of(resource: object) -> str:
     return str(getattr(state, "value", state) or "").lower()
 
 
+def paced(waited: float, longest: float) -> float:
+    """Seconds until the next look at what has taken `waited` seconds: at most `longest`.
+
+    A twentieth of the wait, so that no end is seen later than by that much, and at least 1 s.
+    """
+    return min(longest, max(1.0, waited / 20))
+
+
 def within(doing: str, call: Callable[[], T], progress: Progress, *, limit: float) -> T:
     """What `call` returns or raises; StageError after `limit` seconds. Keeps its prints off.
 
@@ -207,7 +215,8 @@ def create(
     from azure.ai.ml.exceptions import MlException
     from azure.core.exceptions import AzureError, HttpResponseError
 
-    ends = time.monotonic() + limit
+    began = time.monotonic()
+    ends = began + limit
     tries, conflicts = TRIES, CONFLICTS
     while True:
         try:
@@ -240,7 +249,7 @@ def create(
                         f"{doing}: still {state} at the time limit; resume with the same command"
                     )
                 note(progress, f"{doing}: {state}")
-                time.sleep(pause)
+                time.sleep(paced(time.monotonic() - began, pause))
         note(progress, f"{doing}: trying again")
         time.sleep(pause)
 
@@ -253,6 +262,7 @@ def wait_until_ready(
     `read` may raise that nothing exists for a moment: a new workspace is found late. Raises
     StageError where the state is a failure, or not final in time.
     """
+    began = time.monotonic()
     while True:
         resource = get_or_none(read, doing)
         state = state_of(resource) if resource is not None else "not found yet"
@@ -265,7 +275,7 @@ def wait_until_ready(
                 f"{doing}: still {state} at the time limit; resume with the same command"
             )
         note(progress, f"{doing}: {state}")
-        time.sleep(pause)
+        time.sleep(paced(time.monotonic() - began, pause))
 
 
 @contextmanager
@@ -298,7 +308,8 @@ def delete(
 
     if get_or_none(read, doing) is None:
         return False
-    ends = time.monotonic() + limit
+    began = time.monotonic()
+    ends = began + limit
     tries, conflicts = TRIES, CONFLICTS
     while tries:
         try:
@@ -321,7 +332,7 @@ def delete(
                     f"--on azure"
                 )
             note(progress, f"{doing}: deleting")
-            time.sleep(pause)
+            time.sleep(paced(time.monotonic() - began, pause))
             resource = get_or_none(read, doing)
         if resource is None:
             return True

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import StageError
+from ...progress import Progress
 from ...recipe import Recipe
 from ...recipe.azure import FoundationModelSection, Scalar
 from ...run import Run
@@ -24,6 +25,7 @@ from .jobs import output_path
 from .operations import is_absent
 from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
+from .uploads import upload
 
 if TYPE_CHECKING:
     from azure.ai.ml import Input
@@ -379,43 +381,60 @@ def prepare_pipeline(
     return PreparedPipeline(component, parameters, gpus, shown)
 
 
+def send_chats(clients: Clients, run: Run, progress: Progress) -> dict[str, str]:
+    """Upload the chats that are not there yet; the address of each part."""
+    files = data_files(run)
+    parts = [part for part in ("train", "validation") if part in files]
+    return {part: upload(clients, files[part], progress).path for part in parts}
+
+
 def pipeline_inputs(
-    recipe: Recipe, run: Run, foundation: FoundationModel, prepared: PreparedPipeline
+    recipe: Recipe,
+    foundation: FoundationModel,
+    prepared: PreparedPipeline,
+    chats: Mapping[str, str],
 ) -> dict[str, Input | Scalar]:
-    """Every input that is sent, by name: values, and the SDK's Input for files and models."""
+    """Every input that is sent, by name: values, and the SDK's Input for files and models.
+
+    `chats`: the address of each part.
+    """
     from azure.ai.ml import Input
 
     cluster = recipe.azure.compute.name
-    paths = data_files(run)
     # mlflow_model_path takes precedence over the component's huggingface_id.
     inputs: dict[str, Input | Scalar] = {
         "mlflow_model_path": Input(type="mlflow_model", path=foundation.id),
         "number_of_gpu_to_use_finetuning": prepared.gpus,
         "num_nodes_finetune": recipe.azure.train.instance_count,
         "shm_size_finetune": recipe.azure.train.shm_size,
-        "train_file_path": Input(type="uri_file", path=str(paths["train"])),
+        "train_file_path": Input(type="uri_file", path=chats["train"]),
     }
     # A cluster's name takes precedence over the component's instance_type_* inputs, whose defaults
     # are V100 sizes that Azure retired in 2025.
     for stage in ("model_import", "preprocess", "finetune", "model_evaluation"):
         inputs[f"compute_{stage}"] = cluster
-    if "validation" in paths:
+    if "validation" in chats:
         # Both, because the component takes a fifth of the training chats for one that is missing.
         for key in ("validation_file_path", "test_file_path"):
-            inputs[key] = Input(type="uri_file", path=str(paths["validation"]))
+            inputs[key] = Input(type="uri_file", path=chats["validation"])
     known = prepared.component.inputs
     inputs = {key: value for key, value in inputs.items() if key in known}
     return {**inputs, **prepared.parameters.values}
 
 
 def pipeline_job(
-    recipe: Recipe, run: Run, name: str, foundation: FoundationModel, prepared: PreparedPipeline
+    recipe: Recipe,
+    run: Run,
+    name: str,
+    foundation: FoundationModel,
+    prepared: PreparedPipeline,
+    chats: Mapping[str, str],
 ) -> PipelineJob:
     """The pipeline job, under a name that was written down before."""
     from azure.ai.ml import Output
     from azure.ai.ml.dsl import pipeline
 
-    inputs = pipeline_inputs(recipe, run, foundation, prepared)
+    inputs = pipeline_inputs(recipe, foundation, prepared, chats)
 
     # As in the tutorial: no step is taken from an earlier job, none runs after one that failed.
     @pipeline(  # type: ignore[call-overload,untyped-decorator,unused-ignore]

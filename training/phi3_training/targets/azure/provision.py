@@ -18,10 +18,20 @@ from ...progress import Progress, note
 from ...recipe import Recipe
 from ...recipe.azure import AzureSection, ComputeSection
 from .clients import Clients
-from .operations import Outcome, create, find, get_or_none, state_of, wait_until_ready
+from .operations import (
+    Outcome,
+    create,
+    find,
+    get_or_none,
+    paced,
+    state_of,
+    wait_until_ready,
+)
 from .place import AZURE, resource_tags
 from .resources import (
+    SECRETS_READER,
     Dependents,
+    Grant,
     dependents_of,
     ensure_dependents,
     ensure_grant,
@@ -93,22 +103,26 @@ def provision(
     on_step: StepCallback = lambda _step: None,
     *,
     parts: Iterable[str] = PARTS,
+    ahead: Callable[[Progress], None] | None = None,
 ) -> Provisioned:
-    """Create what is missing of `parts`. StageError that names every step that failed."""
+    """Create what is missing of `parts`. StageError that names every step that failed.
+
+    `ahead` is done as soon as there is a workspace, beside what takes minutes.
+    """
     work = _Provisioning(clients, recipe, progress, on_step)
     wanted = set(parts)
     # GPU families start with a quota of 0, so this is what stops most first runs: better now than
     # after everything else was created.
     if "cluster" in wanted:
         work.check_quota()
-    work.workspace()
-    # What stands on the workspace does not need each other: a cluster takes minutes, a hub too.
-    beside: dict[str, Callable[[Progress], None]] = {}
-    if work.is_ready("workspace") and wanted & {"roles", "project"}:
-        beside["project"] = lambda shown: work.at(shown).identity_and_project(wanted)
-    if "cluster" in wanted:
-        beside["cluster"] = lambda shown: work.at(shown).cluster()
-    side_by_side(progress, beside)
+    work.ground(with_identity=bool(wanted & {"roles", "project"}))
+    # The hub stands on the same storage and vault as the workspace, and does not need it.
+    works: dict[str, Callable[[Progress], None]] = {
+        "workspace": lambda shown: work.at(shown).workspace_and_more(wanted, ahead)
+    }
+    if "project" in wanted and work.done.dependents is not None:
+        works["project"] = lambda shown: work.at(shown).hub_and_project(wanted)
+    side_by_side(progress, works)
     if work.done.failed:
         lines = "\n".join(f"  {step.text()}" for step in work.done.failed)
         raise StageError(
@@ -163,20 +177,21 @@ class _Provisioning:
         note(self.progress, "quota of the GPU family")
         refuse_shortage(quota_shortage(quota_needs(self.clients, self.recipe)))
 
-    def workspace(self) -> None:
-        """The group, what the workspace is made on, and the workspace."""
-        from azure.ai.ml.entities import Workspace
-
+    def ground(self, *, with_identity: bool) -> None:
+        """The group, and what workspace and hub are made on; or the workspace that exists."""
         place = self.place
-        name = place.workspace_name
-        existing = _workspace(self.clients, "workspace", name)
+        existing = _workspace(self.clients, "workspace", place.workspace_name)
         if existing is not None:
             # Whoever created it, it is used with the storage account and so on that it has.
             adopted = dependents_of(existing, place)
-            self.done.dependents = adopted
             for what, resource in (("resource group", place.resource_group), *adopted.named()):
                 self.step(what, resource, lambda: "exists")
-            self.step("workspace", name, partial(self._use_workspace, existing))
+            use = partial(self._use_workspace, existing)
+            if not self.step("workspace", place.workspace_name, use):
+                return
+            self.done.dependents = adopted
+            if with_identity:
+                self.identity()
             return
         if not self.step(
             "resource group",
@@ -184,9 +199,25 @@ class _Provisioning:
             partial(ensure_group, self.clients, self.tags, self.progress),
         ):
             return
-        dependents = ensure_dependents(self.clients, self.tags, self.progress, self.step)
-        self.done.dependents = dependents
-        if dependents is not None:
+
+        def dependents(shown: Progress) -> None:
+            step = self.at(shown).step
+            self.done.dependents = ensure_dependents(self.clients, self.tags, shown, step)
+
+        works: dict[str, Callable[[Progress], None]] = {"dependents": dependents}
+        if with_identity:
+            works["identity"] = lambda shown: self.at(shown).identity()
+        side_by_side(self.progress, works)
+
+    def workspace_and_more(
+        self, wanted: set[str], ahead: Callable[[Progress], None] | None
+    ) -> None:
+        """The workspace, and on it side by side the cluster, the roles and what is done ahead."""
+        from azure.ai.ml.entities import Workspace
+
+        place, dependents = self.place, self.done.dependents
+        if dependents is not None and not self.is_ready("workspace"):
+            name = place.workspace_name
             body = Workspace(
                 name=name,
                 location=place.location,
@@ -196,6 +227,16 @@ class _Provisioning:
                 **dependents.as_arguments(),
             )
             self.step("workspace", name, partial(self._ensure_workspace, "workspace", name, body))
+        works: dict[str, Callable[[Progress], None]] = {}
+        if "cluster" in wanted:
+            works["cluster"] = lambda shown: self.at(shown).cluster()
+        if self.is_ready("workspace"):
+            # Roles take minutes to act; the training job gives them that time.
+            if "roles" in wanted:
+                works["roles"] = lambda shown: self.at(shown).roles()
+            if ahead is not None:
+                works["ahead"] = ahead
+        side_by_side(self.progress, works)
 
     def _ensure_workspace(self, what: str, name: str, body: Workspace) -> Outcome:
         """Workspace, hub and project are the same kind of resource to Azure."""
@@ -231,22 +272,14 @@ class _Provisioning:
         """One that is being deleted keeps its name until it is gone."""
         # Not by trying: azure-ai-ml updates a workspace that it still finds, dying or not.
         doing, poll = f"Waiting for the old {what} {name} to be gone", self.clients.poll
-        ends = time.monotonic() + poll.delete_timeout
+        began = time.monotonic()
+        ends = began + poll.delete_timeout
         read = partial(_workspace_resource, self.clients, name)
         while state_of(get_or_none(read, doing)) == "deleting":
             if time.monotonic() > ends:
                 raise StageError(f"{doing}: still there; run the same command again later")
             note(self.progress, doing)
-            time.sleep(poll.interval)
-
-    def identity_and_project(self, wanted: set[str]) -> None:
-        """The identity, the project with its hub, and what the identity may do."""
-        self.identity()
-        if "project" in wanted:
-            self.hub_and_project()
-        # Roles take minutes to act; the training job gives them that time.
-        if "roles" in wanted:
-            self.roles(with_project="project" in wanted)
+            time.sleep(paced(time.monotonic() - began, poll.interval))
 
     def identity(self) -> None:
         """The identity that the deployment runs as."""
@@ -267,7 +300,7 @@ class _Provisioning:
 
         self.step("identity", name, ensure)
 
-    def hub_and_project(self) -> None:
+    def hub_and_project(self, wanted: set[str]) -> None:
         """The Foundry hub, on the workspace's own storage and vault, and a project in it."""
         from azure.ai.ml.entities import Hub, Project
 
@@ -284,23 +317,28 @@ class _Provisioning:
         project = Project(name=place.project, hub_id=place.workspace_id(place.hub), **common)
         if self.step("hub", place.hub, partial(self._ensure_workspace, "hub", place.hub, hub)):
             ensure = partial(self._ensure_workspace, "project", place.project, project)
-            self.step("project", place.project, ensure)
+            made, principal = self.step("project", place.project, ensure), self.done.principal_id
+            if made and "roles" in wanted and principal is not None:
+                scope = place.workspace_id(place.project)
+                self._assign([Grant(SECRETS_READER, scope, principal)])
 
-    def roles(self, *, with_project: bool) -> None:
-        """What the identity may do."""
+    def roles(self) -> None:
+        """What the identity may do, but in the project."""
         dependents, principal = self.done.dependents, self.done.principal_id
         if dependents is None or principal is None:
             return
-        connections = [self.place.workspace_id()]
-        if with_project and self.is_ready("project"):
-            connections.append(self.place.workspace_id(self.place.project))
-        for grant in grants(
-            principal,
-            dependents,
-            group=self.place.group_scope,
-            connections=connections,
-            least_privilege=self.recipe.azure.least_privilege,
-        ):
+        self._assign(
+            grants(
+                principal,
+                dependents,
+                group=self.place.group_scope,
+                connections=[self.place.workspace_id()],
+                least_privilege=self.recipe.azure.least_privilege,
+            )
+        )
+
+    def _assign(self, wanted: list[Grant]) -> None:
+        for grant in wanted:
             self.step("role", grant.label, partial(ensure_grant, self.clients, grant))
 
     def cluster(self) -> None:

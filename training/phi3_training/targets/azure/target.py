@@ -108,9 +108,11 @@ class AzureTarget:
         self, recipe: Recipe, run: Run, progress: Progress, *, trains: bool
     ) -> ProvisionManifest:
         """Provision what the rest of the journey needs. Safe to repeat."""
-        del run
-        parts = _parts(trains)
-        return provision(self.clients(recipe), recipe, progress, parts=parts).manifest()
+        from .train import send_ahead
+
+        clients = self.clients(recipe)
+        ahead = partial(send_ahead, clients, recipe, run) if trains else None
+        return provision(clients, recipe, progress, parts=_parts(trains), ahead=ahead).manifest()
 
     def is_provided(self, recipe: Recipe, run: Run, *, trains: bool) -> bool:
         """Whether it still exists."""
@@ -149,11 +151,14 @@ class AzureTarget:
         clients = self.clients(recipe)
         if not deploys:
             return finetune(clients, recipe, run, progress)
-        from .deploy import ensure_endpoint
-
         name = endpoint_name(recipe.azure, clients.place, run)
-        # It costs nothing while it has no deployment, and takes minutes to be there.
-        beside = partial(ensure_endpoint, clients, recipe.azure, run, name)
+
+        def beside(shown: Progress) -> None:
+            """The endpoint: without a deployment it costs nothing, and it takes minutes."""
+            from .deploy import ensure_endpoint  # imported while the job is at work
+
+            ensure_endpoint(clients, recipe.azure, run, name, shown)
+
         return finetune(clients, recipe, run, progress, beside)
 
     def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:

@@ -6,6 +6,7 @@ small files back to where a run on this machine has them.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .command_job import (
     evaluate_job,
     local_base,
     machines_of,
+    send,
     settings_digest,
     stage_inputs,
     train_job,
@@ -51,6 +53,7 @@ from .pipeline_job import (
     find_foundation_model,
     pipeline_job,
     prepare_pipeline,
+    send_chats,
 )
 from .place import AZURE
 from .sizes import refuse_outside, refuse_retired
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from azure.ai.ml import Input
     from azure.ai.ml.entities import Job
 
+log = logging.getLogger(__name__)
 Route = Literal["pipeline", "job"]
 # Bytes; a larger file stays in Azure. Adapters and figures are far below, merged weights above.
 _LARGEST = 512 * 2**20
@@ -170,6 +174,20 @@ def prepare_base(clients: Clients, recipe: Recipe, run: Run, progress: Progress)
     )
 
 
+def send_ahead(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> None:
+    """Upload what the training job will read, while there is no cluster yet to run it."""
+    try:
+        if choose_route(clients, recipe).foundation is not None:
+            send_chats(clients, run, progress)
+        else:
+            processes = machines_of(clients, recipe).all_processes
+            send(clients, recipe, run, processes, progress)
+    except StageError as error:
+        # The submission sends what is missing, or ends with the reason: a workspace that was made
+        # a moment ago may have no datastore yet.
+        log.info("not uploaded ahead: %s", error)
+
+
 Beside = Callable[[Progress], object]  # what is done while a job is at work
 
 
@@ -197,21 +215,26 @@ def _by_command_job(
     beside: Beside | None,
 ) -> ModelManifest:
     machines = machines_of(clients, recipe)
-    training_data = stage_inputs(recipe, run, machines.all_processes).training_data
+    processes = machines.all_processes
+    training_data = stage_inputs(recipe, run, processes).training_data
+
+    def build(name: str) -> Job:
+        sent = send(clients, recipe, run, processes, progress)
+        return train_job(clients, recipe, run, name, machines, sent)
+
     job = run_job(
         clients,
         run,
         TRAIN,
         fingerprint(["job", settings_digest(recipe), training_data]),
         "job",
-        lambda name: train_job(clients, recipe, run, name, machines),
+        build,
         progress,
         limit=_limit(recipe),
         beside=beside,
     )
     brought = _bring_back(clients, run, job, TRAIN, progress)
     model, base = brought.read(ModelManifest), brought.read(BaseManifest)
-    processes = machines.all_processes
     many = f", {processes} processes" if processes > 1 else ""
     said = _of_job(job, choice, MODEL_OUTPUT)
     if model is not None:  # what the trainer wrote of itself
@@ -252,7 +275,9 @@ def _by_pipeline(
         TRAIN,
         fingerprint(["pipeline", digest, training_data]),
         "pipeline",
-        lambda name: pipeline_job(recipe, run, name, foundation, prepared),
+        lambda name: pipeline_job(
+            recipe, run, name, foundation, prepared, send_chats(clients, run, progress)
+        ),
         progress,
         limit=_limit(recipe),
         beside=beside,
@@ -306,19 +331,24 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> 
         return measured
     # By its path in the store: azureml://jobs/… is a source for models, not for a job's inputs.
     tuned = Input(type="mlflow_model", path=model.output_path)
-    foundation, folder = model.foundation_model, local_base(recipe)
-    base: Input | None = None  # the job finds the base by its Hugging Face name
-    if foundation:
-        base = Input(type="mlflow_model", path=foundation.id)
-    elif folder is not None:
-        base = Input(type="uri_folder", path=str(folder))
+    foundation = model.foundation_model
+
+    def build(name: str) -> Job:
+        sent = send(clients, recipe, run, 1, progress)
+        base: Input | None = None  # the job finds the base by its Hugging Face name
+        if foundation:
+            base = Input(type="mlflow_model", path=foundation.id)
+        elif sent.base is not None:
+            base = Input(type="uri_folder", path=sent.base)
+        return evaluate_job(clients, recipe, run, name, tuned, base, sent)
+
     job = run_job(
         clients,
         run,
         EVALUATE,
         fingerprint(["evaluate", model.job, questions]),
         "job",
-        lambda name: evaluate_job(clients, recipe, run, name, tuned, base),
+        build,
         progress,
         limit=_limit(recipe),
     )
