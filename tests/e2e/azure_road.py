@@ -6,14 +6,17 @@ Commands run one after the other in a process that stays, for the SDKs take seco
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from tests import forked
 
 from phi3_rehearsal import Rehearsal, start
 
@@ -29,13 +32,12 @@ finetune: {learning_rate: 5.0e-3, num_train_epochs: 1, per_device_train_batch_si
            lora_r: 4, num_threads: 1}
 evaluate: {max_rows: 5, max_new_tokens: 8, canary: [], probes: [], resamples: 100}
 gate: {min_gain: [], max_regression: [], max_refusal_change: []}
-azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 1, retry_backoff_factor: 0.05},
+azure: {train: {route: job}, poll: {interval: 0.1, job_interval: 0.3, retry_backoff_factor: 0.05},
         rollout: {steps: [5, 100], minutes: 0, max_p95_ratio: 20}}
 ask: "What does lamp number 1 cost?"
 """
 RUN = "small-azure"
 UP = ("up", "small.yaml", "--on", "azure")
-_PHI3 = [sys.executable, "-m", "phi3_training.cli"]
 _SHELL = """
 import contextlib, io, json, sys
 from phi3_training.cli import main
@@ -61,6 +63,41 @@ class Done:
     stderr: str
 
 
+class Shell:
+    """Calls `phi3` again and again in one process."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        given, ask = os.pipe()
+        answers, answer = os.pipe()
+        with (
+            os.fdopen(given) as stdin,
+            os.fdopen(answer, "w") as stdout,
+            (folder / "shell.log").open("w") as stderr,
+        ):
+            self._process = forked.start(
+                ["-c", _SHELL],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=folder,
+                env=environment,
+            )
+        self._write, self._read = os.fdopen(ask, "w"), os.fdopen(answers)
+
+    def call(self, words: list[str]) -> dict[str, Any]:
+        """Exit status and output of `phi3 WORDS…`."""
+        self._write.write(json.dumps(words) + "\n")
+        self._write.flush()
+        answer: dict[str, Any] = json.loads(self._read.readline())
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._write.close()
+        self._process.wait(60)
+        self._read.close()
+
+
 @dataclass
 class Road:
     """The laptop, the rehearsed Azure, and what `phi3` printed. Laid out as --rehearse does."""
@@ -68,7 +105,7 @@ class Road:
     laptop: Laptop
     rehearsal: Rehearsal
     printed: list[str] = field(default_factory=list)
-    _shell: subprocess.Popen[str] | None = None
+    _shell: Shell | None = None
 
     @classmethod
     def begin(cls, home: Path, work: Path) -> Road:
@@ -106,26 +143,15 @@ class Road:
 
     def phi3(self, *words: str, secret: bool = False) -> Done:
         if self._shell is None:
-            self._shell = subprocess.Popen(
-                [sys.executable, "-c", _SHELL],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self.laptop.work,
-                env=self.environment(),
-            )
-        assert self._shell.stdin is not None
-        assert self._shell.stdout is not None
-        self._shell.stdin.write(json.dumps([*words, "--runs", str(self.runs)]) + "\n")
-        self._shell.stdin.flush()
-        answer = json.loads(self._shell.stdout.readline())
+            self._shell = Shell(self.laptop.work, self.environment())
+        answer = self._shell.call([*words, "--runs", str(self.runs)])
         if not secret:
             self.printed.append(answer["out"] + answer["err"])
         return Done(answer["status"], answer["out"], answer["err"])
 
     def close(self) -> None:
         if self._shell is not None:
-            self._shell.communicate(timeout=60)
+            self._shell.close()
         self.rehearsal.close()
 
     def up(self, *words: str) -> Done:
@@ -141,9 +167,8 @@ class Road:
         """`phi3` with that command, killed once the rehearsed Azure has answered such a call."""
         seen = len(self.rehearsal.calls())
         with tempfile.TemporaryFile("w+") as told:
-            process = subprocess.Popen(
-                [*_PHI3, *command, "--runs", str(self.runs)],
-                stdin=subprocess.DEVNULL,
+            process = forked.start(
+                ["-m", "phi3_training.cli", *command, "--runs", str(self.runs)],
                 stdout=told,
                 stderr=told,
                 cwd=self.laptop.work,

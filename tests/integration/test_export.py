@@ -160,7 +160,7 @@ def test_a_graph_of_other_weights_is_caught_by_a_prompt(run: Run) -> None:
     assert "worst prompt: '" in problems(run, "onnx-fp32")
 
 
-def test_a_new_model_is_converted_anew(run: Run) -> None:
+def test_a_new_model_is_converted_again(run: Run) -> None:
     folder = converted(run, "fp32", no_progress)
     first = (folder / "model.onnx").stat().st_mtime_ns
     run.write(run.require(ModelManifest).model_copy(update={"done_id": "another"}))

@@ -70,13 +70,13 @@ def log_of(ml: MLClient, name: str, folder: Path, log: str = "std_log.txt") -> s
 
 
 def test_a_job_is_watched(azure: Azure, ml: MLClient, capsys: pytest.CaptureFixture[str]) -> None:
-    azure.rehearsal.fault("PUT */jobs/job-watched slow seconds=5")
+    azure.rehearsal.fault("PUT */jobs/job-watched slow seconds=2")
     run(ml, "job-watched", "echo words for those who watch")
     ml.jobs.stream("job-watched")
     assert "words for those who watch" in capsys.readouterr().out
 
 
-def test_a_command_job_reads_writes_and_tells(azure: Azure, ml: MLClient, tmp_path: Path) -> None:
+def test_a_command_job_reads_writes_and_logs(azure: Azure, ml: MLClient, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "words.txt").write_text("hello cloud")
     (tmp_path / "code").mkdir()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.pf_home import ROOT
+from tests.integration.wheel import built_wheel
 
 from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
@@ -28,8 +29,8 @@ Edit = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(ROOT, tmp_path_factory.mktemp("wheel"))
+def wheel() -> Path:
+    return built_wheel()
 
 
 @pytest.fixture(scope="module")
@@ -99,33 +100,37 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
             "list_package_tools() lists no tool",
             "package_data",
         ),
-        (
+        pytest.param(
             POINTS,
             replaced("list_package_tools", "list_tools"),
             "entry point",
             "the entry point names phi3_tool.registry:list_tools, and there is no such function",
             "correct the entry point",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             POINTS,
             replaced("phi3_tool.registry", "phi3_tool.listing"),
             "entry point",
             "cannot import phi3_tool.listing: ModuleNotFoundError",
             "setup.py",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             YAML,
             replaced("name: Phi-3 chat", "name: [Phi-3 chat"),
             "listing",
             "cannot run phi3_tool.registry:list_package_tools(): ParserError",
             "look at phi3_tool.registry",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             YAML,
             replaced("function: phi3_chat", "function: phi3_talk"),
             "tool",
             "phi3_tool.chat has no function 'phi3_talk'",
             "`function` in the tool's YAML",
+            marks=pytest.mark.slow,
         ),
         (
             CHAT,
@@ -134,12 +139,13 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
             "cannot import phi3_tool.chat: ModuleNotFoundError: No module named 'not_installed'",
             "install what is missing",
         ),
-        (
+        pytest.param(
             REGISTRY,
             listing_only_once,
             "prompt flow",
             "Prompt flow does not list phi3_tool.chat.phi3_chat",
             "pf tool list",
+            marks=pytest.mark.slow,
         ),
     ],
 )

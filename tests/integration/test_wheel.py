@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.integration.wheel import built_wheel
 
 from phi3_training.cli import main
-from phi3_training.toolcheck import build
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICK = ["base.num_train_epochs=1", "finetune.num_train_epochs=1", "evaluate.max_rows=3"]
@@ -24,7 +24,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel's files as an installation lays them out, far from the clone."""
     folder = tmp_path_factory.mktemp("wheel")
-    with zipfile.ZipFile(build(PROJECT, folder)) as archive:
+    with zipfile.ZipFile(built_wheel()) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
 

@@ -87,7 +87,7 @@ def test_proposal_takes_the_room_there_is() -> None:
     assert "finetune.gradient_checkpointing=false" in text
 
 
-def test_what_nothing_mends_says_how_much_is_needed() -> None:
+def test_what_cannot_be_fixed_says_how_much_is_needed() -> None:
     refused = line(memory_plan(recipe(), of_size(2)), "finetune")
     assert refused.stops
     assert "Even the smallest setting" in refused.text
@@ -150,7 +150,7 @@ def test_plan_of_the_tiny_recipe_fits_here(
     assert "evaluate   fits; memory" in shown
 
 
-@pytest.mark.parametrize("command", ["up", "train"])
+@pytest.mark.parametrize("command", ["up", pytest.param("train", marks=pytest.mark.slow)])
 def test_up_and_train_refuse_before_a_device_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

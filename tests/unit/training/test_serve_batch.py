@@ -303,7 +303,7 @@ def test_a_prompt_is_not_passed_for_ever() -> None:
     assert passed <= length + 3 * 50
 
 
-def test_answers_go_on_between_the_parts_of_a_prompt() -> None:
+def test_answers_continue_between_the_parts_of_a_prompt() -> None:
     model = Partwise()
 
     async def main() -> int:
