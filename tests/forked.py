@@ -37,8 +37,7 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 180
-# Neither of them reads HOME or an address while it is imported: promptflow itself does, so that
-# only what it imports is named.
+# Not promptflow itself, only what it imports: it reads HOME while it is imported.
 PRELOADED = (
     "phi3_training.finetune.sft",
     "phi3_training.finetune.base",
@@ -207,7 +206,7 @@ def _connect(folder: Path) -> socket.socket:
                 with log.open("wb") as stream:
                     server = subprocess.Popen(
                         [sys.executable, str(Path(__file__)), "serve", str(address)],
-                        env=_server_environment(),
+                        env=_server_environment(folder),
                         cwd=ROOT,
                         stdin=subprocess.DEVNULL,
                         stdout=stream,
@@ -219,12 +218,14 @@ def _connect(folder: Path) -> socket.socket:
             time.sleep(0.05)
 
 
-def _server_environment() -> dict[str, str]:
-    # Threads that wait sleep: there are more processes than cores.
+def _server_environment(folder: Path) -> dict[str, str]:
     return {
-        **{name: os.environ[name] for name in ("PATH", "LANG", "HOME") if name in os.environ},
+        **{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ},
+        # Libraries read it while they are imported: huggingface_hub places its cache below it.
+        "HOME": str(folder),
         "PYTHONPATH": PYTHONPATH,
         "HF_HUB_OFFLINE": "1",
+        # Threads that wait sleep: there are more processes than cores.
         "OMP_NUM_THREADS": "1",
         "GOMP_SPINCOUNT": "2000",
     }

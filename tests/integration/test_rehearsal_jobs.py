@@ -70,7 +70,7 @@ def log_of(ml: MLClient, name: str, folder: Path, log: str = "std_log.txt") -> s
 
 
 def test_a_job_is_watched(azure: Azure, ml: MLClient, capsys: pytest.CaptureFixture[str]) -> None:
-    azure.rehearsal.fault("PUT */jobs/job-watched slow seconds=2")
+    azure.rehearsal.fault("PUT */jobs/job-watched slow seconds=5")
     run(ml, "job-watched", "echo words for those who watch")
     ml.jobs.stream("job-watched")
     assert "words for those who watch" in capsys.readouterr().out

@@ -237,14 +237,14 @@ def test_how_often_is_saved_may_change_in_between(
 def test_saving_by_seconds_keeps_to_the_limit(prepared: Path) -> None:
     run = copy_of(prepared, "seconds")
     settings = ["finetune.save_steps=null", "finetune.save_seconds=0.01"]
-    settings += ["finetune.num_train_epochs=40", "finetune.save_total_limit=1"]
-    kill_when(run, settings, lambda: steps(run) >= 150)
+    settings += ["finetune.num_train_epochs=16", "finetune.save_total_limit=1"]
+    kill_when(run, settings, lambda: steps(run) >= 60)
     kept = [path for path in checkpoints(run) if (path / SEAL).exists()]
     assert kept
-    # One part in twenty of the time: far fewer than one for each of the 150 steps.
+    # One part in twenty of the time: far fewer than one for each of the 60 steps.
     assert len(checkpoints(run)) <= 2
     train_apart(run, settings)
-    assert len(losses(run)) == 280
+    assert len(losses(run)) == 112
 
 
 def test_a_short_training_writes_no_checkpoint(prepared: Path) -> None:

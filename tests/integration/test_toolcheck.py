@@ -13,6 +13,7 @@ import pytest
 from tests.integration.pf_home import ROOT
 from tests.integration.wheel import built_wheel
 
+from phi3_tool import __version__
 from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
 from phi3_training.errors import StageError
@@ -24,7 +25,8 @@ pytest.importorskip("setuptools", "77", reason="setuptools is too old to build w
 YAML = "phi3_tool/yamls/phi3_chat.yaml"
 CHAT = "phi3_tool/chat.py"
 REGISTRY = "phi3_tool/registry.py"
-POINTS = "phi3_promptflow-0.1.0.dist-info/entry_points.txt"
+INFO = f"phi3_promptflow-{__version__}.dist-info"
+POINTS = f"{INFO}/entry_points.txt"
 Edit = Callable[[str], str]
 
 
@@ -80,7 +82,7 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
         ("prompt flow", "ok"),
     ]
     last = told["findings"][-1]["said"]
-    assert last == 'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow 0.1.0'
+    assert last == f'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow {__version__}'
 
 
 @pytest.mark.parametrize(
@@ -197,5 +199,5 @@ def test_the_clone_stays_as_it_was(wheel: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     packages = {"phi3_tool", "phi3_agent", "phi3_training"}
-    assert tops == {*packages, "phi3_promptflow-0.1.0.dist-info"}
+    assert tops == {*packages, INFO}
     assert not [name for name in names if "__pycache__" in name]

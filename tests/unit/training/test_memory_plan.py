@@ -154,7 +154,7 @@ def test_plan_of_the_tiny_recipe_fits_here(
 def test_up_and_train_refuse_before_a_device_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    """300 long rows at once fit no machine; the chats are prepared, nothing is downloaded."""
+    """240 long rows at once fit no machine; the chats are prepared, nothing is downloaded."""
     words = ["finetune.per_device_train_batch_size=240", "finetune.gradient_checkpointing=false",
              f"data.train={long_chats(tmp_path)}", "data.validation=[]"]  # fmt: skip
     runs = tmp_path / "runs"
@@ -167,14 +167,14 @@ def test_up_and_train_refuse_before_a_device_is_used(
 
 
 def long_chats(folder: Path) -> Path:
-    """300 conversations, none like another, each of more bytes than 2,048 tokens need."""
+    """241 conversations, none like another, each of more bytes than 2,048 tokens need."""
     draw = random.Random(0)  # noqa: S311 - words to train on, guards nothing
     rows = [
         {
             "prompt": f"{draw.random()}?",
             "completion": " ".join(str(draw.random()) for _ in "x" * 500),
         }
-        for _ in range(300)
+        for _ in range(241)
     ]
     path = folder / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
