@@ -241,14 +241,20 @@ def _line(pipe: int) -> bytes:
     return line
 
 
+# Variables that packages set while they were imported, e.g. ours to switch telemetry off.
+_set_by_imports: dict[str, str] = {}
+
+
 def serve(address: str) -> None:
     """Fork a process for each request until nobody is connected any more."""
+    before = set(os.environ)
     for name in PRELOADED:
         try:
             importlib.import_module(name)
         except ImportError:  # an extra that is not installed; its tests are skipped
             continue
     assert "promptflow" not in sys.modules, "it has read where this HOME's Prompt flow is"
+    _set_by_imports.update({k: v for k, v in os.environ.items() if k not in before})
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -309,7 +315,7 @@ def _become(request: dict[str, Any]) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update({**_set_by_imports, **request["env"]})
     os.chdir(request["cwd"])
     tempfile.tempdir = None
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
