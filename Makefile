@@ -76,7 +76,8 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 test: $(VENV)/.dev $(AGENT)/.dev
 	@$(AGENT)/bin/python -m pytest -q tests/agent
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/agent
+	@$(BIN)/python -m pytest -q --tx '$(WORKERS)*popen//python=$(BIN)/python tests/forked.py' \
+	    --dist loadfile --no-loadscope-reorder --ignore tests/agent
 
 # For every save: no process is started, no model trained.
 test-fast: $(VENV)/.dev
