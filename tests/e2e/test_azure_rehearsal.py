@@ -151,6 +151,7 @@ def test_chat_answers_through_azure(road: Road) -> None:
     assert done.stdout.strip() == str(road.manifest("answer")["answer"]).strip()
 
 
+@pytest.mark.slow  # test_rehearsal_flows pushes in seconds
 def test_the_flow_is_pushed_once(road: Road) -> None:
     first = road.phi3("flow", "push", "--to", "project", "-o", "json")
     assert first.returncode == 0, first.stderr

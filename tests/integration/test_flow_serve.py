@@ -52,7 +52,7 @@ def upstream() -> Iterator[Endpoint]:
         yield state
 
 
-@pytest.fixture(scope="module", params=["flask", "fastapi"])
+@pytest.fixture(scope="module", params=[pytest.param("flask", marks=pytest.mark.slow), "fastapi"])
 def served(home: PfHome, upstream: Endpoint, request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of `phi3 flow serve`, without store and keyring."""
     port = free_port()
@@ -159,7 +159,7 @@ def test_flask_has_one_process(capsys: pytest.CaptureFixture[str], flow: Path) -
     assert "--engine fastapi" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("level", ["", "INFO"])
+@pytest.mark.parametrize("level", ["", pytest.param("INFO", marks=pytest.mark.slow)])
 def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
     home: PfHome, flow: Path, upstream: Endpoint, level: str
 ) -> None:
@@ -200,7 +200,7 @@ def _wait(url: str, process: Process, log: Path) -> None:
     raise AssertionError(log.read_text(errors="replace")[-3000:])
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_flow_that_cannot_be_loaded_is_reported_once(
     home: PfHome, flow: Path, upstream: Endpoint, workers: str
 ) -> None:

@@ -60,7 +60,7 @@ def flow(home: PfHome) -> Path:
     return home.copy_flow()
 
 
-@pytest.mark.parametrize("no_traces", ["true", "false"])
+@pytest.mark.parametrize("no_traces", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_terminal_shows_each_piece_and_remembers_the_whole(
     home: PfHome, flow: Path, stub: StubEndpoint, answering: Answering, no_traces: str
 ) -> None:
