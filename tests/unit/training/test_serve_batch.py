@@ -162,7 +162,7 @@ def test_an_answer_waits_for_memory_but_not_when_alone() -> None:
 def test_closing_ends_what_is_unfinished() -> None:
     async def main() -> None:
         batcher = Batcher(Counting(), slots=1)
-        running, queued = job(0, limit=900), job(1)
+        running, queued = job(0, limit=1_000_000), job(1)  # the first never ends by itself
         batcher.submit(running)
         batcher.submit(queued)
         await running.next()
