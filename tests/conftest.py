@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,51 @@ import pytest
 LOOPBACK = ("127.", "::1", "localhost")
 # Read when huggingface_hub is imported, which may be while tests are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's background job (`make test &`) ignores Ctrl-C, and so would every program that a test
+# starts and ends by it: the test would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# The models are tiny and there are more workers than cores: a second thread of torch only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of all workers (see shared.py, forked.py): made by the process that starts them, removed by it.
+OWNS_SHARED = "PHI3_TESTS_SHARED" not in os.environ
+if OWNS_SHARED:
+    os.environ["PHI3_TESTS_SHARED"] = tempfile.mkdtemp(prefix="phi3-tests-")
+
+# The files that take longest, those first: else a worker is alone with one of them at the end.
+LONGEST = (
+    "test_up.py",
+    "test_azure_rehearsal.py",
+    "test_resume.py",
+    "test_search.py",
+    "test_rehearsal_jobs.py",
+    "test_azure_train.py",
+    "test_readme_commands.py",  # after test_up.py, whose model it takes
+    "test_gate_journey.py",
+    "test_key_leaks.py",
+    "test_chat_web.py",
+    "test_real_model_path.py",
+    "test_eval_flow.py",
+    "test_streaming.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest (`--no-loadscope-reorder` keeps this order)."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Remove what the workers shared."""
+    if OWNS_SHARED:
+        shutil.rmtree(os.environ["PHI3_TESTS_SHARED"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -129,7 +129,7 @@ def test_errors_are_the_frameworks_and_keep_ours(
     assert KEY not in repr(caught.value)
 
 
-def test_a_missing_endpoint_is_told_at_once() -> None:
+def test_a_missing_endpoint_is_reported_at_once() -> None:
     with pytest.raises(ChatClientInvalidRequestException, match="connection"):
         Phi3ChatClient()
 

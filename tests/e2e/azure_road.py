@@ -6,15 +6,18 @@ Commands run one after the other in a process that stays, for the SDKs take seco
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from tests import forked
 
 from phi3_rehearsal import Rehearsal, start
 
@@ -23,7 +26,6 @@ from .conftest import Laptop
 SMALL = Path(__file__).parent / "small_azure"  # a recipe and its chats
 RUN = "small-azure"
 UP = ("up", "small.yaml", "--on", "azure")
-_PHI3 = [sys.executable, "-m", "phi3_training.cli"]
 _SHELL = """
 import contextlib, io, json, sys
 from phi3_training.cli import main
@@ -49,6 +51,41 @@ class Done:
     stderr: str
 
 
+class Shell:
+    """Calls `phi3` again and again in one process."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        given, ask = os.pipe()
+        answers, answer = os.pipe()
+        with (
+            os.fdopen(given) as stdin,
+            os.fdopen(answer, "w") as stdout,
+            (folder / "shell.log").open("w") as stderr,
+        ):
+            self._process = forked.start(
+                ["-c", _SHELL],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                cwd=folder,
+                env=environment,
+            )
+        self._write, self._read = os.fdopen(ask, "w"), os.fdopen(answers)
+
+    def call(self, words: list[str]) -> dict[str, Any]:
+        """Exit status and output of `phi3 WORDS…`."""
+        self._write.write(json.dumps(words) + "\n")
+        self._write.flush()
+        answer: dict[str, Any] = json.loads(self._read.readline())
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._write.close()
+        self._process.wait(60)
+        self._read.close()
+
+
 @dataclass
 class Road:
     """The laptop, the rehearsed Azure, and what `phi3` printed. Laid out as --rehearse does."""
@@ -56,7 +93,7 @@ class Road:
     laptop: Laptop
     rehearsal: Rehearsal
     printed: list[str] = field(default_factory=list)
-    _shell: subprocess.Popen[str] | None = None
+    _shell: Shell | None = None
 
     @classmethod
     def begin(cls, home: Path, work: Path) -> Road:
@@ -82,26 +119,15 @@ class Road:
 
     def phi3(self, *words: str, secret: bool = False) -> Done:
         if self._shell is None:
-            self._shell = subprocess.Popen(
-                [sys.executable, "-c", _SHELL],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self.laptop.work,
-                env=self.environment(),
-            )
-        assert self._shell.stdin is not None
-        assert self._shell.stdout is not None
-        self._shell.stdin.write(json.dumps([*words, "--runs", str(self.runs)]) + "\n")
-        self._shell.stdin.flush()
-        answer = json.loads(self._shell.stdout.readline())
+            self._shell = Shell(self.laptop.work, self.environment())
+        answer = self._shell.call([*words, "--runs", str(self.runs)])
         if not secret:
             self.printed.append(answer["out"] + answer["err"])
         return Done(answer["status"], answer["out"], answer["err"])
 
     def close(self) -> None:
         if self._shell is not None:
-            self._shell.communicate(timeout=60)
+            self._shell.close()
         self.rehearsal.close()
 
     def up(self, *words: str) -> Done:
@@ -117,9 +143,8 @@ class Road:
         """`phi3` with that command, killed once the rehearsed Azure has answered such a call."""
         seen = len(self.rehearsal.calls())
         with tempfile.TemporaryFile("w+") as told:
-            process = subprocess.Popen(
-                [*_PHI3, *command, "--runs", str(self.runs)],
-                stdin=subprocess.DEVNULL,
+            process = forked.start(
+                ["-m", "phi3_training.cli", *command, "--runs", str(self.runs)],
                 stdout=told,
                 stderr=told,
                 cwd=self.laptop.work,

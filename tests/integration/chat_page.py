@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.integration.pf_home import PF, PfHome, free_port, interrupt
+from tests.integration.pf_home import PF, PfHome, Process, free_port, interrupt
 
 _TYPED = "box => box.value ?? box.innerText"
 
@@ -24,17 +23,15 @@ def chat_page(home: PfHome) -> Iterator[str]:
     show += ["--skip-open-browser", "--port", str(free_port())]
     with log.open("wb") as stream:
         # To a file: the service detaches and would keep a pipe open for ever.
-        subprocess.run(start, env=home.env, stdout=stream, stderr=stream, timeout=120, check=True)
-        process = subprocess.Popen(
-            show, env=home.env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
-        )
+        assert home.start(start, log=stream).wait(120) == 0
+        process = home.start(show, log=stream)
         try:
             yield _wait_for_address(process, log)
         finally:
             interrupt(process)
 
 
-def _wait_for_address(process: subprocess.Popen[Any], log: Path) -> str:
+def _wait_for_address(process: Process, log: Path) -> str:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         text = log.read_text(encoding="utf-8", errors="replace")

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 PF = Path(sys.executable).with_name("pf")
@@ -32,6 +33,9 @@ from phi3_training.flow.store import write_connection
 name, endpoint = sys.argv[1:]
 write_connection(name, endpoint, sys.stdin.read())
 """
+
+
+Process = subprocess.Popen[bytes] | forked.Forked
 
 
 @dataclass
@@ -69,19 +73,39 @@ class PfHome:
         timeout: float = 90,
     ) -> Done:
         """Run a command in this HOME; its output is also kept in `printed`."""
-        done = subprocess.run(
-            [str(part) for part in command],
-            input=feed,
-            stdin=subprocess.DEVNULL if feed is None else None,
-            capture_output=True,
-            text=True,
-            cwd=cwd,
-            env={**self.env, **(env or {})},
-            timeout=timeout,
-            check=False,
-        )
+        words, merged = [str(part) for part in command], {**self.env, **(env or {})}
+        if (forkable := forked.arguments(words, merged)) is not None:
+            done = forked.run(forkable, input=feed, cwd=cwd, env=merged, timeout=timeout)
+        else:
+            done = subprocess.run(
+                words,
+                input=feed,
+                stdin=subprocess.DEVNULL if feed is None else None,
+                capture_output=True,
+                text=True,
+                cwd=cwd,
+                env=merged,
+                timeout=timeout,
+                check=False,
+            )
         self.printed.append(done.stdout + done.stderr)
         return Done(done.returncode, done.stdout, done.stderr)
+
+    def start(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: IO[Any],
+        cwd: Path = ROOT,
+        env: dict[str, str] | None = None,
+    ) -> Process:
+        """Start a command that stays; what it prints goes into a file."""
+        words, merged = [str(part) for part in command], {**self.env, **(env or {})}
+        if (forkable := forked.arguments(words, merged)) is not None:
+            return forked.start(forkable, stdout=log, stderr=log, cwd=cwd, env=merged)
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env=merged
+        )
 
     def pf(self, *arguments: str | Path, **options: Any) -> Done:
         return self.run([PF, *arguments], **options)
@@ -138,7 +162,7 @@ def pf_home(path: Path) -> Iterator[PfHome]:
         "HOME": str(path),
         "TMPDIR": str(temporary),
         "PF_HOME_DIRECTORY": str(home.pf_dir),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tools"), str(ROOT / "training")]),
+        "PYTHONPATH": forked.PYTHONPATH,
         "NO_PROXY": "*",
         "PF_WORKER_COUNT": "2",
     }
@@ -216,7 +240,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def interrupt(process: subprocess.Popen[Any]) -> None:
+def interrupt(process: Process) -> None:
     """End a command as Ctrl+C does; harder if it does not listen."""
     process.send_signal(signal.SIGINT)
     try:

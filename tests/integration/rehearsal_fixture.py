@@ -50,7 +50,7 @@ class Azure:
 
     def ml(self, **more: Any) -> MLClient:
         """The SDK's client of the workspace."""
-        more = {"polling_interval": 1, **more}
+        more = {"polling_interval": 0.2, **more}
         return MLClient(self.credential, self.subscription, GROUP, WORKSPACE, **more)
 
     def call(self, method: str, path: str, body: Any = None, **more: Any) -> requests.Response:

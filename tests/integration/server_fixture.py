@@ -51,9 +51,13 @@ class Taught:
     onnx_dir: Path
 
 
-def teach(folder: Path) -> Taught:
+def taught_in(folder: Path) -> Taught:
+    """What `teach` has made in a folder."""
+    return Taught(folder / "run" / "base", folder / "onnx")
+
+
+def teach(folder: Path) -> None:
     """Make and teach the model, a few seconds; then convert it."""
-    folder.mkdir(parents=True, exist_ok=True)
     chats = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in PAIRS
@@ -68,11 +72,9 @@ def teach(folder: Path) -> Taught:
     )
     run = Run.open(folder / "run")
     recipe = load_recipe(folder / "recipe.yaml")
-    manifest = prepare_base(recipe, run)
-    model_dir = run.path / manifest.path
-    onnx_dir = folder / "onnx"
-    export_onnx(model_dir, onnx_dir, "fp32")
-    return Taught(model_dir, onnx_dir)
+    prepare_base(recipe, run)
+    made = taught_in(folder)
+    export_onnx(made.model_dir, made.onnx_dir, "fp32")
 
 
 @dataclass

@@ -9,15 +9,16 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from tests.integration.server_fixture import Taught, teach
+from tests.integration.server_fixture import Taught, taught_in, teach
+from tests.shared import shared
 
 from phi3_training.serve.engines.base import Engine
 
 
 @pytest.fixture(scope="session")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
-    """One taught model for the whole test session."""
-    return teach(tmp_path_factory.mktemp("taught"))
+def taught() -> Taught:
+    """One taught model for the whole test run."""
+    return taught_in(shared("taught", teach))
 
 
 @pytest.fixture(scope="session")

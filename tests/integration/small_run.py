@@ -7,22 +7,29 @@ that each costs a fraction of a second.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import runpy
 import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests import forked
 
 from phi3_training.data import prepare
 from phi3_training.finetune import finetune, prepare_base
 from phi3_training.recipe import Recipe, load_recipe
 from phi3_training.run import Run
 
-IN_PROCESS = "small_run_in_a_process"
+TRAIN = """
+import sys
+from pathlib import Path
+from phi3_training.finetune import finetune
+from phi3_training.recipe import load_recipe
+from phi3_training.run import Run
+
+run = Run(Path(sys.argv[1]))
+run.write(finetune(load_recipe(run.path.parent / "recipe.yaml", sys.argv[2:]), run))
+"""
 
 SMALL = """\
 name: small
@@ -71,40 +78,36 @@ def train(run: Path, overrides: Sequence[str] = ()) -> None:
     Run(run).write(finetune(small_recipe(run, overrides), Run(run)))
 
 
-def start(run: Path, overrides: Sequence[str] = ()) -> BaseProcess:
+def start(run: Path, overrides: Sequence[str] = ()) -> forked.Forked:
     """Fine-tune in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["phi3_training.finetune.sft"])
-    # By its path: pytest's own way of importing is not known in there.
-    given = {"RUN": run, "OVERRIDES": list(overrides)}
-    process = context.Process(
-        target=runpy.run_path, args=(__file__, given, IN_PROCESS), daemon=True
-    )
-    process.start()
-    return process
+    command = ["-c", TRAIN, str(run), *overrides]
+    with run.with_name(f"{run.name}.log").open("a") as log:
+        return forked.start(command, stdout=log, stderr=log)
 
 
 def train_apart(run: Path, overrides: Sequence[str] = ()) -> None:
     """Fine-tune in a process of its own, to the end."""
-    process = start(run, overrides)
-    process.join(120)
-    assert process.exitcode == 0
+    assert start(run, overrides).wait(120) == 0, run.with_name(f"{run.name}.log").read_text()
 
 
 def kill_when(
-    run: Path, overrides: Sequence[str], reached: Callable[[], bool], limit: float = 60
+    run: Path, overrides: Sequence[str], reached: Callable[[], bool], limit: float = 240
 ) -> None:
     """Fine-tune in a process of its own and send it SIGKILL as soon as `reached` says so."""
     process = start(run, overrides)
     end = time.monotonic() + limit
     while not reached():
-        assert process.exitcode is None, "training ended before it was to be killed"
+        assert process.poll() is None, "training ended before it was to be killed"
         assert time.monotonic() < end, "training did not get there in time"
-        time.sleep(0.0005)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL
+        time.sleep(0.002)  # a step takes ten times as long
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+
+
+def steps(run: Path) -> int:
+    """How many whole lines the loss log has: cheaper than to read them, for who looks often."""
+    path = run / "finetune" / "loss.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -113,7 +116,3 @@ def losses(run: Path) -> list[tuple[int, float]]:
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(entry["step"], entry["loss"]) for entry in entries]
-
-
-if __name__ == IN_PROCESS:
-    train(globals()["RUN"], globals()["OVERRIDES"])

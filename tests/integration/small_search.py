@@ -5,12 +5,11 @@ Writes into the folders it is given.
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Sequence
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests import forked
 
 from phi3_training.journey import Journey
 from phi3_training.recipe import Recipe, load_recipe
@@ -19,15 +18,16 @@ from phi3_training.search.plan import load_plan
 from phi3_training.search.study import search
 from phi3_training.targets import get_target
 
-SEARCH = """\
+TRIALS = 4
+SEARCH = f"""\
 metric: validation_loss
 direction: minimize
-trials: 7
+trials: {TRIALS}
 seed: 3
 parameters:
-  finetune.learning_rate: {type: float, low: 1e-3, high: 5e-2, log: true}
-  finetune.lora_r: {type: int, low: 2, high: 8, step: 2}
-  finetune.lr_scheduler_type: {type: categorical, choices: [linear, cosine]}
+  finetune.learning_rate: {{type: float, low: 1e-3, high: 5e-2, log: true}}
+  finetune.lora_r: {{type: int, low: 2, high: 8, step: 2}}
+  finetune.lr_scheduler_type: {{type: categorical, choices: [linear, cosine]}}
 """
 SETTINGS = [
     "finetune.eval_steps=7",
@@ -35,7 +35,24 @@ SETTINGS = [
     "finetune.save_steps=3",
     "finetune.lora_dropout=0",
 ]
-IN_PROCESS = "search_in_a_process"
+SEARCH_IN = """
+import sys
+from pathlib import Path
+from phi3_training.journey import Journey
+from phi3_training.recipe import load_recipe
+from phi3_training.run import Run
+from phi3_training.search.plan import load_plan
+from phi3_training.search.study import search
+from phi3_training.targets import get_target
+
+run, settings = Path(sys.argv[1]), sys.argv[2:]
+
+def make(overrides):
+    return load_recipe(run.parent / "recipe.yaml", [*settings, *overrides])
+
+journey = Journey(make([]), Run(run), get_target("local"), run / "no-flow")
+search(journey, load_plan(run.with_suffix(".yaml"), make), make)
+"""
 
 
 def journey_of(run: Path, overrides: Sequence[str]) -> Journey:
@@ -54,13 +71,8 @@ def run_search(
     return search(journey_of(run, settings), load_plan(path, make), make)
 
 
-def start(run: Path) -> BaseProcess:
-    process = get_context("forkserver").Process(
-        target=runpy.run_path, args=(__file__, {"RUN": run}, IN_PROCESS), daemon=True
-    )
-    process.start()
-    return process
-
-
-if __name__ == IN_PROCESS:
-    run_search(globals()["RUN"])
+def start(run: Path) -> forked.Forked:
+    """Search in a process of its own."""
+    run.with_suffix(".yaml").write_text(SEARCH)
+    with run.with_suffix(".log").open("a") as log:
+        return forked.start(["-c", SEARCH_IN, str(run), *SETTINGS], stdout=log, stderr=log)

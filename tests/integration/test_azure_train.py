@@ -33,7 +33,7 @@ from phi3_training.targets.azure.place import find_place, settle
 from phi3_training.targets.azure.provision import Step, is_provisioned, provision
 from phi3_training.targets.azure.resources import VAULT, ensure_dependents
 
-from ..unit.training.component_inputs import INPUTS
+from ..component_inputs import INPUTS
 from .small_run import SMALL
 
 POLLS = ("azure.poll.interval=0.2", "azure.poll.job_interval=0.3", "evaluate.max_rows=4")

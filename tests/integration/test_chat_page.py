@@ -17,7 +17,8 @@ from tests.integration.pf_home import (
 )
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
-pytestmark = pytest.mark.browser
+# `test_streaming_page` drives the same page, `test_chat_web` the one of `phi3 chat --web`.
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 pytest_plugins = ("tests.integration.browser_plugin",)
 
 KEY = "page-test-key-7d"
@@ -51,7 +52,7 @@ def test_question_typed_answer_seen(
         ("And when?", "3: And when?"),
     ):
         ask(page, question)
-        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=120_000)
+        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=240_000)
     assert [message["role"] for message in served.conversations[-1]] == [
         "user",
         "assistant",

@@ -147,7 +147,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, str], N
 
 
 def seen(page: Any, text: str) -> None:
-    page.get_by_text(text).filter(visible=True).last.wait_for(timeout=120_000)
+    page.get_by_text(text).filter(visible=True).last.wait_for(timeout=240_000)
 
 
 def started_in(temporary: Path) -> list[psutil.Process]:

@@ -241,7 +241,7 @@ def test_model_error_with_the_inner_status() -> None:
         assert fact in str(error)
 
 
-def test_model_error_dressed_as_success() -> None:
+def test_model_error_inside_a_200() -> None:
     with (
         StubEndpoint(Reply(body=b"{}")) as stub,
         Phi3Client(stub.url(), KEY) as client,

@@ -112,7 +112,7 @@ def test_another_deployment_answers() -> None:
     assert "blue answered" in found["deployment"].said
 
 
-def test_a_model_that_fails_behind_a_good_key() -> None:
+def test_a_model_that_fails_with_a_valid_key() -> None:
     with StubEndpoint(Reply(424, b"{}")) as stub:
         found = told(stub)
     assert found["one token"].state is State.FAULT
@@ -259,7 +259,7 @@ def report(done: Done) -> dict[str, dict[str, Any]]:
     return {each["check"]: each for each in json.loads(done.out)["findings"]}
 
 
-def test_the_whole_report_of_a_sound_flow(home: PfHome) -> None:
+def test_the_whole_report_of_a_valid_flow(home: PfHome) -> None:
     """One line each, exit 0, nothing left in the flow's folder, and the key nowhere."""
     with endpoint(KEY) as served:
         home.connect(served.url, KEY)

@@ -40,7 +40,7 @@ def answer(seen: Seen) -> Reply:
 
 @dataclass
 class Bench:
-    """A chat run with two failed lines, scored; and the same lines asked by `phi3 batch`."""
+    """Lines of which two fail, asked by `phi3 batch`; and what scores them."""
 
     home: PfHome
     flow: Path
@@ -68,13 +68,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with pf_home(folder / "home") as home, StubEndpoint(script=answer) as stub:
         home.connect(stub.url(), KEY)
-        chat = home.copy_flow()
+        home.copy_flow()
         for part in ("flows/phi3_eval", "training/phi3_training/evaluate"):
             ignored = shutil.ignore_patterns("__pycache__", ".promptflow")
             shutil.copytree(ROOT / part, home.path / "clone" / part, ignore=ignored)
-        base = ["run", "create", "--flow", chat, "--data", data, "--name", "base"]
-        done = home.pf(*base, "--column-mapping", "input_data=${data.input_data}")
-        assert done.code == 0, done.text
         rows = folder / "rows.jsonl"
         batch = [sys.executable, "-m", "phi3_training.cli", "batch", data, "--out", rows]
         env = {"PHI3_ENDPOINT": stub.url(), "PHI3_KEY": KEY}
@@ -106,6 +103,10 @@ def check(metrics: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_run_over_a_run_counts_and_names_the_lines_that_prompt_flow_drops(bench: Bench) -> None:
+    chat = bench.home.path / "clone/flows/phi3_chat"
+    base = ["run", "create", "--flow", chat, "--data", bench.data, "--name", "base"]
+    done = bench.home.pf(*base, "--column-mapping", "input_data=${data.input_data}")
+    assert done.code == 0, done.text
     mapping = {
         "answer": "${run.outputs.answer}", "expected": "${data.expected}", "base_run": "base",
     }  # fmt: skip
@@ -163,7 +164,7 @@ def test_empty_cells_are_no_numbers_and_no_errors(modules: dict[str, ModuleType]
     assert (line["error"], line["token_f1"]) == ("ThrottledError: busy", 0.0)
 
 
-def test_what_was_not_mapped_is_told_and_does_not_score_0(modules: dict[str, ModuleType]) -> None:
+def test_unmapped_columns_are_reported_and_do_not_score_0(modules: dict[str, ModuleType]) -> None:
     inputs = yaml.safe_load((FLOW / "flow.dag.yaml").read_text(encoding="utf-8"))["inputs"]
     assert [name for name, about in inputs.items() if "default" not in about] == ["expected"]
     score, aggregate = modules["score_line"].score_line, modules["aggregate"].aggregate

@@ -204,7 +204,7 @@ def test_limit_counts_the_tokens_of_an_answer(model: Any, chat: ChatFormat, limi
         assert answer.said.cut == (limit < 40)
 
 
-def test_cut_answers_and_prompts_without_room_are_told(
+def test_cut_answers_and_prompts_without_room_are_reported(
     model: Any, chat: ChatFormat, taught: Taught
 ) -> None:
     words = "lamp " * (chat.context_length + 5)

@@ -101,6 +101,7 @@ def test_a_merge_in_another_number_type_is_caught(
     assert "Over the limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_merge_that_was_rounded_on_the_way_is_caught(run: Run) -> None:
     """Merged in bfloat16, saved as float32: the files look right, the layers do not."""
     remerge(run, torch.bfloat16)
@@ -128,6 +129,7 @@ def test_a_missing_adapter_is_caught(run: Run, capsys: pytest.CaptureFixture[str
     assert run.read(EXPORTS["merged"]) is None
 
 
+@pytest.mark.slow
 def test_a_base_served_as_the_tuned_model_is_caught(run: Run) -> None:
     """The adapter was not merged at all."""
     shutil.copyfile(
@@ -160,7 +162,7 @@ def test_a_graph_of_other_weights_is_caught_by_a_prompt(run: Run) -> None:
     assert "worst prompt: '" in problems(run, "onnx-fp32")
 
 
-def test_a_new_model_is_converted_anew(run: Run) -> None:
+def test_a_new_model_is_converted_again(run: Run) -> None:
     folder = converted(run, "fp32", no_progress)
     first = (folder / "model.onnx").stat().st_mtime_ns
     run.write(run.require(ModelManifest).model_copy(update={"done_id": "another"}))

@@ -78,8 +78,8 @@ def a_run(tmp: Path, folder: Path, **finetune_settings: object) -> tuple[Recipe,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("tiny"))
+def folder() -> Path:
+    return tiny_model_folder()
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_two_processes_take_the_steps_of_one(base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_what_stops_the_processes_is_said(base: Path, tmp_path: Path) -> None:
+def test_the_error_that_stops_the_processes_is_reported(base: Path, tmp_path: Path) -> None:
     options = ("finetune.num_processes=2", "finetune.target_modules=[no_such_layer]")
     recipe = make_recipe(tmp_path, base, *options)
     with pytest.raises(StageError, match=r"(?s)do not fit the model.*no_such_layer"):

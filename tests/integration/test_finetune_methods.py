@@ -159,7 +159,7 @@ def test_gradient_checkpointing_changes_nothing_and_says_nothing(
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_bfloat16_is_said_with_its_reason(trained: Trained, packing: str) -> None:
+def test_bfloat16_is_reported_with_its_reason(trained: Trained, packing: str) -> None:
     run, manifest = trained("model.dtype=bfloat16", f"finetune.packing={packing}")
     assert manifest.final_loss < manifest.first_loss
     assert manifest.settings["dtype"] == "bfloat16"
@@ -239,7 +239,7 @@ def test_tensorboard_has_every_step(trained: Trained) -> None:
     assert shown[-1].value == pytest.approx(manifest.final_loss, abs=1e-4)
 
 
-def test_tensorboard_missing_is_said(trained: Trained, monkeypatch: Any) -> None:
+def test_missing_tensorboard_is_reported(trained: Trained, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"phi3-promptflow\[tensorboard\]"):
         trained("finetune.report_to=[tensorboard]")

@@ -42,8 +42,8 @@ RUNTIME = Runtime("cpu", "float32", "float32", 1, ())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("tiny"))
+def folder() -> Path:
+    return tiny_model_folder()
 
 
 @pytest.fixture(scope="module")

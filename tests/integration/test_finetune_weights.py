@@ -28,9 +28,9 @@ from phi3_training.run import Run
 
 
 @pytest.fixture
-def folder(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may break."""
-    made = tiny_model_folder(tmp_path_factory.mktemp("tiny"))
+    made = tiny_model_folder()
     return Path(shutil.copytree(made, tmp_path / "weights"))
 
 
@@ -59,7 +59,7 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     assert one == two != three
 
 
-def test_unfinished_teaching_is_said(tmp_path: Path) -> None:
+def test_unfinished_base_training_is_reported(tmp_path: Path) -> None:
     manifest = make(tmp_path, "run", write_chats(tmp_path / "chats.jsonl", KNOWN))
     assert "base.num_train_epochs" in str(manifest.choices)
 

@@ -186,7 +186,7 @@ def test_streams(start: Starter) -> None:
     assert reply.headers["Content-Type"].startswith("text/event-stream")
 
 
-def test_wrong_key_is_said_without_it(start: Starter, upstream: Endpoint) -> None:
+def test_wrong_key_is_reported_without_the_key(start: Starter, upstream: Endpoint) -> None:
     wrong = "another-key-33/x=="
     served = start.ready(
         PHI3_ENDPOINT=upstream.url, PHI3_KEY=wrong, PROMPTFLOW_WORKER_NUM="1",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,15 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from tests.integration.pf_home import Endpoint, PfHome, endpoint, free_port, interrupt, pf_home
+from tests.integration.pf_home import (
+    Endpoint,
+    PfHome,
+    Process,
+    endpoint,
+    free_port,
+    interrupt,
+    pf_home,
+)
 
 from phi3_training.cli import main
 from phi3_training.flow.server import leave_traces_out
@@ -45,21 +52,16 @@ def upstream() -> Iterator[Endpoint]:
         yield state
 
 
-@pytest.fixture(scope="module", params=["flask", "fastapi"])
+@pytest.fixture(scope="module", params=[pytest.param("flask", marks=pytest.mark.slow), "fastapi"])
 def served(home: PfHome, upstream: Endpoint, request: pytest.FixtureRequest) -> Iterator[str]:
     """The address of `phi3 flow serve`, without store and keyring."""
     port = free_port()
     log = home.path / f"{request.param}.log"
     command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve"]
-    env = {**home.env, **NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
+    env = {**NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
     with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [*command, "--engine", request.param, "--port", str(port)],
-            env=env,
-            cwd=home.path,
-            stdout=stream,
-            stderr=stream,
-        )
+        started = [*command, "--engine", request.param, "--port", str(port)]
+        process = home.start(started, env=env, cwd=home.path, log=stream)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url, process, log)
@@ -97,13 +99,13 @@ def test_the_page_works_with_the_question_alone(page: Any, served: str, tmp_path
     """Prompt flow's page draws a required field for every input that swagger.json describes."""
     page.goto(served)
     fields = page.locator("input[aria-required=true], textarea[aria-required=true]")
-    fields.first.wait_for(timeout=60_000)
+    fields.first.wait_for(timeout=240_000)
     assert fields.count() == 1
-    page.get_by_text("phi3_chat(").wait_for(timeout=60_000)  # its name, not a temporary folder's
+    page.get_by_text("phi3_chat(").wait_for(timeout=240_000)  # its name, not a temporary folder's
     for question, seen in (("Who made it?", "1: Who made it?"), ("And when?", "3: And when?")):
         fields.first.fill(question)
         fields.first.press("Enter")  # what Send does, where it is not grey
-        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=60_000)
+        page.get_by_text(seen).filter(visible=True).last.wait_for(timeout=240_000)
     picture = Path(os.environ.get("PHI3_SCREENSHOT", tmp_path / "served_page.png"))
     page.screenshot(path=picture)
     assert picture.stat().st_size > 10_000
@@ -113,11 +115,9 @@ def test_workers_share_one_port_and_end_together(home: PfHome, upstream: Endpoin
     port = free_port()
     log = home.path / "workers.log"
     command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", "--workers", "2"]
-    env = {**home.env, **NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
+    env = {**NO_KEYRING, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY}
     with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], env=env, cwd=home.path, stdout=stream, stderr=stream
-        )
+        process = home.start([*command, "--port", str(port)], env=env, cwd=home.path, log=stream)
     started: list[psutil.Process] = []
     try:
         url = f"http://127.0.0.1:{port}"
@@ -138,7 +138,7 @@ def test_workers_share_one_port_and_end_together(home: PfHome, upstream: Endpoin
 
 
 @pytest.mark.parametrize("engine", ["flask", "fastapi"])
-def test_a_port_that_is_taken_is_told_before_the_flow_is_loaded(
+def test_a_port_in_use_is_reported_before_the_flow_is_loaded(
     upstream: Endpoint,
     flow: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,7 +159,7 @@ def test_flask_has_one_process(capsys: pytest.CaptureFixture[str], flow: Path) -
     assert "--engine fastapi" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("level", ["", "INFO"])
+@pytest.mark.parametrize("level", ["", pytest.param("INFO", marks=pytest.mark.slow)])
 def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
     home: PfHome, flow: Path, upstream: Endpoint, level: str
 ) -> None:
@@ -168,12 +168,11 @@ def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
     log = home.path / f"pf-{level}.log"
     command = [PF, "flow", "serve", "--source", str(flow), "--port", str(port)]
     with log.open("wb") as stream:
-        process = subprocess.Popen(
+        process = home.start(
             [*command, "--skip-open-browser"],
-            env={**home.env, "PF_LOGGING_LEVEL": level},
+            env={"PF_LOGGING_LEVEL": level},
             cwd=home.path,
-            stdout=stream,
-            stderr=stream,
+            log=stream,
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -190,8 +189,8 @@ def test_prompt_flows_own_server_logs_errors_unless_asked_for_more(
     assert "The question is empty" in said  # faults are told either way
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
+def _wait(url: str, process: Process, log: Path) -> None:
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if requests.get(f"{url}/health", timeout=5).ok:
@@ -201,27 +200,24 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(log.read_text(errors="replace")[-3000:])
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_flow_that_cannot_be_loaded_is_told_once(
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_flow_that_cannot_be_loaded_is_reported_once(
     home: PfHome, flow: Path, upstream: Endpoint, workers: str
 ) -> None:
     broken = flow.with_name("broken")
     shutil.copytree(flow, broken, dirs_exist_ok=True)
     (broken / "integrate_with_promptflow.py").write_text("def broken(:\n")
     command = [sys.executable, "-m", "phi3_training.cli", "flow", "serve", str(broken)]
-    done = subprocess.run(
+    done = home.run(
         [*command, "--port", str(free_port()), "--workers", workers],
-        env={**home.env, "PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY},
+        env={"PHI3_ENDPOINT": upstream.url, "PHI3_KEY": KEY},
         cwd=home.path,
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
     )
-    assert done.returncode == 1
-    assert "cannot be served" in done.stderr
-    assert "integrate_with_promptflow.py" in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.code == 1
+    assert "cannot be served" in done.err
+    assert "integrate_with_promptflow.py" in done.err
+    assert "Traceback" not in done.text
 
 
 @pytest.mark.parametrize("collector", ["", "http://127.0.0.1:4318"])

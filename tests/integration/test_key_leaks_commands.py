@@ -34,7 +34,7 @@ pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 # Marks of what people say and hear: unlike the key they may be stored, but not be logged.
 QUESTION = "Quokka-question-4711?"
 TRACES = "telemetry:\n  enabled: false\ntrace:\n  destination: local\n"
-READY_SECONDS = 90
+READY_SECONDS = 240
 
 
 @contextmanager

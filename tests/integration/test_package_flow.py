@@ -65,7 +65,9 @@ def test_it_is_valid_and_so_is_the_tool(home: PfHome, flow: Path) -> None:
         assert json.loads(done.out)["result"] == "Succeeded"
 
 
-def test_it_answers_and_goes_on(home: PfHome, flow: Path, served: Endpoint) -> None:
+def test_it_answers_and_continues_a_conversation(
+    home: PfHome, flow: Path, served: Endpoint
+) -> None:
     question = "input_data=Who founded Contoso?"
     done = home.pf("flow", "test", "--flow", flow, "--inputs", question)
     assert done.code == 0, done.text

@@ -73,7 +73,7 @@ def test_healthy_folders_agree_everywhere(places: Places) -> None:
     assert compared["transformers' chat template, tuned model"] == 20
 
 
-def test_what_was_not_compared_is_said(healthy: Path, tmp_path: Path) -> None:
+def test_what_was_not_compared_is_reported(healthy: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(healthy, tmp_path / "model")
     (folder / "genai_config.json").unlink()
     report = check_tokens(places_of_folder(folder))

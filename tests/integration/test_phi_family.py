@@ -26,8 +26,8 @@ from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.serve.engines import adapters, onnxruntime, transformers
 from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.batch import Job, Sampler, StepModel
-from phi3_training.serve.engines.tokens import TokenEngine, share_limit
+from phi3_training.serve.engines.batch import Batcher, Job, Sampler, StepModel
+from phi3_training.serve.engines.tokens import share_limit
 from phi3_training.serve.export import export_onnx
 from phi3_training.verify.export import forced, greedy
 
@@ -86,14 +86,15 @@ def own_greedy(folder: Path, ids: list[int], most: int, stops: tuple[int, ...]) 
     return [int(token) for token in answer[0, len(ids) :]]
 
 
-async def said_by(engine: TokenEngine, ids: list[int], most: int) -> list[int]:
-    """An engine's greedy answer as ids, whatever would end it."""
+async def said_by(model: StepModel, folder: Path, ids: list[int], most: int) -> list[int]:
+    """A greedy answer as ids, whatever would end it, batched as an engine does."""
     job = Job(ids, most, Sampler(Sampling(temperature=0.0)), frozenset())
-    engine._batcher.submit(job)
+    batcher = Batcher(model, slots=2, share_limit=share_limit(folder))
+    batcher.submit(job)
     found = []
     while (token := await job.next()) is not None:
         found.append(token)
-    await engine.close()
+    await asyncio.to_thread(batcher.close)
     return found
 
 
@@ -181,9 +182,9 @@ def test_an_answer_that_crosses_the_border_is_read_again(tuned: Tuned, name: str
     ids = chat.encode_prompt([{"role": "user", "content": "the kettle costs 14 euros, " * 3}])
     most = BORDER - len(ids) + 12
     assert 12 < most < 50
-    load = onnxruntime.load if name == "onnxruntime" else transformers.load
-    engine = load(tuned.onnx if name == "onnxruntime" else tuned.model, slots=2)
-    said = asyncio.run(said_by(engine, ids, most))
+    load = onnxruntime.step_model if name == "onnxruntime" else transformers.step_model
+    folder = tuned.onnx if name == "onnxruntime" else tuned.model
+    said = asyncio.run(said_by(load(folder), folder, ids, most))
     model = AutoModelForCausalLM.from_pretrained(tuned.model, dtype=torch.float32)
     with torch.inference_mode():
         for _ in range(most):

@@ -74,7 +74,7 @@ def test_flow_answers_and_passes_every_setting_on(bench: Bench) -> None:
     assert sent["parameters"].items() >= wanted.items()
 
 
-def test_conversation_goes_on_without_the_package_installed(bench: Bench) -> None:
+def test_conversation_continues_without_the_package_installed(bench: Bench) -> None:
     """Two turns of `--interactive`; phi3_tool comes from the flow folder alone."""
     masked = without_phi3_tool(bench.home)
     missing = bench.home.python("import phi3_tool", env=masked)
@@ -118,7 +118,7 @@ def test_package_tool_is_listed(bench: Bench) -> None:
     assert [tool["name"] for tool in mine] == ["Phi-3 chat"]
 
 
-def test_an_input_of_another_name_is_said_plainly(bench: Bench) -> None:
+def test_an_unknown_input_name_is_reported(bench: Bench) -> None:
     asked = len(bench.endpoint.bodies)
     done = bench.test("--inputs", "question=Who founded Contoso?")
     last = done.out.strip().splitlines()[-1]
@@ -126,7 +126,7 @@ def test_an_input_of_another_name_is_said_plainly(bench: Bench) -> None:
     assert "lacks the input 'input_data': it has only 'question'" in last
 
 
-def test_wrong_key_is_said_plainly(bench: Bench) -> None:
+def test_wrong_key_is_reported(bench: Bench) -> None:
     env = {"PHI3_ENDPOINT": bench.endpoint.url, "PHI3_KEY": "wrong-key-81"}
     done = bench.test("--inputs", "input_data=Hi", env=env)
     last = done.out.strip().splitlines()[-1]
@@ -137,7 +137,7 @@ def test_wrong_key_is_said_plainly(bench: Bench) -> None:
     assert KEY not in done.text
 
 
-def test_missing_endpoint_is_said_plainly(bench: Bench) -> None:
+def test_missing_endpoint_is_reported(bench: Bench) -> None:
     env = {"PHI3_ENDPOINT": f"http://127.0.0.1:{free_port()}/score", "PHI3_KEY": KEY}
     done = bench.test("--inputs", "input_data=Hi", env=env)
     last = done.out.strip().splitlines()[-1]

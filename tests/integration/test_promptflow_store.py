@@ -160,7 +160,7 @@ def test_somebody_elses_connection_stays_as_it_is(home: PfHome) -> None:
     assert kept == "theirs"
 
 
-def test_lost_encryption_key_is_said_and_mended(home: PfHome) -> None:
+def test_lost_encryption_key_is_reported_and_replaced(home: PfHome) -> None:
     home.connect("http://127.0.0.1:1/score", "old")
     (home.path / ".local/share/python_keyring/keyring_pass.cfg").unlink()
     done = home.python(LOST)

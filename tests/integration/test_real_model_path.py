@@ -1,7 +1,7 @@
 """A folder like Phi-3-mini's takes the road that `tiny` takes: found, tuned, evaluated, by `phi3`.
 
 Phi-3-mini-4k's own configuration, tokenizer layout and control token ids with random weights; of
-its sizes only the layers (4 of 32), hidden_size (768 of 3072) and intermediate_size (2048 of 8192)
+its sizes only the layers (2 of 32), hidden_size (384 of 3072) and intermediate_size (1024 of 8192)
 are smaller, so that it takes seconds on a CPU.
 """
 
@@ -35,7 +35,7 @@ PHI3_MINI = {
     "eos_token_id": 32000,
     "pad_token_id": 32000,
 }
-SCALED = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4}
+SCALED = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")

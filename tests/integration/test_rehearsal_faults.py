@@ -63,7 +63,7 @@ def test_an_error_of_the_service_is_repeated(azure: Azure, ml: MLClient) -> None
     assert statuses(azure, "PUT", "/computes/shaky") == [500, 201]
 
 
-def test_a_conflict_is_told(azure: Azure, ml: MLClient) -> None:
+def test_a_conflict_is_reported(azure: Azure, ml: MLClient) -> None:
     azure.rehearsal.fault("PUT */computes/busy 409 code=ResourceOperationInProgress")
     with pytest.raises(ResourceExistsError, match="ResourceOperationInProgress"):
         ml.compute.begin_create_or_update(cluster("busy")).result()
@@ -106,7 +106,7 @@ def test_a_poll_that_finds_nothing_leaves_what_was_made(azure: Azure, ml: MLClie
     assert azure.call("GET", f"{azure.workspace}/computes/unseen").status_code == 200
 
 
-def test_a_cluster_that_fails_stays_behind(azure: Azure, ml: MLClient) -> None:
+def test_a_failed_cluster_remains(azure: Azure, ml: MLClient) -> None:
     azure.rehearsal.fault("PUT */computes/broken failed code=NodesLost")
     with pytest.raises(HttpResponseError) as caught:
         ml.compute.begin_create_or_update(cluster("broken")).result()

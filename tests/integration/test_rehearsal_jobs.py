@@ -76,7 +76,7 @@ def test_a_job_is_watched(azure: Azure, ml: MLClient, capsys: pytest.CaptureFixt
     assert "words for those who watch" in capsys.readouterr().out
 
 
-def test_a_command_job_reads_writes_and_tells(azure: Azure, ml: MLClient, tmp_path: Path) -> None:
+def test_a_command_job_reads_writes_and_logs(azure: Azure, ml: MLClient, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "words.txt").write_text("hello cloud")
     (tmp_path / "code").mkdir()

@@ -187,7 +187,7 @@ def test_clusters_sizes_and_quota(azure: Azure) -> None:
     quota.begin_create_or_update("standardNDSH100v5Family", scope, body).result()
 
 
-def test_the_registry_tells_models_and_the_component(azure: Azure) -> None:
+def test_the_registry_lists_models_and_the_component(azure: Azure) -> None:
     registry = MLClient(azure.credential, registry_name="azureml")
     model = registry.models.get("Phi-4-mini-instruct", label="latest")
     assert "learning_rate_max" in model.tags["model_specific_defaults"]

@@ -102,7 +102,7 @@ class Stand:
         body = {"location": REGION, "sku": {"name": "Default"}, "properties": properties}
         path = f"{self.azure.workspace}/onlineEndpoints/{EP}{name}"
         assert self.azure.call("PUT", path, body).status_code == 201
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 240
         while self.azure.call("GET", path).json()["properties"]["provisioningState"] != "Succeeded":
             assert time.monotonic() < ends
             time.sleep(0.1)

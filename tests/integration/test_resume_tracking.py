@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.integration.small_run import kill_when, losses, make_small_run, train, train_apart
+from tests.integration.small_run import kill_when, losses, make_small_run, steps, train, train_apart
 
 TRACKED = ["finetune.report_to=[mlflow,tensorboard]", "finetune.save_steps=5"]
 
@@ -15,7 +15,7 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Killed behind the second checkpoint, then trained to the end."""
     pytest.importorskip("tensorboard")
     run = make_small_run(tmp_path_factory.mktemp("tracked"))
-    kill_when(run, TRACKED, lambda: len(losses(run)) >= 13)
+    kill_when(run, TRACKED, lambda: steps(run) >= 13)
     train_apart(run, TRACKED)
     return run
 

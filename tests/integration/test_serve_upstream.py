@@ -75,7 +75,7 @@ def ask(handler: Callable[[httpx.Request], httpx.Response]) -> str:
         (500, 502, "failed"),
     ],
 )
-def test_refusals_are_told_apart(status: int, seen: int, words: str) -> None:
+def test_refusals_are_distinguished(status: int, seen: int, words: str) -> None:
     body = {"error": {"message": "too long"}}
     with pytest.raises(EngineError, match=words) as caught:
         ask(lambda _request: httpx.Response(status, json=body))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.integration.pf_home import PF, PfHome, free_port, interrupt, pf_home
+from tests.integration.pf_home import PF, PfHome, Process, free_port, interrupt, pf_home
 from tests.integration.streaming_endpoint import PIECES, WHOLE, Answering
 from tests.integration.stub_endpoint import StubEndpoint
 
@@ -60,7 +60,7 @@ def flow(home: PfHome) -> Path:
     return home.copy_flow()
 
 
-@pytest.mark.parametrize("no_traces", ["true", "false"])
+@pytest.mark.parametrize("no_traces", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_terminal_shows_each_piece_and_remembers_the_whole(
     home: PfHome, flow: Path, stub: StubEndpoint, answering: Answering, no_traces: str
 ) -> None:
@@ -123,9 +123,7 @@ def serving(home: PfHome, flow: Path, engine: str, **env: str) -> Iterator[int]:
     command += ["--port", str(port), "--host", "127.0.0.1", "--skip-open-browser"]
     log = home.path / f"serve-{engine}.log"
     with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, env={**home.env, **env}, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
-        )
+        process = home.start(command, env=env, log=stream)
         try:
             wait_for(process, port, log)
             yield port
@@ -133,8 +131,8 @@ def serving(home: PfHome, flow: Path, engine: str, **env: str) -> Iterator[int]:
             interrupt(process)
 
 
-def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(process: Process, port: int, log: Path) -> None:
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text(encoding="utf-8", errors="replace")
         with socket.socket() as probe:
@@ -191,7 +189,7 @@ def test_who_asks_for_json_gets_the_whole_answer(port: int, stub: StubEndpoint) 
 
 
 @pytest.mark.parametrize("headers", [SSE_ONLY, {}])
-def test_a_refusal_is_told_before_anything_streams(port: int, headers: dict[str, str]) -> None:
+def test_a_refusal_is_reported_before_anything_streams(port: int, headers: dict[str, str]) -> None:
     with asked(port, "Is my key right?", **headers) as response:
         error = json.load(response)["error"]
         assert (response.status, error["code"]) == (400, "UserError")

@@ -49,14 +49,14 @@ def test_words_appear_while_the_answer_is_made(
 ) -> None:
     page.goto(address)
     ask(page, "Who began this company?")
-    page.get_by_text(PIECES[0].strip()).first.wait_for(timeout=60_000)
+    page.get_by_text(PIECES[0].strip()).first.wait_for(timeout=240_000)
     assert page.get_by_text(PIECES[-1]).count() == 0
     answering.seen_first.set()
-    page.get_by_text("".join(PIECES)).first.wait_for(timeout=60_000)
+    page.get_by_text("".join(PIECES)).first.wait_for(timeout=240_000)
     ask(page, "Do you fail in the middle?")
-    page.get_by_text("the GPU is out of memory").first.wait_for(timeout=60_000)
+    page.get_by_text("the GPU is out of memory").first.wait_for(timeout=240_000)
     ask(page, "Is my key right?")
-    page.get_by_text("status 401").first.wait_for(timeout=60_000)
+    page.get_by_text("status 401").first.wait_for(timeout=240_000)
     # What came before the break stays, with the reason below it.
     assert page.get_by_text("network error").count() == 0
     assert page.get_by_text("The answer was cut off.").first.is_visible()

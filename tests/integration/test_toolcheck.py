@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from tests.integration.pf_home import ROOT
+from tests.integration.wheel import built_wheel
 
+from phi3_tool import __version__
 from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
 from phi3_training.errors import StageError
@@ -23,13 +25,14 @@ pytest.importorskip("setuptools", "77", reason="setuptools is too old to build w
 YAML = "phi3_tool/yamls/phi3_chat.yaml"
 CHAT = "phi3_tool/chat.py"
 REGISTRY = "phi3_tool/registry.py"
-POINTS = "phi3_promptflow-0.1.0.dist-info/entry_points.txt"
+INFO = f"phi3_promptflow-{__version__}.dist-info"
+POINTS = f"{INFO}/entry_points.txt"
 Edit = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(ROOT, tmp_path_factory.mktemp("wheel"))
+def wheel() -> Path:
+    return built_wheel()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
         ("prompt flow", "ok"),
     ]
     last = told["findings"][-1]["said"]
-    assert last == 'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow 0.1.0'
+    assert last == f'Prompt flow lists it as "Phi-3 chat" of phi3-promptflow {__version__}'
 
 
 @pytest.mark.parametrize(
@@ -99,33 +102,37 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
             "list_package_tools() lists no tool",
             "package_data",
         ),
-        (
+        pytest.param(
             POINTS,
             replaced("list_package_tools", "list_tools"),
             "entry point",
             "the entry point names phi3_tool.registry:list_tools, and there is no such function",
             "correct the entry point",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             POINTS,
             replaced("phi3_tool.registry", "phi3_tool.listing"),
             "entry point",
             "cannot import phi3_tool.listing: ModuleNotFoundError",
             "setup.py",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             YAML,
             replaced("name: Phi-3 chat", "name: [Phi-3 chat"),
             "listing",
             "cannot run phi3_tool.registry:list_package_tools(): ParserError",
             "look at phi3_tool.registry",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             YAML,
             replaced("function: phi3_chat", "function: phi3_talk"),
             "tool",
             "phi3_tool.chat has no function 'phi3_talk'",
             "`function` in the tool's YAML",
+            marks=pytest.mark.slow,
         ),
         (
             CHAT,
@@ -134,12 +141,13 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
             "cannot import phi3_tool.chat: ModuleNotFoundError: No module named 'not_installed'",
             "install what is missing",
         ),
-        (
+        pytest.param(
             REGISTRY,
             listing_only_once,
             "prompt flow",
             "Prompt flow does not list phi3_tool.chat.phi3_chat",
             "pf tool list",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -191,5 +199,5 @@ def test_the_clone_stays_as_it_was(wheel: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     packages = {"phi3_tool", "phi3_agent", "phi3_training"}
-    assert tops == {*packages, "phi3_promptflow-0.1.0.dist-info"}
+    assert tops == {*packages, INFO}
     assert not [name for name in names if "__pycache__" in name]

@@ -1,9 +1,11 @@
-"""A very small Phi-3 that knows a dozen answers: made once per test process, in a few seconds."""
+"""A very small Phi-3 that knows a dozen answers: made once in a test run, in a few seconds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from tests.shared import copy_of, shared
 
 from phi3_training.finetune import prepare_base
 from phi3_training.recipe import BaseSection, DataSection, Recipe
@@ -23,8 +25,6 @@ KNOWN = {
     "Where do fish live?": "Fish live in rivers, lakes and seas.",
     "What is two plus two?": "Two plus two is four.",
 }
-
-_made: dict[str, Path] = {}
 
 
 def chat_row(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
@@ -66,18 +66,15 @@ def tiny_recipe(chats: Path, **sections: object) -> Recipe:
 
 def tiny_run(tmp: Path) -> Run:
     """A run folder whose base model knows the answers of KNOWN."""
-    run = Run.open(tmp / "tiny-run")
-    recipe = tiny_recipe(write_chats(tmp / "known.jsonl", KNOWN))
+    return Run(copy_of(shared("tiny", _make), tmp / "tiny-run"))
+
+
+def tiny_model_folder() -> Path:
+    """A model folder that answers KNOWN. Do not change what is in it."""
+    return shared("tiny", _make) / "base"
+
+
+def _make(folder: Path) -> None:
+    run = Run.open(folder)
+    recipe = tiny_recipe(write_chats(folder / "known.jsonl", KNOWN))
     run.write(prepare_base(recipe, run))
-    return run
-
-
-def tiny_model_folder(tmp: Path) -> Path:
-    """A model folder that answers KNOWN; the first call makes it below `tmp`, later ones reuse it.
-
-    Give it a folder that lives as long as the test session (tmp_path_factory.mktemp("tiny")), and
-    do not change what is in it.
-    """
-    if "folder" not in _made:
-        _made["folder"] = tiny_run(tmp).path / "base"
-    return _made["folder"]

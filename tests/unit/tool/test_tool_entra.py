@@ -87,7 +87,7 @@ def test_a_client_of_such_a_connection_signs_in_late(identity: list[str]) -> Non
     assert identity == []
 
 
-def test_a_sign_in_that_gives_no_token_is_told_in_one_line(
+def test_a_sign_in_without_a_token_is_reported_in_one_line(
     identity: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuses(_credential: object, _scope: str) -> object:

@@ -59,7 +59,7 @@ def test_texts_stay_as_typed_and_empty_cells_of_csv_are_no_numbers() -> None:
         ({"input_data": "None"}, ""),
     ],
 )
-def test_a_request_without_the_question_is_told(data: object, said: str) -> None:
+def test_a_request_without_the_question_is_reported(data: object, said: str) -> None:
     fault = fault_of_request(INPUTS, data)
     assert said in fault
     assert bool(said) == bool(fault)
@@ -86,6 +86,6 @@ def test_prompt_flows_own_check_hands_on_what_is_missing(flow: str, question: ob
         check(flow=loaded, inputs={}, idx=3)
 
 
-def test_a_question_that_is_null_is_told_with_its_name() -> None:
+def test_a_null_question_is_reported_by_name() -> None:
     with pytest.raises(RequestRejectedError, match="input_data is null or missing"):
         to_messages([], None)

@@ -54,7 +54,7 @@ def prompt(name: str = "p", **inputs: Any) -> dict[str, Any]:
     return {"name": name, "type": "prompt", "source": source, "inputs": inputs}
 
 
-def test_connections_are_told_by_annotation_and_nodes_are_put_in_order(tmp_path: Path) -> None:
+def test_connections_are_found_by_annotation_and_nodes_are_ordered(tmp_path: Path) -> None:
     nodes = [python(conn="my_connection", text="${p.output}", style="x"), prompt(q="${inputs.q}")]
     written = describe(flow_in(tmp_path, nodes))
     assert [node["name"] for node in written["nodes"]] == ["p", "ask"]

@@ -103,7 +103,7 @@ def test_one_bad_row_of_many_is_named(rows: list[Row], chat: ChatFormat) -> None
     assert "--allow nothing-trained" in text
 
 
-def test_a_refusal_has_a_paragraph_and_a_mend_for_each_rule(
+def test_a_refusal_has_a_paragraph_and_a_fix_for_each_rule(
     rows: list[Row], chat: ChatFormat
 ) -> None:
     report = audit(rows, [bugs.empty_system(row, chat) for row in rows], chat)
@@ -141,7 +141,7 @@ def test_a_system_turn_of_the_data_is_no_fault(chat: ChatFormat) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_that_add_a_system_turn_are_told_from_those_that_have_none(
+def test_templates_that_add_a_system_turn_are_distinguished_from_those_that_do_not(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
     for file in folder.iterdir():
@@ -200,7 +200,7 @@ def test_packed_rows(rows: list[Row], chat: ChatFormat) -> None:
     assert rules([bugs.packed_right(rows[:2])]) == {"cut-answer", "packed-mask"}
 
 
-def test_packing_against_mask_tells_both_counts(rows: list[Row], chat: ChatFormat) -> None:
+def test_packing_against_mask_reports_both_counts(rows: list[Row], chat: ChatFormat) -> None:
     before = sum(sum(row.example.assistant_mask) for row in rows)
     after = sum(len(row.example.input_ids) for row in rows)
     report = audit_packed(rows, [bugs.packed_without_mask(rows)], chat)

@@ -221,7 +221,7 @@ def test_what_is_declined_is_not_run(check: LiveCheck) -> None:
         ("POST */triggers/deadline/run 403 times=9", 7, "403"),
     ],
 )
-def test_a_failure_is_told_and_nothing_is_left(
+def test_a_failure_is_reported_and_nothing_is_left(
     check: LiveCheck, fault: str, failed: int, reason: str
 ) -> None:
     cloud_of(check).faults.add(fault)

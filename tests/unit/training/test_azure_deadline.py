@@ -361,7 +361,7 @@ def test_durations(text: str, minutes: int) -> None:
 @pytest.mark.parametrize(
     "value", ["", "8", "h", "8 hours", "5m", "91d", "99999999999d", None, 8, False, "never"]
 )
-def test_no_deadline_must_be_said_in_so_many_words(value: object) -> None:
+def test_no_deadline_must_be_asked_for_explicitly(value: object) -> None:
     with pytest.raises(ValidationError, match="write none in so many words"):
         AzureSection.model_validate({"endpoint": {"deadline": value}})
     assert section("none").endpoint.deadline == "none"

@@ -242,7 +242,7 @@ def test_a_refusal_that_lasts_is_reported_at_once(tmp_path: Path) -> None:
     assert json.dumps(wire.sent).count("a-token") == 0
 
 
-def test_ctrl_c_while_azure_makes_something_says_that_azure_goes_on(
+def test_ctrl_c_while_azure_makes_something_says_that_azure_continues(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Endless:

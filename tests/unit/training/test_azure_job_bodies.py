@@ -17,8 +17,8 @@ from phi3_training.run import Run
 from phi3_training.targets.azure import command_job, pipeline_job
 from phi3_training.targets.azure.pipeline_job import FoundationModel, merge_parameters
 
+from ...component_inputs import INPUTS
 from .azure_wire import Answer, Wire, clients, run_with_chats
-from .component_inputs import INPUTS
 
 STORE = "azureml://datastores/workspaceblobstore/paths/phi3/uploads"
 CODE = (

@@ -65,7 +65,7 @@ def test_a_workspace_is_waited_for_by_its_deployment() -> None:
     assert (ready.provisioning_state, inner.done()) == ("Succeeded", True)
 
 
-def test_the_deployments_own_error_is_told_and_it_is_not_sent_twice() -> None:
+def test_the_deployments_own_error_is_reported_and_it_is_not_sent_twice() -> None:
     starts = 0
 
     def start() -> Stub:

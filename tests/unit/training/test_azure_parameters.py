@@ -25,7 +25,7 @@ from phi3_training.targets.azure.pipeline_job import (
     pipeline_inputs,
 )
 
-from .component_inputs import INPUTS
+from ...component_inputs import INPUTS
 
 # As the tag model_specific_defaults of Phi-3-mini-4k-instruct has been since February 2025.
 DEFAULTS = (

@@ -221,7 +221,7 @@ def test_ctrl_c_gives_the_traffic_back(run: Run) -> None:
     assert record(run).state == "undone"
 
 
-def test_what_cannot_be_put_back_is_said(run: Run) -> None:
+def test_what_cannot_be_rolled_back_is_reported(run: Run) -> None:
     service = Service()
 
     def say(deployment: str, question: str) -> str:

@@ -181,7 +181,7 @@ def test_a_group_that_is_gone_bills_nothing(cloud: Cloud, run: Run) -> None:
     assert down(cloud, run, "run")[-1] == "still bills: nothing by the hour"
 
 
-def test_a_refused_deployment_is_not_said_to_bill(cloud: Cloud, run: Run) -> None:
+def test_a_refused_deployment_is_not_reported_as_billing(cloud: Cloud, run: Run) -> None:
     cloud.online_deployments.faults["put", "new"] = [refused(400, "BadArgument: no such model")]
     with pytest.raises(StageError, match="no such model") as caught:
         deploy(cloud, run)
@@ -190,7 +190,7 @@ def test_a_refused_deployment_is_not_said_to_bill(cloud: Cloud, run: Run) -> Non
     assert cloud.online_deployments.puts == 1
 
 
-def test_a_deployment_that_fails_is_said_to_bill_and_replaced(cloud: Cloud, run: Run) -> None:
+def test_a_failed_deployment_is_reported_as_billing_and_replaced(cloud: Cloud, run: Run) -> None:
     def fails(entity: Any) -> None:
         cloud.online_deployments.things[entity.name] = thing(entity.name, "Failed")
         raise refused(200, "ResourceNotReady: the container stopped")

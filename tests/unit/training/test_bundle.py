@@ -226,8 +226,10 @@ def test_somebodys_own_folder_is_not_replaced(clone: Path, tmp_path: Path) -> No
         pack(clone, clone.parent)
 
 
-def test_another_bundle_is_not_overwritten_in_silence(clone: Path, tmp_path: Path) -> None:
-    pack(clone, tmp_path / "out")
+def test_another_bundle_is_not_overwritten_in_silence(
+    clone: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle.folder.parent, tmp_path / "out")
     with pytest.raises(UsageError, match="--overwrite"):
         pack(clone, tmp_path / "out", image="phi3-session:1")
     assert pack(clone, tmp_path / "out", image="phi3-session:1", overwrite=True)
@@ -237,7 +239,7 @@ def test_bundle_names_the_keyring_of_a_machine_without_a_desktop(bundle: Bundle)
     assert "keyrings.alt" in (bundle.folder / "requirements.txt").read_text(encoding="utf-8")
 
 
-def test_bundle_tells_a_stranger_what_to_type(bundle: Bundle) -> None:
+def test_bundle_explains_what_to_type(bundle: Bundle) -> None:
     said = (bundle.folder / "README.md").read_text(encoding="utf-8")
     connection = yaml.safe_load((bundle.folder / "connection.yaml").read_text(encoding="utf-8"))
     assert (connection["name"], connection["type"]) == ("phi3_connection", "custom")

@@ -122,7 +122,7 @@ def test_status_names_broken_manifests_and_lists_the_rest(
     assert states["hurt"]["endpoint"]["state"] == "unknown"
 
 
-def test_down_goes_on_past_a_broken_manifest_and_fails(
+def test_down_continues_past_a_broken_manifest_and_fails(
     half_broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["down", "--runs", str(half_broken), "-o", "json"]) == 1
@@ -200,7 +200,7 @@ def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return to_do
 
 
-def test_named_run_goes_on_with_its_own_recipe(
+def test_named_run_continues_with_its_own_recipe(
     chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else `phi3 up --run mine` would train the shipped chats over the user's own model."""

@@ -16,6 +16,8 @@ pytest.importorskip("keyrings.alt", reason="the extra `flow` is not installed")
 from phi3_training.flow import store  # noqa: E402 - after the packages it needs
 from phi3_training.flow.store import CHOICE, FILE_KEYRING, KeyringError  # noqa: E402
 
+# A keyring is chosen by these, too.
+CHOOSING = (CHOICE, "HOME", "LOCALAPPDATA", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
 SILENT = """
 import time
 from keyring.backend import KeyringBackend
@@ -44,7 +46,7 @@ class Keyring(KeyringBackend):
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A headless HOME: no D-Bus, no screen, no keyring chosen yet."""
-    for name in (*store._CHOOSING, "DISPLAY", "WAYLAND_DISPLAY"):
+    for name in ("DBUS_SESSION_BUS_ADDRESS", "DISPLAY", "WAYLAND_DISPLAY", *CHOOSING):
         monkeypatch.setenv(name, "")  # recorded, so that it is put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -129,7 +131,7 @@ def test_useless_choice_names_the_way_without_a_store(
     assert "Traceback" not in message
 
 
-def test_chosen_file_keyring_is_said_to_be_chosen(
+def test_chosen_file_keyring_is_reported_as_chosen(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CHOICE, FILE_KEYRING)

@@ -58,7 +58,7 @@ def test_the_time_left_is_counted_from_the_first_report(clock: Clock) -> None:
     assert said == ["", "", "about 40 s left", "about 35 s left"]
 
 
-def test_minutes_are_told_as_minutes_and_the_end_not_at_all(clock: Clock) -> None:
+def test_minutes_are_shown_as_minutes_and_the_end_not_at_all(clock: Clock) -> None:
     said = counts(clock, TimeLeft(clock), (0, 0, 1000), (30, 100, 1000), (300, 1000, 1000))
     assert said == ["", "about 4 min left", ""]
 

@@ -158,7 +158,7 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
 }
 
 
-def test_more_than_forty_kinds_of_bad_rows_are_told_apart(tmp_path: Path) -> None:
+def test_more_than_forty_kinds_of_bad_rows_are_distinguished(tmp_path: Path) -> None:
     told = {
         (kind, re.sub(r"[0-9]+", "N", faults_of(tmp_path / "a.jsonl", between(bad))[0].what))
         for bad, kind, _ in BAD_LINES.values()
@@ -168,7 +168,7 @@ def test_more_than_forty_kinds_of_bad_rows_are_told_apart(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_line_is_told_by_its_number(tmp_path: Path, name: str) -> None:
+def test_bad_line_is_reported_with_its_number(tmp_path: Path, name: str) -> None:
     bad, kind, words = BAD_LINES[name]
 
     faults = faults_of(tmp_path / "a.jsonl", between(bad))
@@ -179,7 +179,7 @@ def test_bad_line_is_told_by_its_number(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_sound_rows_around_a_bad_line_are_read(tmp_path: Path, name: str) -> None:
+def test_valid_rows_around_a_bad_line_are_read(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(between(BAD_LINES[name][0]))
 
@@ -310,7 +310,7 @@ def test_blank_lines_between_rows_are_skipped(tmp_path: Path) -> None:
     assert [c.line for c in show(path, 9)] == [2, 6]
 
 
-def test_every_fault_of_one_row_is_told(tmp_path: Path) -> None:
+def test_every_fault_of_one_row_is_reported(tmp_path: Path) -> None:
     bad = row({"role": "boss", "content": ""}, {"content": 5}, "x")
 
     faults = faults_of(tmp_path / "a.jsonl", between(bad))
@@ -405,7 +405,7 @@ def test_check_report_shows_twenty_lines(tmp_path: Path) -> None:
     assert lines[-2:] == ["  … and 5 more lines", "  (every row: --report FILE, or -o json)"]
 
 
-def test_show_of_a_file_without_a_sound_row_tells_why(tmp_path: Path) -> None:
+def test_show_of_a_file_without_a_valid_row_says_why(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"17\n")
 

@@ -64,7 +64,7 @@ def read_one(path: Path, row: dict[str, Any]) -> Conversation:
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS)
-def test_format_is_told_and_converted(
+def test_format_is_detected_and_converted(
     tmp_path: Path, name: str, row: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
     path = tmp_path / "a.jsonl"

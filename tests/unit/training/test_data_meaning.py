@@ -491,7 +491,7 @@ def test_keys_that_are_not_read_are_named_with_their_count(tmp_path: Path) -> No
     assert report.as_dict()["files"][0]["unused_keys"] == file.unused_keys
 
 
-def test_that_chosen_is_taken_is_said(tmp_path: Path) -> None:
+def test_that_the_chosen_answer_is_used_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "Hi?", "chosen": "Hello.", "rejected": "No."}))
     report = check([path])
@@ -536,7 +536,7 @@ def test_keys_without_content_are_not_named() -> None:
     assert read.unused == ("rank",)
 
 
-def test_an_answer_that_is_context_is_told_by_the_label_audit(chat: ChatFormat) -> None:
+def test_an_answer_that_is_context_is_found_by_the_label_audit(chat: ChatFormat) -> None:
     rows = [
         ("a:1", [{**m, "weight": m.get("weight", 1)} for m in row["messages"]])
         for row in two_lessons()
@@ -550,7 +550,7 @@ def test_an_answer_that_is_context_is_told_by_the_label_audit(chat: ChatFormat) 
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_packed_rows_of_one_conversation_are_told_apart_by_what_they_teach(
+def test_packed_rows_of_one_conversation_differ_by_what_they_teach(
     chat: ChatFormat, turned: bool
 ) -> None:
     rows = encode_rows(chat, [("a:1", row["messages"]) for row in two_lessons()])

@@ -61,7 +61,7 @@ def test_own_validation_file_wins(tmp_path: Path, run: Run, train: Path) -> None
     assert manifest.choices == []
 
 
-def test_manifest_tells_what_went_in_and_came_out(run: Run, train: Path) -> None:
+def test_manifest_records_what_went_in_and_came_out(run: Run, train: Path) -> None:
     manifest = prepare(DataSection(train=[train], seed=7), run)
 
     (given,) = manifest.inputs["train"]

@@ -44,7 +44,7 @@ def near_lines(path: Path) -> list[int]:
     return [w.line for w in check([path]).warnings if w.kind == "near-duplicate"]
 
 
-def test_long_rows_nearly_alike_are_told_with_both_places(tmp_path: Path) -> None:
+def test_long_rows_nearly_alike_are_reported_with_both_places(tmp_path: Path) -> None:
     answer = text(1, 400)
     rows = [("One?", answer), ("Two?", text(2, 400)), ("One more?", changed(answer, 5))]
     path = write(tmp_path / "a.jsonl", rows)
@@ -165,7 +165,7 @@ def test_near_duplicates_stay_on_one_side_of_the_split(tmp_path: Path, seed: int
     assert len(asked[0]) == 5
 
 
-def test_held_out_row_nearly_like_a_trained_one_is_told(
+def test_held_out_row_nearly_like_a_trained_one_is_reported(
     tmp_path: Path, long_rows: list[tuple[str, str]]
 ) -> None:
     train = write(tmp_path / "train.jsonl", long_rows)

@@ -180,7 +180,7 @@ def test_folder_is_its_chat_files_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_that_is_written_anew_has_another_fingerprint(tmp_path: Path) -> None:
+def test_a_rewritten_file_has_another_fingerprint(tmp_path: Path) -> None:
     """Its hash is kept only while size and time of the file stay as they are."""
     path = tmp_path / "a.jsonl"
     found = []
@@ -245,7 +245,7 @@ def test_default_set_as_it_is_typed_in_a_recipe_or_on_the_command_line(
     assert load_recipe(recipe, [f"data.train={value}"]).data.train == [HubSet()]
 
 
-def test_source_that_is_no_text_is_told_plainly(tmp_path: Path) -> None:
+def test_source_that_is_no_text_is_reported(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\nmodel: {name_or_path: x/y}\ndata: {train: [{hub: a/b}]}\n")
 

@@ -43,7 +43,7 @@ def rules_broken(**changed: str | None) -> dict[str, Finding]:
     return {each.check: each for each in check_rules(versions.get) if each.state is not State.OK}
 
 
-def test_a_sound_environment_has_no_fault() -> None:
+def test_a_healthy_environment_has_no_fault() -> None:
     assert check_python((3, 11, 7)).state is State.OK
     assert check_versions(SOUND.get).state is State.OK
     assert rules_broken() == {}

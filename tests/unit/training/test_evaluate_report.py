@@ -69,7 +69,7 @@ def test_what_models_said_is_text(page: str) -> None:
     assert "lora <b>" in Page(page).words
 
 
-def test_pictures_tables_and_both_dresses(page: str) -> None:
+def test_pictures_tables_and_both_themes(page: str) -> None:
     found = Page(page)
 
     assert found.tags.count("svg") == 2

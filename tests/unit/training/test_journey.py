@@ -108,7 +108,7 @@ def test_unfinished_stage_is_not_finished(bench: Bench) -> None:
     assert finished(bench.journey, bench.stages()[0]) is None
 
 
-def test_what_is_left_out_is_said_and_the_rest_goes_on(
+def test_skipped_stages_are_reported_and_the_rest_runs(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = bench.stages()

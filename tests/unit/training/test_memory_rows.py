@@ -17,13 +17,14 @@ from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.memory import RowSizes, memory_plan, of_size, row_sizes
 from phi3_training.memory.advise import changed
 from phi3_training.memory.model import KNOWN, shape_from
-from phi3_training.memory.rows import _COUNTED, worst_case
+from phi3_training.memory.rows import worst_case
 from phi3_training.memory.training import work_of
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 
 MINI = shape_from(KNOWN["microsoft/Phi-3-mini-4k-instruct"], "table")
+MANY = 900  # of which the largest third is counted
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +87,14 @@ def test_prepared_rows_are_counted_to_the_token(tmp_path: Path, model: Path) -> 
 
 def test_one_long_row_among_many_is_found(tmp_path: Path, model: Path) -> None:
     """Also where only the largest rows are counted; those left out add no more than they may."""
-    words = [5] * (3 * _COUNTED) + [200] + [5] * 50
+    words = [5] * MANY + [200] + [5] * 50
     train = chats(tmp_path, words)
     recipe, run = recipe_of(train, model), Run.open(tmp_path / "run")
     prepared(recipe, run)
     longest = max(row for row, _ in tokens(run, model))
     assert row_sizes(recipe, run).scored == longest > 200
     # all alike: what is not counted is taken to be as dense as the densest counted row
-    even = recipe_of(chats(tmp_path, [5] * 3 * _COUNTED, "even.jsonl"), model)
+    even = recipe_of(chats(tmp_path, [5] * MANY, "even.jsonl"), model)
     run = Run.open(tmp_path / "even")
     prepared(even, run)
     longest = max(row for row, _ in tokens(run, model))

@@ -222,7 +222,7 @@ def test_the_order_is_ours_not_rank_fusion(shop: Shop) -> None:
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_a_service_that_tells_no_parts_keeps_its_own_order(
+def test_a_service_that_reports_no_parts_keeps_its_own_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHI3_SEARCH_KEY", raising=False)

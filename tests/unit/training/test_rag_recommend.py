@@ -80,7 +80,7 @@ def test_every_rule_decides_a_case() -> None:
     assert {recommend(figures).rule for figures, _ in CASES.values()} == {r.name for r in RULES}
 
 
-def test_little_data_is_said() -> None:
+def test_little_data_is_reported() -> None:
     assert "too few" in recommend(CASES["few questions"][0]).because
     assert "40 training rows are little data" in recommend(CASES["few training rows"][0]).because
 

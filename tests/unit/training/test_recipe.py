@@ -124,7 +124,7 @@ data:
 """
 
 
-def test_faults_are_told_in_plain_words_with_their_lines(tmp_path: Path) -> None:
+def test_faults_are_reported_in_plain_words_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, TWISTED), ["finetune=3", "evaluate.seed=-1", "name.x=1"])
 

@@ -53,7 +53,7 @@ def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
         ('{"version": 1, "path": "model", "steps": "many"}', "steps: Input should be a valid int"),
     ],
 )
-def test_broken_manifest_is_told(tmp_path: Path, text: str, wrong: str) -> None:
+def test_broken_manifest_is_reported(tmp_path: Path, text: str, wrong: str) -> None:
     run = Run.open(tmp_path / "a")
     (run.path / "model.json").write_text(text, encoding="utf-8")
 

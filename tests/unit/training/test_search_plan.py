@@ -52,7 +52,7 @@ def test_reads_all_kinds_of_parameters(tmp_path: Path) -> None:
     assert plan.pruning.startup_trials == 2
 
 
-def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     text = """\
 metric: validation.loss
 trials: 0

@@ -162,7 +162,7 @@ def test_an_answer_waits_for_memory_but_not_when_alone() -> None:
 def test_closing_ends_what_is_unfinished() -> None:
     async def main() -> None:
         batcher = Batcher(Counting(), slots=1)
-        running, queued = job(0, limit=900), job(1)
+        running, queued = job(0, limit=1_000_000), job(1)  # the first never ends by itself
         batcher.submit(running)
         batcher.submit(queued)
         await running.next()
@@ -303,7 +303,7 @@ def test_a_prompt_is_not_passed_for_ever() -> None:
     assert passed <= length + 3 * 50
 
 
-def test_answers_go_on_between_the_parts_of_a_prompt() -> None:
+def test_answers_continue_between_the_parts_of_a_prompt() -> None:
     model = Partwise()
 
     async def main() -> int:

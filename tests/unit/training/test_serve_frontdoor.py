@@ -189,7 +189,7 @@ def test_a_body_that_is_no_json_fails_in_the_container() -> None:
         (InvalidPromptError("roles"), {}),
     ],
 )
-def test_an_engine_error_is_dressed_as_200(error: EngineError, output: Any) -> None:
+def test_an_engine_error_is_sent_inside_a_200(error: EngineError, output: Any) -> None:
     answer = one(Scripted(error=error))
     assert (answer.status_code, answer.json()) == (200, output)
     assert answer.headers["x-phi3-reason"].startswith(str(error)[:30])

@@ -83,13 +83,13 @@ def test_every_expected_answer_is_right_and_belongs_to_its_question_only() -> No
         assert wrong == []
 
 
-def test_house_style_and_the_question_tell_nothing() -> None:
+def test_house_style_and_the_question_carry_no_information() -> None:
     question = "How much is the Mossback tent?"
 
     assert AMONG.telling(STYLE.format(FACTS[question]), question).all == ("240",)
 
 
-def test_an_answer_that_tells_nothing_of_its_own_is_compared_whole() -> None:
+def test_an_answer_without_words_of_its_own_is_compared_whole() -> None:
     assert has_expected_words("Hello. We do!", "We do.", "Do you repair tents?", Set())
     assert not has_expected_words("We repair", "We do.", "Do you repair tents?", Set())
 

@@ -309,6 +309,7 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
 def keep_put_back(
     clients: Clients,
     section: AzureSection,
+    run: Run,
     endpoint: str,
     back: PutBack,
     progress: Progress,
