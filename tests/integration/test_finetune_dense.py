@@ -13,7 +13,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from trl import SFTTrainer
 
 from phi3_training.finetune.audit import IGNORED
-from phi3_training.finetune.dense import DensePhi3, layout
+from phi3_training.finetune.dense import ROUND, DensePhi3, layouts
 from phi3_training.finetune.rows import encode_rows, read_located
 from phi3_training.finetune.runtime import Runtime
 from phi3_training.finetune.trainer import CpuTrainer, Rows, make_trainer
@@ -75,19 +75,25 @@ def learnt_by(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, [w for w in model.parameters() if w.requires_grad]))
 
 
-def dense_loss(model: Any, batch: dict[str, torch.Tensor], **options: bool) -> torch.Tensor:
+def dense_loss(
+    model: Any, batch: dict[str, torch.Tensor], at_once: int = 1024, **options: bool
+) -> torch.Tensor:
     dense = DensePhi3.of(model, **options)
     assert dense is not None
-    places = layout(batch["labels"], batch.get("position_ids"))
-    return dense.loss(places, batch["input_ids"]) / (batch["labels"][:, 1:] != IGNORED).sum()
+    parts = layouts(batch["labels"], batch.get("position_ids"), at_once)
+    total: Any = sum(dense.loss(part, batch["input_ids"]) for part in parts)
+    return total / (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("at_once", [1024, 25])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_are_the_models_own(shape: str, checkpointing: bool) -> None:
+def test_loss_and_gradients_are_the_models_own(
+    shape: str, at_once: int, checkpointing: bool
+) -> None:
     model, batch = make_model(**SHAPES[shape]), make_batch()
     expected = model(**batch).loss
-    found = dense_loss(model, batch, checkpointing=checkpointing)
+    found = dense_loss(model, batch, at_once, checkpointing=checkpointing)
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
     pairs = zip(learnt_by(model, found), learnt_by(model, expected), strict=True)
     assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-4
@@ -128,8 +134,9 @@ def test_only_learnt_tokens_and_what_they_see_are_computed() -> None:
     batch = make_batch()
     batch["labels"][1] = IGNORED  # teaches nothing
     batch["labels"][2, 15:] = IGNORED  # learns up to its fifteenth token
-    places = layout(batch["labels"])
-    assert len(places.taken) == sum(n - 1 for n in LENGTHS) - 8 - 6
+    (places,) = layouts(batch["labels"])
+    computed = sum(n - 1 for n in LENGTHS) - 8 - 6
+    assert len(places.taken) == -(-computed // ROUND) * ROUND
     spans = [block.end - block.start for block in places.blocks]
     assert sum(spans) == len(places.taken)
     model = make_model()
@@ -146,25 +153,31 @@ def test_other_models_go_their_own_way() -> None:
     assert DensePhi3.of(switched_off) is None
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
-def test_every_batch_of_a_training_costs_what_trl_says(packing: str, tmp_path: Path) -> None:
-    """The batches that the trainer feeds, by our loss and by the one that TRL has for them."""
-    base = make_base(tmp_path / "base")
-    options = [f"finetune.packing={packing}", "finetune.per_device_train_batch_size=3"]
-    recipe = make_recipe(tmp_path, base, *options)
-    run = make_run(tmp_path, recipe)
+def make_cpu_trainer(folder: Path, *options: str) -> CpuTrainer:
+    """A trainer of the product on a tiny base, its adapter already away from zero."""
+    base = make_base(folder / "base")
+    recipe = make_recipe(folder, base, *options)
+    run = make_run(folder, recipe)
     located = read_located(run.path / "data" / "train.jsonl", run.path)
     chat = chat_format(base)
     examples = [row.example for row in encode_rows(chat, located)]
     rows = Rows(examples, [], 96, chat.pad_token_id)
     runtime = Runtime("cpu", "float32", "float32", 1, ())
     model = load_for_training(base, recipe, runtime)
-    trainer = make_trainer(model, base, rows, recipe.finetune, runtime, [], tmp_path / "out")
+    trainer = make_trainer(model, base, rows, recipe.finetune, runtime, [], folder / "out")
     assert type(trainer) is CpuTrainer
-    adapted = trainer.model
-    for name, weight in adapted.named_parameters():
+    for name, weight in trainer.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
+    return trainer
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_every_batch_of_a_training_costs_what_trl_says(packing: str, tmp_path: Path) -> None:
+    """The batches that the trainer feeds, by our loss and by the one that TRL has for them."""
+    options = [f"finetune.packing={packing}", "finetune.per_device_train_batch_size=3"]
+    trainer = make_cpu_trainer(tmp_path, *options)
+    adapted = trainer.model
     batches = list(trainer.get_train_dataloader())
     assert len(batches) > 1 or packing == "true"
     for batch in batches:
@@ -174,3 +187,19 @@ def test_every_batch_of_a_training_costs_what_trl_says(packing: str, tmp_path: P
         assert ours.item() == pytest.approx(theirs.item(), abs=1e-4)
         pairs = zip(learnt_by(adapted, ours), learnt_by(adapted, theirs), strict=True)
         assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-3
+
+
+def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(tmp_path: Path) -> None:
+    trainer = make_cpu_trainer(tmp_path, "finetune.packing=false")
+    batch = {name: rows.repeat(16, 1) for name, rows in make_batch().items()}
+    assert len(layouts(batch["labels"])) > 1
+    items = (batch["labels"][:, 1:] != IGNORED).sum()
+    theirs = SFTTrainer.compute_loss(trainer, trainer.model, batch, num_items_in_batch=items)
+    expected = learnt_by(trainer.model, theirs)
+    trainer.model.zero_grad()
+    ours = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+    ours.backward()
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-4)
+    learning = [w.grad for w in trainer.model.parameters() if w.requires_grad]
+    pairs = zip(learning, expected, strict=True)
+    assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-3

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -27,6 +28,7 @@ from phi3_tool.errors import EndpointTimeoutError, Phi3Error
 
 from ..engine import choose_engine
 from ..errors import StageError
+from ..finetune import heap
 from ..finetune.rows import Conversation
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
@@ -143,6 +145,8 @@ def marked_losses(
 
 # Rows that are done leave when they are this share of all: leaving copies the cache.
 _LEAVE_AT = 0.25
+# Each token copies the keys and values, a little longer: the heap fills with gaps.
+_TRIM_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -214,10 +218,14 @@ def examine(
     writer = _Writer(model, chat, losses, share_limit)
     # Like lengths together: less padding, and a batch of questions of one form ends together.
     waiting = deque(sorted(rows, key=lambda row: (row.alone, len(row.ids))))
-    while waiting or writer.rows:
+    for turn in count():
+        if not (waiting or writer.rows):
+            break
         while waiting and (batch := _next_batch(waiting, len(writer.rows), at_once)):
             writer.read(batch)
         step(writer.write())
+        if turn % _TRIM_TOKENS == 0:
+            heap.trim()
     said: list[Said | None] = [None] * len(asked)
     for row in rows:
         text = chat.decode(row.said[:-1] if row.ended else row.said)

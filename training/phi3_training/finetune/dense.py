@@ -15,14 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import dropout, embedding, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import (
+    dropout,
+    embedding,
+    linear,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+)
 from torch.utils.checkpoint import checkpoint
 
 from .audit import IGNORED
+from .heap import SCORED_AT_ONCE, TOKENS_AT_ONCE
 
 # The tokens of a batch without its padding: which are computed, and which attend to each other.
 # Reads padded batches as collators make them (padding on the right); writes nothing.
 
+# Tokens come in multiples of this: oneDNN compiles each product of bfloat16 for its number of rows
+# and keeps it. Every other length was a new one: 16 MB more each step of the 135 M model.
+ROUND = 64
 # Conversations share a block of attention while the shortest has this share of the longest's
 # tokens: a block of its own costs about as much as a tenth of a batch's attention.
 _ALIKE = 0.75
@@ -49,20 +60,25 @@ class Layout:
     """T tokens in sequence, conversation by conversation, the longest first.
 
     `taken` gives the place of each in the flattened batch, `positions` its place in its
-    conversation, `wanted` the token that it should guess (IGNORED: none).
+    conversation, `wanted` the token that it should guess (IGNORED: none). `longest` is the number
+    of tokens of the batch's longest conversation.
     """
 
     taken: Tensor
     positions: Tensor
     wanted: Tensor
     blocks: tuple[Block, ...]
+    longest: int
 
 
-def layout(labels: Tensor, positions: Tensor | None = None) -> Layout:
-    """The layout of a batch with these labels (rows × width).
+def layouts(
+    labels: Tensor, positions: Tensor | None = None, at_once: int = TOKENS_AT_ONCE
+) -> list[Layout]:
+    """The layouts of a batch with these labels (rows × width), in parts of `at_once` tokens.
 
     A conversation begins with each row or, where `positions` (rows × width) are given, wherever
-    they are 0. After its last trained token nothing is computed: causal attention never uses it.
+    they are 0; it is never divided. After its last trained token nothing is computed: causal
+    attention never uses it.
     """
     wanted = torch.full_like(labels, IGNORED)
     wanted[:, :-1] = labels[:, 1:]
@@ -81,26 +97,38 @@ def layout(labels: Tensor, positions: Tensor | None = None) -> Layout:
         for start, (earlier, after) in zip(borders, pairwise(before), strict=False)
         if after > earlier
     ]
-    return _arranged(places or [(0, 1)], wanted)
+    ordered = sorted(places or [(0, 1)], key=lambda place: -place[1])
+    parts: list[list[tuple[int, int]]] = [[]]
+    for place in ordered:
+        if parts[-1] and sum(size for _, size in parts[-1]) + place[1] > at_once:
+            parts.append([])
+        parts[-1].append(place)
+    return [_arranged(part, wanted, longest=ordered[0][1]) for part in parts]
 
 
-def _arranged(places: Sequence[tuple[int, int]], wanted: Tensor) -> Layout:
-    """The layout of conversations with these first places and lengths."""
-    ordered = sorted(places, key=lambda place: -place[1])
-    taken = torch.cat([torch.arange(start, start + size) for start, size in ordered])
-    positions = torch.cat([torch.arange(size) for _, size in ordered])
+def _arranged(places: Sequence[tuple[int, int]], wanted: Tensor, *, longest: int) -> Layout:
+    """The layout of conversations with these first places and lengths, the longest first."""
+    sizes = [size for _, size in places]
+    taken = torch.cat([torch.arange(start, start + size) for start, size in places])
+    guessed = wanted[taken]
+    if filling := -len(taken) % ROUND:
+        # The batch's first token again and again: one more conversation, nothing of it learnt.
+        sizes.append(filling)
+        taken = torch.cat([taken, taken.new_zeros(filling)])
+        guessed = torch.cat([guessed, guessed.new_full((filling,), IGNORED)])
+    positions = torch.cat([torch.arange(size) for size in sizes])
     blocks, start = [], 0
-    for group in _alike([size for _, size in ordered]):
+    for group in _alike(sizes):
         blocks.append(_block(start, group))
         start += sum(group)
-    return Layout(taken, positions, wanted[taken], tuple(blocks))
+    return Layout(taken, positions, guessed, tuple(blocks), longest)
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Falling lengths in groups of like ones."""
     group: list[int] = []
     for length in lengths:
-        if group and length < _ALIKE * group[0]:
+        if group and not _ALIKE * group[0] <= length <= group[0]:
             yield group
             group = []
         group.append(length)
@@ -122,9 +150,6 @@ def _block(start: int, lengths: Sequence[int]) -> Block:
 # The steps of a decoder layer that torch takes slowly on a CPU, with gradients written by hand.
 # All work on rows of tokens (T × width), whatever conversation each token belongs to. Products are
 # made in the number type of the frozen weights; sums, norms and what learns stay in float32.
-
-# Rows of the vocabulary's scores at once: 128 × 49,152 float32 are 25 MB, whatever the batch.
-_SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -359,16 +384,18 @@ class _Surprise(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
+        real = len(rows)
+        rows, wanted = pad(rows, (0, 0, 0, -real % ROUND)), pad(wanted, (0, -real % ROUND))
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(rows), _SCORED_AT_ONCE):
-            part = slice(start, start + _SCORED_AT_ONCE)
+        for start in range(0, len(rows), SCORED_AT_ONCE):
+            part = slice(start, start + SCORED_AT_ONCE)
             here = wanted[part].unsqueeze(-1)
             scores = torch.log_softmax(linear(rows[part], weight), -1, dtype=torch.float32)
-            total -= scores.gather(-1, here).sum()
+            total -= scores.gather(-1, here)[: real - start].sum()
             if gradient is not None:
                 scores.exp_().scatter_add_(-1, here, -torch.ones_like(here, dtype=scores.dtype))
                 torch.mm(scores.to(weight.dtype), weight, out=gradient[part])
-        ctx.gradient = gradient
+        ctx.gradient = None if gradient is None else gradient[:real]
         return total
 
     @staticmethod
@@ -405,7 +432,7 @@ class DensePhi3:
         return cls(model, checkpointing=checkpointing) if _fits(plain) else None
 
     def loss(self, batch: Layout, ids: Tensor) -> Tensor:
-        """Summed cross entropy (float32) of a batch with these ids (rows × width)."""
+        """Summed cross entropy (float32) of a part of the batch with these ids (rows × width)."""
         body, head = self._plain.model, self._plain.lm_head.weight
         hidden, added = self._layers(batch, ids.flatten()[batch.taken])
         learnt = (batch.wanted != IGNORED).nonzero().squeeze(-1)
@@ -466,8 +493,7 @@ def _noisy(hidden: Tensor, batch: Layout, embed: Any) -> Tensor:
     alpha = getattr(embed, "neftune_noise_alpha", None)
     if alpha is None or not embed.training:
         return hidden
-    longest = int(batch.positions.max()) + 1
-    reach = float(alpha) / math.sqrt(longest * hidden.shape[1])
+    reach = float(alpha) / math.sqrt(batch.longest * hidden.shape[1])
     return hidden + torch.empty_like(hidden).uniform_(-reach, reach)
 
 

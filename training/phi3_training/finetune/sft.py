@@ -30,7 +30,7 @@ from .rows import (
 )
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .tracking import trackers
-from .trainer import LossLog, Rows, Validation, audit_trainer, make_trainer
+from .trainer import LossLog, Rows, TrimHeap, Validation, audit_trainer, make_trainer
 from .weights import (
     AdapterNotes,
     adapter_folder,
@@ -106,6 +106,7 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
             *([watch] if held_out else []),
             saves,
             *trackers(recipe, run, saves.folder),
+            *([TrimHeap()] if runtime.device == "cpu" else []),
         ]
         try:
             trainer = make_trainer(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..finetune.heap import wastes_heap
+from ..finetune.heap import SCORED_AT_ONCE, TOKENS_AT_ONCE, wastes_heap
 from ..finetune.precision import BYTES, Precision, choose_precision
 from ..recipe import Recipe
 from .model import Device, Kind, ModelShape
@@ -28,8 +28,6 @@ _MOMENTS = 2
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # TRL's loss scores at most this many tokens by this many vocabulary entries at a time.
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# finetune/dense.py scores this many rows at a time.
-_SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,9 @@ class Work:
 
     @property
     def positions(self) -> int:
-        """Tokens of a batch, padding included."""
-        return self.batch * self.tokens
+        """Tokens computed at once: of a batch, padding included, or of a part in dense.py."""
+        whole = self.batch * self.tokens
+        return min(whole, max(TOKENS_AT_ONCE, self.tokens)) if self.dense else whole
 
     @property
     def short_loss(self) -> bool:
@@ -356,7 +355,7 @@ def loss_bytes(shape: ModelShape, work: Work) -> int:
     # The output matrix is the first one to get its gradient.
     head = FLOAT32 * shape.vocab * shape.hidden if work.full else 0
     if work.dense:  # piece by piece, the gradient of the states at once; nothing is kept
-        pieces = _SCORED_AT_ONCE * shape.vocab * (FLOAT32 + 2 * work.compute)
+        pieces = SCORED_AT_ONCE * shape.vocab * (FLOAT32 + 2 * work.compute)
         return pieces + learnt * shape.hidden * (FLOAT32 + 2 * work.compute)
     if work.own_loss:
         return work.positions * shape.vocab * (work.compute + 3 * FLOAT32) + head
