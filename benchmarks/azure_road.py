@@ -1,8 +1,7 @@
 """`phi3 up --on azure` over the rehearsed Azure with set waits, against its critical path.
 
 Workspace, hub, project, cluster, endpoint and job take as many seconds as WAITS says. The critical
-path is what their dependencies allow: the import of azure.ai.ml, without which nothing can be asked
-(measured in a process of its own); workspace and cluster, beside hub and project; then the job,
+path is what their dependencies allow: workspace and cluster, beside hub and project; then the job,
 beside the endpoint. The job's time is from its submission to its end. Not compared: preparing,
 deploying and asking, which are this machine's own work. About four minutes.
 Run: python benchmarks/azure_road.py [--scale 1] [-o json]
@@ -52,15 +51,6 @@ def up(folder: Path, rehearsal: Rehearsal) -> dict[str, float]:
     return {name: item["seconds"] for name, item in found.items() if item.get("seconds")}
 
 
-def import_seconds() -> float:
-    """How long azure.ai.ml takes to import on this machine."""
-    code = (
-        "import time; began = time.monotonic(); import azure.ai.ml; print(time.monotonic() - began)"
-    )
-    command = [sys.executable, "-c", code]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def job_seconds(rehearsal: Rehearsal) -> float:
     """From the answer to the job's submission to its end, as Azure counts it."""
     (path,) = rehearsal.folder.glob("jobs/*/status.json")
@@ -87,7 +77,6 @@ def main() -> None:
         try:
             for what, fault in FAULTS.items():
                 rehearsal.fault(f"{fault} seconds={waits[what]}")
-            imports = import_seconds()
             seconds = up(folder, rehearsal)
             job = job_seconds(rehearsal)
         finally:
@@ -95,8 +84,8 @@ def main() -> None:
     own, foundry = waits["workspace"] + waits["cluster"], waits["hub"] + waits["project"]
     rows = {
         "provision": (
-            imports + own + foundry,
-            imports + max(own, foundry),
+            own + foundry,
+            max(own, foundry),
             seconds["azure"],
         ),
         "finetune": (
@@ -108,11 +97,8 @@ def main() -> None:
     whole = [sum(row[place] for row in rows.values()) for place in range(3)]
     rows["both"] = (whole[0], whole[1], whole[2])
     if args.output == "json":
-        print(
-            json.dumps({"waits": waits, "imports": imports, "job": job, "stages": rows}, indent=1)
-        )
+        print(json.dumps({"waits": waits, "job": job, "stages": rows}, indent=1))
         return
-    print(f"the import of azure.ai.ml, {imports:.1f} s, is in all three")
     print(f"{'':12}{'in series':>12}{'critical path':>16}{'measured':>12}{'ratio':>8}")
     for stage, (series, critical, measured) in rows.items():
         ratio = measured / critical
