@@ -207,7 +207,7 @@ def test_through_faults_of_the_service_it_gets_there_and_back(stand: Stand) -> N
 
     assert client.failures == []
     assert "endpoint chat-rollout: blue 100 %" in found.lines(stand.run)
-    assert len(work.told) == 4
+    assert len(work.lines) == 4
     served = stand.run.require(EndpointManifest)
     assert (served.deployment, served.traffic) == ("blue", BLUE)
     assert stand.is_up()

@@ -119,13 +119,13 @@ def test_the_traffic_moves_in_steps_each_judged(run: Run) -> None:
     ]
     assert record(run).state == "done"
     assert record(run).before == BLUE
-    assert [told[:22] for told in work.told] == [
+    assert [line[:22] for line in work.lines] == [
         "with 0 % of the traffi",
         "with 5 % of the traffi",
         "with 25 % of the traff",
         "with 100 % of the traf",
     ]
-    assert "20 of 20 answered (blue: 20 of 20), 20 of 20 right (20)" in work.told[0]
+    assert "20 of 20 answered (blue: 20 of 20), 20 of 20 right (20)" in work.lines[0]
 
 
 def test_the_shares_from_before_are_kept_before_the_first_change(run: Run) -> None:
@@ -309,7 +309,7 @@ def test_failed_requests_that_azure_monitor_counted_are_a_reason(
             work.go()
     else:
         work.go()
-        assert f"of {requests} requests failed" in work.told[1]
+        assert f"of {requests} requests failed" in work.lines[1]
 
 
 @pytest.mark.parametrize("before", [{}, {"gone": 100}])

@@ -87,7 +87,7 @@ def run_steps(
     steps: Sequence[LiveStep],
     wanted: Callable[[int, LiveStep], bool],
     shown: Callable[[], AbstractContextManager[Progress]],
-    told: Callable[[Outcome], None],
+    report: Callable[[Outcome], None],
 ) -> None:
     """Do the steps that are `wanted`, from 1 on, and delete what they made, whatever happens.
 
@@ -98,20 +98,20 @@ def run_steps(
     try:
         for number, step in enumerate(steps, start=1):
             if step.run is None:
-                told(Outcome(step.title, "by hand"))
+                report(Outcome(step.title, "by hand"))
             elif not signed_in:
-                told(Outcome(step.title, "skipped", "the sign-in failed"))
+                report(Outcome(step.title, "skipped", "the sign-in failed"))
             elif step.in_workspace and not check.has_workspace:
-                told(Outcome(step.title, "skipped", "it needs the workspace of step 6"))
+                report(Outcome(step.title, "skipped", "it needs the workspace of step 6"))
             elif not wanted(number, step):
-                told(Outcome(step.title, "skipped"))
+                report(Outcome(step.title, "skipped"))
             else:
                 outcome = _outcome(step.title, step.run, shown)
                 signed_in = outcome.state == "passed" or number > 1
-                told(outcome)
+                report(outcome)
     finally:
         if check.group_may_exist:
-            told(_outcome("deletion of what is left", check.clean_up, shown))
+            report(_outcome("deletion of what is left", check.clean_up, shown))
 
 
 def _outcome(

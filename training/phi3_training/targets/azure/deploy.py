@@ -158,7 +158,7 @@ def deploy(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> En
     choices = [
         f"the endpoint {target.endpoint} {'is new' if is_new else 'existed'}; the deployment "
         f"answered through its header before it got the traffic",
-        *rollout.told,
+        *rollout.lines,
         f"{settings.instance_count} x {settings.instance_type} bills until it is deleted: "
         "phi3 down --on azure",
     ]

@@ -117,7 +117,7 @@ class Found:
             work.each(work.everything)
         inventory = take_inventory(self.clients)
         billing = [bill.text for bill in inventory.bills()]
-        return work.told(billing + [f"unknown: {what}" for what in inventory.unknown])
+        return work.receipt_or_fault(billing + [f"unknown: {what}" for what in inventory.unknown])
 
 
 class _Sweep(Deletion):

@@ -191,10 +191,10 @@ class LiveCheck:
 
         with _undoing(undo):
             endpoint, _ = ensure_endpoint(self.clients, self.section, self.run, self.name, progress)
-            told = hold_deadline(self.clients, self.section, self.run, endpoint, progress)
+            sentence = hold_deadline(self.clients, self.section, self.run, endpoint, progress)
             held = read_deadline(self.clients, self.name)  # with the trigger's time and the role
             if held.at is None or not held.holds:
-                raise StageError(held.fault or told)
+                raise StageError(held.fault or sentence)
             sooner = utc_now() + FIRED_LEAD - held.at
             extend_deadline(self.clients, self.section, self.name, sooner, progress)
             runs = self._fire(read, progress)

@@ -245,8 +245,8 @@ def _losses(rows: Sequence[Row], allowed: float, metrics: Sequence[Metric]) -> s
         chosen = [row for row in rows if row["after_scores"].get(metric.name) is not None]
         if len(chosen) < FEWEST_ROWS:
             continue
-        told = compare(chosen, [metric], confidence=0.95, resamples=1000, seed=0)[metric.name]
-        if told.change >= -allowed:
+        gain = compare(chosen, [metric], confidence=0.95, resamples=1000, seed=0)[metric.name]
+        if gain.change >= -allowed:
             continue
         worse = sorted(
             chosen,
@@ -261,9 +261,9 @@ def _losses(rows: Sequence[Row], allowed: float, metrics: Sequence[Metric]) -> s
             if row["after_scores"][metric.name] < row["before_scores"][metric.name]
         ]
         return _with_named(
-            f"{metric.label} on {len(chosen)} questions: {metric.text(told.before)} → "
-            f"{metric.text(told.after)} (95 % interval of the change {metric.change(told.low)} to "
-            f"{metric.change(told.high)}{metric.unit}); a loss of at most "
+            f"{metric.label} on {len(chosen)} questions: {metric.text(gain.before)} → "
+            f"{metric.text(gain.after)} (95 % interval of the change {metric.change(gain.low)} to "
+            f"{metric.change(gain.high)}{metric.unit}); a loss of at most "
             f"{metric.change(allowed, '')}{metric.unit} is allowed (azure.rollout.max_loss)",
             named,
         )

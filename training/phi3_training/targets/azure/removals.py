@@ -45,7 +45,7 @@ def removals_of(
 ) -> dict[str, dt.datetime]:
     """When each of the run's deployments without traffic goes; `known`: the times until now.
 
-    One that waits for a rollback gets its time anew with each change, one that failed keeps it.
+    One that waits for a rollback gets a new time with each change, one that failed keeps it.
     """
     settings = section.endpoint
     failed_after = length(settings.remove_failed_after)

@@ -188,8 +188,8 @@ def roll_back(clients: Clients, section: AzureSection, run: Run, progress: Progr
 def _settled(clients: Clients, section: AzureSection, run: Run, progress: Progress) -> Traffic:
     """The traffic now, when what has none deletes itself by what it is now."""
     found = traffic_of(clients, run)
-    told = settle_removals(clients, section, run, found.endpoint, progress)
-    return replace(found, removals=told)
+    removals = settle_removals(clients, section, run, found.endpoint, progress)
+    return replace(found, removals=removals)
 
 
 def _endpoint_of(run: Run) -> str:

@@ -105,7 +105,7 @@ def undo_interrupted(
 
 @dataclass
 class Rollout:
-    """One rollout of the deployment `target`; `before` had the traffic. `told`: a line a step."""
+    """One rollout of the deployment `target`; `before` had the traffic."""
 
     clients: Clients
     recipe: Recipe
@@ -116,7 +116,7 @@ class Rollout:
     progress: Progress
     bills: str  # what is said of the new deployment where it stays without traffic
     keeper: PutBackKeeper | None = None  # None: nobody puts the traffic back but this process
-    told: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)  # one for each step
     _look_seconds: float = field(default=0.0, init=False)  # of the last look
 
     def go(self) -> None:
@@ -177,7 +177,7 @@ class Rollout:
             tags={ROLLOUT_TAG: tag_of(record)},
         )
         set_traffic(self.clients, section, name, wanted, self.progress)
-        self.told.append(
+        self.lines.append(
             f"{percent} % of the requests were copied to {self.target.name}: it bore the load; "
             f"the answers to copies are not compared"
         )
@@ -212,8 +212,8 @@ class Rollout:
                 raise StageError(self._worse(replace(judged, reasons=reasons), old, share))
             if left <= 0:
                 again = f", the last of {looks} looks" if looks > 1 else ""
-                told = f"with {share} % of the traffic: {judged.figures}{again}{counts}"
-                self.told.append(told)
+                line = f"with {share} % of the traffic: {judged.figures}{again}{counts}"
+                self.lines.append(line)
                 return
             note(self.progress, f"{share} % of the traffic, {left / 60:.1f} minutes more")
             time.sleep(min(left, _PAUSE_SECONDS))

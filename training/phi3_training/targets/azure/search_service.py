@@ -165,17 +165,17 @@ def ensure_service(
         progress,
     )
     if wanted.deadline == NO_DEADLINE:
-        told = "no deadline (rag.search.deadline=none): it bills until phi3 rag down"
+        sentence = "no deadline (rag.search.deadline=none): it bills until phi3 rag down"
     else:
         length = duration_of(wanted.deadline)
         hour = price_of(wanted.tier, clients.place.location, url=prices)
         arm_id = wanted.id(clients.place)
-        told = hold_search_deadline(clients, arm_id, length, hour, progress)
+        sentence = hold_search_deadline(clients, arm_id, length, hour, progress)
     principal, kind = _signed_in(clients)
     for role in ROLES_ON_IT:
         ensure_grant(clients, Grant(role, wanted.id(clients.place), principal, kind))
     _wait_until_open(service or SearchService(wanted.endpoint), progress, sleep)
-    return told
+    return sentence
 
 
 def exists(clients: Clients, service_id: str) -> bool:

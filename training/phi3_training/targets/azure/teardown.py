@@ -117,7 +117,7 @@ def remove_run(
                 "storage account, container registry and logs of the workspace, small charges "
                 "(--all)"
             )
-    return work.told(billing)
+    return work.receipt_or_fault(billing)
 
 
 def names_of_everything(clients: Clients) -> list[str]:
@@ -149,12 +149,12 @@ class Deletion:
             except StageError as error:
                 self.receipt.failed.append(" ".join(str(error).split()))
 
-    def told(self, billing: list[str]) -> list[str]:
+    def receipt_or_fault(self, billing: list[str]) -> list[str]:
         """The receipt, with what still bills. StageError where something could not be deleted."""
         lines = self.receipt.lines(billing)
         if self.receipt.failed:
-            told = "\n".join(f"  {line}" for line in lines)
-            raise StageError(f"Not everything could be deleted:\n{told}")
+            failed = "\n".join(f"  {line}" for line in lines)
+            raise StageError(f"Not everything could be deleted:\n{failed}")
         return lines
 
     def remove(self, what: str, start: Callable[[], object], read: Callable[[], object]) -> bool:
