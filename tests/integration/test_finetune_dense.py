@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def make_model(dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
     return adapted.train()
 
 
-def make_batch() -> dict[str, torch.Tensor]:
+def make_batch(lengths: Sequence[int] = LENGTHS) -> dict[str, torch.Tensor]:
     """Rows of random tokens, padded on the right; about half of each is learnt."""
     torch.manual_seed(2)
-    ids = torch.randint(1, 300, (len(LENGTHS), max(LENGTHS)))
+    ids = torch.randint(1, 300, (len(lengths), max(lengths)))
     labels = torch.full_like(ids, IGNORED)
     mask = torch.zeros_like(ids)
-    for number, length in enumerate(LENGTHS):
+    for number, length in enumerate(lengths):
         labels[number, length // 2 : length] = ids[number, length // 2 : length]
         mask[number, :length] = 1
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
@@ -97,6 +98,13 @@ def test_loss_and_gradients_are_the_models_own(
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
     pairs = zip(learnt_by(model, found), learnt_by(model, expected), strict=True)
     assert max(float((a - b).norm() / b.norm()) for a, b in pairs) < 1e-4
+
+
+def test_tokens_that_fill_up_are_as_many_as_the_longest_row_has() -> None:
+    model, batch = make_model(), make_batch((30, 25, 25, 23))
+    (places,) = layouts(batch["labels"])
+    assert len(places.taken) - (29 + 24 + 24 + 22) == 29
+    assert dense_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), abs=1e-5)
 
 
 def test_bfloat16_weights_change_the_loss_by_their_rounding_only() -> None:

@@ -20,15 +20,15 @@ from phi3_rehearsal.proxy import answer
 from phi3_rehearsal.wire import ARM, Request
 from phi3_tool.azure_search import SearchService
 from phi3_training.cli import main
-from phi3_training.commands.rag import service_line
 from phi3_training.errors import StageError, UsageError
 from phi3_training.progress import no_progress
 from phi3_training.rag import azure_search as rag_search
 from phi3_training.rag.azure_search import MADE_BY, Store
+from phi3_training.rag.index_files import service_line
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
-from phi3_training.targets.azure import clients as azure_clients
 from phi3_training.targets.azure import search_service
+from phi3_training.targets.azure import target as azure_target
 from phi3_training.targets.azure.discovery import Found
 from phi3_training.targets.azure.inventory import take_inventory
 from phi3_training.targets.azure.search_deadline import (
@@ -201,8 +201,8 @@ def test_a_lost_laptop_leaves_what_may_be_somebody_elses(
     ensure(azure, service)
     monkeypatch.setattr(search_service, "SearchService", lambda _endpoint: service)
     stub.trouble = lambda _method, _path: (status, listed, {})
-    told = "\n".join(Found(azure).delete(no_progress, everything=False))
-    assert re.search(f"left alone: The search service {NAME} .*{why}", told)
+    lines = "\n".join(Found(azure).delete(no_progress, everything=False))
+    assert re.search(f"left alone: The search service {NAME} .*{why}", lines)
     assert exists(azure, service_id(azure))
     assert not read_search_deadline(azure, service_id(azure)).fault
 
@@ -219,7 +219,7 @@ def test_the_command_moves_it(
     file.parent.mkdir(parents=True)
     settings = {"store": "azure_search", "format": "1", "service_id": service_id(azure)}
     file.write_text(json.dumps(settings), "utf-8")
-    monkeypatch.setattr(azure_clients, "Clients", lambda *_args: azure)
+    monkeypatch.setattr(azure_target, "Clients", lambda *_args: azure)
     runs = ["--runs", str(tmp_path / "runs")]
     assert main(["rag", "extend", "2d", *runs]) == 0
     assert f"{NAME}: deletes itself at 20" in capsys.readouterr().out
@@ -242,7 +242,7 @@ def test_after_its_deadline_the_next_index_makes_it_again(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "handbook").mkdir()
     (tmp_path / "handbook" / "a.txt").write_text("A refund takes five days.", encoding="utf-8")
-    monkeypatch.setattr(azure_clients, "Clients", lambda *_args: azure)
+    monkeypatch.setattr(azure_target, "Clients", lambda *_args: azure)
     here = azure.place
     place = [f"azure.subscription_id={here.subscription_id}", "rag.search.create=true"]
     index = ["rag", "index", "handbook", "--embedder", "none"]

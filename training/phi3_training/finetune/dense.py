@@ -138,7 +138,7 @@ def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def _block(start: int, lengths: Sequence[int]) -> Block:
     width, total = lengths[0], sum(lengths)
-    if lengths[-1] == width:
+    if total == width * len(lengths):
         return Block(start, start + total, width, None, None)
     # Padding repeats a conversation's last token: causal attention never looks at it.
     borders = pairwise([0, *accumulate(lengths)])
