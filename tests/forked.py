@@ -147,6 +147,34 @@ def run(
     return subprocess.CompletedProcess(command, status, *printed)
 
 
+def run_or_start(
+    words: Sequence[str],
+    *,
+    feed: str | None,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float,
+    apart: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end: forked where that can be, in a process of its own if not.
+
+    `apart`: never forked. Without `feed` its standard input is empty.
+    """
+    if not apart and (forkable := arguments(words, env)) is not None:
+        return run(forkable, input=feed, cwd=cwd, env=env, timeout=timeout)
+    return subprocess.run(
+        words,
+        input=feed,
+        stdin=subprocess.DEVNULL if feed is None else None,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        timeout=timeout,
+        check=False,
+    )
+
+
 def start(
     command: Sequence[str],
     *,

@@ -46,20 +46,9 @@ class Laptop:
             "pf": [str(Path(sys.executable).with_name("pf"))],
         }[command[0]]
         words, env = [*tool, *command[1:]], self.environment(**extra)
-        if not apart and (forkable := forked.arguments(words, env)) is not None:
-            done = forked.run(forkable, input=feed, cwd=self.work, env=env, timeout=timeout)
-        else:
-            done = subprocess.run(
-                words,
-                input=feed,
-                stdin=subprocess.DEVNULL if feed is None else None,
-                capture_output=True,
-                text=True,
-                cwd=self.work,
-                env=env,
-                timeout=timeout,
-                check=False,
-            )
+        done = forked.run_or_start(
+            words, feed=feed, cwd=self.work, env=env, timeout=timeout, apart=apart
+        )
         self.printed.append(done.stdout + done.stderr)
         return done
 

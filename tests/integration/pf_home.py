@@ -74,20 +74,7 @@ class PfHome:
     ) -> Done:
         """Run a command in this HOME; its output is also kept in `printed`."""
         words, merged = [str(part) for part in command], {**self.env, **(env or {})}
-        if (forkable := forked.arguments(words, merged)) is not None:
-            done = forked.run(forkable, input=feed, cwd=cwd, env=merged, timeout=timeout)
-        else:
-            done = subprocess.run(
-                words,
-                input=feed,
-                stdin=subprocess.DEVNULL if feed is None else None,
-                capture_output=True,
-                text=True,
-                cwd=cwd,
-                env=merged,
-                timeout=timeout,
-                check=False,
-            )
+        done = forked.run_or_start(words, feed=feed, cwd=cwd, env=merged, timeout=timeout)
         self.printed.append(done.stdout + done.stderr)
         return Done(done.returncode, done.stdout, done.stderr)
 

@@ -256,7 +256,7 @@ def test_none_is_none_and_takes_one_away(azure: Rehearsed, run: Run) -> None:
 
 
 def test_a_workflow_of_an_older_phi3_still_holds(azure: Rehearsed, run: Run) -> None:
-    """It sends one request without a condition; the next deployment writes it anew."""
+    """It sends one request without a condition; the next deployment rewrites it."""
     hold(azure, run)
     workflow = azure.cloud.get(workflow_id(azure.place, "ep"))
     assert workflow is not None

@@ -253,7 +253,7 @@ class Item:
     ("item", "known", "hours"),
     [
         (Item("d"), None, 24),
-        (Item("d"), 2, 24),  # anew with each change
+        (Item("d"), 2, 24),  # a new time with each change
         (Item("d", "Failed"), None, 1),
         (Item("d", "Failed"), 0.5, 0.5),  # no more time for one that failed before
         (Item("refused"), 5, 1),

@@ -235,8 +235,9 @@ def run_extend(args: argparse.Namespace) -> int:
         by = duration_of(args.by)
     except ValueError as error:
         raise UsageError(f"{args.by!r}: {error}") from None
-    from ..targets.azure.deadline import extend_deadline, shown
+    from ..targets.azure.deadline import extend_deadline
     from ..targets.azure.inventory import cost_of
+    from ..targets.azure.workflow import shown
 
     clients, section, name = _endpoint_meant(args)
     with console.progress_bar("deadline") as progress:

@@ -27,9 +27,8 @@ from .place import JOB_RUN_TAG, RUN_TAG, Place, made_by_phi3, resource_tags
 from .removals import Now, removals_of, rule_text
 from .resources import ENDPOINT_KEEPER, IDENTITY, IDENTITY_USER, Body, Grant, ensure_grant
 from .traffic import traffic_shares
-from .workflow import WORKFLOW_TYPE as WORKFLOW_TYPE
-from .workflow import WORKFLOWS_API as WORKFLOWS_API
 from .workflow import (
+    WORKFLOW_TYPE,
     Dated,
     delete_workflow,
     find_workflow,
@@ -37,10 +36,10 @@ from .workflow import (
     next_time,
     put_workflow,
     requests_of,
+    shown,
+    utc_now,
     workflow_body,
 )
-from .workflow import shown as shown
-from .workflow import utc_now as utc_now
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import OnlineEndpoint

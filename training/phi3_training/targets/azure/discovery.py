@@ -15,7 +15,7 @@ from ...errors import StageError, UsageError
 from ...progress import Progress
 from ...recipe.azure import AzureSection
 from .clients import Clients
-from .deadline import ENDPOINT_TAG, WORKFLOW_TYPE, WORKSPACE_TAG, remove_deadline
+from .deadline import ENDPOINT_TAG, WORKSPACE_TAG, remove_deadline
 from .failures import explained
 from .inventory import take_inventory
 from .jobs import WORKING, compute_of, status_of
@@ -31,6 +31,7 @@ from .place import (
 from .resources import last_part
 from .search_service import made_services, remove_service
 from .teardown import Deletion
+from .workflow import WORKFLOW_TYPE
 
 _WORKSPACE_TYPE = "Microsoft.MachineLearningServices/workspaces"
 

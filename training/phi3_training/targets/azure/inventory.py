@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import StageError
 from .clients import Clients
-from .deadline import Deadline, read_deadline, shown, utc_now
+from .deadline import Deadline, read_deadline
 from .deploy import traffic_shares
 from .failures import message_of
 from .operations import is_absent, state_of
 from .place import ROLLOUT_TAG, RUN_TAG
 from .prices import Price
 from .search_service import Made, made_services
+from .workflow import shown, utc_now
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Compute, OnlineEndpoint

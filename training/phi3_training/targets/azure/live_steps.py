@@ -23,14 +23,10 @@ from .clients import ARM, Clients
 from .cores import RELEASE_SECONDS
 from .deadline import (
     TRIGGER,
-    WORKFLOW_TYPE,
-    WORKFLOWS_API,
     extend_deadline,
     hold_deadline,
     read_deadline,
     remove_deadline,
-    shown,
-    utc_now,
     workflow_id,
 )
 from .deploy import ensure_endpoint
@@ -41,6 +37,7 @@ from .place import Place, resource_tags
 from .provision import Step, provision
 from .resources import DELETION_ORDER, SUBSCRIPTION_API, ensure_group
 from .sizes import PRICE_DATE, PRICE_PAGE, find_size, quota_needs, short_of_quota
+from .workflow import WORKFLOW_TYPE, WORKFLOWS_API, shown, utc_now
 
 CHECK_TAG = "phi3-check"
 CPU_SIZE = "Standard_DS3_v2"  # of the sizes without a GPU in our table, the smallest

@@ -1,8 +1,8 @@
 """What a job reads from this machine: sent once per content, to the workspace's own store.
 
-The address is made of the content, so what was sent before, by whatever run, is found and not sent
-again, and an upload that was interrupted goes on with the files that are missing. A refusal ends
-it at once. Code becomes a code asset on top ("Train models with REST", learn.microsoft.com).
+The address is made of the content, so what any run has sent before is found and not sent again, and
+an interrupted upload resumes with the missing files. A refusal ends it immediately. Code becomes a
+code asset in addition ("Train models with REST", learn.microsoft.com).
 """
 
 # azure-ai-ml would do all this when a job is submitted, and then only: it cannot send anything
@@ -97,7 +97,7 @@ def _upload(clients: Clients, source: Path) -> Uploaded:
     missing = [n for n, path in files.items() if there.get(f"{prefix}/{n}") != path.stat().st_size]
     for name in missing[:1]:  # alone: where the store refuses it, nothing else is sent
         send(name)
-    _side_by_side(send, missing[1:])
+    _send_all(send, missing[1:])
     where, address = f"{prefix}/{source.name}", container.url.partition("?")[0]
     return Uploaded(
         f"azureml://datastores/{OUTPUT_STORE}/paths/{where}", f"{address}/{where}", digest
@@ -115,8 +115,8 @@ def _sha256(path: Path, _size: int, _changed: int) -> str:
     return sha256_of(path)
 
 
-def _side_by_side(send: Callable[[str], None], names: Iterable[str]) -> None:
-    """Send some at a time; after a failure no further one is begun, and the failure is raised."""
+def _send_all(send: Callable[[str], None], names: Iterable[str]) -> None:
+    """Send several at a time; after a failure no other is started, and the failure is raised."""
     # Not a pool of concurrent.futures: at its end Python would wait for all that is still queued,
     # also after Ctrl-C.
     waiting = deque(names)
