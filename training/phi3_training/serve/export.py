@@ -268,7 +268,7 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
         built.rename(out_dir)
     size = sum(file.stat().st_size for file in out_dir.iterdir())
     seconds = round(time.monotonic() - started, 2)
-    logger.info("converted %s to %s (%s, %d bytes)", model_dir, out_dir, precision, size)
+    logger.debug("converted %s to %s (%s, %d bytes)", model_dir, out_dir, precision, size)
     return {"path": str(out_dir), "precision": precision, "bytes": size, "seconds": seconds}
 
 
