@@ -24,7 +24,8 @@ from trl import SFTConfig, SFTTrainer
 from phi3_training.data import prepare
 from phi3_training.evaluate.answers import ask_all
 from phi3_training.finetune import finetune, prepare_base
-from phi3_training.finetune.rows import read_located, read_rows, with_casual_copies
+from phi3_training.finetune.rewordings import with_casual_copies
+from phi3_training.finetune.rows import read_located, read_rows
 from phi3_training.finetune.runtime import quiet_libraries, torch_threads
 from phi3_training.manifests import ModelManifest
 from phi3_training.prompt import ChatFormat

@@ -61,6 +61,8 @@ _TOKEN = re.compile(
 )
 # "x200", "b12": a name with a figure in it.
 _MIXED = re.compile(r"[^\W_]*(?:\d[^\W\d_]|[^\W\d_]\d)[^\W_]*")
+_IN_ORDER = re.compile(rf"(?P<mixed>{_MIXED.pattern})|{_TOKEN.pattern}")
+_AMOUNT = re.compile(r"([$€£])\s?(\d+(?:[.,]\d+)*)")
 # "5pm", "3kg": a number with its unit.
 _JOINED_UNIT = re.compile(r"(\d)(am|pm|h|hrs?|min|mins|km|cm|mm|m|kg|g|l|ml|k)\b", re.IGNORECASE)
 # "p.m." is pm.
@@ -135,6 +137,23 @@ class Set:
 def vocabulary(text: str) -> frozenset[str]:
     """The words and values of a text, as they are compared."""
     return _read(text).vocabulary
+
+
+def in_order(text: str) -> list[str]:
+    """The words and values of a text in order, as they are compared: "$40" is 40 dollar."""
+    plain = _AMOUNT.sub(lambda sign: f"{sign[2]}{_SIGNS[sign[1]]}", text)
+    for sign, word in _SIGNS.items():
+        plain = plain.replace(sign, word)
+    read = []
+    for match in _IN_ORDER.finditer(_DOTTED.sub(r"\1m", _JOINED_UNIT.sub(r"\1 \2", plain))):
+        if match["number"]:
+            read.append(_number(match["number"]))
+            continue
+        word = match[0].casefold().replace("’", "'")
+        # "don't" stays: its stem is "do".
+        whole = word in _STOP_WORDS or match["mixed"] or word.endswith("n't")
+        read.append(_NUMBER_WORDS.get(word, word if whole else _stem(word)))
+    return read
 
 
 def names_in(text: str) -> frozenset[str]:

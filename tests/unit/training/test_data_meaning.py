@@ -12,7 +12,8 @@ from phi3_training.data import Conversation, check, read_conversations
 from phi3_training.data.check import TokenViewer
 from phi3_training.data.formats import read_row
 from phi3_training.finetune.audit import SeenPacked, audit_packed, expected_labels
-from phi3_training.finetune.rows import audited, encode_rows, with_casual_copies
+from phi3_training.finetune.rewordings import with_casual_copies
+from phi3_training.finetune.rows import audited, encode_rows
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat
 

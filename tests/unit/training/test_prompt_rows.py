@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from phi3_training.errors import StageError
+from phi3_training.finetune.rewordings import casual_copy, with_casual_copies
 from phi3_training.finetune.rows import (
     Located,
     audited,
-    casual_copy,
     encode_rows,
     read_located,
     read_rows,
-    with_casual_copies,
 )
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.prompt import ChatFormat, Example

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from phi3_training.finetune.rows import with_rewordings
+import pytest
+
+from phi3_training.finetune.rewordings import with_rewordings
 
 QUESTION, ANSWER = "What do you charge for the full service?", "Full service is 95 pounds."
 
@@ -23,6 +25,41 @@ def test_each_copy_asks_otherwise_and_is_answered_alike() -> None:
     assert asked[0] == QUESTION
     assert {messages[1]["content"] for _, messages in rows} == {ANSWER}
     assert rows[1][0] == "chats.jsonl:1 (reworded, 1)"
+
+
+@pytest.mark.parametrize(
+    ("question", "other"),
+    [
+        ("How much is a basic service?", "What does a basic service cost?"),
+        ("what's a brake bleed cost", "What do you charge for a brake bleed?"),
+        ("New chain, how much?", "What's the price of new chain?"),
+        ("How much to true a wheel?", "What does it cost to true a wheel?"),
+        ("When do you close on a Saturday?", "At what time do you close on a Saturday?"),
+        ("Where’s the workshop?", "Where do I find the workshop?"),
+        ("How do I find you?", "What's your address?"),
+        ("Who runs the place?", "Which of you runs the place?"),
+        ("Hi there! Can you repair it?", "Hi there! Are you able to repair it?"),
+        ("My brakes squeal. What would new pads cost?", "My brakes squeal. Price for new pads?"),
+    ],
+)
+def test_a_question_is_put_in_the_usual_other_forms(question: str, other: str) -> None:
+    assert other in questions(30, question=question)
+
+
+def test_half_of_the_copies_are_other_forms_where_there_are_some() -> None:
+    forms = set(questions(30)[1:]) & {
+        "How much is the full service?",
+        "What does the full service cost?",
+        "What's the price of the full service?",
+        "How much would I pay for the full service?",
+        "Price for the full service?",
+        "What is the cost of the full service?",
+        "How much do you ask for the full service?",
+        "I'm interested in the full service, how much is it?",
+        "What do I pay for the full service?",
+    }
+    assert len(forms) == 9
+    assert len(forms & set(questions(4)[1:])) == 2
 
 
 def test_a_seed_gives_the_same_wordings_whatever_stands_around() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi3_training.serve.engines import batch
 from phi3_training.serve.engines.base import EngineError, Sampling
 from phi3_training.serve.engines.batch import PART_TOKENS, Batcher, Job, Logits, Sampler
 from phi3_training.serve.engines.tokens import share_limit
@@ -95,6 +96,28 @@ def test_many_answers_share_steps_and_never_mix() -> None:
     assert max(model.widths) == 8, "the slots were not all used"
     assert model.threads == {"phi3-engine"}
     assert model.rows == []
+
+
+def test_who_asks_again_at_once_joins_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "REJOIN_SECONDS", 30.0)  # as long as a slow machine may need
+    model = Counting()
+
+    async def main() -> None:
+        batcher = Batcher(model, slots=2)
+        model.gate.clear()
+        long = asyncio.create_task(tokens(batcher, job(500, limit=40)))
+        first = asyncio.create_task(tokens(batcher, job(10, limit=4)))
+        while batcher.active < 2:
+            await asyncio.sleep(0)
+        model.gate.set()
+        await first
+        await tokens(batcher, job(20, limit=4))
+        batcher.cancel(job(0))  # wakes the wait that follows the second answer
+        long.cancel()
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(main())
+    assert model.widths[model.widths.index(2) :][:6] == [2] * 6
 
 
 def test_a_stop_token_is_the_last_one() -> None:

@@ -29,7 +29,7 @@ from phi3_tool.errors import EndpointTimeoutError, Phi3Error
 from ..engine import choose_engine
 from ..errors import StageError
 from ..finetune import heap
-from ..finetune.rows import Conversation
+from ..finetune.rewordings import Conversation
 from ..finetune.runtime import choose_runtime, torch_threads
 from ..finetune.weights import chat_format, count_weights, load_model
 from ..manifests import BaseManifest

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..data.prepare import question_of
 from ..errors import StageError
-from ..finetune.rows import Conversation
+from ..finetune.rewordings import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder, chat_format
 from ..manifests import Asked as AskedBoth

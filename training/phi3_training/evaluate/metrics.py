@@ -10,6 +10,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+from ..telling import in_order
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CANDIDATES, _LOOKALIKES = 200, 4
@@ -40,9 +42,12 @@ def exact_match(answer: str, expected: str) -> bool:
 
 
 def contains(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether the answer contains one of the accepted texts as whole words, ignoring case."""
-    spoken = f" {' '.join(_plain(answer))} "
-    return any(f" {' '.join(_plain(text))} " in spoken for text in accepted)
+    """Whether the answer contains one of the accepted texts as whole words.
+
+    Case, punctuation, plural s, number words and signs of currencies make no difference.
+    """
+    spoken = f" {' '.join(in_order(answer))} "
+    return any(f" {' '.join(in_order(text))} " in spoken for text in accepted)
 
 
 def token_f1(answer: str, expected: str) -> float:

@@ -14,7 +14,7 @@ from ..data.faults import Fault
 from ..data.prepare import origins
 from ..data.sources import rows_of
 from ..errors import StageError
-from ..finetune.rows import Conversation
+from ..finetune.rewordings import Conversation
 from ..project import shipped_data
 from ..recipe import EvaluateSection
 from ..run import Run

@@ -18,7 +18,8 @@ from ..progress import Progress, note
 from ..prompt import ChatFormat
 from ..recipe import BaseSection, Recipe
 from ..run import Run
-from .rows import audited, encode_rows, with_casual_copies
+from .rewordings import with_casual_copies
+from .rows import audited, encode_rows
 from .runtime import quiet_libraries, torch_threads
 from .teach import Taught, teach
 from .weights import BEGIN, find_weights, make_tokenizer

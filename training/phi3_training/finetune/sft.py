@@ -21,13 +21,8 @@ from ..recipe import Recipe
 from ..run import Run
 from .audit import Row
 from .checkpoints import Checkpoints
-from .rows import (
-    audited,
-    read_located,
-    trainable,
-    with_casual_copies,
-    with_rewordings,
-)
+from .rewordings import with_casual_copies, with_rewordings
+from .rows import audited, read_located, trainable
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
 from .tracking import trackers
 from .trainer import LossLog, Rows, TrimHeap, Validation, audit_trainer, make_trainer

@@ -118,7 +118,8 @@ class DataSection(Section):
     casual_copies: bool = False
     """Also train on each chat with its last question in lower case and without its final mark."""
     rewordings: Annotated[int, Field(ge=0, le=20)] = 0
-    """Rewordings of the last question (greetings, keywords, words left out) added for each chat."""
+    """Rewordings of the last question added for each chat: other English forms ("What does X cost?"
+    for "How much is X?"), greetings, keywords, words left out."""
     seed: int = 42
     """Random seed of the held-out share and of the rewordings."""
     max_length: Annotated[int, Field(ge=16)] = 2048
