@@ -153,6 +153,12 @@ def killed(prepared: Path) -> Path:
     return run
 
 
+def test_no_model_card_is_written_beside_a_checkpoint(killed: Path) -> None:
+    """Rendering it took as long as a step of training; nobody reads it."""
+    assert checkpoints(killed)
+    assert not list((killed / "finetune").rglob("README.md"))
+
+
 def without_seal(checkpoint: Path) -> None:
     (checkpoint / SEAL).unlink()
 
