@@ -15,7 +15,6 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from .connection import ENTRA, ConnectionSettings, parse_address
-from .entra import credential_of
 from .errors import one_line
 from .transport import Deadline, deadline_applies, new_session, read_up_to
 
@@ -43,7 +42,7 @@ def choices(settings: ConnectionSettings) -> list[Choice]:
     ConfigurationError where the settings are unusable; an unreachable endpoint is not an error.
     """
     address = parse_address(settings.endpoint, settings.dialect)
-    credential = credential_of(settings)
+    credential = settings.credential()
     # /v1/models next to /v1/chat/completions, or next to /score.
     parts = urlsplit(address.url)
     base = re.sub(r"(/chat/completions|/score)$", "", parts.path)

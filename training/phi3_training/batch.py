@@ -21,7 +21,7 @@ from phi3_tool.errors import (
     Phi3Error,
     ThrottledError,
 )
-from phi3_tool.history import to_messages
+from phi3_tool.wire import to_messages
 
 from .data.sources import rows_of
 from .errors import StageError, UsageError, shortened

@@ -16,8 +16,8 @@ from phi3_tool.connection import (
     parse_address,
     same_endpoint,
 )
-from phi3_tool.entra import entra_tokens
-from phi3_tool.history import DEFAULT_CONTEXT_LENGTH
+from phi3_tool.credentials import entra_tokens
+from phi3_tool.wire import DEFAULT_CONTEXT_LENGTH
 
 from .. import console
 from ..current import is_current, remarks
