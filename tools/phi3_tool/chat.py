@@ -61,6 +61,8 @@ def phi3_chat(
     """
     try:
         settings = settings_of(connection, deployment)
+        # What fits is decided before the client is made: a question without text, or a broken
+        # history, must fail without a connection.
         room = budget(
             settings.context_length, input_data, system_prompt, max_new_tokens, max_history_tokens
         )

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # An editor waits for the list.
 SECONDS = 5.0
 _MAX_BYTES = 1024 * 1024
-_MAX_NAMES = 200
+_MAX_NAMES = 200  # Azure allows 20 deployments of an endpoint; a gateway may list any number
 _AZURE = ".inference.ml.azure.com"
 _WITH = {None: "key", ENTRA: "token of your sign-in"}
 

@@ -112,6 +112,8 @@ def _in_the_executor() -> None:
     def ensure_flow_inputs_type(
         flow: Any, inputs: Mapping[str, Any], idx: int | None = None
     ) -> dict[str, Any]:
+        # Prompt flow's own conversion turns None into the text "None": the texts that are null get
+        # "" for its sake, and None again afterwards.
         filled = without_empty_cells(flow.inputs, inputs)
         texts = [name for name, about in flow.inputs.items() if _is_text(about)]
         null = dict.fromkeys(name for name in texts if filled.get(name, "") is None)

@@ -54,6 +54,7 @@ OPENAI_PARAMETERS = frozenset(
         "tool_choice",
     )
 )
+# What the client sets itself: a parameter of that name would replace the conversation.
 _OURS = ("messages", "stream", "input_data", "input_string")
 
 _EXPECTED = {
@@ -321,7 +322,7 @@ def build_request(
         return body
     if dialect != "score":
         raise ConfigurationError(f"dialect is {dialect!r}, but must be 'score' or 'openai'")
-    if stream:
+    if stream:  # Azure's images force stream to false on /score
         raise RequestRejectedError("The score dialect cannot stream: use the openai dialect")
     if length is not None:
         # foundation-model-inference obeys only the first name, foundation-model-serve only the
@@ -359,7 +360,8 @@ def read_answer(
             return _read_choices(payload, why, quote)
         if "output" in payload:
             return _read_output(payload, why)
-    # foundation-model-inference answers a body that it cannot read with 200 and {}.
+    # foundation-model-inference answers a body that it cannot read, and a question that Content
+    # Safety refuses, with 200 and {}.
     if not payload and (payload is None or isinstance(payload, (dict, list))):
         raise _no_answer("an empty answer", why)
     text = _text_in(payload) if isinstance(payload, list) else None

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import console
-from ..current import all_runs, current_of, is_connected, is_current
-from ..errors import UsageError, WeightsUnavailableError
+from ..errors import UsageError, WeightsUnavailableError, did_you_mean
 from ..journey import RECIPE_FILE, Journey, check_model, refuse_other_chats, refuse_other_place
 from ..manifests import ModelManifest
 from ..models import small
-from ..nearest import did_you_mean
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe, recipe_names
 from ..recipe import Recipe, load_recipe, replaced_with_chats
 from ..run import Run, check_run_name
+from ..runs import all_runs, current_of, is_connected, is_current
 from ..targets import HERE, get_target, is_here, target_of
 
 

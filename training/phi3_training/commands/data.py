@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from .. import console
-from ..current import all_runs
 from ..errors import UsageError
 from ..journey import go
 from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
+from ..runs import all_runs
 from ..stages import stages_until
 from . import HELP
 from .common import journey_of, recipe_of

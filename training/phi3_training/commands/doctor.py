@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from .. import console, sunset
-from ..current import all_runs
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
 from ..packages import has_prompt_flow
 from ..project import FLOW, find
+from ..runs import all_runs
 from . import HELP
 from .common import current_run, tuned_run
 from .options import add_command, add_run

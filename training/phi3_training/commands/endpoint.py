@@ -20,11 +20,11 @@ from phi3_tool.credentials import entra_tokens
 from phi3_tool.wire import DEFAULT_CONTEXT_LENGTH
 
 from .. import console
-from ..current import is_current, remarks
 from ..errors import StageError
 from ..manifests import ConnectionManifest, EndpointManifest
 from ..packages import has_prompt_flow
 from ..run import Run
+from ..runs import is_current, remarks
 from ..targets import HERE, Access, get_target, target_of
 from .common import current_run
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..current import current_of
 from ..errors import MissingExtraError, UsageError
 from ..manifests import EXPORTS, ExportCheck
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
@@ -15,6 +14,7 @@ from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..recipe.keys import keys_of
 from ..run import Run
+from ..runs import current_of
 from . import HELP
 from .common import named_run, tuned_run
 from .options import add_command, add_run

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..current import all_runs, current_of, is_current, make_current, remarks
 from ..errors import MissingExtraError, RecipeError, StageError
 from ..journey import RECIPE_FILE
 from ..manifests import ConnectionManifest, EndpointManifest, GateManifest
 from ..memory.model import gib
 from ..recipe import read_yaml
 from ..run import Run
-from ..run_state import state_of
+from ..runs import all_runs, current_of, is_current, make_current, remarks, state_of
 from ..stages import stages_of
 from ..targets import HERE, is_here
 from . import HELP

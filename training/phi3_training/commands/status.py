@@ -9,12 +9,11 @@ from typing import Any
 from phi3_tool.errors import Phi3Error
 
 from .. import console
-from ..current import all_runs
 from ..errors import Phi3TrainingError, StageError, UsageError
 from ..manifests import EndpointManifest
 from ..rag.index_files import service_line, services_of, take_down
 from ..run import Run
-from ..run_state import RunState, state_of
+from ..runs import RunState, all_runs, state_of
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import confirm, named_run

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import console, sunset
-from ..current import is_current, make_current
 from ..errors import MissingExtraError, UsageError
 from ..journey import Journey, finished, go
 from ..manifests import (
@@ -30,7 +29,7 @@ from ..packages import NO_PROMPT_FLOW, has_prompt_flow
 from ..progress import PlanLine
 from ..recipe import AuditRule, Recipe
 from ..run import Run
-from ..run_state import state_of
+from ..runs import is_current, make_current, state_of
 from ..stages import stages_of, stages_until
 from ..targets import HERE
 from . import HELP
