@@ -224,7 +224,7 @@ def _show_tokens(args: argparse.Namespace, conversations: list[Conversation]) ->
     if args.output == "json":
         console.print_json([view.as_dict() for view in views])
         return 0
-    # In a pipe or a file, and for NO_COLOR: brackets that no chat contains.
+    # In a pipe or a file, and for NO_COLOR: brackets instead of colours.
     plain = console.out.color_system is None or console.out.no_color
     how = "in ⟦ ⟧" if plain else "in green"
     console.line(f"trained tokens are {how}; the rest is context", "dim")

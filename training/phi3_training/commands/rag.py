@@ -198,9 +198,8 @@ def run_index(args: argparse.Namespace) -> int:
         # Noted in the run before it is created: a service that nobody knows would bill for ever.
         is_new = bool(to.service_id) and begin(synced.path, to)
         if to.service_id and not is_new and is_gone(to.service_id):
-            console.note(
-                f"{to.service.endpoint} is gone, by its deadline or by hand: created again"
-            )
+            gone = "is gone, by its deadline or by hand"
+            console.note(f"{to.service.endpoint} {gone}: created again")
             to.path.unlink()
             is_new = begin(synced.path, to)  # its passages are in the run's own file
         if is_new:

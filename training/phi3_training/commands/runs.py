@@ -35,7 +35,7 @@ def run_runs(args: argparse.Namespace) -> int:
     """A line for each run."""
     rows: list[dict[str, Any]] = []
     for run in all_runs(args.runs):
-        # A folder that is broken in part is listed with what can be read of it: `rm` needs its name.
+        # A folder that is broken in part is listed as well: `phi3 rm` needs its name.
         state = state_of(run)
         try:
             recipe = str(read_yaml(run.path / RECIPE_FILE).get("name", "?"))
