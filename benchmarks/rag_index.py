@@ -24,8 +24,7 @@ import numpy.typing as npt
 from phi3_tool.embedders import OnnxEmbedder
 from phi3_tool.index import DocumentIndex
 from phi3_training.progress import no_progress
-from phi3_training.rag.build import Chosen, sync
-from phi3_training.rag.weights import EmbedderUnavailableError, minilm
+from phi3_training.rag.build import Chosen, EmbedderUnavailableError, minilm, sync
 
 CHATS = Path(__file__).parents[1] / "training" / "data" / "general_chats.jsonl"
 SECTIONS = 20  # of a document, each about one passage

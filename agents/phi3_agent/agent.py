@@ -31,8 +31,8 @@ from phi3_tool.grounding import (
     sources_note,
     standalone_question,
 )
-from phi3_tool.history import from_messages
 from phi3_tool.index import Hit, hits_of
+from phi3_tool.wire import from_messages
 
 from .client import MAX_NEW_TOKENS, Phi3ChatClient, answer_text, in_framework, role_messages
 from .conversation import Conversations, TurnsProvider

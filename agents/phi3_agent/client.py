@@ -43,7 +43,7 @@ from phi3_tool.errors import (
     RequestRejectedError,
     UnreadableAnswerError,
 )
-from phi3_tool.history import budget, fit
+from phi3_tool.wire import budget, fit
 
 #: The flow's own default of max_new_tokens; what it leaves of the context is the history's.
 MAX_NEW_TOKENS = 256

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 from agent_framework import HistoryProvider, Message
 
 from phi3_tool.errors import ConfigurationError, Phi3Error, RequestRejectedError
-from phi3_tool.history import from_messages, read_turns
+from phi3_tool.wire import from_messages, read_turns
 
 from .client import answer_text, in_framework
 

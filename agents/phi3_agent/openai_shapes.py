@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phi3_tool.errors import RequestRejectedError
-from phi3_tool.history import from_messages
+from phi3_tool.wire import from_messages
 
 # Their names for the framework's options. Everything else either changes nothing here (user,
 # metadata, …) or is in _REFUSED.

@@ -35,7 +35,7 @@ from phi3_tool.errors import (
     RequestRejectedError,
     ThrottledError,
 )
-from phi3_tool.history import read_turns
+from phi3_tool.wire import read_turns
 
 from .client import Phi3ChatClient, answer_text, phi3_error
 from .conversation import Conversations

@@ -30,8 +30,8 @@ from phi3_tool.grounding import (
     sources_note,
     standalone_question,
 )
-from phi3_tool.history import BROKE_OFF, budget, from_messages, to_messages
 from phi3_tool.index import Hit, LookupResult, hits_of
+from phi3_tool.wire import BROKE_OFF, budget, from_messages, to_messages
 
 from .agent import create_agent
 from .client import (

@@ -1,8 +1,8 @@
 """Scores one line with the functions of `phi3 evaluate`; a failed line scores nothing."""
 
-from flow_inputs import refuse_what_lacks_a_question
 from metrics import exact_match, rouge_l, token_f1
 from promptflow.core import tool
+from promptflow_fixes import refuse_what_lacks_a_question
 
 NO_ANSWER = "no answer"
 

@@ -9,7 +9,7 @@ from promptflow.connections import CustomConnection
 from promptflow.core import tool
 
 from phi3_tool.chat import phi3_rag_chat
-from phi3_tool.served import quiet_when_served
+from phi3_tool.promptflow_fixes import quiet_when_served
 
 # Served, Prompt flow logs errors only; PF_LOGGING_LEVEL=INFO brings its other lines back.
 quiet_when_served()

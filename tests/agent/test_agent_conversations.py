@@ -19,7 +19,7 @@ from phi3_agent import Documents, FileConversations, MemoryConversations, create
 from phi3_agent.client import answer_text
 from phi3_tool.errors import ConfigurationError
 from phi3_tool.grounding import NOT_IN_DOCUMENTS
-from phi3_tool.history import to_messages
+from phi3_tool.wire import to_messages
 from phi3_training.agent.recorder import Reply
 
 Start = Callable[..., Any]

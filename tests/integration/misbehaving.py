@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import anyio
+from starlette.types import ASGIApp as App
+from starlette.types import Receive, Scope, Send
 
-from phi3_training.serve.asgi import App, Receive, Scope, Send, respond
+from phi3_training.serve.frontdoor import respond
 
 Wrapper = Callable[[App], App]
 

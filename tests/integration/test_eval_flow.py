@@ -141,7 +141,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     """The flow's modules, beside the scorers as Prompt flow lays them."""
     for folder in (FLOW, ROOT / "training/phi3_training/evaluate", ROOT / "tools/phi3_tool"):
         monkeypatch.syspath_prepend(str(folder))
-    names = ("metrics", "flow_inputs", "base_run", "score_line", "aggregate")
+    names = ("metrics", "promptflow_fixes", "base_run", "score_line", "aggregate")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield {name: importlib.import_module(name) for name in names}

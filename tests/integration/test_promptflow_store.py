@@ -40,7 +40,7 @@ print(json.dumps({
 TWO_RUNS = """
 import json, sys
 from pathlib import Path
-from phi3_training.current import make_current
+from phi3_training.runs import make_current
 from phi3_training.flow import store
 from phi3_training.flow.connect import connect
 from phi3_training.manifests import ConnectionManifest, EndpointManifest

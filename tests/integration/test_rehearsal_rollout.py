@@ -20,7 +20,6 @@ from tests.integration.server_fixture import PAIRS
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
 
 from phi3_rehearsal.faults import Faults
-from phi3_training.current import remarks
 from phi3_training.doctor import unfinished_rollouts
 from phi3_training.errors import StageError
 from phi3_training.evaluate.questions import Question
@@ -29,6 +28,7 @@ from phi3_training.manifests import EndpointManifest, PlaceManifest, RolloutMani
 from phi3_training.progress import no_progress
 from phi3_training.recipe import Recipe, save_recipe
 from phi3_training.run import RECIPE_FILE, Run
+from phi3_training.runs import remarks
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.deploy import access_to
 from phi3_training.targets.azure.inventory import take_inventory

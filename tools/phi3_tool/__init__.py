@@ -24,8 +24,15 @@ if TYPE_CHECKING:
         ThrottledError,
         UnreadableAnswerError,
     )
-    from .history import from_messages, to_messages
-    from .wire import Answer, Dialect, build_request, guess_dialect, read_answer
+    from .wire import (
+        Answer,
+        Dialect,
+        build_request,
+        from_messages,
+        guess_dialect,
+        read_answer,
+        to_messages,
+    )
 
 __all__ = [
     "Answer",
@@ -56,8 +63,15 @@ _HOMES = {
     "client": ("ChatReply", "Phi3Client"),
     "connection": ("ConnectionSettings",),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "history": ("from_messages", "to_messages"),
-    "wire": ("Answer", "Dialect", "build_request", "guess_dialect", "read_answer"),
+    "wire": (
+        "Answer",
+        "Dialect",
+        "build_request",
+        "from_messages",
+        "guess_dialect",
+        "read_answer",
+        "to_messages",
+    ),
 }
 
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .connection import Address, is_loopback
-from .credentials import clean_secret
-from .entra import entra_tokens
+from .credentials import clean_secret, entra_tokens
 from .errors import (
     AuthenticationError,
     ConfigurationError,
@@ -102,6 +101,17 @@ class SearchService:
         is sent. Raises AuthenticationError, RequestRejectedError or ServiceError with the
         service's own words.
         """
+        # Asked for at each call: azure-identity keeps the token, and renews it before it expires.
+        if self._key:
+            signature = {"api-key": self._key}
+        else:
+            with self._lock:
+                if self._token is None:
+                    self._token = entra_tokens(
+                        SCOPE,
+                        f"Azure AI Search without {KEY_VARIABLE} signs in with Microsoft Entra ID",
+                    )
+            signature = {"Authorization": f"Bearer {self._token()}"}
         answer = request_with_retries(
             self._session,
             method,
@@ -114,7 +124,7 @@ class SearchService:
             headers={
                 "Content-Type": "application/json",
                 "Accept": "application/json;odata.metadata=none",
-                **self._signature(),
+                **signature,
                 **(headers or {}),
             },
             timeout=(5, 120),
@@ -147,17 +157,6 @@ class SearchService:
                 "service?"
             )
         return content
-
-    def _signature(self) -> dict[str, str]:
-        if self._key:
-            return {"api-key": self._key}
-        with self._lock:
-            if self._token is None:
-                self._token = entra_tokens(
-                    SCOPE,
-                    f"Azure AI Search without {KEY_VARIABLE} signs in with Microsoft Entra ID",
-                )
-        return {"Authorization": f"Bearer {self._token()}"}
 
 
 def index_url(name: str) -> str:
@@ -241,8 +240,27 @@ def _hits(
     documents: Sequence[Mapping[str, Any]], words: Sequence[str], *, by_meaning: bool
 ) -> list[Hit]:
     """The documents as passages with our own score, best first; equal ones in Azure's order."""
-    bm25 = [_word_score(document, by_meaning=by_meaning) for document in documents]
-    cosines = [_cosine(document) for document in documents] if by_meaning else []
+    bm25: list[float] = []
+    cosines: list[float | None] = []
+    for document in documents:
+        debug = document.get("@search.documentDebugInfo") or {} if by_meaning else {}
+        parts = (debug.get("vectors") or {}).get("subscores") or {}
+        # Without parts (a question of words alone, or a service that reports none) the service's
+        # own score is BM25, or at least its order. With them, a passage that was found by its
+        # meaning alone has no text score: it counts 0.
+        whole = float(document["@search.score"])
+        bm25.append(float((parts.get("text") or {}).get("searchScore") or 0.0) if parts else whole)
+        cosines.append(
+            next(
+                (
+                    float(result["vectorSimilarity"])
+                    for query in parts.get("vectors") or []
+                    for result in query.values()
+                    if result.get("vectorSimilarity") is not None
+                ),
+                None,
+            )
+        )
     known = [cosine for cosine in cosines if cosine is not None]
     best = max(range(len(documents)), key=bm25.__getitem__, default=0)
     reached = _REACHED * share_of_words(words, documents[best]) if documents else 0.0
@@ -269,29 +287,6 @@ def _hits(
             )
         )
     return sorted(hits, key=lambda hit: -hit.score)
-
-
-def _parts(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    debug = document.get("@search.documentDebugInfo") or {}
-    return (debug.get("vectors") or {}).get("subscores") or {}
-
-
-def _word_score(document: Mapping[str, Any], *, by_meaning: bool) -> float:
-    """BM25; 0 where the passage was found by its meaning alone."""
-    if not by_meaning:
-        return float(document["@search.score"])
-    parts = _parts(document)
-    if not parts:  # a service that does not report the parts: its own order counts
-        return float(document["@search.score"])
-    return float((parts.get("text") or {}).get("searchScore") or 0.0)
-
-
-def _cosine(document: Mapping[str, Any]) -> float | None:
-    for query in _parts(document).get("vectors") or []:
-        for result in query.values():
-            if result.get("vectorSimilarity") is not None:
-                return float(result["vectorSimilarity"])
-    return None
 
 
 def share_of_words(words: Sequence[str], document: Mapping[str, Any]) -> float:

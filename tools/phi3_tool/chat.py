@@ -6,8 +6,7 @@ With connection_type.py the only module that imports Prompt flow.
 # Annotations stay real objects here, because Prompt flow reads them: no postponed evaluation, and
 # Optional[...] in place of newer spellings.
 import logging
-import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Optional, Union
 
 from promptflow.connections import ConnectionProvider, CustomConnection
@@ -19,56 +18,12 @@ from .connection import environment_names_endpoint, settings_of
 from .connection_type import Phi3Connection
 from .deployments import choices, no_list
 from .errors import Phi3Error, RequestRejectedError
-from .flow_inputs import refuse_what_lacks_a_question
-from .history import BROKE_OFF, budget, to_messages
+from .promptflow_fixes import print_pieces_as_they_come, refuse_what_lacks_a_question
+from .wire import BROKE_OFF, budget, to_messages
 
 log = logging.getLogger(__name__)
 
-# `pf flow test --interactive` of Prompt flow 1.18 reads a streamed answer to its end before it
-# prints the first piece; with traces on it then forgets the text, and the next turn knows nothing
-# of it. So these two functions of its loop are replaced, where that command's code is loaded at
-# all.
-_LOOP = "promptflow._sdk._orchestrator.test_submitter"
-_SHOW = "print_chat_output"
-_SETTLE = "resolve_generator"
-_REPLACED = "phi3_shows_pieces"
-
-Record = dict[str, list[str]]  # the pieces of each output that was shown
-
-
-def print_pieces_as_they_come() -> None:
-    """Put our way of showing into the loop of `--interactive`, if this process runs it."""
-    loop: Any = sys.modules.get(_LOOP)
-    if not hasattr(loop, _SHOW) or not hasattr(loop, _SETTLE) or hasattr(loop, _REPLACED):
-        return
-    setattr(loop, _REPLACED, True)
-    show, settle = getattr(loop, _SHOW), getattr(loop, _SETTLE)
-
-    def print_chat_output(output: object, generator_record: Record, *, generator_key: str) -> None:
-        if isinstance(output, Iterator) and generator_key not in generator_record:
-            # Prompt flow takes the whole answer from here afterwards.
-            pieces = generator_record[generator_key] = []
-            for piece in output:
-                pieces.append(str(piece))
-                sys.stdout.write(pieces[-1])
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-        else:
-            show(output, generator_record, generator_key=generator_key)
-
-    def resolve_generator(flow_result: Any, generator_record: Record) -> Any:
-        for place in (flow_result.run_info.output, flow_result.run_info.result, flow_result.output):
-            # The text that was shown, instead of the exhausted iterator.
-            for name, value in place.items() if isinstance(place, dict) else ():
-                shown = generator_record.get(f"run.outputs.{name}")
-                if isinstance(value, Iterator) and shown is not None:
-                    place[name] = "".join(shown)
-        return settle(flow_result, generator_record)
-
-    setattr(loop, _SHOW, print_chat_output)
-    setattr(loop, _SETTLE, resolve_generator)
-
-
+# Here, where Prompt flow loads the tool: before the first request, row or test of the flow.
 refuse_what_lacks_a_question()
 
 
@@ -106,6 +61,8 @@ def phi3_chat(
     """
     try:
         settings = settings_of(connection, deployment)
+        # What fits is decided before the client is made: a question without text, or a broken
+        # history, must fail without a connection.
         room = budget(
             settings.context_length, input_data, system_prompt, max_new_tokens, max_history_tokens
         )

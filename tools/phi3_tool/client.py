@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Optional, Tuple
@@ -25,8 +25,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from . import __version__
 from .connection import ENTRA, Address, ConnectionSettings, parse_address
-from .credentials import BearerAuth, Credential
-from .entra import entra_tokens
+from .credentials import BearerAuth, Credential, entra_tokens
 from .errors import (
     ConfigurationError,
     EndpointTimeoutError,
@@ -438,7 +437,22 @@ class Phi3Client:
                     (reading.limit(self._limits.connect), reading.limit()),
                 )
             if response.status_code != 200:
-                return self._failure_in(response, reading)
+                # Its status is what counts: a body that is cut off or never comes adds no more
+                # than words, and must not turn a 401 into a timeout.
+                reading.shorten(_ERROR_BODY_SECONDS)
+                words = bytearray()
+                try:
+                    read_up_to(_MAX_ERROR_BYTES, response, words)
+                except (requests.RequestException, HTTPError, OSError):
+                    log.debug("the body of a status %d was cut off", response.status_code)
+                response.close()
+                return failure_of(
+                    response.status_code,
+                    response.headers,
+                    words.decode("utf-8", "replace"),
+                    self._credential.quote,
+                )
+            # foundation-model-serve answers a streamed question in one JSON body.
             if call.stream and "json" not in response.headers.get("Content-Type", ""):
                 return _Arrival(response, reading, None)
             body = bytes(read_up_to(MAX_ANSWER_BYTES, response))
@@ -454,18 +468,6 @@ class Phi3Client:
                 UnreadableAnswerError("The answer does not end: it is not a chat answer")
             )
         return _Arrival(response, reading, body)
-
-    def _failure_in(self, response: requests.Response, reading: Deadline) -> Failure:
-        """The failure in a complete or incomplete error answer: its status is what counts."""
-        reading.shorten(_ERROR_BODY_SECONDS)
-        body = bytearray()
-        try:
-            read_up_to(_MAX_ERROR_BYTES, response, body)
-        except (requests.RequestException, HTTPError, OSError):
-            log.debug("the body of a status %d was cut off", response.status_code)
-        response.close()
-        text = body.decode("utf-8", "replace")
-        return failure_of(response.status_code, response.headers, text, self._credential.quote)
 
     def _read(self, arrival: _Arrival, call: Call) -> Answer:
         outcome = self._answer_in(arrival)
@@ -494,13 +496,22 @@ class Phi3Client:
             return error.with_traceback(None)
 
     def _pieces(self, arrival: _Arrival, call: Call) -> Generator[str, None, None]:
+        # Raised after the `finally`, outside the handlers: an error raised inside one would carry
+        # the lower exception, which holds the request and with it the key.
         failure: Phi3Error | None = None
         response = arrival.response
         try:
-            yield ""
+            yield ""  # taken by `stream`, see there
             body = body_pieces(response)
             yield from read_pieces(read_events(read_lines(body)), self._credential.quote)
-            _read_to_the_end(body, arrival.reading)
+            # Past the last piece, so that the connection can be reused; failing is no error.
+            arrival.reading.shorten(_AFTER_LAST_PIECE_SECONDS)
+            try:
+                for _ in range(_MAX_ERROR_BYTES // 1024):
+                    if next(body, None) is None:
+                        break
+            except (requests.RequestException, HTTPError, OSError):
+                log.debug("the connection of a finished stream is not reused")
         except Phi3Error as error:
             failure = error.with_traceback(None)
         except (requests.RequestException, HTTPError, OSError) as error:
@@ -517,17 +528,6 @@ class Phi3Client:
         if self._pid != os.getpid():
             self._pooled, self._pid = Poster(self._address), os.getpid()
         return self._pooled
-
-
-def _read_to_the_end(body: Iterator[bytes], reading: Deadline) -> None:
-    """Read past the last piece, so that the connection can be reused; failing is no error."""
-    reading.shorten(_AFTER_LAST_PIECE_SECONDS)
-    try:
-        for _ in range(_MAX_ERROR_BYTES // 1024):
-            if next(body, None) is None:
-                return
-    except (requests.RequestException, HTTPError, OSError):
-        log.debug("the connection of a finished stream is not reused")
 
 
 # Each keeps a pool of open connections.

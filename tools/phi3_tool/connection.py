@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit, urlunsplit
 
-from .credentials import clean_secret
+from .credentials import Credential, clean_secret, entra_tokens
 from .errors import ConfigurationError
 from .wire import DIALECTS, Dialect, guess_dialect
 
@@ -62,8 +62,22 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
             f"the endpoint is plain http to {host}: a key is sent only over https, or over http "
             f"to this machine; use the https URL"
         )
-    spoken = _choose_dialect(text, dialect)
     path = parts.path.rstrip("/")
+    spoken: Dialect
+    if dialect is None:
+        spoken = guess_dialect(text)
+    else:
+        if dialect not in DIALECTS:
+            raise ConfigurationError(f"dialect is {dialect!r}, but must be 'score' or 'openai'")
+        spoken = dialect
+        # A proxy may rename paths; one that does name a dialect must not contradict the setting.
+        named = path.endswith(("score", "chat/completions", "v1"))
+        if not path or (named and guess_dialect(text) != spoken):
+            fitting = "/score" if spoken == "score" else "/v1/chat/completions"
+            raise ConfigurationError(
+                f"dialect is {spoken!r}, but the endpoint URL does not fit it: it should end with"
+                f" {fitting}"
+            )
     if spoken == "openai" and path.endswith("/v1"):
         path += "/chat/completions"
     scheme = parts.scheme.lower()
@@ -104,23 +118,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _choose_dialect(url: str, asked: str | None) -> Dialect:
-    if asked is None:
-        return guess_dialect(url)
-    chosen = next((dialect for dialect in DIALECTS if dialect == asked), None)
-    if chosen is None:
-        raise ConfigurationError(f"dialect is {asked!r}, but must be 'score' or 'openai'")
-    path = urlsplit(url).path.strip("/")
-    by_path = guess_dialect(url) if path.endswith(("score", "chat/completions", "v1")) else chosen
-    if not path or by_path != chosen:
-        fitting = "/score" if chosen == "score" else "/v1/chat/completions"
-        raise ConfigurationError(
-            f"dialect is {chosen!r}, but the endpoint URL does not fit it: it should end with"
-            f" {fitting}"
-        )
-    return chosen
 
 
 #: The names of each setting; the second names are those of promptflow-tools' open_model_llm.
@@ -191,6 +188,12 @@ class ConnectionSettings:
         faults = [f"PHI3_{name.upper()} is not set" for name in needed if values[name] is None]
         what = 'The environment sets no usable endpoint (`eval "$(phi3 env)"` sets it)'
         return cls._checked(values, faults, what, entra=entra)
+
+    def credential(self) -> Credential:
+        """What signs a request to this endpoint: its key, or tokens where it has none."""
+        if self.auth == ENTRA:
+            return Credential(None, entra_tokens())
+        return Credential(self.key, None)
 
     @classmethod
     def _checked(

@@ -15,7 +15,6 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from .connection import ENTRA, ConnectionSettings, parse_address
-from .entra import credential_of
 from .errors import one_line
 from .transport import Deadline, deadline_applies, new_session, read_up_to
 
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 # An editor waits for the list.
 SECONDS = 5.0
 _MAX_BYTES = 1024 * 1024
-_MAX_NAMES = 200
+_MAX_NAMES = 200  # Azure allows 20 deployments of an endpoint; a gateway may list any number
 _AZURE = ".inference.ml.azure.com"
 _WITH = {None: "key", ENTRA: "token of your sign-in"}
 
@@ -43,7 +42,7 @@ def choices(settings: ConnectionSettings) -> list[Choice]:
     ConfigurationError where the settings are unusable; an unreachable endpoint is not an error.
     """
     address = parse_address(settings.endpoint, settings.dialect)
-    credential = credential_of(settings)
+    credential = settings.credential()
     # /v1/models next to /v1/chat/completions, or next to /score.
     parts = urlsplit(address.url)
     base = re.sub(r"(/chat/completions|/score)$", "", parts.path)

@@ -150,7 +150,18 @@ def failure_of(
             )
         )
     elif 300 <= status < 400:
-        failure = Failure(_redirect(lower))
+        # Only the host: a redirect's query may carry what must not be shown.
+        try:
+            host = urlsplit(lower.get("location", "")).hostname or ""
+        except ValueError:
+            host = ""
+        where = f" to {host[:100]}" if host.isascii() and host.isprintable() and host else ""
+        failure = Failure(
+            ConfigurationError(
+                f"The endpoint redirects{where}, and a key is never sent after a redirect: put the"
+                " final URL into the connection"
+            )
+        )
     else:
         failure = _plain_failure(status, says)
     failure.error.status = status
@@ -266,17 +277,4 @@ def _throttled(says: str) -> ThrottledError:
     return ThrottledError(
         "The endpoint has more requests than it can handle at once: send fewer at a time, or "
         f"raise max_concurrent_requests_per_instance or the instance count.{says}"
-    )
-
-
-def _redirect(headers: Mapping[str, str]) -> ConfigurationError:
-    # Only the host: a redirect's query may carry what must not be shown.
-    try:
-        host = urlsplit(headers.get("location", "")).hostname or ""
-    except ValueError:
-        host = ""
-    where = f" to {host[:100]}" if host.isascii() and host.isprintable() and host else ""
-    return ConfigurationError(
-        f"The endpoint redirects{where}, and a key is never sent after a redirect: put the final"
-        " URL into the connection"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .embedders import embedder_of
-from .history import SOURCES, read_turns, required_question
 from .index import Hit, LookupResult, hits_of, index_path, open_index
+from .wire import SOURCES, read_turns, required_question
 
 #: The whole answer where nothing fits, and what the prompt asks the model to say then.
 NOT_IN_DOCUMENTS = "That is not in the documents."
@@ -160,7 +160,7 @@ def citations(answer: str, hits: Sequence[Hit]) -> list[Citation]:
 def sources_note(answer: str, hits: Sequence[Hit]) -> str:
     """The lines under an answer that say where its citations point; empty without any.
 
-    `history.to_messages` takes them off again, so the model never sees them.
+    `wire.to_messages` takes them off again, so the model never sees them.
     """
     shown = [
         f"[{cited['number']}] {hits[cited['number'] - 1].place}"

@@ -1,13 +1,19 @@
-"""The two request/response dialects of a Phi-3 endpoint: `score` and `openai`.
+"""What is sent to a Phi-3 endpoint and what comes back: pure functions, no I/O.
 
-Builds strictly (a faulty request is refused before it is sent) and reads tolerantly (every
-answer shape the Azure images are known to give). Standard library only; reads no files.
+In the order of a question's way: Prompt flow's chat_history to role messages, trimmed to the
+model's context; messages to the body of a request; a body to an answer; a stream to pieces of
+text. An endpoint speaks one of two dialects, `score` (Azure's own) or `openai`.
+
+Builds strictly (a faulty request is refused before it is sent) and reads tolerantly (every answer
+shape that the Azure images are known to give). Standard library only.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +26,8 @@ from .errors import (
     UnreadableAnswerError,
     one_line,
 )
+
+log = logging.getLogger(__name__)
 
 Dialect = Literal["score", "openai"]
 Message = Mapping[str, str]
@@ -46,6 +54,7 @@ OPENAI_PARAMETERS = frozenset(
         "tool_choice",
     )
 )
+# What the client sets itself: a parameter of that name would replace the conversation.
 _OURS = ("messages", "stream", "input_data", "input_string")
 
 _EXPECTED = {
@@ -53,6 +62,19 @@ _EXPECTED = {
     "openai": 'expected {"choices": [{"message": {"content": "text"}}]}',
 }
 _SHORTEN = "shorten the conversation, lower max_new_tokens, or check the deployment's log"
+
+#: What a chat template adds around each message: role, line ends, end-of-turn.
+TOKENS_AROUND_MESSAGE = 5
+#: Phi-3-mini-4k's; a connection may carry its own model's under configs.context_length.
+DEFAULT_CONTEXT_LENGTH = 4096
+#: Starts the note at the end of an incomplete streamed answer; the model never sees the note.
+BROKE_OFF = "\n\n[The answer was cut off. "
+#: Starts the list of sources under an answer from documents; the model never sees it either.
+SOURCES = "\n\nSources:\n"
+# Only such a list at the very end: a model's own "Sources:" is part of what it said.
+_SOURCES_NOTE = re.compile(re.escape(SOURCES) + r"(?:\[\d+\] .+(?:\n|$))+\Z")
+
+Turn = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,189 @@ class Answer:
     finish_reason: str | None = None
     usage: dict[str, int] = field(default_factory=dict)
     model: str | None = None
+
+
+# ---- the conversation: turns of Prompt flow, role messages
+
+
+def rough_tokens(text: str) -> int:
+    """A cautious guess without a tokenizer."""
+    # English has about four bytes to a token, other European languages and code about three.
+    return math.ceil(len(text.encode("utf-8", "replace")) / 3)
+
+
+def budget(
+    context_length: int | None,
+    input_data: str,
+    system_prompt: str,
+    max_new_tokens: int,
+    max_history_tokens: int = 0,
+) -> int:
+    """Tokens that the whole prompt may have; `context_length` None: the model's is not stated."""
+    room = (context_length or DEFAULT_CONTEXT_LENGTH) - max_new_tokens
+    if max_history_tokens <= 0:
+        return room
+    always = (
+        rough_tokens(input_data or "") + rough_tokens(system_prompt) + 2 * TOKENS_AROUND_MESSAGE
+    )
+    wanted = always + max_history_tokens
+    # Without a stated context the caller's word counts: the model may well be a 128k one.
+    return wanted if context_length is None else min(room, wanted)
+
+
+def to_messages(
+    chat_history: Sequence[Mapping[str, object]] | None,
+    user_input: str | None,
+    system_prompt: str | None = None,
+    *,
+    max_tokens: int | None = None,
+    max_chars: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[dict[str, str]]:
+    """The conversation as role messages, ending in `user_input`.
+
+    The budgets count everything that is sent. The oldest turns go first, always as a whole; the
+    system message and the question always stay. Without `count_tokens` tokens are guessed.
+    """
+    user_input = required_question(user_input, input_key)
+    # Its white space stays: it was trained with, and other tokens would be another prompt. A blank
+    # one is left out, since an empty system message changes the tokens that the model sees.
+    head: list[dict[str, str]] = []
+    if system_prompt and system_prompt.strip():
+        head = [{"role": "system", "content": system_prompt}]
+    turns = [
+        {"role": role, "content": text}
+        for asked, answer in read_turns(chat_history, input_key, output_key)
+        for role, text in (("user", asked), ("assistant", answer))
+    ]
+    return fit(
+        [*head, *turns, {"role": "user", "content": user_input}],
+        max_tokens=max_tokens,
+        max_chars=max_chars,
+        count_tokens=count_tokens,
+    )
+
+
+def fit(
+    messages: Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int | None = None,
+    max_chars: int | None = None,
+    count_tokens: Callable[[str], int] | None = None,
+) -> list[dict[str, str]]:
+    """Role messages cut to the budgets: the oldest turns go first, always as a whole.
+
+    A turn begins with a user message. Leading system messages and everything from the last user
+    message on stay. What fits is returned as it is.
+    """
+    sent = [dict(message) for message in messages]
+    first = next((i for i, message in enumerate(sent) if message["role"] != "system"), len(sent))
+    starts = [i for i in range(first, len(sent)) if sent[i]["role"] == "user"]
+    if not starts:
+        return sent
+    # What comes before the first question (a greeting) belongs to the first turn.
+    edges = [first, *starts[1:]]
+    turns = [sent[begin:end] for begin, end in zip(edges, edges[1:])]  # noqa: B905, RUF007 - Python 3.9
+    always = [*sent[:first], *sent[edges[-1] :]]
+    counter = count_tokens or rough_tokens
+    limits: list[tuple[int | None, Callable[[str], int]]] = [
+        (max_chars, len),
+        (max_tokens, lambda text: counter(text) + TOKENS_AROUND_MESSAGE),
+    ]
+    for limit, cost in limits:
+        if limit is None:
+            continue
+        left = limit - sum(cost(message["content"]) for message in always)
+        fitting = 0
+        for turn in reversed(turns):
+            left -= sum(cost(message["content"]) for message in turn)
+            if left < 0:
+                break
+            fitting += 1
+        surplus = len(turns) - fitting
+        if surplus:
+            log.info("left out %d of %d earlier turns to fit the budget", surplus, len(turns))
+        turns = turns[surplus:]
+    return [*sent[:first], *(message for turn in turns for message in turn), *sent[edges[-1] :]]
+
+
+def required_question(value: str | None, input_key: str = "input_data") -> str:
+    """The question itself; raises RequestRejectedError where there is none (None: a null cell)."""
+    if value is None:
+        raise RequestRejectedError(
+            f"There is no question: the input {input_key} is null or missing. In `pf run create` "
+            f"give its column with --column-mapping {input_key}='${{data.COLUMN}}'"
+        )
+    if not isinstance(value, str) or not value.strip():
+        raise RequestRejectedError("The question is empty: type something to ask")
+    return value
+
+
+def from_messages(
+    messages: Iterable[Mapping[str, str]],
+    *,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[dict[str, dict[str, str]]]:
+    """Role messages as Prompt flow's chat_history; a question not answered yet is left out."""
+    history: list[dict[str, dict[str, str]]] = []
+    question: str | None = None
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content", "")
+        if role == "user" and question is None:
+            question = content
+        elif role == "assistant" and question is not None:
+            history.append({"inputs": {input_key: question}, "outputs": {output_key: content}})
+            question = None
+        elif role != "system" or index > 0:
+            raise RequestRejectedError(
+                f"Message {index} has the role {role!r}: user and assistant messages must alternate"
+            )
+    return history
+
+
+def read_turns(
+    chat_history: Sequence[Mapping[str, object]] | None,
+    input_key: str = "input_data",
+    output_key: str = "answer",
+) -> list[Turn]:
+    """(question, answer) of each finished turn; a turn that failed has no answer and is skipped."""
+    if not chat_history:
+        return []
+    if isinstance(chat_history, (str, Mapping)) or not isinstance(chat_history, Sequence):
+        raise RequestRejectedError("chat_history must be a list of turns")
+    turns: list[Turn] = []
+    for index, item in enumerate(chat_history):
+        inputs = item.get("inputs") if isinstance(item, Mapping) else None
+        outputs = item.get("outputs") if isinstance(item, Mapping) else None
+        if not isinstance(inputs, Mapping) or not isinstance(outputs, (Mapping, type(None))):
+            raise RequestRejectedError(
+                f'chat_history[{index}] is not a turn: expected {{"inputs": {{"{input_key}": …}},'
+                f' "outputs": {{"{output_key}": …}}}}'
+            )
+        question = _one_text(inputs, input_key)
+        if question is None:
+            raise RequestRejectedError(
+                f"chat_history[{index}] has no text under inputs.{input_key}"
+            )
+        answer = (_one_text(outputs or {}, output_key) or "").partition(BROKE_OFF)[0]
+        answer = _SOURCES_NOTE.sub("", answer)
+        if answer and question.strip():
+            turns.append((question, answer))
+    return turns
+
+
+def _one_text(values: Mapping[str, Any], key: str) -> str | None:
+    """The text under the key; under another name where it is the only text there."""
+    if key in values:
+        return values[key] if isinstance(values[key], str) else None
+    texts = [value for value in values.values() if isinstance(value, str)]
+    return texts[0] if len(texts) == 1 else None
+
+
+# ---- the request
 
 
 def guess_dialect(url: str) -> Dialect:
@@ -87,8 +292,24 @@ def build_request(
 ) -> dict[str, Any]:
     """The JSON body for one question; RequestRejectedError where no endpoint would take it."""
     clean = _check_messages(messages)
-    settings = _check_parameters(parameters or {})
-    length = settings.pop("max_new_tokens", None)
+    settings = {name: value for name, value in (parameters or {}).items() if value is not None}
+    faults = [f"{name} cannot be given as a parameter" for name in _OURS if name in settings]
+    length: object = settings.pop("max_new_tokens", None)
+    if "max_tokens" in settings:  # OpenAI's name for the same
+        same = settings.pop("max_tokens")
+        if length not in (None, same):
+            faults.append("max_new_tokens and max_tokens differ: give one of them")
+        length = same if length is None else length
+    if length is not None and (
+        not isinstance(length, int) or isinstance(length, bool) or length < 1
+    ):
+        faults.append("max_new_tokens must be a whole number of at least 1")
+    if "temperature" in settings and not _is_number(settings["temperature"], 0, math.inf):
+        faults.append("temperature must be a number of at least 0")
+    if "top_p" in settings and not _is_number(settings["top_p"], 0, 1):
+        faults.append("top_p must be a number between 0 and 1")
+    if faults:
+        raise RequestRejectedError("The request cannot be sent: " + "; ".join(faults))
     if dialect == "openai":
         body: dict[str, Any] = {"messages": clean, **settings}
         if length is not None:
@@ -101,13 +322,16 @@ def build_request(
         return body
     if dialect != "score":
         raise ConfigurationError(f"dialect is {dialect!r}, but must be 'score' or 'openai'")
-    if stream:
+    if stream:  # Azure's images force stream to false on /score
         raise RequestRejectedError("The score dialect cannot stream: use the openai dialect")
     if length is not None:
         # foundation-model-inference obeys only the first name, foundation-model-serve only the
         # second; each ignores the other one.
         settings.update(max_new_tokens=length, max_tokens=length)
     return {"input_data": {"input_string": clean, "parameters": settings}}
+
+
+# ---- the answer
 
 
 def read_answer(
@@ -136,7 +360,8 @@ def read_answer(
             return _read_choices(payload, why, quote)
         if "output" in payload:
             return _read_output(payload, why)
-    # foundation-model-inference answers a body that it cannot read with 200 and {}.
+    # foundation-model-inference answers a body that it cannot read, and a question that Content
+    # Safety refuses, with 200 and {}.
     if not payload and (payload is None or isinstance(payload, (dict, list))):
         raise _no_answer("an empty answer", why)
     text = _text_in(payload) if isinstance(payload, list) else None
@@ -218,25 +443,6 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
             f"The last message has the role {clean[-1]['role']!r}: it must be the user's question"
         )
     return clean
-
-
-def _check_parameters(parameters: Mapping[str, object]) -> dict[str, Any]:
-    settings = {name: value for name, value in parameters.items() if value is not None}
-    faults = [f"{name} cannot be given as a parameter" for name in _OURS if name in settings]
-    if "max_tokens" in settings:
-        same = settings.setdefault("max_new_tokens", settings["max_tokens"])
-        if same != settings.pop("max_tokens"):
-            faults.append("max_new_tokens and max_tokens differ: give one of them")
-    length = settings.get("max_new_tokens", 1)
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        faults.append("max_new_tokens must be a whole number of at least 1")
-    if "temperature" in settings and not _is_number(settings["temperature"], 0, math.inf):
-        faults.append("temperature must be a number of at least 0")
-    if "top_p" in settings and not _is_number(settings["top_p"], 0, 1):
-        faults.append("top_p must be a number between 0 and 1")
-    if faults:
-        raise RequestRejectedError("The request cannot be sent: " + "; ".join(faults))
-    return settings
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
@@ -324,8 +530,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else "no text")
 
 
-# Server-sent events of a streamed chat answer: bytes in, events out, text pieces out.
-# Standard library only; knows nothing of sockets.
+# ---- the stream: server-sent events, bytes in, events out, text pieces out
 
 #: No event of a chat answer comes near this; without a bound a server could fill our memory.
 MAX_LINE = 4 * 1024 * 1024
@@ -384,8 +589,35 @@ def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[st
     for event in events:
         if event.data.strip() == "[DONE]":
             return
-        piece, finish = _read_chunk(event, quote)
-        finished = finished or finish
+        try:
+            chunk = json.loads(event.data)
+        except (ValueError, RecursionError):
+            chunk = None
+        if chunk is None and event.name != "error":
+            raise UnreadableAnswerError(
+                "The stream contains an event that is not JSON (or was cut off): check that the URL"
+                " is an OpenAI-compatible chat route"
+            )
+        # The status was 200 when the first byte went out: a later failure comes as an event "error"
+        # (Azure's older image) or as an `error` object among the data (other servers).
+        reported = chunk.get("error") if isinstance(chunk, dict) else None
+        if event.name == "error" or reported:
+            words, status = reported_failure(reported or chunk or event.data)
+            raise ModelError(
+                "The model failed in the middle of its answer: "
+                f"{quote(words) or 'no reason given'}",
+                inner_status=status,
+            )
+        choices = chunk.get("choices") if isinstance(chunk, dict) else None
+        if not isinstance(choices, list):
+            raise UnreadableAnswerError("The stream contains an event without choices")
+        if not choices or not isinstance(choices[0], dict):
+            continue  # a chunk that only carries usage
+        finish = choices[0].get("finish_reason")
+        if finish == "error":
+            raise ModelError("The model failed in the middle of its answer", reason="error")
+        finished = finished or finish is not None
+        piece = message_text(choices[0].get("delta"))
         if piece:
             yield piece
     if not finished:
@@ -393,32 +625,3 @@ def read_pieces(events: Iterable[Event], quote: Quote = one_line) -> Iterator[st
             "The streamed answer was cut off: the connection ended before the answer did; try "
             "again, and check the deployment's log if it happens again"
         )
-
-
-def _read_chunk(event: Event, quote: Quote) -> tuple[str, bool]:
-    try:
-        chunk = json.loads(event.data)
-    except (ValueError, RecursionError):
-        chunk = None
-    if chunk is None and event.name != "error":
-        raise UnreadableAnswerError(
-            "The stream contains an event that is not JSON (or was cut off): check that the URL is"
-            " an OpenAI-compatible chat route"
-        )
-    reported = chunk.get("error") if isinstance(chunk, dict) else None
-    if event.name == "error" or reported:
-        words, status = reported_failure(reported or chunk or event.data)
-        raise ModelError(
-            f"The model failed in the middle of its answer: {quote(words) or 'no reason given'}",
-            inner_status=status,
-        )
-    choices = chunk.get("choices") if isinstance(chunk, dict) else None
-    if not isinstance(choices, list):
-        raise UnreadableAnswerError("The stream contains an event without choices")
-    if not choices or not isinstance(choices[0], dict):
-        return "", False  # a chunk that only carries usage
-    text = message_text(choices[0].get("delta")) or ""
-    finish = choices[0].get("finish_reason")
-    if finish == "error":
-        raise ModelError("The model failed in the middle of its answer", reason="error")
-    return text, finish is not None

@@ -21,15 +21,16 @@ from phi3_tool.errors import (
     Phi3Error,
     ThrottledError,
 )
-from phi3_tool.history import to_messages
+from phi3_tool.wire import to_messages
 
 from .data.sources import rows_of
 from .errors import StageError, UsageError, shortened
 from .progress import Progress, no_progress
 from .run import sha256_of, write_atomically
 
-# The lines of a batch: read from a JSONL file or a table, every fault named at once; writes
-# nothing.
+log = logging.getLogger(__name__)
+
+# ---- the lines of a batch: read from a JSONL file or a table, every fault named at once
 
 # The flow's other inputs; a null counts as not given.
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -79,8 +80,18 @@ def read_lines(
     table = path.suffix.lower() in TABLES
     try:
         for place, row in _rows_of(path, table=table):
-            if isinstance(row, dict) and not lines and not faults:
-                renamed = _with_question(row, renamed, note)
+            unnamed = "input_data" not in row and "input_data" not in renamed
+            if isinstance(row, dict) and unnamed and not lines and not faults:
+                # Guessed from the first row alone: a file whose rows differ gets a fault per row.
+                fitting = [name for name in row if name.strip().casefold() in QUESTION_COLUMNS]
+                if len(fitting) > 1:
+                    raise UsageError(
+                        f"The columns {', '.join(fitting)} could all be the question; choose one "
+                        "with --map input_data=COLUMN"
+                    )
+                if fitting:
+                    note(f"Questions from the column {fitting[0]}")
+                    renamed = {**renamed, "input_data": fitting[0]}
             columns = _columns(row, renamed, cells=table) if isinstance(row, dict) else row
             if isinstance(columns, str):
                 faults.append(f"{path}:{place}: {columns}")
@@ -105,6 +116,8 @@ def _rows_of(path: Path, *, table: bool) -> Iterator[tuple[int, dict[str, Any] |
             else:
                 yield raw.line, raw.value if isinstance(raw.value, dict) else "not a JSON object"
         return
+    # utf-8-sig: Windows' editors begin a file with a byte order mark. Split at line feeds alone,
+    # because str.splitlines also splits at signs that JSON allows inside a string (U+2028).
     for place, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not text.strip():
             continue
@@ -114,24 +127,6 @@ def _rows_of(path: Path, *, table: bool) -> Iterator[tuple[int, dict[str, Any] |
             yield place, "not JSON"
         else:
             yield place, row if isinstance(row, dict) else "not a JSON object"
-
-
-def _with_question(
-    row: Mapping[str, Any], renamed: Mapping[str, str], note: Callable[[str], None]
-) -> Mapping[str, str]:
-    """`renamed`, and the one column that can only be the question; raises where two could be."""
-    if "input_data" in row or "input_data" in renamed:
-        return renamed
-    fitting = [name for name in row if name.strip().casefold() in QUESTION_COLUMNS]
-    if len(fitting) > 1:
-        raise UsageError(
-            f"The columns {', '.join(fitting)} could all be the question; choose one with "
-            f"--map input_data=COLUMN"
-        )
-    if not fitting:
-        return renamed
-    note(f"Questions from the column {fitting[0]}")
-    return {**renamed, "input_data": fitting[0]}
 
 
 def _columns(
@@ -163,7 +158,7 @@ def _columns(
     return "; ".join(wrong) or columns
 
 
-# The answers of a batch: a JSONL file that loses nothing when its writer is killed.
+# ---- the answers: a JSONL file that loses nothing when its writer is killed
 # Appends to OUT as answers come and sorts it at the end; OUT.batch.json next to it records what
 # was asked, without a key.
 
@@ -183,7 +178,28 @@ class Answers:
                 f"--out FILE"
             )
         if path.exists():
-            self._continue(asked)
+            try:
+                before = json.loads(self._record.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                raise UsageError(
+                    f"{path} has no {self._record.name} next to it, so it was not written by "
+                    "`phi3 batch`; choose another file with --out FILE"
+                ) from None
+            changed = [name for name in asked if before.get(name) != asked[name]]
+            if changed:
+                raise UsageError(
+                    f"{path} was started with different {', '.join(changed)}, so its answers "
+                    "cannot be mixed with new ones; choose another file with --out FILE"
+                )
+            for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    row = json.loads(text)
+                except ValueError:  # a truncated last line
+                    continue
+                is_row = isinstance(row, dict) and isinstance(row.get("line_number"), int)
+                # A line that failed is asked again: that is what --resume is for.
+                if is_row and not row.get("error"):
+                    self._rows[row["line_number"]] = row
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._record, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
@@ -209,29 +225,6 @@ class Answers:
     def _write_in_order(self) -> None:
         write_atomically(self.path, "".join(_text_of(self._rows[n]) for n in sorted(self._rows)))
 
-    def _continue(self, asked: Mapping[str, Any]) -> None:
-        try:
-            before = json.loads(self._record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UsageError(
-                f"{self.path} has no {self._record.name} next to it, so it was not written by "
-                f"`phi3 batch`; choose another file with --out FILE"
-            ) from None
-        changed = [name for name in asked if before.get(name) != asked[name]]
-        if changed:
-            raise UsageError(
-                f"{self.path} was started with different {', '.join(changed)}, so its answers "
-                f"cannot be mixed with new ones; choose another file with --out FILE"
-            )
-        for text in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(text)
-            except ValueError:  # a truncated last line
-                continue
-            is_row = isinstance(row, dict) and isinstance(row.get("line_number"), int)
-            if is_row and not row.get("error"):
-                self._rows[row["line_number"]] = row
-
 
 def _text_of(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -254,13 +247,12 @@ def asked_of(
     }
 
 
-# Asks many lines at once, in threads over one pooled client; slower where the endpoint throttles.
-# No input or output of its own but the questions themselves.
-
-log = logging.getLogger(__name__)
+# ---- asking: many lines at once, in threads over one pooled client
 
 PARAMETERS = ("temperature", "top_p", "max_new_tokens")
 INPUTS = ("input_data", "chat_history", "system_prompt", *PARAMETERS)
+# A line goes to the end of the queue this often before its 429 counts as its outcome; the client
+# has used up its own retries each time.
 _THROTTLED_TURNS = 5
 
 Ask = Callable[[Line], ChatReply]
@@ -329,6 +321,8 @@ class Pace:
     def throttled(self, age: int) -> None:
         """Half as many in flight from here on, unless that was done since this line was begun."""
         with self._changed:
+            # Lines in flight are throttled together: one burst of 429s must halve once, not once
+            # for each of its lines.
             if age != self._age:
                 return
             self._age += 1
@@ -338,6 +332,8 @@ class Pace:
     def answered(self) -> None:
         """A little more, until the most is reached again."""
         with self._changed:
+            # As TCP's congestion avoidance: one line more for each round of answers, since a round
+            # has `limit` of them; halving above is the other half of that rule.
             self._limit = min(float(self._most), self._limit + 1 / self._limit)
             self._changed.notify()
 
@@ -363,6 +359,7 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
                     pace.answered()
                 elif isinstance(outcome.error, ThrottledError):
                     pace.throttled(age)
+                # Asked again after the others, when the endpoint may have room.
                 if isinstance(outcome.error, ThrottledError) and line.turns < _THROTTLED_TURNS:
                     waiting.put(Line(line.number, line.columns, line.turns + 1))
                 else:
@@ -385,10 +382,11 @@ def ask_all(ask: Ask, lines: Sequence[Line], concurrency: int) -> Generator[Outc
             waiting.put(None)
 
 
-# One batch: every line without an answer is sent; each outcome is written immediately and counted.
+# ---- one batch: every line without an answer is sent; each outcome is written as it comes
 
 # After these no other line would fare better: the rest is not asked.
 HOPELESS = (AuthenticationError, EndpointNotFoundError, ConfigurationError)
+# As many failures without one answer between them: the endpoint is down, not the lines faulty.
 FAILED_IN_A_ROW = 50
 
 

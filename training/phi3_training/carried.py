@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import phi3_tool
 
@@ -24,17 +25,13 @@ _OURS = re.compile(rf"({'|'.join(_PACKAGES)})(\.\w+)*")
 _DATA = (".css", ".html", ".txt", ".yaml", ".typed")
 
 
-def carried_files(*modules: str) -> dict[str, Path]:
+# Once per process: parsing some 100 sources takes about a second.
+@lru_cache
+def carried_files(*modules: str) -> Mapping[str, Path]:
     """Every file that these modules run, by its path below the folder that Python looks in.
 
     Raises ModuleNotFoundError for a module that is not ours.
     """
-    return dict(_carried(modules))
-
-
-@lru_cache
-def _carried(modules: tuple[str, ...]) -> dict[str, Path]:
-    """Read once per process: parsing some 100 sources takes about a second."""
     files: dict[str, Path] = {}
     waiting = list(modules)
     seen: set[str] = set()
@@ -57,7 +54,7 @@ def _carried(modules: tuple[str, ...]) -> dict[str, Path]:
             if init is not None and parent not in seen:
                 _add(files, init)
                 waiting += _imports(init, parent, lazily=False)
-    return dict(sorted(files.items()))
+    return MappingProxyType(dict(sorted(files.items())))  # read-only: all callers share it
 
 
 def copy_carried(target: Path, *modules: str) -> None:

@@ -17,7 +17,7 @@ from phi3_tool import __version__
 from phi3_tool.errors import ConfigurationError, Phi3Error
 
 from .commands import GROUPS
-from .nearest import did_you_mean
+from .errors import Phi3TrainingError, UsageError, did_you_mean
 
 EXAMPLES = """\
 examples:
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             'Install it with: pip install "phi3-promptflow[flow,local]"\n'
         )
         return 1
-    from .errors import Phi3TrainingError, UsageError
-
+    # The unknown are looked at below: argparse takes `recipe key=value` in one group only, before
+    # or after the options, and people write them on both sides.
     args, rest = parser.parse_known_args(typed)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         used = getattr(args, "parser", parser)  # whose options are the known ones
         used.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # a recipe or key=value after an option: argparse accepts them only in one group
+    if rest:
         args.words += rest
     if args.command is None:
         parser.print_help()
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("Interrupted. Finished work is saved; resume with the same command.")
         return 130
-    except BrokenPipeError:  # e.g. `phi3 status | head`
+    except BrokenPipeError:  # e.g. `phi3 status | head`; closed, else Python complains at its exit
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, a folder that may not be written

@@ -22,6 +22,8 @@ from .progress import Progress, TimeLeft
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
 
+# soft_wrap: rich breaks long lines itself otherwise, and a path or a command that was broken cannot
+# be copied. No highlight: it would colour numbers and quotes in users' own texts.
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -81,8 +83,21 @@ def progress_bar(title: str) -> Iterator[Progress]:
 
     Whatever is counted gets an estimate of the time left.
     """
+    left = TimeLeft()
     if not err.is_terminal:
-        yield _plain_lines(title)
+        last_shown = time.monotonic()
+
+        def print_line(done: int, total: int, text: str) -> None:
+            nonlocal last_shown
+            # Outside the condition: the estimate needs every count.
+            estimate = left.after(done, total)
+            if time.monotonic() - last_shown >= PLAIN_INTERVAL:
+                last_shown = time.monotonic()
+                share = f"{done}/{total} " if total else ""
+                for part in ", ".join(filter(None, (text, estimate))).splitlines() or [""]:
+                    err.print(f"  {title:<10} {share}{part}", markup=False)
+
+        yield print_line
         return
     with Bars(
         SpinnerColumn(),
@@ -91,34 +106,15 @@ def progress_bar(title: str) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
         console=err,
-        transient=True,
+        transient=True,  # the stage's own line takes its place
     ) as bars:
         task = bars.add_task("", total=None)
-        left = TimeLeft()
 
         def update(done: int, total: int, text: str) -> None:
             shown = ", ".join(filter(None, (text, left.after(done, total))))
             bars.update(task, completed=done, total=total or None, description=escape(shown))
 
         yield update
-
-
-def _plain_lines(title: str) -> Progress:
-    """Progress for a log file."""
-    last_shown = time.monotonic()
-    left = TimeLeft()
-
-    def update(done: int, total: int, text: str) -> None:
-        nonlocal last_shown
-        # Outside the condition: the estimate needs every count.
-        estimate = left.after(done, total)
-        if time.monotonic() - last_shown >= PLAIN_INTERVAL:
-            last_shown = time.monotonic()
-            share = f"{done}/{total} " if total else ""
-            for part in ", ".join(filter(None, (text, estimate))).splitlines() or [""]:
-                err.print(f"  {title:<10} {share}{part}", markup=False)
-
-    return update
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

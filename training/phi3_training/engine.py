@@ -46,6 +46,7 @@ def choose_engine(
         return asked, "set in the recipe"
     if has_gpu() if gpu is None else gpu:
         return "transformers", "there is an NVIDIA GPU"
+    # Asked for another machine (`gpu` given), its packages are the image's: all of them are there.
     missing = [name for name in ("onnxruntime", "onnxruntime_genai") if not find_spec(name)]
     if missing and gpu is None:
         return "transformers", f"{missing[0]} is not installed"

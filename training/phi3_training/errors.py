@@ -12,7 +12,7 @@ Phi3TrainingError          anything below; `phi3` prints it as one block and exi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -84,6 +84,15 @@ def shortened(lines: Sequence[str], most: int = SHOWN_FAULTS) -> list[str]:
     """The first lines, and how many more there are."""
     more = len(lines) - most
     return [*lines[:most], *([f"… and {more} more"] if more > 0 else [])]
+
+
+def did_you_mean(typed: str, known: Iterable[str]) -> str:
+    """`; did you mean 'chat'?`, or nothing where no known name is close to what was typed."""
+    # Here, because `phi3 --help` reads this module and needs no difflib.
+    from difflib import get_close_matches
+
+    closest = get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {closest[0]!r}?" if closest else ""
 
 
 def counted(number: int, what: str) -> str:

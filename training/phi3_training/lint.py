@@ -210,7 +210,14 @@ def lint_text(text: str, file: str, suffix: str) -> Iterator[Outdated]:
     """What is outdated in one file's text; `file` is how it is named in the findings."""
     rules = [rule for rule in RULES if rule.only_with is None or rule.only_with.search(text)]
     for number, raw in enumerate(text.splitlines(), 1):
-        line = _notebook_line(raw) if suffix == ".ipynb" else raw
+        line = raw
+        if suffix == ".ipynb":  # JSON that keeps each line of a cell on a line of its own
+            try:
+                value = json.loads(raw.strip().rstrip(","))
+            except ValueError:
+                line = raw.replace('\\"', '"').replace("\\n", " ")
+            else:
+                line = value if isinstance(value, str) else raw
         for match in (*_KEY.finditer(line), *_BEARER.finditer(line)):
             if _looks_like_key(match["value"]):
                 yield Outdated(file, number, "key", match["name"], _KEY_WHY, _KEY_CURE)
@@ -228,15 +235,6 @@ def lint_text(text: str, file: str, suffix: str) -> Iterator[Outdated]:
         for rule in rules:
             for match in rule.pattern.finditer(line):
                 yield Outdated(file, number, rule.kind, match[0].strip(), rule.why, rule.cure)
-
-
-def _notebook_line(raw: str) -> str:
-    """The text of a line of JSON: a notebook keeps each line of a cell on a line of its own."""
-    try:
-        value = json.loads(raw.strip().rstrip(","))
-    except ValueError:
-        return raw.replace('\\"', '"').replace("\\n", " ")
-    return value if isinstance(value, str) else raw
 
 
 def _looks_like_key(value: str) -> bool:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Of every manifest's file. A file of another version is refused, with the command that makes it
+# again: guessing at the meaning of old keys could deploy the wrong model.
 VERSION = 1
 
 Figure = int | float  # counts stay whole numbers on the disk
@@ -20,6 +22,8 @@ Figure = int | float  # counts stay whole numbers on the disk
 class Part(BaseModel):
     """A part of a manifest."""
 
+    # extra="ignore": a folder that a newer version wrote opens in this one. defer_build: pydantic
+    # compiles a class when it is first used, since a command needs few of them.
     model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
@@ -42,6 +46,7 @@ class Manifest(Part):
 
     def as_json(self) -> dict[str, object]:
         """As in the file: plain values, without unset ones."""
+        # Unset is not null: a reader can tell "not known" from what a target does not have.
         content = self.model_dump(exclude_unset=True)
         return {"version": VERSION, "stage": self.STAGE, **content}
 

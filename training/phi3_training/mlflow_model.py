@@ -28,6 +28,7 @@ class Row(BaseModel):
 class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has no types
     """Answers chats greedily."""
 
+    # MLflow passes `context` by keyword: another name is a TypeError at load.
     def load_context(self, context: Any) -> None:
         """Load tokenizer, template and weights from the artifact `model`."""
         import torch
@@ -46,23 +47,21 @@ class TunedPhi3(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow has 
         """One answer per row; `params` may hold `max_new_tokens` (64)."""
         del context
         limit = int((params or {}).get("max_new_tokens", 64))
-        return [
-            self._answer([message.model_dump() for message in row.messages], limit)
-            for row in model_input
-        ]
-
-    def _answer(self, messages: list[dict[str, str]], limit: int) -> str:
-        ids = self._torch.tensor([self._format.encode_prompt(messages, any_order=True)])
-        with self._torch.inference_mode():
-            output = self._model.generate(
-                ids,
-                attention_mask=self._torch.ones_like(ids),
-                max_new_tokens=limit,
-                do_sample=False,  # the same answer each time, as evaluated
-                eos_token_id=list(self._format.stop_token_ids),
-                pad_token_id=self._format.pad_token_id,
-            )
-        return self._format.decode(output[0, ids.shape[1] :].tolist()).strip()
+        answers: list[str] = []
+        for row in model_input:
+            messages = [message.model_dump() for message in row.messages]
+            ids = self._torch.tensor([self._format.encode_prompt(messages, any_order=True)])
+            with self._torch.inference_mode():
+                output = self._model.generate(
+                    ids,
+                    attention_mask=self._torch.ones_like(ids),
+                    max_new_tokens=limit,
+                    do_sample=False,  # the same answer each time, as evaluated
+                    eos_token_id=list(self._format.stop_token_ids),
+                    pad_token_id=self._format.pad_token_id,
+                )
+            answers.append(self._format.decode(output[0, ids.shape[1] :].tolist()).strip())
+        return answers
 
 
 mlflow.models.set_model(TunedPhi3())

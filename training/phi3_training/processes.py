@@ -33,6 +33,8 @@ def find(pid: int, started: float) -> psutil.Process | None:
 
 def end(processes: Iterable[psutil.Process], seconds: float) -> bool:
     """End these and all that they started: SIGTERM, after `seconds` SIGKILL. Whether all ended."""
+    # The children are listed before anything is ended: those of a dead process belong to init,
+    # and nothing leads to them any more.
     family: list[psutil.Process] = []
     for process in processes:
         try:
@@ -52,6 +54,7 @@ def end(processes: Iterable[psutil.Process], seconds: float) -> bool:
 
 def free_port() -> int:
     """A free port of the loopback interface."""
+    # Free until somebody else takes it: whoever binds it next must be ready to be refused.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -60,6 +60,7 @@ class TimeLeft:
         counted, took = self._last[0] - self._first[0], self._last[1] - self._first[1]
         if not total or took < _GUESS_AFTER:
             return ""
+        # Less what has passed since the last count, so that it falls between two slow counts.
         seconds = took / counted * (total - done) - (now - self._last[1])
         if seconds < 1:
             return ""

@@ -91,6 +91,7 @@ def copy_project(target: Path) -> list[Path]:
     for name in _SAMPLES:
         shutil.copyfile(find(DATA / name), target / "data" / name)
     recipe = find(DEFAULT_RECIPES["local"]).read_text(encoding="utf-8")
+    # In the clone the recipe is two folders down; in a project it is at the top, next to data/.
     recipe = recipe.replace("../data/", "data/").replace(
         str(DEFAULT_RECIPES["local"].as_posix()), _OWN_RECIPE
     )

@@ -66,7 +66,11 @@ class ChatTemplate:
         environment.filters["tojson"] = lambda value, ensure_ascii=False, indent=None: json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent
         )
-        environment.globals["raise_exception"] = _raise_exception
+
+        def raise_exception(message: str) -> NoReturn:
+            raise jinja2.TemplateError(message)
+
+        environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda layout: (
             datetime.now().astimezone().strftime(layout)
         )
@@ -92,10 +96,6 @@ class ChatTemplate:
             ) from None
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
 class Guard:
     """A tokenizer whose control tokens answer to secret names, so that no message can write them.
 
@@ -106,6 +106,7 @@ class Guard:
 
     def __init__(self, tokenizer_json: str, special_texts: Collection[str]) -> None:
         content = json.loads(tokenizer_json)
+        # Random, because a message could otherwise spell a secret name and forge the token again.
         nonce = secrets.token_hex(8)
         self._seals: dict[str, str] = {}
         self._controls: dict[str, int] = {}
@@ -123,7 +124,16 @@ class Guard:
         sealed = self._seals.values()
         self._sealed_ids = {self._tokenizer.token_to_id(text) for text in sealed}
         self._control_ids = frozenset(self._controls.values())
-        self._forgeable = self._control_ids - {_unknown_id(content)}
+        # The id for unknown characters is no control token: an ordinary message may contain it.
+        # BPE files name its text (unk_token), Unigram files its id (unk_id).
+        model = content.get("model", {})
+        unknown = model.get("unk_id")
+        if not isinstance(unknown, int):
+            vocabulary = model.get("vocab")
+            named = isinstance(vocabulary, dict)
+            unknown = vocabulary.get(model.get("unk_token")) if named else None
+        self._forgeable = self._control_ids - {unknown}
+        # Longest first: in an alternation "<|end|>" must not match the head of a longer name.
         names = sorted(self._controls, key=len, reverse=True)
         self._names = names
         # A pattern that matches nothing, for a tokenizer without control tokens.
@@ -163,16 +173,6 @@ class Guard:
         return ids, [start for start, _ in encoding.offsets], control
 
 
-def _unknown_id(content: Mapping[str, Any]) -> int | None:
-    """The id for unknown characters: a message may contain those."""
-    model = content.get("model", {})
-    if isinstance(model.get("unk_id"), int):
-        return int(model["unk_id"])
-    vocabulary = model.get("vocab")
-    token = vocabulary.get(model.get("unk_token")) if isinstance(vocabulary, dict) else None
-    return token if isinstance(token, int) else None
-
-
 class StreamDecoder:
     """Turns ids into text one at a time: never half a character, spaces as in one decoding."""
 
@@ -184,6 +184,7 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
+        # A character outside ASCII may be several byte tokens; half of it decodes to U+FFFD.
         self._ids.append(token)
         text = self._new_text()
         if not text or text.endswith(_BROKEN_CHARACTER):
@@ -267,6 +268,8 @@ class ChatFormat:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._guard = Guard(tokenizer_json, settings.special_texts)
         self.context_length = settings.context_length
+        # A model that does not know all of its stop tokens never stops, and folders forget some:
+        # the config's, the ones known by name, and the one that ends an answer in the template.
         known = {self._guard.control_id(text) for text in _KNOWN_STOPS}
         example = self.encode_example(_PROBE)
         learnt = zip(example.input_ids, example.assistant_mask, strict=True)
@@ -294,7 +297,18 @@ class ChatFormat:
                 "one)"
             ) from None
         config = read_json(model_dir / "tokenizer_config.json")
-        template = ChatTemplate(_template_text(model_dir, config), _special_tokens(config))
+        # transformers writes a file of its own today; in older folders it is in the config.
+        file = model_dir / "chat_template.jinja"
+        source = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if not source:
+            raise ValueError(
+                f"{model_dir} has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); expected an instruct model, such as "
+                "microsoft/Phi-3-mini-4k-instruct"
+            )
+        template = ChatTemplate(str(source), _special_tokens(config))
         return cls(tokenizer_json, template, _FolderSettings.of(model_dir, config))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -353,6 +367,7 @@ class ChatFormat:
         safe = [{**m, "content": self._guard.escape(m["content"])} for m in messages]
         rendered = self._template.render(safe, add_generation_prompt=add_generation_prompt)
         text = self._guard.seal(rendered)
+        # Some templates (early ones of Phi-3) drop a system prompt without a word.
         systems = [m["content"].strip() for m in messages if m["role"] == "system"]
         if any(system not in text for system in systems):
             raise ValueError(
@@ -363,6 +378,7 @@ class ChatFormat:
 
     def _answer_span(self, text: str, before: Sequence[Message], answer: str) -> tuple[int, int]:
         """Where an answer is in `text`: right after the prompt that serving would send."""
+        # Templates strip an answer's ends (Phi-3's does not, Llama's does): both forms are tried.
         prompt = self._guarded_text(before, add_generation_prompt=True)
         if text.startswith(prompt):
             for form in (answer, answer.strip()):
@@ -432,22 +448,6 @@ def _checked(
         if last_role is not None and turns[-1] != last_role:
             raise ValueError(f"The last message has the role {turns[-1]}; expected {last_role}.")
     return checked
-
-
-def _template_text(model_dir: Path, config: Mapping[str, Any]) -> str:
-    path = model_dir / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
-        raise ValueError(
-            f"{model_dir} has no chat template (chat_template.jinja, or chat_template in "
-            "tokenizer_config.json); expected an instruct model, such as "
-            "microsoft/Phi-3-mini-4k-instruct"
-        )
-    return str(template)
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -98,6 +98,7 @@ class Run:
 
     def write(self, manifest: Manifest) -> None:
         """Write the manifest so that a reader sees the old file or the new one, never half."""
+        # default=str: paths and dates inside the free `settings`.
         text = json.dumps(manifest.as_json(), indent=2, ensure_ascii=False, default=str) + "\n"
         write_atomically(self.path / f"{manifest.STAGE}.json", text)
 
@@ -108,6 +109,7 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process. Raises StageError when another `phi3` works on it."""
+        # The system frees it when the process dies, however it dies: no lock is ever stale.
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -133,6 +135,8 @@ def check_run_name(name: str) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step (temporary file, fsync, rename)."""
+    # In the same folder: a rename is atomic only inside one file system. fsync before it, since
+    # after a power cut some file systems have the new name with none of its bytes.
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -155,4 +159,5 @@ def sha256_of(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """A short stable hash of a JSON-like value: what a stage compares to know if it is done."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    # 64 bits: it only has to differ from the same stage's last one, nobody attacks it.
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

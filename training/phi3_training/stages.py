@@ -25,9 +25,10 @@ from .manifests import (
     RegistrationManifest,
 )
 from .packages import ADD_PROMPT_FLOW, NO_PROMPT_FLOW, has_prompt_flow
-from .run import Run
 from .targets import CloudTarget
 
+# Not part of what a stage depends on. Files are hashed instead, so that a renamed file costs no
+# training; checkpoints and `allow` change how a model is trained on the way, not what comes out.
 _NO_INPUTS = {"data", "train", "validation", "replay", "canary", "probes", "allow"}
 _NO_INPUTS |= {"save_steps", "save_seconds", "save_total_limit"}
 
@@ -57,7 +58,7 @@ def _data_inputs(journey: Journey) -> Any:
 
     data = journey.recipe.data
     sources = [*data.train, *data.validation, *data.replay]
-    # Which rows are skipped is a matter of the model's tokenizer.
+    # Rows are skipped by their length in the model's tokens: another model, another data set.
     skips = "skip" in (data.bad_rows, data.too_long)
     model = [journey.recipe.model.name_or_path] if skips else []
     return [section_values(journey, "data"), fingerprints(sources), *model]
@@ -76,11 +77,6 @@ def _prepare(journey: Journey) -> DatasetManifest:
     )
 
 
-def _data_summary(manifest: DatasetManifest) -> str:
-    counts = [f"{part.rows} {name}" for name, part in manifest.outputs.items()]
-    return ", ".join(counts) + " conversations"
-
-
 def _cloud(journey: Journey) -> CloudTarget:
     cloud = journey.target.cloud
     if cloud is None:
@@ -97,16 +93,6 @@ def _trains(journey: Journey) -> bool:
     )
 
 
-def _provision(journey: Journey) -> ProvisionManifest:
-    trains = _trains(journey)
-    return _cloud(journey).provide(journey.recipe, journey.run, journey.progress, trains=trains)
-
-
-def _is_provided(journey: Journey, _manifest: ProvisionManifest) -> bool:
-    trains = _trains(journey)
-    return _cloud(journey).is_provided(journey.recipe, journey.run, trains=trains)
-
-
 def _train(journey: Journey) -> ModelManifest:
     recipe, run, cloud = journey.recipe, journey.run, journey.target.cloud
     if cloud is None:
@@ -116,6 +102,7 @@ def _train(journey: Journey) -> ModelManifest:
 
 
 def _base_inputs(journey: Journey) -> Any:
+    # Only a tiny model is made here, from `base`; any other is downloaded as it is.
     base = journey.recipe.base if journey.recipe.model.is_tiny else None
     copies = journey.recipe.data.casual_copies and base is not None
     return [
@@ -171,23 +158,18 @@ def _deploy(journey: Journey) -> EndpointManifest:
 
     model = journey.run.require(ModelManifest).done_id
     before = journey.run.read(EndpointManifest)
-    passed = gate.require_passed(
-        journey.run, force=journey.force or _was_forced(before, model, journey.run)
-    )
+    force = journey.force
+    # What --force has deployed once is deployed again without it (after a restart of the machine,
+    # say) while it is the same model and fails the same rules: that was decided already.
+    if before is not None and before.gate is not None and before.gate.forced:
+        same = before.of == model
+        force |= same and before.gate.failed == gate.require_passed(journey.run, force=True).failed
+    passed = gate.require_passed(journey.run, force=force)
     manifest = journey.target.deploy(journey.recipe, journey.run, journey.progress)
     remarks = [f"deployed by --force: {rule}" for rule in passed.failed]
     return manifest.model_copy(
         update={"gate": passed, "of": model, "choices": [*manifest.choices, *remarks]}
     )
-
-
-def _was_forced(before: EndpointManifest | None, model: str | None, run: Run) -> bool:
-    """Whether the same model was deployed by --force before, in spite of the same rules."""
-    from .evaluate import gate
-
-    if before is None or before.gate is None or not before.gate.forced or before.of != model:
-        return False
-    return before.gate.failed == gate.require_passed(run, force=True).failed
 
 
 def _answer_summary(manifest: AnswerManifest) -> str:
@@ -206,7 +188,10 @@ STAGES: tuple[Stage[Any], ...] = (
         needs=(),
         inputs=_data_inputs,
         work=_prepare,
-        summary=_data_summary,
+        summary=lambda manifest: (
+            ", ".join(f"{part.rows} {name}" for name, part in manifest.outputs.items())
+            + " conversations"
+        ),
         outputs=lambda manifest: [part.path for part in manifest.outputs.values()],
     ),
     Stage(
@@ -214,9 +199,9 @@ STAGES: tuple[Stage[Any], ...] = (
         title="provision",
         needs=(),  # what is there does not depend on the chats, nor they on it
         inputs=_at_target(ProvisionManifest),
-        work=_provision,
+        work=lambda j: _cloud(j).provide(j.recipe, j.run, j.progress, trains=_trains(j)),
         summary=lambda manifest: manifest.summary,
-        still_good=_is_provided,
+        still_good=lambda j, _manifest: _cloud(j).is_provided(j.recipe, j.run, trains=_trains(j)),
         only_in_cloud=True,
     ),
     Stage(

@@ -188,6 +188,8 @@ def _says_all(said: _Text, telling: Telling) -> bool:
     # In the same order: "from 5 to 9" does not mean "from 9 to 5".
     if tuple(dict.fromkeys(v for v in said.values if v in wanted)) != wanted:
         return False
+    # Next to a number or a name, which few wrong answers have, a third of the words is enough;
+    # without either only the words can tell answers apart, so two thirds must be there.
     matches, wanted_words = len(telling.words & have), len(telling.words)
     if telling.values or telling.names:
         return matches >= wanted_words // _WORDS_NEXT_TO
@@ -216,7 +218,7 @@ def _common(texts: Sequence[frozenset[str]]) -> frozenset[str]:
     return frozenset(word for word, count in counts.items() if count > limit)
 
 
-@lru_cache(20_000)  # a few kB each
+@lru_cache(20_000)  # a few kB each; a set's answers are read again for every question
 def _read(text: str) -> _Text:
     plain = _DOTTED.sub(r"\1m", _JOINED_UNIT.sub(r"\1 \2", text))
     for sign, word in _SIGNS.items():

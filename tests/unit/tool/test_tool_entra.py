@@ -10,8 +10,8 @@ import pytest
 from tests.integration.stub_endpoint import Reply, StubEndpoint
 
 from phi3_tool import ConfigurationError, ConnectionSettings, Phi3Client
+from phi3_tool.credentials import SCOPE, entra_tokens
 from phi3_tool.deployments import choices
-from phi3_tool.entra import SCOPE, credential_of, entra_tokens
 
 URL = "https://phi3.eastus.inference.ml.azure.com/score"
 
@@ -98,7 +98,7 @@ def test_a_sign_in_without_a_token_is_reported_in_one_line(
 
     monkeypatch.setattr(sys.modules["azure.identity"], "get_bearer_token_provider", refuses)
     with pytest.raises(ConfigurationError, match=r"DefaultAzureCredential failed\. .*az login"):
-        credential_of(ConnectionSettings.from_connection({"endpoint": URL, "auth": "entra"})).auth()
+        ConnectionSettings.from_connection({"endpoint": URL, "auth": "entra"}).credential().auth()
 
 
 def test_the_list_of_deployments_signs_in_too(identity: list[str]) -> None:

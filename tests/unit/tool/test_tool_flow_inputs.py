@@ -1,4 +1,4 @@
-"""phi3_tool.flow_inputs: a missing question is never asked as the text "None"."""
+"""phi3_tool.promptflow_fixes: a missing question is never asked as the text "None"."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from phi3_tool.errors import RequestRejectedError
-from phi3_tool.flow_inputs import (
+from phi3_tool.promptflow_fixes import (
     fault_of_request,
     refuse_what_lacks_a_question,
     without_empty_cells,
 )
-from phi3_tool.history import to_messages
+from phi3_tool.wire import to_messages
 
 ROOT = Path(__file__).parents[3]
 

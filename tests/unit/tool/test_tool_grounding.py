@@ -15,8 +15,8 @@ from phi3_tool.grounding import (
     standalone_question,
     with_sources,
 )
-from phi3_tool.history import to_messages
 from phi3_tool.index import Hit, hits_of
+from phi3_tool.wire import to_messages
 
 HIT = Hit(1, "It weighs 2.4 kg.", 0.8, 0.4, 0.6, "tents.pdf", "Tents", 3, 10, 27)
 OTHER = Hit(2, "It is green.", 0.5, 0.0, 0.5, "colours.md", "", None, 0, 12)

@@ -1,11 +1,11 @@
-"""phi3_tool.history: turns to messages and back, and trimming in whole turns."""
+"""phi3_tool.wire: turns to messages and back, and trimming in whole turns."""
 
 from __future__ import annotations
 
 import pytest
 
 from phi3_tool import RequestRejectedError, from_messages, to_messages
-from phi3_tool.history import BROKE_OFF, fit, rough_tokens
+from phi3_tool.wire import BROKE_OFF, fit, rough_tokens
 
 
 def turn(question: object, answer: object) -> dict[str, object]:

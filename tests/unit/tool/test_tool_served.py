@@ -1,4 +1,4 @@
-"""phi3_tool.served: quiet in Prompt flow's server alone, and only where nobody asked for more."""
+"""A served flow is quiet, in Prompt flow's server alone and where nobody asked for more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from phi3_tool.served import quiet_when_served
+from phi3_tool.promptflow_fixes import quiet_when_served
 
 SERVER = "promptflow.core._serving.app_base"
 LOGGERS = "promptflow._utils.logger_utils"

@@ -1,4 +1,4 @@
-"""phi3_tool.chat: streamed answers in Prompt flow's terminal loop, and nothing else touched."""
+"""Streamed answers in Prompt flow's terminal loop, and nothing else touched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from phi3_tool.chat import print_pieces_as_they_come
+from phi3_tool.promptflow_fixes import print_pieces_as_they_come
 
 LOOP = "promptflow._sdk._orchestrator.test_submitter"
 

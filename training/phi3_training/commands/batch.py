@@ -15,6 +15,7 @@ from . import HELP
 from .endpoint import Endpoint, endpoint_of
 from .options import add_command, add_run, add_sampling, number, sampling_of
 
+# As many connections as the client's pool keeps open (phi3_tool.transport.POOL_SIZE).
 CONCURRENCY = 64
 # Of the options that shape a request, what --resume must be given again.
 _REPEATED = {"run": None, "system": "", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256}
@@ -113,7 +114,14 @@ def run_lines(args: argparse.Namespace) -> int:
     before = f", {tally.answered_before} already there" if tally.answered_before else ""
     text = f"{out}: {tally.answered} answered{before}, {tally.failed} failed"
     console.show(args.output, counts, text)
-    verdict(tally, _command_for_the_rest(args, out))
+    # This command's own words, and --resume: what an error tells to type must work as it stands.
+    words = ["phi3", "batch", str(args.data), "--out", str(out), "--resume"]
+    words += [word for ours, theirs in args.map for word in ("--map", f"{ours}={theirs}")]
+    words += [f"--{name}" for name in ("details", "agent") if getattr(args, name)]
+    for name, default in _REPEATED.items():
+        value = getattr(args, name)
+        words += [f"--{name.replace('_', '-')}", str(value)] if value != default else []
+    verdict(tally, shlex.join(words))
     return 0
 
 
@@ -131,14 +139,3 @@ def _asker_of(
     # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
     with endpoint.client(max_retries=2) as client:
         yield asker(client.chat, defaults, endpoint.context)
-
-
-def _command_for_the_rest(args: argparse.Namespace, out: Path) -> str:
-    """This command's own words, and --resume."""
-    words = ["phi3", "batch", str(args.data), "--out", str(out), "--resume"]
-    words += [word for ours, theirs in args.map for word in ("--map", f"{ours}={theirs}")]
-    words += [f"--{name}" for name in ("details", "agent") if getattr(args, name)]
-    for name, default in _REPEATED.items():
-        value = getattr(args, name)
-        words += [f"--{name.replace('_', '-')}", str(value)] if value != default else []
-    return shlex.join(words)

@@ -25,8 +25,8 @@ from phi3_tool.grounding import (
     standalone_question,
     with_sources,
 )
-from phi3_tool.history import to_messages
 from phi3_tool.index import INDEX_VARIABLE, Hit, hits_of
+from phi3_tool.wire import to_messages
 
 from .. import console
 from ..errors import StageError, UsageError

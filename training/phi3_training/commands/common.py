@@ -8,21 +8,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import console
-from ..current import all_runs, current_of, is_connected, is_current
-from ..errors import UsageError, WeightsUnavailableError
+from ..errors import UsageError, WeightsUnavailableError, did_you_mean
 from ..journey import RECIPE_FILE, Journey, check_model, refuse_other_chats, refuse_other_place
 from ..manifests import ModelManifest
 from ..models import small
-from ..nearest import did_you_mean
 from ..project import DEFAULT_RECIPES, FLOW, TINY_RECIPE, find, find_recipe, recipe_names
 from ..recipe import Recipe, load_recipe, replaced_with_chats
 from ..run import Run, check_run_name
+from ..runs import all_runs, current_of, is_connected, is_current
 from ..targets import HERE, get_target, is_here, target_of
 
 
 def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     """The journey that RECIPE, overrides, --run and --on describe."""
-    _use_current_run(args)
+    # Without a recipe and --run the current run is meant, if there is one at that place.
+    named = args.run or any("=" not in word for word in args.words)
+    current = None if named else current_of(args.runs)
+    if current is not None and args.on in (None, target_of(current)):
+        if args.on is None and not is_here(current):  # it would bill without notice
+            away = target_of(current)
+            raise UsageError(
+                f"The current run {current.name!r} is on {away}: add --on {away} to continue it "
+                "there, name a recipe, or choose another run with: phi3 use RUN"
+            )
+        args.run = current.name
+        console.note(f"Run {current.name}, the current one (another: --run NAME, or phi3 use RUN)")
     on = where_to_run(args)
     if args.run and all("=" in word for word in args.words):
         # --run alone means the recipe that the run was made with.
@@ -41,6 +51,7 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
         )
     if make_run and recipe.model.is_small:
         recipe = _with_small_weights(recipe, words, on)
+    # Resolved: a manifest's paths must hold after a later command is typed in another folder.
     path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
     refuse_other_place(run, on)
@@ -83,26 +94,10 @@ def where_to_run(args: argparse.Namespace) -> str:
 
 def run_name(recipe: Recipe, on: str) -> str:
     """The recipe's name; on Azure with the ending -azure, to keep it apart from a local run."""
+    # 64 characters is a run name's limit, so 58 and "-azure".
     if on == HERE or recipe.name.endswith("-azure"):
         return recipe.name
     return f"{recipe.name[:58]}-azure"
-
-
-def _use_current_run(args: argparse.Namespace) -> None:
-    """Without a recipe and --run the current run is meant, if there is one at that place."""
-    if args.run or any("=" not in word for word in args.words):
-        return
-    run = current_of(args.runs)
-    if run is None or args.on not in (None, target_of(run)):
-        return
-    if args.on is None and not is_here(run):  # it would bill without notice
-        on = target_of(run)
-        raise UsageError(
-            f"The current run {run.name!r} is on {on}: add --on {on} to continue it there, name "
-            "a recipe, or choose another run with: phi3 use RUN"
-        )
-    args.run = run.name
-    console.note(f"Run {run.name}, the current one (another: --run NAME, or phi3 use RUN)")
 
 
 def from_options(args: argparse.Namespace) -> list[str]:
@@ -203,6 +198,7 @@ def confirm(args: argparse.Namespace, lines: list[str]) -> None:
     for line in lines:
         console.err.print(line, markup=False)
     try:
+        # Without a terminal nothing is read: a script's next line is no consent.
         typed = input("Type yes to continue: ") if os.isatty(0) else ""
     except EOFError:
         typed = ""

@@ -50,7 +50,7 @@ def complete(parser: argparse.ArgumentParser, add_commands: Callable[[str], None
 
 def _offer_runs(parser: argparse.ArgumentParser) -> None:
     """The names of the runs wherever one is asked for."""
-    from ..current import all_runs
+    from ..runs import all_runs
 
     def run_names(parsed_args: argparse.Namespace, **_more: object) -> list[str]:
         return [run.name for run in all_runs(parsed_args.runs)]

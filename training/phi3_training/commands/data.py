@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from .. import console
-from ..current import all_runs
 from ..errors import UsageError
 from ..journey import go
 from ..manifests import BaseManifest, DatasetManifest
 from ..run import write_atomically
+from ..runs import all_runs
 from ..stages import stages_until
 from . import HELP
 from .common import journey_of, recipe_of
@@ -173,7 +173,6 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Do the first stage alone."""
-
     journey = journey_of(args)
     with journey.run.lock():
         journey.target.begin(journey.recipe, journey.run)
@@ -208,11 +207,24 @@ def run_show(args: argparse.Namespace) -> int:
 def _show_tokens(args: argparse.Namespace, conversations: list[Conversation]) -> int:
     from ..data.check import TokenViewer
 
-    viewer = TokenViewer(args.model or _last_base(args.runs))
+    folder = args.model
+    if folder is None:  # the base model of the run that was worked on last
+        for run in all_runs(args.runs):
+            manifest = run.read(BaseManifest)
+            base = run.path / manifest.path if manifest else run.path
+            if (base / "tokenizer.json").is_file():
+                folder = base
+                break
+    if folder is None:
+        raise UsageError(
+            f"No run under {args.runs} has a model yet; name the folder of one with --model FOLDER"
+        )
+    viewer = TokenViewer(folder)
     views = [viewer.view(conversation) for conversation in conversations]
     if args.output == "json":
         console.print_json([view.as_dict() for view in views])
         return 0
+    # In a pipe or a file, and for NO_COLOR: brackets instead of colours.
     plain = console.out.color_system is None or console.out.no_color
     how = "in ⟦ ⟧" if plain else "in green"
     console.line(f"trained tokens are {how}; the rest is context", "dim")
@@ -230,15 +242,3 @@ def coloured(stretches: Sequence[Stretch], *, marked: bool) -> Text:
         learnt = f"⟦{stretch.text}⟧" if marked else stretch.text
         text.append(learnt if stretch.trained else stretch.text, "green" if stretch.trained else "")
     return text
-
-
-def _last_base(runs: Path) -> Path:
-    """The base model of the run that was worked on last."""
-    for run in all_runs(runs):
-        manifest = run.read(BaseManifest)
-        folder = run.path / manifest.path if manifest else run.path
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    raise UsageError(
-        f"No run under {runs} has a model yet; name the folder of one with --model FOLDER"
-    )

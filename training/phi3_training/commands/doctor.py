@@ -1,4 +1,4 @@
-"""`phi3 doctor`: finds what keeps the flow from answering, or fails silently."""
+"""`phi3 doctor | lint`: finds what keeps the flow from answering, and what no longer runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from .. import console, sunset
-from ..current import all_runs
 from ..errors import UsageError
 from ..manifests import ConnectionManifest
 from ..packages import has_prompt_flow
 from ..project import FLOW, find
+from ..runs import all_runs
 from . import HELP
 from .common import current_run, tuned_run
 from .options import add_command, add_run
@@ -32,7 +32,7 @@ SIGNS = {
 
 
 def register_doctor(subparsers: Any) -> None:
-    """Add the command of this module."""
+    """Add `phi3 doctor`."""
     parser = add_command(subparsers, "doctor", HELP["doctor"], "phi3 doctor", run_doctor)
     add_run(parser, "check this run's connection, or its model")
     parser.add_argument(
@@ -92,7 +92,20 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.dates:
         return _run_dates(args)
     if args.tokens or args.model is not None:
-        return _run_tokens(args)
+        from ..verify.parity import check_tokens, places_of_folder, places_of_run
+
+        if args.model is not None and args.run:
+            raise UsageError("Give --run NAME or --model FOLDER, not both")
+        folder = args.model
+        report = check_tokens(
+            places_of_run(tuned_run(args)) if folder is None else places_of_folder(folder)
+        )
+        verdict = "the same everywhere" if report.ok else "DIFFERENT"
+        compared = f"({report.cases} conversations, compared with the trainer's rows)"
+        lines = (f"  {line}" for line in report.lines())
+        found = {"tokens": report.as_dict()}
+        console.show(args.output, found, f"tokens: {verdict} {compared}", *lines)
+        return 0 if report.ok else 1
     if args.data is not None and not args.agent:
         raise UsageError("--data goes with --agent: phi3 doctor --agent --data FILE")
     if args.agent:
@@ -125,6 +138,7 @@ def _report(args: argparse.Namespace, checks: Iterable[Finding]) -> int:
     """Show the findings as they come, then how many there are of each kind; exit 1 on a fault."""
     from ..doctor import State
 
+    # One by one as they come: a check of the endpoint may take --timeout seconds.
     findings: list[Finding] = []
     for finding in checks:
         if args.output == "text":
@@ -200,16 +214,34 @@ def _run_agent(args: argparse.Namespace) -> int:
     return 1 if different else 0
 
 
-def _run_tokens(args: argparse.Namespace) -> int:
-    """Compare tokens everywhere; exit 1 where they differ."""
-    from ..verify.parity import check_tokens, places_of_folder, places_of_run
+def register_lint(subparsers: Any) -> None:
+    """Add `phi3 lint`."""
+    parser = add_command(subparsers, "lint", HELP["lint"], "phi3 lint my-tutorial", run_lint)
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="FILE | FOLDER",
+        help="YAML, notebook, Markdown or Python, or folders with such files",
+    )
 
-    if args.model is not None and args.run:
-        raise UsageError("Give --run NAME or --model FOLDER, not both")
-    places = places_of_run(tuned_run(args)) if args.model is None else places_of_folder(args.model)
-    report = check_tokens(places)
-    verdict = "the same everywhere" if report.ok else "DIFFERENT"
-    compared = f"({report.cases} conversations, compared with the trainer's rows)"
-    lines = (f"  {line}" for line in report.lines())
-    console.show(args.output, {"tokens": report.as_dict()}, f"tokens: {verdict} {compared}", *lines)
-    return 0 if report.ok else 1
+
+def run_lint(args: argparse.Namespace) -> int:
+    """Show each place with its fix; exit 1 when there is one."""
+    from ..lint import files_in, lint
+
+    files = files_in(args.paths)
+    findings = lint(files)
+    places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"
+    result = f"{places} to fix" if findings else "Nothing outdated was found"
+    console.show(
+        args.output,
+        {
+            "ok": not findings,
+            "files": len(files),
+            "findings": [finding.as_dict() for finding in findings],
+        },
+        *map(str, findings),
+        f"{result}; {len(files)} file{'' if len(files) == 1 else 's'} read",
+    )
+    return 1 if findings else 0

@@ -16,15 +16,14 @@ from phi3_tool.connection import (
     parse_address,
     same_endpoint,
 )
-from phi3_tool.entra import entra_tokens
-from phi3_tool.history import DEFAULT_CONTEXT_LENGTH
+from phi3_tool.credentials import entra_tokens
+from phi3_tool.wire import DEFAULT_CONTEXT_LENGTH
 
 from .. import console
-from ..current import is_current, remarks
 from ..errors import StageError
 from ..manifests import ConnectionManifest, EndpointManifest
 from ..packages import has_prompt_flow
-from ..run import Run
+from ..runs import is_current, remarks
 from ..targets import HERE, Access, get_target, target_of
 from .common import current_run
 
@@ -94,6 +93,9 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
     That of --run, else the environment's, else the current run's: from the run's own Prompt flow
     connection, on Azure from Azure itself.
     """
+    from ..flow.store import stored_connection
+    from ..targets.local import settings_from_server
+
     if not args.run and environment_names_endpoint():
         settings = ConnectionSettings.from_environment()
         if args.output == "text":
@@ -112,7 +114,25 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
         cloud = get_target(target_of(run)).cloud
         if cloud is not None:
             return Endpoint(cloud.access(run))
-        settings = _local_settings(run)
+        restart = f"phi3 up --run {run.name}"
+        run.require(ConnectionManifest if has_prompt_flow() else EndpointManifest)
+        if get_target(HERE).status(run)["endpoint"]["state"] != "up":
+            raise StageError(
+                f"The endpoint of the run {run.name!r} is down; start it with: {restart}"
+            )
+        if has_prompt_flow():
+            manifest = run.require(ConnectionManifest)
+            name = manifest.own or manifest.name
+            settings = ConnectionSettings.from_connection(stored_connection(name))
+            # Somebody may have edited the connection by hand: another model must not answer for
+            # this run's.
+            if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
+                raise StageError(
+                    f"The connection {name} now points to {settings.endpoint}, which is not the "
+                    f"endpoint of the run {run.name!r}; write it again with: {restart}"
+                )
+        else:  # no store to read: the server hands its key to its own user
+            settings = settings_from_server(run)
     tokens = entra_tokens() if settings.auth == ENTRA else None
     return Endpoint(
         Access(settings.endpoint, settings.key or None, tokens),
@@ -120,25 +140,3 @@ def endpoint_of(args: argparse.Namespace) -> Endpoint:
         settings.dialect,
         settings.context_length,
     )
-
-
-def _local_settings(run: Run) -> ConnectionSettings:
-    """From the run's own connection; without Prompt flow from its server."""
-    from ..flow.store import stored_connection
-    from ..targets.local import settings_from_server
-
-    restart = f"phi3 up --run {run.name}"
-    run.require(ConnectionManifest if has_prompt_flow() else EndpointManifest)
-    if get_target(HERE).status(run)["endpoint"]["state"] != "up":
-        raise StageError(f"The endpoint of the run {run.name!r} is down; start it with: {restart}")
-    if not has_prompt_flow():
-        return settings_from_server(run)
-    manifest = run.require(ConnectionManifest)
-    name = manifest.own or manifest.name
-    settings = ConnectionSettings.from_connection(stored_connection(name))
-    if not same_endpoint(settings.endpoint, run.require(EndpointManifest).endpoint):
-        raise StageError(
-            f"The connection {name} now points to {settings.endpoint}, which is not the endpoint "
-            f"of the run {run.name!r}; write it again with: {restart}"
-        )
-    return settings

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..current import all_runs
 from ..errors import UsageError
 from ..flow.bundle import BASE, pack, write_image
 from ..progress import note
 from ..project import FLOW, find
+from ..runs import all_runs
 from ..targets import is_here
 from . import HELP
 from .common import current_run

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..current import current_of
 from ..errors import MissingExtraError, UsageError
 from ..manifests import EXPORTS, ExportCheck
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
@@ -15,6 +14,7 @@ from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
 from ..recipe.keys import keys_of
 from ..run import Run
+from ..runs import current_of
 from . import HELP
 from .common import named_run, tuned_run
 from .options import add_command, add_run
@@ -41,7 +41,29 @@ def register_models(subparsers: Any) -> None:
 def run_models(args: argparse.Namespace) -> int:
     """List the catalogue, or convert."""
     if args.convert:
-        return _convert(args)
+        word, *folders = args.convert
+        if word != "convert" or len(folders) != 1 or args.to is None:
+            raise UsageError(
+                "expected: phi3 models convert FOLDER --to FOLDER (or phi3 models alone for the "
+                "list)"
+            )
+        source, target = Path(folders[0]).expanduser(), args.to.expanduser()
+        if not source.is_dir():
+            raise UsageError(f"{source} is not a folder")
+        if target.exists():
+            raise UsageError(f"{target} exists already; name a new folder with --to")
+        try:
+            from ..models.fuse import convert
+        except ImportError as error:
+            raise MissingExtraError(error.name or "torch", "local") from None
+        difference = convert(source, target)
+        return console.show(
+            args.output,
+            {"folder": str(target), "largest_logit_difference": difference},
+            f"Written: {target}",
+            f"Largest difference in logits: {difference:g}",
+            f"Use it with: phi3 up RECIPE model.name_or_path={target}",
+        )
     rows = [_facts_of(model) for model in CATALOGUE]
     if args.output == "json":
         console.print_json(rows)
@@ -101,32 +123,7 @@ def _facts_of(model: KnownModel) -> dict[str, str | None]:
     }
 
 
-def _convert(args: argparse.Namespace) -> int:
-    word, *folders = args.convert
-    if word != "convert" or len(folders) != 1 or args.to is None:
-        raise UsageError(
-            "expected: phi3 models convert FOLDER --to FOLDER (or phi3 models alone for the list)"
-        )
-    source, target = Path(folders[0]).expanduser(), args.to.expanduser()
-    if not source.is_dir():
-        raise UsageError(f"{source} is not a folder")
-    if target.exists():
-        raise UsageError(f"{target} exists already; name a new folder with --to")
-    try:
-        from ..models.fuse import convert
-    except ImportError as error:
-        raise MissingExtraError(error.name or "torch", "local") from None
-    difference = convert(source, target)
-    return console.show(
-        args.output,
-        {"folder": str(target), "largest_logit_difference": difference},
-        f"Written: {target}",
-        f"Largest difference in logits: {difference:g}",
-        f"Use it with: phi3 up RECIPE model.name_or_path={target}",
-    )
-
-
-# `phi3 recipes`: the shipped recipes, and every key a recipe may have.
+# ---- `phi3 recipes`: the shipped recipes, and every key a recipe may have
 
 
 def register_recipes(subparsers: Any) -> None:
@@ -145,7 +142,20 @@ def register_recipes(subparsers: Any) -> None:
 def run_recipes(args: argparse.Namespace) -> int:
     """List recipes with the first line of their header, or all keys."""
     if args.keys is not None:
-        return _show_keys(args)
+        keys = [key for key in keys_of(Recipe) if args.keys in key.name]
+        if not keys:
+            raise UsageError(
+                f"No key of a recipe contains {args.keys!r}; all keys: phi3 recipes --keys"
+            )
+        if args.output == "json":
+            shown = ("default", "allowed", "description")
+            console.print_json({key.name: {n: getattr(key, n) for n in shown} for key in keys})
+            return 0
+        for key in keys:
+            default = "(required)" if key.default is None else f"default {key.default}"
+            console.out.print(key.name, style="bold", markup=False, end="  ")
+            console.line(f"{default}; {key.allowed}\n    {key.description}")
+        return 0
     paths = sorted(find(RECIPES).glob("*.yaml"))
     headers = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
     listed = {
@@ -157,32 +167,7 @@ def run_recipes(args: argparse.Namespace) -> int:
     return console.show(args.output, listed, *lines)
 
 
-def _show_keys(args: argparse.Namespace) -> int:
-    keys = [key for key in keys_of(Recipe) if args.keys in key.name]
-    if not keys:
-        raise UsageError(
-            f"No key of a recipe contains {args.keys!r}; all keys: phi3 recipes --keys"
-        )
-    if args.output == "json":
-        console.print_json(
-            {
-                key.name: {
-                    "default": key.default,
-                    "allowed": key.allowed,
-                    "description": key.description,
-                }
-                for key in keys
-            }
-        )
-        return 0
-    for key in keys:
-        default = "(required)" if key.default is None else f"default {key.default}"
-        console.out.print(key.name, style="bold", markup=False, end="  ")
-        console.line(f"{default}; {key.allowed}\n    {key.description}")
-    return 0
-
-
-# `phi3 init`: a new project, from the files that come with the package.
+# ---- `phi3 init`: a new project, from the files that come with the package
 
 
 def register_init(subparsers: Any) -> None:
@@ -202,7 +187,7 @@ def run_init(args: argparse.Namespace) -> int:
     )
 
 
-# `phi3 adapters`: lists the named adapters of a run, or merges one into full weights.
+# ---- `phi3 adapters`: lists the named adapters of a run, or merges one into full weights
 
 
 def register_adapters(subparsers: Any) -> None:
@@ -250,7 +235,7 @@ def run_adapters(args: argparse.Namespace) -> int:
     return 0
 
 
-# `phi3 export`: the tuned model in another format, compared with the original.
+# ---- `phi3 export`: the tuned model in another format, compared with the original
 
 # Spelled out, so that `--help` needs no heavy package.
 FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi3_tool.embedders import embedder_of
 from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
@@ -33,9 +33,6 @@ from ..run import Run
 from . import HELP
 from .options import add_command, add_run, add_top_k
 from .rag_compare import add_questions, register_compare
-
-if TYPE_CHECKING:
-    from ..rag.azure_search import Destination
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
@@ -198,7 +195,14 @@ def run_index(args: argparse.Namespace) -> int:
         )
     sent = None
     if to is not None:
-        if to.service_id and (begin(synced.path, to) or _begins_again(synced.path, to)):
+        # Noted in the run before it is created: a service that nobody knows would bill for ever.
+        is_new = bool(to.service_id) and begin(synced.path, to)
+        if to.service_id and not is_new and is_gone(to.service_id):
+            gone = "is gone, by its deadline or by hand"
+            console.note(f"{to.service.endpoint} {gone}: created again")
+            to.path.unlink()
+            is_new = begin(synced.path, to)  # its passages are in the run's own file
+        if is_new:
             with console.progress_bar("service") as progress:
                 deadline = create_service(
                     azure,
@@ -234,17 +238,6 @@ def run_index(args: argparse.Namespace) -> int:
         console.note(f"copied to {copy}, where the flow looks it up")
     console.line('Look up: phi3 rag search "a question"')
     return 0
-
-
-def _begins_again(database: Path, to: Destination) -> bool:
-    """Whether the run's service is gone and has to be created again; its passages are here."""
-    from ..rag.azure_search import begin
-
-    if not is_gone(to.service_id):
-        return False
-    console.note(f"{to.service.endpoint} is gone, by its deadline or by hand: created again")
-    to.path.unlink()
-    return begin(database, to)
 
 
 def run_down(args: argparse.Namespace) -> int:

@@ -142,8 +142,8 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-# `phi3 chat --compare base,rag,tuned,both`: the same question in several ways, side by side. The
-# models are loaded in this process: the endpoint serves the tuned one alone.
+# ---- `phi3 chat --compare base,rag,tuned,both`: the same question in several ways, side by side
+# The models are loaded in this process: the endpoint serves the tuned one alone.
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import console
-from ..current import all_runs, current_of, is_current, make_current, remarks
 from ..errors import MissingExtraError, RecipeError, StageError
 from ..journey import RECIPE_FILE
 from ..manifests import ConnectionManifest, EndpointManifest, GateManifest
 from ..memory.model import gib
 from ..recipe import read_yaml
-from ..run import Run
-from ..run_state import state_of
+from ..runs import all_runs, current_of, is_current, make_current, remarks, state_of
 from ..stages import stages_of
 from ..targets import HERE, is_here
 from . import HELP
@@ -35,7 +33,33 @@ def register_runs(subparsers: Any) -> None:
 
 def run_runs(args: argparse.Namespace) -> int:
     """A line for each run."""
-    rows = [_row(run) for run in all_runs(args.runs)]
+    rows: list[dict[str, Any]] = []
+    for run in all_runs(args.runs):
+        # A folder that is broken in part is listed as well: `phi3 rm` needs its name.
+        state = state_of(run)
+        try:
+            recipe = str(read_yaml(run.path / RECIPE_FILE).get("name", "?"))
+        except RecipeError:
+            recipe = "?"
+        try:
+            verdict = run.read(GateManifest)
+        except StageError:
+            verdict = None
+        gate = "-" if verdict is None else "passed" if verdict.passed else "NOT passed"
+        rows.append(
+            {
+                "run": run.name,
+                "current": state.current,
+                "recipe": recipe,
+                "on": state.on,
+                "done": state.done,
+                "stages": len(stages_of(in_cloud=not is_here(run))),
+                "gate": gate,
+                "endpoint": state.endpoint,
+                "remarks": state.remarks,
+                "bytes": _bytes_of(run.path),
+            }
+        )
     if args.output == "json":
         console.print_json(rows)
         return 0
@@ -110,30 +134,6 @@ def run_rm(args: argparse.Namespace) -> int:
     return console.show(args.output, {"deleted": str(run.path), "connections": deleted}, *lines)
 
 
-def _row(run: Run) -> dict[str, Any]:
-    state = state_of(run)
-    try:
-        recipe = str(read_yaml(run.path / RECIPE_FILE).get("name", "?"))
-    except RecipeError:
-        recipe = "?"
-    try:
-        verdict = run.read(GateManifest)
-    except StageError:
-        verdict = None
-    gate = "-" if verdict is None else "passed" if verdict.passed else "NOT passed"
-    return {
-        "run": run.name,
-        "current": state.current,
-        "recipe": recipe,
-        "on": state.on,
-        "done": state.done,
-        "stages": len(stages_of(in_cloud=not is_here(run))),
-        "gate": gate,
-        "endpoint": state.endpoint,
-        "remarks": state.remarks,
-        "bytes": _bytes_of(run.path),
-    }
-
-
 def _bytes_of(folder: Path) -> int:
+    # lstat: a link into a cache of weights is not this run's to count.
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

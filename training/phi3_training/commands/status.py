@@ -9,12 +9,11 @@ from typing import Any
 from phi3_tool.errors import Phi3Error
 
 from .. import console
-from ..current import all_runs
 from ..errors import Phi3TrainingError, StageError, UsageError
 from ..manifests import EndpointManifest
 from ..rag.index_files import service_line, services_of, take_down
 from ..run import Run
-from ..run_state import RunState, state_of
+from ..runs import RunState, all_runs, state_of
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import confirm, named_run
@@ -157,6 +156,7 @@ def run_down(args: argparse.Namespace) -> int:
     # Documents have no journey: their run has no stage, and on Azure only its search service.
     services = [run for run in services_of(args.runs) if name in (None, run.name)]
     runs = [] if services and name is not None else _runs(args, name)
+    # `phi3 down` alone never deletes on Azure: it says what may be billing there instead.
     away: list[str] = []
     if args.on is None and name is None:
         away = [run.name for run in runs if not is_here(run) and run.read(EndpointManifest)]
@@ -178,7 +178,18 @@ def run_down(args: argparse.Namespace) -> int:
             broken.append(str(error))
     for run in runs:
         try:
-            stopped += _teardown(args, run, only)
+            target = get_target(target_of(run))
+            cloud = target.cloud
+            if cloud is None:
+                stopped += target.teardown(run)
+                continue
+            if only == "all":
+                names = [f"  {name}" for name in cloud.all_of(run)]
+                # Deleting a workspace also deletes what others may have put there.
+                others = "with everything in them, including what phi3 did not create."
+                confirm(args, [f"This deletes, for the run {run.name}:", *names, others])
+            with run.lock(), console.progress_bar("down") as progress:
+                stopped += cloud.remove(run, only, progress)
         except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
     return _show_end(args, stopped, broken, left)
@@ -209,20 +220,6 @@ def _down_in(args: argparse.Namespace, named: dict[str, str], run: str | None) -
         except StageError as error:  # what is elsewhere is still deleted
             broken.append(str(error))
     return _show_end(args, stopped, broken, [])
-
-
-def _teardown(args: argparse.Namespace, run: Run, only: str) -> list[str]:
-    target = get_target(target_of(run))
-    cloud = target.cloud
-    if cloud is None:
-        return target.teardown(run)
-    if only == "all":
-        names = [f"  {name}" for name in cloud.all_of(run)]
-        # Deleting a workspace also deletes what others may have put there.
-        others = "with everything in them, including what phi3 did not create."
-        confirm(args, [f"This deletes, for the run {run.name}:", *names, others])
-    with run.lock(), console.progress_bar("down") as progress:
-        return cloud.remove(run, only, progress)
 
 
 def _show_end(

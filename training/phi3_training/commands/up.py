@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import console, sunset
-from ..current import is_current, make_current
 from ..errors import MissingExtraError, UsageError
 from ..journey import Journey, finished, go
 from ..manifests import (
@@ -30,7 +29,7 @@ from ..packages import NO_PROMPT_FLOW, has_prompt_flow
 from ..progress import PlanLine
 from ..recipe import AuditRule, Recipe
 from ..run import Run
-from ..run_state import state_of
+from ..runs import is_current, make_current, state_of
 from ..stages import stages_of, stages_until
 from ..targets import HERE
 from . import HELP
@@ -150,7 +149,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
     ]
 
 
-# `phi3 up | plan`: the whole journey, and what it would do.
+# ---- `phi3 up | plan`: the whole journey, and what it would do
 
 
 def register_up(subparsers: Any) -> None:
@@ -226,6 +225,7 @@ def run_up(args: argparse.Namespace) -> int:
     journey = journey_of(args)
     # A shell that ran `eval "$(phi3 env)"` names some endpoint; `up` asks the one it started.
     os.environ.pop("PHI3_ENDPOINT", None)
+    # Locked from here on: a second `up` of the same run would write the same files.
     with journey.run.lock():
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages, again=frozenset(known[title] for title in args.again))
@@ -275,7 +275,21 @@ def _plan_lines(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
         return memory_plan(journey.recipe, device, row_sizes(journey.recipe, journey.run))
     if args.device is not None:
         raise UsageError("--device needs --device-gb; add e.g. --device-gb 24")
-    lines = [_plan_data(journey.recipe), *journey.target.plan(journey.recipe, journey.run)]
+    data, ask = journey.recipe.data, journey.recipe.ask
+    train, validation, replay = (
+        ", ".join(map(str, sources)) for sources in (data.train, data.validation, data.replay)
+    )
+    held_out = f"a share of {data.validation_share:.0%} of them is held out"
+    if validation:
+        held_out = f"held out: {validation}"
+    mixed_in = f"mixed in: {replay}" if replay else "no older chats are mixed in"
+    question = repr(ask) if ask else "the first held-out question"
+    chats = PlanLine(
+        "prepare",
+        f"trains on {train}; {held_out}; {mixed_in}; asks {question}",
+        details=data.model_dump(mode="json", include={"train", "validation", "replay"}),
+    )
+    lines = [chats, *journey.target.plan(journey.recipe, journey.run)]
     if not journey.in_cloud and not has_prompt_flow():  # on Azure the target needs it
         left_out = "the connection, and the question through the flow"
         lines.append(PlanLine("connect", f"left out: {left_out}. {NO_PROMPT_FLOW}"))
@@ -284,24 +298,6 @@ def _plan_lines(args: argparse.Namespace, journey: Journey) -> list[PlanLine]:
         text = f"{row.said(day)}. Fix: {row.cure}"
         lines.append(PlanLine("dates", text, details=row.as_dict(day)))
     return lines
-
-
-def _plan_data(recipe: Recipe) -> PlanLine:
-    """Which chats are trained on, which are held out, and what is asked at the end."""
-    data = recipe.data
-    train, validation, replay = (
-        ", ".join(map(str, sources)) for sources in (data.train, data.validation, data.replay)
-    )
-    held_out = f"a share of {data.validation_share:.0%} of them is held out"
-    if validation:
-        held_out = f"held out: {validation}"
-    mixed_in = f"mixed in: {replay}" if replay else "no older chats are mixed in"
-    ask = repr(recipe.ask) if recipe.ask else "the first held-out question"
-    return PlanLine(
-        "prepare",
-        f"trains on {train}; {held_out}; {mixed_in}; asks {ask}",
-        details=data.model_dump(mode="json", include={"train", "validation", "replay"}),
-    )
 
 
 def _gigabytes(text: str) -> float:
@@ -314,7 +310,7 @@ def _gigabytes(text: str) -> float:
     return size
 
 
-# `phi3 train RECIPE --search FILE`: many trainings; the best settings are saved as a recipe.
+# ---- `phi3 train RECIPE --search FILE`: many trainings; the best settings are saved as a recipe
 
 
 def run_search(args: argparse.Namespace, journey: Journey) -> int:
@@ -324,6 +320,7 @@ def run_search(args: argparse.Namespace, journey: Journey) -> int:
     def make(overrides: Sequence[str]) -> Recipe:
         return recipe_of([*args.words, *from_options(args), *overrides])
 
+    # The file's faults first: they cost nothing to find, a package may cost a download.
     plan = load_plan(args.search, make)
     if importlib.util.find_spec("optuna") is None:
         raise MissingExtraError("optuna", "local")
@@ -341,6 +338,7 @@ def run_search(args: argparse.Namespace, journey: Journey) -> int:
 def _show_trials(journey: Journey, report: dict[str, Any]) -> None:
     keys = list(report["best"]["parameters"])
     sign = -1 if report["direction"] == "maximize" else 1
+    # Trials without a value (failed, or cut short) last.
     ranked = sorted(
         report["trials"],
         key=lambda trial: (trial["value"] is None, sign * (trial["value"] or 0), trial["number"]),
@@ -406,6 +404,7 @@ def run_stage(args: argparse.Namespace) -> int:
         stages = stages_until(kind, in_cloud=journey.in_cloud)
         journey.target.begin(journey.recipe, journey.run)
         go(journey, stages)
+    # Training another run does not redirect `phi3 chat`; connecting one is meant to.
     if kind is ConnectionManifest:
         make_current(journey.run)
     elif not is_current(journey.run):

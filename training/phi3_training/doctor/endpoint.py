@@ -17,7 +17,6 @@ import requests
 
 from phi3_tool.client import ChatReply, Phi3Client
 from phi3_tool.connection import ConnectionSettings, in_dialect, parse_address
-from phi3_tool.entra import credential_of
 from phi3_tool.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -52,7 +51,7 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
     """Health, and the time of a round trip."""
     address = parse_address(settings.endpoint, settings.dialect)
     try:
-        credential = credential_of(settings)
+        credential = settings.credential()
         credential.auth()
     except ConfigurationError as error:
         yield ENDPOINT.fault("health", error.message, "az login, or pip install azure-identity")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3_tool.connection import ConnectionSettings
-from phi3_tool.served import let_the_page_leave_defaults_out
+from phi3_tool.promptflow_fixes import let_the_page_leave_defaults_out
 
 from ..errors import MissingExtraError, StageError, UsageError
 from . import store

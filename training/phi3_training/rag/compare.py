@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypedDict
+
+import jinja2
 
 from phi3_tool.grounding import question_in
 from phi3_tool.index import DocumentIndex, Embedder, Hit
 
+from .. import evaluate
 from ..errors import StageError, UsageError
 from ..manifests import ModelManifest, Resampling
 from ..progress import Progress, note
@@ -21,15 +25,15 @@ from ..run import Run, write_atomically
 from .arms import ARMS, ArmName, Prompts
 from .asking import Asker, Replies
 from .changes import FactChange, changed_index
-from .comparison_report import page
 from .figures import Retrieval, measure
 from .questions import Question, answers_of, of_split, right_passages
-from .recommend import Evidence, Recommendation, recommend
+from .recommend import RULES, Evidence, Recommendation, recommend
 from .scores import ArmAnswers, ArmFigures, ScoredAnswer, arm_figures, differences, rows_of
 
 FILE = "rag/comparison.json"
 ROWS = "rag/comparison-rows.jsonl"
 PAGE = "rag/comparison.html"
+_SHOWN = 15  # wrong answers side by side, on the page
 _CHANGED_INDEX = "rag/changed.sqlite"
 #: Asked again after documents changed; the tuned model alone has nothing to look it up in.
 _AFTER_CHANGES: tuple[ArmName, ...] = ("rag", "tuned", "both")
@@ -46,6 +50,21 @@ class Changed:
     right: Mapping[str, int]
     lost: int
     kept: Mapping[str, int]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question], after: Mapping[str, Replies]) -> Changed:
+        """From the answers of each arm to the questions whose answers have changed."""
+        right: dict[str, list[bool]] = {}
+        for name, replies in after.items():
+            rows = rows_of(questions, replies.replies, replies.replies)
+            right[name] = [bool(row["after_right"]) for row in rows]
+        lost = [number for number, was in enumerate(right["tuned"]) if not was]
+        return cls(
+            facts=len(questions),
+            right={name: sum(rows) for name, rows in right.items()},
+            lost=len(lost),
+            kept={name: sum(right[name][n] for n in lost) for name in ("rag", "both")},
+        )
 
 
 class WrongAnswer(TypedDict):
@@ -140,7 +159,7 @@ def compare_arms(
         edited = Prompts(changed_index(index, embedder, changes, target), embedder, top_k)
     total = len(ARMS) * len(asked) + (len(ARMS) - 1) * len(none)
     total += len(again) * len(_AFTER_CHANGES)
-    asking.expect(total)
+    asking.expect(total)  # of all arms at once, so that the time left is of the whole command
     answers: dict[str, ArmAnswers] = {}
     after: dict[str, Replies] = {}
     for name, arm in ARMS.items():
@@ -151,6 +170,8 @@ def compare_arms(
         # The ceiling has no right passage to give for an unanswerable question.
         unanswerable = [] if arm.passages == "right" else [prompts.of(arm, q.text) for q in none]
         replies = asking.ask(name, arm, [*answered, *unanswerable])
+        # Seconds count for answerable questions alone, in proportion: an arm's answers are written
+        # in one go, and a refusal is shorter than an answer.
         said = replies.replies[: len(answered)]
         answers[name] = ArmAnswers(
             answered, Replies(said, replies.seconds_each * sum(reply.asked for reply in said)),
@@ -164,7 +185,7 @@ def compare_arms(
     for name in ARMS:
         note(progress, f"counting: {ARMS[name].label}")
         arms[name], details[name] = arm_figures(name, asked, answers, right_ids, among, settings)
-    changed = _changed(again, after) if edited is not None else None
+    changed = Changed.of(again, after) if edited is not None else None
     model = run.read(ModelManifest)
     rows = model.conversations.get("train") if model else None
     between = differences(asked, answers, settings)
@@ -209,6 +230,7 @@ def _not_trained_on(questions: Sequence[Question], run: Run) -> tuple[list[Quest
         raise StageError(
             f"{path} cannot be read ({error.strerror}); run: phi3 data prepare"
         ) from None
+    # In chats with passages the question is inside a prompt, and was trained on as well.
     trained = {
         question_in(turn["content"]).casefold()
         for line in lines
@@ -218,20 +240,6 @@ def _not_trained_on(questions: Sequence[Question], run: Run) -> tuple[list[Quest
     }
     unseen = [question for question in questions if question.text.casefold() not in trained]
     return unseen, len(questions) - len(unseen)
-
-
-def _changed(questions: Sequence[Question], after: Mapping[str, Replies]) -> Changed:
-    right: dict[str, list[bool]] = {}
-    for name, replies in after.items():
-        rows = rows_of(questions, replies.replies, replies.replies)
-        right[name] = [bool(row["after_right"]) for row in rows]
-    lost = [number for number, was in enumerate(right["tuned"]) if not was]
-    return Changed(
-        facts=len(questions),
-        right={name: sum(rows) for name, rows in right.items()},
-        lost=len(lost),
-        kept={name: sum(right[name][n] for n in lost) for name in ("rag", "both")},
-    )
 
 
 def _worst(
@@ -272,3 +280,17 @@ def _write(
     text = json.dumps(comparison.as_json(), indent=2, ensure_ascii=False)
     write_atomically(run.file(PAGE), page(run.name, comparison.as_json(), comparison.worst))
     write_atomically(run.file(FILE), text + "\n")
+
+
+def page(name: str, figures: Mapping[str, Any], worst: Sequence[Mapping[str, Any]]) -> str:
+    """The report on the run `name`, one self-contained file; `figures` as in comparison.json."""
+    folders = [Path(__file__).parent, Path(evaluate.__file__).parent]
+    # What models, people and documents wrote is text, never markup.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folders), autoescape=True, keep_trailing_newline=True
+    )
+    environment.filters["form"] = format
+    rule = next(r for r in RULES if r.name == figures["recommendation"]["rule"])
+    return environment.get_template("comparison.html").render(
+        name=name, f=figures, arms=figures["arms"], rule=rule, worst=worst, shown=_SHOWN
+    )

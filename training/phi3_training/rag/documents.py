@@ -21,6 +21,7 @@ from ..data.opening import BrokenFileError, open_text, table_encoding
 from ..data.sources import no_note, rows_of
 from ..errors import MissingExtraError, Phi3TrainingError
 
+#: Of any file: with the limits below, what one file may cost is known before it is opened.
 MAX_BYTES = 200 << 20
 #: Of HTML: measured 13 MB of memory and 2 s for each MB.
 MAX_HTML = 32 << 20
@@ -153,6 +154,7 @@ def fault_of(error: Exception, name: str) -> DocumentFault:
     return DocumentFault(name, f"is broken ({type(error).__name__})", "open it and save it again")
 
 
+# A scan is the usual reason for a PDF without text.
 _EMPTY = {
     ".pdf": (
         "has no text: it is probably a scan",
@@ -164,10 +166,6 @@ _EMPTY = {
 def _text_of(path: Path) -> str:
     with open_text(path, table_encoding(path, no_note)) as stream:
         return stream.read().decode("utf-8")
-
-
-def _plain(path: Path) -> Iterator[Section]:
-    yield Section(_text_of(path), (), None, 0)
 
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
@@ -315,6 +313,7 @@ def _pdf(path: Path) -> Iterator[Section]:
     offset = 0
     try:
         with PdfReader(path) as reader:
+            # Many PDFs are encrypted with an empty password, only to forbid printing.
             if reader.is_encrypted and not reader.decrypt(""):
                 raise UnreadableError("is locked with a password", "save it without one")
             title = ""
@@ -335,6 +334,7 @@ def _docx(path: Path) -> Iterator[Section]:
         import mammoth
     except ImportError:
         raise MissingExtraError("mammoth", "local") from None
+    # The sizes that the archive declares: mammoth would unpack whatever it is given.
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -379,7 +379,7 @@ def _passages(path: Path) -> Iterator[Section]:
 READERS: dict[str, Callable[[Path], Iterator[Section]]] = {
     ".md": _markdown,
     ".markdown": _markdown,
-    ".txt": _plain,
+    ".txt": lambda path: iter([Section(_text_of(path), (), None, 0)]),
     ".html": _html,
     ".htm": _html,
     ".pdf": _pdf,

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phi3_tool.index import Hit
 
@@ -47,6 +46,34 @@ class Question:
     kind: str = ""
     split: str = ""
 
+    @classmethod
+    def of(cls, line: int, row: object) -> Question:
+        """A row of the file; ValueError says what is wrong with it."""
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+            raise ValueError("no text under `question`")  # noqa: TRY004 - one kind for a row
+        # A misspelt key would be a question without its place, and every passage wrong for it.
+        unknown = sorted(row.keys() - _KEYS)
+        if unknown:
+            raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
+        kind, split = str(row.get("kind") or ""), str(row.get("split") or "")
+        if split and split not in SPLITS:
+            raise ValueError(f"split {split!r} is neither train nor test")
+        answerable = bool(row.get("answerable", kind != UNANSWERABLE))
+        if answerable and not (row.get("source") or str(row.get("answer") or "").strip()):
+            raise ValueError("neither `source` nor `answer` says what would be right")
+        return cls(
+            line=line,
+            text=row["question"],
+            answer=str(row.get("answer") or ""),
+            source=row.get("source"),
+            page=row.get("page"),
+            heading=row.get("heading"),
+            answerable=answerable,
+            id=str(row.get("id") or ""),
+            kind=kind,
+            split=split,
+        )
+
     def is_place_of(self, hit: Hit) -> bool:
         """Whether the passage lies where the question says."""
         return (
@@ -68,7 +95,7 @@ def read_questions(path: Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            questions.append(_question(number, json.loads(line)))
+            questions.append(Question.of(number, json.loads(line)))
         except ValueError as error:
             what = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
             faults.append(f"  {path.name}:{number}: {what}")
@@ -81,32 +108,6 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise UsageError(f"{path} has no questions")
     return questions
-
-
-def _question(line: int, row: Any) -> Question:
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-        raise ValueError("no text under `question`")  # noqa: TRY004 - one kind of error per row
-    unknown = sorted(row.keys() - _KEYS)
-    if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
-    kind, split = str(row.get("kind") or ""), str(row.get("split") or "")
-    if split and split not in SPLITS:
-        raise ValueError(f"split {split!r} is neither train nor test")
-    answerable = bool(row.get("answerable", kind != UNANSWERABLE))
-    if answerable and not (row.get("source") or str(row.get("answer") or "").strip()):
-        raise ValueError("neither `source` nor `answer` says what would be right")
-    return Question(
-        line=line,
-        text=row["question"],
-        answer=str(row.get("answer") or ""),
-        source=row.get("source"),
-        page=row.get("page"),
-        heading=row.get("heading"),
-        answerable=answerable,
-        id=str(row.get("id") or ""),
-        kind=kind,
-        split=split,
-    )
 
 
 def of_split(questions: Sequence[Question], split: str) -> list[Question]:

@@ -185,15 +185,10 @@ RULES = (
 
 def recommend(evidence: Evidence) -> Recommendation:
     """The recommendation of the first rule that applies, and remarks on the other figures."""
-    rule = next(rule for rule in RULES if rule.applies(evidence))
-    return Recommendation(
-        rule.take(evidence), rule.name, rule.because(evidence), tuple(_remarks(evidence, rule))
-    )
-
-
-def _remarks(e: Evidence, decided: Rule) -> list[str]:
-    remarks = []
-    if e.changed and decided.name != "facts-change":
+    e = evidence
+    rule = next(rule for rule in RULES if rule.applies(e))
+    remarks: list[str] = []
+    if e.changed and rule.name != "facts-change":
         remarks.append(_changes(e))
     ceiling, reading = e.right.get("ceiling"), max(e.right["rag"], e.right["both"])
     if ceiling is not None and ceiling < LOW_CEILING:
@@ -217,7 +212,7 @@ def _remarks(e: Evidence, decided: Rule) -> list[str]:
             f"A prompt with passages has {grounded:.0f} tokens, without {plain:.0f}: "
             f"{grounded / plain:.0f} times as many to read for each answer."
         )
-    return remarks
+    return Recommendation(rule.take(e), rule.name, rule.because(e), tuple(remarks))
 
 
 def _changes(e: Evidence) -> str:

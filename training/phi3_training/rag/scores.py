@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TypedDict
 
-from phi3_tool.grounding import NOT_IN_DOCUMENTS, Citation, citations
+from phi3_tool.grounding import NOT_IN_DOCUMENTS, citations
 from phi3_tool.index import Hit
 
 from ..evaluate.figures import compare, metrics_for, seed_of
@@ -46,6 +46,19 @@ class Cited:
     exist: float | None
     hold: float | None
     support: float | None
+
+    @classmethod
+    def of(cls, details: Sequence[ScoredAnswer], prompts: Sequence[Prompt]) -> Cited:
+        """From an arm's scored answers and the prompts that they answer."""
+        given = [(d, p) for d, p in zip(details, prompts, strict=True) if not d["declined"]]
+        every = [cited for d, _ in given for cited in d["citations"]]
+        of_right = [cited for d, _ in given if d["right"] for cited in d["citations"]]
+        return cls(
+            answers=_share([bool(d["citations"]) for d, _ in given]),
+            exist=_share([cited["place"] is not None for cited in every]),
+            hold=_share([cited["holds"] for cited in of_right]),
+            support=_share([support(d["answer"], p.hits) for d, p in given if d["citations"]]),
+        )
 
 
 @dataclass(frozen=True)
@@ -169,21 +182,26 @@ def arm_figures(
     arm, own = ARMS[name], answers[name]  # type: ignore[index]
     replies = own.replies.replies
     rows = rows_of(questions, answers["base"].replies.replies, replies)
-    details: list[ScoredAnswer] = [
-        {
-            "answer": reply.text,
-            "right": bool(row["after_right"]),
-            "token_f1": row["after_scores"]["token_f1"],
-            "declined": declines(reply.text),
-            "citations": [
-                _checked(cited, prompt.hits, question, ids, among)
-                for cited in citations(reply.text, prompt.hits)
-            ],
-        }
-        for question, prompt, reply, row, ids in zip(
-            questions, own.prompts, replies, rows, right_ids, strict=True
+    details: list[ScoredAnswer] = []
+    for question, prompt, reply, row, ids in zip(
+        questions, own.prompts, replies, rows, right_ids, strict=True
+    ):
+        checked: list[CheckedCitation] = []
+        for cited in citations(reply.text, prompt.hits):
+            hit = prompt.hits[cited["number"] - 1] if cited["exists"] else None
+            # A passage that nobody named may hold the answer as well.
+            holds = hit is not None and (hit.id in ids or tells(hit, question, among))
+            place = None if hit is None else hit.place
+            checked.append({"number": cited["number"], "place": place, "holds": holds})
+        details.append(
+            {
+                "answer": reply.text,
+                "right": bool(row["after_right"]),
+                "token_f1": row["after_scores"]["token_f1"],
+                "declined": declines(reply.text),
+                "citations": checked,
+            }
         )
-    ]
     asked = [reply for reply in replies if reply.asked]
     kinds = {
         kind: fmean(d["right"] for d, q in zip(details, questions, strict=True) if q.kind == kind)
@@ -200,32 +218,9 @@ def arm_figures(
         prompt_tokens=fmean(r.prompt_tokens for r in asked) if asked else 0.0,
         answer_tokens=fmean(r.answer_tokens for r in asked) if asked else 0.0,
         not_asked=sum(not reply.asked for reply in replies),
-        cited=_cited(details, own.prompts) if arm.passages != "none" else None,
+        cited=Cited.of(details, own.prompts) if arm.passages != "none" else None,
     )
     return figures, details
-
-
-def _checked(
-    cited: Citation, hits: Sequence[Hit], question: Question, right: Collection[int], among: Set
-) -> CheckedCitation:
-    """Whether a citation exists, and its passage holds the expected answer."""
-    if not cited["exists"]:
-        return {"number": cited["number"], "place": None, "holds": False}
-    hit = hits[cited["number"] - 1]
-    holds = hit.id in right or tells(hit, question, among)
-    return {"number": cited["number"], "place": hit.place, "holds": holds}
-
-
-def _cited(details: Sequence[ScoredAnswer], prompts: Sequence[Prompt]) -> Cited:
-    given = [(d, p) for d, p in zip(details, prompts, strict=True) if not d["declined"]]
-    every = [cited for d, _ in given for cited in d["citations"]]
-    of_right = [cited for d, _ in given if d["right"] for cited in d["citations"]]
-    return Cited(
-        answers=_share([bool(d["citations"]) for d, _ in given]),
-        exist=_share([cited["place"] is not None for cited in every]),
-        hold=_share([cited["holds"] for cited in of_right]),
-        support=_share([support(d["answer"], p.hits) for d, p in given if d["citations"]]),
-    )
 
 
 def support(answer: str, hits: Sequence[Hit]) -> float:

@@ -33,7 +33,7 @@ _PRONOUNS = frozenset(re.findall(r"\w+", "it its they them this that these those
 _CLAUSES = frozenset(("who", "which", "that", "whose"))
 _PLAIN = Set()
 _SHORTEST, _LONGEST = 4, 40  # words of a sentence worth an answer
-_KEYWORDS = 4
+_KEYWORDS = 4  # of a question made of words
 _MANY_CELLS = 24  # of one table; a price list would drown the sentences otherwise
 
 
@@ -94,6 +94,7 @@ class Templates:
         chance.shuffle(kinds)
         for pairs in kinds:
             chance.shuffle(pairs)
+        # In turns: a passage with a long table would have questions on its cells alone.
         chosen: list[Pair] = []
         while len(chosen) < most and any(kinds):
             chosen += [pairs.pop() for pairs in kinds if pairs]
@@ -103,24 +104,20 @@ class Templates:
         subject = hit.heading.split(" | ")[-1].strip()
         for sentence in sentences(hit.text):
             yield from _of_verbs(sentence)
-            asked = self._keywords(sentence)
+            # The words that few passages have, in the order of the sentence; no numbers.
+            words = dict.fromkeys(w for w in _WORD.findall(sentence) if not re.search(r"\d", w))
+            telling = [word for word in words if len(word) > 2 and _PLAIN.subject(word)]
+            rarest = sorted(telling, key=lambda w: (self._counts[w.lower()], -len(w), w))
+            asked = [word for word in telling if word in rarest[:_KEYWORDS]]
             about = f"{subject}: " if subject and not subject.endswith("?") else ""
             counted = _COUNTED.findall(sentence)
             if len(counted) == 1 and len(asked) > 1:
                 ((number, unit),) = counted
-                words = " ".join(word for word in asked if word.lower() not in (unit, number))
+                others = " ".join(word for word in asked if word.lower() not in (unit, number))
                 how = "how many" if about else "How many"
-                yield Pair(f"{about}{how} {unit}, {words}?", f"{number} {unit}", "number")
+                yield Pair(f"{about}{how} {unit}, {others}?", f"{number} {unit}", "number")
             elif len(asked) > 1:
                 yield Pair(f"{about}{' '.join(asked)}?", sentence, "words")
-
-    def _keywords(self, sentence: str) -> list[str]:
-        """The words that few passages have, in the order of the sentence; no numbers."""
-        words = list(dict.fromkeys(w for w in _WORD.findall(sentence) if not re.search(r"\d", w)))
-        words = [word for word in words if len(word) > 2 and _PLAIN.subject(word)]
-        rarest = sorted(words, key=lambda word: (self._counts[word.lower()], -len(word), word))
-        keywords = set(rarest[:_KEYWORDS])
-        return [word for word in words if word in keywords]
 
 
 def _of_heading(hit: Hit) -> Iterator[Pair]:

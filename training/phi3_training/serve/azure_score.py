@@ -43,6 +43,7 @@ class Scorer:
         self._engine = engine
         self._max_new_tokens = max_new_tokens
         self._name = name
+        # One loop for all of the server's threads, so that their answers share the engine's batch.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="phi3-score", daemon=True
@@ -91,9 +92,9 @@ def find_model(folder: Path) -> Path:
     if not models:
         raise StageError(
             f"The registered model contains no folder with {' and '.join(_MODEL_FILES)}: expected "
-            f"the "
-            "tuned model of a training job; register it again with: phi3 register --on azure"
+            "the tuned model of a training job; register it again with: phi3 register --on azure"
         )
+    # The outermost: a folder of checkpoints inside the model must not be taken for it.
     return min(models, key=lambda path: (len(path.parts), str(path)))
 
 

@@ -27,7 +27,7 @@ class ServerConfig(BaseModel):
     model_dir: Path | None = None
     onnx_dir: Path | None = None
     model_name: str = "phi3"
-    num_threads: int | None = None
+    num_threads: int | None = None  # None: one for a small model, else one for each core
     upstream_url: str | None = None
     upstream_model: str | None = None
     # Named adapters over `base_dir`; `adapter_dir` is the run's own, which needs no name.
@@ -49,7 +49,7 @@ class ServerConfig(BaseModel):
     request_timeout_ms: Annotated[int, Field(ge=100, le=180_000)] = 60_000
     # Azure's documents named this size until 2022; the current ones name none.
     max_request_bytes: Annotated[int, Field(ge=1024)] = 1_500_000
-    max_new_tokens: Positive = 256
+    max_new_tokens: Positive = 256  # where a request names none; OpenAI's routes on Azure too
     drain_seconds: Annotated[int, Field(ge=0)] = 30
     # A connection without a request in progress is closed then. Longer than clients keep an idle
     # one, so that they close first.

@@ -26,7 +26,8 @@ from ..manifests import EXPORTS, ModelManifest
 from ..progress import Progress, captured_output, note
 from ..run import Run
 
-# Rewrites a float32 ONNX folder so that its matrices are multiplied as 8-bit integers.
+# ---- 8 bits: a float32 ONNX folder whose matrices are then multiplied as integers
+#
 # Reads and rewrites model.onnx and its data file, one matrix at a time. Each output column of a
 # matrix has its own scale, and so has each token's vector, found while it runs: a token's numbers
 # never depend on the other rows of its batch, because sums of integers are exact.
@@ -198,16 +199,20 @@ def _quantised(
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """The matrix in 8 bits, and the scales along `axis` kept as an axis of length one."""
     scales = np.abs(values).max(axis=axis, keepdims=True) / np.float32(_LARGEST)
+    # Columns of zeros: a scale of 0 would make them 0/0.
     scales = np.maximum(scales, np.finfo(np.float32).tiny)
     return np.rint(values / scales).astype(np.int8), scales.astype(np.float32)
 
 
-# The run's model as an ONNX folder, converted when it is not there yet for exactly this model.
-# Reads run/model; writes run/onnx-<precision> and export-onnx-<precision>.json.
+# ---- the conversion
 
 
 def converted(run: Run, precision: Precision, progress: Progress) -> Path:
-    """The folder, ready for the `onnxruntime` engine."""
+    """The run's model as an ONNX folder, ready for the `onnxruntime` engine.
+
+    Converted when it is not there yet for exactly this model. Reads run/model; writes
+    run/onnx-<precision> and export-onnx-<precision>.json.
+    """
     model = run.require(ModelManifest)
     name = f"onnx-{precision}"
     folder = run.path / name
@@ -263,6 +268,7 @@ def export_onnx(model_dir: Path, out_dir: Path, precision: Precision = "fp32") -
         for name in _COPIED:
             if (model_dir / name).is_file():
                 shutil.copyfile(model_dir / name, built / name)
+        # Two renames, so that the folder's name never leads to half a model.
         if out_dir.exists():
             out_dir.rename(Path(scratch) / "old")
         built.rename(out_dir)
@@ -298,7 +304,7 @@ def _refuse_twin_of_the_head(model_dir: Path) -> None:
 def _build(model_dir: Path, out_dir: Path, precision: Precision, *, cache: Path) -> None:
     said = io.StringIO()
     try:
-        with captured_output(said):
+        with captured_output(said):  # it prints a page about each layer
             from onnxruntime_genai.models import builder
 
             common = ("", str(model_dir), str(out_dir), precision, "cpu", str(cache))

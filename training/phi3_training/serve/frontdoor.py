@@ -16,20 +16,46 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .asgi import App, Header, Message, Receive, Scope, Send, encoded, header, respond
 from .config import ServerConfig
 from .openai_errors import is_openai, openai_error
 
-# The Bearer key of the endpoint, compared in constant time. Keeps the key in memory only.
+Header = tuple[str, str]
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """A request header's value, or None."""
+    wanted = name.encode()
+    values = (value.decode("latin-1") for key, value in scope["headers"] if key == wanted)
+    return next(values, None)
+
+
+def encoded(headers: Sequence[Header]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI has them."""
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+
+
+async def respond(
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: str,
+    *,
+    headers: Sequence[Header] = (),
+) -> None:
+    """Send a whole response."""
+    all_headers = [("content-type", content_type), ("content-length", str(len(body))), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": encoded(all_headers)})
+    await send({"type": "http.response.body", "body": body})
 
 
 class BearerKey:
-    """Says whether an Authorization header carries the key."""
+    """Says whether an Authorization header carries the key; it is in memory only."""
 
     def __init__(self, key: str) -> None:
         # Digests have one length, so that not even the key's length shows in the time taken.
@@ -39,10 +65,9 @@ class BearerKey:
         """True for `Bearer <key>`."""
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
+        # Both compared whatever the first says: the time taken tells nothing about the key.
         return hmac.compare_digest(digest, self._digest) and scheme.lower() == "bearer"
 
-
-# Limits of the front door: how many requests at once, how many bytes in one.
 
 # A client that is still sending cannot read our refusal; take in this much more, this long.
 _DRAIN_BYTES = 16 * 2**20
@@ -148,7 +173,7 @@ _IN_WORDS = {
 class FrontDoor:
     """Lets a request in, times it, and dresses the answer as Azure ML does."""
 
-    def __init__(self, app: App, *, key: str, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, *, key: str, config: ServerConfig) -> None:
         self._app = app
         self._key = BearerKey(key)
         self._config = config
@@ -162,7 +187,7 @@ class FrontDoor:
         try:
             refusal = self._refusal(visit) or await self._attempt(visit, receive)
             if refusal is not None:
-                if refusal[0] != 408:
+                if refusal[0] != 408:  # a slow body: waiting for its rest would be the same again
                     await drain(receive)
                 await visit.refuse(*refusal)
         except ClientGoneError:
@@ -183,10 +208,15 @@ class FrontDoor:
         try:
             if visit.scope["method"] == "POST":
                 with self.pending.place():
-                    await self._pass_on(visit, receive, await self._body(visit, receive))
+                    with anyio.fail_after(self._seconds):
+                        declared = header(visit.scope, "content-length")
+                        limit = self._config.max_request_bytes
+                        body = await read_body(receive, declared, limit)
+                    await self._pass_on(visit, receive, body)
             else:
                 await self._pass_on(visit, receive, b"")
         except TooManyPendingError:
+            # Without a body, as Azure's gateway answers; the reason is in the header.
             return 429, b"", _TEXT, [_reason("too_many_pending_request")]
         except BodyTooLargeError:
             limit = self._config.max_request_bytes
@@ -195,17 +225,13 @@ class FrontDoor:
             return 408, _TIMEOUT, _TEXT
         return None
 
-    async def _body(self, visit: _Visit, receive: Receive) -> bytes:
-        declared = header(visit.scope, "content-length")
-        with anyio.fail_after(self._seconds):
-            return await read_body(receive, declared, self._config.max_request_bytes)
-
     def _refusal(self, visit: _Visit) -> Refusal | None:
         """What the front door says before anything is read, if it does not let the request in."""
         scope = visit.scope
         if visit.bad_id:
             text = f"{visit.bad_id} must be at most {_MOST_ID} ASCII characters."
             return 431, text.encode(), _TEXT
+        # The health check comes without a key: from `process.start`, or whatever watches the port.
         if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
             return None
         if not self._key.matches(header(scope, "authorization")):
@@ -221,7 +247,15 @@ class FrontDoor:
         """Run the application until it answers, the time is up, or the client leaves."""
         visit.entered = time.perf_counter()
         async with anyio.create_task_group() as group:
-            group.start_soon(_watch, visit, receive, group.cancel_scope)
+
+            async def stop_when_the_client_leaves() -> None:
+                # Else an answer that nobody reads would hold a row of the batch to its end.
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                visit.leave()
+                group.cancel_scope.cancel()
+
+            group.start_soon(stop_when_the_client_leaves)
             with anyio.move_on_after(self._seconds) as deadline:
                 await self._app(visit.scope, replay(body), visit.send)
             group.cancel_scope.cancel()
@@ -244,13 +278,6 @@ _UNAUTHORIZED = json.dumps(
 
 def _reason(reason: str) -> Header:
     return ("ms-azureml-model-error-reason", reason)
-
-
-async def _watch(visit: _Visit, receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    visit.leave()
-    scope.cancel()
 
 
 class _Visit:

@@ -29,6 +29,7 @@ async def offer(key: str) -> asyncio.Server | None:
         return None
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # By the user, not the process: `phi3 chat` and `phi3 env` are other processes each time.
         _pid, user = _peer(writer.get_extra_info("socket"))
         if user == os.geteuid():
             writer.write(key.encode())
@@ -57,6 +58,7 @@ def ask(pid: int) -> str | None:
 
 
 def _name(pid: int) -> str:
+    # The leading zero byte makes it abstract: a name in the kernel, gone with the process.
     return f"\0phi3-endpoint-{pid}"
 
 

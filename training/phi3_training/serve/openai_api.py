@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.types import Receive, Scope, Send
 
-from .asgi import Receive, Scope, Send
 from .config import ServerConfig
 from .engines.base import (
     Chunk,
@@ -26,12 +26,11 @@ from .engines.base import (
     InvalidPromptError,
     PromptTooLongError,
     Sampling,
+    UnknownModelError,
+    pick,
 )
-from .engines.named import UnknownModelError, pick
 from .openai_errors import is_openai, openai_error
 from .score_api import ChunkShape, completion, error_body, gather
-
-# The body of a chat completion request: what is known, what is refused, what it asks for.
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Standard fields that change nothing here; every OpenAI client may send them.
@@ -76,6 +75,7 @@ class ChatRequest(BaseModel):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     model: str | None = None
+    # 0 to 1, as Azure's images check it; OpenAI's own API takes 0 to 2.
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -107,7 +107,7 @@ class ChatRequest(BaseModel):
         return Sampling(
             max_new_tokens=self.max_completion_tokens or self.max_tokens or default_length,
             temperature=self.temperature,
-            top_p=self.top_p or None,
+            top_p=self.top_p or None,  # 0 would keep no token: taken as not set
             top_k=extra["top_k"] if isinstance(extra.get("top_k"), int) else None,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
@@ -170,6 +170,8 @@ def add_openai(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
     @app.post("/chat/completions")
     async def chat(request: Request) -> Response:
+        # Where the header is missing, the older image takes it for "error", the newer one lets
+        # everything through.
         unset = "error" if config.dialect == "loi" else "pass-through"
         extras = request.headers.get("extra-parameters", unset)
         return await _chat(request, engine, config, extras=extras)
@@ -180,7 +182,19 @@ async def _chat(request: Request, engine: Engine, config: ServerConfig, extras: 
     try:
         asked = ChatRequest.model_validate_json(await request.body())
     except ValidationError as error:
-        return _invalid(error, openai=openai)
+        # Without the input: an error must not repeat the caller's conversation.
+        details = [
+            {"loc": list(fault["loc"]), "msg": fault["msg"], "type": fault["type"]}
+            for fault in error.errors(include_input=False, include_url=False, include_context=False)
+        ]
+        first_fault = details[0]
+        where = ".".join(map(str, first_fault["loc"]))
+        message = f"{where or 'body'}: {first_fault['msg']}"
+        if openai:
+            return JSONResponse(openai_error(400, message, param=where or None), 400)
+        # Azure's images: 422, with every fault.
+        body = error_body("Invalid input", 422, f"invalid input error: {message}", details)
+        return JSONResponse(body, 422)
     if refused := unsupported(asked, extras):
         body = openai_error(400, refused) if openai else error_body("Bad Request", 400, refused)
         return JSONResponse(body, 400)
@@ -221,6 +235,8 @@ class _Events(StreamingResponse):
         super().__init__(events, headers={"cache-control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A client that leaves cancels the response; the engine's row must not wait for the garbage
+        # collector to close the stream.
         async with aclosing(self._stream):
             await super().__call__(scope, receive, send)
 
@@ -256,17 +272,3 @@ def _error(error: EngineError, *, openai: bool) -> dict[str, object]:
         return openai_error(error.status, str(error), param=param, code=code)
     kind = "Bad Request" if error.status == 400 else "Engine Error"
     return error_body(kind, error.status, str(error))
-
-
-def _invalid(error: ValidationError, *, openai: bool) -> Response:
-    details = [
-        {"loc": list(fault["loc"]), "msg": fault["msg"], "type": fault["type"]}
-        for fault in error.errors(include_input=False, include_url=False, include_context=False)
-    ]
-    first = details[0]
-    where = ".".join(map(str, first["loc"]))
-    message = f"{where or 'body'}: {first['msg']}"
-    if openai:
-        return JSONResponse(openai_error(400, message, param=where or None), 400)
-    body = error_body("Invalid input", 422, f"invalid input error: {message}", details)
-    return JSONResponse(body, 422)

@@ -55,7 +55,7 @@ def start(
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     status_file = log_path.with_suffix(".status.json").absolute()
-    status_file.unlink(missing_ok=True)
+    status_file.unlink(missing_ok=True)  # an earlier server's: it would be taken for the new one's
     settings = log_path.with_suffix(".settings.json").absolute()
     # Absolute: the server runs in the log's folder.
     folders = {"model_dir": config.model_dir, "onnx_dir": config.onnx_dir}
@@ -109,6 +109,7 @@ def _collect(pid: int) -> None:
 
 def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]:
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    # The keys go through a pipe: arguments and environments are readable in /proc.
     command = [sys.executable, "-m", _MODULE, "--config", str(settings), "--key-stdin"]
     # A session of its own: closing the terminal or Ctrl-C there does not reach it.
     detached: dict[str, Any] = {"start_new_session": True}
@@ -156,8 +157,17 @@ def _wait(
             raise StageError(f"The endpoint did not start.{_last_lines(log_path)}")
         if status_file.exists():
             status: dict[str, Any] = json.loads(status_file.read_text(encoding="utf-8"))
-            if _healthy(_reachable(config.host), int(status["port"])):
-                return status
+            # Asked as well: a status file says that the port is bound, not that it answers.
+            host, port = _reachable(config.host).strip("[]"), int(status["port"])
+            connection = http.client.HTTPConnection(host, port, timeout=_PROBE_SECONDS)
+            try:
+                connection.request("GET", "/")
+                if connection.getresponse().status == 200:
+                    return status
+            except (OSError, http.client.HTTPException):
+                pass  # not yet
+            finally:
+                connection.close()
         time.sleep(_POLL_SECONDS)
     raise StageError(
         f"The endpoint did not answer within {wait_seconds:.0f} seconds and was stopped."
@@ -167,17 +177,6 @@ def _wait(
 
 def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - no binding
-
-
-def _healthy(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=_PROBE_SECONDS)
-    try:
-        connection.request("GET", "/")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def _last_lines(log_path: Path) -> str:

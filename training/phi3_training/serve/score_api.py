@@ -20,10 +20,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .config import ServerConfig
-from .engines.base import Chunk, Engine, EngineError, InvalidPromptError, Sampling
-from .engines.named import pick
+from .engines.base import Chunk, Engine, EngineError, InvalidPromptError, Sampling, pick
 
-# Translates the parameters of a `/score` request to a `Sampling`, as the Azure images do.
+# ---- parameters of a request: to a `Sampling`, as the two Azure images do it
+
 # The `loi` image translates names and drops what it does not know; the `fms` image hands them to an
 # OpenAI-style engine unchanged, so that `max_new_tokens` and `do_sample` do nothing there.
 
@@ -52,6 +52,7 @@ class _Known(BaseModel):
 
 def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: int) -> Sampling:
     """The sampling that `parameters` ask for; BadParameterError for a value that cannot be."""
+    # A null counts as not given: clients write their whole table of settings.
     given = {name: value for name, value in parameters.items() if value is not None}
     for name in _LENGTH_NAMES[dialect]:
         if name in given:
@@ -82,7 +83,7 @@ def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: 
     )
 
 
-# Shapes that both APIs answer with: usage, ids, errors, `chat.completion` objects.
+# ---- shapes that both APIs answer with: usage, ids, errors, `chat.completion` objects
 
 
 def answer_id() -> str:
@@ -144,9 +145,7 @@ class ChunkShape:
         return {**self._head, "choices": [], "usage": usage(last)}
 
 
-# What a `/score` body means and what its answers look like: for the server and the Azure script.
-# Reads `{"input_data": {"input_string": [messages], "parameters": {…}}}` and asks an engine; knows
-# no web framework.
+# ---- a body and its answer: for the server and the Azure script alike, so without a web framework
 
 Messages = Sequence[dict[str, str]]
 
@@ -185,6 +184,7 @@ def read_score(payload: object) -> tuple[Messages, dict[str, Any]]:
     parameters = data.get("parameters", {})
     if not isinstance(parameters, dict):
         raise BadBodyError("input_data.parameters is not an object")
+    # [[{…}]] is what Microsoft's notebook sends; the older image answers the first of several.
     conversation = data.get("input_string")
     if isinstance(conversation, list) and conversation and isinstance(conversation[0], list):
         conversation = conversation[0]
@@ -226,7 +226,7 @@ def engine_failure(error: EngineError, dialect: str) -> tuple[dict[str, object],
     return ({} if in_template else {"output": "None"}), reason
 
 
-# The OpenAPI description that the endpoint gives at `/swagger.json`.
+# ---- the OpenAPI description at `/swagger.json`
 
 _EXAMPLE = {
     "input_data": {
@@ -313,7 +313,7 @@ def add_score(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     async def score(request: Request) -> JSONResponse:
         try:
             payload = json.loads(await request.body())
-        except ValueError:
+        except ValueError:  # the one failure that Azure's images do not answer with 200
             body = error_body("Internal Server Error", 500, "the body is not JSON")
             return JSONResponse(body, 500)
         try:
@@ -329,6 +329,7 @@ def add_score(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
 
 def _failure(body: dict[str, object], reason: str) -> JSONResponse:
+    # A header holds ASCII without line ends; 200 characters are a sentence, not a conversation.
     plain = "".join(c if " " <= c <= "~" else " " for c in reason)[:200]
     logger.warning("/score failed as status 200: %s", plain)
     return JSONResponse(body, headers={"x-phi3-reason": plain})

@@ -14,8 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..errors import Phi3TrainingError, UsageError
 from ..processes import start_time
 from ..run import write_atomically
 from . import keyholder
-from .asgi import App
 from .config import ServerConfig
 from .engines.base import Engine
 from .frontdoor import FrontDoor
@@ -39,10 +39,10 @@ from .openai_api import add_openai
 from .openai_errors import is_openai, no_such_route, openai_error
 from .score_api import add_score, error_body, swagger
 
-# The application: routes of the model's container behind an emulated Azure front end.
+logger = logging.getLogger(__name__)
 
 
-def create_app(engine: Engine, config: ServerConfig, *, key: str) -> App:
+def create_app(engine: Engine, config: ServerConfig, *, key: str) -> ASGIApp:
     """The ASGI application of one endpoint."""
     container = create_container(engine, config)
     door = FrontDoor(container, key=key, config=config)
@@ -90,8 +90,6 @@ def create_container(engine: Engine, config: ServerConfig) -> FastAPI:
     return app
 
 
-logger = logging.getLogger(__name__)
-
 _BACKLOG = 2048  # connections not accepted yet; uvicorn's own default
 
 
@@ -133,15 +131,15 @@ class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
             self._patience = None
 
 
-def server_of(app: App, config: ServerConfig, *, drain_seconds: int) -> uvicorn.Server:
+def server_of(app: ASGIApp, config: ServerConfig, *, drain_seconds: int) -> uvicorn.Server:
     """The HTTP server of an application, not started yet."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             http=PatientProtocol,
-            log_config=None,
+            log_config=None,  # uvicorn would replace the handlers of `log_to_stderr`
             access_log=False,
-            lifespan="off",
+            lifespan="off",  # the front door answers requests alone
             server_header=False,
             timeout_keep_alive=config.idle_seconds,
             timeout_graceful_shutdown=drain_seconds,
@@ -197,6 +195,7 @@ def _under_our_name(record: logging.LogRecord) -> bool:
 
 def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:
     """The endpoint's key and the upstream server's, if any; both leave the environment."""
+    # Taken out of the environment: /proc/PID/environ and child processes would show it.
     named = [os.environ.pop(name, "") for name in ("PHI3_KEY", "PHI3_UPSTREAM_KEY")]
     lines = [sys.stdin.readline().strip() for _ in named] if from_stdin else ["", ""]
     key, upstream = (line or value for line, value in zip(lines, named, strict=True))
@@ -213,6 +212,7 @@ def serve(config: ServerConfig, *, key: str, upstream_key: str | None = None) ->
 
     Raises UsageError when the port is taken, StageError when the model cannot be loaded.
     """
+    # Before the model is loaded, which takes minutes: a taken port is an error at once.
     listener = bind(config.host, config.port)
     try:
         engine = load_engine(config, upstream_key=upstream_key)
@@ -246,7 +246,10 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
     app = create_app(engine, config, key=key)
     server = server_of(app, config, drain_seconds=config.drain_seconds)
     async with AsyncExitStack() as open_until_stopped:
-        open_until_stopped.enter_context(_signals_end_quietly())
+        # uvicorn raises the signal that stopped it once more at its end; by then all is done.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, lambda *_: None)
+            open_until_stopped.callback(signal.signal, number, before)
         if config.status_file is not None:  # in the background: whoever started it is gone
             holder = await keyholder.offer(key)
             if holder is not None:
@@ -258,6 +261,7 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
             "SIGTERM stops it after the running requests",
             *(config.model_name, host, port, host, port),
         )
+        # Written when the port is bound and the model loaded: whoever started us waits for it.
         if config.status_file is not None:
             pid = os.getpid()
             status = {"pid": pid, "create_time": start_time(pid), "port": port}
@@ -267,15 +271,3 @@ async def _serve(config: ServerConfig, engine: Engine, listener: socket.socket, 
         finally:
             await engine.close()
     logger.info("stopped")
-
-
-@contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn re-raises the signal that stopped it; by then all is done."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

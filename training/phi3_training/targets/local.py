@@ -13,7 +13,7 @@ from typing import Any
 
 from phi3_tool.client import Phi3Client
 from phi3_tool.connection import ConnectionSettings, same_endpoint
-from phi3_tool.history import DEFAULT_CONTEXT_LENGTH, to_messages
+from phi3_tool.wire import DEFAULT_CONTEXT_LENGTH, to_messages
 
 from ..engine import choose_engine
 from ..errors import StageError

@@ -17,8 +17,7 @@ import httpx
 import numpy as np
 from tokenizers import Tokenizer
 
-from phi3_tool.history import from_messages, to_messages
-from phi3_tool.wire import build_request
+from phi3_tool.wire import build_request, from_messages, to_messages
 
 from ..errors import MissingExtraError, StageError
 from ..finetune.rows import encode_rows

@@ -12,7 +12,7 @@ from promptflow.core._connection_provider._dict_connection_provider import DictC
 from promptflow.core._serving.app import create_app
 from promptflow.core._utils import init_executable
 
-from phi3_tool.served import let_the_page_leave_defaults_out
+from phi3_tool.promptflow_fixes import let_the_page_leave_defaults_out
 
 FLOW = Path(__file__).resolve().parent / "flow"
 CONFIGS = ("endpoint", "deployment", "dialect", "context_length")

@@ -16,9 +16,8 @@ from peft import PeftModel
 
 from ...errors import StageError
 from ...models.layers import check_adapter
-from .base import Engine
+from .base import Engine, NamedEngines
 from .batch import Logits
-from .named import NamedEngines
 from .tokens import TokenEngine
 from .transformers import CachedRows, step_model
 
@@ -76,6 +75,7 @@ class _Shared:
     def using(self, key: str) -> Iterator[None]:
         """Switch to the adapter until the block ends; others wait."""
         with self._turn:
+            # Switching costs a walk over all layers, so only where the turn goes to another one.
             if self._current != key:
                 self.model.set_adapter(key, inference_mode=True)
                 self._current = key

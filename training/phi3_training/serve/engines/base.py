@@ -1,6 +1,7 @@
 """What every engine offers to the server: one call that streams an answer, and its errors.
 
-Reads and writes nothing. The errors' texts reach the caller of the endpoint.
+Several models at one endpoint are an engine as well, which chooses by name. Reads and writes
+nothing. The errors' texts reach the caller of the endpoint.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ class UpstreamError(EngineError):
     def __init__(self, message: str, status: int = 502) -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnknownModelError(EngineError):
+    """A request names a model that is not served here."""
+
+    status = 404
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,62 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-# Ends an answer at a stop string, also where the string spans several tokens.
-# Reads and writes nothing.
+class NamedEngines:
+    """Engines by name; as an engine itself it is the default one. See `Engine`."""
+
+    def __init__(
+        self, default: Engine, default_names: Sequence[str], others: Mapping[str, Engine]
+    ) -> None:
+        self._default = default
+        self._default_names = frozenset(default_names)
+        self._others = dict(others)
+
+    @property
+    def name(self) -> str:
+        """The default engine's."""
+        return self._default.name
+
+    @property
+    def context_length(self) -> int:
+        """The base model's: all have the same."""
+        return self._default.context_length
+
+    @property
+    def active(self) -> int:
+        """Answers being written or waiting, of all models."""
+        return sum(engine.active for engine in (self._default, *self._others.values()))
+
+    def of(self, name: str | None) -> Engine:
+        """The engine of that name. Raises UnknownModelError, which lists the names."""
+        if name is None or name in self._default_names:
+            return self._default
+        if name not in self._others:
+            known = ", ".join(sorted([*self._default_names, *self._others]))
+            raise UnknownModelError(f"There is no model {name!r} here; models: {known}")
+        return self._others[name]
+
+    def stream(
+        self, messages: Sequence[Message], sampling: Sampling
+    ) -> AsyncGenerator[Chunk, None]:
+        """An answer of the default model."""
+        return self._default.stream(messages, sampling)
+
+    async def close(self) -> None:
+        """Close all engines."""
+        for engine in (self._default, *self._others.values()):
+            await engine.close()
+
+
+def pick(engine: Engine, name: str | None) -> Engine:
+    """The engine that a request asks for; where only one is served, its name does not matter."""
+    return engine.of(name) if isinstance(engine, NamedEngines) else engine
 
 
 class StopCutter:
-    """Lets text through up to the first stop string; holds back what may become one."""
+    """Ends an answer at a stop string, also where the string spans several tokens.
+
+    Lets text through up to the first stop string; holds back what may become one.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
@@ -126,7 +183,12 @@ class StopCutter:
         if places:
             self.hit = True
             return self._release(min(places))
-        return self._release(len(self._held) - self._unsure())
+        # The longest end of the text that a stop string begins with is not certain yet.
+        longest = min(max(map(len, self._stops)) - 1, len(self._held))
+        for size in range(longest, 0, -1):
+            if self._held.endswith(tuple(s[:size] for s in self._stops if len(s) > size)):
+                return self._release(len(self._held) - size)
+        return self._release(len(self._held))
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""
@@ -135,11 +197,3 @@ class StopCutter:
     def _release(self, length: int) -> str:
         safe, self._held = self._held[:length], self._held[length:]
         return safe
-
-    def _unsure(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
-        longest = max(map(len, self._stops)) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if self._held.endswith(tuple(s[:size] for s in self._stops if len(s) > size)):
-                return size
-        return 0

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from .base import EngineError, Sampling
 
-# Picks the next token from a row of logits: greedy, temperature, top-k, top-p, penalties.
-# One `Sampler` per answer with its own random stream, so that neighbours in a batch do not matter.
+logger = logging.getLogger(__name__)
 
 Logits = NDArray[np.float32]
 
@@ -53,13 +52,14 @@ def with_defaults(sampling: Sampling, defaults: Sampling) -> Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one answer."""
+    """Chooses the tokens of one answer: greedy, temperature, top-k, top-p, penalties."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._temperature = sampling.temperature or 0.0
         self._top_p = 1.0 if sampling.top_p is None else sampling.top_p
         self._top_k = sampling.top_k or 0
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        # A stream of its own, so that neighbours in the batch do not change what is drawn.
         self._random = np.random.default_rng(sampling.seed)
         self._counts: NDArray[np.int32] | None = None
 
@@ -68,6 +68,7 @@ class Sampler:
         if self._presence or self._frequency:
             if self._counts is None:
                 self._counts = np.zeros(logits.shape[-1], np.int32)
+            # As OpenAI defines them: presence once for any token seen, frequency for each time.
             seen = (self._counts > 0) * self._presence
             often = self._counts * self._frequency
             penalised: Logits = (logits - seen - often).astype(np.float32)
@@ -80,6 +81,7 @@ class Sampler:
     def _draw(self, logits: Logits) -> int:
         scores = logits.astype(np.float64) / self._temperature
         candidates: NDArray[Any] = np.flatnonzero(scores > scores.max() - _NEGLIGIBLE)
+        # Stable: equal scores keep the order of their ids, so that a seed gives the same answer.
         order = candidates[np.argsort(-scores[candidates], kind="stable")]
         if self._top_k > 0:
             order = order[: self._top_k]
@@ -92,8 +94,6 @@ class Sampler:
         drawn = int(np.searchsorted(cumulative, self._random.random(), side="right"))
         return int(order[min(drawn, len(order) - 1)])
 
-
-logger = logging.getLogger(__name__)
 
 # Prompt tokens processed between two steps: bounds how long running answers wait.
 PREFILL_BUDGET = 256
@@ -227,6 +227,7 @@ class Batcher:
         self._mail: list[Mail] = []
         self._wake = threading.Condition()
         self._closing = False
+        # Daemon: a server that dies of an error must not wait for an answer to end.
         self._thread = threading.Thread(target=self._run, name="phi3-engine", daemon=True)
         self._thread.start()
 
@@ -257,7 +258,11 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._wait_for_work():
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self.active)
+                if self._closing:
+                    break
             try:
                 self._turn()
             except Exception as error:  # noqa: BLE001 - the owner thread must outlive any failure
@@ -279,7 +284,16 @@ class Batcher:
         self._admit()
         running = len(self._rows)
         if running:
-            logits = self._step()
+            job = self._rows[0]
+            if job.read == self._share_limit and job.length > self._share_limit:
+                # From here on the model rotates by its other factors, and keys rotated by the first
+                # ones would be misread (KL 0.54 at the next token of a random model).
+                # transformers' own `generate` reads the conversation again here, too. The job is
+                # alone: see `_has_room_for`.
+                self._model.drop(0)
+                logits = self._model.add([*job.ids, *job.tokens], job.length)[None]
+            else:
+                logits = self._model.step(self._next)
             # Backwards: `_leave` moves the last row into the place of the one that left.
             for row in range(running - 1, -1, -1):
                 self._accept(row, logits[row])
@@ -293,30 +307,31 @@ class Batcher:
                     lambda: self._closing or len(self._waiting) >= ended, timeout=REJOIN_SECONDS
                 )
 
-    def _wait_for_work(self) -> bool:
-        with self._wake:
-            self._wake.wait_for(lambda: self._closing or self.active)
-            return not self._closing
-
-    def _step(self) -> Logits:
-        """One token for every row; logits of shape (rows, vocabulary)."""
-        job = self._rows[0]
-        if job.read != self._share_limit or job.length <= self._share_limit:
-            return self._model.step(self._next)
-        # From here on the model rotates by its other factors, and keys rotated by the first ones
-        # would be misread (KL 0.54 at the next token of a random model). transformers' own
-        # `generate` reads the conversation again here, too. The job is alone: see `_has_room_for`.
-        self._model.drop(0)
-        return self._model.add([*job.ids, *job.tokens], job.length)[None]
-
     def _admit(self) -> None:
+        """Read prompts, or parts of them, until the budget is used up or none is waiting."""
         budget = PREFILL_BUDGET
         while budget > 0:
             job = self._next_to_read()
             if job is None:
                 return
             before = job.unread
-            self._read(job)
+            # Where the rotation depends on the length, all parts must see the whole of it.
+            fixed = self._share_limit is None or job.length <= self._share_limit
+            in_parts = fixed and job.unread > PART_TOKENS
+            if job not in self._reading and in_parts and isinstance(self._model, PartwiseModel):
+                self._reading[job] = self._model.add_in_parts(job.ids, job.length, PART_TOKENS)
+            if job in self._reading:
+                logits = next(self._reading[job])
+                job.unread = max(0, job.unread - PART_TOKENS)
+                if logits is not None:  # that was the last part: the prompt is a row now
+                    self._close_reading(job)
+                    self._append(job)
+                    self._accept(len(self._rows) - 1, logits)
+            else:
+                # Listed before `add`: if that fails, `_fail` must know of it.
+                self._append(job)
+                job.unread = 0
+                self._accept(len(self._rows) - 1, self._model.add(job.ids, job.length))
             read = before - job.unread
             budget -= read
             with self._wake:
@@ -344,25 +359,6 @@ class Batcher:
                 self._waiting.remove(job)
             return job
 
-    def _read(self, job: Job) -> None:
-        """Read a part of the prompt, or all of it; with the last part it becomes a row."""
-        if job not in self._reading:
-            # Where the rotation depends on the length, all parts must see the whole of it.
-            fixed = self._share_limit is None or job.length <= self._share_limit
-            if not (fixed and job.unread > PART_TOKENS and isinstance(self._model, PartwiseModel)):
-                # Listed before `add`: if that fails, `_fail` must know of it.
-                self._append(job)
-                job.unread = 0
-                self._accept(len(self._rows) - 1, self._model.add(job.ids, job.length))
-                return
-            self._reading[job] = self._model.add_in_parts(job.ids, job.length, PART_TOKENS)
-        logits = next(self._reading[job])
-        job.unread = max(0, job.unread - PART_TOKENS)
-        if logits is not None:
-            self._close_reading(job)
-            self._append(job)
-            self._accept(len(self._rows) - 1, logits)
-
     def _append(self, job: Job) -> None:
         self._rows.append(job)
         self._next.append(0)
@@ -372,7 +368,7 @@ class Batcher:
 
     def _has_room_for(self, length: int) -> bool:
         others = [*self._rows, *self._reading]
-        if not others:
+        if not others:  # alone it runs however long it is: nothing else could make room
             return True
         longest = max(length, *(job.length for job in others))
         shares = self._share_limit is None or longest <= self._share_limit

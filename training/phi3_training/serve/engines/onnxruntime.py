@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Below this size threads cost more than they bring.
 _SMALL_MODEL_BYTES = 64 * 2**20
+# Tokens by which the buffer grows: each growth copies it, and needs new bindings.
 _LENGTH_STEP = 64
 # The library's own errors share no base class but Exception.
 _ORT_ERRORS = (
@@ -106,12 +107,15 @@ class BatchedSession:
         self._heads, self._size = int(decoder["num_key_value_heads"]), int(decoder["head_size"])
         item = np.dtype(self._dtype).itemsize
         self._token_bytes = len(self._names) * self._heads * self._size * item
+        # Half of what is free now: while the buffer grows, the old and the new one both exist.
         self._memory: int = psutil.virtual_memory().available // 2
         self._buffers: list[np.ndarray[Any, Any]] = []
         self._lengths: list[int] = []
         self._reserved: list[int] = []
         # Lengths of the rows whose prompts are being read, in separate memory.
         self._open: list[int] = []
+        # Of `step`, for that many rows: binding dozens of buffers anew costs more than a small
+        # model's step.
         self._binding: tuple[int, Any] | None = None
 
     def has_room(self, length: int) -> bool:
@@ -133,6 +137,7 @@ class BatchedSession:
         self, ids: Sequence[int], length: int, part: int
     ) -> Generator[Logits | None, None, None]:
         """See `batch.PartwiseModel`. Read into separate memory, copied to the rows at the end."""
+        # Not in the rows' buffer, which `step` moves between two parts.
         own = [self._zeros(1, len(ids)) for _ in self._names]
         self._open.append(length)
         try:
@@ -160,6 +165,7 @@ class BatchedSession:
             self._binding = (rows, self._bind([buffer[:rows] for buffer in self._buffers]))
         self._lengths = [length + 1 for length in self._lengths]
         lengths = np.array(self._lengths)
+        # Ones up to each row's own length, the new token included: padding is on the right.
         mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
         return self._run(self._binding[1], np.array(tokens, np.int64)[:, None], mask)
 
@@ -184,6 +190,8 @@ class BatchedSession:
 
     def _grow(self, rows: int, longest: int) -> None:
         have_rows, _, have_length, _ = self._buffers[0].shape if self._buffers else (0, 0, 0, 0)
+        # Nobody is left and the next one needs less than half: one long answer must not keep its
+        # memory for ever.
         if not self._reserved and have_length > 2 * longest:
             self.reset()
             have_rows = have_length = 0
@@ -222,5 +230,6 @@ class BatchedSession:
             at = value.ctypes.data
             binding.bind_input(name, "cpu", 0, np.int64, value.shape, at)
         self._session.run_with_iobinding(binding)
+        # The graph gives the last position alone (prune_lm_head, see export.py).
         logits: Logits = binding.get_outputs()[0].numpy()[:, -1].astype(np.float32, copy=False)
         return logits

@@ -25,16 +25,20 @@ from .base import (
 )
 from .batch import Batcher, Job, Sampler, StepModel, defaults_of, with_defaults
 
-# Up to which length a model's rows may share a batch. Reads config.json.
-# LongRoPE models (Phi-3 128k, Phi-4-mini) rotate all rows of a batch by one of two tables, chosen
-# by the longest row: a row beyond the switch would change its neighbours' answers.
+logger = logging.getLogger(__name__)
 
+# Longer prompts are tokenised in a thread, so that other streams do not stall.
+_LONG_PROMPT = 20_000  # characters
+# JSON can spell these; they are no text, and the tokenizer cannot take them.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # Kinds whose rotation of a token depends on its own position only.
 _PLAIN = frozenset({None, "default", "linear", "yarn", "llama3"})
 
 
 def share_limit(model_dir: Path) -> int | None:
-    """The length at which the rotation switches; None where it never does."""
+    """Up to which length a model's rows may share a batch; None where length does not matter."""
+    # LongRoPE models (Phi-3 128k, Phi-4-mini) rotate all rows of a batch by one of two tables,
+    # chosen by the longest row: a row beyond the switch would change its neighbours' answers.
     config = read_json(model_dir / "config.json")
     ropes = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
     given: list[dict[str, Any]] = [rope for rope in ropes if isinstance(rope, dict)]
@@ -43,14 +47,6 @@ def share_limit(model_dir: Path) -> int | None:
     lengths = [source.get("original_max_position_embeddings") for source in (*given, config)]
     lengths.append(config.get("max_position_embeddings"))
     return next((length for length in lengths if isinstance(length, int)), 0)
-
-
-logger = logging.getLogger(__name__)
-
-# Longer prompts are tokenised in a thread, so that other streams do not stall.
-_LONG_PROMPT = 20_000
-# JSON can spell these; they are no text, and the tokenizer cannot take them.
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def chat_format(folder: Path) -> ChatFormat:
@@ -101,7 +97,17 @@ class TokenEngine:
         self, messages: Sequence[Message], sampling: Sampling
     ) -> AsyncGenerator[Chunk, None]:
         """The answer in chunks. Raises InvalidPromptError before the first one."""
-        ids = await self._encode(messages)
+        texts = "".join(str(message.get("content")) for message in messages)
+        if _HALF_CHARACTER.search(texts):
+            raise InvalidPromptError("A message holds half a character (a lone surrogate).")
+        encode = self._chat.encode_prompt
+        try:
+            if len(texts) > _LONG_PROMPT:
+                ids = await asyncio.to_thread(encode, messages, any_order=True)
+            else:
+                ids = encode(messages, any_order=True)
+        except ValueError as error:
+            raise InvalidPromptError(str(error)) from None
         room = self.context_length - len(ids)
         if room < 1:
             raise PromptTooLongError(len(ids), self.context_length)
@@ -120,23 +126,12 @@ class TokenEngine:
                     text = ""
             rest = text + writer.finish()
             yield Chunk(rest, writer.reason or "length", len(job.ids), writer.count)
-        finally:
+        finally:  # also where the caller closes the stream: the row is free before the next step
             self._batcher.cancel(job)
 
     async def close(self) -> None:
         """Stop the owner thread; unfinished answers fail."""
         await asyncio.to_thread(self._batcher.close)
-
-    async def _encode(self, messages: Sequence[Message]) -> list[int]:
-        texts = "".join(str(message.get("content")) for message in messages)
-        if _HALF_CHARACTER.search(texts):
-            raise InvalidPromptError("A message holds half a character (a lone surrogate).")
-        try:
-            if len(texts) > _LONG_PROMPT:
-                return await asyncio.to_thread(self._chat.encode_prompt, messages, any_order=True)
-            return self._chat.encode_prompt(messages, any_order=True)
-        except ValueError as error:
-            raise InvalidPromptError(str(error)) from None
 
 
 class _Writer:

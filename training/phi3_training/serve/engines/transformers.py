@@ -41,7 +41,7 @@ def step_model(
         # bf16 needs an Ampere GPU; CPUs without a bf16 unit are many times slower with it.
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     dtype = dtype or torch.float32
-    disable_progress_bar()
+    disable_progress_bar()  # "Loading weights" would fill the endpoint's log
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -110,6 +110,8 @@ class CachedRows:
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Logits:
+        # Given, because padding is on the left: counted from the buffer's start they would be
+        # shifted by it, and so would every rotation.
         positions = mask.cumsum(dim=1)[:, -ids.shape[1] :] - 1
         output = self.model(
             input_ids=ids,
@@ -117,7 +119,7 @@ class CachedRows:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1,  # else prompt tokens x 32,064 floats, of which one row is read
         )
         logits: Logits = output.logits[:, -1].float().cpu().numpy()
         return logits

@@ -137,6 +137,7 @@ class _Reading:
         choice: Mapping[str, Any] = next(iter(event.get("choices") or ()), {})
         self._reason = choice.get("finish_reason") or self._reason
         text = str((choice.get("delta") or {}).get("content") or "")
+        # Servers that send no usage: a piece of text is nearly always one token.
         if text and not self._counted:
             self.completion_tokens += 1
         return text
@@ -156,7 +157,12 @@ def _refusal(response: httpx.Response, url: str) -> EngineError:
     """What an answer other than 200 means for our caller."""
     status = response.status_code
     if status in (400, 413, 422):
-        return UpstreamRefusalError(f"The server behind this endpoint refused: {_said(response)}")
+        try:
+            error = response.json()["error"]
+            said = str(error["message"] if isinstance(error, dict) else error)[:500]
+        except (ValueError, KeyError, TypeError):
+            said = f"status {status}"
+        return UpstreamRefusalError(f"The server behind this endpoint refused: {said}")
     if status in (401, 403):
         return UpstreamError(
             f"The server behind this endpoint refuses its key ({status}); set PHI3_UPSTREAM_KEY"
@@ -170,11 +176,3 @@ def _refusal(response: httpx.Response, url: str) -> EngineError:
         return UpstreamError(f"The server behind this endpoint is busy ({status})", 503)
     logger.warning("%s answered %d", httpx.URL(url).host, status)
     return UpstreamError(f"The server behind this endpoint failed ({status})")
-
-
-def _said(response: httpx.Response) -> str:
-    try:
-        error = response.json()["error"]
-        return str(error["message"] if isinstance(error, dict) else error)[:500]
-    except (ValueError, KeyError, TypeError):
-        return f"status {response.status_code}"

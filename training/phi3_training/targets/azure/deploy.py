@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phi3_tool.client import ChatReply
-from phi3_tool.entra import SCOPE
+from phi3_tool.credentials import SCOPE
 from phi3_tool.errors import (
     EndpointNotFoundError,
     EndpointTimeoutError,
