@@ -261,7 +261,7 @@ def test_thirty_conversations_of_three_turns(page: Any, home: PfHome, busy: int)
 STORED_RUN = """
 import sys
 from pathlib import Path
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.manifests import EndpointManifest
 from phi3_training.run import Run
 folder, endpoint, pid, create_time = sys.argv[1:]

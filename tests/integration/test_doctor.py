@@ -20,7 +20,7 @@ from phi3_training.doctor.endpoint import ask, connection_findings, token_findin
 from phi3_training.doctor.endpoint import endpoint as endpoint_findings
 from phi3_training.doctor.flow import Connection, flow, package_tool, tools_of
 from phi3_training.flow import store
-from phi3_training.flow.bundle import FlowSource, connection_of
+from phi3_training.flow.source import FlowSource, connection_of
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 

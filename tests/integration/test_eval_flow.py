@@ -19,7 +19,7 @@ from tests.integration.pf_home import ROOT, PfHome, pf_home, without_phi3_tool
 from tests.integration.stub_endpoint import KEY, Reply, Seen, StubEndpoint
 
 from phi3_training.evaluate.metrics import exact_match, rouge_l, token_f1
-from phi3_training.flow.bundle import FlowSource
+from phi3_training.flow.source import FlowSource
 
 pytest.importorskip("promptflow._sdk", reason="the extra `flow` is not installed")
 

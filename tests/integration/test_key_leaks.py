@@ -17,7 +17,7 @@ ASK = """
 import sys
 from pathlib import Path
 from phi3_training.flow.ask import ask
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.errors import Phi3TrainingError
 from phi3_training.manifests import EndpointManifest
 from phi3_training.run import Run

@@ -19,7 +19,7 @@ FLOW = ROOT / "flows/phi3_chat"
 CONNECT_AND_READ = """
 import json, sys
 from phi3_training.flow import store
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.manifests import EndpointManifest
 
 key = sys.stdin.read()
@@ -42,7 +42,7 @@ import json, sys
 from pathlib import Path
 from phi3_training.runs import make_current
 from phi3_training.flow import store
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.manifests import ConnectionManifest, EndpointManifest
 from phi3_training.run import Run
 

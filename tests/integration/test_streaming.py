@@ -28,7 +28,7 @@ AS_CHAT_PAGE = {"Accept": "text/event-stream, application/json"}
 QUESTIONS = ("Who founded it?", "Do you fail in the middle?", "And then?")
 CONNECT = """
 import sys
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.manifests import EndpointManifest
 endpoint = EndpointManifest(endpoint=sys.argv[1], dialect="score")
 connect(endpoint, sys.stdin.read(), dialect="openai")

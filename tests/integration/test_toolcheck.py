@@ -16,8 +16,8 @@ from tests.integration.wheel import built_wheel
 from phi3_tool import __version__
 from phi3_training.cli import main
 from phi3_training.doctor.finding import Finding, State
+from phi3_training.doctor.package_tool import build, check_tool, install_alone, search
 from phi3_training.errors import StageError
-from phi3_training.toolcheck import build, check_tool, install_alone, search
 
 pytest.importorskip("promptflow", reason="the extra `flow` is not installed")
 pytest.importorskip("setuptools", "77", reason="setuptools is too old to build without a network")

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.forked import ROOT
 from tests.shared import shared
 
-from phi3_training.toolcheck import build
+from phi3_training.doctor.package_tool import build
 
 
 def built_wheel() -> Path:

@@ -17,7 +17,7 @@ from phi3_training.agent.golden import GoldenRow
 from phi3_training.agent.pack import pack_agent
 from phi3_training.agent.parity import Compared
 from phi3_training.errors import StageError, UsageError
-from phi3_training.flow.bundle import FlowSource
+from phi3_training.flow.source import FlowSource
 
 ROOT = Path(__file__).parents[3]
 TOOL = """\

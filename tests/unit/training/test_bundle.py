@@ -14,7 +14,8 @@ import yaml
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
-from phi3_training.flow.bundle import Bundle, FlowSource, copy_flow, pack
+from phi3_training.flow.bundle import Bundle, copy_flow, pack
+from phi3_training.flow.source import FlowSource
 
 pytest.importorskip("promptflow", reason="promptflow describes the tools")
 

@@ -16,7 +16,7 @@ from phi3_training.register import MLFLOW_MODEL
 
 JOB = "phi3_training.targets.azure.in_job"
 # Parts of the product that no job runs: the command line, what it prints, and the cloud's clients.
-NOT_IN_A_JOB = ("commands", "cli.py", "doctor", "search", "bundle", "toolcheck", "export")
+NOT_IN_A_JOB = ("commands", "cli.py", "doctor", "search", "bundle", "export")
 
 
 def test_a_registered_model_carries_only_what_renders_its_prompts() -> None:

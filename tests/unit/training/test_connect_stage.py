@@ -8,7 +8,7 @@ import pytest
 
 from phi3_training.errors import StageError, UsageError
 from phi3_training.flow.ask import ask
-from phi3_training.flow.connect import connect
+from phi3_training.flow.store import connect
 from phi3_training.manifests import EndpointManifest
 
 ENDPOINT = EndpointManifest(endpoint="http://127.0.0.1:1/score")

@@ -11,7 +11,7 @@ import pytest
 from phi3_training.cli import main
 from phi3_training.commands.common import journey_of, recipe_of
 from phi3_training.errors import UsageError
-from phi3_training.flow.connect import own_name
+from phi3_training.flow.store import own_name
 from phi3_training.manifests import (
     DatasetManifest,
     EndpointManifest,

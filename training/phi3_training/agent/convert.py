@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import StageError, UsageError
-from ..flow.bundle import DAG, FlowSource
-from ..flow.connections import connection_inputs, tool_function
+from ..flow.source import DAG, FlowSource, connection_inputs, tool_function
 from .golden import GoldenRow
 from .parity import Compared, compare
 
@@ -97,7 +96,20 @@ def convert(flow: Path, data: Path, out: Path, prove: Prove = compare) -> Conver
         (folder / FLOW).write_text(text, encoding="utf-8")
         (folder / "agent.py").write_text(_AGENT.format(name=source.name), encoding="utf-8")
         compared = list(prove(rows, flow=flow, folder=str(folder)))
-        _refuse_differences(compared, source.name)
+        different = [row for row in compared if row.difference]
+        if different:
+            shown = "\n  ".join(f"{row.name}: {row.difference}" for row in different[:_SHOWN])
+            raise StageError(
+                f"The converted flow {source.name} differs from Prompt flow in {len(different)} of "
+                f"{len(compared)} rows, so nothing was written:\n  {shown}"
+            )
+        # Two sides that fail in the same way agree as well, and prove nothing.
+        failed = [row for row in compared if row.error]
+        if len(failed) == len(compared):
+            raise StageError(
+                f"Prompt flow itself answers no row of {source.name} ({failed[0].error} in "
+                f"{failed[0].name}), so nothing is proved and nothing was written"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(folder, out)
     names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*") if p.is_file())
@@ -140,10 +152,26 @@ def describe(source: FlowSource) -> dict[str, Any]:
             inputs[name]["default"] = about["default"]
         if about.get("is_chat_input"):
             inputs[name]["chat_input"] = True
+    described: list[dict[str, Any]] = []
+    for node in ordered:
+        name, path = str(node["name"]), str(node["source"]["path"])
+        linked = list(connections.get(name, ()))
+        given = {key: v for key, v in (node.get("inputs") or {}).items() if key not in linked}
+        function = tool_function(source.folder / path) if node["type"] == "python" else None
+        described.append(
+            {
+                "name": name,
+                "type": str(node["type"]),
+                "path": path,
+                "inputs": given,
+                "connections": linked,
+                **({"function": function.name} if function else {}),
+            }
+        )
     return {
         "name": source.name,
         "inputs": inputs,
-        "nodes": [_node(source, node, connections) for node in ordered],
+        "nodes": described,
         "answer": outputs[chat[0]]["reference"],
     }
 
@@ -179,22 +207,6 @@ def rows_of(path: Path, inputs: Mapping[str, Mapping[str, Any]]) -> list[GoldenR
         shown = "\n  ".join(faults[:_SHOWN]) or "it has no lines"
         raise UsageError(f"{path} has faults, so nothing was converted:\n  {shown}")
     return rows
-
-
-def _refuse_differences(rows: Sequence[Compared], name: str) -> None:
-    different = [row for row in rows if row.difference]
-    if different:
-        shown = "\n  ".join(f"{row.name}: {row.difference}" for row in different[:_SHOWN])
-        raise StageError(
-            f"The converted flow {name} differs from Prompt flow in {len(different)} of "
-            f"{len(rows)} rows, so nothing was written:\n  {shown}"
-        )
-    failed = [row for row in rows if row.error]
-    if len(failed) == len(rows):
-        raise StageError(
-            f"Prompt flow itself answers no row of {name} ({failed[0].error} in "
-            f"{failed[0].name}), so nothing is proved and nothing was written"
-        )
 
 
 def _faults(source: FlowSource, node: Mapping[str, Any]) -> Iterator[str]:
@@ -254,20 +266,3 @@ def _taken(node: Mapping[str, Any]) -> set[str]:
     values = (node.get("inputs") or {}).values()
     matches = (_REFERENCE.fullmatch(value) for value in values if isinstance(value, str))
     return {match[1] for match in matches if match}
-
-
-def _node(
-    source: FlowSource, node: Mapping[str, Any], connections: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    name, path = str(node["name"]), str(node["source"]["path"])
-    linked = list(connections.get(name, ()))
-    inputs = {key: value for key, value in (node.get("inputs") or {}).items() if key not in linked}
-    described = {
-        "name": name,
-        "type": str(node["type"]),
-        "path": path,
-        "inputs": inputs,
-        "connections": linked,
-    }
-    function = tool_function(source.folder / path) if node["type"] == "python" else None
-    return {**described, "function": function.name} if function else described

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..flow.bundle import FlowSource, copy_flow
-from ..flow.home import quiet_home
+from ..flow.bundle import copy_flow
+from ..flow.page import quiet_home
+from ..flow.source import FlowSource
 from ..packages import installed
 from ..project import FLOW, RAG_FLOW, find
 from .environment import agent_python, command, environment

@@ -111,7 +111,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.agent:
         return _run_agent(args)
     if args.tool:
-        from ..toolcheck import check_tool
+        from ..doctor.package_tool import check_tool
 
         project = find(Path("tools/phi3_tool")).parents[1]
         return _report(args, check_tool(project, new_environment=args.tool == "fresh"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from phi3_tool.connection import ConnectionSettings
 
 from ..errors import UsageError
-from ..flow.bundle import FlowSource, connection_of
+from ..flow.source import FlowSource, connection_of
 from ..packages import Installed, installed
 from .endpoint import CONNECTION, ENDPOINT, ask, connection_findings, endpoint, token_finding
 from .environment import dates, environment, promptflow_home, service

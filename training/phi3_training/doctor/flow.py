@@ -21,8 +21,9 @@ from phi3_tool.errors import ConfigurationError
 
 from ..errors import MissingExtraError, StageError, UsageError
 from ..flow import store
-from ..flow.bundle import FlowSource, copy_flow
-from ..flow.home import PF_MAIN, quiet_home
+from ..flow.bundle import copy_flow
+from ..flow.page import PF_MAIN, quiet_home
+from ..flow.source import FlowSource
 from .endpoint import CONNECTION
 from .finding import Finding, Group
 

@@ -5,7 +5,6 @@ Reads a flow folder; writes a folder and a zip file that is the same, byte for b
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.util
 import json
@@ -16,10 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
@@ -28,173 +26,9 @@ from phi3_tool import __version__
 
 from ..errors import MissingExtraError, StageError, UsageError
 from ..run import sha256_of
+from .source import DAG, FlowSource, connection_of
 
-# Which files a flow needs, found by following what it names: nodes, imports, includes.
-# Reads a flow folder (flow.dag.yaml, the sources of its nodes, additional_includes); writes
-# nothing.
-
-DAG = "flow.dag.yaml"
-TOOL_PACKAGE = "phi3_tool"
-# What belongs to a program. Everything else in an included folder is left out, data above all.
-PROGRAM_SUFFIXES = frozenset(
-    (".py", ".typed", ".yaml", ".yml", ".jinja2", ".prompty", ".png", ".svg", ".txt")
-)
-_CACHES = ("__pycache__",)
-_DOCUMENTS = ("index.sqlite", "index.json", "embedder/model.onnx", "embedder/tokenizer.json")
-
-
-@dataclass(frozen=True)
-class FlowSource:
-    """A flow folder that was read: its definition and every file it needs, by name in a bundle."""
-
-    folder: Path
-    text: str
-    dag: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> FlowSource:
-        """Read and check a flow folder; raises UsageError if it is not one."""
-        path = folder / DAG
-        if not path.is_file():
-            raise UsageError(f"{folder} is not a flow: expected a {DAG} in it")
-        text = path.read_text(encoding="utf-8")
-        try:
-            dag = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{path} cannot be read as YAML: {error}") from None
-        if not isinstance(dag, dict) or not isinstance(dag.get("nodes"), list):
-            raise UsageError(
-                f"{path} has no list of nodes; see: pf flow validate --source {folder}"
-            )
-        return cls(folder, text, dag)
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
-
-    @property
-    def package_tools(self) -> list[str]:
-        """Tools that nodes take from installed packages."""
-        sources = (node.get("source") or {} for node in _nodes(self.dag))
-        return sorted({str(s["tool"]) for s in sources if s.get("type") == "package"})
-
-    @property
-    def tool_sources(self) -> dict[str, dict[str, str]]:
-        """Nodes' own source files, each with the kind of its tool."""
-        return {
-            str(node["source"]["path"]): {"tool_type": str(node["type"]).lower()}
-            for node in _nodes(self.dag)
-            if (node.get("source") or {}).get("type") in ("code", "package_with_prompt")
-        }
-
-    @property
-    def uses_phi3_tool(self) -> bool:
-        """Whether the flow needs the package phi3_tool, carried along or installed."""
-        return any(Path(entry).name == TOOL_PACKAGE for entry in self._includes()) or any(
-            tool.partition(".")[0] == TOOL_PACKAGE for tool in self.package_tools
-        )
-
-    @property
-    def requirements(self) -> str:
-        """Name of the flow's requirements file; empty where it names none."""
-        return str((self.dag.get("environment") or {}).get("python_requirements_txt") or "").strip()
-
-    def files(self, *, extra: Sequence[str] = (), carry_tool: bool = True) -> dict[str, Path]:
-        """Every file but flow.dag.yaml; all that is named and missing is reported at once."""
-        faults: list[str] = []
-        files: dict[str, Path] = {}
-        for entry in self._includes():
-            if Path(entry).name == TOOL_PACKAGE and not carry_tool:
-                continue
-            path = (self.folder / entry).resolve()
-            if path.is_file():
-                files[path.name] = path
-            elif path.is_dir():
-                files |= {f"{path.name}/{inner}": file for inner, file in _tree(path)}
-            else:
-                faults.append(f"additional_includes names {entry}, which does not exist")
-        named = [str((node.get("source") or {}).get("path") or "") for node in _nodes(self.dag)]
-        # The index that the lookup node opens, and the embedder if its folder was put next to it.
-        documents = [name for name in _DOCUMENTS if (self.folder / name).is_file()]
-        for name in dict.fromkeys([*named, self.requirements, *documents, *extra]):
-            path = self.folder / name
-            if not name or name in files:
-                continue
-            if not path.exists():
-                faults.append(f"{name} is named, but is not in {self.folder}")
-            elif not path.resolve().is_relative_to(self.folder.resolve()):
-                faults.append(
-                    f"{name} points outside {self.folder}; list it under additional_includes "
-                    "instead"
-                )
-            elif path.is_dir():
-                files |= {str(PurePosixPath(name) / inner): file for inner, file in _tree(path)}
-            else:
-                files[PurePosixPath(Path(name)).as_posix()] = path
-        if faults:
-            raise UsageError(f"{self.folder / DAG} cannot be packed:\n  " + "\n  ".join(faults))
-        files |= _imported(self.folder, files)
-        return dict(sorted(files.items()))
-
-    def _includes(self) -> list[str]:
-        return [str(entry).rstrip("/\\") for entry in self.dag.get("additional_includes") or []]
-
-
-def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The nodes, those of variants too."""
-    yield from (node for node in dag["nodes"] if isinstance(node, dict))
-    for group in (dag.get("node_variants") or {}).values():
-        for variant in (group.get("variants") or {}).values():
-            yield variant["node"]
-
-
-def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
-    """What of a folder belongs to a program, without caches, hidden files and links out of it."""
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        hidden = any(part.startswith(".") or part in _CACHES for part in inner.parts)
-        inside = path.resolve().is_relative_to(folder.resolve())
-        if path.is_file() and not hidden and inside and path.suffix in PROGRAM_SUFFIXES:
-            yield inner.as_posix(), path
-
-
-def _imported(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
-    """Modules and packages of the flow's own folder that its files import, and those of these."""
-    imported: dict[str, Path] = {}
-    waiting = [path for path in files.values() if path.suffix == ".py"]
-    while waiting:
-        for name in _imports(waiting.pop()):
-            known = {*files, *imported}
-            if f"{name}.py" in known or f"{name}/__init__.py" in known:
-                continue
-            new: Iterable[tuple[str, Path]] = ()
-            if (folder / f"{name}.py").is_file():
-                new = [(f"{name}.py", folder / f"{name}.py")]
-            elif (folder / name / "__init__.py").is_file():
-                new = [(f"{name}/{inner}", path) for inner, path in _tree(folder / name)]
-            for inner, path in new:
-                imported[inner] = path
-                waiting += [path] if path.suffix == ".py" else []
-    return imported
-
-
-def _imports(path: Path) -> set[str]:
-    """First names of all modules that a file imports."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid Python: {error}") from None
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names.update(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
-
-
-# The text of a bundle's own files: flow.dag.yaml, requirements.txt and .amlignore.
+# ---- the text of a bundle's own files: flow.dag.yaml, requirements.txt and .amlignore
 # Pure functions; comments and layout of the flow's own YAML are kept where that is possible.
 
 DISTRIBUTION = "phi3-promptflow"
@@ -273,8 +107,8 @@ def checked_image(image: str) -> str:
     return image
 
 
-# Packs a flow into a folder and a zip file, ready to be imported or uploaded elsewhere.
-# Reads a flow folder; writes OUT/<name>/ and OUT/<name>.zip, both whole or not at all.
+# ---- a folder and a zip file, ready to be imported or uploaded elsewhere
+# Writes OUT/<name>/ and OUT/<name>.zip, both whole or not at all.
 
 TOOLS_JSON = ".promptflow/flow.tools.json"
 IGNORE = ".amlignore"
@@ -367,6 +201,7 @@ def pack(
     if folder.exists() and not ((folder / IGNORE).is_file() and (folder / TOOLS_JSON).is_file()):
         raise UsageError(f"{folder} exists and is not a bundle; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
+    # Under `out`: a rename puts it in its place, which works inside one file system only.
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{source.name}.") as scratch:
         staged = Path(scratch) / source.name
         copy_flow(source, staged, feed=feed, image=image, extra=extra, carry_tool=carry_tool)
@@ -499,7 +334,7 @@ def replace(staged: Path, folder: Path) -> None:
     staged.replace(folder)
 
 
-# A container context that serves a flow: Dockerfile, pinned requirements, application, flow.
+# ---- a container context that serves a flow: Dockerfile, pinned requirements, application, flow
 # Reads a flow folder and image_files/; writes one folder, whole or not at all. No key goes in.
 
 BASE = "python:3.13-slim"
@@ -548,14 +383,3 @@ def write_image(
         files = tuple(path.relative_to(staged).as_posix() for path in files_in(staged))
         replace(staged, folder)
     return Context(folder, files)
-
-
-def connection_of(dag: Mapping[str, object] | None) -> str | None:
-    """The connection that a flow's nodes name; None where they name none."""
-    nodes = (dag or {}).get("nodes")
-    for node in nodes if isinstance(nodes, list) else []:
-        inputs = node.get("inputs") if isinstance(node, dict) else None
-        name = inputs.get("connection") if isinstance(inputs, dict) else None
-        if isinstance(name, str) and name and not name.startswith("${"):
-            return name
-    return None

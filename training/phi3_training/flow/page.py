@@ -36,9 +36,14 @@ from .. import processes
 from ..errors import MissingExtraError, StageError
 from ..packages import RULES, Installed, installed
 from ..processes import free_port
-from .bundle import CONNECTION_SCHEMA, DAG, FlowSource, connection_of, copy_flow
-from .home import PF_MAIN, quiet_home
+from .bundle import CONNECTION_SCHEMA, copy_flow
+from .source import DAG, FlowSource, connection_of
 
+#: Prompt flow's command line with this interpreter; `pf` itself may not be on the PATH.
+PF_MAIN = "from promptflow._cli.pf import main; main()"
+# No usage report, which waits up to ten seconds where the network blocks it; no service for traces,
+# which Prompt flow would start (170 MB of memory) and leave running.
+_QUIET = "telemetry:\n  enabled: false\ntrace:\n  destination: none\n"
 READY_SECONDS = 120.0
 _POLL = 0.2
 _SHOWN_LINES = 8
@@ -220,3 +225,11 @@ def _tail(log: Path, key: str) -> str:
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
     shown = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."
     return f"{shown}\nCheck what it needs with: phi3 doctor"
+
+
+def quiet_home(folder: Path) -> Path:
+    """Make a Prompt flow home in `folder` for PF_HOME_DIRECTORY; silent, see _QUIET."""
+    home = folder / ".promptflow"
+    home.mkdir()
+    (home / "pf.yaml").write_text(_QUIET, encoding="utf-8")
+    return home

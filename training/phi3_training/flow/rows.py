@@ -18,8 +18,7 @@ from typing import Any
 from phi3_tool.errors import Phi3Error
 
 from .ask import phi3_error_in
-from .bundle import FlowSource
-from .connections import connection_inputs
+from .source import FlowSource, connection_inputs
 
 Row = Mapping[str, Any]
 

@@ -1,4 +1,4 @@
-"""Prompt flow's own connection store: writes, reads and deletes the connection of a run.
+"""Prompt flow's own connection store: the stage `connect`, and what reads and deletes a connection.
 
 Reads and writes `pf.sqlite` in Prompt flow's home (~/.promptflow) through Prompt flow's SDK, which
 also reads the connections of a workspace. With ask.py the only module here that imports it. The key
@@ -20,18 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3_tool.connection import ENTRA, ConnectionSettings, same_endpoint
+from phi3_tool.connection import ENTRA, ConnectionSettings, in_dialect, same_endpoint
 from phi3_tool.errors import Phi3Error
+from phi3_tool.wire import Dialect
 
 from ..errors import MissingExtraError, StageError, UsageError, first_line
-from ..manifests import ConnectionManifest
+from ..manifests import ConnectionManifest, EndpointManifest
+from ..run import fingerprint
 from . import keyring_probe
 
-# Where the key of Prompt flow's store is kept: finds a keyring that works unattended.
+logger = logging.getLogger(__name__)
+
+# ---- where the key of the store is kept: a keyring that works unattended
 # A working system keyring wins; else the file keyring of keyrings.alt, readable by its owner only.
 # Reads the environment; changes file permissions; never waits longer than its time limit.
-
-logger = logging.getLogger(__name__)
 
 FILE_KEYRING = "keyrings.alt.file.PlaintextKeyring"
 CHOICE = "PYTHON_KEYRING_BACKEND"
@@ -76,13 +78,32 @@ def find_keeper(limit: float | None = None) -> Keeper:
     `limit`: seconds to wait for a keyring's answer; by default it depends on who could help.
     """
     situation = _situation()
-    if situation not in _settled:
-        screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        by_default = SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
-        keeper = _choose_keyring(limit or by_default)
-        # Falling back changes the environment: before and after, the same keeper is found.
-        _settled[situation] = _settled[_situation()] = keeper
-    return _settled[situation]
+    if situation in _settled:
+        return _settled[situation]
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    by_default = SCREEN_LIMIT if screen or sys.platform == "darwin" else HEADLESS_LIMIT
+    # The keyring that Python finds by itself; where it does not work, the file keyring.
+    keeper = _probe(limit or by_default)
+    if not isinstance(keeper, Keeper):
+        if os.environ.get(CHOICE):
+            raise KeyringError(f"{CHOICE}={os.environ[CHOICE]} does not work ({keeper})")
+        logger.debug("keyring: %s", keeper)
+        os.environ[CHOICE] = FILE_KEYRING  # for this process and its children
+        file_keeper = _probe(limit or by_default)
+        if not isinstance(file_keeper, Keeper):
+            del os.environ[CHOICE]
+            raise KeyringError(
+                f"this machine has neither a working keyring nor {FILE_KEYRING} ({file_keeper})"
+            )
+        import keyring
+
+        # The process may have settled on the silent one already.
+        keyring.set_keyring(keyring.core.load_keyring(FILE_KEYRING))
+        why = f"the system keyring does not answer; before `pf` run: export {CHOICE}={FILE_KEYRING}"
+        keeper = Keeper(file_keeper.keyring, file_keeper.file, why)
+    # Falling back changes the environment: before and after, the same keeper is found.
+    _settled[situation] = _settled[_situation()] = keeper
+    return keeper
 
 
 def is_private(path: Path) -> bool:
@@ -126,29 +147,6 @@ def _situation() -> tuple[str | None, ...]:
     return tuple(os.environ.get(name) for name in _CHOOSING)
 
 
-def _choose_keyring(limit: float) -> Keeper:
-    """The keyring that Python finds by itself; where it does not work, the file keyring."""
-    outcome = _probe(limit)
-    if isinstance(outcome, Keeper):
-        return outcome
-    if os.environ.get(CHOICE):
-        raise KeyringError(f"{CHOICE}={os.environ[CHOICE]} does not work ({outcome})")
-    logger.debug("keyring: %s", outcome)
-    os.environ[CHOICE] = FILE_KEYRING  # for this process and its children
-    outcome = _probe(limit)
-    if not isinstance(outcome, Keeper):
-        del os.environ[CHOICE]
-        raise KeyringError(
-            f"this machine has neither a working keyring nor {FILE_KEYRING} ({outcome})"
-        )
-    import keyring
-
-    # The process may have settled on the silent one already.
-    keyring.set_keyring(keyring.core.load_keyring(FILE_KEYRING))
-    why = f"the system keyring does not answer; before `pf` run: export {CHOICE}={FILE_KEYRING}"
-    return Keeper(outcome.keyring, outcome.file, why)
-
-
 def _probe(limit: float) -> Keeper | str:
     """Try the keyring in a process without a terminal: the keeper, or why there is none."""
     try:
@@ -177,12 +175,59 @@ def _probe(limit: float) -> Keeper | str:
     return Keeper(answer["keyring"], Path(answer["file"]), why)
 
 
+# ---- connections: one that the flow names, which leads to the current run, and one of each run
+
 WRITER = {"written_by": "phi3-promptflow"}  # how we know our own connections again
+# Settings of the endpoint that a flow needs as well, if the target has them.
+PASSED_ON = ("deployment", "dialect", "context_length")
+_LONGEST = 64  # characters of a connection's name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 class StoreError(StageError):
     """The store refuses, or what it holds cannot be used."""
+
+
+def own_name(name: str, run: str) -> str:
+    """The name of the run's own connection, made of the flow's `name`; at most 64 characters."""
+    own = f"{name}_{run}"
+    return own if len(own) <= _LONGEST else f"{own[: _LONGEST - 9]}_{fingerprint(own)[:8]}"
+
+
+def connect(
+    deployed: EndpointManifest,
+    key: str | None,
+    name: str = "phi3_connection",
+    dialect: Dialect = "score",
+    run: str | None = None,
+) -> ConnectionManifest:
+    """Write the connection `name`, and the own one of `run`; the manifest (no secret in it).
+
+    `key` None: the endpoint takes Microsoft Entra tokens. `dialect` chooses the path at the same
+    endpoint: /score, or OpenAI's, which streams. Flows name `name`, which leads to the current run;
+    the run's own connection keeps its key when another run becomes the current one.
+    """
+    endpoint = deployed.endpoint
+    extra: dict[str, Any] = {
+        item: str(value) for item in PASSED_ON if (value := getattr(deployed, item))
+    }
+    in_path = in_dialect(endpoint, dialect)
+    if in_path != endpoint:
+        endpoint = in_path
+        extra.pop("dialect", None)  # the path says it now
+    write_connection(name, endpoint, key, extra_configs=extra)
+    if run is not None:
+        extra["own"] = own_name(name, run)
+        copy_connection(name, extra["own"])
+    protection = key_protection()
+    return ConnectionManifest(
+        name=name,
+        endpoint=endpoint,
+        **extra,
+        store=str(database()),
+        protection=protection,
+        choices=[protection],
+    )
 
 
 def write_connection(

@@ -146,7 +146,7 @@ class LocalTarget:
 
     def connect(self, recipe: Recipe, run: Run, progress: Progress) -> ConnectionManifest:
         """Write the connection into Prompt flow's store on this machine."""
-        from ..flow.connect import connect
+        from ..flow.store import connect
 
         del progress
         endpoint = run.require(EndpointManifest)
@@ -195,8 +195,7 @@ class LocalTarget:
 
     def _known_key(self, recipe: Recipe, run: Run, endpoint: EndpointManifest) -> str | None:
         """The endpoint's key: the server's, else of the store if that points to this endpoint."""
-        from ..flow.connect import own_name
-        from ..flow.store import StoreError, read_connection
+        from ..flow.store import StoreError, own_name, read_connection
 
         key = self.key(run)
         if key is not None or not has_prompt_flow():

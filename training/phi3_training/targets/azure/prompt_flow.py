@@ -21,7 +21,7 @@ from phi3_tool.connection import ENTRA
 from ...errors import MissingExtraError, StageError
 from ...flow import store
 from ...flow.bundle import Bundle
-from ...flow.connect import connect as connect_here
+from ...flow.store import connect as connect_here
 from ...manifests import ConnectionManifest, EndpointManifest
 from ...progress import Progress, captured_output, note
 from ...recipe import Recipe

@@ -1,6 +1,7 @@
 """Looks for the tool the way Prompt flow does; a separate program, run where the wheel is.
 
-`python -I probe.py FOLDER` prints a JSON list of findings (check, ok, said, fix) as its last line.
+`python -I package_probe.py FOLDER` prints a JSON list of findings (check, ok, said, fix) as its
+last line.
 Imports nothing of this project by itself: what it reports on must come from FOLDER.
 """
 

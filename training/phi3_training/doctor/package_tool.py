@@ -1,7 +1,7 @@
 """Smoke test of the package tool: builds the wheel, installs it alone and looks for the tool there.
 
-Reads the clone; writes into a temporary folder. Starts pip and one Python (probe.py); only a new
-environment needs the network.
+Reads the clone; writes into a temporary folder. Starts pip and one Python (package_probe.py); only
+a new environment needs the network.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from ..doctor.finding import Finding, Group
 from ..errors import MissingExtraError, Phi3TrainingError, StageError
 from ..packages import installed
+from .finding import Finding, Group
 
 _TOOL = Group("tool")
 _SOURCES = [
@@ -107,7 +107,7 @@ def install_new(wheel: Path, home: Path, constraints: Path) -> Path:
 
 def search(python: Path, folder: Path) -> Iterator[Finding]:
     """Look for the tool below `folder`; StageError if the search itself fails."""
-    probe = Path(__file__).with_name("probe.py")
+    probe = Path(__file__).with_name("package_probe.py")
     command = [str(python), "-I", str(probe), str(folder)]
     said = _run(command, 120, "The search for the tool failed")
     for check, ok, text, fix in json.loads(said.splitlines()[-1]):
