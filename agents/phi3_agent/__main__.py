@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from agent_framework.observability import disable_instrumentation
+from agent_framework.observability import disable_instrumentation, enable_instrumentation
 
 from phi3_tool.errors import ConfigurationError
 
@@ -22,16 +22,15 @@ from .conversation import Conversations, FileConversations, MemoryConversations
 
 def run(args: argparse.Namespace) -> int:
     """One command; raises the framework's exceptions."""
-    if args.command == "rows":
+    if args.command == "rows":  # its connections come with the rows: no client is made here
         disable_instrumentation()
         from .rows import main as serve_rows
 
         return serve_rows(args.folder)
     if args.trace:
-        from .tracing import print_traces
-
         print_traces()
     else:
+        # No spans are made that nobody collects.
         disable_instrumentation()
     client = Phi3ChatClient()
     conversations: Conversations = (
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     agent = create_agent(
         client,
         instructions=args.system or None,
+        # A server's client names its conversation itself (previous_response_id): see serve.py.
         conversations=conversations if args.command != "serve" else None,
         documents=Documents() if args.rag else None,
         temperature=args.temperature,
@@ -59,8 +59,29 @@ def run(args: argparse.Namespace) -> int:
     return serve(agent, conversations, host=args.host, port=args.port, rag=args.rag)
 
 
+def print_traces() -> None:
+    """`--trace`: one JSON object per span on standard error, without prompts and answers.
+
+    Raises ConfigurationError without opentelemetry-sdk.
+    """
+    try:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+    except ModuleNotFoundError:
+        raise ConfigurationError(
+            "Traces need opentelemetry-sdk, which is not installed in this environment; install "
+            f"it with: {sys.executable} -m pip install opentelemetry-sdk"
+        ) from None
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(out=sys.stderr)))
+    trace.set_tracer_provider(provider)
+    enable_instrumentation(enable_sensitive_data=False)
+
+
 def main() -> int:
     """Exit status 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    # Without help texts: `phi3 agent --help` is the one that people read, and it starts this.
     parser = argparse.ArgumentParser(prog="phi3 agent", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     chat = commands.add_parser("chat")

@@ -81,6 +81,7 @@ class Grounding(ChatMiddleware):
             sent = role_messages(list(context.messages))
             question = sent[-1]["content"] if sent else ""
             history = from_messages(sent[:-1])
+            # In a thread: SQLite and the embedder block.
             prompt = await asyncio.to_thread(self._documents.prompt, question, history)
         except Phi3Error as error:
             raise in_framework(error) from error
@@ -97,6 +98,8 @@ class Grounding(ChatMiddleware):
                     messages=[Message("assistant", [NOT_IN_DOCUMENTS])], finish_reason="stop"
                 )
             return
+        # The last message alone: the earlier turns were answered from other passages, which would
+        # cost a 4k model its context.
         context.messages = [*context.messages[:-1], Message("user", [prompt["text"]])]
         await call_next()
         hits = hits_of(prompt["passages"])

@@ -23,6 +23,7 @@ async def _say(agent: Agent[Any], question: str, session: AgentSession) -> None:
 
 def talk(agent: Agent[Any], question: str | None, session_id: str) -> int:
     """Ask once, or until an empty line; raises what the agent raises for a single question."""
+    # One session for the whole conversation: the framework keeps its turns under this id.
     session = agent.create_session(session_id=session_id or str(uuid.uuid4()))
     if question is not None:
         asyncio.run(_say(agent, question, session))

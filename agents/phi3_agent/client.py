@@ -65,6 +65,7 @@ _SENT = {
 # Options that would change the answer, but that no Phi-3 endpoint knows.
 _REFUSED = ("tools", "response_format", "logit_bias", "reasoning")
 
+# The first that fits, so the base class is last.
 _MAPPED: tuple[tuple[type[Phi3Error], type[ChatClientException]], ...] = (
     (AuthenticationError, ChatClientInvalidAuthException),
     (RequestRejectedError, ChatClientInvalidRequestException),
@@ -195,7 +196,8 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
         options: Mapping[str, Any],
         **_kwargs: Any,
     ) -> Any:
-        # A plain function: the base class's example is `async def`, and cannot stream.
+        # A plain function: the base class's example is `async def`, and cannot stream (1.23:
+        # "'coroutine' object has no attribute 'map'"). It returns an awaitable, or a stream.
         if stream:
             return self._build_response_stream(self._updates(messages, options))
         return self._response(messages, options)
@@ -207,6 +209,8 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             wire, parameters = self._request(messages, options)
             return client_for(self._settings).chat(wire, **parameters)
 
+        # phi3_tool blocks, so in a thread: one client, with its retries and deadlines, for the flow
+        # and the agent alike.
         try:
             reply = await asyncio.get_running_loop().run_in_executor(_POOL, ask)
         except Phi3Error as error:
@@ -233,7 +237,7 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
         """One update per piece; whatever goes wrong is raised in the framework's tree."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-        left = threading.Event()
+        left = threading.Event()  # the reader has gone: no further piece is fetched for it
 
         def put(item: str | Exception | None) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -270,6 +274,8 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
     ) -> tuple[list[dict[str, str]], dict[str, Any]]:
         """Messages that fit, and parameters; raises RequestRejectedError."""
         parameters = parameters_of(options)
+        # An agent's instructions come among the options, not as a message: a client that does not
+        # look there drops the system prompt.
         wire = role_messages(messages, options.get("instructions"))
         if not wire or not wire[-1]["content"].strip():
             raise RequestRejectedError("The question is empty: type something to ask")
@@ -280,6 +286,7 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
         return fit(wire, max_tokens=room), parameters
 
 
+# The framework's layers in this order; without the first one Agent logs a warning.
 class Phi3ChatClient(
     FunctionInvocationLayer[Phi3ChatOptions],
     ChatMiddlewareLayer[Phi3ChatOptions],

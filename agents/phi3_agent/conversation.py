@@ -60,7 +60,7 @@ class MemoryConversations:
         """Add turns to the end."""
         with self._lock:
             self._turns[session] = [*self._turns.get(session, ()), *turns]
-            self._turns.move_to_end(session)
+            self._turns.move_to_end(session)  # so the first one is the least recently used
             while len(self._turns) > self._kept:
                 self._turns.popitem(last=False)
 
@@ -100,6 +100,7 @@ class FileConversations:
             text = json.dumps([*(self.read(session) or ()), *turns], ensure_ascii=False, indent=1)
             try:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                # In the same folder, so that the rename is atomic: a reader never sees half a file.
                 # Created with mode 0600; renamed over the old file when it is whole.
                 with NamedTemporaryFile(
                     "w", encoding="utf-8", dir=self._folder, suffix=".part", delete=False
@@ -154,7 +155,7 @@ class TurnsProvider(HistoryProvider):
         **kwargs: Any,
     ) -> None:
         """Keep the question and its answer."""
-        if session_id is None:
+        if session_id is None:  # a run without a session is nobody's conversation
             return
         try:
             turns = from_messages(

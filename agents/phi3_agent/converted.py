@@ -86,6 +86,7 @@ def load(folder: Path) -> Flow:
         raise ConfigurationError(
             f"{folder} holds no converted flow ({error}); make one with: phi3 flow to-agent FLOW"
         ) from None
+    # Before the first node is imported: nodes begin with `from promptflow.core import tool`.
     provide_names()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))  # the nodes import each other
@@ -128,11 +129,13 @@ class NodeExecutor(Executor):
         if streams:
             given[node.streaming] = True
         try:
+            # A plain function blocks, as Prompt flow's own pool of threads expects it to.
             if inspect.iscoroutinefunction(node.call):
                 output = await node.call(**given)
             else:
                 output = await asyncio.to_thread(node.call, **given)
             if streams and isinstance(output, Iterator):
+                # Each `next` waits for the endpoint, so it has a thread; the loop stays free.
                 pieces, output = output, ""
                 while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                     output += piece
@@ -244,7 +247,11 @@ def main(folder: Path, words: list[str]) -> int:
         given[first] = " ".join(question)
     try:
         state = State(flow.given(given), {}, connection_for(None))
-        result = asyncio.run(_run(create_workflow(flow), state))
+
+        async def run() -> WorkflowRunResult:  # `Workflow.run` must be called inside a loop
+            return await create_workflow(flow).run(state)
+
+        result = asyncio.run(run())
     except Exception as error:
         failure = phi3_error(error)
         if failure is None:
@@ -253,7 +260,3 @@ def main(folder: Path, words: list[str]) -> int:
         return 1
     sys.stdout.write(f"{result.get_outputs()[0]}\n")
     return 0
-
-
-async def _run(workflow: Workflow, state: State) -> WorkflowRunResult:
-    return await workflow.run(state)

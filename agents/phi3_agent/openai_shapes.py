@@ -29,7 +29,7 @@ _OPTIONS = {
     "presence_penalty": "presence_penalty",
 }
 _REFUSED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prompt")
-_ROLES = {"developer": "system"}
+_ROLES = {"developer": "system"}  # OpenAI's newer name
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 RoleMessages = list[dict[str, str]]
@@ -53,6 +53,7 @@ def read_chat(body: object) -> Asked:
     faults = _refused(request)
     if request.get("n") not in (None, 1):
         faults.append("n must be 1: the endpoint gives one answer")
+    # Refused, not ignored: a client that asks for JSON would try to parse the answer.
     if _wants_format(request.get("response_format")):
         faults.append("response_format cannot be used: the endpoint answers in plain text")
     messages = _messages(request.get("messages"), faults)
@@ -77,6 +78,7 @@ def read_responses(body: object) -> Asked:
     instructions = request.get("instructions")
     if isinstance(instructions, str) and instructions.strip():
         messages.insert(0, {"role": "system", "content": instructions})
+    # Checked here, looked up in serve.py: an unknown one is an error with a code of its own.
     previous = request.get("previous_response_id")
     if previous is not None and not isinstance(previous, str):
         faults.append("previous_response_id must be text")
@@ -250,7 +252,7 @@ class ResponseWriter:
         return {"item_id": self._message, "output_index": 0, "content_index": 0}
 
     def _event(self, kind: str, **facts: Any) -> str:
-        self._number += 1
+        self._number += 1  # clients put events in order by it; it begins with 0
         return sse({"type": kind, "sequence_number": self._number, **facts}, kind)
 
 

@@ -107,5 +107,6 @@ def provide_names() -> None:
         return
     for name, values in NAMES.items():
         module = ModuleType(name, "Names for converted flows; see phi3_agent.promptflow_names.")
+        # __path__ makes it a package, so that `import promptflow.core` goes on to the next name.
         module.__dict__.update(values, __path__=[])
         sys.modules[name] = module

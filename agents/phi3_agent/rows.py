@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 Make = Callable[[Row], "tuple[Workflow, Any]"]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # by its JSON: the rows of a comparison have few connections between them
 def _client_of(connection: str) -> Phi3ChatClient:
     return Phi3ChatClient(connection=json.loads(connection))
 
@@ -96,6 +96,7 @@ async def serve_rows(lines: TextIO, out: TextIO, make: Make = shipped) -> None:
         out.write(json.dumps(line) + "\n")
         out.flush()
 
+    # In a thread: reading standard input blocks, and rows that are in work must go on.
     while text := await loop.run_in_executor(None, lines.readline):
         task = loop.create_task(answer(text))
         running.add(task)

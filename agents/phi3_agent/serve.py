@@ -59,10 +59,11 @@ log = logging.getLogger(__name__)
 KEY = "PHI3_AGENT_KEY"
 #: No conversation that fits a model comes near this.
 MAX_BODY = 4 * 1024 * 1024
-#: Pieces that are read ahead of a slow client.
+#: Pieces that are read ahead of a slow client; then the agent's stream waits for it.
 _WAITING = 64
 FAILURES = (AgentFrameworkException, Phi3Error)
 _STATUS = ((RequestRejectedError, 400), (ThrottledError, 429), (EndpointTimeoutError, 504))
+# Without the second one nginx collects a whole response before it sends any of it.
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -149,6 +150,7 @@ class Served:
                 f"The flow has no input {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
         inputs = kind(**{name: value for name, value in body.items() if value is not None})
+        # One workflow per request: an instance refuses two runs at once, and may keep a history.
         client = cast(Phi3ChatClient, self._agent.client)
         workflow = (
             create_workflow(client)
@@ -190,7 +192,7 @@ class Served:
                     yield writer.piece({**role, "content": update.text})
                 finish = str(update.finish_reason or finish)
         except FAILURES as error:
-            if first:
+            if first:  # nothing was sent yet: `_streaming` gives the error a status of its own
                 raise
             yield sse({"error": _shown(error)[1]})
         else:
@@ -231,6 +233,8 @@ class Served:
         return turns
 
     def _keep(self, asked: Asked, turns: list[Mapping[str, Any]], name: str, answer: str) -> None:
+        # Under its own id, with all turns before it: a client may go on from any answer, as in
+        # OpenAI's API.
         if asked.store:
             messages = [*asked.messages, {"role": "assistant", "content": answer}]
             new = stored(messages, asked.facts.get("instructions"))
@@ -247,6 +251,7 @@ class _Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             headers = dict(scope["headers"])
+            # In constant time: how much of a guess is right must not show in the time taken.
             if not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
                 why = f"the key is missing or wrong: send the server's {KEY} as a Bearer token"
                 refusal = JSONResponse({"error": _error(why, "invalid_api_key", 401)}, 401)
@@ -275,6 +280,7 @@ def serve(
 
 
 async def _json(request: Request) -> object:
+    # Counted as it comes: the declared length is the client's word.
     body = bytearray()
     async for piece in request.stream():
         body += piece

@@ -34,6 +34,7 @@ def show(
             "DevUI is not installed in this environment; install it with: "
             f"{sys.executable} -m pip install --pre agent-framework-devui"
         ) from None
+    # Both are listed on the page: the agent for conversations, the workflow with its nodes to see.
     workflow = create_rag_workflow(client, Path()) if rag else create_workflow(client)
     token = os.environ.get(TOKEN, "").strip() or secrets.token_urlsafe(16)
     sys.stderr.write(f"DevUI at http://{host}:{port}, until Ctrl-C; its key: {token}\n")

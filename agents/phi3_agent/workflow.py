@@ -183,7 +183,7 @@ class Chat(Executor):
     def __init__(self, client: Phi3ChatClient, *, documents: bool) -> None:
         super().__init__(id="integrate_with_promptflow")
         self._client = client
-        self._agent: Agent[Any] = create_agent(client)
+        self._agent: Agent[Any] = create_agent(client)  # the history is among the inputs
         self._documents = documents
 
     @handler
@@ -201,7 +201,8 @@ class Chat(Executor):
             )
         )
         messages = [Message(message["role"], [message["content"]]) for message in sent]
-        # Prompt flow turns the inputs into the types that the flow declares.
+        # Prompt flow turns the inputs into the types that the flow declares: `0` and `0.0` are
+        # other bytes on the wire.
         options = {
             "temperature": float(given.temperature),
             "top_p": float(given.top_p),
@@ -260,6 +261,7 @@ async def stream_flow(workflow: Workflow, inputs: FlowInputs) -> AsyncIterator[s
 
 def _inputs_of(messages: list[Message]) -> FlowInputs:
     """Messages as the flow's inputs: system prompt, history, question."""
+    # A turn that was not answered is left out by from_messages, as the flow leaves it out.
     sent = role_messages(messages)
     system = sent.pop(0)["content"] if sent and sent[0]["role"] == "system" else ""
     question = sent.pop()["content"] if sent else ""

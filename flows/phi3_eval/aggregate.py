@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 SCORES = ("exact_match", "token_f1", "rouge_l")
 PERCENTILES = (50, 90, 95, 99)
-NAMED = 20
+NAMED = 20  # failed lines in a metric, which is one line of `pf run show-metrics`
 
 
 @tool
@@ -39,6 +39,7 @@ def aggregate(lines: list, base_run: list) -> dict:
         failures = [(line.number, line.error) for line in record if line.error]
         seconds = [line.seconds for line in record if line.seconds is not None and not line.error]
     metrics = {"lines": counted, "failed": len(failures)}
+    # A failed line counts as all wrong: a mean over the others would reward failing.
     metrics["error_rate"] = len(failures) / counted if counted else 0.0
     for score in SCORES:
         metrics[score] = sum(line[score] for line in lines) / counted if counted else 0.0

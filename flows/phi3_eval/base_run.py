@@ -21,6 +21,8 @@ class LineRecord(NamedTuple):
     error: str
 
 
+# Prompt flow gives an evaluation only the lines that have an answer: a run half of which failed
+# would look perfect. So its own record is read.
 def record_of(name: str) -> Optional[list]:
     """Every line of the run, in order."""
     if not _NAME.fullmatch(name):
@@ -31,8 +33,21 @@ def record_of(name: str) -> Optional[list]:
         # By line feeds alone: a text may hold other signs that Python takes for an end of line.
         for text in path.read_text(encoding="utf-8").split("\n"):
             if text.strip():
-                line = _line_in(json.loads(text))
-                found[line.number] = line
+                row = json.loads(text)
+                info = row["run_info"]
+                error = ""
+                if info.get("status") != "Completed":
+                    error = (info.get("error") or {}).get("message") or "no reason given"
+                try:
+                    # Python 3.10's fromisoformat does not know the Z.
+                    start, end = (
+                        datetime.fromisoformat(info[key].replace("Z", "+00:00"))
+                        for key in ("start_time", "end_time")
+                    )
+                    seconds = (end - start).total_seconds()
+                except (AttributeError, KeyError, TypeError, ValueError):  # a line that never ran
+                    seconds = None
+                found[row["line_number"]] = LineRecord(row["line_number"], seconds, error)
     return [found[number] for number in sorted(found)] or None
 
 
@@ -44,22 +59,3 @@ def runs_are_kept_here() -> bool:
 def _runs() -> Path:
     home = os.environ.get("PF_HOME_DIRECTORY") or Path.home() / ".promptflow"
     return Path(home) / ".runs"
-
-
-def _line_in(row: dict) -> LineRecord:
-    info = row["run_info"]
-    failed = info.get("status") != "Completed"
-    message = (info.get("error") or {}).get("message") or "no reason given"
-    return LineRecord(row["line_number"], _seconds(info), message if failed else "")
-
-
-def _seconds(info: dict) -> Optional[float]:
-    try:
-        start, end = (_moment(info[key]) for key in ("start_time", "end_time"))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return (end - start).total_seconds()
-
-
-def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
