@@ -22,10 +22,12 @@ def agent_asker(settings: ConnectionSettings, defaults: Mapping[str, Any]) -> It
     Raises StageError where there is no environment with Agent Framework.
     """
     variables = environment(environment_of(settings))
+    # One process for all lines: starting the framework takes far longer than a line.
     program = Program("The agent", command(agent_python(), ["rows"]), variables)
     with RowProcess(program) as process:
 
         def ask(line: Line) -> ChatReply:
+            # A column of the row wins over the option; an empty cell of a table is a null here.
             given = {**defaults, **{k: v for k, v in line.columns.items() if v is not None}}
             inputs = {name: given[name] for name in INPUTS if name in given}
             outcome = process.ask({"inputs": inputs})

@@ -111,6 +111,7 @@ def convert(flow: Path, data: Path, out: Path, prove: Prove = compare) -> Conver
                 f"{failed[0].name}), so nothing is proved and nothing was written"
             )
         out.parent.mkdir(parents=True, exist_ok=True)
+        # Only now: a folder that is there has been compared.
         shutil.move(folder, out)
     names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*") if p.is_file())
     return Converted(out, tuple(names), len(rows), sum(row.requests for row in compared))
@@ -138,6 +139,7 @@ def describe(source: FlowSource) -> dict[str, Any]:
             f"several connections ({', '.join(sorted(named))}): an agent asks one endpoint"
         )
     outputs = source.dag.get("outputs") or {}
+    # The chat output, else the first one: what Prompt flow itself shows as the answer.
     chat = [name for name, about in outputs.items() if about.get("is_chat_output")] or list(outputs)
     if not chat:
         faults.append(f"{DAG} names no output, which would be the answer")

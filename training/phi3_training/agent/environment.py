@@ -32,6 +32,7 @@ def agent_python(environ: Mapping[str, str] | None = None) -> Path:
         if not Path(named).is_file():
             raise UsageError(f"{PYTHON} names {named}, which does not exist")
         return Path(named)
+    # By its spec: importing the framework takes half a second.
     if importlib.util.find_spec(_PACKAGE) is not None:
         return Path(sys.executable)
     python, packages = "bin/python", "lib/python3*/site-packages"
@@ -71,10 +72,13 @@ def environment(
     others = {name: value for name, value in os.environ.items() if name not in _ENDPOINT}
     clone = (CLONE / "Makefile").is_file()
     sources = [str(CLONE / name) for name in ("agents", "tools", "training")] if clone else []
+    # What the user has set himself stays, after ours.
     path = os.pathsep.join([*sources, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**others, **({"PYTHONPATH": path} if path else {}), **endpoint, **(more or {})}
 
 
+# All of them, so that a deployment or dialect that the shell names does not go with another
+# endpoint.
 _ENDPOINT = {
     f"PHI3_{name}"
     for name in ("ENDPOINT", "KEY", "DEPLOYMENT", "DIALECT", "CONTEXT_LENGTH", "AUTH")

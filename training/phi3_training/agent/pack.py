@@ -59,6 +59,7 @@ def pack_agent(out: Path, name: str) -> Packed:
             text = path.read_text(encoding="utf-8").replace("@BASE@", BASE).replace("@NAME@", name)
             target = ".dockerignore" if path.name == "dockerignore" else path.name
             (staged / target).write_text(text, encoding="utf-8")
+        # Sources, not a package: Foundry builds the container, and no index has these.
         for source in (AGENT, TOOL):
             shutil.copytree(
                 find(source), staged / source.name, ignore=shutil.ignore_patterns(*_NOT_HOSTED)

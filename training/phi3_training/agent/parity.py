@@ -67,6 +67,7 @@ def compare(
     if installed("promptflow") is None:
         raise MissingExtraError("promptflow", "flow")
     python = agent_python()
+    # Made up: what is recorded and compared must hold no real one.
     key = secrets.token_urlsafe(16)
     names = {str(number): row for number, row in enumerate(rows)}
     recorder = Recorder({number: row.replies for number, row in names.items()})
@@ -87,10 +88,13 @@ def compare(
         agent = Program("The agent", command(python, words), environment({}, index))
         quiet = {
             "PF_HOME_DIRECTORY": str(home),
+            # No spans, and so no service that collects them.
             "PF_DISABLE_TRACING": "true",
             "PF_LOGGING_LEVEL": "CRITICAL",
         }
         named = [f"{kind}={path}" for kind, path in flows.items()]
+        # A process of its own on both sides: Prompt flow and Agent Framework need different
+        # opentelemetry.
         flow_words = [sys.executable, "-m", "phi3_training.flow.rows", *named]
         promptflow = Program("Prompt flow", flow_words, environment({}, {**quiet, **index}))
         before, ours = ask_both(
@@ -114,6 +118,7 @@ def compared(
             side for side, each in (("Prompt flow", flow), ("the agent", agent)) if each is None
         )
         return Compared(name, len(asked), f"no outcome from {missing}")
+    # The first difference alone: those after it follow from it.
     for place, (one, other) in enumerate(zip(asked, theirs, strict=False), 1):
         if difference := one.difference(other):
             return Compared(name, len(asked), f"request {place}: {difference}")
@@ -131,6 +136,7 @@ def _outcome_difference(flow: Outcome, agent: Outcome) -> str:
         )
         return f"{one} and {other}"
     if flow.error is not None and agent.error is not None:
+        # Not the request id, which is drawn for each request.
         for fact in ("kind", "message", "status", "inner_status", "reason", "attempts"):
             one, other = (
                 _VARYING.sub("", str((each.error or {}).get(fact))) for each in (flow, agent)

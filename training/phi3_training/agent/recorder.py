@@ -87,6 +87,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._seen: dict[tuple[str, str], list[Request]] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        # A handler may still wait for a client that was killed.
         self._server.daemon_threads = True
         self._server.recorder = self  # type: ignore[attr-defined]
 
@@ -165,9 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_stream(self, reply: Reply, text: str) -> None:
         pieces = reply.pieces
         if pieces is None:
+            # Seven characters: words and characters of several bytes are cut in the middle as well.
             pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
+        # As every server streams whose answer has no length yet.
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number, piece in enumerate(pieces):

@@ -63,6 +63,7 @@ def ask_rows(
 ) -> dict[str, Outcome]:
     """Every outcome by the row's id; raises StageError where the program does not end well."""
     sent = "".join(json.dumps(row) + "\n" for row in rows)
+    # A file, not a pipe: nobody reads it meanwhile, and a full pipe would stop the program.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(  # noqa: S603 - our own programs
             program.command,
@@ -85,6 +86,7 @@ def ask_rows(
             last = [line.rstrip() for line in log if line.strip()][-_SHOWN_LINES:]
             shown = "\n  ".join(last) or "it printed nothing"
             raise StageError(f"{program.name} ended with status {process.returncode}:\n  {shown}")
+    # By id, not by order: the agent answers many rows at once.
     lines = (json.loads(line) for line in out.splitlines())
     return {str(line["id"]): Outcome.read(line) for line in lines}
 
@@ -94,6 +96,7 @@ Asked = tuple[Program, Sequence[Mapping[str, Any]]]
 
 def ask_both(one: Asked, other: Asked) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
     """The same for two programs at once; the first failure is raised."""
+    # At once, because starting either framework takes seconds.
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.submit(ask_rows, *one), pool.submit(ask_rows, *other)
         return first.result(), second.result()
@@ -116,6 +119,7 @@ class RowProcess:
         self._numbers = itertools.count()
         self._waiting: dict[str, Future[Outcome]] = {}
         self._ended = False
+        # One reader for all threads: answers come in any order, each to the future of its id.
         threading.Thread(target=self._read, name="phi3-rows", daemon=True).start()
 
     def ask(self, row: Mapping[str, Any]) -> Outcome:

@@ -68,6 +68,7 @@ def endpoint(settings: ConnectionSettings, seconds: float, slow_ms: float) -> It
             return answer.status_code, 1000 * (time.monotonic() - started)
 
         try:
+            # The second path only where the first is unknown: a 401 or 503 there is an answer.
             tried = {path: get(path)[0] for path in HEALTH_PATHS[:1]}
             if tried[HEALTH_PATHS[0]] == 404:
                 tried[HEALTH_PATHS[1]] = get(HEALTH_PATHS[1])[0]
@@ -136,6 +137,7 @@ def ask(settings: ConnectionSettings, seconds: float) -> Asked:
     outcome = _one_token(settings.endpoint, settings, settings.dialect, seconds)
     if isinstance(outcome, ChatReply):
         return Asked(settings, dialect, reply=outcome)
+    # The other path of the endpoint is known, so a wrong dialect can be named with its fix.
     opposite: Dialect = "openai" if dialect == "score" else "score"
     url = in_dialect(settings.endpoint, opposite)
     other = None
@@ -193,6 +195,7 @@ def _traffic(asked: Asked) -> Finding:
     wanted = asked.settings.deployment
     if asked.reply:
         named = asked.reply.deployment
+        # Only where both are known: a gateway in between may drop either header.
         if wanted and named and named != wanted:
             return CONNECTION.fault(
                 "deployment",

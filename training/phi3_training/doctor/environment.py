@@ -67,6 +67,7 @@ def check_versions(version_of: Installed) -> Finding:
     if len(set(versions.values())) == 1:
         return HERE.ok("versions", f"{', '.join(versions)}: {next(iter(versions.values()))}")
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    # The newest of those that are here: the others can be raised to it.
     newest = max(versions.values(), key=Version)
     return HERE.fault(
         "versions",

@@ -50,6 +50,7 @@ def examine(setup: Setup) -> Iterator[Finding]:
         chosen=setup.connection is not None,
     )
 
+    # Called for each finding, because the key is known only after the connection was read.
     def scrub(text: str) -> str:
         # An endpoint or a library may have quoted the key.
         key = connection.settings.key if connection.settings else ""
@@ -79,5 +80,6 @@ def _asked(connection: Connection, setup: Setup) -> Iterator[Finding]:
         return
     asked = ask(settings, setup.seconds)
     yield from connection_findings(asked)
+    # Ten seconds for a round trip, however long a question may take.
     yield from endpoint(settings, min(setup.seconds, 10.0), setup.slow_ms)
     yield token_finding(asked)

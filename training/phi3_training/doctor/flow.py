@@ -92,6 +92,7 @@ def tools_of(source: FlowSource, copy: Path) -> Finding:
         listed = json.loads((copy / ".promptflow" / "flow.tools.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return HERE.skipped("tools", "Prompt flow wrote no list of the tools it found")
+    # Prompt flow leaves out what it cannot import, with a warning alone.
     known = {*listed.get("code", {}), *listed.get("package", {})}
     wanted = {*source.tool_sources, *source.package_tools}
     missing = sorted(wanted - known)
@@ -178,6 +179,7 @@ class Connection:
                 f"phi3 connect connection.name={self.name}, or pf connection update --name "
                 f"{self.name} --set configs.endpoint=URL secrets.key=KEY"
             )
+        # Plain http has a check of its own below, so it is no fault of the shape.
         plain = [fault for fault in faults if "plain http" in fault]
         others = [fault for fault in faults if fault not in plain]
         if others:

@@ -59,6 +59,7 @@ def check_tool(project: Path, *, new_environment: bool = False) -> Iterator[Find
 
 def build(project: Path, folder: Path) -> Path:
     """Build the wheel of `project` from a copy; StageError with the builder's last words."""
+    # From a copy: setuptools writes build/ and *.egg-info next to what it builds.
     source = folder / "source"
     for name in _SOURCES:
         if not (project / name).exists():
@@ -108,6 +109,7 @@ def install_new(wheel: Path, home: Path, constraints: Path) -> Path:
 def search(python: Path, folder: Path) -> Iterator[Finding]:
     """Look for the tool below `folder`; StageError if the search itself fails."""
     probe = Path(__file__).with_name("package_probe.py")
+    # -I: neither PYTHONPATH nor the current folder may lead to the clone.
     command = [str(python), "-I", str(probe), str(folder)]
     said = _run(command, 120, "The search for the tool failed")
     for check, ok, text, fix in json.loads(said.splitlines()[-1]):
@@ -126,6 +128,7 @@ def _run(command: list[str], seconds: int, failure: str, hint: str = "") -> str:
         raise StageError(f"{failure}: not done within {seconds} s; try again") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        # pip's last line is advice; the reason is the last line with the word Error.
         errors = [line for line in lines if "Error" in line]
         raise StageError(f"{failure}: {(errors or lines or ['no reason given'])[-1]}{hint}")
     return done.stdout

@@ -56,6 +56,7 @@ def ask(
             secrets={"key": settings.key},
         )
     connection = connection or store.stored_connection(connection_name)
+    # The one public way that opens neither the store's database nor the keyring.
     flow.context = entities.FlowContext(connections={NODE: {"connection": connection}})
     refused = importlib.import_module("promptflow.exceptions").PromptflowException
     try:
@@ -75,5 +76,6 @@ def phi3_error_in(error: BaseException) -> Phi3Error | None:
     """The error of phi3_tool that Prompt flow wrapped in its own, if there is one."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, Phi3Error):
+        # Prompt flow keeps the node's own exception there, not as `__cause__`.
         inner = getattr(inner, "inner_exception", None) or inner.__cause__
     return inner

@@ -284,6 +284,7 @@ def _describe_tools(source: FlowSource, staged: Path) -> None:
     if importlib.util.find_spec("promptflow") is None:
         raise MissingExtraError("promptflow-core", "flow")
     tools = {"sources": source.tool_sources, "package_tools": source.package_tools}
+    # -B: no __pycache__ in the folder that is being packed.
     command = [sys.executable, "-B", str(Path(__file__).with_name("describe.py"))]
     try:
         done = subprocess.run(  # noqa: S603 - our own file

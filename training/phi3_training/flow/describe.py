@@ -29,6 +29,7 @@ def describe(folder: Path, sources: dict[str, dict[str, str]], package_tools: li
             sys.stderr.write(f"{tool}: no installed package has this tool\n")
         sys.exit(LOAD_ERROR)
     for tool in code.values():
+        # As `pf flow validate` writes the file: its key is the name.
         tool.pop("name", None)
     return {"code": code, "package": package}
 

@@ -29,6 +29,7 @@ def probe() -> dict[str, Any]:
     members = list(chosen.backends) if isinstance(chosen, ChainerBackend) else [chosen]
     holder = holder_of(members, SYSTEM, NAME)
     if holder is None:
+        # Written, not only asked: some keyrings answer, and store nothing.
         chosen.set_password(OWN_SYSTEM, OWN_NAME, "written")
         holder = holder_of(members, OWN_SYSTEM, OWN_NAME)
         if holder is None:

@@ -67,6 +67,7 @@ def serve_flow(flow: Path, *, host: str, port: int, engine: Engine, workers: int
         if workers > 1:
             uvicorn = _module("uvicorn")
             operations = _module("promptflow._sdk.operations").FlowOperations
+            # A copy of the flow with its includes in it, which lives as long as the server.
             with operations._resolve_additional_includes(flow / "flow.dag.yaml") as definition:
                 os.environ["PROMPTFLOW_PROJECT_PATH"] = str(Path(definition).parent.absolute())
                 # A flow that cannot be loaded fails here: uvicorn starts its workers for ever.
@@ -112,6 +113,7 @@ def _prepare() -> None:
     _module("promptflow.core._serving.app_base")
     let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
     provider = _module("promptflow.core._connection_provider._connection_provider")
+    # A private attribute, but the one way that works without a store (promptflow 1.18.5).
     provider.ConnectionProvider._instance = _provider_of(settings)
 
 
