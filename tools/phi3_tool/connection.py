@@ -163,7 +163,24 @@ class ConnectionSettings:
         """
         if isinstance(connection, ConnectionSettings):
             return connection
-        configs, secrets = _parts_of(connection)
+        configs: Mapping[str, object]
+        secrets: Mapping[str, object] | None  # None where the two are not kept apart
+        if connection is None or isinstance(connection, str):
+            shown = "no connection was given" if not connection else "a connection's name was given"
+            raise ConfigurationError(
+                f"The connection cannot be used: {shown}, not a connection itself. Prompt flow"
+                " fills it in where the node's input names a connection that `pf connection list`"
+                " shows; `phi3 connect` creates one, and PHI3_ENDPOINT with PHI3_KEY need none"
+            )
+        if isinstance(connection, Mapping):
+            parts = connection.get("configs"), connection.get("secrets")
+        else:
+            # Never connection.key: Prompt flow warns on the terminal at each such access.
+            parts = getattr(connection, "configs", None), getattr(connection, "secrets", None)
+        if isinstance(connection, Mapping) and not any(isinstance(p, Mapping) for p in parts):
+            configs, secrets = connection, None
+        else:
+            configs, secrets = (part if isinstance(part, Mapping) else {} for part in parts)
         environment = os.environ if environ is None else environ
         faults: list[str] = []
         values: dict[str, str | None] = {}
@@ -243,29 +260,6 @@ def environment_names_endpoint(environ: Mapping[str, str] | None = None) -> bool
     """Whether PHI3_ENDPOINT is set, and so outranks any connection."""
     environment = os.environ if environ is None else environ
     return bool(environment.get("PHI3_ENDPOINT", "").strip())
-
-
-def _parts_of(connection: object) -> tuple[Mapping[str, object], Mapping[str, object] | None]:
-    """The configs and secrets; secrets is None where the two are not kept apart."""
-    if isinstance(connection, Mapping):
-        configs, secrets = connection.get("configs"), connection.get("secrets")
-        if not isinstance(configs, Mapping) and not isinstance(secrets, Mapping):
-            return connection, None
-    elif connection is None or isinstance(connection, str):
-        shown = "no connection was given" if not connection else "a connection's name was given"
-        raise ConfigurationError(
-            f"The connection cannot be used: {shown}, not a connection itself. Prompt flow fills"
-            " it in where the node's input names a connection that `pf connection list` shows;"
-            " `phi3 connect` creates one, and PHI3_ENDPOINT with PHI3_KEY need none"
-        )
-    else:
-        # Never connection.key: Prompt flow warns on the terminal at each such access.
-        configs = getattr(connection, "configs", None)
-        secrets = getattr(connection, "secrets", None)
-    return (
-        configs if isinstance(configs, Mapping) else {},
-        secrets if isinstance(secrets, Mapping) else {},
-    )
 
 
 def _find(

@@ -103,6 +103,12 @@ class DatasetManifest(Manifest):
     tokens: TokenLengths | None = None
     held_out: Mapping[str, int] | None = None
 
+    @property
+    def summary(self) -> str:
+        """The rows of each part, for the line of the stage."""
+        counts = [f"{part.rows} {name}" for name, part in self.outputs.items()]
+        return ", ".join(counts) + " conversations"
+
 
 class BaseManifest(Manifest):
     """The model that is tuned; `path` counts from the run folder, or is absolute."""
@@ -238,6 +244,16 @@ class MetricsManifest(Manifest):
     asked: str | None = None  # fingerprint of what the models were asked
     job: str | None = None
 
+    @property
+    def summary(self) -> str:
+        """What tuning did to the answers, part by part, for the line of the stage."""
+        parts = [
+            f"{name} {self.before[name]['contains']:.0%} → {self.after[name]['contains']:.0%}"
+            for name in self.after
+            if "contains" in self.after[name]
+        ]
+        return "expected words: " + ", ".join(parts)
+
 
 class NamedRow(Part):
     """A question whose answers did most to fail a rule."""
@@ -301,6 +317,13 @@ class RegistrationManifest(Manifest):
     # On Azure.
     model_id: str | None = None
     tags: Mapping[str, str] = {}
+
+    @property
+    def summary(self) -> str:
+        """The model's version, and that it did not pass its gate where it did not."""
+        blocked = self.tags.get("gate_passed") == "False"
+        mark = ", tagged gate_passed=False: it did not pass the gate" if blocked else ""
+        return f"{self.model} version {self.model_version}{mark}"
 
 
 class GatePassage(Part):

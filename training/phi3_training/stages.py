@@ -124,16 +124,6 @@ def _evaluate_inputs(journey: Journey) -> Any:
     return [section_values(journey, "evaluate"), hashes, *([serve.precision] if own else [])]
 
 
-def _metrics_summary(manifest: MetricsManifest) -> str:
-    before, after = manifest.before, manifest.after
-    parts = [
-        f"{name} {before[name]['contains']:.0%} → {after[name]['contains']:.0%}"
-        for name in after
-        if "contains" in after[name]
-    ]
-    return "expected words: " + ", ".join(parts)
-
-
 def _gate(journey: Journey) -> GateManifest:
     from .evaluate import gate, report
 
@@ -145,12 +135,6 @@ def _gate_summary(manifest: GateManifest) -> str:
     from .evaluate import gate
 
     return gate.summary(manifest)
-
-
-def _registration_summary(manifest: RegistrationManifest) -> str:
-    blocked = manifest.tags.get("gate_passed") == "False"
-    mark = ", tagged gate_passed=False: it did not pass the gate" if blocked else ""
-    return f"{manifest.model} version {manifest.model_version}{mark}"
 
 
 def _deploy(journey: Journey) -> EndpointManifest:
@@ -188,10 +172,7 @@ STAGES: tuple[Stage[Any], ...] = (
         needs=(),
         inputs=_data_inputs,
         work=_prepare,
-        summary=lambda manifest: (
-            ", ".join(f"{part.rows} {name}" for name, part in manifest.outputs.items())
-            + " conversations"
-        ),
+        summary=lambda manifest: manifest.summary,
         outputs=lambda manifest: [part.path for part in manifest.outputs.values()],
     ),
     Stage(
@@ -228,7 +209,7 @@ STAGES: tuple[Stage[Any], ...] = (
         needs=(DatasetManifest, BaseManifest, ModelManifest),
         inputs=_at_target(MetricsManifest, _evaluate_inputs),
         work=lambda j: j.target.evaluate(j.recipe, j.run, j.progress),
-        summary=_metrics_summary,
+        summary=lambda manifest: manifest.summary,
         outputs=lambda manifest: [manifest.rows],
     ),
     Stage(
@@ -247,7 +228,7 @@ STAGES: tuple[Stage[Any], ...] = (
         needs=(ModelManifest, MetricsManifest, GateManifest),
         inputs=_at_target(RegistrationManifest, lambda j: j.run.name),
         work=lambda j: j.target.register(j.recipe, j.run),
-        summary=_registration_summary,
+        summary=lambda manifest: manifest.summary,
         passed=lambda manifest: manifest.tags.get("gate_passed") != "False",
         outputs=lambda manifest: [manifest.store] if manifest.store else [],
     ),

@@ -139,7 +139,7 @@ def describe(source: FlowSource) -> dict[str, Any]:
             f"several connections ({', '.join(sorted(named))}): an agent asks one endpoint"
         )
     outputs = source.dag.get("outputs") or {}
-    # The chat output, else the first one: what Prompt flow itself shows as the answer.
+    # The chat output is the answer, else the first one.
     chat = [name for name, about in outputs.items() if about.get("is_chat_output")] or list(outputs)
     if not chat:
         faults.append(f"{DAG} names no output, which would be the answer")
@@ -155,15 +155,15 @@ def describe(source: FlowSource) -> dict[str, Any]:
         if about.get("is_chat_input"):
             inputs[name]["chat_input"] = True
     described: list[dict[str, Any]] = []
-    for node in ordered:
-        name, path = str(node["name"]), str(node["source"]["path"])
+    for ready in ordered:
+        name, path = str(ready["name"]), str(ready["source"]["path"])
         linked = list(connections.get(name, ()))
-        given = {key: v for key, v in (node.get("inputs") or {}).items() if key not in linked}
-        function = tool_function(source.folder / path) if node["type"] == "python" else None
+        given = {key: v for key, v in (ready.get("inputs") or {}).items() if key not in linked}
+        function = tool_function(source.folder / path) if ready["type"] == "python" else None
         described.append(
             {
                 "name": name,
-                "type": str(node["type"]),
+                "type": str(ready["type"]),
                 "path": path,
                 "inputs": given,
                 "connections": linked,

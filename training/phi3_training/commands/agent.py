@@ -139,7 +139,9 @@ def run_ui(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = None) -> int:
     """Run the agent's own program with the endpoint in its environment; its exit status."""
+    # First: without an environment for the agent, no endpoint needs to be up.
     python = agent_python()
+    # In the environment, never among the words: `ps` shows those to everybody.
     variables = endpoint_of(args).streaming().variables()
     more = {}
     if args.rag:
@@ -150,6 +152,7 @@ def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = 
     words += [f"--{name}" for name in ("rag", "trace") if getattr(args, name)]
     started = command(python, [*words, *(last or [])])
     with subprocess.Popen(started, env=environment(variables, more)) as process:  # noqa: S603 - our own program
+        # `kill` reaches this process alone; the agent must not stay behind.
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             while True:

@@ -209,6 +209,7 @@ def run_quota(args: argparse.Namespace) -> int:
     if turns := taking_turns(needs, recipe.azure):
         lines.append(f"{'in turns':<10} {turns}")
     if short:
+        # In total, as a quota is: what is used, and what the recipe needs besides.
         cores = max((need.used or 0) + need.cores for need in short)
         lines.append(f"Request more with: phi3 azure quota --request {cores}")
     rows = [{**vars(need), "enough": need not in short} for need in needs]
@@ -268,6 +269,7 @@ def _endpoint_meant(args: argparse.Namespace) -> tuple[Clients, AzureSection, st
         return clients_of(run), section, name
     if args.run is not None:
         raise UsageError("--run means its own endpoint: leave out --endpoint and the place")
+    # By the tags that phi3 puts on what it creates: another machine has no run folder of it.
     places = AzureTarget().found(named)
     endpoints = [
         (place, name)
@@ -307,6 +309,7 @@ def run_rollback(args: argparse.Namespace) -> int:
     from ..targets.azure.target import clients_of
 
     clients = clients_of(run)
+    # Locked: a `phi3 deploy` of the same run moves the same traffic.
     with run.lock(), console.progress_bar("rollback") as progress:
         traffic = roll_back(clients, section_of(run), run, progress)
     return _show_traffic(args, traffic, run)
@@ -389,6 +392,7 @@ def run_check(args: argparse.Namespace) -> int:
                 return False
             return typed.strip().lower() in ("y", "yes")
 
+        # Never unasked: steps from the fifth on create what bills.
         if args.yes or (os.isatty(0) and is_text):
             run_steps(check, steps, is_wanted, partial(console.progress_bar, "check"), report)
         elif is_text:

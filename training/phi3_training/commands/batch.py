@@ -121,6 +121,7 @@ def run_lines(args: argparse.Namespace) -> int:
     for name, default in _REPEATED.items():
         value = getattr(args, name)
         words += [f"--{name.replace('_', '-')}", str(value)] if value != default else []
+    # Last, because it raises: the counts are shown in either case.
     verdict(tally, shlex.join(words))
     return 0
 

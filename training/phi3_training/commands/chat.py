@@ -93,6 +93,7 @@ def run_chat(args: argparse.Namespace) -> int:
         raise UsageError('-o json answers one question: phi3 chat -o json "Who founded Microsoft?"')
     if args.compare:
         return run_chat_compare(args)
+    # In OpenAI's dialect where the endpoint is ours: /score answers only when all of it is there.
     endpoint = endpoint_of(args).streaming()
     if args.rag:
         # The flow on the chat page looks here as well.
@@ -221,6 +222,7 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UsageError(f"The run {journey.run.name!r} has no model here; train one: phi3 train")
     key = os.environ.get("PHI3_KEY")
     if not key:
+        # 256 bits. Shown on standard error, once: standard output may go to a file.
         key = secrets.token_urlsafe(32)
         console.err.print("PHI3_KEY is not set; generated a key for this server, shown only here:")
         console.err.print(f"  {key}", markup=False)
@@ -241,6 +243,7 @@ def run_invoke(args: argparse.Namespace) -> int:
     messages = [
         {name: t[name] for name in ("role", "content")} for t in json.loads(line)["messages"]
     ]
+    # A row's own last answer is shown, not sent.
     expected = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     endpoint = endpoint_of(args)
     if args.deployment:

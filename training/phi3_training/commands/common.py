@@ -41,6 +41,7 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
         args.words = [str(saved), *args.words] if saved.is_file() else args.words
     words = [*args.words, *from_options(args)]
     recipe = recipe_of(words, on)
+    # Before a run folder is made: a recipe that cannot be trained leaves none behind.
     choices = check_model(recipe)
     for choice in () if make_run else choices:  # a training prints them itself
         console.note(choice)
@@ -54,6 +55,7 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     # Resolved: a manifest's paths must hold after a later command is typed in another folder.
     path = args.runs.resolve() / (args.run or run_name(recipe, on))
     run = Run.open(path) if make_run else Run(path)
+    # In this order: the place first, since a run elsewhere may be billing.
     refuse_other_place(run, on)
     if make_run and not getattr(args, "replace", False):
         refuse_other_chats(run, recipe)

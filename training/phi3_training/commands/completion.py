@@ -56,6 +56,7 @@ def _offer_runs(parser: argparse.ArgumentParser) -> None:
         return [run.name for run in all_runs(parsed_args.runs)]
 
     for action in parser._actions:
+        # argparse has no public way to its options; argcomplete reads the same attributes.
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
                 _offer_runs(each)

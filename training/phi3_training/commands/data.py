@@ -95,6 +95,7 @@ def run_check(args: argparse.Namespace) -> int:
     from ..memory.rows import tokenizer_folder
     from ..recipe import DataSection
 
+    # A recipe knows more than its files: data.bad_rows, data.max_length, the model's tokenizer.
     if args.files[0].endswith((".yaml", ".yml")):
         recipe = recipe_of(args.files)
         folder = args.model or tokenizer_folder(recipe, None)

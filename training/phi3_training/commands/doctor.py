@@ -130,6 +130,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         seconds=args.timeout,
         without_store=lambda: settings_from_server(current_run(args)),
     )
+    # Every run's rollout: a half-done one may be on a run that nobody has chosen for weeks.
     runs = [current_run(args)] if args.run else all_runs(args.runs)
     return _report(args, chain(examine(setup), unfinished_rollouts(runs)))
 
@@ -189,6 +190,7 @@ def _run_agent(args: argparse.Namespace) -> int:
 
     rows = golden_rows() if args.data is None else own_rows(args.data)
     console.err.print(f"Asking Prompt flow and the agent {len(rows)} questions each …")
+    # All of them before the first line: both sides work at once, and end together.
     compared = list(compare(rows))
     different = [row for row in compared if row.difference]
     requests = sum(row.requests for row in compared)

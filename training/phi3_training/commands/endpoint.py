@@ -59,6 +59,7 @@ class Endpoint:
     def streaming(self) -> Endpoint:
         """The same where it streams: our own server does on a second route, others as they are."""
         parts = urlsplit(self.access.endpoint)
+        # Ours only: another server's second route is not known to exist.
         if parts.path != "/score" or parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             return self
         url = urlunsplit(parts._replace(path=OPENAI_PATH))

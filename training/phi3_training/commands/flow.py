@@ -162,6 +162,7 @@ def run_push(args: argparse.Namespace) -> int:
                 f"No run under {args.runs} is on Azure; create one with: phi3 up --on azure"
             )
         run = away[0]
+    # Packed for this upload alone: what is sent holds no transcript and no data.
     with tempfile.TemporaryDirectory() as scratch, console.progress_bar("push") as progress:
         note(progress, "packing")
         flow = args.flow or find(FLOW)

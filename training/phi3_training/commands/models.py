@@ -93,12 +93,15 @@ def _facts_of(model: KnownModel) -> dict[str, str | None]:
     from ..recipe import load_recipe
 
     weights = "3 MB"
+    # A tiny model has no shape in the catalogue: each run makes its own.
     if model.shape:
         parameters = shape_from(model.shape, model.name).parameters
         # As phi3 stores them: bf16, or float32 for `small`.
         weights = f"{parameters * (4 if model.name == SMALL else 2) / 1e9:.1f} GB"
     recipe = load_recipe(find(RECIPES / model.recipe), [f"model.name_or_path={model.name}"])
+    # What `phi3 up` takes for each: the two small ones fit a laptop, the others an 80 GB GPU.
     on_cpu = model.name in (TINY, SMALL)
+    # Of a run that need not exist: row lengths are then estimated from the recipe's chats.
     rows = row_sizes(recipe, Run(Path("runs") / recipe.name))
     held: dict[str, int] = {}  # bytes, by stage
     for line in memory_plan(recipe, of_size(80, "cpu" if on_cpu else "cuda"), rows):

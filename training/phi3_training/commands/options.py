@@ -40,6 +40,7 @@ def add_command(
         metavar="FOLDER",
         help="where run folders are (default: runs, or $PHI3_RUNS)",
     )
+    # For cli.main: what runs, and whose usage an unknown option shows.
     parser.set_defaults(run_command=run, parser=parser)
     return parser
 

@@ -167,6 +167,7 @@ def run_index(args: argparse.Namespace) -> int:
     from ..rag.azure_search import Store, begin, destination, send
     from ..rag.build import choose_embedder, sync
 
+    # The words are split by hand: keys and folders come in one list, in any order.
     settings, azure = _keys(args.words, "rag."), _keys(args.words, "azure.")
     sources = [Path(word) for word in args.words if word not in (*settings, *azure)]
     if not sources:
@@ -214,6 +215,7 @@ def run_index(args: argparse.Namespace) -> int:
             console.note(deadline)
         with console.progress_bar("send") as progress:
             sent = send(synced.path, to, progress, rebuild=args.rebuild)
+    # Also where the index is in Azure: the flow then gets the small file that says so.
     copy = publish_to_flow(run)
     if args.output == "json":
         report = {**asdict(synced), "skipped": [str(fault) for fault in synced.skipped]}

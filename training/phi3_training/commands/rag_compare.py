@@ -76,6 +76,7 @@ def run_compare(args: argparse.Namespace) -> int:
         from ..rag.compare import PAGE, compare_arms
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "local") from None
+    # The files' faults first, before the models are loaded.
     questions = read_questions(args.questions)
     changes = read_changes(args.changes) if args.changes else []
     run = tuned_run(args)

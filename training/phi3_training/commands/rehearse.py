@@ -48,6 +48,7 @@ def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
     # Outside the folder with the rehearsed Azure's own state.
     os.environ["PF_HOME_DIRECTORY"] = str(home / "promptflow")
     inner = [sys.executable, "-m", "phi3_training.cli", *inner_words(args, argv, home / "runs")]
+    # The rehearsal starts it: it sets the proxy, the CA and the sign-in that lead the SDKs to it.
     command = _command("run", args.runs, "--", *inner)
     status = None
     with subprocess.Popen(command) as process:  # noqa: S603 - our own commands, no shell
@@ -69,6 +70,7 @@ def run_rehearsed(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> list[str]:
     """The command line inside: on Azure, in its own run folders, the tiny recipe if none."""
+    # argparse takes the two out of the words, in whatever form they were typed.
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--rehearse", action="store_true")
     own.add_argument("--runs")

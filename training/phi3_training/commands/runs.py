@@ -119,6 +119,7 @@ def run_rm(args: argparse.Namespace) -> int:
             f"phi3 down --on azure --all {run.name}"
         )
     confirm(args, lines)
+    # Here, because it brings Prompt flow, a second of imports.
     from ..flow.store import delete_connections_to
 
     deleted: list[str] = []
@@ -126,6 +127,7 @@ def run_rm(args: argparse.Namespace) -> int:
     with run.lock(), contextlib.suppress(StageError, MissingExtraError):
         manifest = run.read(ConnectionManifest)
         deleted = [] if manifest is None else delete_connections_to(manifest)
+    # After the connections: with the manifest gone nothing would name them.
     shutil.rmtree(run.path)
     lines = [f"Deleted {run.path}: {size} freed"]
     now_current = current_of(args.runs)

@@ -60,6 +60,7 @@ def run_status(args: argparse.Namespace) -> int:
     """List the runs under --runs; with --on azure or --run, from Azure itself."""
     place = place_in(args)
     runs = [] if place else _runs(args, args.run)
+    # Asking Azure takes seconds and a sign-in, so only where it is named: `phi3 status` is instant.
     asks = args.on == "azure" or args.run is not None
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
     targets = {name: get_target(name) for name in names if asks}
@@ -68,6 +69,7 @@ def run_status(args: argparse.Namespace) -> int:
     for name, target in targets.items():
         if target.cloud is not None:
             own = [run for run in runs if target_of(run) == name]
+            # Its workspaces once for all of its runs: they share them.
             workspaces += target.cloud.overview(own, place, search=args.run is None)
     if args.output == "json":
         console.print_json([*(state.as_json() for state in states), *workspaces])
@@ -206,6 +208,7 @@ def _down_in(args: argparse.Namespace, named: dict[str, str], run: str | None) -
     stopped: list[str] = []
     broken: list[str] = []
     for place in cloud.found(named) if cloud else ():
+        # Named and confirmed place by place: what is found by tags may be somebody else's run.
         names = place.names()
         if args.all:
             names.append("the workspace itself, and all that phi3 made for it")
@@ -229,6 +232,7 @@ def _show_end(
     for fault in broken:
         console.print_error(fault)
     lines = stopped or ([] if broken else ["Nothing of ours is running."])
+    # Else `phi3 chat` would still answer after `phi3 down`, and nobody would know why.
     if os.environ.get("PHI3_ENDPOINT"):
         left = [*left, "PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone."]
     console.show(args.output, {"stopped": stopped, "broken": broken}, *lines, *left)

@@ -54,6 +54,7 @@ def show_summary(journey: Journey) -> None:
     answer = journey.run.require(AnswerManifest)
     console.out.print()
     console.line(f"You ask:  {answer.question}")
+    # The recipe may have another question since: the old model was not asked it.
     if before is not None and before.question == answer.question:
         console.line(f"Before:   {before.before or '(nothing)'}")
     console.line(f"After:    {answer.answer}", "bold green")
@@ -87,6 +88,7 @@ def show_comparison(run: Run, *, every: bool = False) -> None:
         for text in (*map(gate.line, verdict.rules), *verdict.remarks):
             console.line(f"  {text}")
     report, here = run.path / verdict.report, Path.cwd()
+    # Short where it can be: the line is for copying into a browser or an editor.
     shown = report.relative_to(here) if report.is_relative_to(here) else report
     console.line(f"Report:   {shown}")
 
@@ -398,6 +400,8 @@ def run_stage(args: argparse.Namespace) -> int:
             raise UsageError("A search runs on this machine: remove --on azure")
         return run_search(args, journey)
     kind = STAGE_COMMANDS[args.command]
+    # `phi3 up` leaves the connection out without Prompt flow; who asks for it by name gets an
+    # error.
     if kind is ConnectionManifest and not journey.in_cloud and not has_prompt_flow():
         raise MissingExtraError("promptflow", "flow")
     with journey.run.lock():

@@ -56,10 +56,24 @@ def examine(setup: Setup) -> Iterator[Finding]:
         key = connection.settings.key if connection.settings else ""
         return text.replace(key, "***") if key else text
 
+    def asked() -> Iterator[Finding]:
+        settings = connection.settings
+        if settings is None:
+            for group, checks in ((CONNECTION, ("key", "dialect", "deployment")),
+                                  (ENDPOINT, ("health", "latency", "one token"))):  # fmt: skip
+                for check in checks:
+                    yield group.skipped(check, connection.why_not)
+            return
+        answer = ask(settings, setup.seconds)
+        yield from connection_findings(answer)
+        # Ten seconds for a round trip, however long a question may take.
+        yield from endpoint(settings, min(setup.seconds, 10.0), setup.slow_ms)
+        yield token_finding(answer)
+
     # A chain of generators: the connection's settings are there once its checks have run.
     for finding in chain(
         connection.checks(),
-        _asked(connection, setup),
+        asked(),
         flow(setup.flow, promptflow_there=there),
     ):
         yield finding.changed(scrub)
@@ -68,18 +82,3 @@ def examine(setup: Setup) -> Iterator[Finding]:
     tool, tokens = "builds the package, which takes longer", "compares training with serving, "
     yield Group("flow").skipped("wheel", tool, "phi3 doctor --tool")
     yield Group("model").skipped("tokens", tokens + "which takes longer", "phi3 doctor --tokens")
-
-
-def _asked(connection: Connection, setup: Setup) -> Iterator[Finding]:
-    settings = connection.settings
-    if settings is None:
-        for group, checks in ((CONNECTION, ("key", "dialect", "deployment")),
-                              (ENDPOINT, ("health", "latency", "one token"))):  # fmt: skip
-            for check in checks:
-                yield group.skipped(check, connection.why_not)
-        return
-    asked = ask(settings, setup.seconds)
-    yield from connection_findings(asked)
-    # Ten seconds for a round trip, however long a question may take.
-    yield from endpoint(settings, min(setup.seconds, 10.0), setup.slow_ms)
-    yield token_finding(asked)

@@ -124,11 +124,13 @@ class Asking:
             said = answered.said
             spoken = said.text if said else ""
             whole = [*question.prompt, {"role": "assistant", "content": spoken}]
+            # Counted here for both models alike: engines count in their own ways.
             prompt = len(chat.encode_prompt(question.prompt))
             tokens = len(chat.encode_example(whole).input_ids) - prompt if spoken else 0
             by_text[text] = Reply(spoken, said is None or said.cut, True, prompt, tokens)
         replies = Replies([by_text[prompt.text] for prompt in prompts], seconds)
         content = json.dumps({"key": key, **asdict(replies)}, ensure_ascii=False)
+        # After each arm: an interrupted comparison keeps what it paid for.
         write_atomically(file, content)
         return replies
 
@@ -147,6 +149,7 @@ def answering(
     with ExitStack() as stack:
         models = {
             tuned: stack.enter_context(judge.loaded(folders[tuned]))
+            # Both models only where both are asked: each takes its whole memory.
             for tuned in sorted({arm.tuned for arm in arms.values()})
         }
         chats = {tuned: chat_format(folders[tuned]) for tuned in models}

@@ -14,7 +14,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +146,7 @@ def destination(
             "rag.search.endpoint=https://NAME.search.windows.net, or rag.search.create=true to "
             "create one that bills until: phi3 rag down"
         )
+    # A random ending: an index name of the service may belong to somebody else's run.
     index = store.index or known.get("index") or _new_name(run)
     if store.create and not known:
         name = index if len(index) <= _LONGEST_SERVICE else _new_name(run)
@@ -179,7 +180,22 @@ def send(
                 opened.execute("BEGIN")  # one generation, whatever is written meanwhile
                 facts = dict(opened.execute("SELECT key, value FROM meta"))
                 settings = _settings(to, opened, facts)
-                started_over = _ensure(to, settings, rebuild=rebuild)
+                existing = service.call("GET", index_url(to.index), may_miss=True)
+                if existing is not None:
+                    _refuse_foreign(existing, to.index, service)
+                    if rebuild:
+                        service.call("DELETE", index_url(to.index), may_miss=True)
+                started_over = existing is None or rebuild
+                if started_over:
+                    # Before it is created: `phi3 rag down` finds it even when this process is
+                    # killed now.
+                    _write(to.path, {**settings, "content": ""})
+                    service.call(
+                        "PUT",
+                        index_url(to.index),
+                        definition(to.index, settings),
+                        headers={"Prefer": "return=representation"},
+                    )
                 sent = deleted = 0
                 if started_over or known != settings:
                     sent = _fill(to, opened, facts, progress, sleep)
@@ -289,25 +305,6 @@ def _new_name(run: str) -> str:
     return f"phi3-{plain[:40].strip('-') or 'documents'}-{secrets.token_hex(4)}"
 
 
-def _ensure(to: Destination, settings: dict[str, str], *, rebuild: bool) -> bool:
-    """See that the index is there; whether it was created now."""
-    existing = to.service.call("GET", index_url(to.index), may_miss=True)
-    if existing is not None:
-        _refuse_foreign(existing, to.index, to.service)
-        if not rebuild:
-            return False
-        to.service.call("DELETE", index_url(to.index), may_miss=True)
-    # Before it is created: `phi3 rag down` finds it even when this process is killed now.
-    _write(to.path, {**settings, "content": ""})
-    to.service.call(
-        "PUT",
-        index_url(to.index),
-        definition(to.index, settings),
-        headers={"Prefer": "return=representation"},
-    )
-    return True
-
-
 def _refuse_foreign(existing: dict[str, Any], name: str, service: SearchService) -> None:
     if not str(existing.get("description") or "").startswith(MADE_BY):
         raise UsageError(
@@ -341,25 +338,6 @@ def _fill(
         batch.clear()
         size = 0
 
-    for document in _documents(database, facts):
-        length = len(json.dumps(document, ensure_ascii=False).encode())
-        if batch and (len(batch) == _BATCH or size + length > _BATCH_BYTES):
-            flush()
-        batch.append(document)
-        size += length
-    if batch:
-        flush()
-    if refused:
-        shown = "\n".join(f"  {line}" for line in shortened(refused))
-        raise StageError(
-            f"{to.service.endpoint} refused {len(refused)} of {sent} passages; the others are "
-            f"there, and nothing was deleted:\n{shown}\n"
-            "Run the same command again when that is fixed"
-        )
-    return sent
-
-
-def _documents(database: sqlite3.Connection, facts: dict[str, str]) -> Iterator[dict[str, Any]]:
     rows = database.execute(
         "SELECT passage.id, path, heading, text, page, first, last, vector FROM passage "
         "JOIN document ON document.id = document ORDER BY passage.id"
@@ -376,10 +354,24 @@ def _documents(database: sqlite3.Connection, facts: dict[str, str]) -> Iterator[
             "first": first,
             "last": last,
         }
-        if vector is not None:
+        if vector is not None:  # stored in half precision; the service takes single
             values = np.frombuffer(vector, np.float16).astype(np.float32)
             document["vector"] = values.tolist()
-        yield document
+        length = len(json.dumps(document, ensure_ascii=False).encode())
+        if batch and (len(batch) == _BATCH or size + length > _BATCH_BYTES):
+            flush()
+        batch.append(document)
+        size += length
+    if batch:
+        flush()
+    if refused:
+        shown = "\n".join(f"  {line}" for line in shortened(refused))
+        raise StageError(
+            f"{to.service.endpoint} refused {len(refused)} of {sent} passages; the others are "
+            f"there, and nothing was deleted:\n{shown}\n"
+            "Run the same command again when that is fixed"
+        )
+    return sent
 
 
 def _post(
@@ -412,6 +404,7 @@ def _post(
         waiting = again
         if not waiting:
             break
+        # 1, 2, 4 … seconds: it is too busy, or the index is just being changed.
         sleep(min(2.0**attempt, 60.0))
     return refused
 

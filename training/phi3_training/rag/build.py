@@ -95,6 +95,7 @@ def minilm(progress: Progress) -> Path:
     """
     folder = cache_folder() / f"all-MiniLM-L6-v2-int8-{MINILM[0].sha256[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two commands that start together fetch 22 MB once.
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
             return folder
@@ -129,6 +130,7 @@ def choose_embedder(
     `auto` takes MiniLM, and words alone where it cannot be downloaded. Raises UsageError for
     arguments that do not fit, and what the embedders raise.
     """
+    # Each kind is recorded in the index: a question must be embedded by the same weights.
     if kind == "none":
         return Chosen(None, {}, "words alone (BM25), as asked")
     if kind == "endpoint":
@@ -200,6 +202,7 @@ def _sync(
     skip_unreadable: bool,
     started: float,
 ) -> Synced:
+    # The weights' hash, not their path: the same model in another folder fits.
     identity = chosen.embedder.identity if chosen.embedder else "none"
     facts = dict(database.execute("SELECT key, value FROM meta"))
     if facts and facts["embedder"] != identity:
@@ -250,6 +253,7 @@ def _sync(
         if faults and not skip_unreadable:
             raise DocumentError(faults)
         unreadable = {fault.path for fault in faults}
+        # One that can no longer be read leaves the index as well: its text would be stale.
         gone = [name for name in known if name not in files or name in unreadable]
         for name in gone:
             _forget(database, known[name][0])
@@ -259,6 +263,7 @@ def _sync(
                 f"{', '.join(map(str, files)) or 'what was named'}"
             )
         embedded = 0
+        # Nothing changed: no new generation, so that no copy and no service is filled again.
         if added or changed or gone or not facts:
             if chosen.embedder is not None:
                 embedded = _embed(database, path, chosen.embedder, progress)
@@ -357,6 +362,7 @@ def _embed(database: sqlite3.Connection, path: Path, embedder: Embedder, progres
             "SELECT id, heading, text FROM passage WHERE vector IS NULL ORDER BY id LIMIT ?",
             (_BATCH,),
         ).fetchall():
+            # With the heading, as it will be searched; the question has none.
             texts = [Passage(text, heading, None, 0, 0).searched for _, heading, text in batch]
             # The same text has another vector from another embedder.
             keys = [hashlib.sha256(f"{embedder.identity}\0{t}".encode()).digest() for t in texts]

@@ -88,6 +88,7 @@ def changed_index(
             if not matching:
                 lost.append(f'  {change.id}: no passage of {change.file} has "{change.old}"')
             for number, text in matching.items():
+                # A function: in a plain replacement a backslash of the new text would be a command.
                 edited = old.sub(lambda _, new=change.new: new, text)  # type: ignore[misc]
                 database.execute("UPDATE passage SET text = ? WHERE id = ?", (edited, number))
             touched.update(matching)
@@ -108,5 +109,6 @@ def changed_index(
     if lost:
         scratch.unlink()
         raise UsageError("These changes do not fit the indexed documents:\n" + "\n".join(lost))
+    # Whole or not at all: an index half of whose facts are changed would mislead the comparison.
     scratch.replace(target)
     return DocumentIndex(target)

@@ -83,6 +83,7 @@ def make_chats(
     asked about the documents.
     """
     passages = index.passages()
+    # One stream for all choices: the same seed gives the same file, byte for byte.
     chance = random.Random(making.seed)  # noqa: S311 - chooses rows, guards nothing
     own = of_split(questions, "train")
     reserved = {_key(q.text) for q in questions if q.split == "test"}
@@ -106,12 +107,15 @@ def make_chats(
             "headings. Give your own with --questions FILE"
         )
     answerable = [each for each in known if each.right]
+    # A share of the questions, drawn once: a question is either answered or refused.
     share = round(making.withheld * len(answerable))
     withheld = {id(each) for each in chance.sample(answerable, share)}
     chats: list[Chat] = []
     for done, each in enumerate(known):
         progress(done, len(known), "looking the questions up")
         if making.with_passages:
+            # Twice as many as are shown: where the right ones are withheld, others take their
+            # places.
             hits = index.search(each.question.text, top_k=2 * making.top_k, embedder=embedder)
             chats += _with_passages(each, hits, id(each) in withheld, among, making.top_k, chance)
         if making.with_plain and each.question.answerable:
@@ -124,6 +128,7 @@ def make_chats(
 def write_chats(chats: Sequence[Chat], path: Path) -> dict[Kind, int]:
     """Write the rows as JSON lines; how many there are of each kind."""
     lines = [json.dumps(chat.as_row(), ensure_ascii=False) for chat in chats]
+    # A training that starts meanwhile reads the old file or the new one.
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text("\n".join([*lines, ""]), encoding="utf-8")
     scratch.replace(path)

@@ -153,6 +153,7 @@ def compare_arms(
     right = [right_passages(question, passages, among) for question in asked]
     right_ids = [{hit.id for hit in hits} for hits in right]
     prompts = Prompts(index, embedder, top_k)
+    # The same index with some facts edited: what a run of `phi3 rag index` would have made of them.
     edited = None
     if changes:
         target = run.file(_CHANGED_INDEX)
@@ -201,6 +202,7 @@ def compare_arms(
         refused={n: figures.refused for n, figures in arms.items() if figures.refused is not None},
         prompt_tokens={name: figures.prompt_tokens for name, figures in arms.items()},
     )
+    # Retrieval is measured on the unanswerable ones too: nothing should score enough there.
     ids = iter(right_ids)
     looked_up = [*asked, *none]
     comparison = Comparison(

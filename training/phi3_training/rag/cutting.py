@@ -12,6 +12,7 @@ from .documents import Section
 #: Tokens of a passage with its heading. MiniLM reads 256, two of them its own; the rest is for
 #: tokens that cutting at a word's end adds. Four passages leave a 4k model room for a history.
 PASSAGE_TOKENS = 240
+# The end of it: the last heading says most about the passage.
 _HEADING_CHARACTERS = 120
 # semchunk looks at a whole text at once: a line of 50 MB would take minutes and gigabytes.
 _BLOCK_CHARACTERS = 100_000
@@ -55,6 +56,7 @@ class Cutter:
             heading = "…" + heading[-_HEADING_CHARACTERS:]
         # In steps, so that the few headings of a document share their chunkers.
         room = self._tokens - -(-self._count(heading) // 16) * 16 if heading else self._tokens
+        # A heading may not take more than half of what the embedder reads.
         room = max(room, self._tokens // 2)
         for start, block in _blocks(section.text):
             if room not in self._chunkers:

@@ -93,12 +93,16 @@ def files_of(sources: Sequence[Path]) -> tuple[dict[str, Path], list[DocumentFau
         if source.is_dir():
             root = source.resolve()
             for folder, names, members in os.walk(source):
+                # In place and sorted: os.walk goes down into what is left, and ids follow the
+                # order.
                 names[:] = sorted(name for name in names if not _HIDDEN.search(name))
                 for member in sorted(members):
                     path = Path(folder) / member
                     name = path.relative_to(source).as_posix()
                     if _HIDDEN.search(member):
                         continue
+                    # A link could bring any file of this machine into an index that is copied and
+                    # served.
                     if not path.resolve().is_relative_to(root):
                         fault = DocumentFault(name, "is a link out of the folder", "copy the file")
                         faults.append(fault)
@@ -183,6 +187,7 @@ def _markdown(path: Path) -> Iterator[Section]:
         line = match.group()
         border = _FENCE.match(line)
         if border:
+            # A fence ends with its own mark only: ~~~ may hold a line of ```.
             fence = "" if fence == border.group(1) else fence or border.group(1)
         title = None if fence else _HEADING.match(line.rstrip("\r\n"))
         if title:
@@ -231,6 +236,8 @@ class _Html(HTMLParser):
         elif not self._skip and re.fullmatch("h[1-6]", tag):
             self._close()
             self._title = []
+        # Counted, not matched: pages leave end tags out, and one that is missing must not hide the
+        # rest.
         elif tag == "body":  # `</head>` may be left out
             self._skip = 0
         elif tag in ("td", "th"):
@@ -322,6 +329,7 @@ def _pdf(path: Path) -> Iterator[Section]:
             # A page often does not say what it is about: its document does.
             heading = () if _NO_TITLE.fullmatch(title) else (" ".join(title.split()),)
             for number, page in enumerate(reader.pages, 1):
+                # One page at a time, so that a book of 10,000 pages is never in memory as a whole.
                 text = page.extract_text()
                 yield Section(text, heading, number, offset)
                 offset += len(text) + 1

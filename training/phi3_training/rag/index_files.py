@@ -59,6 +59,7 @@ def publish_to_flow(run: Run) -> Path | None:
         database.unlink(missing_ok=True)
         return remote
     publish(index_file(run), database)
+    # Last: whichever of the two the flow finds names passages that are there.
     remote.unlink(missing_ok=True)
     return database
 
@@ -66,6 +67,7 @@ def publish_to_flow(run: Run) -> Path | None:
 def services_of(runs: Path) -> list[Run]:
     """The runs for which a search service was created that bills until it is deleted."""
     billing = []
+    # By the small file alone: no question to Azure, which may be slow or signed out.
     for path in sorted(runs.glob("*/rag/index.json")):
         try:
             if read_settings(path).get("service_id"):
@@ -88,6 +90,7 @@ def take_down(run: Run, progress: Progress) -> str:
 
         clients = clients_at(azure_section(_place_of(service_id)))
         line = remove_service(clients, service_id, progress, ours=settings["index"])
+        # Only after the service is gone: the file is what finds it again.
         path.unlink()
     else:
         line = f"{down(path)}; the service is not phi3's and keeps billing"

@@ -128,6 +128,7 @@ def right_ids_of(questions: Sequence[Question], passages: Sequence[Hit]) -> list
     by_source: defaultdict[str, list[Hit]] = defaultdict(list)
     for hit in passages:
         by_source[hit.source].append(hit)
+    # Normalised once for all questions, not for each of them.
     texts = [(hit.id, _plain(hit.text)) for hit in passages]
     right: list[set[int]] = []
     for question in questions:

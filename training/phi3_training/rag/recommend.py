@@ -186,6 +186,7 @@ RULES = (
 def recommend(evidence: Evidence) -> Recommendation:
     """The recommendation of the first rule that applies, and remarks on the other figures."""
     e = evidence
+    # The order is part of the rules; the last one always applies.
     rule = next(rule for rule in RULES if rule.applies(e))
     remarks: list[str] = []
     if e.changed and rule.name != "facts-change":

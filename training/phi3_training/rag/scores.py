@@ -27,8 +27,10 @@ from .questions import Question, tells
 from .recommend import Change
 
 _CITATION = re.compile(r"\s*\[\d{1,2}\]")
+# Its core, whatever a model writes around it.
 _DECLINED = NOT_IN_DOCUMENTS.rstrip(".").casefold().removeprefix("that is ")
 _NOTHING = Set()
+# In both directions where a rule asks for either (see recommend.RULES).
 _PAIRS = (("rag", "base"), ("tuned", "base"), ("both", "base"), ("tuned", "rag"), ("rag", "tuned"),
           ("both", "rag"), ("both", "tuned"))  # fmt: skip
 
@@ -207,6 +209,7 @@ def arm_figures(
         kind: fmean(d["right"] for d, q in zip(details, questions, strict=True) if q.kind == kind)
         for kind in dict.fromkeys(q.kind for q in questions if q.kind)
     }
+    # The ceiling was not asked these: its list is empty.
     refused = [declines(reply.text) for reply in own.unanswerable]
     figures = ArmFigures(
         label=arm.label,

@@ -154,6 +154,7 @@ def _of_tables(hit: Hit, chance: random.Random) -> list[Pair]:
     for header, rows in tables(hit.text):
         for row in rows:
             for column, value in zip(header[1:], row[1:], strict=True):
+                # A question about an empty cell would teach an empty answer.
                 if not (row[0] and column and value):
                     continue
                 about = _inside(column)
@@ -161,6 +162,7 @@ def _of_tables(hit: Hit, chance: random.Random) -> list[Pair]:
                 if len(about.split()) == 1 and chance.random() < 0.5:
                     question = f"What is the {about} of {row[0]}?"
                 pairs.append(Pair(question, value, "table"))
+    # A sample, not the first ones: those are all of the table's first rows.
     return chance.sample(pairs, min(len(pairs), _MANY_CELLS))
 
 

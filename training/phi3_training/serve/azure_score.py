@@ -52,22 +52,23 @@ class Scorer:
 
     def run(self, raw: str | bytes) -> dict[str, object]:
         """The answer to a body; waits for it. A failure is an answer too."""
-        return asyncio.run_coroutine_threadsafe(self._answer(raw), self._loop).result()
 
-    async def _answer(self, raw: str | bytes) -> dict[str, object]:
-        try:
-            messages, parameters = read_score(json.loads(raw))
-            sampling = score_sampling(parameters, _READ, self._max_new_tokens)
-            answer = await gather(self._engine, messages, sampling)
-        except BadBodyError as error:
-            return _refused(str(error))
-        except (ValueError, RecursionError):
-            return _refused("the body is not JSON")
-        except EngineError as error:
-            body, reason = engine_failure(error, _WRITE)
-            logger.warning("not answered: %s", reason)
-            return body
-        return success(answer, _WRITE, self._name)
+        async def answer() -> dict[str, object]:
+            try:
+                messages, parameters = read_score(json.loads(raw))
+                sampling = score_sampling(parameters, _READ, self._max_new_tokens)
+                whole = await gather(self._engine, messages, sampling)
+            except BadBodyError as error:
+                return _refused(str(error))
+            except (ValueError, RecursionError):
+                return _refused("the body is not JSON")
+            except EngineError as error:
+                body, reason = engine_failure(error, _WRITE)
+                logger.warning("not answered: %s", reason)
+                return body
+            return success(whole, _WRITE, self._name)
+
+        return asyncio.run_coroutine_threadsafe(answer(), self._loop).result()
 
     def __enter__(self) -> Scorer:
         return self

@@ -231,34 +231,32 @@ class _Events(StreamingResponse):
         openai: bool,
     ) -> None:
         self._stream = stream
-        events = _events(stream, first, shape, wants_usage=wants_usage, openai=openai)
-        super().__init__(events, headers={"cache-control": "no-cache"})
+
+        async def events() -> AsyncGenerator[str, None]:
+            # The role comes once, before any text, as OpenAI's own stream has it.
+            yield _event(shape.piece({"role": "assistant", "content": ""}))
+            chunk = first
+            try:
+                while chunk.finish_reason is None:
+                    yield _event(shape.piece({"content": chunk.text}))
+                    chunk = await anext(stream)
+            except EngineError as error:
+                yield _event(_error(error, openai=openai))
+                return
+            if chunk.text:
+                yield _event(shape.piece({"content": chunk.text}))
+            yield _event(shape.piece({}, chunk.finish_reason))
+            if wants_usage:
+                yield _event(shape.figures(chunk))
+            yield "data: [DONE]\n\n"
+
+        super().__init__(events(), headers={"cache-control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client that leaves cancels the response; the engine's row must not wait for the garbage
         # collector to close the stream.
         async with aclosing(self._stream):
             await super().__call__(scope, receive, send)
-
-
-async def _events(
-    stream: Stream, first: Chunk, shape: ChunkShape, *, wants_usage: bool, openai: bool
-) -> AsyncGenerator[str, None]:
-    yield _event(shape.piece({"role": "assistant", "content": ""}))
-    chunk = first
-    try:
-        while chunk.finish_reason is None:
-            yield _event(shape.piece({"content": chunk.text}))
-            chunk = await anext(stream)
-    except EngineError as error:
-        yield _event(_error(error, openai=openai))
-        return
-    if chunk.text:
-        yield _event(shape.piece({"content": chunk.text}))
-    yield _event(shape.piece({}, chunk.finish_reason))
-    if wants_usage:
-        yield _event(shape.figures(chunk))
-    yield "data: [DONE]\n\n"
 
 
 def _event(content: dict[str, object]) -> str:
