@@ -21,6 +21,7 @@ _OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "max_tokens": "max_tokens",
+    # Chat completions' newer name, and the Responses API's.
     "max_completion_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "stop": "stop",
@@ -73,10 +74,12 @@ def read_responses(body: object) -> Asked:
         faults.append("text.format cannot be used: the endpoint answers in plain text")
     given = request.get("input")
     if isinstance(given, str):
+        # Responses takes a text alone as one user message.
         given = [{"role": "user", "content": given}]
     messages = _messages(given, faults)
     instructions = request.get("instructions")
     if isinstance(instructions, str) and instructions.strip():
+        # First, as a system prompt: Phi-3's template has it nowhere else.
         messages.insert(0, {"role": "system", "content": instructions})
     # Checked here, looked up in serve.py: an unknown one is an error with a code of its own.
     previous = request.get("previous_response_id")
@@ -206,6 +209,7 @@ class ResponseWriter:
 
     def end(self, text: str, usage: Mapping[str, Any]) -> str:
         """The events after the last piece."""
+        # In the order of OpenAI's own stream: part, item, response.
         place, done = self._place(), self._item("completed", [_part(text)])
         return "".join(
             (
@@ -232,6 +236,7 @@ class ResponseWriter:
             "incomplete_details": None,
             "model": self._model,
             "output": output,
+            # Not used here, but the SDK's classes require them.
             "parallel_tool_calls": False,
             "tool_choice": "none",
             "tools": [],
@@ -258,6 +263,7 @@ class ResponseWriter:
 
 def sse(data: Mapping[str, Any], name: str = "") -> str:
     """One server-sent event."""
+    # Responses names each event; chat completions have data lines alone.
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data)}\n\n"
 

@@ -189,6 +189,7 @@ class Chat(Executor):
     @handler
     async def ask(self, prompt: _Prompt, ctx: WorkflowContext[Never, str]) -> None:
         """Yield the answer."""
+        # No passage fits: the model would answer from memory, so it is not asked.
         if self._documents and not prompt.text:
             await ctx.yield_output(NOT_IN_DOCUMENTS)
             return
@@ -200,6 +201,7 @@ class Chat(Executor):
                 given.chat_history, prompt.text, given.system_prompt, max_tokens=room
             )
         )
+        # Ready-made: the agent's own history would be cut in another way than the flow's.
         messages = [Message(message["role"], [message["content"]]) for message in sent]
         # Prompt flow turns the inputs into the types that the flow declares: `0` and `0.0` are
         # other bytes on the wire.
@@ -226,6 +228,7 @@ class Chat(Executor):
             # As the flow ends it: what came is already on somebody's screen.
             answer += f"{BROKE_OFF}{failure}]"
             await ctx.yield_output(f"{BROKE_OFF}{failure}]")
+        # After the last piece, as the flow does; `read_turns` takes it off again.
         note = sources_note(answer, prompt.hits)
         if note:
             await ctx.yield_output(note)
@@ -255,6 +258,7 @@ async def run_flow(workflow: Workflow, inputs: FlowInputs) -> str:
 async def stream_flow(workflow: Workflow, inputs: FlowInputs) -> AsyncIterator[str]:
     """The same, piece by piece."""
     async for event in workflow.run(inputs, stream=True):
+        # Others report each executor's start and end.
         if event.type == "output":
             yield cast(str, event.data)
 
@@ -271,6 +275,7 @@ def _inputs_of(messages: list[Message]) -> FlowInputs:
 async def _in_thread(work: Callable[[], _T]) -> _T:
     """Run shared code of phi3_tool; its errors leave in the framework's tree."""
     try:
+        # SQLite, numpy and requests block; the loop serves other questions meanwhile.
         return await asyncio.to_thread(work)
     except Phi3Error as error:
         raise in_framework(error) from error

@@ -52,6 +52,7 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
             "the endpoint must be a full URL such as "
             "https://<name>.<region>.inference.ml.azure.com/score"
         )
+    # requests would take it for basic authentication, and every message would show it.
     if "@" in parts.netloc:
         raise ConfigurationError("the endpoint URL must not carry a user name or password")
     if not _HOST_AND_PORT.fullmatch(parts.netloc) or port == 0:
@@ -78,6 +79,7 @@ def parse_address(endpoint: object, dialect: str | None = None) -> Address:
                 f"dialect is {spoken!r}, but the endpoint URL does not fit it: it should end with"
                 f" {fitting}"
             )
+    # What OpenAI's SDK calls base_url: people copy it from there.
     if spoken == "openai" and path.endswith("/v1"):
         path += "/chat/completions"
     scheme = parts.scheme.lower()
@@ -288,6 +290,7 @@ def _find(
     if len({str(value).strip() for value in given.values()}) > 1:
         faults.append(f"{' and '.join(given)} differ: keep one of them")
         return None
+    # The names agree, so any of them will do.
     name, value = next(iter(given.items()))
     if not isinstance(value, (str, int)) or isinstance(value, bool):
         faults.append(f"{name} must be text")

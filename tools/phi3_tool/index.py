@@ -269,6 +269,7 @@ class DocumentIndex(PassageIndex):
                 by_words = _by_words(database, query.question)
             scores = {
                 number: score_of(by_words.get(number, 0.0), by_meaning.get(number))
+                # All that words found, and the best by meaning: no first place was lost by that.
                 for number in by_words.keys() | _best(by_meaning, _CANDIDATES)
             }
             best = _best(scores, query.top_k)
@@ -318,12 +319,15 @@ class DocumentIndex(PassageIndex):
         database, opened = getattr(self._local, "opened", (None, None))
         if database is None or opened != stamp:
             address = f"{self.path.absolute().as_uri()}?mode=ro"
+            # Read-only, so that a search cannot create or lock the file; one connection per thread,
+            # because sqlite3 allows no other use.
             database = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
             self._local.opened = (database, stamp)
         database.execute("BEGIN")
         try:
             yield database
         finally:
+            # Nothing was written: it only ends the reading.
             database.execute("ROLLBACK")
 
     def _by_meaning(
@@ -335,6 +339,8 @@ class DocumentIndex(PassageIndex):
         embedder = check_embedder(str(self.path), facts, query.embedder)
         generation = int(facts["generation"])
         with self._lock:
+            # Read once for a generation: 10,000 passages are 7 MB, and take longer to read than to
+            # search.
             if self._vectors is None or self._vectors[0] != generation:
                 rows = database.execute("SELECT id, vector FROM passage ORDER BY id").fetchall()
                 numbers = np.array([number for number, _ in rows], np.int64)

@@ -218,6 +218,7 @@ def lint_text(text: str, file: str, suffix: str) -> Iterator[Outdated]:
                 line = raw.replace('\\"', '"').replace("\\n", " ")
             else:
                 line = value if isinstance(value, str) else raw
+        # In comments too: a key that is commented out is still a key.
         for match in (*_KEY.finditer(line), *_BEARER.finditer(line)):
             if _looks_like_key(match["value"]):
                 yield Outdated(file, number, "key", match["name"], _KEY_WHY, _KEY_CURE)
@@ -258,6 +259,7 @@ def files_in(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             inside = []
             for root, folders, names in os.walk(path):
+                # In place: os.walk goes down into what is left.
                 folders[:] = [
                     name
                     for name in folders
@@ -280,9 +282,11 @@ def files_in(paths: Sequence[Path]) -> list[Path]:
 
 def lint(files: Sequence[Path]) -> list[Outdated]:
     """What is outdated in these files, each place once, by file and line."""
+    # A dict keeps their order, and names each place once.
     findings: dict[Outdated, None] = {}
     for path in files:
         try:
+            # Whatever its encoding: the patterns are ASCII.
             text = path.read_text("utf-8", errors="replace")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}") from error

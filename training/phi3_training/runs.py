@@ -43,6 +43,7 @@ def current_of(folder: Path) -> Run | None:
     """The current run; where none was chosen, the one connected last, else worked on last."""
     runs = _by_change(folder)
     try:
+        # A name, not a path: the folder of runs may be moved.
         chosen = (folder / _FILE).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         chosen = None
@@ -51,6 +52,7 @@ def current_of(folder: Path) -> Run | None:
             return run
     connected = [run for run in runs if is_connected(run)]
     if connected:
+        # By its manifest's time: the one connected last.
         return max(connected, key=lambda run: _way_to(run).stat().st_mtime)
     return runs[0] if runs else None
 
@@ -75,6 +77,7 @@ def make_current(run: Run) -> None:
     if manifest is not None and manifest.own is not None and has_prompt_flow():
         from .flow.store import copy_connection
 
+        # The flow names one connection; it is made to lead to this run.
         copy_connection(manifest.own, manifest.name)
     write_atomically(run.path.parent / _FILE, run.name + "\n")
 
@@ -173,6 +176,7 @@ def state_of(run: Run, target: Target | None = None) -> RunState:
                 done.append(stage.title)
         except StageError as error:
             broken[stage.manifest] = str(error)
+    # The target would read the same file, and fail.
     if EndpointManifest in broken:
         status: Mapping[str, Any] = {"endpoint": {"state": "unknown"}}
     elif target is None and not here:

@@ -20,6 +20,7 @@ _LEARN = "https://learn.microsoft.com/azure"
 _PYTHON = "https://devguide.python.org/versions/"
 _PYPI = "https://pypi.org/project"
 _PYTHON_311 = "make a new environment with Python 3.11: make up"
+# The minor version that constraints/ resolves for.
 _TESTED_PYTHON = 11
 _DOCS = "https://github.com/MicrosoftDocs"
 _NEWER = "upgrade phi3-promptflow, then make a new environment with the Python it names: make up"
@@ -203,6 +204,7 @@ def today() -> dt.date:
     """PHI3_TODAY, else the day by this machine's clock. UsageError when it is no date."""
     text = os.environ.get("PHI3_TODAY", "").strip()
     if not text:
+        # The local day: an end is a day on somebody's calendar, not an instant.
         return dt.datetime.now().astimezone().date()
     try:
         return dt.datetime.strptime(text, "%Y-%m-%d").astimezone().date()
@@ -225,6 +227,7 @@ def due(
         for row in TABLE
         if row.date is not None
         and (row.date - day).days <= within
+        # Of Python only the version that runs here concerns its user.
         and (row.used if row.python is None else row.python == python)
     ]
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]

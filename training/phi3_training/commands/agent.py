@@ -10,7 +10,6 @@ import contextlib
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from phi3_tool.index import INDEX_VARIABLE
 
@@ -22,6 +21,7 @@ from . import HELP
 from .chat import has_screen
 from .endpoint import endpoint_of
 from .options import (
+    Subparsers,
     add_address,
     add_command,
     add_endpoint,
@@ -36,7 +36,7 @@ from .options import (
 SESSIONS = Path(".agent/sessions")
 
 
-def register_agent(subparsers: Any) -> None:
+def register_agent(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("agent", help=HELP["agent"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import console
 from ..errors import StageError, UsageError
@@ -20,7 +20,16 @@ from ..runs import all_runs
 from ..targets import target_of
 from . import HELP
 from .common import current_run, recipe_of
-from .options import add_command, add_place, add_recipe, add_rehearse, add_run, place_in
+from .options import (
+    Command,
+    Subparsers,
+    add_command,
+    add_place,
+    add_recipe,
+    add_rehearse,
+    add_run,
+    place_in,
+)
 
 if TYPE_CHECKING:
     from ..recipe import AzureSection
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
     from ..targets.azure.rollback import Traffic
 
 
-def register_azure(subparsers: Any) -> None:
+def register_azure(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     about = HELP["azure"]
     parser = subparsers.add_parser(
@@ -50,7 +59,7 @@ def register_azure(subparsers: Any) -> None:
     _register_run_commands(inner)
 
 
-def _register_recipe_commands(inner: Any) -> None:
+def _register_recipe_commands(inner: Subparsers) -> None:
     """Those that need a recipe and no run."""
     provision = add_command(
         inner,
@@ -93,10 +102,10 @@ def _register_recipe_commands(inner: Any) -> None:
         parser.set_defaults(on="azure")
 
 
-def _register_run_commands(inner: Any) -> None:
+def _register_run_commands(inner: Subparsers) -> None:
     """Those that work on what a run has on Azure."""
 
-    def add(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
+    def add(name: str, help_text: str, example: str, run: Command) -> argparse.ArgumentParser:
         parser = add_command(inner, name, help_text, f"phi3 azure {example}", run)
         if name == "cancel":  # never by accident another run's
             add_run(parser, "which run", required=True)

@@ -13,7 +13,7 @@ from .. import console
 from ..batch import INPUTS, Answers, Ask, asked_of, asker, read_lines, run_batch, verdict
 from . import HELP
 from .endpoint import Endpoint, endpoint_of
-from .options import add_command, add_run, add_sampling, number, sampling_of
+from .options import Subparsers, add_command, add_run, add_sampling, number, sampling_of
 
 # As many connections as the client's pool keeps open (phi3_tool.transport.POOL_SIZE).
 CONCURRENCY = 64
@@ -21,7 +21,7 @@ CONCURRENCY = 64
 _REPEATED = {"run": None, "system": "", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256}
 
 
-def register_batch(subparsers: Any) -> None:
+def register_batch(subparsers: Subparsers) -> None:
     """Add `phi3 batch`."""
     batch = add_command(
         subparsers,

@@ -38,6 +38,7 @@ from . import HELP
 from .common import current_run, has_model_here, journey_of, typed_questions
 from .endpoint import Endpoint, endpoint_of
 from .options import (
+    Subparsers,
     add_command,
     add_endpoint,
     add_max_new_tokens,
@@ -54,7 +55,7 @@ from .rag_compare import add_compare, run_chat_compare
 _FLOW_DEFAULTS = {"system_prompt": "", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 256}
 
 
-def register_chat(subparsers: Any) -> None:
+def register_chat(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     chat = add_command(
         subparsers, "chat", HELP["chat"], 'phi3 chat "Who founded Microsoft?"', run_chat
@@ -75,7 +76,7 @@ def register_chat(subparsers: Any) -> None:
     add_recipe(serve)
 
 
-def register_invoke(subparsers: Any) -> None:
+def register_invoke(subparsers: Subparsers) -> None:
     """Add `phi3 invoke`."""
     invoke = add_command(subparsers, "invoke", HELP["invoke"], "phi3 invoke --on azure", run_invoke)
     add_endpoint(invoke)
@@ -173,7 +174,7 @@ def _run_web(args: argparse.Namespace, endpoint: Endpoint) -> int:
     changed = {name: v for name, v in inputs.items() if v != _FLOW_DEFAULTS[name]}
     console.err.print("Opening Prompt flow's chat page; this takes a few seconds …")
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)  # `kill` cleans up as Ctrl-C does

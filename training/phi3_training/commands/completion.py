@@ -10,16 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import MissingExtraError
 from . import HELP
-from .options import add_command
+from .options import Subparsers, add_command
 
 SHELLS = ("bash", "zsh", "fish")
 
 
-def register_completion(subparsers: Any) -> None:
+def register_completion(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     example = 'eval "$(phi3 completion bash)"'
     parser = add_command(

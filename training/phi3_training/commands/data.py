@@ -18,7 +18,7 @@ from ..runs import all_runs
 from ..stages import stages_until
 from . import HELP
 from .common import journey_of, recipe_of
-from .options import add_command, add_recipe, add_replace, number
+from .options import Subparsers, add_command, add_recipe, add_replace, number
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
@@ -30,7 +30,7 @@ SOURCE_HELP = (
 )
 
 
-def register_data(subparsers: Any) -> None:
+def register_data(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("data", help=HELP["data"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

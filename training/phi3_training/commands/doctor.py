@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
@@ -18,7 +18,7 @@ from ..project import FLOW, find
 from ..runs import all_runs
 from . import HELP
 from .common import current_run, tuned_run
-from .options import add_command, add_run
+from .options import Subparsers, add_command, add_run
 
 if TYPE_CHECKING:
     from ..doctor import Finding
@@ -31,7 +31,7 @@ SIGNS = {
 }
 
 
-def register_doctor(subparsers: Any) -> None:
+def register_doctor(subparsers: Subparsers) -> None:
     """Add `phi3 doctor`."""
     parser = add_command(subparsers, "doctor", HELP["doctor"], "phi3 doctor", run_doctor)
     add_run(parser, "check this run's connection, or its model")
@@ -216,7 +216,7 @@ def _run_agent(args: argparse.Namespace) -> int:
     return 1 if different else 0
 
 
-def register_lint(subparsers: Any) -> None:
+def register_lint(subparsers: Subparsers) -> None:
     """Add `phi3 lint`."""
     parser = add_command(subparsers, "lint", HELP["lint"], "phi3 lint my-tutorial", run_lint)
     parser.add_argument(

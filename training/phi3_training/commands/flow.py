@@ -6,7 +6,6 @@ import argparse
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from .. import console
 from ..errors import UsageError
@@ -17,10 +16,10 @@ from ..runs import all_runs
 from ..targets import is_here
 from . import HELP
 from .common import current_run
-from .options import add_address, add_command, add_out_folder, add_rehearse, add_run
+from .options import Subparsers, add_address, add_command, add_out_folder, add_rehearse, add_run
 
 
-def register_flow(subparsers: Any) -> None:
+def register_flow(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("flow", help=HELP["flow"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

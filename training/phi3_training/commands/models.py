@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from .. import console
 from ..errors import MissingExtraError, UsageError
@@ -17,10 +16,10 @@ from ..run import Run
 from ..runs import current_of
 from . import HELP
 from .common import named_run, tuned_run
-from .options import add_command, add_run
+from .options import Subparsers, add_command, add_run
 
 
-def register_models(subparsers: Any) -> None:
+def register_models(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     parser = add_command(
         subparsers,
@@ -129,7 +128,7 @@ def _facts_of(model: KnownModel) -> dict[str, str | None]:
 # ---- `phi3 recipes`: the shipped recipes, and every key a recipe may have
 
 
-def register_recipes(subparsers: Any) -> None:
+def register_recipes(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     parser = add_command(subparsers, "recipes", HELP["recipes"], "phi3 recipes --keys", run_recipes)
     parser.add_argument(
@@ -173,7 +172,7 @@ def run_recipes(args: argparse.Namespace) -> int:
 # ---- `phi3 init`: a new project, from the files that come with the package
 
 
-def register_init(subparsers: Any) -> None:
+def register_init(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     parser = add_command(subparsers, "init", HELP["init"], "phi3 init my-phi3", run_init)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty folder")
@@ -193,7 +192,7 @@ def run_init(args: argparse.Namespace) -> int:
 # ---- `phi3 adapters`: lists the named adapters of a run, or merges one into full weights
 
 
-def register_adapters(subparsers: Any) -> None:
+def register_adapters(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     parser = add_command(
         subparsers,
@@ -244,7 +243,7 @@ def run_adapters(args: argparse.Namespace) -> int:
 FORMATS = ("merged", "onnx-int4", "onnx-int8", "onnx-fp32")
 
 
-def register_export(subparsers: Any) -> None:
+def register_export(subparsers: Subparsers) -> None:
     """Add the command of this module."""
     parser = add_command(
         subparsers,

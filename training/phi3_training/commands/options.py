@@ -6,17 +6,27 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import UsageError
 from ..project import DEFAULT_RECIPES, DOCUMENTS_RUN
 from ..targets import HERE
 
+# What `ArgumentParser.add_subparsers` returns; argparse has no public name for it.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Command: TypeAlias = Callable[[argparse.Namespace], int]  # what runs; its exit status
+
 SAMPLING = ("temperature", "top_p", "max_new_tokens")  # options that are parameters of a request
 
 
 def add_command(
-    subparsers: Any, name: str, help_text: str, example: str, run: Any, *, own_output: bool = False
+    subparsers: Subparsers,
+    name: str,
+    help_text: str,
+    example: str,
+    run: Command,
+    *,
+    own_output: bool = False,
 ) -> argparse.ArgumentParser:
     """A subcommand with the options that every command has; with `own_output` it defines -o."""
     parser: argparse.ArgumentParser = subparsers.add_parser(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from phi3_tool.embedders import embedder_of
 from phi3_tool.index import QUERY_TYPES, DocumentIndex, open_index
@@ -31,14 +30,14 @@ from ..rag.index_files import (
 from ..recipe.azure import duration_of
 from ..run import Run
 from . import HELP
-from .options import add_command, add_run, add_top_k
+from .options import Subparsers, add_command, add_run, add_top_k
 from .rag_compare import add_questions, register_compare
 
 _SHOWN_CHARACTERS = 300
 _SHOWN_QUESTIONS = 5
 
 
-def register_rag(subparsers: Any) -> None:
+def register_rag(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("rag", help=HELP["rag"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)

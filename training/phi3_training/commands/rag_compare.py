@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from rich.table import Table
 from rich.text import Text
@@ -22,13 +22,13 @@ from ..rag.index_files import index_file
 from ..recipe import Recipe, load_recipe
 from ..run import Run
 from .common import tuned_run, typed_questions
-from .options import add_command, add_documents, add_run, add_top_k
+from .options import Subparsers, add_command, add_documents, add_run, add_top_k
 
 if TYPE_CHECKING:
     from ..rag.compare import Comparison
 
 
-def register_compare(actions: Any) -> None:
+def register_compare(actions: Subparsers) -> None:
     """Add `phi3 rag compare`."""
     parser = add_command(
         actions, "compare", "compare base model, RAG, tuning and both on your own questions",

@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .. import console
 from ..errors import MissingExtraError, StageError, UsageError
 from ..project import find
 from . import HELP
-from .options import add_command
+from .options import Command, Subparsers, add_command
 
 RECIPE = Path("training/recipes/phi3-tiny-azure.yaml")
 _CALLS_SHOWN = 20
@@ -84,12 +84,12 @@ def inner_words(args: argparse.Namespace, argv: Sequence[str], runs: Path) -> li
     return words
 
 
-def register_rehearse(subparsers: Any) -> None:
+def register_rehearse(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     parser = subparsers.add_parser("rehearse", help=HELP["rehearse"])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def add(name: str, text: str, example: str, run: Callable[..., int]) -> Any:
+    def add(name: str, text: str, example: str, run: Command) -> argparse.ArgumentParser:
         return add_command(actions, name, text, f"phi3 rehearse {example}", run)
 
     start = add("start", "start the rehearsed Azure", "start", run_start)

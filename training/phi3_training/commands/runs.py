@@ -19,10 +19,10 @@ from ..stages import stages_of
 from ..targets import HERE, is_here
 from . import HELP
 from .common import confirm, named_run
-from .options import add_command
+from .options import Subparsers, add_command
 
 
-def register_runs(subparsers: Any) -> None:
+def register_runs(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     add_command(subparsers, "runs", HELP["runs"], "phi3 runs", run_runs)
     use = add_command(subparsers, "use", HELP["use"], "phi3 use phi3-tiny", run_use)

@@ -17,10 +17,10 @@ from ..runs import RunState, all_runs, state_of
 from ..targets import HERE, get_target, is_here, target_of
 from . import HELP
 from .common import confirm, named_run
-from .options import add_command, add_on, add_place, add_rehearse, add_run, place_in
+from .options import Subparsers, add_command, add_on, add_place, add_rehearse, add_run, place_in
 
 
-def register_status(subparsers: Any) -> None:
+def register_status(subparsers: Subparsers) -> None:
     """Add the commands of this module."""
     status = add_command(subparsers, "status", HELP["status"], "phi3 status", run_status)
     add_run(status, "one run only")

@@ -34,7 +34,7 @@ from ..stages import stages_of, stages_until
 from ..targets import HERE
 from . import HELP
 from .common import from_options, journey_of, recipe_of, where_to_run
-from .options import add_command, add_recipe, add_rehearse, add_replace
+from .options import Subparsers, add_command, add_recipe, add_rehearse, add_replace
 
 # What `phi3 up` shows of each part; `phi3 evaluate` shows all.
 HEADLINES = {
@@ -154,7 +154,7 @@ def _next_steps(journey: Journey) -> list[tuple[str, str]]:
 # ---- `phi3 up | plan`: the whole journey, and what it would do
 
 
-def register_up(subparsers: Any) -> None:
+def register_up(subparsers: Subparsers) -> None:
     """Add `phi3 up` and `phi3 plan`."""
     up = add_command(
         subparsers,
@@ -377,7 +377,7 @@ STAGE_COMMANDS: dict[str, type[Manifest]] = {
 }
 
 
-def register_stages(subparsers: Any) -> None:
+def register_stages(subparsers: Subparsers) -> None:
     """Add a command for each of STAGE_COMMANDS."""
     for name in STAGE_COMMANDS:
         example = f"phi3 {name} training/recipes/phi3-tiny.yaml"

@@ -97,6 +97,7 @@ def check_rules(version_of: Installed) -> Iterator[Finding]:
 def check_keyring() -> Finding:
     """Something keeps the key that encrypts Prompt flow's store."""
     try:
+        # Asks the keyring itself, in a process that can be stopped: a locked one waits for ever.
         keeper = store.find_keeper()
     except store.KeyringError as error:
         fix = 'pip install "keyrings.alt>=5"'
@@ -143,6 +144,7 @@ def service(home: Path, folder: Path, version_of: Installed = installed) -> Iter
 def read_settings(home: Path, folder: Path) -> dict[str, object]:
     """The settings in force: those of the nearest pf.yaml above, then those of the home."""
     settings: dict[str, object] = {}
+    # As Prompt flow looks for it: from the folder where a command is typed upwards.
     nearest = next(
         (d / "pf.yaml" for d in (folder, *folder.parents) if (d / "pf.yaml").is_file()), None
     )
@@ -221,6 +223,7 @@ def _heartbeat(port: int) -> str | None:
     finally:
         session.close()
     try:
+        # {"promptflow": "1.18.5"}: another program on the port answers something else.
         versions = json.loads(answer.text)
     except ValueError:
         return ""

@@ -127,6 +127,7 @@ class FlowSource:
 def _nodes(dag: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The nodes, those of variants too."""
     yield from (node for node in dag["nodes"] if isinstance(node, dict))
+    # Any of the variants may be chosen when the flow runs.
     for group in (dag.get("node_variants") or {}).values():
         for variant in (group.get("variants") or {}).values():
             yield variant["node"]
@@ -136,6 +137,7 @@ def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
     """What of a folder belongs to a program, without caches, hidden files and links out of it."""
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
+        # .promptflow holds transcripts of conversations; .env holds keys.
         hidden = any(part.startswith(".") or part in _CACHES for part in inner.parts)
         inside = path.resolve().is_relative_to(folder.resolve())
         if path.is_file() and not hidden and inside and path.suffix in PROGRAM_SUFFIXES:
@@ -162,6 +164,7 @@ def _imported(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
             known = {*files, *imported}
             if f"{name}.py" in known or f"{name}/__init__.py" in known:
                 continue
+            # Neither in the folder: a package of the environment, which requirements.txt names.
             new: Iterable[tuple[str, Path]] = ()
             if (folder / f"{name}.py").is_file():
                 new = [(f"{name}.py", folder / f"{name}.py")]

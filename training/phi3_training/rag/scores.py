@@ -231,6 +231,7 @@ def support(answer: str, hits: Sequence[Hit]) -> float:
 
     Catches invented figures; a wrong conclusion from the right words passes.
     """
+    # Of this answer alone: what many answers share counts here as well.
     words = _NOTHING.telling(without_citations(answer)).all
     have: set[str] = set()
     for cited in citations(answer, hits):

@@ -60,6 +60,7 @@ def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: 
     if dialect == "loi":
         if given.get("do_sample") is False:
             given["temperature"] = 0.0
+        # The image's own translation; the engine's name is stop_token_ids.
         eos = given.get("eos_token_id")
         if eos is not None and "stop_token_ids" not in given:
             given["stop_token_ids"] = eos if isinstance(eos, list) else [eos]
@@ -73,6 +74,7 @@ def score_sampling(parameters: Mapping[str, Any], dialect: str, default_length: 
         max_new_tokens=known.max_tokens or default_length,
         temperature=known.temperature,
         top_p=known.top_p,
+        # -1 is vLLM's way to say "all of them".
         top_k=None if known.top_k is None else max(0, known.top_k),
         presence_penalty=known.presence_penalty,
         frequency_penalty=known.frequency_penalty,
@@ -222,6 +224,7 @@ def engine_failure(error: EngineError, dialect: str) -> tuple[dict[str, object],
         body = {"status_code": error.status, "body": error_body("error", error.status, str(error))}
         return {"output": None, "error": body}, reason
     # "None" is Python's None written as text: what the image says where its engine failed.
+    # A fault of the conversation raises in the image before its engine is asked: it answers {}.
     in_template = type(error) is InvalidPromptError
     return ({} if in_template else {"output": "None"}), reason
 

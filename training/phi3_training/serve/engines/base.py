@@ -51,12 +51,14 @@ class UpstreamError(EngineError):
 
     def __init__(self, message: str, status: int = 502) -> None:
         super().__init__(message)
+        # 502 where the other server failed, 503 where it is only busy.
         self.status = status
 
 
 class UnknownModelError(EngineError):
     """A request names a model that is not served here."""
 
+    # As for a deployment that does not exist.
     status = 404
 
 
@@ -67,6 +69,7 @@ class Sampling:
     Temperature 0 takes the likeliest token each time.
     """
 
+    # Azure's images default to the same.
     max_new_tokens: int = 256
     temperature: float | None = None
     top_p: float | None = None
@@ -119,6 +122,7 @@ class NamedEngines:
         self, default: Engine, default_names: Sequence[str], others: Mapping[str, Engine]
     ) -> None:
         self._default = default
+        # Several, because a client may name the model, or the deployment that serves it.
         self._default_names = frozenset(default_names)
         self._others = dict(others)
 
@@ -139,6 +143,7 @@ class NamedEngines:
 
     def of(self, name: str | None) -> Engine:
         """The engine of that name. Raises UnknownModelError, which lists the names."""
+        # A request without a name means the default, as OpenAI-compatible servers have it.
         if name is None or name in self._default_names:
             return self._default
         if name not in self._others:
@@ -178,10 +183,12 @@ class StopCutter:
         """The part of the text so far that is safe to send; sets `hit` at a stop string."""
         if not self._stops or self.hit:
             return "" if self.hit else text
+        # Held, because the beginning of a stop string may be the end of a piece.
         self._held += text
         places = [at for at in map(self._held.find, self._stops) if at >= 0]
         if places:
             self.hit = True
+            # The first one that occurs ends the answer, whichever was given first.
             return self._release(min(places))
         # The longest end of the text that a stop string begins with is not certain yet.
         longest = min(max(map(len, self._stops)) - 1, len(self._held))
