@@ -136,7 +136,7 @@ def test_the_tool_is_found_in_the_wheel_that_is_shipped(capsys: pytest.CaptureFi
         ),
         (
             CHAT,
-            replaced("import sys\n", "import sys\nimport not_installed\n"),
+            replaced("import logging\n", "import logging\nimport not_installed\n"),
             "tool",
             "cannot import phi3_tool.chat: ModuleNotFoundError: No module named 'not_installed'",
             "install what is missing",
