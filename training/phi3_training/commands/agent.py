@@ -152,7 +152,7 @@ def _start(args: argparse.Namespace, words: list[str], last: list[str] | None = 
     words += [f"--{name}" for name in ("rag", "trace") if getattr(args, name)]
     started = command(python, [*words, *(last or [])])
     with subprocess.Popen(started, env=environment(variables, more)) as process:  # noqa: S603 - our own program
-        # `kill` reaches this process alone; the agent must not stay behind.
+        # `kill` reaches this process alone; the agent must end with it.
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
             while True:

@@ -41,7 +41,7 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
         args.words = [str(saved), *args.words] if saved.is_file() else args.words
     words = [*args.words, *from_options(args)]
     recipe = recipe_of(words, on)
-    # Before a run folder is made: a recipe that cannot be trained leaves none behind.
+    # Before a run folder is made: a recipe that cannot be trained leaves none.
     choices = check_model(recipe)
     for choice in () if make_run else choices:  # a training prints them itself
         console.note(choice)

@@ -176,7 +176,7 @@ def sync(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=0):
-            # SQLite's own files beside it as well: a new database would be recovered from them.
+            # SQLite's own files next to it too: a new database would be recovered from them.
             for suffix in ("", "-wal", "-shm") if rebuild else ():
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
             with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as database:
@@ -412,6 +412,6 @@ def publish(index: Path, target: Path) -> None:
                     pass  # Not an index, or cut off: it is replaced.
         scratch = target.with_name(f"{target.name}.new")
         scratch.unlink(missing_ok=True)
-        # One file without -wal and -shm beside it, which a copy by bytes would tear apart.
+        # One file, without -wal and -shm next to it, which a copy by bytes would tear apart.
         database.execute("VACUUM INTO ?", (str(scratch),))
     scratch.replace(target)

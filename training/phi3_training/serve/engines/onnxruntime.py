@@ -114,7 +114,7 @@ class BatchedSession:
         self._reserved: list[int] = []
         # Lengths of the rows whose prompts are being read, in separate memory.
         self._open: list[int] = []
-        # Of `step`, for that many rows: binding dozens of buffers anew costs more than a small
+        # Of `step`, for that many rows: binding dozens of buffers again costs more than a small
         # model's step.
         self._binding: tuple[int, Any] | None = None
 
