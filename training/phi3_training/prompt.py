@@ -343,7 +343,13 @@ class ChatFormat:
         for position, message in enumerate(checked):
             if message["role"] == "assistant" and next(learnt):
                 start, end = self._answer_span(text, checked[:position], message["content"])
-                _mark(mask, starts, control, (start, end), to_the_end=position == last)
+                for index, at in enumerate(starts):
+                    if start <= at < end and not control[index]:
+                        mask[index] = 1
+                    elif at >= end and control[index]:
+                        mask[index] = 1  # the end of the turn
+                        if position != last:
+                            break  # what follows is the next message's
         return Example(ids, mask)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -389,24 +395,6 @@ class ChatFormat:
             "before it, so a trained answer would not follow the served prompt; use the model's "
             "original chat template."
         )
-
-
-def _mark(
-    mask: list[int],
-    starts: Sequence[int],
-    control: Sequence[bool],
-    span: tuple[int, int],
-    *,
-    to_the_end: bool,
-) -> None:
-    """Set the mask on the tokens of `span`, on the control token after it, or on all of those."""
-    for index, start in enumerate(starts):
-        if span[0] <= start < span[1] and not control[index]:
-            mask[index] = 1
-        elif start >= span[1] and control[index]:
-            mask[index] = 1
-            if not to_the_end:
-                return
 
 
 def _checked(

@@ -22,7 +22,6 @@ from .options import Subparsers, add_command, add_recipe, add_replace, number
 
 if TYPE_CHECKING:
     from ..data.check import Stretch
-    from ..data.conversation import Conversation
 
 SOURCE_HELP = (
     "a .jsonl, .json, .csv, .parquet or .arrow file (text also as .gz), a folder of such files, "
@@ -192,7 +191,35 @@ def run_show(args: argparse.Namespace) -> int:
 
     shown = show(args.file, args.n)
     if args.tokens:
-        return _show_tokens(args, shown)
+        from ..data.check import TokenViewer
+
+        folder = args.model
+        if folder is None:  # the base model of the run that was worked on last
+            for run in all_runs(args.runs):
+                manifest = run.read(BaseManifest)
+                base = run.path / manifest.path if manifest else run.path
+                if (base / "tokenizer.json").is_file():
+                    folder = base
+                    break
+        if folder is None:
+            raise UsageError(
+                f"No run under {args.runs} has a model yet; name the folder of one with --model "
+                "FOLDER"
+            )
+        viewer = TokenViewer(folder)
+        views = [viewer.view(conversation) for conversation in shown]
+        if args.output == "json":
+            console.print_json([view.as_dict() for view in views])
+            return 0
+        # In a pipe or a file, and for NO_COLOR: brackets instead of colours.
+        plain = console.out.color_system is None or console.out.no_color
+        how = "in ⟦ ⟧" if plain else "in green"
+        console.line(f"trained tokens are {how}; the rest is context", "dim")
+        for view in views:
+            counted = f"{view.trained} of {len(view.ids)} tokens are trained on"
+            console.line(f"{view.place}: {counted}", "dim")
+            console.out.print(coloured(view.stretches, marked=plain))
+        return 0
     if args.output == "json":
         console.print_json([conversation.to_dict() for conversation in shown])
         return 0
@@ -202,37 +229,6 @@ def run_show(args: argparse.Namespace) -> int:
         for message in conversation.messages:
             role = message.role if message.learn else f"{message.role} (not learnt)"
             console.line(f"  {role}: {message.content}")
-    return 0
-
-
-def _show_tokens(args: argparse.Namespace, conversations: list[Conversation]) -> int:
-    from ..data.check import TokenViewer
-
-    folder = args.model
-    if folder is None:  # the base model of the run that was worked on last
-        for run in all_runs(args.runs):
-            manifest = run.read(BaseManifest)
-            base = run.path / manifest.path if manifest else run.path
-            if (base / "tokenizer.json").is_file():
-                folder = base
-                break
-    if folder is None:
-        raise UsageError(
-            f"No run under {args.runs} has a model yet; name the folder of one with --model FOLDER"
-        )
-    viewer = TokenViewer(folder)
-    views = [viewer.view(conversation) for conversation in conversations]
-    if args.output == "json":
-        console.print_json([view.as_dict() for view in views])
-        return 0
-    # In a pipe or a file, and for NO_COLOR: brackets instead of colours.
-    plain = console.out.color_system is None or console.out.no_color
-    how = "in ⟦ ⟧" if plain else "in green"
-    console.line(f"trained tokens are {how}; the rest is context", "dim")
-    for view in views:
-        counted = f"{view.trained} of {len(view.ids)} tokens are trained on"
-        console.line(f"{view.place}: {counted}", "dim")
-        console.out.print(coloured(view.stretches, marked=plain))
     return 0
 
 

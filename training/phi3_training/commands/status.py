@@ -75,7 +75,22 @@ def run_status(args: argparse.Namespace) -> int:
         console.print_json([*(state.as_json() for state in states), *workspaces])
         return 0
     if not states and not workspaces:
-        console.line(_no_runs(args, place))
+        # What there is instead: runs elsewhere, or nothing yet.
+        others = len(all_runs(args.runs))
+        if place:
+            text = "phi3 has made nothing there"
+        elif others:
+            text = f"No runs on {args.on} under {args.runs}; {others} elsewhere, see: phi3 runs"
+            text += ". In the rehearsal: phi3 status --rehearse" if args.on == "azure" else ""
+        elif args.on == "azure":
+            text = (
+                f"No runs under {args.runs}, and nothing of phi3's was found on Azure. Look in "
+                "another place: phi3 status --on azure --subscription GUID, or with --workspace "
+                "NAME"
+            )
+        else:
+            text = f"No runs under {args.runs} yet; create one with: phi3 up"
+        console.line(text)
     for state in states:
         _show_state(state)
     for workspace in workspaces:
@@ -106,22 +121,6 @@ def _search_service(run: Run) -> str:
         f"{run.name}: an Azure AI Search service that bills by the hour until its deadline (phi3 "
         f"status --on azure; later: phi3 rag extend 2d --run {run.name}); delete it: {command}"
     )
-
-
-def _no_runs(args: argparse.Namespace, place: dict[str, str]) -> str:
-    """What there is instead: runs elsewhere, or nothing yet."""
-    others = len(all_runs(args.runs))
-    if place:
-        return "phi3 has made nothing there"
-    if not others and args.on == "azure":
-        return (
-            f"No runs under {args.runs}, and nothing of phi3's was found on Azure. Look in another "
-            "place: phi3 status --on azure --subscription GUID, or with --workspace NAME"
-        )
-    if not others:
-        return f"No runs under {args.runs} yet; create one with: phi3 up"
-    text = f"No runs on {args.on} under {args.runs}; {others} elsewhere, see: phi3 runs"
-    return f"{text}. In the rehearsal: phi3 status --rehearse" if args.on == "azure" else text
 
 
 def _runs(args: argparse.Namespace, name: str | None) -> list[Run]:

@@ -185,12 +185,12 @@ def log_to_stderr() -> None:
     # it listens and when it has stopped; what is left to uvicorn are warnings.
     server = logging.getLogger("uvicorn.error")
     server.setLevel(logging.WARNING)
-    server.addFilter(_under_our_name)
 
+    def under_our_name(record: logging.LogRecord) -> bool:
+        record.name = logger.name
+        return True
 
-def _under_our_name(record: logging.LogRecord) -> bool:
-    record.name = logger.name
-    return True
+    server.addFilter(under_our_name)
 
 
 def read_keys(*, from_stdin: bool) -> tuple[str, str | None]:

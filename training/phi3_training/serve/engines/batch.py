@@ -197,16 +197,16 @@ def deliver(mail: Sequence[Mail]) -> None:
     """Bring items to their callers' event loops, with one wake-up per loop."""
     for loop in {job.loop for job, _ in mail}:
         own = [(job, item) for job, item in mail if job.loop is loop]
+
+        def post_all(own: Sequence[Mail] = own) -> None:
+            for job, item in own:
+                job.post(item)
+
         try:
-            loop.call_soon_threadsafe(_post_all, own)
+            loop.call_soon_threadsafe(post_all)
         except RuntimeError:  # the loop is closed: the client is gone
             for job, _ in own:
                 job.cancelled = True
-
-
-def _post_all(mail: Sequence[Mail]) -> None:
-    for job, item in mail:
-        job.post(item)
 
 
 class Batcher:
