@@ -17,10 +17,9 @@ from ..prompt import ChatFormat
 from ..recipe import DataSection
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
-from .findings import Findings, Rules, lengths
+from .findings import Findings, Rules, TokenRules, Verdict, judge_tokens, lengths
 from .prepare import chosen_sources, examine
 from .scan import Scan, Table, scan, scan_start
-from .skipping import TokenRules, Verdict, judge_tokens
 from .sources import source_of
 
 # Chats as Conversations: for callers that want a few of them in memory. A small set, all of it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import faults
 from .faults import Problem
 
 ROLES = ("system", "user", "assistant")
@@ -78,8 +79,7 @@ def check_text(place: str, value: object, *, drop: str = "conversation") -> list
         return [wrong_type(place, value, "text")]
     if not value or value.isspace():
         how = "blank" if value else "empty"
-        fix = f"write its text, or remove the {drop}"
-        return [Problem("empty-content", f"{place} is {how}", fix)]
+        return [faults.EMPTY_CONTENT(place=place, how=how, drop=drop)]
     return check_characters(place, value)
 
 
@@ -95,8 +95,7 @@ def check_characters(place: str, value: str) -> list[Problem]:
         return []
     code = ord(unfit.group())
     name = "half of a surrogate pair" if code >= 0xD800 else "the control character"
-    what = f"{place} holds {name} U+{code:04X} at character {unfit.start() + 1}"
-    return [Problem("control-character", what, "remove it")]
+    return [faults.CONTROL_CHARACTER(place=place, name=name, code=code, at=unfit.start() + 1)]
 
 
 def has_unfit_characters(text: bytes, nuls: int = 0) -> bool:
@@ -116,33 +115,27 @@ def has_c1_controls(text: bytes) -> bool:
 
 def check_order(roles: Sequence[str]) -> list[Problem]:
     """The order that Phi-3's template knows: [system,] user, assistant, user, … assistant."""
-    problems = []
+    wrong: list[tuple[str, str]] = []
     start = 1 if roles[0] == "system" else 0
     for number, role in enumerate(roles[start:], start=start):
         if role == "system":
             what = f"message {number + 1} is a system message"
-            problems.append(_order(what, "move it to the start, or remove it"))
+            wrong.append((what, "move it to the start, or remove it"))
         elif number == start and role != "user":
             article = "an" if role == "assistant" else "a"
-            what = f"it starts with {article} {role} message"
-            problems.append(_order(what, "start with a user message"))
+            wrong.append((f"it starts with {article} {role} message", "start with a user message"))
         elif number > start and role == roles[number - 1]:
             what = f"messages {number} and {number + 1} are both {role} messages"
-            problems.append(
-                _order(what, "join them, or add the message that is missing between them")
-            )
+            wrong.append((what, "join them, or add the message that is missing between them"))
     if len(roles) == start:
-        problems.append(_order("it has only a system message", "add a question and its answer"))
+        wrong.append(("it has only a system message", "add a question and its answer"))
     elif roles[-1] == "user":
         fix = "end with an assistant message, which is what the model learns"
-        problems.append(_order("it ends with a user message", fix))
-    return problems
-
-
-def _order(what: str, fix: str) -> Problem:
-    return Problem("role-order", f"wrong order of roles: {what}", fix)
+        wrong.append(("it ends with a user message", fix))
+    return [faults.ROLE_ORDER(what=what, fix=fix) for what, fix in wrong]
 
 
 def wrong_type(place: str, value: object, expected: str) -> Problem:
-    actual = _KINDS.get(type(value), "a number")
-    return Problem("wrong-type", f"{place} is {actual}", f"expected {expected}")
+    """A value of another type than expected; everything that is not named is a number in JSON."""
+    kind = _KINDS.get(type(value), "a number")
+    return faults.WRONG_TYPE(place=place, kind=kind, expected=expected)

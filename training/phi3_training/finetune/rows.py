@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..data import faults
 from ..data.faults import Problem
-from ..data.skipping import TOO_LONG, too_many
+from ..data.findings import too_many
 from ..errors import StageError, UsageError
 from ..prompt import ChatFormat, Example
 from ..recipe import DataSection, Recipe
@@ -129,9 +130,7 @@ class TokenRules:
                     rows.append(Row(place, copy, self._chat.encode_example(copy)))
                 except ValueError as error:
                     why = str(error).rstrip(".")
-                    what = f"the model's chat template or tokenizer refuses it: {why}"
-                    fix = "change or remove the row, or set data.bad_rows=skip"
-                    problems.setdefault(number, Problem("unwritable", what, fix))
+                    problems.setdefault(number, faults.UNWRITABLE(why=why))
                     continue
                 whose.append(number)
         for finding in audit_rows(self._chat, rows, self.limit)[1].findings if rows else []:
@@ -158,8 +157,7 @@ class TokenRules:
         is_context = self.limit < self._data.max_length
         name = "the model's context length" if is_context else "data.max_length"
         more = "" if is_context else "raise data.max_length, "
-        what = f"it has {size} tokens{row.place}, {name} is {self.limit}"
-        return Problem(TOO_LONG, what, f"shorten it, {more}or set data.too_long=skip or cut")
+        return faults.TOO_LONG(size=size, copy=row.place, name=name, limit=self.limit, more=more)
 
 
 def chat_of(folder: Path) -> ChatFormat:
