@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import gc
 import math
-from typing import Any
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
+from trl import SFTTrainer
 
 from ..errors import StageError
 from ..manifests import BaseManifest, ModelManifest
 from ..models.layers import matrices, targets_in
 from ..progress import Progress, note
 from ..prompt import ChatFormat
-from ..recipe import Recipe
+from ..recipe import FinetuneSection, Recipe
 from ..run import Run
-from .audit import Row
-from .checkpoints import Checkpoints
-from .rewordings import with_casual_copies, with_rewordings
-from .rows import audited, read_located, trainable
+from .callbacks import Checkpoints, LossLog, TrimHeap, Validation, trackers
+from .rows import TrainingRows
 from .runtime import Runtime, choose_runtime, is_main_process, quiet_libraries, torch_threads
-from .tracking import trackers
-from .trainer import LossLog, Rows, TrimHeap, Validation, audit_trainer, make_trainer
+from .trainer import Rows, audit_trainer, make_trainer
 from .weights import (
     AdapterNotes,
     adapter_folder,
@@ -40,10 +39,6 @@ from .weights import (
     with_adapter,
     write_adapter,
 )
-
-# What the recipe itself lets pass with data.too_long=cut; a row without a token to learn is left
-# out by `audited`.
-_CUT = ("cut-answer", "nothing-trained")
 
 
 def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | None:
@@ -64,41 +59,21 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         raise StageError(f"The settings of finetune: do not fit the model: {error}") from None
     own_names = recipe.finetune.model_copy(update={"target_modules": targets.names})
     recipe = recipe.model_copy(update={"finetune": own_names})
-    count = torch.cuda.device_count()
-    if count > 1 and recipe.finetune.num_processes == 1:
-        raise StageError(
-            f"{count} GPUs are visible, but one process would train. Use all of them: "
-            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
-        )
-    train = list(read_located(run.path / "data" / "train.jsonl", run.path))
-    replay_file = run.path / "data" / "replay.jsonl"
-    replay = list(read_located(replay_file, run.path)) if replay_file.is_file() else []
-    casual = with_casual_copies(train) if recipe.data.casual_copies else train
-    reworded = with_rewordings(casual, recipe.data.rewordings, recipe.data.seed)
-    counts = {
-        "train": len(train),
-        "casual_copies": len(casual) - len(train),
-        "rewordings": len(reworded) - len(casual),
-        "replay": len(replay),
-    }
-    limit = min(recipe.data.max_length, chat.context_length)
-    allow = [*recipe.finetune.allow, *(_CUT if recipe.data.too_long == "cut" else ())]
-    rows, skipped = trainable(chat, [*reworded, *replay], limit, recipe.data)
-    rows, report = audited(chat, rows, limit, allow)
-    held_out: list[Row] = []
-    if recipe.finetune.eval_steps is not None:
-        located = list(read_located(run.path / "data" / "validation.jsonl", run.path))
-        held_out, _ = audited(chat, trainable(chat, located, limit, recipe.data)[0], limit, allow)
-    learnt = [row.example for row in rows]
+    rows = TrainingRows.of(recipe, run, chat)
     with torch_threads(runtime.threads):
         model = load_for_training(folder, recipe, runtime)
         log = LossLog(run.file("finetune", "loss.jsonl"), progress)
         watch = Validation(run.path / "finetune", recipe.finetune.early_stopping_patience)
-        data = Rows(learnt, [row.example for row in held_out], limit, chat.pad_token_id)
+        data = Rows(
+            [row.example for row in rows.train],
+            [row.example for row in rows.held_out],
+            rows.limit,
+            chat.pad_token_id,
+        )
         saves = Checkpoints(run.path, recipe.finetune, runtime, data, folder)
         callbacks = [
             log,
-            *([watch] if held_out else []),
+            *([watch] if rows.held_out else []),
             saves,
             *trackers(recipe, run, saves.folder),
             *([TrimHeap()] if runtime.device == "cpu" else []),
@@ -113,23 +88,8 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
                 "Check finetune.target_modules (all-linear always fits)."
             ) from None
         # Again, on what the trainer made of the rows: libraries have truncated and unmasked them.
-        audit_trainer(trainer, rows, chat).refuse(allow)
-        checkpoint = saves.newest()
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except torch.OutOfMemoryError:
-            raise StageError(
-                "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
-                "finetune.gradient_accumulation_steps by the same factor), or set "
-                "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
-                "data.max_length."
-            ) from None
-        if not log.losses or not math.isfinite(log.losses[-1]):
-            raise StageError(
-                "The loss became NaN or infinite, so nothing was saved. Lower "
-                f"finetune.learning_rate (now {recipe.finetune.learning_rate}); "
-                f"the loss of each step: {log.path}"
-            )
+        audit_trainer(trainer, rows.train, chat).refuse(rows.allow)
+        _learn(trainer, saves.newest(), log, recipe.finetune)
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if not is_main_process():
             return None
@@ -158,28 +118,25 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
         summary=f"{settings.method}{named}, {trained_parameters / 1e6:.2f} M of "
         f"{parameters / 1e6:.2f} M weights, final loss {final_loss:.3f}",
         loss_log="finetune/loss.jsonl",
-        conversations=counts,
-        audit=report.manifest(settings.allow),
+        conversations=rows.counts,
+        audit=rows.report.manifest(settings.allow),
         parameters=parameters,
         trained_parameters=trained_parameters,
-        tokens=sum(len(row.example.input_ids) for row in rows),
-        learnt_tokens=sum(sum(row.example.assistant_mask) for row in rows),
+        tokens=sum(len(row.example.input_ids) for row in rows.train),
+        learnt_tokens=sum(sum(row.example.assistant_mask) for row in rows.train),
         steps=len(log.losses),
         first_loss=round(log.losses[0], 5),
         final_loss=final_loss,
         settings={
             **settings.model_dump(mode="json"),
-            "device": runtime.device,
-            "dtype": runtime.dtype,
-            "frozen_dtype": runtime.frozen,
-            "num_threads": runtime.threads,
+            **runtime.as_dict(),
         },
         choices=[
             *(targets.choices if settings.method != "full" else []),
             *runtime.choices,
             *saves.choices(),
-            *skipped,
-            *report.choices(),
+            *rows.skipped,
+            *rows.report.choices(),
             *([restored] if restored else []),
         ],
     )
@@ -188,8 +145,29 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest | No
     return manifest.model_copy(update={"validation_loss": round(watch.best[1], 5)})
 
 
+def _learn(
+    trainer: SFTTrainer, checkpoint: Path | None, log: LossLog, settings: FinetuneSection
+) -> None:
+    """The training itself, from a checkpoint if there is one; StageError for what ends it."""
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError:
+        raise StageError(
+            "The GPU ran out of memory. Lower finetune.per_device_train_batch_size (and raise "
+            "finetune.gradient_accumulation_steps by the same factor), or set "
+            "finetune.gradient_checkpointing=true, or finetune.method=qlora, or lower "
+            "data.max_length."
+        ) from None
+    if not log.losses or not math.isfinite(log.losses[-1]):
+        raise StageError(
+            "The loss became NaN or infinite, so nothing was saved. Lower "
+            f"finetune.learning_rate (now {settings.learning_rate}); "
+            f"the loss of each step: {log.path}"
+        )
+
+
 def _save(
-    model: Any,
+    model: PreTrainedModel,
     recipe: Recipe,
     run: Run,
     chat: ChatFormat,
