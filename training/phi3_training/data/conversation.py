@@ -86,7 +86,7 @@ def check_text(place: str, value: object, *, drop: str = "conversation") -> list
 def check_characters(place: str, value: str) -> list[Problem]:
     """The first character of a text that has no place in training data."""
     try:
-        if not has_unfit_characters(value.encode()):
+        if not has_unfit_characters(value.encode()):  # the usual case, and the quick way
             return []
     except UnicodeEncodeError:
         pass  # half of a surrogate pair
@@ -117,6 +117,7 @@ def check_order(roles: Sequence[str]) -> list[Problem]:
     """The order that Phi-3's template knows: [system,] user, assistant, user, … assistant."""
     wrong: list[tuple[str, str]] = []
     start = 1 if roles[0] == "system" else 0
+    # All faults of the order, not the first alone: a row is corrected once.
     for number, role in enumerate(roles[start:], start=start):
         if role == "system":
             what = f"message {number + 1} is a system message"

@@ -358,6 +358,7 @@ DUPLICATE = Wording(
     "the same conversation as {first}",
     "keep one of the two, or set data.duplicates=remove",
 )
+# Found by exactly equal questions, so it stops a run; NEAR_LEAK is a likeness, and a warning.
 LEAK = Wording(
     "leak",
     "held out, but {first} trains on the same question in the same context",
@@ -373,6 +374,7 @@ NEAR_DUPLICATE = Wording(
     "nearly the same conversation as {first}",
     "keep one of the two, or set data.near_duplicates=remove",
 )
+# Never the value itself: reports are sent around, and kept for longer than the chats.
 PERSONAL_DATA = Wording(
     "personal-data",
     "it seems to contain {name} ({masked})",
@@ -399,6 +401,7 @@ UNWRITABLE = Wording(
     "the model's chat template or tokenizer refuses it: {why}",
     "change or remove the row, or set data.bad_rows=skip",
 )
+# `copy`: of a casual or reworded copy, which may be longer than its row.
 TOO_LONG = Wording(
     "too-long",
     "it has {size} tokens{copy}, {name} is {limit}",

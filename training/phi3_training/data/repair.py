@@ -138,6 +138,8 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
                 read += 1
                 row, steps = _row(raw)
                 if row is not None:
+                    # Texts without roles: those follow from whether a system message is in front. A
+                    # digest of them, so that memory grows by 32 bytes a row.
                     key = hashlib.sha256(b"%d" % row.has_system + row.joined).digest()
                     here = place(path, raw.line, raw.row)
                     first = seen.setdefault(key, here)
@@ -149,7 +151,7 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
                 changes += [Change(path, raw.line, raw.row or None, *step) for step in steps]
                 if row is not None and row.written is not None:
                     stream.write(row.written + b"\n")
-        written = sum(1 for _ in seen)
+        written = len(seen)
         if not written:
             stop = "correct the rows in their source"
             none = Fault.at(place_of(sources[0]), 0, faults.NO_ROWS())
@@ -264,6 +266,8 @@ def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[d
                 steps.append(Step("joined", what))
                 continue
         repaired.append(turn)
+    # Phi-3's template begins with the user: a greeting by the assistant has no place in it, and no
+    # answer depends on it.
     start = 1 if repaired and role(repaired[0]) == "system" else 0
     if len(repaired) > start + 1 and role(repaired[start]) == "assistant":
         said = str(repaired.pop(start).get(text_key))
@@ -387,7 +391,7 @@ def _opened(
 @contextmanager
 def _written(out: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `out` once all is written; nothing after an error."""
-    temporary = out.with_name(f".{out.name}.new")
+    temporary = out.with_name(f".{out.name}.new")  # next to it: a rename within one file system
     try:
         with temporary.open("wb") as stream:
             yield stream

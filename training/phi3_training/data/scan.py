@@ -235,7 +235,7 @@ class Scan:
         decided: Counter[str] = Counter()
         for digest in digests:
             self.digests.append(digest)
-            self.firsts.append(first)
+            self.firsts.append(first)  # a block is read by a process that knows no line before it
             for line, problem, row in digest.faults:
                 self.fault(line + first if line else 0, problem, row)
             seen += digest.notes
@@ -294,6 +294,7 @@ def scan(
 
     keep_freed_memory()
     if not workers:
+        # Not all cores of the machine: a container or taskset may allow this process fewer.
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         large = sum(scanned.size for scanned, _ in tasks) >= POOL_FROM
         workers = max(1, min(cores, MOST_WORKERS)) if large else 1
@@ -385,7 +386,7 @@ def keep_freed_memory() -> None:
 
 
 def _start_worker() -> None:
-    gc.disable()
+    gc.disable()  # no object here is part of a circle, and looking for some takes time
     keep_freed_memory()
 
 

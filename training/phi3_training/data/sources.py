@@ -263,6 +263,7 @@ def hub_rows(source: HubSet) -> Iterator[Raw]:
     datasets.disable_progress_bars()
     # datasets and huggingface_hub raise many kinds of errors; all of them are one of these.
     kinds = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    # Of "train_sft[:1%]" the whole split is downloaded: `datasets` cuts afterwards.
     try:
         rows = datasets.load_dataset(source.name, split=source.split, revision=source.revision)
     except kinds as error:

@@ -40,7 +40,7 @@ def fuse(llama: Any) -> Any:
     from transformers import Phi3ForCausalLM
 
     config = _phi3_config(llama.config)
-    with torch.device("meta"):
+    with torch.device("meta"):  # no second set of weights is ever allocated
         phi3 = Phi3ForCausalLM(config)
     states = dict(llama.state_dict())
     fused: dict[str, torch.Tensor] = {

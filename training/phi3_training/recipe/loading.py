@@ -40,6 +40,8 @@ from .sections import (
     ServeSection,
 )
 
+YamlMap = dict[str, Any]  # what YAML can hold, until pydantic has read it
+
 
 class Recipe(Section):
     """A whole recipe; see training/recipes/ for shipped ones."""
@@ -119,7 +121,7 @@ def load_recipe(
     typed = _apply_overrides(content, overrides)
     for key, value in replaced_with_chats(overrides).items():
         _set(content, key.split("."), value)
-    _resolve_paths(content, Path.cwd())  # paths typed on the command line
+    _resolve_paths(content, Path.cwd())  # paths typed on the command line; others are absolute now
     keys = keys_of(Recipe)
     try:
         recipe = Recipe.model_validate(content)
@@ -131,8 +133,21 @@ def load_recipe(
             by_hand = is_new or is_typed(item["loc"], overrides)
             (typed if by_hand else faults).append(fault_line(item, {} if by_hand else lines, keys))
         recipe = _sound_part(content, items)
-    for key, fault in _missing_files(recipe):
-        (typed if is_typed(key.split("."), overrides) else faults).append(fault)
+    named: dict[str, Sequence[Path | HubSet]] = {
+        "base.data": recipe.base.data if recipe.base else [],
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.replay": recipe.data.replay,
+        "evaluate.canary": recipe.evaluate.canary or [],
+        "evaluate.probes": recipe.evaluate.probes or [],
+    }
+    for key, paths in named.items():
+        reported = typed if is_typed(key.split("."), overrides) else faults
+        for file in paths:
+            if isinstance(file, HubSet) or file.is_file():
+                continue
+            if not (key in _MAY_BE_FOLDERS and file.is_dir()):
+                reported.append(f"{key}: no such file: {file}")
     if faults or typed:
         raise RecipeError(str(path), faults, typed)
     return recipe
@@ -148,7 +163,7 @@ def azure_section_of(values: Mapping[str, str]) -> AzureSection:
         raise UsageError("\n".join(fault_line(item, {}, keys) for item in items)) from None
 
 
-def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
+def replaced_with_chats(overrides: Sequence[str]) -> YamlMap:
     """What overriding `data.train` replaces: held-out chats and question of the recipe's own chats.
 
     A share of the new chats is held back, and the first of them is asked. A key that is overridden
@@ -181,7 +196,7 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> YamlMap:
     """The keys of a YAML file; RecipeError when it cannot be read as such."""
     try:
         content = _parse(path.read_text(encoding="utf-8"))
@@ -196,7 +211,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def _apply_overrides(content: YamlMap, overrides: Sequence[str]) -> list[str]:
     faults = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -217,7 +232,10 @@ _TEXTS_UNDER = "azure.tags."
 
 
 def _value(key: str, text: str) -> Any:
-    """The value of an override: as typed where the key is text, else what YAML makes of it."""
+    """The value of an override: as typed where the key is text, else what YAML makes of it.
+
+    A name may be `007` or `no`, which YAML would read as a number and as false.
+    """
     known = next((each for each in keys_of(Recipe) if each.name == key), None)
     is_list = text.startswith("[") and text.endswith("]")
     if text in ("", "null") or (known is None and not key.startswith(_TEXTS_UNDER)):
@@ -229,7 +247,7 @@ def _value(key: str, text: str) -> Any:
     return text if key == "finetune.target_modules" else [text]
 
 
-def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set(content: YamlMap, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
@@ -248,7 +266,7 @@ _PATH_KEYS = (
 _MAY_BE_FOLDERS = ("data.train", "data.validation", "data.replay")
 
 
-def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+def _resolve_paths(content: YamlMap, folder: Path) -> None:
     """Make paths absolute, and turn a single path into a list of one."""
     for section, key in _PATH_KEYS:
         values = content.get(section)
@@ -264,30 +282,10 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         ]
 
 
-def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
-    """Each key that names a file which is not there, and the fault."""
-    named: dict[str, Sequence[Path | HubSet]] = {
-        "base.data": recipe.base.data if recipe.base else [],
-        "data.train": recipe.data.train,
-        "data.validation": recipe.data.validation,
-        "data.replay": recipe.data.replay,
-        "evaluate.canary": recipe.evaluate.canary or [],
-        "evaluate.probes": recipe.evaluate.probes or [],
-    }
-    return [
-        (key, f"{key}: no such file: {path}")
-        for key, paths in named.items()
-        for path in paths
-        if not (
-            isinstance(path, HubSet) or path.is_file() or (key in _MAY_BE_FOLDERS and path.is_dir())
-        )
-    ]
-
-
 def _sound_part(content: Mapping[str, Any], faults: Sequence[Any]) -> Recipe:
     """What of a faulty recipe names files and can be read: each section without its wrong keys."""
     wrong = {tuple(item["loc"][:2]) for item in faults}
-    sections: dict[str, Any] = {"data": DataSection.model_construct(train=[])}
+    sections: YamlMap = {"data": DataSection.model_construct(train=[])}
     for name in {section for section, _key in _PATH_KEYS}:
         values = content.get(name)
         if not isinstance(values, dict):

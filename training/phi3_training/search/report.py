@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ..errors import StageError
 from ..journey import Journey
 from ..run import write_atomically
-from .plan import Choices, MakeRecipe, SearchPlan, overrides_of
+from .plan import Choices, MakeRecipe, SearchPlan, Value, overrides_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ class Finished:
     number: int
     state: str  # complete, pruned or fail
     value: float | None
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Value]
     seconds: float | None
     remark: str | None
 
