@@ -41,9 +41,9 @@ class Conversation:
     messages: tuple[Message, ...]
     source: Path
     line: int
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As it is written in JSON lines; what is carried comes after the messages."""
         return {"messages": [message.to_dict() for message in self.messages], **self.extra}
 

@@ -243,6 +243,20 @@ def flags_of(batch: Batch) -> list[Flag]:
 
     Patterns are tried only where one is possible: this looks at every byte of every text.
     """
+
+    def long_runs() -> Iterator[tuple[int, int]]:
+        """Runs without a space: each of 19 bytes or more has four of our groups of four."""
+        marks = (batch.codes != ord(" "))[: len(batch.text) // 4 * 4]
+        full = marks.view(np.uint32) == _FOUR_MARKS
+        full = full[:-1] & full[1:]
+        done = 0
+        for group in np.flatnonzero(full[:-2] & full[2:]).tolist():
+            if group * 4 < done:
+                continue
+            start = batch.text.rfind(b" ", 0, group * 4) + 1
+            done = batch.text.find(b" ", group * 4 + 16)
+            yield start, done
+
     digits = np.flatnonzero(batch.codes - np.uint8(48) < 10)
     close = digits[6:] - digits[:-6] <= _PHONE_SPAN
     close[1:] &= ~(close[:-1] & (digits[1:-6] - digits[:-7] <= 3))
@@ -255,7 +269,7 @@ def flags_of(batch: Batch) -> list[Flag]:
                 EMAIL,
             ),
             *_matches(batch, _around(digits[:-6][close].tolist(), 8, 48), _PHONE, PHONE),
-            *_matches(batch, _unbroken(batch), _KEY, KEY),
+            *_matches(batch, long_runs(), _KEY, KEY),
         ]
     )
 
@@ -286,17 +300,3 @@ def _matches(
 
 def _around(places: Iterable[int], before: int, after: int) -> Iterator[tuple[int, int]]:
     return ((max(place - before, 0), place + after) for place in places)
-
-
-def _unbroken(batch: Batch) -> Iterator[tuple[int, int]]:
-    """The long runs without a space: each of 19 bytes or more has four of our groups of four."""
-    marks = (batch.codes != ord(" "))[: len(batch.text) // 4 * 4]
-    full = marks.view(np.uint32) == _FOUR_MARKS
-    full = full[:-1] & full[1:]
-    done = 0
-    for group in np.flatnonzero(full[:-2] & full[2:]).tolist():
-        if group * 4 < done:
-            continue
-        start = batch.text.rfind(b" ", 0, group * 4) + 1
-        done = batch.text.find(b" ", group * 4 + 16)
-        yield start, done

@@ -230,6 +230,7 @@ def write_findings(
 ) -> bool:
     """Write each removed, skipped or cut row and each warning, one line each; False for none."""
     count = 0
+    # Streamed: a set of millions of rows can have as many findings.
     temporary = path.with_name(f".{path.name}.new")
     with temporary.open("w", encoding="utf-8") as stream:
         for fault in findings.removed():

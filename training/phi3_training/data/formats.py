@@ -52,6 +52,8 @@ ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "chatbot": "assistant", "ai": "assistant", "developer": "system", "model": "assistant",
 }  # fmt: skip
+# OpenAI's (`tool`, `function`), LLaMA-Factory's (`function_call`, `observation`), Llama 3's
+# (`ipython`), and what other exports call the same.
 TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
      "tool_call", "tool_response")
@@ -67,6 +69,7 @@ TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
 _GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
 _SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
+# `input_text` and `output_text` are Vertex AI's names, `text_input` is Google AI Studio's.
 _ASKS = (
     "prompt", "question", "query", "instruction", "input_data", "user", "input",
     "input_text", "text_input",

@@ -231,7 +231,7 @@ class RowWriter:
     ) -> None:
         with self._stream:
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            os.fsync(self._stream.fileno())  # a crash must not leave a manifest of an empty file
 
     @property
     def sha256(self) -> str:
@@ -328,6 +328,23 @@ class Examined(NamedTuple):
         table = self.findings.table
         return {part: [table.place(row) for row in self.rows(part).tolist()] for part in PARTS}
 
+    def remarks(self, seed: int, reworded: Mapping[str, int] | None) -> list[str]:
+        """What a person should know of the files, and of what was held out."""
+        lines = [f"{shown(scan.path)}: {note}" for scan in self.scans for note in scan.notes]
+        if not self.draws:
+            return lines
+        held = len(self.rows("validation"))
+        lines.append(
+            f"held out: {held} of {held + len(self.rows('train'))} conversations, drawn with seed "
+            f"{seed} (data.validation names no file)"
+        )
+        if reworded is not None:
+            lines.append(
+                f"held-out questions: {reworded['reworded']} reword what a training chat answers, "
+                f"{reworded['new']} ask for something that no training chat answers"
+            )
+        return lines
+
     def inputs(self) -> dict[str, list[Input]]:
         """What was read for each part, for the manifest."""
         inputs: dict[str, list[Input]] = {}
@@ -396,10 +413,10 @@ def prepare(
     started = time.monotonic()
     with _staging(run.path) as staging:
         examined = examine(data, staging, rules, workers, progress)
-        scans, findings, target, verdict, faults, notes, draws = examined
-        if faults:
-            write_report(run.path / FAULTS, faults)
-            raise DataError(faults, run.path / FAULTS)
+        findings, target, verdict = examined.findings, examined.target, examined.verdict
+        if examined.faults:
+            write_report(run.path / FAULTS, examined.faults)
+            raise DataError(examined.faults, run.path / FAULTS)
         with ExitStack() as stack:
             writers = {
                 part: stack.enter_context(RowWriter(staging / f"{part}.jsonl"))
@@ -409,7 +426,7 @@ def prepare(
             numbered = {_number(part): writer for part, writer in writers.items()}
             distribute(findings.table, target, numbered)
         # Rows were copied after all were checked: their source must still be the same.
-        for scanned in scans:
+        for scanned in examined.scans:
             if scanned.has_changed():
                 raise StageError(
                     f"{scanned.path} changed while it was being read; run the command again"
@@ -431,18 +448,6 @@ def prepare(
     counts["removed"] |= verdict.removed()
     if verdict.cut:
         counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
-    lines = [f"{shown(scanned.path)}: {note}" for scanned in scans for note in scanned.notes]
-    if draws:
-        held = writers["validation"].rows
-        lines.append(
-            f"held out: {held} of {held + writers['train'].rows} conversations, drawn with seed "
-            f"{data.seed} (data.validation names no file)"
-        )
-        if reworded is not None:
-            lines.append(
-                f"held-out questions: {reworded['reworded']} reword what a training chat answers, "
-                f"{reworded['new']} ask for something that no training chat answers"
-            )
     inputs = examined.inputs()
     return DatasetManifest(
         inputs={part: inputs[part] for part in writers if part in inputs},
@@ -457,7 +462,11 @@ def prepare(
         report=REPORT if listed else None,
         tokens=stats,
         held_out=reworded,
-        choices=[*notes, *lines, *sentences(counts, REPORT)],
+        choices=[
+            *examined.notes,
+            *examined.remarks(data.seed, reworded),
+            *sentences(counts, REPORT),
+        ],
         seconds=round(time.monotonic() - started, 3),
     )
 

@@ -410,9 +410,14 @@ class _Document:
                 key, place = decoder.raw_decode(text, place)
                 place = _next(text, _next(text, place) + 1)
                 inside = _next(text, place + 1)
-                if text[place] == "[" and text[inside] == "{" and _starts_row(text, inside):
-                    self._go_to(place)
-                    return str(key)
+                if text[place] == "[" and text[inside] == "{":
+                    try:  # a message is no row; an object that is cut off is one
+                        is_row = not _is_message(decoder.raw_decode(text, inside)[0])
+                    except (ValueError, RecursionError):
+                        is_row = True
+                    if is_row:
+                        self._go_to(place)
+                        return str(key)
                 _, place = decoder.raw_decode(text, place)
                 place = _next(text, _next(text, place) + 1)
         except (ValueError, IndexError, RecursionError):
@@ -445,14 +450,6 @@ def _next(text: str, place: int) -> int:
     return place
 
 
-def _starts_row(text: str, place: int) -> bool:
-    """Whether the object at a place is a row, not a message; one that is cut off is a row."""
-    try:
-        return not _is_message(json.JSONDecoder().raw_decode(text, place)[0])
-    except (ValueError, RecursionError):
-        return True
-
-
 # Tables: a column for each key; `messages` may be JSON in its cell.
 
 _BATCH = 256  # rows as Python objects at once: a column of long chats has 6 KB in each
@@ -461,7 +458,7 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 def csv_rows(path: Path, note: Note) -> Iterator[Raw]:
     """The rows of a CSV or TSV file, whose first line names the columns."""
-    csv.field_size_limit(LINE_LIMIT)
+    csv.field_size_limit(LINE_LIMIT)  # Python's default of 131,072 is less than some chats have
     encoding = table_encoding(path, note)
     encoding.report(note)
     with io.TextIOWrapper(open_text(path, encoding), encoding="utf-8", newline="") as stream:
@@ -568,12 +565,30 @@ def column_rows(path: Path) -> Iterator[Raw]:
     """The rows of a parquet file, or an Arrow file of `datasets.save_to_disk`, counted from 1."""
     try:
         import pyarrow as pa
+        from pyarrow import parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "local") from None
     kind = path.suffix.lower().removeprefix(".")
+
+    def batches() -> Iterator[Any]:
+        if kind == "parquet":
+            with parquet.ParquetFile(path) as table:
+                yield from table.iter_batches(batch_size=_BATCH)
+            return
+        with pa.memory_map(str(path)) as stream:
+            # What `datasets.save_to_disk` writes is a stream.
+            try:
+                whole = iter(pa.ipc.open_stream(stream))
+            except pa.ArrowInvalid:  # the form with an index, as Feather has it
+                reader = pa.ipc.open_file(stream)
+                whole = (reader.get_batch(n) for n in range(reader.num_record_batches))
+            for batch in whole:
+                for start in range(0, batch.num_rows, _BATCH):
+                    yield batch.slice(start, _BATCH)
+
     number = 0
     try:
-        for batch in _batches(path):
+        for batch in batches():
             for row in batch.to_pylist():
                 number += 1
                 yield Raw(number, without_nulls(row), [], number)
@@ -581,25 +596,6 @@ def column_rows(path: Path) -> Iterator[Raw]:
         problem = faults.BROKEN_COLUMNS[kind](why=" ".join(str(error).split())[:120])
         place = number + 1 if number else 0
         yield Raw(place, None, [problem], place)
-
-
-def _batches(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    if path.suffix.lower() == ".parquet":
-        with parquet.ParquetFile(path) as table:
-            yield from table.iter_batches(batch_size=_BATCH)
-        return
-    with pa.memory_map(str(path)) as stream:
-        try:
-            batches = iter(pa.ipc.open_stream(stream))
-        except pa.ArrowInvalid:  # the form with an index, as Feather has it
-            reader = pa.ipc.open_file(stream)
-            batches = (reader.get_batch(n) for n in range(reader.num_record_batches))
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH):
-                yield batch.slice(start, _BATCH)
 
 
 def without_nulls(value: object) -> object:

@@ -259,9 +259,17 @@ def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[d
             continue
         before = repaired[-1] if repaired else None
         if before is not None and role(turn) is not None and role(before) == role(turn):
-            joined = _joined(before, turn, text_key)
-            if joined is not None:
-                repaired[-1] = joined
+            # Unless anything else about them differs, such as a weight; human and user are one.
+            others = {text_key, "from", "role"}
+            rest = [{k: v for k, v in t.items() if k not in others} for t in (before, turn)]
+            text_before = before[text_key]
+            joined: object = None
+            if isinstance(text_before, list) and isinstance(text, list):  # of parts
+                joined = [*text_before, *text]
+            elif isinstance(text_before, str) and isinstance(text, str):
+                joined = f"{text_before}{_BETWEEN}{text}"
+            if joined is not None and rest[0] == rest[1]:
+                repaired[-1] = {**before, text_key: joined}
                 what = f"two {role(turn)} turns in a row were joined (turn {number})"
                 steps.append(Step("joined", what))
                 continue
@@ -279,22 +287,6 @@ def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[d
         repaired.pop()
         steps.append(Step("open-end", "the last question, which has no answer, was cut off"))
     return repaired
-
-
-def _joined(
-    first: Mapping[str, object], second: Mapping[str, object], text_key: str
-) -> dict[str, object] | None:
-    """Two turns as one; None where anything else about them differs (such as a weight)."""
-    rest = [{k: v for k, v in turn.items() if k != text_key} for turn in (first, second)]
-    before, after = first[text_key], second[text_key]
-    names = [part.pop("from", part.pop("role", None)) for part in rest]  # human and user are one
-    if rest[0] != rest[1] or not names[0]:
-        return None
-    if isinstance(before, list) and isinstance(after, list):  # of parts
-        return {**first, text_key: [*before, *after]}
-    if not isinstance(before, str) or not isinstance(after, str):
-        return None
-    return {**first, text_key: f"{before}{_BETWEEN}{after}"}
 
 
 # The same conversations in another form: messages, or what OpenAI's fine-tuning takes.

@@ -485,6 +485,7 @@ def _column(parts: Sequence[npt.NDArray[Column]], kind: type[Column]) -> npt.NDA
 
 def _backing(scans: Sequence[Scan], digests: Sequence[Digest]) -> tuple[U32, list[Path]]:
     """For each row the number of the file that holds its bytes, and those files."""
+    # A row that was written as it is read stays in its source; others are in their block's file.
     paths = [scanned.path for scanned in scans] + [digest.path for digest in digests]
     columns, number = [], len(scans)
     for index, scanned in enumerate(scans):

@@ -174,25 +174,25 @@ class Reading:
 
         `line_ends` counts unusual line ends of JSON lines, as the rows are read.
         """
+        if isinstance(self.source, HubSet):
+            rows = hub_rows(self.source)
+        elif self.kind == "columns":
+            rows = column_rows(self.source)
+        elif self.kind == "csv":
+            rows = csv_rows(self.source, note)
+        else:
+            self.encoding.report(note)
+            if self.kind == "document":
+                rows = document_rows(self.source, self.encoding, note)
+            else:
+                rows = line_rows(self.source, self.encoding, line_ends)
         last = 0
         try:
-            for raw in self._rows(note, line_ends):
+            for raw in rows:
                 yield raw
                 last = raw.line
         except BrokenFileError as error:
             yield Raw(last, None, [error.problem])
-
-    def _rows(self, note: Note, line_ends: Counter[str] | None) -> Iterator[Raw]:
-        if isinstance(self.source, HubSet):
-            return hub_rows(self.source)
-        if self.kind == "columns":
-            return column_rows(self.source)
-        if self.kind == "csv":
-            return csv_rows(self.source, note)
-        self.encoding.report(note)
-        if self.kind == "document":
-            return document_rows(self.source, self.encoding, note)
-        return line_rows(self.source, self.encoding, line_ends)
 
 
 def rows_of(source: Source, note: Note = no_note) -> Iterator[Raw]:

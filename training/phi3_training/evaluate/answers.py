@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -284,7 +284,7 @@ class _Writer:
         self._pad = chat.pad_token_id
         self._losses = losses
         self._done_at_once = 0
-        self._cache: DynamicCache | None = None
+        self._cache: Any = None  # none while no row is being answered
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=self._device)
 
     @torch.inference_mode()
@@ -413,6 +413,7 @@ def ask_served(
     replies = []
     with (
         _endpoint(engine, at_once) as (url, key),
+        # No retries: a slot is free for each question, so an error is one.
         Phi3Client(url, key, max_retries=0) as client,
         ThreadPoolExecutor(at_once) as pool,
     ):
@@ -462,7 +463,7 @@ def _endpoint(engine: Engine, at_once: int) -> Iterator[tuple[str, str]]:
     config = ServerConfig(
         max_concurrent_requests_per_instance=at_once, request_timeout_ms=_REQUEST_TIMEOUT_MS
     )
-    listener = bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)  # bound before the thread starts: the port is known and ours
     server = server_of(create_app(engine, config, key=key), config, drain_seconds=1)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener]}, name="phi3-evaluate", daemon=True

@@ -93,6 +93,7 @@ METRICS = {
         _mean("rouge_l", "ROUGE-L"),
         _corpus("bleu", "BLEU"),
         _corpus("chrf", "chrF"),
+        # The exponential of a mean, not a mean of exponentials: one bad row would drown all others.
         Metric(
             "perplexity",
             "perplexity of expected answer",

@@ -14,7 +14,7 @@ from ..manifests import BaseManifest, GateManifest, GatePassage, NamedRow, RuleV
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
-from .figures import METRICS, Comparison, Metric, compare, seed_of
+from .figures import METRICS, Metric, compare, seed_of
 from .questions import PARTS, Question, read_chats
 from .rows import Row, Side, asked_in, read_rows, scores_of
 
@@ -200,7 +200,18 @@ def _judged(
         resamples=settings.resamples,
         seed=seed_of(rule.part, settings.seed),
     )[metric.name]
-    passed, demand = _decided(kind, compared, rule.value, metric)
+    # The end of the interval that speaks against the model, in a scale where more is better.
+    worst, value = min(metric.sign * compared.low, metric.sign * compared.high), rule.value
+    allowed = f"{metric.change(value, '')}{metric.unit}"
+    if kind == "min_gain":  # the worse end must reach the gain, and be above 0
+        bound = metric.change(metric.sign * value)
+        demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
+        passed, demand = worst >= value and worst > 0, f"{demand} required"
+    elif kind == "max_regression":
+        passed, demand = worst >= -value, f"a loss of at most {allowed} is allowed"
+    else:
+        passed = compared.low >= -value and compared.high <= value
+        demand = f"a change of at most {allowed} in either direction is allowed"
     named = [] if passed else _worst(chosen, metric, kind)
     low, high = metric.change(compared.low), metric.change(compared.high)
     reason = (
@@ -210,21 +221,6 @@ def _judged(
     )
     result = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
     return RuleVerdict.model_validate({**head, **result})
-
-
-def _decided(kind: str, compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    """Whether the interval passes the rule, and what the rule asks."""
-    # The end of the interval that speaks against the model, in a scale where more is better.
-    worst = min(metric.sign * compared.low, metric.sign * compared.high)
-    if kind == "min_gain":  # the worse end of the interval must reach the gain, and be above 0
-        bound = metric.change(metric.sign * value)
-        demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
-        return worst >= value and worst > 0, f"{demand} required"
-    allowed = f"{metric.change(value, '')}{metric.unit}"
-    if kind == "max_regression":
-        return worst >= -value, f"a loss of at most {allowed} is allowed"
-    inside = compared.low >= -value and compared.high <= value
-    return inside, f"a change of at most {allowed} in either direction is allowed"
 
 
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[NamedRow]:

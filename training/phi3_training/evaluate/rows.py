@@ -179,6 +179,7 @@ def _scores(
     """Every metric of one answer that needs no other answers than the look-alikes."""
     text, expected = _text(answered), question.expected
     scores: Scores = {}
+    # What the chats themselves accept counts; else what tells this answer from all others.
     if question.accept:
         scores["contains"] = contains(text, question.accept)
     elif expected:

@@ -310,8 +310,19 @@ class _Auditor:
             start = 0
         elif size and wanted[-size:] == list(ids):
             start = len(wanted) - size
-        else:
-            yield from self._other_tokens(row, given)
+        else:  # other tokens: a template or a tokenizer has changed them
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b),
+                min(size, len(wanted)),
+            )
+            has, serves = self._shown(ids[at : at + 4]), self._shown(wanted[at : at + 4])
+            yield "other-tokens", f"from token {at + 1} on {has}; a served prompt has {serves}"
+            if all(label == IGNORED for label in given.labels):
+                yield "nothing-trained", f"none of {len(given.labels)} tokens"
+            elif IGNORED not in given.labels:
+                yield "everything-trained", f"all of {len(given.labels)} tokens"
+            elif not any(label in self._stops for label in given.labels):
+                yield "no-end", "no end of turn among the learnt tokens"
             return
         kept = mask[start : start + size]
         if lost := sum(mask) - sum(kept):
@@ -319,21 +330,6 @@ class _Auditor:
         elif size < len(mask):
             yield "cut-answer", f"{len(mask) - size} tokens are cut off"
         yield from self._labels(given, kept)
-
-    def _other_tokens(self, row: Row, given: Seen) -> Iterator[tuple[str, str]]:
-        ids, wanted = given.input_ids, row.example.input_ids
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b),
-            min(len(ids), len(wanted)),
-        )
-        has, serves = self._shown(ids[at : at + 4]), self._shown(wanted[at : at + 4])
-        yield "other-tokens", f"from token {at + 1} on {has}; a served prompt has {serves}"
-        if all(label == IGNORED for label in given.labels):
-            yield "nothing-trained", f"none of {len(given.labels)} tokens"
-        elif all(label != IGNORED for label in given.labels):
-            yield "everything-trained", f"all of {len(given.labels)} tokens"
-        elif not any(label in self._stops for label in given.labels):
-            yield "no-end", "no end of turn among the learnt tokens"
 
     def _labels(self, given: Seen, mask: Sequence[int]) -> Iterator[tuple[str, str]]:
         """The row's tokens are right; are its labels?"""

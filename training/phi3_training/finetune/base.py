@@ -147,7 +147,8 @@ def teach(
 ) -> Taught:
     """Train all weights of `model` until its mean loss of an epoch is below `base.target_loss`."""
     order = random.Random(base.seed)  # noqa: S311 - shuffles rows, guards nothing
-    total = math.ceil(len(examples) / base.per_device_train_batch_size) * base.num_train_epochs
+    size = base.per_device_train_batch_size
+    total = math.ceil(len(examples) / size) * base.num_train_epochs
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=base.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
@@ -173,7 +174,6 @@ def teach(
         sums = [0.0, 0.0]
         # Rows of similar length together, so that little is spent on padding, then shuffled.
         rows = sorted(examples, key=lambda example: len(example.input_ids) + 4 * order.random())
-        size = base.per_device_train_batch_size
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         order.shuffle(batches)
         for batch in batches:
@@ -186,10 +186,10 @@ def teach(
                 mask = torch.tensor(example.assistant_mask, dtype=torch.bool)
                 ids[row, :length] = tokens
                 labels[row, : length - 1] = tokens.masked_fill(~mask, -100)[1:]
-            # Padding is on the right, where causal attention never looks, so no mask is needed;
-            # and the vocabulary is scored only where something is learnt. Both save much time on
-            # a CPU. Tokens of no answer are left out: taught only never to come, they would all
-            # end up alike, and fine-tuning could not tell them apart any more.
+            # Padding is on the right, where causal attention never looks, so no mask is needed; and
+            # the vocabulary is scored only where something is learnt: both save much time on a CPU.
+            # Tokens of no answer are left out: taught only never to come, they would all end up
+            # alike, and fine-tuning could not tell them apart any more.
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
             learnt = labels != -100
             logits = model.lm_head(hidden[learnt]).masked_fill(unsaid, -torch.inf)

@@ -486,7 +486,10 @@ class DensePhi3:
         return hidden, parts.down(gated_silu(parts.gate_up(seen)))
 
     def _attention(self, qkv: Tensor, turns: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
-        """T × (queries, keys, values) to T × values of all heads, float32."""
+        """T × (queries, keys, values) to T × values of all heads, float32.
+
+        A method of its own, so that what is not saved for the gradient is freed when it ends.
+        """
         config = self._plain.config
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         # float32: the backward pass of torch's attention is five times slower in bfloat16.

@@ -300,6 +300,6 @@ def _arguments(
         prediction_loss_only=True,
         ddp_backend="gloo" if several and runtime.device == "cpu" else None,
         ddp_find_unused_parameters=False if several else None,
-        report_to=[],  # our own callbacks do, see tracking.py
+        report_to=[],  # our own callbacks do, see callbacks.py
         disable_tqdm=True,
     )

@@ -215,6 +215,7 @@ def _combined(
     for _name, path in extra_files(recipe.evaluate):
         with suppress(OSError, ValueError, KeyError, TypeError):  # the evaluation reports it
             asked.append(_lengths(_of_lines(path), tokens_of)[0].prompt)
+    # The most: a copy that equals another row is left out.
     copies = (2 if recipe.data.casual_copies else 1) * (1 + recipe.data.rewordings)
     times = {"train": copies, "replay": 1}
     learning = [(parts[n], data[n][2], times[n]) for n in times if n in parts]

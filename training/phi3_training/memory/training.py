@@ -308,7 +308,15 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     size = work.positions * (b * numbers + 2 * FLOAT32 * h)
     if work.full:
         size += work.positions * 2 * h * work.stream_bytes
-    return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
+    # What grows with the square of the rows' length.
+    squares = work.batch * work.tokens**2
+    if work.attention == "eager":
+        # The softmax in float32, and its copy in the compute type where that is another one.
+        each = FLOAT32 if b == FLOAT32 else FLOAT32 + b
+        size += squares * shape.heads * each
+    elif work.masked:
+        size += squares * b
+    return size + _adapter_activations(shape, work)
 
 
 def _adapted_names(shape: ModelShape, work: Work) -> set[str]:
@@ -327,16 +335,6 @@ def _adapter_activations(shape: ModelShape, work: Work) -> int:
         size += noise * linear.inputs if work.lora_dropout else 0
         size += 2 * work.compute * linear.outputs if work.method == "dora" else 0
     return work.positions * size
-
-
-def _score_bytes(shape: ModelShape, work: Work) -> int:
-    """What one layer keeps that grows with the square of the rows' length."""
-    squares = work.batch * work.tokens**2
-    if work.attention == "eager":
-        # The softmax in float32, and its copy in the compute type where that is another one.
-        each = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
-        return squares * shape.heads * each
-    return squares * work.compute if work.masked else 0
 
 
 def loss_bytes(shape: ModelShape, work: Work) -> int:

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import StageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..prompt import ChatFormat
 
 # Copied byte by byte: saving a tokenizer through transformers may rewrite how it splits text.
@@ -54,7 +56,9 @@ def new_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(left)
 
 
-def write_model(model: Any, chat: ChatFormat, target: Path, tokenizer_from: Path) -> None:
+def write_model(
+    model: PreTrainedModel, chat: ChatFormat, target: Path, tokenizer_from: Path
+) -> None:
     """Save `model` into the folder `target`, ready for every loader and server."""
     model.generation_config.eos_token_id = list(chat.stop_token_ids)
     model.generation_config.pad_token_id = chat.pad_token_id

@@ -107,6 +107,7 @@ AssetName = Annotated[
         "1-255 letters, digits, '.', '_' and '-', starting with a letter or digit",
     ),
 ]
+# Azure compares names of sizes without case.
 VmSize = Annotated[
     str,
     _follows(
@@ -114,6 +115,7 @@ VmSize = Annotated[
     ),
 ]
 NO_DEADLINE = "none"
+# Days, hours and minutes in this order, at least one of them.
 _DURATION = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", re.ASCII)
 _SHORTEST, _LONGEST = dt.timedelta(minutes=15), dt.timedelta(days=90)
 
@@ -124,6 +126,7 @@ def duration_of(text: str) -> dt.timedelta:
     if match is None:
         raise ValueError("expected a duration such as 8h, 90m or 2d12h")
     days, hours, minutes = (int(part or 0) for part in match.groups())
+    # Before they become a timedelta, which overflows beyond 10^9 days.
     if days > _LONGEST.days or hours > 24 * _LONGEST.days or minutes > 1440 * _LONGEST.days:
         raise ValueError("expected at most 90 days")
     duration = dt.timedelta(days=days, hours=hours, minutes=minutes)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import (
@@ -39,6 +39,9 @@ from .sections import (
     Section,
     ServeSection,
 )
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 YamlMap = dict[str, Any]  # what YAML can hold, until pydantic has read it
 
@@ -81,7 +84,7 @@ class Recipe(Section):
 # What a recipe sets for one model and would be wrong for another.
 _OF_THE_MODEL = ("model", "base", "finetune", "evaluate", "gate", "serve")
 # What a recipe sets for its chats and would be wrong for others.
-_OF_THE_CHATS: Mapping[str, Any] = {"data.validation": [], "ask": None}
+_OF_THE_CHATS: Mapping[str, object] = {"data.validation": [], "ask": None}
 
 
 def load_recipe(
@@ -112,7 +115,7 @@ def load_recipe(
         if isinstance(content.get("data"), dict):
             content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
         overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
-    of_file: set[tuple[Any, str]] = set()  # faults that the file alone has
+    of_file: set[tuple[tuple[int | str, ...], str]] = set()  # faults that the file alone has
     if overrides:
         try:
             Recipe.model_validate(deepcopy(content))
@@ -132,6 +135,7 @@ def load_recipe(
             is_new = bool(overrides) and (item["loc"], item["msg"]) not in of_file
             by_hand = is_new or is_typed(item["loc"], overrides)
             (typed if by_hand else faults).append(fault_line(item, {} if by_hand else lines, keys))
+        # What is sound of it names files as well: those that are missing belong to the same report.
         recipe = _sound_part(content, items)
     named: dict[str, Sequence[Path | HubSet]] = {
         "base.data": recipe.base.data if recipe.base else [],
@@ -159,7 +163,9 @@ def azure_section_of(values: Mapping[str, str]) -> AzureSection:
         return AzureSection.model_validate(dict(values))
     except ValidationError as error:
         keys = keys_of(Recipe)
-        items = ({**item, "loc": ("azure", *item["loc"])} for item in error.errors())
+        items = error.errors()
+        for item in items:
+            item["loc"] = ("azure", *item["loc"])
         raise UsageError("\n".join(fault_line(item, {}, keys) for item in items)) from None
 
 
@@ -178,6 +184,7 @@ def replaced_with_chats(overrides: Sequence[str]) -> YamlMap:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe as it was resolved, so that `load_recipe` reads the same one again."""
     content = recipe.model_dump(mode="json")
+    # In the order of the sections, as a person would write it.
     write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -192,7 +199,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str) -> object:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
 
 
@@ -231,7 +238,7 @@ def _apply_overrides(content: YamlMap, overrides: Sequence[str]) -> list[str]:
 _TEXTS_UNDER = "azure.tags."
 
 
-def _value(key: str, text: str) -> Any:
+def _value(key: str, text: str) -> object:
     """The value of an override: as typed where the key is text, else what YAML makes of it.
 
     A name may be `007` or `no`, which YAML would read as a number and as false.
@@ -247,7 +254,7 @@ def _value(key: str, text: str) -> Any:
     return text if key == "finetune.target_modules" else [text]
 
 
-def _set(content: YamlMap, keys: list[str], value: Any) -> None:
+def _set(content: YamlMap, keys: list[str], value: object) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
@@ -282,7 +289,7 @@ def _resolve_paths(content: YamlMap, folder: Path) -> None:
         ]
 
 
-def _sound_part(content: Mapping[str, Any], faults: Sequence[Any]) -> Recipe:
+def _sound_part(content: YamlMap, faults: Sequence[ErrorDetails]) -> Recipe:
     """What of a faulty recipe names files and can be read: each section without its wrong keys."""
     wrong = {tuple(item["loc"][:2]) for item in faults}
     sections: YamlMap = {"data": DataSection.model_construct(train=[])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -75,7 +75,7 @@ class HubSet(BaseModel):
         return f"{HUB}{self.name}{revision}:{self.split}"
 
 
-def _source(value: Any) -> Any:
+def _source(value: object) -> object:
     if value == {"hub": None}:  # YAML's reading of a bare `hub:`
         return HubSet()
     if isinstance(value, str) and value.startswith(HUB):

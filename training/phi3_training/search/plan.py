@@ -92,6 +92,9 @@ def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
     Raises RecipeError with every fault: of the form, of the metric, and of keys and values that
     the recipe does not take.
     """
+    from ..evaluate.figures import METRICS
+    from ..evaluate.questions import PARTS
+
     recipe = make([])
     if not path.is_file():
         raise RecipeError(str(path), ["no such file; docs/search.md shows how to write one"])
@@ -112,26 +115,7 @@ def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
                 "union_tag_not_found": "needs type: float, int or categorical",
             }.get(item["type"]) or plain(item)
             faults.append(f"{'.'.join(parts)}: {what}")
-    faults += [*_metric_faults(content, recipe), *_parameter_faults(content, make)]
-    if faults:
-        raise RecipeError(str(path), faults)
-    return plan
-
-
-def overrides_of(values: Mapping[str, Value]) -> list[str]:
-    """`key=value` for each parameter, as the command line takes it: text as it is."""
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in values.items()
-    ]
-
-
-# The following look at the file as it was written, so that a fault of its form hides no other.
-def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
-    from ..evaluate.figures import METRICS
-    from ..evaluate.questions import PARTS
-
-    faults = []
+    # The following look at the file as it was written, so that a fault of its form hides no other.
     metric = content.get("metric")
     evaluates = recipe.finetune.eval_steps or "finetune.eval_steps" in _parameters(content)
     part, _, figure = str(metric).partition(".")
@@ -146,7 +130,18 @@ def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
         faults.append("metric: validation_loss needs finetune.eval_steps in the recipe")
     if content.get("pruning") is not None and not evaluates:
         faults.append("pruning: needs finetune.eval_steps in the recipe, to judge trials early")
-    return faults
+    faults += _parameter_faults(content, make)
+    if faults:
+        raise RecipeError(str(path), faults)
+    return plan
+
+
+def overrides_of(values: Mapping[str, Value]) -> list[str]:
+    """`key=value` for each parameter, as the command line takes it: text as it is."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    ]
 
 
 def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[str]:

@@ -79,13 +79,14 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
     history.plot(numbers, list(so_far), color=_BEST)
     history.plot(lost, [0] * len(lost), "x", color="gray", transform=history.get_xaxis_transform())
     for place, (key, parameter) in enumerate(plan.parameters.items()):
-        at = [trial.parameters[key] for trial in measured]
+        given = [trial.parameters[key] for trial in measured]
         if isinstance(parameter, Choices):  # compared as JSON: in Python 1, 1.0 and true are equal
             names = [json.dumps(choice) for choice in parameter.choices]
-            at = [names.index(json.dumps(value)) for value in at]
+            at = [names.index(json.dumps(value)) for value in given]
             panel(grid[1 + place // 2, place % 2], key, at).set_xticks(range(len(names)), names)
         else:
-            panel(grid[1 + place // 2, place % 2], key, at).set_xscale(
+            figures = [value for value in given if isinstance(value, (int, float))]
+            panel(grid[1 + place // 2, place % 2], key, figures).set_xscale(
                 "log" if parameter.log else "linear"
             )
     # Text stays text, and nothing names the day: the same trials make the same file.

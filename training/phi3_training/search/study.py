@@ -48,6 +48,7 @@ _NO_PART = {"save_steps", "save_seconds", "save_total_limit", "allow", "num_thre
 def trial_journey(whole: Journey, recipe: Recipe, number: int) -> Journey:
     """The journey of trial `number`, with chats and base where its recipe has the same ones."""
     run = Run.open(whole.run.path / "search" / "trials" / f"trial-{number:03d}")
+    # A trial that changes the chats or the base makes its own.
     if recipe.data == whole.recipe.data:
         dataset = whole.run.require(DatasetManifest)
         for part in dataset.outputs.values():
@@ -172,6 +173,7 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
         for name in ("model", "finetune", "evaluate")
         if (section := getattr(recipe, name)) is not None
     }
+    # Not the number of trials: a search may be continued with more of them.
     parts = {
         "search file": fingerprint(plan.model_dump(mode="json", exclude={"trials"})),
         "recipe": fingerprint(sections),
