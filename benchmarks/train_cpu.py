@@ -37,9 +37,8 @@ from trl import SFTConfig, SFTTrainer
 
 from phi3_training.finetune import trainer as product
 from phi3_training.finetune.audit import IGNORED
-from phi3_training.finetune.precision import cpu_flags
 from phi3_training.finetune.rows import encode_rows, read_rows
-from phi3_training.finetune.runtime import Runtime, choose_runtime, quiet_libraries
+from phi3_training.finetune.runtime import Runtime, choose_runtime, cpu_flags, quiet_libraries
 from phi3_training.finetune.trainer import CpuTrainer
 from phi3_training.finetune.weights import load_model, make_tokenizer, peft_config, write_model
 from phi3_training.prompt import ChatFormat, Example

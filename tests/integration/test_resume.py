@@ -21,7 +21,7 @@ from tests.integration.small_run import (
     train_apart,
 )
 
-from phi3_training.finetune.checkpoints import SEAL
+from phi3_training.finetune.callbacks import SEAL
 from phi3_training.manifests import ModelManifest
 from phi3_training.run import Run
 

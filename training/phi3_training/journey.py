@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 
 from . import console
 from .errors import StageError, UsageError
-from .finetune import heap
+from .finetune.runtime import release
 from .manifests import DatasetManifest, Manifest
 from .models.catalogue import weights_folder
+from .models.folder import check_rope
 from .models.layers import matrices_of, targets_in
-from .models.rope import check_rope
 from .progress import Progress, no_progress
 from .recipe import Recipe, read_yaml, save_recipe
 from .run import RECIPE_FILE as RECIPE_FILE
@@ -149,7 +149,7 @@ def do(journey: Journey, stage: Stage[M], progress: Progress) -> M:
     journey.progress = progress
     content = stage.work(journey)
     seconds = time.monotonic() - started
-    heap.release()
+    release()
     # The id changes each time a stage is done, so that what follows is done again as well.
     stamp = {"fingerprint": _fingerprint(journey, stage), "done_id": fingerprint(time.time_ns())}
     manifest = content.model_copy(update={**stamp, "seconds": round(seconds, 3)})

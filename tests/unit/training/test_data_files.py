@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from phi3_training.data import check, prepare, show
-from phi3_training.data.opening import MOST_UNPACKED
+from phi3_training.data.readers import MOST_UNPACKED
 from phi3_training.data.sources import rows_of
 from phi3_training.recipe import DataSection
 from phi3_training.run import Run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3_training.finetune.precision import choose_precision
+from phi3_training.finetune.runtime import choose_precision
 from phi3_training.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).parents[3] / "training/recipes/phi3-mini-lora.yaml"

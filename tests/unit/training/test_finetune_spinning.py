@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, sys
-from phi3_training.finetune.spinning import import_torch_without_spinning
+from phi3_training.finetune.runtime import import_torch_without_spinning
 seen = []
 sys.addaudithook(
     lambda event, args: seen.append(os.environ.get("GOMP_SPINCOUNT"))

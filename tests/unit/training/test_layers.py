@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError
+from phi3_training.models.folder import check_rope
 from phi3_training.models.layers import PHI3, check_adapter, matrices, matrices_of, targets_in
-from phi3_training.models.rope import check_rope
 
 LLAMA = [
     f"model.layers.0.{name}"

@@ -12,7 +12,7 @@ import pytest
 
 from phi3_training.cli import main
 from phi3_training.data import prepare
-from phi3_training.finetune.precision import choose_precision
+from phi3_training.finetune.runtime import choose_precision
 from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.memory import RowSizes, memory_plan, of_size, row_sizes
 from phi3_training.memory.advise import changed
@@ -226,12 +226,12 @@ def test_number_type_is_decided_in_one_place() -> None:
 def test_rounded_weights_are_decided_where_training_decides(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A CPU that is not here rounds nothing; this one as finetune/precision.py says."""
+    """A CPU that is not here rounds nothing; this one as finetune/runtime.py says."""
     recipe = recipe_of(Path("x"), "microsoft/Phi-3-mini-4k-instruct")
     here = replace(of_size(64, "cpu"), is_here=True)
     for flags, compute, merged in ((["amx_bf16"], 2, 4), ([], 4, 0)):
         found = frozenset(flags)
-        monkeypatch.setattr("phi3_training.finetune.precision.cpu_flags", lambda f=found: f)
+        monkeypatch.setattr("phi3_training.finetune.runtime.cpu_flags", lambda f=found: f)
         work = work_of(recipe, MINI, here, SIZES)
         assert (work.compute, work.merged, work.dense) == (compute, merged, True)
         away = work_of(recipe, MINI, of_size(64, "cpu"), SIZES)

@@ -17,10 +17,9 @@ from ..prompt import ChatFormat
 from ..recipe import DataSection
 from .conversation import Conversation
 from .faults import Fault, in_order, shown
-from .findings import Findings, Rules, lengths
+from .findings import Findings, Rules, TokenRules, Verdict, judge_tokens, lengths
 from .prepare import chosen_sources, examine
 from .scan import Scan, Table, scan, scan_start
-from .skipping import TokenRules, Verdict, judge_tokens
 from .sources import source_of
 
 # Chats as Conversations: for callers that want a few of them in memory. A small set, all of it.
@@ -30,6 +29,7 @@ def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
     """All conversations of all sources. Raises DataError with every fault of every one."""
     sources, faults, _ = chosen_sources({"train": [source_of(path) for path in paths]})
     with tempfile.TemporaryDirectory() as folder:
+        # Callers want all of what they named: a repeated row is an error of theirs.
         findings = Findings(scan(sources, Path(folder)), Rules("refuse", "warn"))
         if faults := [*faults, *findings.faults()]:
             raise DataError(faults)
@@ -160,7 +160,7 @@ def check(
         table = findings.table
         verdict = Verdict()
         if rules is not None:
-            target = np.ones(len(table), np.uint8)
+            target = np.ones(len(table), np.uint8)  # every row is of the one part
             train = [source for _, source in sources]
             judge_tokens(DataSection(train=train), table, target, {"train": 1}, rules, verdict)
         return CheckReport(
@@ -195,6 +195,7 @@ def check_recipe(
 
 
 def _file_report(scanned: Scan, faults: Sequence[Fault]) -> FileReport:
+    # A row that repeats another one was read without a fault, but is not trained on.
     repeated = sum(fault.path == scanned.path and fault.kind == "duplicate" for fault in faults)
     return FileReport(
         path=scanned.path,
@@ -283,6 +284,7 @@ class TokenViewer:
         end, before = 0, ""
         for trained, run in groupby(mask):
             end += len(list(run))
+            # Decoded from the start each time: alone, tokens may lose a space or half a character.
             text = str(self._tokenizer.decode(ids[:end], skip_special_tokens=False))
             stretches.append(Stretch(bool(trained), text[len(before) :]))
             before = text

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import faults
 from .faults import Problem
 
 ROLES = ("system", "user", "assistant")
@@ -40,9 +41,9 @@ class Conversation:
     messages: tuple[Message, ...]
     source: Path
     line: int
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, object] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As it is written in JSON lines; what is carried comes after the messages."""
         return {"messages": [message.to_dict() for message in self.messages], **self.extra}
 
@@ -78,15 +79,14 @@ def check_text(place: str, value: object, *, drop: str = "conversation") -> list
         return [wrong_type(place, value, "text")]
     if not value or value.isspace():
         how = "blank" if value else "empty"
-        fix = f"write its text, or remove the {drop}"
-        return [Problem("empty-content", f"{place} is {how}", fix)]
+        return [faults.EMPTY_CONTENT(place=place, how=how, drop=drop)]
     return check_characters(place, value)
 
 
 def check_characters(place: str, value: str) -> list[Problem]:
     """The first character of a text that has no place in training data."""
     try:
-        if not has_unfit_characters(value.encode()):
+        if not has_unfit_characters(value.encode()):  # the usual case, and the quick way
             return []
     except UnicodeEncodeError:
         pass  # half of a surrogate pair
@@ -95,8 +95,7 @@ def check_characters(place: str, value: str) -> list[Problem]:
         return []
     code = ord(unfit.group())
     name = "half of a surrogate pair" if code >= 0xD800 else "the control character"
-    what = f"{place} holds {name} U+{code:04X} at character {unfit.start() + 1}"
-    return [Problem("control-character", what, "remove it")]
+    return [faults.CONTROL_CHARACTER(place=place, name=name, code=code, at=unfit.start() + 1)]
 
 
 def has_unfit_characters(text: bytes, nuls: int = 0) -> bool:
@@ -116,33 +115,28 @@ def has_c1_controls(text: bytes) -> bool:
 
 def check_order(roles: Sequence[str]) -> list[Problem]:
     """The order that Phi-3's template knows: [system,] user, assistant, user, … assistant."""
-    problems = []
+    wrong: list[tuple[str, str]] = []
     start = 1 if roles[0] == "system" else 0
+    # All faults of the order, not the first alone: a row is corrected once.
     for number, role in enumerate(roles[start:], start=start):
         if role == "system":
             what = f"message {number + 1} is a system message"
-            problems.append(_order(what, "move it to the start, or remove it"))
+            wrong.append((what, "move it to the start, or remove it"))
         elif number == start and role != "user":
             article = "an" if role == "assistant" else "a"
-            what = f"it starts with {article} {role} message"
-            problems.append(_order(what, "start with a user message"))
+            wrong.append((f"it starts with {article} {role} message", "start with a user message"))
         elif number > start and role == roles[number - 1]:
             what = f"messages {number} and {number + 1} are both {role} messages"
-            problems.append(
-                _order(what, "join them, or add the message that is missing between them")
-            )
+            wrong.append((what, "join them, or add the message that is missing between them"))
     if len(roles) == start:
-        problems.append(_order("it has only a system message", "add a question and its answer"))
+        wrong.append(("it has only a system message", "add a question and its answer"))
     elif roles[-1] == "user":
         fix = "end with an assistant message, which is what the model learns"
-        problems.append(_order("it ends with a user message", fix))
-    return problems
-
-
-def _order(what: str, fix: str) -> Problem:
-    return Problem("role-order", f"wrong order of roles: {what}", fix)
+        wrong.append(("it ends with a user message", fix))
+    return [faults.ROLE_ORDER(what=what, fix=fix) for what, fix in wrong]
 
 
 def wrong_type(place: str, value: object, expected: str) -> Problem:
-    actual = _KINDS.get(type(value), "a number")
-    return Problem("wrong-type", f"{place} is {actual}", f"expected {expected}")
+    """A value of another type than expected; everything that is not named is a number in JSON."""
+    kind = _KINDS.get(type(value), "a number")
+    return faults.WRONG_TYPE(place=place, kind=kind, expected=expected)

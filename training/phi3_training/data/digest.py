@@ -1,25 +1,35 @@
-"""What is known of a block of rows: its faults, and some numbers for each sound row.
+"""What is computed of each text: numbers that compare conversations, and signs of personal data.
 
-Writes rows that must look otherwise than in their source to a block file: memory stays flat.
+Works on whole batches of texts with numpy; reads and writes nothing.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from .arrays import U8, U32, U64, Bools, Ints, mixed
-from .faults import Problem
-from .jsonl import CheckedRow
+U8 = npt.NDArray[np.uint8]
+U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# The multipliers of splitmix64 (https://prng.di.unimi.it/splitmix64.c).
+_SPLITMIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def mixed(values: U64) -> U64:
+    """Numbers of which every bit depends on every bit of the given ones (splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * _SPLITMIX[0]
+    values = (values ^ (values >> np.uint64(27))) * _SPLITMIX[1]
+    return values ^ (values >> np.uint64(31))
+
 
 # The numbers that compare conversations: equal for the same messages, or for the same question.
 # 64 bits each: of 40 million sets of a million rows, one has two different rows that fall together.
@@ -117,7 +127,15 @@ def sketch(batch: Batch) -> U32:
     """
     hashes, rows = _runs(batch)
     sizes = np.bincount(rows, minlength=len(batch.texts))
-    least = _least_of_bins(hashes, rows, sizes).reshape(-1, BANDS, _PER_BAND)
+    # The least hash of each text in each bin. Only the small hashes of long texts are sorted into
+    # bins: the least of a bin is nearly always among them.
+    share = np.minimum(_WANTED / np.maximum(sizes, 1), 1.0) * 2.0**32
+    small = hashes >> np.uint64(32) < share.astype(np.uint64)[rows]
+    hashes, rows = hashes[small], rows[small]
+    bins = (hashes & np.uint64(0xFFFFFFFF)) * np.uint64(_BINS) >> np.uint64(32)
+    lowest = np.full(len(sizes) * _BINS, _EMPTY)
+    np.minimum.at(lowest, rows * _BINS + bins.astype(np.int64), hashes)
+    least = lowest.reshape(-1, BANDS, _PER_BAND)
     numbers = np.zeros((len(sizes), BANDS), np.uint64)
     for place in range(_PER_BAND):
         numbers = mixed(numbers + least[:, :, place])
@@ -145,18 +163,6 @@ def _runs(batch: Batch) -> tuple[U64, Ints]:
     inside = np.searchsorted(places, batch.ends)  # runs up to the end of each text
     rows = np.repeat(np.arange(len(inside)), np.diff(inside, prepend=0))
     return hashes, rows
-
-
-def _least_of_bins(hashes: U64, rows: Ints, sizes: Ints) -> U64:
-    """The least hash of a text in each bin."""
-    # Only the small hashes of long texts: the least of a bin is nearly always among them.
-    share = np.minimum(_WANTED / np.maximum(sizes, 1), 1.0) * 2.0**32
-    small = hashes >> np.uint64(32) < share.astype(np.uint64)[rows]
-    hashes, rows = hashes[small], rows[small]
-    bins = (hashes & np.uint64(0xFFFFFFFF)) * np.uint64(_BINS) >> np.uint64(32)
-    least = np.full(len(sizes) * _BINS, _EMPTY)
-    np.minimum.at(least, rows * _BINS + bins.astype(np.int64), hashes)
-    return least
 
 
 def words_of(text: bytes) -> bytes:
@@ -237,14 +243,33 @@ def flags_of(batch: Batch) -> list[Flag]:
 
     Patterns are tried only where one is possible: this looks at every byte of every text.
     """
+
+    def long_runs() -> Iterator[tuple[int, int]]:
+        """Runs without a space: each of 19 bytes or more has four of our groups of four."""
+        marks = (batch.codes != ord(" "))[: len(batch.text) // 4 * 4]
+        full = marks.view(np.uint32) == _FOUR_MARKS
+        full = full[:-1] & full[1:]
+        done = 0
+        for group in np.flatnonzero(full[:-2] & full[2:]).tolist():
+            if group * 4 < done:
+                continue
+            start = batch.text.rfind(b" ", 0, group * 4) + 1
+            done = batch.text.find(b" ", group * 4 + 16)
+            yield start, done
+
     digits = np.flatnonzero(batch.codes - np.uint8(48) < 10)
     close = digits[6:] - digits[:-6] <= _PHONE_SPAN
     close[1:] &= ~(close[:-1] & (digits[1:-6] - digits[:-7] <= 3))
     return sorted(
         [
-            *_matches(batch, _around(_places(batch.text, b"@"), 1, 96), _EMAIL, EMAIL),
+            *_matches(
+                batch,
+                _around((at.start() for at in re.finditer(b"@", batch.text)), 1, 96),
+                _EMAIL,
+                EMAIL,
+            ),
             *_matches(batch, _around(digits[:-6][close].tolist(), 8, 48), _PHONE, PHONE),
-            *_matches(batch, _unbroken(batch), _KEY, KEY),
+            *_matches(batch, long_runs(), _KEY, KEY),
         ]
     )
 
@@ -262,139 +287,16 @@ def _matches(
             matches.append(match)
     rows = batch.row_of(np.array(places, np.int64)).tolist()
     first = dict(zip(reversed(rows), reversed(matches), strict=True))
-    return [Flag(row, kind, masked(_value(batch, match))) for row, match in first.items()]
-
-
-def _value(batch: Batch, match: re.Match[bytes]) -> str:
-    """All of what was found: of an e-mail address the pattern takes one letter before the @."""
-    start = match.start()
-    if match.re is _EMAIL:
-        before = batch.text[max(start - 64, 0) : start]
-        start -= len(before) - len(before.rstrip(_NAME))
-    return batch.text[start : match.end()].decode("utf-8", "replace").strip()
+    flags = []
+    for row, match in first.items():
+        start = match.start()
+        if kind == EMAIL:  # its pattern takes one letter before the @: searching is then fast
+            before = batch.text[max(start - 64, 0) : start]
+            start -= len(before) - len(before.rstrip(_NAME))
+        value = batch.text[start : match.end()].decode("utf-8", "replace").strip()
+        flags.append(Flag(row, kind, masked(value)))
+    return flags
 
 
 def _around(places: Iterable[int], before: int, after: int) -> Iterator[tuple[int, int]]:
     return ((max(place - before, 0), place + after) for place in places)
-
-
-def _places(text: bytes, mark: bytes) -> Iterator[int]:
-    place = text.find(mark)
-    while place >= 0:
-        yield place
-        place = text.find(mark, place + 1)
-
-
-def _unbroken(batch: Batch) -> Iterator[tuple[int, int]]:
-    """The long runs without a space: each of 19 bytes or more has four of our groups of four."""
-    marks = (batch.codes != ord(" "))[: len(batch.text) // 4 * 4]
-    full = marks.view(np.uint32) == _FOUR_MARKS
-    full = full[:-1] & full[1:]
-    done = 0
-    for group in np.flatnonzero(full[:-2] & full[2:]).tolist():
-        if group * 4 < done:
-            continue
-        start = batch.text.rfind(b" ", 0, group * 4) + 1
-        done = batch.text.find(b" ", group * 4 + 16)
-        yield start, done
-
-
-_BATCH = 1 << 20  # bytes of text whose words are found at once
-_BATCH_ROWS = 1000  # short texts need a limit of their own
-
-
-@dataclass
-class Digest:
-    """What is known of a block, in order. Lines count from the block's first, which is 1."""
-
-    path: Path
-    lines: int = 0
-    faults: list[tuple[int, Problem, int]] = field(default_factory=list)  # line, what, row
-    notes: Counter[str] = field(default_factory=Counter)  # what is unusual, and in how many lines
-    filled: bool = False
-    formats: Counter[str] = field(default_factory=Counter)
-    unused: Counter[str] = field(default_factory=Counter)
-    decided: Counter[str] = field(default_factory=Counter)
-    several_turns: int = 0
-    flags: list[tuple[int, int, str]] = field(default_factory=list)
-    # One entry per valid row. Where it is: in the source itself, or in the block file.
-    line: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
-    number: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))  # of the row, else 0
-    size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
-    offset: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
-    in_source: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
-    identity: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
-    question: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
-    text_size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
-    bands: U32 = field(default_factory=lambda: np.zeros((0, BANDS), np.uint32))
-
-
-class Digester:
-    """Takes sound rows one by one, writes those that are new, and fills a Digest."""
-
-    def __init__(self, path: Path) -> None:
-        self.digest = Digest(path)
-        self.written = 0
-        self._columns = array("Q")
-        self._texts: list[bytes] = []
-        self._systems: list[int] = []
-        self._waiting = 0
-        self._bands: list[U32] = []
-
-    def take(
-        self,
-        line: int,
-        row: CheckedRow | list[Problem],
-        stream: BinaryIO,
-        *,
-        offset: int = 0,
-        size: int = 0,
-        number: int = 0,
-    ) -> None:
-        """Add a row, or what is wrong with it; `offset` and `size` are its place in the source."""
-        digest = self.digest
-        digest.filled = True
-        if isinstance(row, list):
-            digest.faults += [(line, problem, number) for problem in row]
-            return
-        text = row.joined
-        identity, question, system = keys_of(text, row.texts[-2], row.has_system, row.unlearnt)
-        in_source = row.written is None
-        if row.written is not None:
-            offset, size = self.written, len(row.written)
-            self.written += stream.write(row.written)
-        self._columns.extend((line, size, offset, in_source, identity, question, len(text), number))
-        digest.formats[row.form] += 1
-        if row.unused or row.notes:
-            digest.unused.update(row.unused)
-            digest.decided.update(row.notes)
-        digest.several_turns += len(row.texts) > 3
-        self._texts.append(text)
-        self._systems.append(system)
-        self._waiting += len(text)
-        if self._waiting > _BATCH or len(self._texts) > _BATCH_ROWS:
-            self._look_at_texts()
-
-    def finish(self) -> Digest:
-        """The digest of all rows taken."""
-        self._look_at_texts()
-        digest = self.digest
-        columns = np.frombuffer(self._columns, np.uint64).reshape(-1, 8).T
-        digest.line, digest.size, digest.text_size, digest.number = columns[[0, 1, 6, 7]].astype(
-            np.uint32
-        )
-        digest.offset, digest.identity, digest.question = columns[[2, 4, 5]]
-        digest.in_source = columns[3].astype(np.bool_)
-        if self._bands:
-            digest.bands = np.concatenate(self._bands)
-        return digest
-
-    def _look_at_texts(self) -> None:
-        if not self._texts:
-            return
-        batch = Batch.of(self._texts, self._systems)
-        first = len(self._columns) // 8 - len(self._texts)
-        self._bands.append(sketch(batch))
-        for row, kind, masked in flags_of(batch):
-            self.digest.flags.append((self._columns[(first + row) * 8], kind, masked))
-        self._texts, self._systems, self._waiting = [], [], 0

@@ -9,9 +9,11 @@ not read is reported.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from . import faults
 from .conversation import (
     CARRIED,
     ROLES,
@@ -22,7 +24,6 @@ from .conversation import (
     wrong_type,
 )
 from .faults import Problem
-from .rendered import is_rendered, take_apart
 
 
 class Row(NamedTuple):
@@ -51,6 +52,8 @@ ROLE_ALIASES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
     "chatbot": "assistant", "ai": "assistant", "developer": "system", "model": "assistant",
 }  # fmt: skip
+# OpenAI's (`tool`, `function`), LLaMA-Factory's (`function_call`, `observation`), Llama 3's
+# (`ipython`), and what other exports call the same.
 TOOL_ROLES = frozenset(
     ("tool", "function", "function_call", "function_response", "observation", "ipython",
      "tool_call", "tool_response")
@@ -66,6 +69,7 @@ TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 _REFUSED = ("tools", "functions", "documents", "images", "image", "audio", "videos")
 _GEMINI_SYSTEMS = ("systeminstruction", "system_instruction")
 _SYSTEMS = ("system", "system_prompt", "system_message", *_GEMINI_SYSTEMS)
+# `input_text` and `output_text` are Vertex AI's names, `text_input` is Google AI Studio's.
 _ASKS = (
     "prompt", "question", "query", "instruction", "input_data", "user", "input",
     "input_text", "text_input",
@@ -77,11 +81,6 @@ _NAMED_PAIRS = {
     ("input_data", "answer"): "prompt flow",
 }
 _HISTORIES = ("chat_history", "history")
-_EXPECTED = (
-    'expected \'messages\' (a list of {"role", "content"}), a question and its answer '
-    "('prompt' + 'completion', 'question' + 'answer', 'instruction' + 'output', 'input' + "
-    "'output'), 'conversations', or 'chosen'"
-)
 _EMPTY: tuple[object, ...] = (None, "", [], {})
 _FAILED = "(Failed)"  # what `pf run show-details` writes for a line without an output
 
@@ -93,18 +92,10 @@ def read_row(row: Mapping[str, object]) -> Row:
     problems = reader.problems
     if form is not None and not problems:
         problems = check_order([message.role for message in messages])
-        if problems:
-            problems = [
-                problem._replace(
-                    fix=f"{problem.fix}, or repair the file: phi3 data fix FILE -o NEW"
-                )
-                for problem in problems
-            ]
-        elif not any(message.learn for message in messages if message.role == "assistant"):
-            what = "every answer has the weight 0, so there is nothing to learn"
-            problems = [Problem("nothing-to-learn", what, "remove the row, or a weight")]
-        else:
-            # What follows the last answer that is learnt teaches nothing.
+        if not any(message.learn for message in messages if message.role == "assistant"):
+            problems = problems or [faults.NOTHING_TO_LEARN()]
+        elif not problems:
+            # What follows the last answer that is learnt teaches nothing, and costs time.
             while not messages[-1].learn or messages[-1].role != "assistant":
                 messages.pop()
                 reader.notes.add("turns after the last answer that is learnt are left out")
@@ -123,22 +114,17 @@ def carried(row: Mapping[str, object]) -> tuple[dict[str, object], list[Problem]
     problems = []
     for key, value in extra.items():
         if key == "accept":
-            problems += _accept(value)
+            listed = value if isinstance(value, list) else []
+            texts = [text for text in listed if isinstance(text, str) and text.strip()]
+            if not texts or len(texts) < len(listed):
+                problems.append(faults.WRONG_ACCEPT())
+            else:
+                problems += [p for text in texts for p in check_characters("accept", text)]
         elif isinstance(value, str):
             problems += check_characters(key, value)
         elif key == "prompt" or not isinstance(value, int):
             problems.append(wrong_type(key, value, "text"))
     return extra, problems
-
-
-def _accept(value: object) -> list[Problem]:
-    listed = value if isinstance(value, list) else []
-    texts = [text for text in listed if isinstance(text, str) and text.strip()]
-    if not texts or len(texts) < len(listed):
-        what = "'accept' is not a list of texts"
-        fix = 'write "accept": ["a text that a correct answer contains"]'
-        return [Problem("wrong-type", what, fix)]
-    return [problem for text in texts for problem in check_characters("accept", text)]
 
 
 def _without_prefixes(row: Mapping[str, object]) -> tuple[dict[str, object], bool]:
@@ -175,16 +161,6 @@ def _without_prefixes(row: Mapping[str, object]) -> tuple[dict[str, object], boo
     return columns, True
 
 
-def _openai_preference(row: Mapping[str, object]) -> Mapping[str, object]:
-    """OpenAI's rows of preferences under TRL's names; any other row as it is."""
-    asked = row.get("input")
-    if "preferred_output" not in row or not isinstance(asked, dict) or "messages" not in asked:
-        return row
-    names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
-    said = {names.get(key, key): value for key, value in row.items() if key != "input"}
-    return {**asked, **said}
-
-
 class _Reader:
     """Reads one row; collects problems, and notes which keys it has read."""
 
@@ -193,7 +169,13 @@ class _Reader:
         self.read_keys: set[str] = set()
         self.unused: set[str] = set()
         self.notes: set[str] = set()
-        plain, self._from_run = _without_prefixes(_openai_preference(row))
+        # OpenAI's rows of preferences hold what is asked in `input`: here under TRL's names.
+        asked = row.get("input")
+        if "preferred_output" in row and isinstance(asked, dict) and "messages" in asked:
+            names = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+            said = {names.get(key, key): value for key, value in row.items() if key != "input"}
+            row = {**asked, **said}
+        plain, self._from_run = _without_prefixes(row)
         # `Question ` and `question` are one key to whoever exports a table.
         self.row: dict[str, object] = {}
         for key, value in plain.items():
@@ -202,8 +184,7 @@ class _Reader:
             if name not in self.row:
                 self.row[name] = value
             elif self.row[name] != value:
-                what = f"the row has the key {name!r} twice, with different contents"
-                self.problems.append(Problem("two-formats", what, "keep the right one"))
+                self.problems.append(faults.KEY_TWICE(key=name))
 
     def read(self) -> tuple[str | None, list[Message]]:
         """The format and its messages."""
@@ -211,7 +192,9 @@ class _Reader:
         if "contents" in lists and not isinstance(self.row["contents"], list):
             lists.remove("contents")  # any text may have that name; Gemini's is a list
         form: str | None
-        if self._is_preference(lists):
+        # `chosen` alone may be any column, where the row has another format.
+        has_chosen = isinstance(self.row.get("chosen"), (str, list, dict))
+        if has_chosen and ("rejected" in self.row or not (lists or self._present(_ANSWERS))):
             form, messages = "preference", self._preferred(lists)
         elif lists:
             form, messages = self._lists(lists)
@@ -220,7 +203,22 @@ class _Reader:
         if form is None:
             return None, []
         self._systems(messages)
-        self._refuse_what_is_meant()
+        # What belongs to the conversation and was not read: without it the answer comes from
+        # nowhere.
+        meant = [key for key in _REFUSED if _from_json(self.row.get(key))]
+        others = [key for key in ("context", *_HISTORIES) if key not in self.read_keys]
+        meant += [key for key in others if self.row.get(key)]
+        self.problems += [faults.MEANING(key=key) for key in meant]
+        # TRL's unpaired preferences (KTO); a table has the word.
+        if str(self.row.get("label")).lower() == "false":
+            self.problems.append(faults.FALSE_LABEL())
+        weight = self.row.get("weight")
+        if weight is not None and not _WEIGHT_WORDS.get(str(weight).strip().lower()):
+            self.problems.append(faults.WEIGHT_OF_ROW(value=str(weight)[:40]))
+        self.read_keys.add("weight")
+        for key in ("train", "training"):
+            if _WEIGHT_WORDS.get(str(self.row.get(key)).strip().lower()) is False:
+                self.problems.append(faults.NOT_TO_LEARN(key=key))
         return form, messages
 
     def _lists(self, keys: list[str]) -> tuple[str, list[Message]]:
@@ -241,12 +239,10 @@ class _Reader:
                 if [*_said(written)] != stripped:
                     read["text"] = written
         if len({_said(messages) for messages in read.values()}) > 1:
-            what = f"the row holds two conversations that differ, under {' and '.join(read)}"
-            self.problems.append(Problem("two-formats", what, "keep the right one"))
+            self.problems.append(faults.TWO_CONVERSATIONS(keys=" and ".join(read)))
         systems = [m for found in read.values() for m in found[:1] if m.role == "system"]
         if any(system != systems[0] for system in systems):
-            what = f"the row holds two system messages that differ, under {' and '.join(read)}"
-            self.problems.append(Problem("two-formats", what, "keep the right one"))
+            self.problems.append(faults.TWO_SYSTEMS(keys=" and ".join(read)))
         first = read[keys[0]]
         if systems and first and first[0].role != "system":
             first.insert(0, systems[0])
@@ -258,9 +254,7 @@ class _Reader:
             self.problems.append(wrong_type(key, turns, "a list of messages"))
             return []
         if not turns:
-            what = f"{key!r} is an empty list"
-            fix = "write at least a question and its answer"
-            self.problems.append(Problem("no-messages", what, fix))
+            self.problems.append(faults.NO_MESSAGES(key=key))
         messages = []
         for number, turn in enumerate(turns):
             before = len(self.problems)
@@ -270,64 +264,62 @@ class _Reader:
         return messages
 
     def _message(self, place: str, name: str, turn: object) -> Message | None:
+        """One message; None where its problems leave nothing to go on with."""
         if not isinstance(turn, dict):
             expected = 'an object with "role" and "content"'
             self.problems.append(wrong_type(place, turn, expected))
             return None
         role_key = next((key for key in ROLE_KEYS if key in turn), None)
         text_key = next((key for key in TEXT_KEYS if key in turn), None)
-        role = self._role(place, turn, role_key)
-        called = [key for key in TOOL_KEYS if turn.get(key)]
         said = turn.get(role_key) if role_key else None
+        role = None
+        if role_key is None:
+            self.problems.append(faults.NO_ROLE(place=place, roles=", ".join(ROLES)))
+        elif not isinstance(said, str):
+            self.problems.append(wrong_type(f"{place}.{role_key}", said, "text"))
+        elif said in ROLES or said in ROLE_ALIASES:
+            role = ROLE_ALIASES.get(said, said)
+        elif said not in TOOL_ROLES:  # those have their own fault below
+            near, known = said.strip().lower(), [*ROLE_ALIASES, *ROLES]
+            fix = f"write {near!r}" if near in known else f"known roles: {', '.join(known)}"
+            self.problems.append(faults.UNKNOWN_ROLE(place=place, role=said[:40], fix=fix))
+        called = [key for key in TOOL_KEYS if turn.get(key)]
         if called or (isinstance(said, str) and said in TOOL_ROLES):
-            what = f"{place} uses tools ({', '.join(map(repr, called)) or repr(said)})"
-            fix = "leave the row out, by hand or with: phi3 data fix FILE -o NEW"
-            self.problems.append(Problem("tools", what, fix))
+            how = ", ".join(map(repr, called)) or repr(said)
+            self.problems.append(faults.TOOLS(place=place, how=how))
             return None
         if text_key is None:
-            what = f"{place} has no {TEXT_KEYS[role_key == 'from']!r}"
-            self.problems.append(Problem("missing-content", what, "add the text of the message"))
+            # Each family has its own pair of names: `from` and `value` (ShareGPT), or OpenAI's.
+            key = TEXT_KEYS[role_key == "from"]
+            self.problems.append(faults.NO_CONTENT(place=place, key=key))
             return None
-        text = _joined_parts(turn[text_key])
-        self.unused.update(f"{name}.{text_key}[].{key}" for key in _more_of_parts(turn[text_key]))
+        content = turn[text_key]
+        # Parts of a text may have more keys than it, such as Anthropic's `cache_control`.
+        more = {
+            str(key)
+            for part in (content if isinstance(content, list) else [content])
+            if isinstance(part, dict)
+            for key in part.keys() - {"type", "text"}
+        }
+        self.unused.update(f"{name}.{text_key}[].{key}" for key in more)
+        text = _joined_parts(f"{place}.{text_key}", content)
         if isinstance(text, Problem):
-            self.problems.append(text._replace(what=f"{place}.{text_key} {text.what}"))
+            self.problems.append(text)
             return None
         drop = "system message" if role == "system" else "conversation"
         self.problems += check_text(f"{place}.{text_key}", text, drop=drop)
-        learn = self._learn(place, turn, role)
-        known = {role_key, text_key, *(_WEIGHTS if role == "assistant" else ())}
+        learn = self._learn(place, turn) if role == "assistant" else True
+        known_keys = {role_key, text_key, *(_WEIGHTS if role == "assistant" else ())}
         self.unused.update(
             f"{name}.{key}"
             for key, value in turn.items()
-            if key not in known and value not in _EMPTY
+            if key not in known_keys and value not in _EMPTY
         )
         return Message(role or "", str(text), learn)
 
-    def _role(self, place: str, turn: Mapping[str, object], key: str | None) -> str | None:
-        if key is None:
-            fix = f"add one of {', '.join(ROLES)}"
-            self.problems.append(Problem("missing-role", f"{place} has no 'role'", fix))
-            return None
-        role = turn[key]
-        if not isinstance(role, str):
-            self.problems.append(wrong_type(f"{place}.{key}", role, "text"))
-            return None
-        if role in ROLES or role in ROLE_ALIASES:
-            return ROLE_ALIASES.get(role, role)
-        if role in TOOL_ROLES:
-            return None
-        near = role.strip().lower()
-        known = [*ROLE_ALIASES, *ROLES]
-        fix = f"write {near!r}" if near in known else f"known roles: {', '.join(known)}"
-        what = f"{place} has the unknown role {role[:40]!r}"
-        self.problems.append(Problem("unknown-role", what, fix))
-        return None
-
-    def _learn(self, place: str, turn: Mapping[str, object], role: str | None) -> bool:
+    def _learn(self, place: str, turn: Mapping[str, object]) -> bool:
+        """Whether an answer is learnt: the weights that other trainers know, all of one mind."""
         said: dict[str, bool] = {}
-        if role != "assistant":
-            return True
         for key in _WEIGHTS:
             value = turn.get(key)
             if value is None:
@@ -336,16 +328,13 @@ class _Reader:
             if learnt is not None:
                 said[key] = learnt
             else:
-                what = f"{place}.{key} is {str(value)[:40]}"
-                fix = "write 1 (learn this answer) or 0 (context only); shares are not supported"
-                self.problems.append(Problem("weight", what, fix))
+                value = str(value)[:40]
+                self.problems.append(faults.WEIGHT(place=f"{place}.{key}", value=value))
         if len(set(said.values())) > 1:
-            what = f"{place} has contradictory weights: {' and '.join(map(repr, said))} differ"
-            self.problems.append(Problem("weight", what, "keep the right one"))
+            keys = " and ".join(map(repr, said))
+            self.problems.append(faults.WEIGHTS_DIFFER(place=place, keys=keys))
         if turn.get(_PARTS_OF_ANSWERS):
-            what = f"{place}.{_PARTS_OF_ANSWERS} marks parts of an answer as not learnt"
-            fix = 'answers are learnt whole or not at all: remove the key, or write "weight": 0'
-            self.problems.append(Problem("weight", what, fix))
+            self.problems.append(faults.WEIGHT_OF_PARTS(place=f"{place}.{_PARTS_OF_ANSWERS}"))
         return all(said.values())
 
     def _pair(self) -> tuple[str | None, list[Message]]:
@@ -355,7 +344,19 @@ class _Reader:
             self.read_keys.add("text")
             return "rendered text", self._rendered(text, "text")
         if not asks or not answers:
-            self.problems.append(_no_format(self.row, asks, answers))
+            row = self.row
+            if "rejected" in row:
+                what = "there is 'rejected' but no 'chosen'"
+            elif here := [*asks, *answers]:
+                missing = "an answer" if asks else "a question"
+                names = ", ".join(map(repr, _ANSWERS if asks else _ASKS))
+                what = f"{here[0]!r} needs {missing} in addition (one of {names})"
+            elif {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+                what = "it is a single message, not a conversation"
+            else:
+                keys = ", ".join(repr(key)[:40] for key in list(row)[:6]) or "it has no keys"
+                what = f"it has no 'messages' and fits no other format (keys: {keys})"
+            self.problems.append(faults.UNKNOWN_FORMAT(what=what))
             return None, []
         ask = "instruction" if "instruction" in asks else asks[0]
         others = [key for key in asks if (ask, key) != ("instruction", "input") and key != ask]
@@ -365,14 +366,12 @@ class _Reader:
             if any(self.row[key] != self.row[first] for key in rest)
         ]
         if differing:
-            what = f"the keys fit several formats: {', '.join(differing)} differ"
-            self.problems.append(Problem("two-formats", what, "keep the right one"))
+            self.problems.append(faults.SEVERAL_FORMATS(keys=", ".join(differing)))
         answer = answers[0]
         self.read_keys.update((*others, *answers, ask))
         form = _NAMED_PAIRS.get((ask, answer), f"{ask}/{answer}")
         if self._from_run and self.row[answer] == _FAILED:
-            what = f"{answer} is {_FAILED!r}: the line of the batch run has no answer"
-            self.problems.append(Problem("failed-line", what, "leave the row out"))
+            self.problems.append(faults.FAILED_LINE(key=answer, text=_FAILED))
         asked, said = self.row[ask], self.row[answer]
         if isinstance(asked, str) and isinstance(said, str) and is_rendered(asked):
             return "rendered text", self._rendered(asked + said, ask, ends=False)
@@ -419,12 +418,6 @@ class _Reader:
                     question = f"{question}\n\n{self.row[key]}"
         return [Message("user", question)]
 
-    def _is_preference(self, lists: Sequence[str]) -> bool:
-        """`chosen` alone may be any column, where the row has another format."""
-        if not isinstance(self.row.get("chosen"), (str, list, dict)):
-            return False
-        return "rejected" in self.row or not (lists or self._present(_ANSWERS))
-
     def _preferred(self, lists: Sequence[str]) -> list[Message]:
         """Of a preference row what was chosen, after what was asked where that is elsewhere.
 
@@ -445,21 +438,16 @@ class _Reader:
         if "instruction" in keys and "input" in keys:
             keys.remove("input")
         if not keys and isinstance(value, str) and not is_rendered(value):
-            what = "'chosen' is a text and the row has no question"
-            fix = "add its 'prompt', or write 'chosen' as a list of messages"
-            self.problems.append(Problem("unknown-format", f"unknown format: {what}", fix))
+            self.problems.append(faults.CHOSEN_WITHOUT_QUESTION())
         conversation = chosen
         for key in keys:
             self.read_keys.add(key)
             before = self._messages(key, self.row[key]) if key in lists else self._question(key)
             if key not in lists:
                 before = [*self._history(), *before]
-            whole = _asked_and_chosen(
-                before, conversation if conversation is not chosen else chosen
-            )
+            whole = _asked_and_chosen(before, conversation)
             if whole is None:
-                what = f"{key!r} and 'chosen' hold different conversations"
-                self.problems.append(Problem("two-formats", what, "keep the right one"))
+                self.problems.append(faults.CHOSEN_DIFFERS(key=key))
             else:
                 conversation = whole
         return conversation
@@ -479,7 +467,13 @@ class _Reader:
                 messages += self._messages(key, turns)
                 continue
             for number, turn in enumerate(turns):
-                pair = _question_and_answer(turn)
+                pair: tuple[object, object] | None = None
+                if isinstance(turn, (list, tuple)) and len(turn) == 2:
+                    pair = turn[0], turn[1]
+                elif isinstance(turn, dict):  # Prompt flow's `inputs` and `outputs`
+                    asked = _chat_text(turn.get("inputs"), _ASKS)
+                    answered = _chat_text(turn.get("outputs"), _ANSWERS)
+                    pair = None if asked is None or answered is None else (asked, answered)
                 if pair is None:
                     expected = '["question", "answer"], or {"inputs": …, "outputs": …}'
                     self.problems.append(wrong_type(f"{key}[{number}]", turn, expected))
@@ -496,43 +490,18 @@ class _Reader:
             value = self.row[key]
             if key in _GEMINI_SYSTEMS and isinstance(value, dict) and "parts" in value:  # a turn
                 value = value["parts"]
-            text = _joined_parts(value)
+            text = _joined_parts(key, value)
             if isinstance(text, Problem):
-                self.problems.append(text._replace(what=f"{key} {text.what}"))
+                self.problems.append(text)
                 continue
             if text == "":
                 continue
             self.problems += check_text(key, text, drop="key")
             if messages and messages[0].role == "system":
                 if messages[0].content != text:
-                    what = f"{key!r} differs from the system message of the conversation"
-                    self.problems.append(Problem("two-formats", what, "keep the right one"))
+                    self.problems.append(faults.SYSTEM_DIFFERS(key=key))
             else:
                 messages.insert(0, Message("system", str(text)))
-
-    def _refuse_what_is_meant(self) -> None:
-        refused = [key for key in _REFUSED if _from_json(self.row.get(key))]
-        if "context" not in self.read_keys and self.row.get("context"):
-            refused.append("context")
-        refused += [key for key in _HISTORIES if key not in self.read_keys and self.row.get(key)]
-        for key in refused:
-            what = f"{key!r} belongs to the conversation but is not in its messages"
-            fix = "write what the model should see into the messages, or remove the key"
-            self.problems.append(Problem("meaning", what, fix))
-        # TRL's unpaired preferences (KTO); a table has the word.
-        if str(self.row.get("label")).lower() == "false":
-            what = "'label' is false: it marks an answer that must not be learnt"
-            self.problems.append(Problem("meaning", what, "leave the row out"))
-        weight = self.row.get("weight")
-        if weight is not None and not _WEIGHT_WORDS.get(str(weight).strip().lower()):
-            what = f"the row has the weight {str(weight)[:40]}"
-            fix = "leave the row out, or repeat it; rows are learnt equally"
-            self.problems.append(Problem("weight", what, fix))
-        self.read_keys.add("weight")
-        for key in ("train", "training"):
-            if _WEIGHT_WORDS.get(str(self.row.get(key)).strip().lower()) is False:
-                what = f"the row has {key!r}: false, so it is not to be learnt"
-                self.problems.append(Problem("weight", what, "leave the row out"))
 
     def _rendered(self, text: str, key: str, *, ends: bool = True) -> list[Message]:
         messages = take_apart(text, key, ends=ends)
@@ -575,7 +544,7 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
-def _joined_parts(content: object) -> object:
+def _joined_parts(place: str, content: object) -> object:
     """Text given as OpenAI's list of parts; a Problem for a part that is not text."""
     if isinstance(content, dict):  # one part
         content = [content]
@@ -583,28 +552,18 @@ def _joined_parts(content: object) -> object:
         return content
     texts = []
     for part in content:
-        kind, text = _kind_and_text(part)
+        kind: object = "text"
+        text = part
+        if isinstance(part, dict):
+            # Gemini's parts have no type, but a key that shows it.
+            kind = part.get("type", "text" if "text" in part else next(iter(part), "text"))
+            text = part.get("text")
+            if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
+                kind = "thought"
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            fix = "the model reads text alone: leave the row out, or write the part as text"
-            return Problem("not-text", f"has a part of the kind {str(kind)[:40]!r}", fix)
+            return faults.NOT_TEXT_PART(place=place, kind=str(kind)[:40])
         texts.append(text)
     return "\n".join(texts)
-
-
-def _kind_and_text(part: object) -> tuple[object, object]:
-    """What a part is, and its text; Gemini's parts have no type, but a key that shows it."""
-    if not isinstance(part, dict):
-        return "text", part
-    if part.get("thought"):  # Gemini's: what the model thought is no part of its answer
-        return "thought", None
-    key = "text" if "text" in part else next(iter(part), "text")
-    return part.get("type", key), part.get("text")
-
-
-def _more_of_parts(content: object) -> set[str]:
-    """The keys of text parts other than their text, such as `cache_control`."""
-    parts = content if isinstance(content, list) else [content]
-    return {str(key) for part in parts if isinstance(part, dict) for key in part} - {"type", "text"}
 
 
 def _from_json(value: object) -> object:
@@ -615,18 +574,6 @@ def _from_json(value: object) -> object:
         except ValueError:
             return value
     return value
-
-
-def _question_and_answer(turn: object) -> tuple[object, object] | None:
-    """An earlier turn: a pair, or Prompt flow's `inputs` and `outputs`."""
-    if isinstance(turn, (list, tuple)) and len(turn) == 2:
-        return turn[0], turn[1]
-    if isinstance(turn, dict):
-        question = _chat_text(turn.get("inputs"), _ASKS)
-        answer = _chat_text(turn.get("outputs"), _ANSWERS)
-        if question is not None and answer is not None:
-            return question, answer
-    return None
 
 
 def _chat_text(side: object, names: Sequence[str]) -> str | None:
@@ -640,19 +587,91 @@ def _chat_text(side: object, names: Sequence[str]) -> str | None:
     return known[0] if len(known) == 1 else None
 
 
-def _no_format(row: Mapping[str, object], asks: Sequence[str], answers: Sequence[str]) -> Problem:
-    if "rejected" in row:
-        return _unknown("there is 'rejected' but no 'chosen'")
-    if asks or answers:
-        here = (asks or answers)[0]
-        missing = "an answer" if asks else "a question"
-        names = ", ".join(map(repr, _ANSWERS if asks else _ASKS))
-        return _unknown(f"{here!r} needs {missing} in addition (one of {names})")
-    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
-        return _unknown("it is a single message, not a conversation")
-    keys = ", ".join(repr(key)[:40] for key in list(row)[:6]) or "it has no keys"
-    return _unknown(f"it has no 'messages' and fits no other format (keys: {keys})")
+# Text that a chat template has written already, taken apart into its messages again: Phi-3's
+# template, ChatML and the transcripts of Anthropic's preference data. Text of others is refused
+# with the name of its template: guessed turns would be trained on without a word.
+
+# How other chat templates begin, and ours: what a text shows that was rendered already.
+_TEMPLATES = {
+    "<|im_start|>": "ChatML",
+    "<|user|>": "Phi-3",
+    "<|system|>": "Phi-3",
+    "<|start_header_id|>": "Llama 3",
+    "[INST]": "Llama 2 or Mistral",
+    "<start_of_turn>": "Gemma",
+    "### Instruction:": "Alpaca's prompt",
+    "### Human:": "Vicuna",
+    "Below is an instruction": "Alpaca's prompt",
+}
+_RENDERED = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"(?:<\|(?:user|assistant|system|im_start|start_header_id)\|>|\[INST\]|<start_of_turn>"
+    r"|### (?:Instruction|Human):|Below is an instruction that)"
+)
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPOKEN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_TURNS = {
+    "Phi-3": (re.compile(r"<\|(system|user|assistant|tool)\|>"), "<|end|>"),
+    "ChatML": (re.compile(r"<\|im_start\|>(\w+)\n"), "<|im_end|>"),
+}
+_TEXT_ENDS = ("<|endoftext|>", "</s>")
 
 
-def _unknown(what: str) -> Problem:
-    return Problem("unknown-format", f"unknown format: {what}", _EXPECTED)
+def is_rendered(text: str) -> bool:
+    """Whether a text begins as a chat template writes it."""
+    return _RENDERED.match(text) is not None or _is_transcript(text)
+
+
+def _is_transcript(text: str) -> bool:
+    return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def take_apart(text: str, key: str, *, ends: bool = True) -> list[Message] | Problem:
+    """The messages of a text, or why they cannot be separated; `key` names the text.
+
+    With `ends` False the last turn may be open, as a completion is.
+    """
+    if _is_transcript(text):
+        _, *parts = _SPOKEN.split(text)
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        turns = [Message(_SPEAKERS[who], said.strip()) for who, said in pairs]
+        # A transcript ends where the answer would begin.
+        return turns if turns[-1].content else turns[:-1]
+    marks = sorted((text.find(mark), name) for mark, name in _TEMPLATES.items() if mark in text)
+    if not marks:
+        return faults.PLAIN_TEXT(key=key)
+    template = marks[0][1]
+    if template not in _TURNS:
+        why = f"was written by another chat template ({template})"
+        return faults.RENDERED_TEXT(key=key, why=why)
+    messages = _turns(text, *_TURNS[template], ends=ends)
+    if isinstance(messages, str):
+        why = f"cannot be taken apart by {template}'s template: {messages}"
+        return faults.RENDERED_TEXT(key=key, why=why)
+    return messages
+
+
+def _turns(text: str, opening: re.Pattern[str], end: str, *, ends: bool) -> list[Message] | str:
+    """The turns of a text between the marks of a template, or why they cannot be separated."""
+    body = text.strip().removeprefix("<s>").strip()
+    for mark in _TEXT_ENDS:
+        if body.endswith(mark):
+            body, ends = body.removesuffix(mark).rstrip(), False
+        if mark in body:
+            return f"{mark} is in the middle of it, so it may hold several conversations"
+    before, *turns = opening.split(body)
+    if before.strip():
+        return f"it starts with {before.strip()[:40]!r}"
+    messages = []
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    for number, (role, said) in enumerate(pairs, start=1):
+        is_last = number == len(pairs)
+        if is_last and role == "assistant" and not said.strip():
+            break  # where the answer would begin
+        if role not in ROLES:
+            return f"it has a turn of the role {role!r}"
+        content, closed, after = said.partition(end)
+        if (not closed and (ends or not is_last)) or after.strip():
+            return f"turn {number} ({role}) does not end with {end}"
+        messages.append(Message(role, content.strip()))
+    return messages

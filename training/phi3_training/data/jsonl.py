@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
+from . import faults
 from .conversation import CARRIED, has_c1_controls, has_unfit_characters
 from .faults import Problem
 from .formats import Row, carried, read_row
@@ -106,7 +107,9 @@ class StrictJson:
     def __init__(self) -> None:
         self._problems: list[Problem] = []
         self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant
+            object_pairs_hook=self._object,
+            # NaN, Infinity and -Infinity: Python reads them, RFC 8259 has no such values.
+            parse_constant=lambda name: self._problems.append(faults.NOT_A_NUMBER(name=name)),
         )
 
     def read(self, text: str) -> tuple[object, list[Problem]]:
@@ -121,26 +124,21 @@ class StrictJson:
     def read_line(self, line: Line) -> tuple[object, list[Problem]]:
         """The value of a line of a file; None where the line is not UTF-8 or not JSON."""
         if line.is_too_long:
-            what = f"the line has {line.size / 1e6:.1f} MB; the limit is {LINE_LIMIT >> 20} MiB"
-            fix = "split the conversation, or check for missing line endings"
-            return None, [Problem("line-too-long", what, fix)]
+            size = line.size / 1e6
+            return None, [faults.LINE_TOO_LONG(size=size, limit=LINE_LIMIT >> 20)]
         data = line.data.removeprefix(codecs.BOM_UTF8) if line.offset == 0 else line.data
         try:
             value, problems = self.read(data.decode("utf-8"))
         except UnicodeDecodeError as error:
-            what = (
-                f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the line "
-                f"(byte {line.offset + error.start + 1} of the file)"
-            )
-            value, problems = None, [Problem("not-utf8", what, "save the file as UTF-8")]
+            at = error.start + 1
+            problem = faults.LINE_NOT_UTF8(byte=data[error.start], at=at, in_file=line.offset + at)
+            value, problems = None, [problem]
         # JSON allows no raw control byte but DEL, so that the others are why a line is broken.
         is_suspect = (value is None and problems) or b"\x7f" in data
         if is_suspect and (control := _CONTROL.search(data)):
-            byte, start = control.group()[0], control.start()
+            byte, at = control.group()[0], control.start() + 1
             name = "a NUL byte" if byte == 0 else f"the control byte 0x{byte:02x}"
-            what = f"{name} at byte {start + 1} of the line"
-            what += f" (byte {line.offset + start + 1} of the file)"
-            return None, [Problem("control-character", what, "remove it")]
+            return None, [faults.CONTROL_BYTE(name=name, at=at, in_file=line.offset + at)]
         return value, problems
 
     def _read(
@@ -152,17 +150,14 @@ class StrictJson:
         except json.JSONDecodeError as error:
             near = text[max(error.pos - _NEAR // 2, 0) : error.pos + _NEAR // 2]
             where = f"near {near!r}" if error.pos < len(text) else "at the end of the line"
-            what = f"broken JSON {where} ({error.msg})"
-            fix = "write one whole JSON object on one line, with double quotes"
-            return None, [Problem("broken-json", what, fix, error.colno)], None
+            return None, [faults.BROKEN_JSON(error.colno, where=where, why=error.msg)], None
         except RecursionError:
             why = "its brackets are nested too deeply"
         except ValueError:  # an integer with more digits than Python converts
             why = "it holds a number with thousands of digits"
         else:
             return value, self._problems, end
-        fix = 'write {"messages": […]} as plain JSON'
-        return None, [Problem("broken-json", f"unreadable JSON: {why}", fix)], None
+        return None, [faults.UNREADABLE_JSON(why=why)], None
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
         value = dict(pairs)
@@ -170,15 +165,9 @@ class StrictJson:
             seen: set[str] = set()
             for key, _ in pairs:
                 if key in seen:
-                    what = f"the key {key!r} occurs twice in one object"
-                    fix = "keep one of them: JSON does not define which one counts"
-                    self._problems.append(Problem("repeated-key", what, fix))
+                    self._problems.append(faults.REPEATED_KEY(key=key))
                 seen.add(key)
         return value
-
-    def _constant(self, name: str) -> None:
-        what, fix = f"{name} is not a JSON value", "write null or leave the key out"
-        self._problems.append(Problem("not-a-number", what, fix))
 
 
 _PLAIN_KEYS = {"messages", *CARRIED}
@@ -215,28 +204,23 @@ _DOUBTFUL = re.compile(rb"\\(?:[bf]|u00[013789])")
 
 def check_line(line: Line, reader: StrictJson) -> CheckedRow | list[Problem]:
     """A line as a checked row, or all that is wrong with it."""
-    return _quick_row(line.data) or check_row(*reader.read_line(line), line.data)
-
-
-def _quick_row(line: bytes) -> CheckedRow | None:
-    """The row of a line in the plainest form; None leaves the line to the strict reader.
-
-    orjson takes a third of the time of Python's json. It refuses NaN, halves of surrogate pairs
-    and raw control bytes as well, but drops a repeated key. Every key has a colon, and so have
-    only texts: one more in the line than in the row shows that a key was dropped.
-    """
-    if _DOUBTFUL.search(line) or b"\x7f" in line or has_c1_controls(line):
-        return None
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    plain = _plain_row(row, line, is_fit=True) if isinstance(row, dict) else None
-    if plain is None:
-        return None
-    colons = len(row) + 2 * len(plain.texts) + plain.joined.count(b":")
-    colons += sum(value.count(":") for key, value in row.items() if key != "messages")
-    return plain if colons == line.count(b":") else None
+    # orjson takes a third of the time of Python's json. It refuses NaN, halves of surrogate pairs
+    # and raw control bytes as well, but drops a repeated key. Every key has a colon, and so have
+    # only texts: one more in the line than in the row shows that a key was dropped. Whatever is
+    # doubtful is left to the strict reader.
+    data = line.data
+    if not (_DOUBTFUL.search(data) or b"\x7f" in data or has_c1_controls(data)):
+        try:
+            row = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            row = None
+        plain = _plain_row(row, data, is_fit=True) if isinstance(row, dict) else None
+        if plain is not None:
+            colons = len(row) + 2 * len(plain.texts) + plain.joined.count(b":")
+            colons += sum(value.count(":") for key, value in row.items() if key != "messages")
+            if colons == data.count(b":"):
+                return plain
+    return check_row(*reader.read_line(line), data)
 
 
 def check_row(
@@ -248,8 +232,8 @@ def check_row(
     """
     if not isinstance(value, dict):
         kinds = {list: "an array", str: "a text", bool: "true or false", type(None): "null"}
-        what = f"the line is {kinds.get(type(value), 'a number')}, not an object"
-        return [*problems] or [Problem("not-an-object", what, 'write {"messages": […]}')]
+        kind = kinds.get(type(value), "a number")
+        return [*problems] or [faults.NOT_AN_OBJECT(kind=kind)]
     if not problems and (plain := _plain_row(value, line)):
         return plain
     row = read_row(value)

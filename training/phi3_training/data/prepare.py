@@ -31,13 +31,21 @@ from ..progress import Progress, no_progress
 from ..recipe import Recipe
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words, names_in
-from .arrays import U8, U64, Bools, Ints, mixed
+from . import faults as wordings
+from .digest import U8, U64, Bools, Ints, mixed
 from .faults import Fault, in_order, shown, write_report
-from .findings import Findings, Rules, lengths, sentences, write_findings
-from .folders import Folder, named
+from .findings import (
+    Findings,
+    Rules,
+    TokenRules,
+    Verdict,
+    judge,
+    lengths,
+    sentences,
+    write_findings,
+)
 from .scan import Scan, Span, Table, scan
-from .skipping import TokenRules, Verdict, judge
-from .sources import Source, expand, place_of
+from .sources import Folder, Source, expand, named, place_of
 
 if TYPE_CHECKING:
     from ..recipe import DataSection
@@ -223,7 +231,7 @@ class RowWriter:
     ) -> None:
         with self._stream:
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            os.fsync(self._stream.fileno())  # a crash must not leave a manifest of an empty file
 
     @property
     def sha256(self) -> str:
@@ -300,6 +308,57 @@ class Examined(NamedTuple):
     notes: list[str]
     draws: bool  # whether a share of what is trained on is held out
 
+    def rows(self, *parts: str) -> Ints:
+        """The rows of the table that are written to these parts."""
+        return np.flatnonzero(np.isin(self.target, [_number(part) for part in parts]))
+
+    def reworded(self) -> dict[str, int] | None:
+        """How many held-out questions reword a trained one, or are new; None of a large set."""
+        held, trained = self.rows("validation"), self.rows("train", "replay")
+        if len(held) + len(trained) > MOST_COMPARED:
+            return None
+        taught_by = teachers(_chats(self.findings, held), _chats(self.findings, trained))
+        reworded = sum(bool(rows) for rows in taught_by)
+        return {"reworded": reworded, "new": len(held) - reworded}
+
+    def places(self) -> dict[str, list[tuple[Path, int]]]:
+        """The source and line of each row of each part; none of a large set."""
+        if np.count_nonzero(self.target) > MOST_ROWS:
+            return {}
+        table = self.findings.table
+        return {part: [table.place(row) for row in self.rows(part).tolist()] for part in PARTS}
+
+    def remarks(self, seed: int, reworded: Mapping[str, int] | None) -> list[str]:
+        """What a person should know of the files, and of what was held out."""
+        lines = [f"{shown(scan.path)}: {note}" for scan in self.scans for note in scan.notes]
+        if not self.draws:
+            return lines
+        held = len(self.rows("validation"))
+        lines.append(
+            f"held out: {held} of {held + len(self.rows('train'))} conversations, drawn with seed "
+            f"{seed} (data.validation names no file)"
+        )
+        if reworded is not None:
+            lines.append(
+                f"held-out questions: {reworded['reworded']} reword what a training chat answers, "
+                f"{reworded['new']} ask for something that no training chat answers"
+            )
+        return lines
+
+    def inputs(self) -> dict[str, list[Input]]:
+        """What was read for each part, for the manifest."""
+        inputs: dict[str, list[Input]] = {}
+        for scanned in self.scans:
+            read = Input(
+                path=str(scanned.path),
+                sha256=scanned.sha256,
+                bytes=scanned.size,
+                rows=scanned.rows,
+                formats=dict(scanned.formats),
+            )
+            inputs.setdefault(scanned.part, []).append(read)
+        return inputs
+
 
 def examine(
     data: DataSection,
@@ -318,19 +377,21 @@ def examine(
     target = np.where(findings.keep, numbers[table.source], 0).astype(np.uint8)
     verdict = judge(data, findings, target, {part: _number(part) for part in PARTS}, rules)
     target[verdict.rows] = 0
-    if draws:
-        rows = np.flatnonzero(target == _number("train"))
-        if len(rows):
-            chosen = _held_out(data, findings, rows)
-            target[rows[chosen]] = _number("validation")
+    rows = np.flatnonzero(target == _number("train"))
+    if draws and len(rows):
+        keys = findings.groups[rows]
+        if len(rows) > MOST_COMPARED:
+            chosen = held_out(keys, data.validation_share, data.seed)
+        else:  # reworded questions first, where the set is small enough to compare its chats
+            chats = _chats(findings, rows)
+            taught_by = teachers(chats, chats)
+            chosen = held_out_reworded(keys, data.validation_share, data.seed, taught_by)
+        target[rows[chosen]] = _number("validation")
     faults += verdict.faults
     if not faults and not (target == _number("train")).any():
-        what, fix = "no conversation is left to train on", "correct its rows, or name another file"
-        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+        faults = [Fault.at(place_of(data.train[0]), 0, wordings.NOTHING_TO_TRAIN())]
     if not faults and draws and not (target == _number("validation")).any():
-        what = "all conversations ask the same question, so none can be held out"
-        fix = "add conversations, or name a file of held-out ones under data.validation"
-        faults = [Fault(place_of(data.train[0]), 0, "too-few", what, fix)]
+        faults = [Fault.at(place_of(data.train[0]), 0, wordings.NOTHING_TO_HOLD_OUT())]
     return Examined(scans, findings, target, verdict, in_order(faults), notes, draws)
 
 
@@ -352,74 +413,47 @@ def prepare(
     started = time.monotonic()
     with _staging(run.path) as staging:
         examined = examine(data, staging, rules, workers, progress)
-        scans, findings, target, verdict, faults, notes, draws = examined
-        if faults:
-            write_report(run.path / FAULTS, faults)
-            raise DataError(faults, run.path / FAULTS)
+        findings, target, verdict = examined.findings, examined.target, examined.verdict
+        if examined.faults:
+            write_report(run.path / FAULTS, examined.faults)
+            raise DataError(examined.faults, run.path / FAULTS)
         with ExitStack() as stack:
             writers = {
                 part: stack.enter_context(RowWriter(staging / f"{part}.jsonl"))
-                for part in PARTS
-                if (target == _number(part)).any()
+                for part in ("train", "validation", "replay")
+                if len(examined.rows(part))
             }
             numbered = {_number(part): writer for part, writer in writers.items()}
             distribute(findings.table, target, numbered)
         # Rows were copied after all were checked: their source must still be the same.
-        for scanned in scans:
+        for scanned in examined.scans:
             if scanned.has_changed():
                 raise StageError(
                     f"{scanned.path} changed while it was being read; run the command again"
                 )
         listed = write_findings(run.path / REPORT, findings, verdict.skipped, verdict.cut)
         stats = lengths(findings.table, np.flatnonzero(target), tokenizer)
-        taught = _taught(findings, target)
+        reworded = examined.reworded()
         folder = run.path / FOLDER
         folder.mkdir(exist_ok=True)
+        # A part that this recipe does not have must not be left from an earlier one.
         for old in folder.glob("*.jsonl"):
             if old.stem not in writers:
                 old.unlink()
         for part, writer in writers.items():
             writer.path.replace(folder / f"{part}.jsonl")
-        write_origins(run.path / ORIGINS_FILE, _places(findings, target))
+        write_origins(run.path / ORIGINS_FILE, examined.places())
     (run.path / FAULTS).unlink(missing_ok=True)
-    order = [part for part in ("train", "validation", "replay") if part in writers]
     counts = findings.counts()
     counts["removed"] |= verdict.removed()
     if verdict.cut:
         counts["warnings"]["cut to data.max_length"] = len(verdict.cut)
-    lines = [f"{shown(scanned.path)}: {note}" for scanned in scans for note in scanned.notes]
-    if draws:
-        rows = writers["validation"].rows
-        lines.append(
-            f"held out: {rows} of {rows + writers['train'].rows} conversations, drawn with seed "
-            f"{data.seed} (data.validation names no file)"
-        )
-        if taught is not None:
-            lines.append(
-                f"held-out questions: {taught['reworded']} reword what a training chat answers, "
-                f"{taught['new']} ask for something that no training chat answers"
-            )
+    inputs = examined.inputs()
     return DatasetManifest(
-        inputs={
-            part: [
-                Input(
-                    path=str(scanned.path),
-                    sha256=scanned.sha256,
-                    bytes=scanned.size,
-                    rows=scanned.rows,
-                    formats=dict(scanned.formats),
-                )
-                for scanned in scans
-                if scanned.part == part
-            ]
-            for part in order
-            if any(scanned.part == part for scanned in scans)
-        },
+        inputs={part: inputs[part] for part in writers if part in inputs},
         outputs={
-            part: Prepared(
-                path=f"{FOLDER}/{part}.jsonl", sha256=writers[part].sha256, rows=writers[part].rows
-            )
-            for part in order
+            part: Prepared(path=f"{FOLDER}/{part}.jsonl", sha256=writer.sha256, rows=writer.rows)
+            for part, writer in writers.items()
         },
         seed=data.seed,
         settings=data.model_dump(mode="json", exclude={"train", "validation", "replay"}),
@@ -427,8 +461,12 @@ def prepare(
         warnings=counts["warnings"],
         report=REPORT if listed else None,
         tokens=stats,
-        held_out=taught,
-        choices=[*notes, *lines, *sentences(counts, REPORT)],
+        held_out=reworded,
+        choices=[
+            *examined.notes,
+            *examined.remarks(data.seed, reworded),
+            *sentences(counts, REPORT),
+        ],
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -454,14 +492,13 @@ def chosen_sources(parts: Mapping[str, Sequence[Source]]) -> Chosen:
         for source in sources:
             folder = expand(source)
             if not folder.all:
-                what, fix = "a folder without chats", "add .jsonl, .json, .csv or .parquet files"
-                faults.append(Fault(place_of(source), 0, "no-chat-files", what, fix))
+                faults.append(Fault.at(place_of(source), 0, wordings.NO_CHAT_FILES()))
             notes += [f"{shown(place_of(source))}: {note}" for note in folder.notes()]
             for taken, file in _by_part(part, folder, place_of(source), parts, notes):
                 key = str(file.resolve() if isinstance(file, Path) else file)
                 if key in seen:
-                    what = f"named twice, under data.{seen[key]} and data.{taken}"
-                    faults.append(Fault(place_of(file), 0, "named-twice", what, "name it once"))
+                    problem = wordings.NAMED_TWICE(first=seen[key], second=taken)
+                    faults.append(Fault.at(place_of(file), 0, problem))
                     continue
                 seen[key] = taken
                 chosen.append((taken, file))
@@ -513,16 +550,6 @@ def _number(part: str) -> int:
     return PARTS.index(part) + 1
 
 
-def _held_out(data: DataSection, findings: Findings, rows: Ints) -> Bools:
-    """Reworded questions first, where the set is small enough to compare its chats."""
-    keys = findings.groups[rows]
-    if len(rows) > MOST_COMPARED:
-        return held_out(keys, data.validation_share, data.seed)
-    chats = _chats(findings, rows)
-    taught_by = teachers(chats, chats)
-    return held_out_reworded(keys, data.validation_share, data.seed, taught_by)
-
-
 def _chats(findings: Findings, rows: Ints) -> list[Chat]:
     chats = []
     for row in rows.tolist():
@@ -531,29 +558,6 @@ def _chats(findings: Findings, rows: Ints) -> list[Chat]:
         asked = [question_in(message.content) for message in before]
         chats.append(Chat("\n".join(asked), asked[-1], answer.content))
     return chats
-
-
-def _taught(findings: Findings, target: U8) -> dict[str, int] | None:
-    """How many held-out questions ask for what a training chat answers; None of a large set."""
-    held = np.flatnonzero(target == _number("validation"))
-    trained = np.flatnonzero((target == _number("train")) | (target == _number("replay")))
-    if len(held) + len(trained) > MOST_COMPARED:
-        return None
-    taught_by = teachers(_chats(findings, held), _chats(findings, trained))
-    reworded = sum(bool(rows) for rows in taught_by)
-    return {"reworded": reworded, "new": len(held) - reworded}
-
-
-def _places(findings: Findings, target: U8) -> dict[str, list[tuple[Path, int]]]:
-    """The source and line of each written row; none of a large set."""
-    if np.count_nonzero(target) > MOST_ROWS:
-        return {}
-    return {
-        part: [
-            findings.table.place(row) for row in np.flatnonzero(target == _number(part)).tolist()
-        ]
-        for part in PARTS
-    }
 
 
 def question_of(recipe: Recipe, run: Run) -> str:

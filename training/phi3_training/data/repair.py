@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from ..errors import DataError, UsageError, folded
+from . import faults
 from .conversation import ROLES, UNFIT
-from .documents import Raw
-from .faults import Fault, Problem, in_order, place, shown
+from .faults import Fault, in_order, place, shown
+from .findings import ends_reading
 from .formats import (
     LIST_KEYS,
     ROLE_ALIASES,
@@ -28,10 +29,9 @@ from .formats import (
     TOOL_ROLES,
 )
 from .jsonl import LINE_LIMIT, CheckedRow, check_row, encode
-from .opening import Note
 from .prepare import chosen_sources
+from .readers import Note, Raw
 from .scan import Table, scan
-from .skipping import ends_reading
 from .sources import Source, place_of, rows_of, source_of
 
 _ROLE_NAMES = {**{role: role for role in ROLES}, **ROLE_ALIASES}
@@ -138,6 +138,8 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
                 read += 1
                 row, steps = _row(raw)
                 if row is not None:
+                    # Texts without roles: those follow from whether a system message is in front. A
+                    # digest of them, so that memory grows by 32 bytes a row.
                     key = hashlib.sha256(b"%d" % row.has_system + row.joined).digest()
                     here = place(path, raw.line, raw.row)
                     first = seen.setdefault(key, here)
@@ -149,10 +151,10 @@ def fix(paths: Sequence[Path | str], out: Path, *, force: bool = False) -> FixRe
                 changes += [Change(path, raw.line, raw.row or None, *step) for step in steps]
                 if row is not None and row.written is not None:
                     stream.write(row.written + b"\n")
-        written = sum(1 for _ in seen)
+        written = len(seen)
         if not written:
             stop = "correct the rows in their source"
-            none = Fault(place_of(sources[0]), 0, "no-rows", "it contains no conversation", stop)
+            none = Fault.at(place_of(sources[0]), 0, faults.NO_ROWS())
             raise DataError([change.as_fault(stop) for change in changes] or [none])
     # What no conversation has a place for is named, once per file and key.
     notes += [f"note: {key} of {rows} row{'s' * (rows > 1)} is not used and not written"
@@ -165,8 +167,7 @@ def _rows(source: Source, note: Note) -> Iterator[Raw]:
     try:
         yield from rows_of(source, note)
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        yield Raw(0, None, [Problem("unreadable", what, "name a file that you can read")])
+        yield Raw(0, None, [faults.UNREADABLE(why=error.strerror or error)])
 
 
 def _note(notes: list[str], path: Path, text: str) -> None:
@@ -188,44 +189,34 @@ def _row(raw: Raw) -> tuple[CheckedRow | None, list[Step]]:
         return None, [_left_out("it is not an object")]
     if not any(value.values()):
         return None, [_left_out("it is empty")]
-    if why := _tools(value):
-        return None, [_left_out(why)]
+    # Without the turns of its tools an answer comes from nowhere: such a row is never repaired.
+    lists = [key for key in value if key in LIST_KEYS]
+    for key in lists:
+        turns = value[key]
+        for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
+            if not isinstance(turn, dict):
+                continue
+            role = turn.get("role", turn.get("from"))
+            called = [name for name in TOOL_KEYS if turn.get(name)]
+            is_tool = str(role).strip().lower() in TOOL_ROLES
+            if is_tool or called:
+                what = f"is of the role {role!r}" if is_tool else f"has {called[0]!r}"
+                why = f"turn {number} {what}, and tools cannot be trained on"
+                return None, [_left_out(why)]
     row = check_row(value)
     steps: list[Step] = []
     if isinstance(row, list):
-        value, steps = _repaired(value)
+        # What can be repaired is; the same reader judges the result.
+        value = {key: _clean(inside, key, steps) for key, inside in value.items()}
+        for key in lists:
+            turns = value[key]
+            if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+                value[key] = _repaired_turns([dict(turn) for turn in turns], steps)
         row = check_row(value)
     if isinstance(row, list):
         return None, [_left_out("; ".join(problem.what for problem in row))]
     if len(row.written or b"") > LINE_LIMIT:
         return None, [_left_out(f"it is longer than {LINE_LIMIT >> 20} MiB")]
-    return row, steps
-
-
-def _tools(row: Mapping[str, object]) -> str:
-    """Why a row with tools is left out: without their turns its answers come from nowhere."""
-    for key in row.keys() & set(LIST_KEYS):
-        turns = row[key]
-        for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
-            if not isinstance(turn, dict):
-                continue
-            role = turn.get("role", turn.get("from"))
-            if str(role).strip().lower() in TOOL_ROLES:
-                return f"turn {number} is of the role {role!r}, and tools cannot be trained on"
-            for name in TOOL_KEYS:
-                if turn.get(name):
-                    return f"turn {number} has {name!r}, and tools cannot be trained on"
-    return ""
-
-
-def _repaired(row: dict[str, object]) -> tuple[dict[str, object], list[Step]]:
-    """The row with what can be repaired repaired; the reader judges the result."""
-    steps: list[Step] = []
-    row = {key: _clean(value, key, steps) for key, value in row.items()}
-    for key in row.keys() & set(LIST_KEYS):
-        turns = row[key]
-        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            row[key] = _repaired_turns([dict(turn) for turn in turns], steps)
     return row, steps
 
 
@@ -268,13 +259,23 @@ def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[d
             continue
         before = repaired[-1] if repaired else None
         if before is not None and role(turn) is not None and role(before) == role(turn):
-            joined = _joined(before, turn, text_key)
-            if joined is not None:
-                repaired[-1] = joined
+            # Unless anything else about them differs, such as a weight; human and user are one.
+            others = {text_key, "from", "role"}
+            rest = [{k: v for k, v in t.items() if k not in others} for t in (before, turn)]
+            text_before = before[text_key]
+            joined: object = None
+            if isinstance(text_before, list) and isinstance(text, list):  # of parts
+                joined = [*text_before, *text]
+            elif isinstance(text_before, str) and isinstance(text, str):
+                joined = f"{text_before}{_BETWEEN}{text}"
+            if joined is not None and rest[0] == rest[1]:
+                repaired[-1] = {**before, text_key: joined}
                 what = f"two {role(turn)} turns in a row were joined (turn {number})"
                 steps.append(Step("joined", what))
                 continue
         repaired.append(turn)
+    # Phi-3's template begins with the user: a greeting by the assistant has no place in it, and no
+    # answer depends on it.
     start = 1 if repaired and role(repaired[0]) == "system" else 0
     if len(repaired) > start + 1 and role(repaired[start]) == "assistant":
         said = str(repaired.pop(start).get(text_key))
@@ -286,22 +287,6 @@ def _repaired_turns(turns: list[dict[str, object]], steps: list[Step]) -> list[d
         repaired.pop()
         steps.append(Step("open-end", "the last question, which has no answer, was cut off"))
     return repaired
-
-
-def _joined(
-    first: Mapping[str, object], second: Mapping[str, object], text_key: str
-) -> dict[str, object] | None:
-    """Two turns as one; None where anything else about them differs (such as a weight)."""
-    rest = [{k: v for k, v in turn.items() if k != text_key} for turn in (first, second)]
-    before, after = first[text_key], second[text_key]
-    names = [part.pop("from", part.pop("role", None)) for part in rest]  # human and user are one
-    if rest[0] != rest[1] or not names[0]:
-        return None
-    if isinstance(before, list) and isinstance(after, list):  # of parts
-        return {**first, text_key: [*before, *after]}
-    if not isinstance(before, str) or not isinstance(after, str):
-        return None
-    return {**first, text_key: f"{before}{_BETWEEN}{after}"}
 
 
 # The same conversations in another form: messages, or what OpenAI's fine-tuning takes.
@@ -364,18 +349,13 @@ def convert(
             formats += scanned.formats
             for text in scanned.notes:
                 _note(notes, scanned.path, text)
-        rewrite = _openai(dropped) if form == "openai" else encode
-        for row in range(len(table)):
-            stream.write(rewrite(table.conversation(row).to_dict()) + b"\n")
+        for number in range(len(table)):
+            row = table.conversation(number).to_dict()
+            if form == "openai":
+                dropped.update(row.keys() - {"messages"})
+                row = {"messages": row["messages"]}
+            stream.write(encode(row) + b"\n")
     return ConvertReport(out, form, dict(formats), len(table), dict(dropped), tuple(notes))
-
-
-def _openai(dropped: Counter[str]) -> Callable[[dict[str, object]], bytes]:
-    def rewrite(row: dict[str, object]) -> bytes:
-        dropped.update(row.keys() - {"messages"})
-        return encode({"messages": row["messages"]})
-
-    return rewrite
 
 
 def _opened(
@@ -403,7 +383,7 @@ def _opened(
 @contextmanager
 def _written(out: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `out` once all is written; nothing after an error."""
-    temporary = out.with_name(f".{out.name}.new")
+    temporary = out.with_name(f".{out.name}.new")  # next to it: a rename within one file system
     try:
         with temporary.open("wb") as stream:
             yield stream

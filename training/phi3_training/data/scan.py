@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,15 @@ import orjson
 
 from ..errors import StageError, counted
 from ..progress import Progress, no_progress
-from .arrays import U32, U64, Bools, Ints, keep_freed_memory
+from . import faults
 from .conversation import Conversation
-from .digest import BANDS, Digest, Digester
+from .digest import BANDS, U32, U64, Batch, Bools, Ints, flags_of, keys_of, sketch
 from .faults import Fault, Problem, place
 from .jsonl import (
     CRLF,
     READ_BUFFER,
     SEPARATOR,
+    CheckedRow,
     Range,
     StrictJson,
     check_line,
@@ -40,12 +42,113 @@ from .jsonl import (
     lines_of,
     note_line_ends,
 )
-from .opening import BrokenFileError, Note
+from .readers import BrokenFileError, Note
 from .sources import Reading, Source, hash_of, place_of, stamp
 
 BLOCK = 1 << 23  # bytes: the unit of work of one process
 POOL_FROM = 48 << 20  # bytes; below, one process is done before others have started
 MOST_WORKERS = 8  # each holds some 30 MB of its own
+
+
+_BATCH = 1 << 20  # bytes of text whose words are found at once
+_BATCH_ROWS = 1000  # short texts need a limit of their own
+
+
+@dataclass
+class Digest:
+    """What is known of a block, in order. Lines count from the block's first, which is 1."""
+
+    path: Path
+    lines: int = 0
+    faults: list[tuple[int, Problem, int]] = field(default_factory=list)  # line, what, row
+    notes: Counter[str] = field(default_factory=Counter)  # what is unusual, and in how many lines
+    filled: bool = False
+    formats: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    decided: Counter[str] = field(default_factory=Counter)
+    several_turns: int = 0
+    flags: list[tuple[int, int, str]] = field(default_factory=list)
+    # One entry per valid row. Where it is: in the source itself, or in the block file.
+    line: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
+    number: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))  # of the row, else 0
+    size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
+    offset: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
+    in_source: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    identity: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
+    question: U64 = field(default_factory=lambda: np.zeros(0, np.uint64))
+    text_size: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
+    bands: U32 = field(default_factory=lambda: np.zeros((0, BANDS), np.uint32))
+
+
+class Digester:
+    """Takes sound rows one by one, writes those that are new, and fills a Digest."""
+
+    def __init__(self, path: Path) -> None:
+        self.digest = Digest(path)
+        self.written = 0
+        self._columns = array("Q")
+        self._texts: list[bytes] = []
+        self._systems: list[int] = []
+        self._waiting = 0
+        self._bands: list[U32] = []
+
+    def take(
+        self,
+        line: int,
+        row: CheckedRow | list[Problem],
+        stream: BinaryIO,
+        *,
+        offset: int = 0,
+        size: int = 0,
+        number: int = 0,
+    ) -> None:
+        """Add a row, or what is wrong with it; `offset` and `size` are its place in the source."""
+        digest = self.digest
+        digest.filled = True
+        if isinstance(row, list):
+            digest.faults += [(line, problem, number) for problem in row]
+            return
+        text = row.joined
+        identity, question, system = keys_of(text, row.texts[-2], row.has_system, row.unlearnt)
+        in_source = row.written is None
+        if row.written is not None:
+            offset, size = self.written, len(row.written)
+            self.written += stream.write(row.written)
+        self._columns.extend((line, size, offset, in_source, identity, question, len(text), number))
+        digest.formats[row.form] += 1
+        if row.unused or row.notes:
+            digest.unused.update(row.unused)
+            digest.decided.update(row.notes)
+        digest.several_turns += len(row.texts) > 3
+        self._texts.append(text)
+        self._systems.append(system)
+        self._waiting += len(text)
+        if self._waiting > _BATCH or len(self._texts) > _BATCH_ROWS:
+            self._look_at_texts()
+
+    def finish(self) -> Digest:
+        """The digest of all rows taken."""
+        self._look_at_texts()
+        digest = self.digest
+        columns = np.frombuffer(self._columns, np.uint64).reshape(-1, 8).T
+        digest.line, digest.size, digest.text_size, digest.number = columns[[0, 1, 6, 7]].astype(
+            np.uint32
+        )
+        digest.offset, digest.identity, digest.question = columns[[2, 4, 5]]
+        digest.in_source = columns[3].astype(np.bool_)
+        if self._bands:
+            digest.bands = np.concatenate(self._bands)
+        return digest
+
+    def _look_at_texts(self) -> None:
+        if not self._texts:
+            return
+        batch = Batch.of(self._texts, self._systems)
+        first = len(self._columns) // 8 - len(self._texts)
+        self._bands.append(sketch(batch))
+        for row, kind, masked in flags_of(batch):
+            self.digest.flags.append((self._columns[(first + row) * 8], kind, masked))
+        self._texts, self._systems, self._waiting = [], [], 0
 
 
 Task = tuple[Path, Range, Path]
@@ -132,7 +235,7 @@ class Scan:
         decided: Counter[str] = Counter()
         for digest in digests:
             self.digests.append(digest)
-            self.firsts.append(first)
+            self.firsts.append(first)  # a block is read by a process that knows no line before it
             for line, problem, row in digest.faults:
                 self.fault(line + first if line else 0, problem, row)
             seen += digest.notes
@@ -150,8 +253,7 @@ class Scan:
         for kind, many in seen.items():
             self.note(_NOTES[kind].format(lines=counted(many, "line")))
         if not filled:
-            what = "the file contains no conversation" if self.size else "the file is empty"
-            self.fault(0, Problem("no-rows", what, "write one conversation per line"))
+            self.fault(0, faults.NO_ROWS() if self.size else faults.EMPTY_FILE())
 
 
 _NOTES = {
@@ -181,12 +283,53 @@ def scan(
             else:
                 scanned.sha256 = stamp(scanned.source)
                 scanned.add(digest_rows(reading, scanned.note, folder, str(number)))
-    _read(tasks, workers or _workers(sum(scanned.size for scanned, _ in tasks)), progress)
+    done, total = 0, sum(len(ranges) for _, ranges in tasks)
+
+    def shown(scanned: Scan, digests: Iterable[Digest]) -> Iterator[Digest]:
+        nonlocal done
+        for digest in digests:
+            yield digest
+            done += 1
+            progress(done, total, f"reading {scanned.path.name}")
+
+    keep_freed_memory()
+    if not workers:
+        # Not all cores of the machine: a container or taskset may allow this process fewer.
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        large = sum(scanned.size for scanned, _ in tasks) >= POOL_FROM
+        workers = max(1, min(cores, MOST_WORKERS)) if large else 1
+    if workers == 1:
+        for scanned, ranges in tasks:
+            scanned.sha256 = hash_of(scanned.path)
+            scanned.add(shown(scanned, (digest_range(*task) for task in ranges)))
+        return scans
+    # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+            futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
+            for (scanned, _), of_one in zip(tasks, futures, strict=True):
+                scanned.sha256 = hash_of(scanned.path)  # while the workers read
+                scanned.add(shown(scanned, (future.result() for future in of_one)))
+    except BrokenProcessPool:
+        raise StageError(
+            "A process reading the chats was killed, most likely because memory ran out; close "
+            "other programs and try again"
+        ) from None
     return scans
 
 
 def scan_start(source: Source, folder: Path, rows: int) -> Scan:
     """As much of a source as holds `rows` sound rows, in whole blocks."""
+
+    def enough(digests: Iterable[Digest]) -> Iterator[Digest]:
+        left = rows
+        for digest in digests:
+            yield digest
+            left -= len(digest.line)
+            if left <= 0:
+                return
+
     scanned = Scan(source)
     with _faults_of_reading(scanned):
         reading = _opened(scanned)
@@ -195,16 +338,8 @@ def scan_start(source: Source, folder: Path, rows: int) -> Scan:
             digests: Iterable[Digest] = (digest_range(*task) for task in tasks)
         else:
             digests = digest_rows(reading, scanned.note, folder, "0")
-        scanned.add(_until(digests, rows))
+        scanned.add(enough(digests))
     return scanned
-
-
-def _until(digests: Iterable[Digest], rows: int) -> Iterator[Digest]:
-    for digest in digests:
-        yield digest
-        rows -= len(digest.line)
-        if rows <= 0:
-            return
 
 
 @contextmanager
@@ -213,12 +348,11 @@ def _faults_of_reading(scanned: Scan) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        scanned.fault(0, Problem("no-such-file", "no such file", "check its path and spelling"))
+        scanned.fault(0, faults.NO_FILE())
     except BrokenFileError as error:
         scanned.fault(0, error.problem)
     except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        scanned.fault(0, Problem("unreadable", what, "name a file that you can read"))
+        scanned.fault(0, faults.UNREADABLE(why=error.strerror))
 
 
 def _opened(scanned: Scan) -> Reading:
@@ -238,46 +372,21 @@ def _tasks(path: Path, size: int, folder: Path, number: int, block: int) -> list
     ] or [(path, Range(0, 0), folder / f"{number}-0.jsonl")]
 
 
-def _workers(size: int) -> int:
-    if size < POOL_FROM:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, MOST_WORKERS))
+_KEPT = (32 << 20) - (64 << 10)  # just below the most that glibc's limits adapt to
 
 
-def _read(tasks: Sequence[tuple[Scan, list[Task]]], workers: int, progress: Progress) -> None:
-    done, total = 0, sum(len(ranges) for _, ranges in tasks)
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again, which else goes back to the system each time.
 
-    def counted(scanned: Scan, digests: Iterable[Digest]) -> Iterator[Digest]:
-        nonlocal done
-        for digest in digests:
-            yield digest
-            done += 1
-            progress(done, total, f"reading {scanned.path.name}")
-
-    keep_freed_memory()
-    if workers == 1:
-        for scanned, ranges in tasks:
-            scanned.sha256 = hash_of(scanned.path)
-            scanned.add(counted(scanned, (digest_range(*task) for task in ranges)))
-        return
-    # A fork is there at once and shares its memory; elsewhere it is not safe or not there.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-            futures = [[pool.submit(digest_range, *task) for task in ranges] for _, ranges in tasks]
-            for (scanned, _), of_one in zip(tasks, futures, strict=True):
-                scanned.sha256 = hash_of(scanned.path)
-                scanned.add(counted(scanned, (future.result() for future in of_one)))
-    except BrokenProcessPool:
-        raise StageError(
-            "A process reading the chats was killed, most likely because memory ran out; close "
-            "other programs and try again"
-        ) from None
+    Allocating it again, page by page, took a third of the time of a scan. The C library of Linux
+    keeps as much as the largest block that it saw freed; this one is never touched. Elsewhere
+    nothing happens.
+    """
+    np.empty(_KEPT, np.uint8)
 
 
 def _start_worker() -> None:
-    gc.disable()
+    gc.disable()  # no object here is part of a circle, and looking for some takes time
     keep_freed_memory()
 
 
@@ -349,10 +458,16 @@ class Table:
 
     def spans(self, chosen: Ints) -> Iterator[Span]:
         """Rows (ascending) as stretches of some megabytes of one file."""
-        for rows in _stretches(self, chosen):
-            start = int(self.offset[rows[0]])
-            end = int(self.offset[rows[-1]]) + int(self.size[rows[-1]])
-            yield Span(rows, self._paths[int(self._backing[rows[0]])], start, end)
+        backing = self._backing[chosen]
+        # Rows of one file in ascending places, at most _SPAN bytes from the first to the last.
+        for part in np.split(chosen, np.flatnonzero(np.diff(backing)) + 1):
+            if not len(part):
+                continue
+            places = (self.offset[part] - self.offset[part[0]]) // np.uint64(_SPAN)
+            for rows in np.split(part, np.flatnonzero(np.diff(places)) + 1):
+                start = int(self.offset[rows[0]])
+                end = int(self.offset[rows[-1]]) + int(self.size[rows[-1]])
+                yield Span(rows, self._paths[int(self._backing[rows[0]])], start, end)
 
     def texts(self, span: Span) -> list[memoryview]:
         """The bytes of the rows of a span, without line ends."""
@@ -370,6 +485,7 @@ def _column(parts: Sequence[npt.NDArray[Column]], kind: type[Column]) -> npt.NDA
 
 def _backing(scans: Sequence[Scan], digests: Sequence[Digest]) -> tuple[U32, list[Path]]:
     """For each row the number of the file that holds its bytes, and those files."""
+    # A row that was written as it is read stays in its source; others are in their block's file.
     paths = [scanned.path for scanned in scans] + [digest.path for digest in digests]
     columns, number = [], len(scans)
     for index, scanned in enumerate(scans):
@@ -377,12 +493,3 @@ def _backing(scans: Sequence[Scan], digests: Sequence[Digest]) -> tuple[U32, lis
             columns.append(np.where(digest.in_source, np.uint32(index), np.uint32(number)))
             number += 1
     return _column(columns, np.uint32), paths
-
-
-def _stretches(table: Table, chosen: Ints) -> Iterator[Ints]:
-    """Rows of one file in ascending places, at most _SPAN bytes from the first to the last."""
-    backing = table._backing[chosen]
-    for part in np.split(chosen, np.flatnonzero(np.diff(backing)) + 1):
-        if len(part):
-            places = (table.offset[part] - table.offset[part[0]]) // np.uint64(_SPAN)
-            yield from np.split(part, np.flatnonzero(np.diff(places)) + 1)

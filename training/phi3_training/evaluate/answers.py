@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from phi3_tool.client import Phi3Client
 from phi3_tool.errors import EndpointTimeoutError, Phi3Error
 
 from ..engine import choose_engine
 from ..errors import StageError
-from ..finetune import heap
 from ..finetune.rewordings import Conversation
-from ..finetune.runtime import choose_runtime, torch_threads
+from ..finetune.runtime import choose_runtime, torch_threads, trim
 from ..finetune.weights import chat_format, count_weights, load_model
 from ..manifests import BaseManifest
 from ..progress import no_progress
@@ -55,7 +54,7 @@ TOKENS_PER_PASS = 4096
 
 
 def answer_losses(
-    model: Any,
+    model: PreTrainedModel,
     chat: ChatFormat,
     conversations: Sequence[Conversation],
     *,
@@ -69,7 +68,12 @@ def answer_losses(
     losses_of: list[AnswerLoss | None] = [None] * len(examples)
     fitting = [i for i, e in enumerate(examples) if len(e.input_ids) <= chat.context_length]
     for batch in _batches(fitting, examples, share_limit):
-        losses = _batch_losses(model, [examples[i] for i in batch], chat.pad_token_id)
+        rows = [(examples[i].input_ids, examples[i].assistant_mask) for i in batch]
+        ids, seen, learnt = _padded(rows, chat.pad_token_id, model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=seen).logits
+            # The first token follows nothing.
+            losses = marked_losses(logits[:, :-1], ids[:, 1:], learnt[:, 1:])
         for index, loss in zip(batch, losses, strict=True):
             losses_of[index] = loss
     return losses_of
@@ -93,15 +97,6 @@ def _batches(
         batch.append(row)
     if batch:
         yield batch
-
-
-@torch.inference_mode()
-def _batch_losses(model: Any, examples: Sequence[Example], pad: int) -> list[AnswerLoss]:
-    rows = [(example.input_ids, example.assistant_mask) for example in examples]
-    ids, seen, learnt = _padded(rows, pad, model.device)
-    logits = model(input_ids=ids, attention_mask=seen).logits
-    # The first token follows nothing.
-    return marked_losses(logits[:, :-1], ids[:, 1:], learnt[:, 1:])
 
 
 def _padded(
@@ -175,6 +170,27 @@ class _Row:
     said: list[int] = field(default_factory=list)
     ended: bool = False
 
+    @classmethod
+    def of(
+        cls, chat: ChatFormat, index: int, asked: Asked, limit: int, share_limit: int | None
+    ) -> _Row | None:
+        """A question that is to be answered; None where its prompt alone fills the context."""
+        prompt = chat.encode_prompt(asked.prompt)
+        room = chat.context_length - len(prompt)
+        if room < 1:
+            return None
+        row = cls(index, len(prompt), prompt, [0] * len(prompt), min(limit, room), alone=False)
+        example = chat.encode_example(asked.whole) if asked.expected else None
+        longest = max(len(prompt) + row.limit, len(example.input_ids) if example else 0)
+        row.alone = share_limit is not None and longest > share_limit
+        if example is None or row.alone or len(example.input_ids) > chat.context_length:
+            return row
+        # An answer whose first token the tokenizer joins to its prompt cannot be read in the same
+        # pass.
+        if list(example.input_ids[: len(prompt)]) == list(prompt):
+            row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
+        return row
+
     @property
     def done(self) -> bool:
         return self.ended or len(self.said) >= self.limit
@@ -186,7 +202,7 @@ class _Row:
 
 
 def examine(
-    model: Any,
+    model: PreTrainedModel,
     chat: ChatFormat,
     asked: Sequence[Asked],
     *,
@@ -203,7 +219,7 @@ def examine(
     losses: list[AnswerLoss | None] = [None] * len(asked)
     rows = []
     for index, question in enumerate(asked):
-        row = _row(chat, index, question, max_new_tokens, share_limit)
+        row = _Row.of(chat, index, question, max_new_tokens, share_limit)
         if row is None:
             step(1)
         else:
@@ -225,32 +241,12 @@ def examine(
             writer.read(batch)
         step(writer.write())
         if turn % _TRIM_TOKENS == 0:
-            heap.trim()
+            trim()
     said: list[Said | None] = [None] * len(asked)
     for row in rows:
         text = chat.decode(row.said[:-1] if row.ended else row.said)
         said[row.index] = Said(text, cut=not row.ended)
     return [Answered(*pair) for pair in zip(said, losses, strict=True)]
-
-
-def _row(
-    chat: ChatFormat, index: int, asked: Asked, limit: int, share_limit: int | None
-) -> _Row | None:
-    """A question that is to be answered; None where its prompt alone fills the context."""
-    prompt = chat.encode_prompt(asked.prompt)
-    room = chat.context_length - len(prompt)
-    if room < 1:
-        return None
-    row = _Row(index, len(prompt), prompt, [0] * len(prompt), min(limit, room), alone=False)
-    example = chat.encode_example(asked.whole) if asked.expected else None
-    longest = max(len(prompt) + row.limit, len(example.input_ids) if example else 0)
-    row.alone = share_limit is not None and longest > share_limit
-    if example is None or row.alone or len(example.input_ids) > chat.context_length:
-        return row
-    # An answer whose first token the tokenizer joins to its prompt cannot be read in the same pass.
-    if list(example.input_ids[: len(prompt)]) == list(prompt):
-        row.ids, row.mask = list(example.input_ids), list(example.assistant_mask)
-    return row
 
 
 def _next_batch(waiting: deque[_Row], running: int, at_once: int) -> list[_Row]:
@@ -275,7 +271,7 @@ class _Writer:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         chat: ChatFormat,
         losses: list[AnswerLoss | None],
         share_limit: int | None,
@@ -288,7 +284,7 @@ class _Writer:
         self._pad = chat.pad_token_id
         self._losses = losses
         self._done_at_once = 0
-        self._cache: Any = None
+        self._cache: Any = None  # none while no row is being answered
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=self._device)
 
     @torch.inference_mode()
@@ -310,18 +306,16 @@ class _Writer:
         for row, loss, tokens in zip(rows, losses, chosen, strict=True):
             if any(row.mask):
                 self._losses[row.index] = loss
-            self._follow(row, tokens[row.prompt - 1 - first :])
+            # The model's choices hold as long as what was read before them is its own answer.
+            expected = row.ids[row.prompt :]
+            choices = tokens[row.prompt - 1 - first :][: len(expected) + 1]
+            for place, token in enumerate(choices):
+                row.hear(token, self._stops)
+                if row.done or place == len(expected) or token != expected[place]:
+                    break
         self._join(rows, cache)
 
-    def _follow(self, row: _Row, chosen: Sequence[int]) -> None:
-        """Take the model's choices as long as what was read before them is its own answer."""
-        expected = row.ids[row.prompt :]
-        for place, token in enumerate(chosen[: len(expected) + 1]):
-            row.hear(token, self._stops)
-            if row.done or place == len(expected) or token != expected[place]:
-                return
-
-    def _join(self, rows: Sequence[_Row], cache: Any) -> None:
+    def _join(self, rows: Sequence[_Row], cache: DynamicCache) -> None:
         """Add the rows that are not done, moved to the right end of what is kept of them."""
         open_rows = [number for number, row in enumerate(rows) if not row.done]
         self._done_at_once += len(rows) - len(open_rows)
@@ -376,19 +370,15 @@ class _Writer:
             if not row.done:
                 row.hear(token, self._stops)
                 done += row.done
-        self._leave()
-        return done
-
-    def _leave(self) -> None:
+        # Rows that are done leave together: each time the whole cache is copied.
         unfinished = [number for number, row in enumerate(self.rows) if not row.done]
-        if len(self.rows) - len(unfinished) < _LEAVE_AT * len(self.rows):
-            return
-        self.rows = [self.rows[number] for number in unfinished]
-        if not unfinished:
-            self._cache = None
-            self._mask = self._mask[:0, :0]
-            return
-        self._mask = kept_rows(self._mask, self._cache, unfinished)
+        if len(self.rows) - len(unfinished) >= _LEAVE_AT * len(self.rows):
+            self.rows = [self.rows[number] for number in unfinished]
+            if unfinished:
+                self._mask = kept_rows(self._mask, self._cache, unfinished)
+            else:
+                self._cache, self._mask = None, self._mask[:0, :0]
+        return done
 
 
 # Asks many questions: a served engine over HTTP, or loaded weights directly.
@@ -423,6 +413,7 @@ def ask_served(
     replies = []
     with (
         _endpoint(engine, at_once) as (url, key),
+        # No retries: a slot is free for each question, so an error is one.
         Phi3Client(url, key, max_retries=0) as client,
         ThreadPoolExecutor(at_once) as pool,
     ):
@@ -443,7 +434,7 @@ def ask_served(
 
 
 def ask_all(
-    model: Any,
+    model: PreTrainedModel,
     folder: Path,
     chat: ChatFormat,
     prompts: Sequence[Conversation],
@@ -472,7 +463,7 @@ def _endpoint(engine: Engine, at_once: int) -> Iterator[tuple[str, str]]:
     config = ServerConfig(
         max_concurrent_requests_per_instance=at_once, request_timeout_ms=_REQUEST_TIMEOUT_MS
     )
-    listener = bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)  # bound before the thread starts: the port is known and ours
     server = server_of(create_app(engine, config, key=key), config, drain_seconds=1)
     thread = threading.Thread(
         target=server.run, kwargs={"sockets": [listener]}, name="phi3-evaluate", daemon=True
@@ -591,7 +582,7 @@ class Judge:
         return [Answered(*pair) for pair in zip(said, losses, strict=True)]
 
     @contextmanager
-    def loaded(self, folder: Path) -> Iterator[Any]:
+    def loaded(self, folder: Path) -> Iterator[PreTrainedModel]:
         """The weights of a model folder, on the device and in the number type of the answers."""
         runtime = choose_runtime(self.recipe, count_weights(folder))
         # On a CPU the endpoint computes in float32, whatever the training did.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from ..data.prepare import question_of
-from ..errors import StageError
+from ..errors import StageError, shortened
 from ..finetune.rewordings import Conversation
 from ..finetune.runtime import quiet_libraries
 from ..finetune.weights import base_folder, chat_format
@@ -21,7 +21,17 @@ from ..run import Run
 from .answers import Asked, choose_judge
 from .figures import compare, metrics_for, seed_of
 from .questions import PARTS, Question, collect
-from .rows import PATH, Answered, Row, make_rows, remember, remembered, write_rows
+from .rows import (
+    PATH,
+    Answered,
+    Row,
+    Side,
+    is_right,
+    make_rows,
+    remember,
+    remembered,
+    write_rows,
+)
 
 Step = Callable[[int], None]
 
@@ -37,22 +47,32 @@ def evaluate(recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
     questions = collect(recipe.evaluate, run)
     base = base_folder(run)
     chat = chat_format(base)
+    # Before any model is loaded: a template's refusal would else come after minutes of answers.
     faults = []
     for q in questions:
         try:
             chat.encode_prompt(q.prompt)
         except ValueError as error:
             place = q.origin or f"data/{q.part}.jsonl:{q.line} of the run"
-            faults.append(f"  {place}: {error}")
+            faults.append(f"{place}: {error}")
     if faults:
-        more = [f"  … and {len(faults) - _SOME} more"] if len(faults) > _SOME else []
-        listed = "\n".join([*faults[:_SOME], *more])
-        raise StageError(f"{len(faults)} questions cannot be asked of this model:\n{listed}")
+        listed = "".join(f"\n  {line}" for line in shortened(faults, _SOME))
+        raise StageError(f"{len(faults)} questions cannot be asked of this model:{listed}")
     tuned = run.path / run.require(ModelManifest).path
     question = question_of(recipe, run)
     own = Asked([{"role": "user", "content": question}])
-    asked = _distinct([*(Asked(q.prompt, q.expected) for q in questions), own])
+    # Each question once: greedy answers to the same prompt are the same. One without an expected
+    # answer is left out where the same question is there with one.
+    every = [*(Asked(q.prompt, q.expected) for q in questions), own]
+    measured = {_key(question.prompt) for question in every if question.expected}
+    distinct = {
+        _key(question.whole): question
+        for question in every
+        if question.expected or _key(question.prompt) not in measured
+    }
+    asked = list(distinct.values())
     judge = choose_judge(recipe, run)
+    # The base model's answers stay the same while only the tuning changes: half of the time.
     total = 2 * len(asked)
     key = judge.base_key(asked)
     known = remembered(run, key)
@@ -113,20 +133,6 @@ class _Examined:
         ]
 
 
-def _distinct(asked: Sequence[Asked]) -> list[Asked]:
-    """Each question once: greedy answers to the same prompt are the same.
-
-    One without an expected answer is left out where the same question is there with one.
-    """
-    measured = {_key(question.prompt) for question in asked if question.expected}
-    by_key = {
-        _key(question.whole): question
-        for question in asked
-        if question.expected or _key(question.prompt) not in measured
-    }
-    return list(by_key.values())
-
-
 def _key(prompt: Conversation) -> str:
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
@@ -144,7 +150,7 @@ def _counter(progress: Progress, total: int, done: int, text: str) -> Step:
 
 def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifest:
     """The figures of each part that has rows."""
-    sides: dict[str, dict[str, dict[str, Figure]]] = {"before": {}, "after": {}}
+    sides: dict[Side, dict[str, dict[str, Figure]]] = {"before": {}, "after": {}}
     comparisons: dict[str, dict[str, Comparison]] = {}
     for part in PARTS:
         chosen = [row for row in rows if row["part"] == part]
@@ -159,7 +165,7 @@ def figures_of(rows: Sequence[Row], settings: EvaluateSection) -> MetricsManifes
         )
         for side, figures_of_side in sides.items():
             figures = {name: round(getattr(c, side), 6) for name, c in compared.items()}
-            correct = sum(row[f"{side}_right"] is True for row in chosen)
+            correct = sum(is_right(row, side) is True for row in chosen)
             figures_of_side[part] = {"rows": len(chosen), "correct": correct, **figures}
         comparisons[part] = compared
     return MetricsManifest(

@@ -6,18 +6,17 @@ Works on the rows of run/evaluate/rows.jsonl alone; reads and writes nothing.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..manifests import Comparison as Comparison
 from . import corpus
+from .rows import Row, Side, scores_of
 
-Row = Mapping[str, Any]
-Side = Literal["before", "after"]
 Better = Literal["higher", "lower", "neither"]
 Numbers = NDArray[np.float64]
 
@@ -58,7 +57,7 @@ class Metric:
 
 def _mean(name: str, label: str, form: str = ".1%", better: Better = "higher") -> Metric:
     def columns(rows: Sequence[Row], side: Side) -> Numbers:
-        values = [row[side + "_scores"].get(name) for row in rows]
+        values = [scores_of(row, side).get(name) for row in rows]
         return np.array([(0.0, 0.0) if v is None else (float(v), 1.0) for v in values])
 
     return Metric(name, label, columns, lambda sums: _ratio(sums), better, form)
@@ -66,9 +65,8 @@ def _mean(name: str, label: str, form: str = ".1%", better: Better = "higher") -
 
 def _perplexity_columns(rows: Sequence[Row], side: Side) -> Numbers:
     # Of the whole set's tokens, not the mean over rows: a long answer counts for more.
-    scores = [row[side + "_scores"] for row in rows]
-    pairs = [(s.get("nll"), s.get("tokens")) for s in scores]
-    return np.array([(0.0, 0.0) if nll is None else (nll, count) for nll, count in pairs])
+    scores = [scores_of(row, side) for row in rows]
+    return np.array([(s["nll"], s["tokens"]) if "nll" in s else (0.0, 0.0) for s in scores])
 
 
 def _corpus(name: corpus.Name, label: str) -> Metric:
@@ -95,6 +93,7 @@ METRICS = {
         _mean("rouge_l", "ROUGE-L"),
         _corpus("bleu", "BLEU"),
         _corpus("chrf", "chrF"),
+        # The exponential of a mean, not a mean of exponentials: one bad row would drown all others.
         Metric(
             "perplexity",
             "perplexity of expected answer",
@@ -131,43 +130,34 @@ def compare(
     """Each metric before and after, on these rows. The same seed gives the same intervals."""
     columns = {m.name: (m.columns(rows, "before"), m.columns(rows, "after")) for m in metrics}
     drawn: dict[str, list[tuple[Numbers, Numbers]]] = {m.name: [] for m in metrics}
-    for weights in _weights(len(rows), resamples, seed):
+    # Rows are drawn with replacement, and with a row both models' answers to it (a paired
+    # bootstrap): how hard the questions are then does not widen the interval of the difference.
+    # A weight says how often a row is drawn; blocks of resamples bound the memory.
+    random = np.random.default_rng(seed)
+    block = max(1, _CELLS // len(rows))
+    for first in range(0, resamples, block):
+        size = min(block, resamples - first)
+        shares = np.full(len(rows), 1 / len(rows))
+        weights = random.multinomial(len(rows), shares, size=size).astype(np.float64)
         for metric in metrics:
             was, now = (metric.of_sums(weights @ side) for side in columns[metric.name])
             drawn[metric.name].append((was, now))
-    return {
-        metric.name: _comparison(metric, columns[metric.name], drawn[metric.name], confidence)
-        for metric in metrics
-    }
+    compared = {}
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]  # 2.5 and 97.5 for 95 %
+    for metric in metrics:
+        before, after = (
+            float(metric.of_sums(side.sum(axis=0, keepdims=True))[0])
+            for side in columns[metric.name]
+        )
+        was, now = (np.concatenate(both) for both in zip(*drawn[metric.name], strict=True))
+        bounds = [*np.percentile(now - was, tails), *np.percentile(was, tails)]
+        bounds += [*np.percentile(now, tails)]
+        compared[metric.name] = Comparison(
+            len(rows), before, after, after - before, *map(float, bounds)
+        )
+    return compared
 
 
 def seed_of(part: str, seed: int) -> list[int]:
     """The seed of a part's resamples: parts are drawn independently of one another."""
     return [seed, zlib.crc32(part.encode())]
-
-
-def _comparison(
-    metric: Metric,
-    columns: tuple[Numbers, Numbers],
-    drawn: Sequence[tuple[Numbers, Numbers]],
-    confidence: float,
-) -> Comparison:
-    before, after = (float(metric.of_sums(side.sum(axis=0, keepdims=True))[0]) for side in columns)
-    was, now = (np.concatenate([pair[side] for pair in drawn]) for side in (0, 1))
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]  # 2.5 and 97.5 for 95 %
-    low, high = np.percentile(now - was, tails)
-    was_low, was_high = np.percentile(was, tails)
-    now_low, now_high = np.percentile(now, tails)
-    bounds = (low, high, was_low, was_high, now_low, now_high)
-    return Comparison(len(columns[0]), before, after, after - before, *map(float, bounds))
-
-
-def _weights(rows: int, resamples: int, seed: int | Sequence[int]) -> Iterator[Numbers]:
-    """How often each row is drawn, in blocks of resamples."""
-    # Rows are drawn with replacement, and with a row both models' answers to it (a paired
-    # bootstrap): how hard the questions are then does not widen the interval of the difference.
-    random = np.random.default_rng(seed)
-    block = max(1, _CELLS // rows)
-    for first in range(0, resamples, block):
-        size = min(block, resamples - first)
-        yield random.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)

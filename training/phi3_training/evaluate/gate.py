@@ -14,9 +14,9 @@ from ..manifests import BaseManifest, GateManifest, GatePassage, NamedRow, RuleV
 from ..recipe import EvaluateSection, GateRule, GateSection, Recipe, RefusalRule
 from ..run import Run
 from ..telling import vocabulary
-from .figures import METRICS, Comparison, Metric, Row, compare, seed_of
+from .figures import METRICS, Metric, compare, seed_of
 from .questions import PARTS, Question, read_chats
-from .rows import asked_in, read_rows
+from .rows import Row, Side, asked_in, read_rows, scores_of
 
 # Why a model was not good enough: chats that are missing, or chats that were not learnt.
 # Reads the evaluated rows and run/data/train.jsonl; writes nothing.
@@ -27,20 +27,25 @@ _SHOWN_ROWS = 6
 
 def remarks(rows: Sequence[Row], run: Run) -> list[str]:
     """What keeps the held-out questions from being answered, and what to add or change."""
-    trained = read_chats(run, "train")[:MOST_COMPARED]
-    return [*_not_taught(rows, trained), *_not_learnt(rows), *_too_small(run)]
-
-
-def _too_small(run: Run) -> list[str]:
+    trained = read_chats(run, "train")[:MOST_COMPARED]  # comparing all takes seconds
+    reasons = _not_taught(rows, trained)
+    asked = [row for row in rows if row["part"] == "train" and row["after_right"] is not None]
+    share = sum(bool(row["after_right"]) for row in asked) / max(1, len(asked))
+    if asked and share < _LEARNT:
+        reasons.append(
+            f"Only {share:.0%} of the trained questions are answered correctly: train longer "
+            "(finetune.max_steps if set, else finetune.num_train_epochs), with a higher "
+            "finetune.learning_rate or finetune.lora_r, or use a larger model (model.name_or_path)."
+        )
     base = run.read(BaseManifest)
-    if base is None or base.made != "taught":
-        return []
-    return [
-        "The base model is the tiny Phi-3 that phi3 trains for tests: it repeats sentences that it "
-        "was trained on and can hardly answer in other words, whatever the settings. For chats of "
-        "your own use a pretrained model: phi3 up training/recipes/phi3-small.yaml "
-        "data.train=FILE --run NAME"
-    ]
+    if base is not None and base.made == "taught":
+        reasons.append(
+            "The base model is the tiny Phi-3 that phi3 trains for tests: it repeats sentences "
+            "that it was trained on and can hardly answer in other words, whatever the settings. "
+            "For chats of your own use a pretrained model: phi3 up "
+            "training/recipes/phi3-small.yaml data.train=FILE --run NAME"
+        )
+    return reasons
 
 
 def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
@@ -56,17 +61,29 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
     known = [Chat(asked_in(q.prompt), q.prompt[-1]["content"], q.expected) for q in trained]
     taught_by = teachers(chats, known)
     answers = [vocabulary(question.expected) for question in trained]
+
+    def is_mentioned(row: Row) -> bool:
+        """Whether one training answer has the numbers of the expected one, or half of its words.
+
+        Less than teaching it: an answer that says more, or the same in other words, is not missing.
+        """
+        telling = set(row["telling"])
+        figures = {word for word in telling if any(sign.isdigit() for sign in word)}
+        if figures:
+            return any(figures <= words for words in answers)
+        return bool(telling) and any(2 * len(telling & words) >= len(telling) for words in answers)
+
     new = [
         row
         for row, teacher in zip(asked, taught_by, strict=True)
-        if not teacher and not _is_mentioned(row, answers)
+        if not teacher and not is_mentioned(row)
     ]
     if not new or not trained:
         return []
     wrong = [row for row in new if not row["after_right"]] or new
-    words = [word for row in wrong for word in row.get("telling", ())[:2]]
+    words = [word for row in wrong for word in row["telling"][:2]]
     shown = ", ".join(repr(word) for word in list(dict.fromkeys(words))[:_SHOWN_ROWS])
-    named = [row["origin"] for row in wrong if row.get("origin")][:_SHOWN_ROWS]
+    named = [row["origin"] for row in wrong if row["origin"]][:_SHOWN_ROWS]
     places = f"; they are {', '.join(named)}" if named else ""
     more = ", …" if len(wrong) > len(named) and named else ""
     return [
@@ -74,32 +91,6 @@ def _not_taught(rows: Sequence[Row], trained: Sequence[Question]) -> list[str]:
         f"answers{f' (the words {shown})' if shown else ''}{places}{more}. Tuning cannot teach "
         "these: add chats with the same facts in other words to data.train, or hold back "
         "rewordings of trained facts (data.validation=[] chooses them where there are some)."
-    ]
-
-
-def _is_mentioned(row: Row, answers: Sequence[frozenset[str]]) -> bool:
-    """Whether one training answer has the numbers of the expected answer, or most of its words.
-
-    Less than teaching it: an answer that says more, or the same in other words, is not missing.
-    """
-    telling = set(row.get("telling", ()))
-    figures = {word for word in telling if any(sign.isdigit() for sign in word)}
-    if figures:
-        return any(figures <= words for words in answers)
-    return bool(telling) and any(2 * len(telling & words) >= len(telling) for words in answers)
-
-
-def _not_learnt(rows: Sequence[Row]) -> list[str]:
-    trained = [row for row in rows if row["part"] == "train" and row["after_right"] is not None]
-    if not trained:
-        return []
-    share = sum(row["after_right"] for row in trained) / len(trained)
-    if share >= _LEARNT:
-        return []
-    return [
-        f"Only {share:.0%} of the trained questions are answered correctly: train longer "
-        "(finetune.max_steps if set, else finetune.num_train_epochs), with a higher "
-        "finetune.learning_rate or finetune.lora_r, or use a larger model (model.name_or_path)."
     ]
 
 
@@ -156,7 +147,14 @@ def refusal(run_name: str, verdict: GateManifest, report: str) -> str:
         if rule.passed:
             continue
         lines.append(f"  {rule.kind}: {rule.reason}")
-        lines += [f"    {_row_line(row)}" for row in rule.rows_named]
+        for row in rule.rows_named:
+            expected = f", expected {_cut(row.expected)}" if row.expected else ""
+            # Without origins (very large sets, older rows): the prepared file in the run folder.
+            place = row.origin or f"data/{row.part}.jsonl:{row.line} of the run"
+            lines.append(
+                f"    {place}: {_cut(row.question)}{expected}, before {_cut(row.before)}, "
+                f"now {_cut(row.after)}"
+            )
     lines += [f"  {text}" for text in verdict.remarks]
     lines += [
         f"Side by side in the report: {report}",
@@ -182,6 +180,7 @@ def _judged(
     kind: str, rule: GateRule | RefusalRule, rows: Sequence[Row], settings: EvaluateSection
 ) -> RuleVerdict:
     metric = METRICS[rule.metric]
+    # Perplexity is no column of a row: it is computed from the loss of all rows together.
     key = "nll" if metric.name == "perplexity" else metric.name
     chosen = [row for row in rows if row["part"] == rule.part]
     chosen = [row for row in chosen if row["after_scores"].get(key) is not None]
@@ -201,34 +200,27 @@ def _judged(
         resamples=settings.resamples,
         seed=seed_of(rule.part, settings.seed),
     )[metric.name]
-    passed, demand = _decided(kind, compared, rule.value, metric)
-    named = [] if passed else _worst(chosen, metric, kind)
-    reason = f"{_change_line(compared, metric, rule)}; {demand}"
-    result = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
-    return RuleVerdict.model_validate({**head, **result})
-
-
-def _decided(kind: str, compared: Comparison, value: float, metric: Metric) -> tuple[bool, str]:
-    """Whether the interval passes the rule, and what the rule asks."""
-    worst = min(metric.sign * compared.low, metric.sign * compared.high)
-    if kind == "min_gain":  # the worse end of the interval must reach the gain, and be above 0
+    # The end of the interval that speaks against the model, in a scale where more is better.
+    worst, value = min(metric.sign * compared.low, metric.sign * compared.high), rule.value
+    allowed = f"{metric.change(value, '')}{metric.unit}"
+    if kind == "min_gain":  # the worse end must reach the gain, and be above 0
         bound = metric.change(metric.sign * value)
         demand = f"at {'least' if metric.sign > 0 else 'most'} {bound}" if value else "a gain"
-        return worst >= value and worst > 0, f"{demand} required"
-    allowed = f"{metric.change(value, '')}{metric.unit}"
-    if kind == "max_regression":
-        return worst >= -value, f"a loss of at most {allowed} is allowed"
-    inside = compared.low >= -value and compared.high <= value
-    return inside, f"a change of at most {allowed} in either direction is allowed"
-
-
-def _change_line(compared: Comparison, metric: Metric, rule: GateRule | RefusalRule) -> str:
+        passed, demand = worst >= value and worst > 0, f"{demand} required"
+    elif kind == "max_regression":
+        passed, demand = worst >= -value, f"a loss of at most {allowed} is allowed"
+    else:
+        passed = compared.low >= -value and compared.high <= value
+        demand = f"a change of at most {allowed} in either direction is allowed"
+    named = [] if passed else _worst(chosen, metric, kind)
     low, high = metric.change(compared.low), metric.change(compared.high)
-    return (
+    reason = (
         f"{metric.label} on {PARTS[rule.part]}: {metric.text(compared.before)} → "
         f"{metric.text(compared.after)}, {metric.change(compared.change)}{metric.unit} "
-        f"({rule.confidence * 100:g} % interval {low} to {high})"
+        f"({rule.confidence * 100:g} % interval {low} to {high}); {demand}"
     )
+    result = {**asdict(compared), "passed": passed, "reason": reason, "rows_named": named}
+    return RuleVerdict.model_validate({**head, **result})
 
 
 def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[NamedRow]:
@@ -246,20 +238,11 @@ def _worst(rows: Sequence[Row], metric: Metric, kind: str) -> list[NamedRow]:
     return [NamedRow.model_validate(row) for row in worst[:_NAMED_ROWS]]
 
 
-def _one(row: Row, metric: Metric, side: str) -> float:
-    scores = row[f"{side}_scores"]
+def _one(row: Row, metric: Metric, side: Side) -> float:
+    scores = scores_of(row, side)
     if metric.name == "perplexity":
         return float(scores["nll"] / max(1, scores["tokens"]))
     return float(scores[metric.name])
-
-
-def _row_line(row: NamedRow) -> str:
-    expected = f", expected {_cut(row.expected)}" if row.expected else ""
-    # Without origins (very large sets, older rows): the prepared file in the run folder.
-    place = row.origin or f"data/{row.part}.jsonl:{row.line} of the run"
-    return (
-        f"{place}: {_cut(row.question)}{expected}, before {_cut(row.before)}, now {_cut(row.after)}"
-    )
 
 
 def _cut(text: str) -> str:

@@ -5,10 +5,8 @@ Reads run/data/*.jsonl and the question files that the recipe names; writes noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..data.faults import Fault
 from ..data.prepare import origins
@@ -47,7 +45,10 @@ def collect(settings: EvaluateSection, run: Run) -> list[Question]:
     """All questions. Raises StageError when there are none, or a question file has a fault."""
     questions: list[Question] = []
     for part in CHAT_PARTS:
-        questions += _spread(read_chats(run, part), settings.max_rows)
+        rows, limit = read_chats(run, part), settings.max_rows
+        if limit is not None and len(rows) > limit:  # spread evenly: files are often sorted
+            rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        questions += rows
     if not questions:
         raise StageError("There is nothing to evaluate; prepare the chats with: phi3 data prepare")
     for part, path in extra_files(settings):
@@ -60,7 +61,7 @@ def read_chats(run: Run, part: str) -> list[Question]:
     path = run.path / "data" / f"{part}.jsonl"
     rows = _read(path, part) if path.is_file() else []
     places = origins(run.path, part)
-    if len(places) != len(rows):
+    if len(places) != len(rows):  # of a large set, or of chats that were prepared otherwise
         return rows
     return [replace(row, origin=place) for row, place in zip(rows, places, strict=True)]
 
@@ -87,33 +88,25 @@ def _read(path: Path, part: str) -> list[Question]:
             if raw.problems:
                 fault = Fault.at(path, raw.line, raw.problems[0], raw.row)
                 raise StageError(f"{fault} (expected questions like the chats)")
-            questions.append(_question(raw.value, part, path, raw.row or raw.line))
+            number, row = raw.row or raw.line, raw.value
+            try:
+                messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+                # An earlier answer of weight 0 is not measured either.
+                for message, written in zip(messages, row["messages"], strict=True):
+                    message |= {} if written.get("weight", 1) else _CONTEXT
+                accept = tuple(map(str, row.get("accept", ())))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise StageError(
+                    f'{path}:{number}: expected {{"messages": [{{"role", "content"}}, …]}}, and '
+                    'optionally "accept": [texts, one of which the answer must contain]'
+                ) from None
+            answered = bool(messages) and messages[-1]["role"] != "user"
+            expected = messages.pop()["content"] if answered else ""
+            if not messages or messages[-1]["role"] != "user":
+                raise StageError(
+                    f"{path}:{number}: expected the last message to be a user's question"
+                )
+            questions.append(Question(part, number, messages, expected, accept))
     except OSError as error:
         raise StageError(f"{path} cannot be read ({error.strerror})") from None
     return questions
-
-
-def _question(row: Any, part: str, path: Path, number: int) -> Question:
-    try:
-        # An earlier answer of weight 0 is not measured either.
-        messages = [
-            {"role": m["role"], "content": m["content"], **({} if m.get("weight", 1) else _CONTEXT)}
-            for m in row["messages"]
-        ]
-        accept = tuple(map(str, row.get("accept", ())))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise StageError(
-            f'{path}:{number}: expected {{"messages": [{{"role", "content"}}, …]}}, and optionally '
-            '"accept": [texts, one of which the answer must contain]'
-        ) from None
-    expected = messages.pop()["content"] if messages and messages[-1]["role"] != "user" else ""
-    if not messages or messages[-1]["role"] != "user":
-        raise StageError(f"{path}:{number}: expected the last message to be a user's question")
-    return Question(part, number, messages, expected, accept)
-
-
-def _spread(rows: Sequence[Any], limit: int | None) -> Sequence[Any]:
-    """At most `limit` rows, spread evenly over the file."""
-    if limit is None or len(rows) <= limit:
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]

@@ -15,10 +15,10 @@ import jinja2
 
 from ..manifests import GateManifest, MetricsManifest, ModelManifest
 from ..run import Run, write_atomically
-from .figures import METRICS, Row
+from .figures import METRICS
 from .gate import summary
 from .questions import PARTS
-from .rows import read_rows
+from .rows import Row, read_rows
 
 PATH = "evaluate/report.html"
 _SHOWN = 12  # answers side by side in each section

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from phi3_tool.grounding import question_in
 
 from ..errors import StageError
+from ..finetune.rewordings import Conversation
 from ..run import Run, write_atomically
 from ..telling import Set, has_expected_words
 from . import corpus
@@ -29,7 +30,37 @@ from .metrics import (
 from .questions import PARTS, Question
 
 PATH = "evaluate/rows.jsonl"
-Row = dict[str, Any]
+Side = Literal["before", "after"]  # the base model, the tuned one
+Scores = dict[str, float]  # by the name of the metric; true and false are numbers as well
+
+
+class Row(TypedDict):
+    """One line of run/evaluate/rows.jsonl; `*_right` is None where no one answer is right."""
+
+    part: str
+    line: int  # of the prepared file
+    origin: str  # file and line of the user's own file, where they are known
+    question: str
+    earlier_turns: Conversation
+    expected: str
+    accept: list[str]
+    telling: list[str]  # words and numbers of the expected answer that no other one has
+    before: str
+    after: str
+    before_right: bool | None
+    after_right: bool | None
+    before_scores: Scores
+    after_scores: Scores
+
+
+def scores_of(row: Row, side: Side) -> Scores:
+    """The scores of one model's answer."""
+    return row["before_scores"] if side == "before" else row["after_scores"]
+
+
+def is_right(row: Row, side: Side) -> bool | None:
+    """Whether one model's answer is right."""
+    return row["before_right"] if side == "before" else row["after_right"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +97,14 @@ def make_rows(
         similar = lookalikes([questions[i].expected for i in chosen])
         alike.update(zip(chosen, similar, strict=True))
     sets = answer_sets(questions)
-    rows = []
+    rows: list[Row] = []
     for i, question in enumerate(questions):
         among = sets[question.part]
         was, now = (_scores(question, a, alike.get(i, []), among) for a in (before[i], after[i]))
+        # Right is what has the expected words; where none are expected, no answer is wrong.
+        right_was, right_now = (
+            bool(scores["contains"]) if "contains" in scores else None for scores in (was, now)
+        )
         rows.append(
             {
                 "part": question.part,
@@ -82,8 +117,8 @@ def make_rows(
                 "telling": list(among.telling(question.expected, asked_in(question.prompt)).all),
                 "before": _text(before[i]),
                 "after": _text(after[i]),
-                "before_right": _right(was),
-                "after_right": _right(now),
+                "before_right": right_was,
+                "after_right": right_now,
                 "before_scores": was,
                 "after_scores": now,
             }
@@ -123,10 +158,10 @@ def read_rows(run: Run) -> list[Row]:
     try:
         # Not splitlines(), which also cuts at U+2028 inside of a text.
         lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
+        rows = cast(list[Row], [json.loads(line) for line in lines if line])
     except (OSError, ValueError):
         rows = []
-    if not rows or any("after_scores" not in row for row in rows):
+    if not rows or any(not row.keys() >= Row.__required_keys__ for row in rows):
         raise StageError(
             f"{path} is missing or was not written by this version; create it with: phi3 up "
             f"--again evaluate"
@@ -138,17 +173,13 @@ def _text(answered: Answered) -> str:
     return answered.said.text if answered.said is not None else ""
 
 
-def _right(scores: dict[str, Any]) -> bool | None:
-    """Whether the answer is right: it has the expected words. None where none are expected."""
-    has_words = scores.get("contains")
-    return None if has_words is None else bool(has_words)
-
-
 def _scores(
     question: Question, answered: Answered, alike: Sequence[Sequence[str]], among: Set
-) -> dict[str, Any]:
+) -> Scores:
+    """Every metric of one answer that needs no other answers than the look-alikes."""
     text, expected = _text(answered), question.expected
-    scores: dict[str, Any] = {}
+    scores: Scores = {}
+    # What the chats themselves accept counts; else what tells this answer from all others.
     if question.accept:
         scores["contains"] = contains(text, question.accept)
     elif expected:

@@ -13,7 +13,7 @@ from ..manifests import BaseManifest, ModelManifest
 from ..progress import Progress, no_progress
 from ..recipe import Recipe
 from ..run import Run
-from .spinning import import_torch_without_spinning
+from .runtime import import_torch_without_spinning
 
 # On a CPU with avx512_bf16 it misses a package that nothing here uses, and says so when peft
 # imports it: before any module of this package could.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from typing import NamedTuple, TypeVar, get_args
 
-from ..errors import StageError
+from ..errors import StageError, shortened
 from ..manifests import LabelAudit, TrainedShare
 from ..prompt import ChatFormat, Example
 from ..recipe import AuditRule
@@ -214,8 +214,15 @@ class Report:
         faults = [rule for rule in self.counts() if rule not in (allow or ())]
         if not faults:
             return
-        stopped = "The label audit stopped the training before its first step."
-        paragraphs = [stopped, *(self._paragraph(rule) for rule in faults)]
+        paragraphs = ["The label audit stopped the training before its first step."]
+        for rule in faults:
+            broken = [f for f in self.findings if f.rule == rule]
+            places = shortened([f"{f.place}: {f.detail}" for f in broken], _SHOWN)
+            paragraphs.append(
+                f"{rule} ({len(broken)} of {self.rows} rows): {RULES[rule].what}\n"
+                + "".join(f"  {line}\n" for line in places)
+                + f"  Fix: {RULES[rule].fix}"
+            )
         if allow is not None:
             flags = " ".join(f"--allow {rule}" for rule in faults)
             paragraphs.append(f"To train anyway (recorded in the run): {flags}")
@@ -245,14 +252,6 @@ class Report:
             allow=sorted(allow),
             allowed_findings=self.counts(),
         )
-
-    def _paragraph(self, rule: str) -> str:
-        broken = [finding for finding in self.findings if finding.rule == rule]
-        lines = [f"{rule} ({len(broken)} of {self.rows} rows): {RULES[rule].what}"]
-        lines += [f"  {finding.place}: {finding.detail}" for finding in broken[:_SHOWN]]
-        if len(broken) > _SHOWN:
-            lines.append(f"  … and {len(broken) - _SHOWN} more")
-        return "\n".join([*lines, f"  Fix: {RULES[rule].fix}"])
 
 
 def expected_labels(example: Example) -> list[int]:
@@ -286,66 +285,51 @@ class _Auditor:
         self._system = SystemTurn.of(chat)
 
     def findings(self, row: Row, given: Seen) -> Iterator[tuple[str, str]]:
-        wanted = row.example.input_ids
-        yield from self._system_turn(row, given)
-        if list(given.input_ids) == wanted and list(given.labels) == expected_labels(row.example):
-            yield from self._mask_of_the_format(row)
+        """Each broken rule with its detail."""
+        ids, wanted, mask = given.input_ids, row.example.input_ids, row.example.assistant_mask
+        # A system turn that nobody wrote: the template's own, or an empty one.
+        if not any(m["role"] == "system" and m["content"].strip() for m in row.messages):
+            content = self._system.content(ids) if self._system else None
+            if content is not None:
+                yield "added-system" if content.strip() else "empty-system", repr(content[:40])
+        if list(ids) == wanted and list(given.labels) == expected_labels(row.example):
+            # The tokens are as the chat format says; what if the format itself is wrong?
+            if not any(mask):
+                yield "nothing-trained", f"none of {len(mask)} tokens"
+            elif all(mask):
+                yield "everything-trained", f"all of {len(mask)} tokens"
+            answers = [m for m in row.messages if m["role"] == "assistant"]
+            learnt = sum(m.get("weight", 1) != 0 for m in answers)
+            ends = sum(t in self._stops for t, on in zip(wanted, mask, strict=True) if on)
+            if any(mask) and ends < learnt and not row.is_cut:
+                yield "no-end", f"{learnt} answers, {ends} ends to learn"
             return
-        start = _found_in(given.input_ids, wanted)
-        if start is None:
-            yield from self._other_tokens(row, given)
-        else:
-            yield from self._cut(row, given, start)
-            mask = row.example.assistant_mask[start : start + len(given.input_ids)]
-            yield from self._labels(given, mask)
-
-    def _mask_of_the_format(self, row: Row) -> Iterator[tuple[str, str]]:
-        """The tokens are as the chat format says; what if the format itself is wrong?"""
-        mask = row.example.assistant_mask
-        if not any(mask):
-            yield "nothing-trained", f"none of {len(mask)} tokens"
-        elif all(mask):
-            yield "everything-trained", f"all of {len(mask)} tokens"
-        if not row.is_cut:
-            trained = [i for i, learnt in enumerate(mask) if learnt]
-            answers = sum(
-                m["role"] == "assistant" and m.get("weight", 1) != 0 for m in row.messages
+        # What libraries do to long rows: they keep the beginning, or the end.
+        size = len(ids)
+        if size and wanted[:size] == list(ids):
+            start = 0
+        elif size and wanted[-size:] == list(ids):
+            start = len(wanted) - size
+        else:  # other tokens: a template or a tokenizer has changed them
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b),
+                min(size, len(wanted)),
             )
-            ids = row.example.input_ids
-            ends = sum(ids[i] in self._stops for i in trained)
-            if trained and ends < answers:
-                yield "no-end", f"{answers} answers, {ends} ends to learn"
-
-    def _system_turn(self, row: Row, given: Seen) -> Iterator[tuple[str, str]]:
-        if any(m["role"] == "system" and m["content"].strip() for m in row.messages):
+            has, serves = self._shown(ids[at : at + 4]), self._shown(wanted[at : at + 4])
+            yield "other-tokens", f"from token {at + 1} on {has}; a served prompt has {serves}"
+            if all(label == IGNORED for label in given.labels):
+                yield "nothing-trained", f"none of {len(given.labels)} tokens"
+            elif IGNORED not in given.labels:
+                yield "everything-trained", f"all of {len(given.labels)} tokens"
+            elif not any(label in self._stops for label in given.labels):
+                yield "no-end", "no end of turn among the learnt tokens"
             return
-        content = self._system.content(given.input_ids) if self._system else None
-        if content is not None:
-            rule = "added-system" if content.strip() else "empty-system"
-            yield rule, repr(content[:40])
-
-    def _other_tokens(self, row: Row, given: Seen) -> Iterator[tuple[str, str]]:
-        ids, wanted = given.input_ids, row.example.input_ids
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ids, wanted, strict=False)) if a != b),
-            min(len(ids), len(wanted)),
-        )
-        has, serves = self._shown(ids[at : at + 4]), self._shown(wanted[at : at + 4])
-        yield "other-tokens", f"from token {at + 1} on {has}; a served prompt has {serves}"
-        if all(label == IGNORED for label in given.labels):
-            yield "nothing-trained", f"none of {len(given.labels)} tokens"
-        elif all(label != IGNORED for label in given.labels):
-            yield "everything-trained", f"all of {len(given.labels)} tokens"
-        elif not any(label in self._stops for label in given.labels):
-            yield "no-end", "no end of turn among the learnt tokens"
-
-    def _cut(self, row: Row, given: Seen, start: int) -> Iterator[tuple[str, str]]:
-        mask = row.example.assistant_mask
-        lost = sum(mask) - sum(mask[start : start + len(given.input_ids)])
-        if lost:
+        kept = mask[start : start + size]
+        if lost := sum(mask) - sum(kept):
             yield "cut-answer", f"{lost} of {sum(mask)} answer tokens are cut off"
-        elif len(given.input_ids) < len(mask):
-            yield "cut-answer", f"{len(mask) - len(given.input_ids)} tokens are cut off"
+        elif size < len(mask):
+            yield "cut-answer", f"{len(mask) - size} tokens are cut off"
+        yield from self._labels(given, kept)
 
     def _labels(self, given: Seen, mask: Sequence[int]) -> Iterator[tuple[str, str]]:
         """The row's tokens are right; are its labels?"""
@@ -375,16 +359,6 @@ class _Auditor:
 
     def _shown(self, ids: Sequence[int]) -> str:
         return f"{list(ids)} ({self._chat.decode(ids)!r})" if len(ids) else "nothing"
-
-
-def _found_in(part: Sequence[int], whole: Sequence[int]) -> int | None:
-    """Where `part` is in `whole`, as its beginning or its end; None if it is neither."""
-    size, part = len(part), list(part)
-    if size == 0 or size > len(whole):
-        return None
-    if whole[:size] == part:
-        return 0
-    return len(whole) - size if whole[-size:] == part else None
 
 
 # The label audit of packed rows: is each conversation complete, masked as before and separate?
@@ -419,30 +393,23 @@ def audit_packed(rows: Sequence[Row], packed: Sequence[SeenPacked], chat: ChatFo
             found.append((same.pop(fits.index(True) if any(fits) else -1), piece))
     report = audit([row for row, _ in found], [piece for _, piece in found], chat)
     report.rows = len(rows)
-    report.findings += _lost([row for left in waiting.values() for row in left], packed)
-    report.findings += _count(rows, packed)
-    return report
-
-
-def _lost(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
-    """Conversations that are not separate: merged with others, or split."""
+    # Conversations that are not separate: merged with others, or split.
     texts = [_text(bin_.input_ids) for bin_ in packed]
-    for row in rows:
+    for row in (row for left in waiting.values() for row in left):
         text = _text(row.example.input_ids)
         holders = [number for number, whole in enumerate(texts, start=1) if text in whole]
         if holders:
             detail = f"in packed row {holders[0]} without a boundary to its neighbours"
-            yield Finding("packed-sight", row.place, detail)
+            report.findings.append(Finding("packed-sight", row.place, detail))
         else:
-            yield Finding("cut-answer", row.place, "not complete in any packed row")
-
-
-def _count(rows: Sequence[Row], packed: Sequence[SeenPacked]) -> Iterator[Finding]:
+            detail = "not complete in any packed row"
+            report.findings.append(Finding("cut-answer", row.place, detail))
     before = sum(sum(row.example.assistant_mask) for row in rows)
     after = sum(label != IGNORED for bin_ in packed for label in bin_.labels)
     if before != after:
         detail = f"{before} tokens to learn before packing, {after} after it"
-        yield Finding("packed-mask", "all rows together", detail)
+        report.findings.append(Finding("packed-mask", "all rows together", detail))
+    return report
 
 
 def _text(ids: Sequence[int]) -> str:

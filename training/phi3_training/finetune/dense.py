@@ -7,7 +7,7 @@ one matrix; only attention knows where a conversation begins. Writes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -24,9 +24,10 @@ from torch.nn.functional import (
     silu,
 )
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from .audit import IGNORED
-from .heap import SCORED_AT_ONCE, TOKENS_AT_ONCE
+from .runtime import SCORED_AT_ONCE, TOKENS_AT_ONCE
 
 # The tokens of a batch without its padding: which are computed, and which attend to each other.
 # Reads padded batches as collators make them (padding on the right); writes nothing.
@@ -117,34 +118,26 @@ def _arranged(places: Sequence[tuple[int, int]], wanted: Tensor, *, longest: int
         taken = torch.cat([taken, taken.new_zeros(filling)])
         guessed = torch.cat([guessed, guessed.new_full((filling,), IGNORED)])
     positions = torch.cat([torch.arange(size) for size in sizes])
+    # Falling lengths in groups of like ones: the longest of each comes first.
+    groups: list[list[int]] = []
+    for size in sizes:
+        if groups and _ALIKE * groups[-1][0] <= size <= groups[-1][0]:
+            groups[-1].append(size)
+        else:
+            groups.append([size])
     blocks, start = [], 0
-    for group in _alike(sizes):
-        blocks.append(_block(start, group))
-        start += sum(group)
+    for lengths in groups:
+        width, end = lengths[0], start + sum(lengths)
+        if end - start == width * len(lengths):
+            blocks.append(Block(start, end, width, None, None))
+        else:
+            # Padding repeats a conversation's last token: causal attention never looks at it.
+            borders = pairwise([0, *accumulate(lengths)])
+            spread = [torch.arange(a, a + width).clamp(max=b - 1) for a, b in borders]
+            gathered = [torch.arange(n) + i * width for i, n in enumerate(lengths)]
+            blocks.append(Block(start, end, width, torch.cat(spread), torch.cat(gathered)))
+        start = end
     return Layout(taken, positions, guessed, tuple(blocks), longest)
-
-
-def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Falling lengths in groups of like ones."""
-    group: list[int] = []
-    for length in lengths:
-        if group and not _ALIKE * group[0] <= length <= group[0]:
-            yield group
-            group = []
-        group.append(length)
-    if group:
-        yield group
-
-
-def _block(start: int, lengths: Sequence[int]) -> Block:
-    width, total = lengths[0], sum(lengths)
-    if total == width * len(lengths):
-        return Block(start, start + total, width, None, None)
-    # Padding repeats a conversation's last token: causal attention never looks at it.
-    borders = pairwise([0, *accumulate(lengths)])
-    spread = [torch.arange(a, a + width).clamp(max=b - 1) for a, b in borders]
-    gathered = [torch.arange(n) + i * width for i, n in enumerate(lengths)]
-    return Block(start, start + total, width, torch.cat(spread), torch.cat(gathered))
 
 
 # The steps of a decoder layer that torch takes slowly on a CPU, with gradients written by hand.
@@ -221,6 +214,7 @@ class _Adapted(Function):
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, Tensor, Tensor, None]:
         inputs, inner, weight, a, b = ctx.saved_tensors
+        # y = x W' + s (x A') B', and b is s B: d(x A') = dy b, dA = d(x A')' x, dB = s dy' (x A').
         gradient_inner = gradient @ b
         gradient_a = (gradient_inner.t() @ inputs).float()
         gradient_b = (inner.t() @ gradient).t().float().mul_(ctx.scale)
@@ -256,6 +250,7 @@ class _Norm(Function):
     def backward(
         ctx: Any, of_total: Tensor, of_normed: Tensor
     ) -> tuple[Tensor, Tensor | None, None, None, None]:
+        # y = w x r with r = (mean(x²) + ε)^-½, so dx = r g - x r³ (g · x) / n for g = w dy.
         rows, weight, rate = ctx.saved_tensors
         inner = of_normed * weight.float()
         along = torch.linalg.vecdot(inner, rows).unsqueeze_(-1)
@@ -291,11 +286,12 @@ class _Turn(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         result = gradient.clone()
-        _turn(result[:, : ctx.turned], cos, sin, -1)
+        _turn(result[:, : ctx.turned], cos, sin, -1)  # a rotation's transpose turns back
         return result.to(ctx.dtype), None, None, None
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, way: int) -> None:
+    # Phi-3 pairs number i of a head with number i + half, not with its neighbour.
     half = cos.shape[-1]
     left, right = states[..., :half], states[..., half : 2 * half]
     first = (left * cos).addcmul_(right, sin, value=-way)
@@ -364,6 +360,7 @@ class _GatedSilu(Function):
         gate, up = rows.chunk(2, dim=-1)
         result = torch.empty_like(rows)
         of_gate, of_up = result.chunk(2, dim=-1)
+        # Written into the halves of one tensor: joining two would copy both.
         torch.mul(gradient, silu(gate), out=of_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
         return result
@@ -384,7 +381,7 @@ class _Surprise(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
-        real = len(rows)
+        real = len(rows)  # learnt tokens: any number, so they are padded as ROUND explains
         rows, wanted = pad(rows, (0, 0, 0, -real % ROUND)), pad(wanted, (0, -real % ROUND))
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         for start in range(0, len(rows), SCORED_AT_ONCE):
@@ -393,6 +390,7 @@ class _Surprise(Function):
             scores = torch.log_softmax(linear(rows[part], weight), -1, dtype=torch.float32)
             total -= scores.gather(-1, here)[: real - start].sum()
             if gradient is not None:
+                # Of cross entropy by the scores: their softmax, less 1 at the right token.
                 scores.exp_().scatter_add_(-1, here, -torch.ones_like(here, dtype=scores.dtype))
                 torch.mm(scores.to(weight.dtype), weight, out=gradient[part])
         ctx.gradient = None if gradient is None else gradient[:real]
@@ -421,12 +419,12 @@ class _Layer:
 class DensePhi3:
     """The forward pass of one model; `of` says whether there is one for it."""
 
-    def __init__(self, model: Any, *, checkpointing: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, checkpointing: bool) -> None:
         self._plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._checkpointing = checkpointing
 
     @classmethod
-    def of(cls, model: Any, *, checkpointing: bool = False) -> DensePhi3 | None:
+    def of(cls, model: PreTrainedModel, *, checkpointing: bool = False) -> DensePhi3 | None:
         """None for models and adapters that have to go their libraries' own way."""
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         return cls(model, checkpointing=checkpointing) if _fits(plain) else None
@@ -442,14 +440,29 @@ class DensePhi3:
     def _layers(self, batch: Layout, ids: Tensor) -> tuple[Tensor, Tensor]:
         """T × h, float32, in front of the last norm: all but what the last layer adds, and that."""
         body = self._plain.model
-        hidden = _noisy(embedding(ids, body.embed_tokens.weight).float(), batch, body.embed_tokens)
+        hidden = embedding(ids, body.embed_tokens.weight).float()
+        # NEFTune's noise where the trainer asks for it, as transformers' hook adds it: uniform
+        # within alpha / sqrt(length x width) of each number, https://arxiv.org/abs/2310.05914.
+        alpha = getattr(body.embed_tokens, "neftune_noise_alpha", None)
+        if alpha is not None and body.embed_tokens.training:
+            reach = float(alpha) / math.sqrt(batch.longest * hidden.shape[1])
+            hidden = hidden + torch.empty_like(hidden).uniform_(-reach, reach)
         added: Any = None  # what the layer before adds
         with torch.no_grad():
+            # transformers has each number of a table twice, for its own formula; once suffices.
             cos, sin = body.rotary_emb(hidden, batch.positions.unsqueeze(0))
             half = cos.shape[-1] // 2
             turns = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for layer in body.layers:
-            parts = _parts(layer)
+            attention, mlp = layer.self_attn, layer.mlp
+            parts = _Layer(
+                layer.input_layernorm,
+                _projection(attention.qkv_proj),
+                _projection(attention.o_proj),
+                layer.post_attention_layernorm,
+                _projection(mlp.gate_up_proj),
+                _projection(mlp.down_proj),
+            )
             if self._checkpointing and torch.is_grad_enabled():
                 hidden, added = checkpoint(
                     self._layer, hidden, added, parts, turns, batch, use_reentrant=False
@@ -473,62 +486,39 @@ class DensePhi3:
         return hidden, parts.down(gated_silu(parts.gate_up(seen)))
 
     def _attention(self, qkv: Tensor, turns: tuple[Tensor, Tensor], batch: Layout) -> Tensor:
-        """T × (queries, keys, values) to T × values of all heads, float32."""
+        """T × (queries, keys, values) to T × values of all heads, float32.
+
+        A method of its own, so that what is not saved for the gradient is freed when it ends.
+        """
         config = self._plain.config
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         # float32: the backward pass of torch's attention is five times slower in bfloat16.
         states = turn(qkv.view(len(qkv), heads + 2 * shared, -1), *turns, heads + shared)
-        mixed = [
-            _attend(states[b.start : b.end], b, heads, shared, config.sliding_window)
-            for b in batch.blocks
-        ]
-        return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
-
-
-def _noisy(hidden: Tensor, batch: Layout, embed: Any) -> Tensor:
-    """With NEFTune's noise where the trainer asks for it, as transformers' hook adds it.
-
-    Uniform within alpha / sqrt(length x width) of each number, https://arxiv.org/abs/2310.05914.
-    """
-    alpha = getattr(embed, "neftune_noise_alpha", None)
-    if alpha is None or not embed.training:
-        return hidden
-    reach = float(alpha) / math.sqrt(batch.longest * hidden.shape[1])
-    return hidden + torch.empty_like(hidden).uniform_(-reach, reach)
+        window = config.sliding_window
+        parts = []
+        for block in batch.blocks:
+            part = states[block.start : block.end]
+            if block.spread is not None and block.gathered is not None:
+                part = spread_out(part, block.spread, block.gathered)
+            split = part.view(-1, block.width, *part.shape[1:]).transpose(1, 2)
+            q, k, v = torch.split(split, [heads, shared, shared], dim=1)
+            # Causal, and to the last `window` tokens at most.
+            band = None
+            if window is not None and block.width > window:
+                band = torch.ones(block.width, block.width, dtype=torch.bool)
+                band = band.tril().triu(1 - window)
+            mixed = scaled_dot_product_attention(
+                q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=heads != shared
+            )
+            rows = mixed.transpose(1, 2).reshape(-1, heads * part.shape[-1])
+            parts.append(rows if block.gathered is None else gather(rows, block.gathered))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _normed(
     hidden: Tensor, added: Tensor | None, norm: Any, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return add_and_norm(hidden, added, norm.weight, norm.variance_epsilon, dtype)
-
-
-def _attend(states: Tensor, block: Block, heads: int, shared: int, window: int | None) -> Tensor:
-    """Causal attention within each conversation of a block, to the last `window` tokens at most."""
-    if block.spread is not None and block.gathered is not None:
-        states = spread_out(states, block.spread, block.gathered)
-    split = states.view(-1, block.width, *states.shape[1:]).transpose(1, 2)
-    q, k, v = torch.split(split, [heads, shared, shared], dim=1)
-    band = None
-    if window is not None and block.width > window:
-        band = torch.ones(block.width, block.width, dtype=torch.bool).tril().triu(1 - window)
-    mixed = scaled_dot_product_attention(
-        q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=heads != shared
-    )
-    rows = mixed.transpose(1, 2).reshape(-1, heads * states.shape[-1])
-    return rows if block.gathered is None else gather(rows, block.gathered)
-
-
-def _parts(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    return _Layer(
-        layer.input_layernorm,
-        _projection(attention.qkv_proj),
-        _projection(attention.o_proj),
-        layer.post_attention_layernorm,
-        _projection(mlp.gate_up_proj),
-        _projection(mlp.down_proj),
-    )
 
 
 def _projection(module: Any) -> Projection:
@@ -545,8 +535,9 @@ def _projection(module: Any) -> Projection:
     )
 
 
-def _fits(model: Any) -> bool:
+def _fits(model: PreTrainedModel) -> bool:
     """A Phi-3 whose own weights are frozen, with plain LoRA on its layers' matrices at most."""
+    from peft.tuners.lora import Linear
     from transformers import Phi3ForCausalLM
 
     if type(model) is not Phi3ForCausalLM:
@@ -560,18 +551,16 @@ def _fits(model: Any) -> bool:
         and type(model.lm_head) is nn.Linear
         and type(model.model.embed_tokens) is nn.Embedding
     )
-    return frozen and plain and all(_is_plain(layer) for layer in model.model.layers)
-
-
-def _is_plain(layer: Any) -> bool:
-    from peft.tuners.lora import Linear
-
-    attention, mlp = layer.self_attn, layer.mlp
-    for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-        if type(module) is nn.Linear:
-            continue
-        if type(module) is not Linear or module.merged or module.disable_adapters:
-            return False
-        if len(module.active_adapters) != 1 or module.lora_variant:
-            return False
+    if not (frozen and plain):
+        return False
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+            if type(module) is nn.Linear:
+                continue
+            if type(module) is not Linear or module.merged or module.disable_adapters:
+                return False
+            # peft's variants (DoRA and others) compute more than base + scale · B · A.
+            if len(module.active_adapters) != 1 or module.lora_variant:
+                return False
     return True

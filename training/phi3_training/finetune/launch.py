@@ -1,7 +1,7 @@
 """Fine-tunes with several processes: one for each GPU, on one machine or more.
 
-Starts them through accelerate and shows their progress. Reads and writes run/finetune/launch.json
-(the recipe), launch-result.json and launch.log.
+Starts them through accelerate and shows their progress; each is this module as a program. Reads and
+writes run/finetune/launch.json (the recipe), launch-result.json and launch.log.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import processes
-from ..errors import StageError
+from ..errors import Phi3TrainingError, StageError
 from ..manifests import ModelManifest
 from ..processes import free_port
 from ..progress import Progress
 from ..recipe import FinetuneSection, Recipe
 from ..run import Run, write_atomically
-from .runtime import device
+from .runtime import device, is_main_process
 
 # Ends a training process whose parent is gone: after `kill -9` nothing else does.
 
@@ -50,7 +50,7 @@ def end_with(pid: int, born: float) -> None:
     threading.Thread(target=watch, name="phi3-orphan", daemon=True).start()
 
 
-WORKER = "phi3_training.finetune.worker"
+WORKER = "phi3_training.finetune.launch"  # this module, run as a program
 _END = 10  # seconds for the processes to exit after they were asked to
 
 
@@ -132,7 +132,11 @@ def _follow(words: Sequence[str], log: Path, progress: Progress) -> int:
         )
         try:
             for line in process.stdout or ():
-                _show(line, progress)
+                try:
+                    done, total, text = json.loads(line)
+                except ValueError:  # something that a library printed
+                    continue
+                progress(int(done), int(total), str(text))
             return process.wait()
         finally:
             if process.poll() is None:  # we were interrupted: take them with us
@@ -143,9 +147,32 @@ def _follow(words: Sequence[str], log: Path, progress: Progress) -> int:
                     process.kill()
 
 
-def _show(line: str, progress: Progress) -> None:
+def train_as_worker(plan: Path) -> int:
+    """Train as one of the processes of a plan; exit status 1 when something stopped it.
+
+    The main process writes its progress to standard output, and the result file.
+    """
+    content = json.loads(plan.read_text(encoding="utf-8"))
+    end_with(*content["launcher"])
+    from . import sft  # takes seconds, in which the launcher may end
+
+    def progress(done: int, total: int, text: str) -> None:
+        if is_main_process():
+            sys.stdout.write(json.dumps([done, total, text]) + "\n")
+            sys.stdout.flush()
+
+    recipe = Recipe.model_validate(content["recipe"])
+    result = Path(content["result"])
     try:
-        done, total, text = json.loads(line)
-    except ValueError:  # something that a library printed
-        return
-    progress(int(done), int(total), str(text))
+        manifest = sft.finetune(recipe, Run.open(Path(content["run"])), progress)
+    except Phi3TrainingError as error:
+        if is_main_process():
+            write_atomically(result, json.dumps({"error": str(error)}))
+        return 1
+    if manifest is not None:
+        write_atomically(result, json.dumps({"manifest": manifest.as_json()}, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(train_as_worker(Path(sys.argv[1])))

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..data import faults
 from ..data.faults import Problem
-from ..data.skipping import TOO_LONG, too_many
+from ..data.findings import too_many
 from ..errors import StageError, UsageError
 from ..prompt import ChatFormat, Example
 from ..recipe import DataSection, Recipe
+from ..run import Run
 from .audit import RULES, Report, Row, Seen, audit, expected_labels
 from .rewordings import Conversation, Located, with_casual_copies, with_rewordings
 
@@ -71,17 +73,14 @@ def audited(
 
 def audit_rows(chat: ChatFormat, rows: Sequence[Row], limit: int) -> tuple[list[Row], Report]:
     """The rows as a trainer would be given them, at most `limit` tokens each, and their audit."""
-    given = [_cut(row, limit) for row in rows]
+    given = []
+    for row in rows:
+        ids, mask = row.example.input_ids, row.example.assistant_mask
+        if len(ids) > limit:
+            row = replace(row, example=Example(ids[:limit], mask[:limit]), is_cut=True)
+        given.append(row)
     seen = [Seen(row.example.input_ids, expected_labels(row.example)) for row in given]
     return given, audit(rows, seen, chat)
-
-
-def _cut(row: Row, limit: int) -> Row:
-    """The row's first `limit` tokens: what a trainer can be given of it."""
-    ids, mask = row.example.input_ids, row.example.assistant_mask
-    if len(ids) <= limit:
-        return row
-    return replace(row, example=Example(ids[:limit], mask[:limit]), is_cut=True)
 
 
 # The label audit's rules that chats and tokenizer decide alone, asked before a base is loaded.
@@ -124,42 +123,39 @@ class TokenRules:
         whose: list[int] = []
         problems: dict[int, Problem] = {}
         for number, conversation in enumerate(conversations):
-            for place, copy in self._copies(part, conversation):
+            # The row, and what is made of it for the training, which may be longer.
+            copies: list[Located] = [("", conversation)]
+            if part == "train":
+                copies = with_casual_copies(copies) if self._data.casual_copies else copies
+                copies = with_rewordings(copies, self._data.rewordings, self._data.seed)
+            for place, copy in copies:
                 try:
                     rows.append(Row(place, copy, self._chat.encode_example(copy)))
                 except ValueError as error:
                     why = str(error).rstrip(".")
-                    what = f"the model's chat template or tokenizer refuses it: {why}"
-                    fix = "change or remove the row, or set data.bad_rows=skip"
-                    problems.setdefault(number, Problem("unwritable", what, fix))
+                    problems.setdefault(number, faults.UNWRITABLE(why=why))
                     continue
                 whose.append(number)
         for finding in audit_rows(self._chat, rows, self.limit)[1].findings if rows else []:
-            if finding.row is not None and finding.rule not in self._allow:
-                row = rows[finding.row]
-                problem = self._problem(finding.rule, finding.detail, row)
-                problems.setdefault(whose[finding.row], problem)
+            if finding.row is None or finding.rule in self._allow:
+                continue
+            row, rule = rows[finding.row], finding.rule
+            size = len(row.example.input_ids)
+            if size <= self.limit:
+                what = f"{RULES[rule].what.rstrip('.')} ({finding.detail})"
+                fix = f"{RULES[rule].fix.rstrip('.')}; to train anyway: --allow {rule}"
+                problem = Problem(rule, what, fix)
+            else:
+                of_model = self.limit < self._data.max_length
+                problem = faults.TOO_LONG(
+                    size=size,
+                    copy=row.place,
+                    name="the model's context length" if of_model else "data.max_length",
+                    limit=self.limit,
+                    more="" if of_model else "raise data.max_length, ",
+                )
+            problems.setdefault(whose[finding.row], problem)
         yield from sorted(problems.items())
-
-    def _copies(self, part: str, conversation: Conversation) -> list[Located]:
-        """The row and what is made of it for the training, which may be longer."""
-        rows: list[Located] = [("", conversation)]
-        if part != "train":
-            return rows
-        rows = with_casual_copies(rows) if self._data.casual_copies else rows
-        return with_rewordings(rows, self._data.rewordings, self._data.seed)
-
-    def _problem(self, rule: str, detail: str, row: Row) -> Problem:
-        size = len(row.example.input_ids)
-        if size <= self.limit:
-            means = RULES[rule]
-            fix = f"{means.fix.rstrip('.')}; to train anyway: --allow {rule}"
-            return Problem(rule, f"{means.what.rstrip('.')} ({detail})", fix)
-        is_context = self.limit < self._data.max_length
-        name = "the model's context length" if is_context else "data.max_length"
-        more = "" if is_context else "raise data.max_length, "
-        what = f"it has {size} tokens{row.place}, {name} is {self.limit}"
-        return Problem(TOO_LONG, what, f"shorten it, {more}or set data.too_long=skip or cut")
 
 
 def chat_of(folder: Path) -> ChatFormat:
@@ -201,3 +197,54 @@ def trainable(
         done = "skipped" if data.too_long == "skip" else "cut"
         remarks.append(f"{done}: {len(long)} rows of more than {limit} tokens (data.too_long)")
     return rows, remarks
+
+
+# What the recipe itself lets pass with data.too_long=cut; a row without a token to learn is left
+# out by `audited`.
+_CUT = ("cut-answer", "nothing-trained")
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """All rows of a training: those that are learnt, and those whose loss is watched meanwhile.
+
+    `counts` are the conversations by where they are from, `skipped` says what the recipe left out,
+    `limit` is in tokens, and `allow` names the audit's rules that may be broken.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    limit: int
+    allow: list[str]
+    report: Report
+    counts: dict[str, int]
+    skipped: list[str]
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: Run, chat: ChatFormat) -> TrainingRows:
+        """Read a run's prepared chats, with the copies that the recipe asks for.
+
+        Raises StageError when they cannot be learnt from as they are.
+        """
+        data, folder = recipe.data, run.path / "data"
+        train = list(read_located(folder / "train.jsonl", run.path))
+        casual = with_casual_copies(train) if data.casual_copies else train
+        reworded = with_rewordings(casual, data.rewordings, data.seed)
+        replay: list[Located] = []
+        if (folder / "replay.jsonl").is_file():
+            replay = list(read_located(folder / "replay.jsonl", run.path))
+        limit = min(data.max_length, chat.context_length)
+        allow = [*recipe.finetune.allow, *(_CUT if data.too_long == "cut" else ())]
+        rows, skipped = trainable(chat, [*reworded, *replay], limit, data)
+        rows, report = audited(chat, rows, limit, allow)
+        held_out: list[Row] = []
+        if recipe.finetune.eval_steps is not None:
+            located = list(read_located(folder / "validation.jsonl", run.path))
+            held_out, _ = audited(chat, trainable(chat, located, limit, data)[0], limit, allow)
+        counts = {
+            "train": len(train),
+            "casual_copies": len(casual) - len(train),
+            "rewordings": len(reworded) - len(casual),
+            "replay": len(replay),
+        }
+        return cls(rows, held_out, limit, allow, report, counts, skipped)

@@ -1,11 +1,10 @@
-"""The TRL trainer for already encoded conversations, with our progress and loss log.
+"""The TRL trainer for already encoded conversations: its loss, packed rows, and its settings.
 
-Reads encoded rows; appends to run/finetune/loss.jsonl.
+Reads encoded rows; writes nothing (its callbacks do).
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +13,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from ..progress import Progress
 from ..prompt import ChatFormat, Example
 from ..recipe import FinetuneSection
-from ..run import write_atomically
-from . import heap
 from .audit import IGNORED, Report, Row, Seen, SeenPacked, audit, audit_packed, expected_labels
 from .dense import DensePhi3, layouts
 from .losses import Loss, LossInput, find_loss
@@ -48,7 +41,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
     Rendering TRL's and peft's cards took half of the training time of the smallest models.
     """
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """Called by TRL before it saves a checkpoint."""
 
 
@@ -64,10 +57,10 @@ class CpuTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: Any,
+        model: PreTrainedModel,
         inputs: Batch,
         num_items_in_batch: torch.Tensor | None = None,
-        **options: Any,
+        **options: object,
     ) -> torch.Tensor:
         """Mean cross entropy of the learnt tokens; padding is on the right, unseen by them.
 
@@ -113,10 +106,10 @@ class OwnLossTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: Any,
+        model: PreTrainedModel,
         inputs: Batch,
         num_items_in_batch: torch.Tensor | None = None,
-        **_options: Any,
+        **_options: object,
     ) -> torch.Tensor:
         """What the loss says of the model's states and scores."""
         seen = {k: v for k, v in inputs.items() if k != "labels"}
@@ -194,155 +187,6 @@ def as_packed(row: Mapping[str, Any], batch: Mapping[str, Tensor], number: int) 
     return SeenPacked(ids.tolist(), labels.tolist(), batch["position_ids"][number, :size].tolist())
 
 
-# Watches the loss on held-out chats while training: stops when it no longer falls, keeps the best.
-# Writes run/finetune/eval.jsonl and run/finetune/best.safetensors (the learning weights only).
-
-
-class Validation(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Logs each evaluation; with `patience`, ends after this many without a better one.
-
-    A training that resumes from a checkpoint continues with what the files say.
-    """
-
-    def __init__(self, folder: Path, patience: int | None) -> None:
-        self._log = folder / "eval.jsonl"
-        self._weights = folder / "best.safetensors"
-        self._patience = patience
-        self.losses: list[tuple[int, float]] = []
-        self.stopped = False
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """The step of the least loss, and that loss."""
-        return min(self.losses, key=lambda entry: entry[1], default=None)
-
-    def on_train_begin(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        _control: TrainerControl,
-        **_kwargs: Any,
-    ) -> None:
-        """Start over, or with the evaluations before the checkpoint."""
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
-        entries = [json.loads(line) for line in lines]
-        self.losses = [(e["step"], e["loss"]) for e in entries if e["step"] <= state.global_step]
-        if state.is_world_process_zero:
-            self._write()
-            if not self.losses:
-                self._weights.unlink(missing_ok=True)
-
-    def on_evaluate(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        model: Any = None,
-        **_kwargs: Any,
-    ) -> None:
-        """Called by the trainer after each evaluation."""
-        self.losses.append((state.global_step, float(metrics["eval_loss"])))
-        best = self.best
-        better = best == self.losses[-1]
-        if state.is_world_process_zero:
-            self._write()
-            if better and self._patience:
-                learning = {
-                    name: weight.detach().to("cpu", copy=True).contiguous()
-                    for name, weight in model.named_parameters()
-                    if weight.requires_grad and weight.dtype != torch.uint8
-                }
-                temporary = self._weights.with_name(f".{self._weights.name}")
-                save_file(learning, temporary)
-                temporary.replace(self._weights)
-        steps = [step for step, _ in self.losses]
-        since = len(steps) - 1 - steps.index(best[0]) if best else 0
-        if self._patience and since >= self._patience:
-            self.stopped = control.should_training_stop = True
-
-    def restore(self, model: Any) -> str | None:
-        """Give `model` the best weights back; says so, or None when nothing is to be done."""
-        best = self.best
-        if not self._patience or best is None or not self._weights.is_file():
-            return None
-        model.load_state_dict(load_file(self._weights), strict=False)
-        why = f"no better in {self._patience} evaluations" if self.stopped else "the best of all"
-        return f"using the weights of step {best[0]}: held-out loss {best[1]:.3f}, {why}"
-
-    def clear(self) -> None:
-        """Remove the kept weights, once the model is written."""
-        self._weights.unlink(missing_ok=True)
-
-    def _write(self) -> None:
-        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in self.losses]
-        self._log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-class LossLog(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Writes each step's loss as a JSON line and reports to the caller how far training is."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path = path
-        self.losses: list[float] = []
-        self._progress = progress
-
-    def on_train_begin(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
-    ) -> None:
-        """Start over, or with the steps before the checkpoint that training resumes from."""
-        entries = [entry for entry in state.log_history if "loss" in entry]
-        self.losses = [float(entry["loss"]) for entry in entries]
-        if state.is_world_process_zero:
-            text = "".join(_line(e["step"], e["epoch"], e) for e in entries)
-            write_atomically(self.path, text)
-
-    def on_log(
-        self,
-        _args: TrainingArguments,
-        state: TrainerState,
-        _control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_kwargs: Any,
-    ) -> None:
-        """Called by the trainer after each step with its figures."""
-        if not logs or "loss" not in logs:
-            return
-        self.losses.append(float(logs["loss"]))
-        if not state.is_world_process_zero:
-            return
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(_line(state.global_step, float(state.epoch or 0.0), logs))
-        epoch = f"epoch {int(state.epoch or 0) + 1}"
-        self._progress(state.global_step, state.max_steps, f"{epoch}, loss {self.losses[-1]:.3f}")
-
-
-# A tenth of a second for about twenty seconds of training on two cores.
-_TRIM_STEPS = 10
-
-
-class TrimHeap(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Gives freed memory back during a training on the CPU; see heap.py."""
-
-    def on_step_end(
-        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
-    ) -> None:
-        """Called by the trainer after each step."""
-        if state.global_step % _TRIM_STEPS == 0:
-            heap.trim()
-
-
-def _line(step: int, epoch: float, logs: dict[str, float]) -> str:
-    line = {
-        "step": step,
-        "epoch": round(epoch, 4),
-        "loss": float(logs["loss"]),
-        "token_accuracy": logs.get("mean_token_accuracy"),
-        "learning_rate": logs.get("learning_rate"),
-    }
-    return json.dumps(line) + "\n"
-
-
 @dataclass(frozen=True)
 class Rows:
     """What is trained on, what is evaluated during training (if anything), and the padding."""
@@ -354,7 +198,7 @@ class Rows:
 
 
 def make_trainer(
-    model: Any,
+    model: PreTrainedModel,
     folder: Path,
     rows: Rows,
     settings: FinetuneSection,
@@ -364,7 +208,10 @@ def make_trainer(
 ) -> Trainer:
     """A trainer that learns exactly the marked tokens of `rows.train`."""
     loss = None if settings.loss is None else find_loss(settings.loss)
-    trainer = _kind(settings, runtime)(
+    # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
+    alone = settings.num_processes == 1
+    kind = CpuTrainer if runtime.device == "cpu" and alone else Trainer
+    trainer = (kind if loss is None else OwnLossTrainer)(
         model=model,
         args=_arguments(settings, runtime, output, bool(rows.validation)),
         data_collator=PackedCollator(rows.pad_token_id) if settings.packing else None,
@@ -403,14 +250,6 @@ def audit_trainer(trainer: Trainer, rows: Sequence[Row], chat: ChatFormat) -> Re
             ids, labels = batch["input_ids"][number][real], batch["labels"][number][real]
             seen.append(Seen(ids.tolist(), labels.tolist()))
     return audit_packed(rows, packed, chat) if packed else audit(rows, seen, chat)
-
-
-def _kind(settings: FinetuneSection, runtime: Runtime) -> type[Trainer]:
-    if settings.loss is not None:
-        return OwnLossTrainer
-    # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
-    alone = settings.num_processes == 1
-    return CpuTrainer if runtime.device == "cpu" and alone else Trainer
 
 
 def _dataset(examples: Sequence[Example], limit: int, *, packing: bool) -> Dataset:
@@ -461,6 +300,6 @@ def _arguments(
         prediction_loss_only=True,
         ddp_backend="gloo" if several and runtime.device == "cpu" else None,
         ddp_find_unused_parameters=False if several else None,
-        report_to=[],  # our own callbacks do, see tracking.py
+        report_to=[],  # our own callbacks do, see callbacks.py
         disable_tqdm=True,
     )

@@ -11,21 +11,22 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedModel
 
-from ..errors import MissingExtraError, StageError, UsageError
+from ..errors import MissingExtraError, StageError, UsageError, first_line
 from ..manifests import BaseManifest
 from ..models import small
-from ..models.folder import new_folder, write_model
+from ..models.folder import check_rope, new_folder, write_model
 from ..models.layers import check_adapter
-from ..models.rope import check_rope
 from ..progress import Progress
 from ..prompt import ChatFormat
 from ..recipe import FinetuneSection, ModelSection, Recipe
@@ -155,18 +156,39 @@ def find_weights(model: ModelSection, progress: Progress) -> Path:
 
     Raises StageError, with what to do, when they are not there or are not a chat model's.
     """
+    from transformers import AutoConfig
+
     if model.is_small:
         return small.prepare(progress)
-    folder = Path(model.name_or_path).expanduser()
+    name = model.name_or_path
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _download(model)
-    _check_folder(folder, model.name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"model.name_or_path {name!r} is not a model folder: {_first_line(error)}. "
+            "Expected config.json, *.safetensors and tokenizer.json."
+        ) from None
+    kinds = config.architectures or []
+    if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        raise StageError(
+            f"model.name_or_path {name!r} contains {', '.join(kinds) or 'an unknown model'}; "
+            f"expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise StageError(
+            f"model.name_or_path {name!r} contains no weights: expected *.safetensors in {folder}."
+        )
+    check_rope(folder)
+    chat_format(folder)
     return folder.resolve()
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, attention: str | None = None, **options: Any
-) -> Any:
+    folder: Path, dtype: torch.dtype, attention: str | None = None, **options: object
+) -> PreTrainedModel:
     """The causal language model of a folder, without running code from the folder.
 
     It is on the CPU, unless `options` of transformers' loader say otherwise.
@@ -208,32 +230,8 @@ def _download(model: ModelSection) -> Path:
     )
 
 
-def _check_folder(folder: Path, name: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"model.name_or_path {name!r} is not a model folder: {_first_line(error)}. "
-            "Expected config.json, *.safetensors and tokenizer.json."
-        ) from None
-    kinds = config.architectures or []
-    if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-        raise StageError(
-            f"model.name_or_path {name!r} contains {', '.join(kinds) or 'an unknown model'}; "
-            f"expected a causal language model, such as microsoft/Phi-3-mini-4k-instruct."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise StageError(
-            f"model.name_or_path {name!r} contains no weights: expected *.safetensors in {folder}."
-        )
-    check_rope(folder)
-    chat_format(folder)
-
-
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 # The ways to fine-tune: what of the model learns, how it is loaded for that, and how merged.
@@ -242,6 +240,12 @@ def _first_line(error: BaseException) -> str:
 
 def check_method(settings: FinetuneSection, device: str) -> None:
     """Raise StageError or MissingExtraError when this machine cannot train that way."""
+    count = torch.cuda.device_count()
+    if count > 1 and settings.num_processes == 1:  # transformers would use DataParallel
+        raise StageError(
+            f"{count} GPUs are visible, but one process would train. Use all of them: "
+            f"finetune.num_processes={count}; or choose one: CUDA_VISIBLE_DEVICES=0 phi3 train …"
+        )
     if settings.method != "qlora":
         return
     if device != "cuda":
@@ -269,7 +273,7 @@ def peft_config(settings: FinetuneSection) -> LoraConfig | None:
     )
 
 
-def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
+def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> PreTrainedModel:
     """The base model as the method needs it.
 
     LoRA leaves the weights as they are; when all learn, small steps need all of float32.
@@ -283,7 +287,7 @@ def load_for_training(folder: Path, recipe: Recipe, runtime: Runtime) -> Any:
     return load_model(folder, runtime.torch_dtype, attention, **options)
 
 
-def learn_in_float32(model: Any) -> None:
+def learn_in_float32(model: PreTrainedModel) -> None:
     """Give what learns all of float32.
 
     TRL makes a QLoRA adapter bfloat16, whose gradients cannot be scaled on a GPU that has only
@@ -319,7 +323,7 @@ def four_bit(dtype: torch.dtype, device: str) -> dict[str, object]:
     }
 
 
-def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
+def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The base model of full precision with a trained adapter: what is merged and served.
 
     A QLoRA adapter is merged into these weights too: merging into rounded ones would round the
@@ -343,7 +347,7 @@ def with_adapter(folder: Path, adapter: Path, dtype: torch.dtype) -> Any:
 
 
 def merge(
-    model: Any, chat: ChatFormat, target: Path, tokenizer_from: Path, dtype: torch.dtype
+    model: PreTrainedModel, chat: ChatFormat, target: Path, tokenizer_from: Path, dtype: torch.dtype
 ) -> None:
     """Write `model` into `target`, its LoRA adapter (if it has one) merged into the weights."""
     if hasattr(model, "merge_and_unload"):
@@ -353,7 +357,7 @@ def merge(
 
 
 @torch.no_grad()
-def scale_adapter(model: Any, weight: float) -> None:
+def scale_adapter(model: PreTrainedModel, weight: float) -> None:
     """Let the adapter add only this share of what it learnt: base + weight x difference.
 
     Weights between those before and after tuning keep nearly all that was learnt and lose less of
@@ -366,7 +370,7 @@ def scale_adapter(model: Any, weight: float) -> None:
             parameter.mul_(weight)
 
 
-def write_adapter(model: Any, target: Path, notes: AdapterNotes) -> None:
+def write_adapter(model: PreTrainedModel, target: Path, notes: AdapterNotes) -> None:
     """Write the adapter alone into `target`, with our notes on it."""
     with new_folder(target) as folder:
         model.save_pretrained(folder)
@@ -420,7 +424,10 @@ def list_adapters(run: Run) -> list[Adapter]:
     adapters = []
     for folder in sorted((run.path / FOLDER).glob("*")):
         if _NAME.fullmatch(folder.name) and (folder / _WEIGHTS).is_file():
-            notes = _notes(folder)
+            notes: AdapterNotes = {}  # as of a peft folder from elsewhere
+            with suppress(OSError, ValueError):
+                content: object = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+                notes = cast(AdapterNotes, content) if isinstance(content, dict) else {}
             fits = notes.pop("base_id", base) == base
             adapters.append(Adapter(folder.name, folder, fits, notes))
     return adapters
@@ -468,11 +475,3 @@ def merge_adapter(run: Run, name: str) -> Path:
 def write_notes(folder: Path, notes: AdapterNotes) -> None:
     """Record next to the weights what they are; peft ignores the file."""
     (folder / NOTES).write_text(json.dumps(notes, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _notes(folder: Path) -> AdapterNotes:
-    try:
-        content: object = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a peft folder from elsewhere
-    return cast(AdapterNotes, content) if isinstance(content, dict) else {}

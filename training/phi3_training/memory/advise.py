@@ -35,7 +35,8 @@ LIBRARIES_WITH_CUDA = 950 * 2**20
 CUDA_CONTEXT = GIB
 # What allocators lose between pieces; a proposal leaves so much room.
 MARGIN = 0.05
-_SHORTEST = 256
+_SHORTEST = 256  # tokens: no shorter limit is proposed
+# From each method to those that need less memory, in that order.
 _LADDER = {
     "full": ("full", "lora", "qlora"),
     "dora": ("dora", "lora", "qlora"),
@@ -232,6 +233,7 @@ def _training(plan: Planner) -> PlanLine:
         f"{need} for a batch of {work.batch} x {work.tokens:,} tokens{packed} ({known}), "
         f"{shape.parameters / 1e6:,.1f} M weights by {shape.source}"
     )
+    # The worst batch: rows are grouped by length, so the longest ones do meet.
     details = _details(need, shape) | {"proposal": dict(best or {}), "rows": asdict(rows)}
     if need.fits:
         better = _difference(recipe, best or {})

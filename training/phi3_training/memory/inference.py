@@ -6,7 +6,7 @@ die after hours: it has a cache and scores of the whole vocabulary that training
 
 from __future__ import annotations
 
-from ..finetune.heap import wastes_heap
+from ..finetune.runtime import wastes_heap
 from .model import ModelShape
 from .training import FLOAT32, Phase, Work, optimiser_bytes, weight_bytes
 

@@ -78,6 +78,7 @@ class ModelShape:
     def linears(self) -> tuple[Linear, ...]:
         """The matrices of one layer."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        # Grouped-query attention: several query heads share one k and one v head.
         attention = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         gates = {"gate_proj": self.intermediate, "up_proj": self.intermediate}
         if self.fused:
@@ -99,6 +100,7 @@ class ModelShape:
     def other_weights(self) -> int:
         """Embedding, output matrix and norms."""
         matrices = 1 if self.tied else 2
+        # Two norms in each layer, and the last one in front of the output matrix.
         return matrices * self.vocab * self.hidden + (2 * self.layers + 1) * self.hidden
 
     @property
@@ -109,7 +111,7 @@ class ModelShape:
     @property
     def kv_per_token(self) -> int:
         """Numbers that the key/value cache holds for each token of a conversation."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return 2 * self.layers * self.kv_heads * self.head_dim  # 2: a key and a value
 
     def adapted(self, target_modules: str | Sequence[str]) -> tuple[Linear, ...]:
         """The matrices of one layer that get an adapter, chosen as peft does."""
@@ -158,6 +160,7 @@ def shape_from(config: Mapping[str, Any], source: str) -> ModelShape:
     if missing or experts:
         what = f"it has no {', '.join(missing)}" if missing else "it is a mixture-of-experts model"
         raise UnknownShapeError(f"{source} is not of a model whose memory phi3 can predict: {what}")
+    # The rest has defaults in transformers' configs, which a saved config.json may leave out.
     heads = int(config["num_attention_heads"])
     return ModelShape(
         source=source,

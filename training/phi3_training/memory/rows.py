@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -119,9 +120,12 @@ def row_sizes(recipe: Recipe, run: Run) -> RowSizes:
 def tokenizer_folder(recipe: Recipe, run: Run | None) -> Path | None:
     """The folder of the base model's tokenizer; None while it is not on this machine."""
     base = run.read(BaseManifest) if run is not None else None
-    if run is not None and base is not None and _is_base_of(base, recipe):
-        return _with_tokenizer(run.path / base.path)
     named = recipe.model.name_or_path
+    if run is not None and base is not None:
+        # An earlier recipe of that run may have had another base.
+        was = base.settings.get("name_or_path")
+        if was == named or (was is None and recipe.model.is_tiny):
+            return _with_tokenizer(run.path / base.path)
     folder = prepared_folder() if recipe.model.is_small else Path(named).expanduser()
     if folder is not None and folder.is_dir():
         return _with_tokenizer(folder)
@@ -131,12 +135,6 @@ def tokenizer_folder(recipe: Recipe, run: Run | None) -> Path | None:
 
 def _with_tokenizer(folder: Path) -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
-
-
-def _is_base_of(manifest: BaseManifest, recipe: Recipe) -> bool:
-    """Whether a run's base is the recipe's: an earlier recipe of that name may have had another."""
-    named = manifest.settings.get("name_or_path")
-    return bool(named == recipe.model.name_or_path or (named is None and recipe.model.is_tiny))
 
 
 def _prepared(recipe: Recipe, run: Run) -> dict[str, _Part] | None:
@@ -180,7 +178,15 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
             inner.mkdir()
             table = Table([scan_start(source, inner, _READ)])
             is_cut |= len(table) >= _READ
-            read.setdefault(part, []).append(_of_table(table))
+            order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
+            largest = []
+            for row in order[:_COUNTED].tolist():
+                turns = [message.to_dict() for message in table.conversation(row).messages]
+                # A row's line has about 40 bytes per message besides its text, 80 in all at least.
+                largest.append((int(table.text_size[row]) + 40 * len(turns), turns))
+            rest = int(table.text_size[order[_COUNTED]]) + 80 if len(order) > _COUNTED else 0
+            size = int(table.text_size.sum()) + 80 * len(table)
+            read.setdefault(part, []).append(_Part(largest, rest, len(table), size))
     names = [place_of(source).name for _part, source in sources]
     place = names[0] if len(names) == 1 else f"{len(names)} files"
     start = f"the first {_READ:,} rows of " if is_cut else ""
@@ -195,17 +201,6 @@ def _unprepared(recipe: Recipe) -> tuple[dict[str, _Part], str]:
     }, start + place
 
 
-def _of_table(table: Table) -> _Part:
-    """Rows that were just read; a row's line has about 40 bytes per message besides its text."""
-    order = np.argsort(-table.text_size.astype(np.int64), kind="stable")
-    largest = []
-    for row in order[:_COUNTED]:
-        messages = [message.to_dict() for message in table.conversation(int(row)).messages]
-        largest.append((int(table.text_size[row]) + 40 * len(messages), messages))
-    rest = int(table.text_size[order[_COUNTED]]) + 80 if len(order) > _COUNTED else 0
-    return _Part(largest, rest, len(table), int(table.text_size.sum()) + 80 * len(table))
-
-
 def _combined(
     recipe: Recipe,
     parts: dict[str, _Part],
@@ -217,6 +212,10 @@ def _combined(
     watched = ("validation",) if recipe.finetune.eval_steps else ()
     trained = [data[name] for name in ("train", "replay", *watched) if name in data]
     asked = [most.prompt for most, _share, _mean in data.values()]
+    for _name, path in extra_files(recipe.evaluate):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the evaluation reports it
+            asked.append(_lengths(_of_lines(path), tokens_of)[0].prompt)
+    # The most: a copy that equals another row is left out.
     copies = (2 if recipe.data.casual_copies else 1) * (1 + recipe.data.rewordings)
     times = {"train": copies, "replay": 1}
     learning = [(parts[n], data[n][2], times[n]) for n in times if n in parts]
@@ -224,7 +223,7 @@ def _combined(
         longest=max(most.row for most, _share, _mean in trained),
         learnt=max(most.learnt for most, _share, _mean in trained),
         share=max(share for _most, share, _mean in data.values()),
-        prompt=max([*asked, *_extra_prompts(recipe, tokens_of)]),
+        prompt=max(asked),
         scored=max(most.row for most, _share, _mean in data.values()),
         how=how,
         rows=sum(part.rows * n for part, _mean, n in learning),
@@ -274,17 +273,3 @@ def _count(chat: ChatFormat, messages: Messages) -> _Tokens | None:
     mask = example.assistant_mask
     answer = max((i for i, n in enumerate(mask) if n and not (i and mask[i - 1])), default=0)
     return _Tokens(len(mask), sum(mask), answer)
-
-
-def _extra_prompts(
-    recipe: Recipe, tokens_of: Callable[[int, Messages], _Tokens | None]
-) -> list[int]:
-    """The longest question of each other evaluation file, whose faults are reported there."""
-    prompts = []
-    for _part, path in extra_files(recipe.evaluate):
-        try:
-            part = _of_lines(path)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        prompts.append(_lengths(part, tokens_of)[0].prompt)
-    return prompts

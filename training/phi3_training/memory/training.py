@@ -10,8 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..finetune.heap import SCORED_AT_ONCE, TOKENS_AT_ONCE, wastes_heap
-from ..finetune.precision import BYTES, Precision, choose_precision
+from ..finetune.runtime import (
+    BYTES,
+    SCORED_AT_ONCE,
+    TOKENS_AT_ONCE,
+    Precision,
+    choose_precision,
+    wastes_heap,
+)
 from ..recipe import Recipe
 from .model import Device, Kind, ModelShape
 from .rows import RowSizes
@@ -103,7 +109,20 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -
     """The work that a recipe means on a device, for rows of such sizes."""
     settings = recipe.finetune
     limit = min(recipe.data.max_length, shape.context)
-    batch, tokens, learnt = _largest_batch(recipe, rows, limit)
+    # Rows are batched by length, so the longest ones meet; packed ones are nearly as long as they
+    # may be. A small set makes fewer rows than a batch has room for.
+    size = settings.per_device_train_batch_size
+    if settings.packing:
+        total = limit * size if rows.total is None else rows.total
+        batch, tokens = min(size, max(1, -(-total // limit))), min(limit, max(total, 1))
+        learnt = rows.share
+    else:
+        batch, tokens = min(size, rows.rows or size), max(1, min(rows.longest, limit))
+        learnt = min(1.0, rows.learnt / tokens)
+    # finetune/dense.py takes a Phi-3 with LoRA, trained by one process of a CPU.
+    alone = settings.num_processes == 1 and settings.loss is None
+    plain = shape.fused and recipe.model.attn_implementation in (None, "sdpa")
+    dense = device.kind == "cpu" and settings.method == "lora" and alone and plain
     precision = _precision(recipe, device, shape)
     dtype, frozen = precision.dtype, precision.frozen
     return Work(
@@ -122,32 +141,10 @@ def work_of(recipe: Recipe, shape: ModelShape, device: Device, rows: RowSizes) -
         own_loss=settings.loss is not None,
         processes=settings.num_processes,
         float16=dtype == "float16",
-        dense=_is_dense(recipe, shape, device),
+        dense=dense,
         merged=BYTES[dtype] if frozen != dtype or settings.method == "qlora" else 0,
         learnt=learnt,
     )
-
-
-def _largest_batch(recipe: Recipe, rows: RowSizes, limit: int) -> tuple[int, int, float]:
-    """Rows of the largest batch, their length in tokens, and the share of them that is learnt.
-
-    Rows are batched by length, so the longest ones meet; packed ones are nearly as long as they
-    may be. A small set makes fewer rows than a batch has room for.
-    """
-    batch = recipe.finetune.per_device_train_batch_size
-    if recipe.finetune.packing:
-        total = limit * batch if rows.total is None else rows.total
-        return min(batch, max(1, -(-total // limit))), min(limit, max(total, 1)), rows.share
-    tokens = max(1, min(rows.longest, limit))
-    return min(batch, rows.rows or batch), tokens, min(1.0, rows.learnt / tokens)
-
-
-def _is_dense(recipe: Recipe, shape: ModelShape, device: Device) -> bool:
-    """Whether finetune/dense.py takes the training: a Phi-3 with LoRA, by one process of a CPU."""
-    settings = recipe.finetune
-    alone = settings.num_processes == 1 and settings.loss is None
-    plain = shape.fused and recipe.model.attn_implementation in (None, "sdpa")
-    return device.kind == "cpu" and settings.method == "lora" and alone and plain
 
 
 def _precision(recipe: Recipe, device: Device, shape: ModelShape | None = None) -> Precision:
@@ -205,7 +202,7 @@ def step_phase(shape: ModelShape, work: Work) -> Phase:
 
 
 def heap_bytes(shape: ModelShape, work: Work) -> int:
-    """What the C library's heap wastes on a CPU, for models that finetune/heap.py leaves alone.
+    """What the C library's heap wastes on a CPU, for models that finetune/runtime.py leaves alone.
 
     Not derived but measured: about half of all activations and scores, checkpointing or not,
     since what it frees in small pieces is between pieces that stay.
@@ -311,7 +308,15 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     size = work.positions * (b * numbers + 2 * FLOAT32 * h)
     if work.full:
         size += work.positions * 2 * h * work.stream_bytes
-    return size + _adapter_activations(shape, work) + _score_bytes(shape, work)
+    # What grows with the square of the rows' length.
+    squares = work.batch * work.tokens**2
+    if work.attention == "eager":
+        # The softmax in float32, and its copy in the compute type where that is another one.
+        each = FLOAT32 if b == FLOAT32 else FLOAT32 + b
+        size += squares * shape.heads * each
+    elif work.masked:
+        size += squares * b
+    return size + _adapter_activations(shape, work)
 
 
 def _adapted_names(shape: ModelShape, work: Work) -> set[str]:
@@ -332,20 +337,10 @@ def _adapter_activations(shape: ModelShape, work: Work) -> int:
     return work.positions * size
 
 
-def _score_bytes(shape: ModelShape, work: Work) -> int:
-    """What one layer keeps that grows with the square of the rows' length."""
-    squares = work.batch * work.tokens**2
-    if work.attention == "eager":
-        # The softmax in float32, and its copy in the compute type where that is another one.
-        each = FLOAT32 if work.compute == FLOAT32 else FLOAT32 + work.compute
-        return squares * shape.heads * each
-    return squares * work.compute if work.masked else 0
-
-
 def loss_bytes(shape: ModelShape, work: Work) -> int:
     """The scores of the vocabulary: for small models the largest term of all.
 
-    On a CPU (finetune/compute.py): the learnt positions alone, three float32 copies (logarithms
+    On a CPU (finetune/trainer.py): the learnt positions alone, three float32 copies (logarithms
     of the probabilities, their gradient, and the scores' gradient); dense.py has a piece of them at
     a time. TRL's loss on a GPU: one tile of 4,096 positions by 32,768 words, and the float32
     gradient of the last hidden states. A custom loss gets every position's scores: as

@@ -105,6 +105,7 @@ def cache_folder() -> Path:
     named = os.environ.get("PHI3_CACHE")
     if named:
         return Path(named).expanduser()
+    # Each system's own place, which backups leave out and cleaners may empty.
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", "~\\AppData\\Local")).expanduser() / "phi3"
     if sys.platform == "darwin":

@@ -10,12 +10,15 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import StageError
 from ..progress import captured_output
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, Phi3ForCausalLM, PreTrainedModel
 
 # Prompt tokens on which both readings of the weights are compared, a few ids spread over the
 # vocabulary: enough to reach every matrix, and every position offset of a rotary pair.
@@ -31,16 +34,48 @@ _FUSED = {
 _UNSUPPORTED = ("attention_bias", "mlp_bias")
 
 
-def fuse(llama: Any) -> Any:
+def fuse(llama: LlamaForCausalLM) -> Phi3ForCausalLM:
     """The Phi3ForCausalLM that computes what `llama`, a LlamaForCausalLM, computes.
 
     Weights keep their number type. Raises StageError for what Phi-3's architecture has no place
     for (biases, another activation, scaled rotary embeddings, a head size of its own).
     """
-    from transformers import Phi3ForCausalLM
+    from transformers import Phi3Config, Phi3ForCausalLM
 
-    config = _phi3_config(llama.config)
-    with torch.device("meta"):
+    given = llama.config
+    rope = dict(given.rope_parameters or {})
+    unfit = [key for key in _UNSUPPORTED if getattr(given, key, False)]
+    if rope.get("rope_type", "default") != "default":
+        unfit.append(f"rope_type {rope['rope_type']}")
+    if given.hidden_act != "silu":
+        unfit.append(f"hidden_act {given.hidden_act}")
+    if given.head_dim * given.num_attention_heads != given.hidden_size:
+        unfit.append(f"head_dim {given.head_dim}")
+    if unfit:
+        raise StageError(
+            f"This Llama cannot be converted to Phi-3, which has no {', no '.join(unfit)}."
+        )
+    config = Phi3Config(
+        vocab_size=given.vocab_size,
+        hidden_size=given.hidden_size,
+        intermediate_size=given.intermediate_size,
+        num_hidden_layers=given.num_hidden_layers,
+        num_attention_heads=given.num_attention_heads,
+        num_key_value_heads=given.num_key_value_heads,
+        hidden_act=given.hidden_act,
+        max_position_embeddings=given.max_position_embeddings,
+        # Two different values without longrope stop ONNX Runtime GenAI's builder.
+        original_max_position_embeddings=given.max_position_embeddings,
+        rms_norm_eps=given.rms_norm_eps,
+        rope_parameters={**rope, "partial_rotary_factor": 1.0},
+        tie_word_embeddings=given.tie_word_embeddings,
+        bos_token_id=given.bos_token_id,
+        eos_token_id=given.eos_token_id,
+        pad_token_id=given.pad_token_id,
+        sliding_window=None,
+        dtype=given.dtype,
+    )
+    with torch.device("meta"):  # no second set of weights is ever allocated
         phi3 = Phi3ForCausalLM(config)
     states = dict(llama.state_dict())
     fused: dict[str, torch.Tensor] = {
@@ -59,7 +94,7 @@ def fuse(llama: Any) -> Any:
     return phi3.eval()
 
 
-def largest_difference(first: Any, second: Any) -> float:
+def largest_difference(first: PreTrainedModel, second: PreTrainedModel) -> float:
     """The largest difference of two models' logits on the same prompt, in logits."""
     size = first.config.vocab_size
     step = max(1, size // _PROBE_TOKENS)
@@ -116,40 +151,3 @@ def check_difference(difference: float, source: str) -> None:
             f"{source} converted to Phi-3 gives different results: logits differ by "
             f"{difference:.2g}, at most {MAX_DIFFERENCE:g} was expected. Nothing was written."
         )
-
-
-def _phi3_config(config: Any) -> Any:
-    from transformers import Phi3Config
-
-    rope = dict(config.rope_parameters or {})
-    unfit = [key for key in _UNSUPPORTED if getattr(config, key, False)]
-    if rope.get("rope_type", "default") != "default":
-        unfit.append(f"rope_type {rope['rope_type']}")
-    if config.hidden_act != "silu":
-        unfit.append(f"hidden_act {config.hidden_act}")
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        unfit.append(f"head_dim {config.head_dim}")
-    if unfit:
-        raise StageError(
-            f"This Llama cannot be converted to Phi-3, which has no {', no '.join(unfit)}."
-        )
-    return Phi3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        hidden_act=config.hidden_act,
-        max_position_embeddings=config.max_position_embeddings,
-        # Two different values without longrope stop ONNX Runtime GenAI's builder.
-        original_max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={**rope, "partial_rotary_factor": 1.0},
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        sliding_window=None,
-        dtype=config.dtype,
-    )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StageError
+from ..errors import StageError, shortened
 from .catalogue import known, weights_folder
 
 ALL_LINEAR = "all-linear"
@@ -70,9 +70,13 @@ def targets_in(wanted: str | Sequence[str], modules: Collection[str]) -> Targets
         return Targets(ALL_LINEAR, [])
     if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
         return Targets(_checked_pattern(wanted, modules), [])
+    # peft itself would train fewer layers without a word where only some of the names match.
     names, wrong, replaced = [], [], {}
     for name in [wanted] if isinstance(wanted, str) else wanted:
-        found = _own_names(name, modules)
+        found = [name]  # else what the model calls it, where it has all of that
+        if not _matches(name, modules):
+            found = _elsewhere(name)
+            found = found if all(_matches(other, modules) for other in found) else []
         if not found:
             wrong.append(name)
         elif found != [name]:
@@ -82,23 +86,12 @@ def targets_in(wanted: str | Sequence[str], modules: Collection[str]) -> Targets
         what = f"no layer of this model is named {', '.join(wrong)}" if wrong else "is empty"
         raise ValueError(f"finetune.target_modules: {what}; {_has(modules)}")
     whole = sorted({name for found in replaced.values() for name in found})
+    is_fused = len(whole) < 3 and any(name.rpartition(".")[2] in _PARTS for name in whole)
     choices = [
         f"target_modules: {', '.join(replaced)} trained as {', '.join(whole)}, because this model "
-        f"has {'these in one matrix' if len(whole) < 3 and _fused(whole) else 'them apart'}"
+        f"has {'these in one matrix' if is_fused else 'them apart'}"
     ] if replaced else []  # fmt: skip
     return Targets(list(dict.fromkeys(names)), choices)
-
-
-def _fused(names: Collection[str]) -> bool:
-    return any(name.rpartition(".")[2] in _PARTS for name in names)
-
-
-def _own_names(name: str, modules: Collection[str]) -> list[str]:
-    """What the model calls it; empty where it has no such layer."""
-    if _matches(name, modules):
-        return [name]
-    found = _elsewhere(name)
-    return found if found and all(_matches(other, modules) for other in found) else []
 
 
 def _matches(name: str, modules: Collection[str]) -> bool:
@@ -165,6 +158,8 @@ def check_adapter(adapter: Path, base: Path) -> None:
 
     Both are folders. Named are the weights without a place, and what to do about them.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         settings = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -182,7 +177,12 @@ def check_adapter(adapter: Path, base: Path) -> None:
             f"{adapter} has no {WEIGHTS}. An adapter_model.bin is written in this form by loading "
             "it with peft and calling save_pretrained(FOLDER)."
         )
-    given, there = _adapter_shapes(adapter), weight_shapes(base)
+    there = weight_shapes(base)
+    try:
+        with safe_open(adapter / WEIGHTS, framework="np") as weights:
+            given = {n: tuple(weights.get_slice(n).get_shape()) for n in weights.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StageError(f"{adapter / WEIGHTS} cannot be read: {error}") from None
     saved = settings.get("modules_to_save") or []
     faults: dict[str, str] = {}
     halves: dict[str, set[str]] = {}
@@ -207,16 +207,6 @@ def check_adapter(adapter: Path, base: Path) -> None:
         raise StageError(_refusal(adapter, base, faults, there))
 
 
-def _adapter_shapes(adapter: Path) -> Shapes:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(adapter / WEIGHTS, framework="np") as weights:
-            return {n: tuple(weights.get_slice(n).get_shape()) for n in weights.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"{adapter / WEIGHTS} cannot be read: {error}") from None
-
-
 def _fits(part: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     if part == "lora_A":
         return shape[-1] == weight[1]
@@ -226,9 +216,7 @@ def _fits(part: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 
 
 def _refusal(adapter: Path, base: Path, faults: dict[str, str], there: Collection[str]) -> str:
-    shown = [f"  {module}: {why}" for module, why in list(faults.items())[:_SHOWN]]
-    if len(faults) > _SHOWN:
-        shown.append(f"  … and {len(faults) - _SHOWN} more")
+    shown = shortened([f"{module}: {why}" for module, why in faults.items()], _SHOWN)
     lasts = {module.rpartition(".")[2] for module in faults}
     modules = [name.removesuffix(".weight") for name in there]
     apart = sorted(last for last in lasts if last in _WHOLE and _matches(_WHOLE[last], modules))
@@ -243,7 +231,7 @@ def _refusal(adapter: Path, base: Path, faults: dict[str, str], there: Collectio
         [
             f"The adapter in {adapter} does not fit the base model in {base}, so nothing was "
             f"loaded or written. Of its layers {len(faults)} have no place:",
-            *shown,
+            *(f"  {line}" for line in shown),
             fix + ".",
         ]
     )

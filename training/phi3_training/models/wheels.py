@@ -34,6 +34,7 @@ def download(wheel: Wheel, folder: Path) -> Path:
 
     Raises WheelUnavailableError with pip's own reason, at most 200 characters.
     """
+    # Hashes are taken from requirements files only, not from the command line.
     requirement = folder / f"{wheel.name}.txt"
     pinned = f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n"
     requirement.write_text(pinned, encoding="utf-8")

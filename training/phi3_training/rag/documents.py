@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 
-from ..data.opening import BrokenFileError, open_text, table_encoding
+from ..data.readers import BrokenFileError, open_text, table_encoding
 from ..data.sources import no_note, rows_of
 from ..errors import MissingExtraError, Phi3TrainingError
 

@@ -17,6 +17,10 @@ from .sections import Positive, Section, Share
 Scalar = str | int | float | bool
 
 
+# Names: https://learn.microsoft.com/azure/azure-resource-manager/management/resource-name-rules.
+# Azure refuses a wrong one only when the resource is made, minutes after the first of them.
+
+
 def _follows(pattern: str, rule: str) -> AfterValidator:
     expression = re.compile(pattern, re.ASCII)
 
@@ -103,6 +107,7 @@ AssetName = Annotated[
         "1-255 letters, digits, '.', '_' and '-', starting with a letter or digit",
     ),
 ]
+# Azure compares names of sizes without case.
 VmSize = Annotated[
     str,
     _follows(
@@ -110,6 +115,7 @@ VmSize = Annotated[
     ),
 ]
 NO_DEADLINE = "none"
+# Days, hours and minutes in this order, at least one of them.
 _DURATION = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?", re.ASCII)
 _SHORTEST, _LONGEST = dt.timedelta(minutes=15), dt.timedelta(days=90)
 
@@ -120,6 +126,7 @@ def duration_of(text: str) -> dt.timedelta:
     if match is None:
         raise ValueError("expected a duration such as 8h, 90m or 2d12h")
     days, hours, minutes = (int(part or 0) for part in match.groups())
+    # Before they become a timedelta, which overflows beyond 10^9 days.
     if days > _LONGEST.days or hours > 24 * _LONGEST.days or minutes > 1440 * _LONGEST.days:
         raise ValueError("expected at most 90 days")
     duration = dt.timedelta(days=days, hours=hours, minutes=minutes)
@@ -148,6 +155,8 @@ Version = Annotated[
     Field(min_length=1, max_length=30),
 ]
 
+# The smallest size that the catalogue lists for fine-tuning Phi-3; Azure retired the V100 sizes of
+# the older tutorials (NC6s_v3 and its kin) on 30 September 2025.
 GPU_SIZE = "Standard_NC24ads_A100_v4"
 
 
@@ -158,6 +167,7 @@ class ComputeSection(Section):
     """Name of the GPU cluster that trains; created if it does not exist."""
     size: VmSize = GPU_SIZE
     """VM size of the cluster."""
+    # Quotas of their own: dedicated cores by family of sizes, low-priority ones in one pool.
     tier: Literal["Dedicated", "LowPriority"] = "Dedicated"
     """Dedicated, or LowPriority: cheaper, and Azure may take the machines away."""
     min_instances: Annotated[int, Field(ge=0, le=100)] = 0
@@ -270,6 +280,7 @@ class EndpointSection(Section):
     # A language model needs far more than Azure's default of 5 s; 180 s is the most it takes.
     request_timeout_ms: Annotated[int, Field(ge=1000, le=180_000)] = 90_000
     """Time limit of a request in milliseconds; Azure's most is 180000."""
+    # Azure's default is 1; more than twice this many waiting requests get status 429.
     max_concurrent_requests_per_instance: Annotated[int, Field(ge=1, le=1000)] = 8
     """Requests at once on each machine; more wait or get status 429."""
     # Loading weights takes minutes; a probe that gives up earlier restarts the container for ever.
@@ -279,6 +290,7 @@ class EndpointSection(Section):
     """Whether it is ready for requests."""
     app_insights_enabled: bool = False
     """Send the deployment's figures to Application Insights."""
+    # A managed endpoint does not scale to zero: left alone, the default size bills all the time.
     deadline: Deadline = "8h"
     """How long after its last deployment the endpoint deletes itself, such as 8h or 2d, also while
     this machine is off (phi3 azure extend moves it); none: it bills until phi3 down."""

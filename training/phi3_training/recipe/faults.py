@@ -6,16 +6,19 @@ Reads YAML text and pydantic's findings; writes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from .keys import Key, meant
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 Place = tuple[str | int, ...]
 Lines = Mapping[Place, int]
 
-_DEEPEST = 8
+_DEEPEST = 8  # levels; a recipe has four (azure.endpoint.liveness_probe.period)
 _EXPECTED = {
     "model_type": "a mapping of keys",
     "model_attributes_type": "a mapping of keys",
@@ -42,7 +45,7 @@ _EXPECTED = {
 }
 
 
-def fault_line(item: Any, lines: Lines, keys: Sequence[Key]) -> str:
+def fault_line(item: ErrorDetails, lines: Lines, keys: Sequence[Key]) -> str:
     """One of pydantic's findings: `finetune.lora_r: expected 1 or more, got 0 (line 7)`."""
     place: Place = tuple(item["loc"])
     key = ".".join(map(str, place)) or "recipe"
@@ -51,7 +54,13 @@ def fault_line(item: Any, lines: Lines, keys: Sequence[Key]) -> str:
         names = meant(key, keys)
         hint = f"did you mean {' or '.join(names)}?" if names else "check its spelling"
         what = f"unknown key; {hint} (all keys: phi3 recipes --keys)"
-    return f"{key}: {what}{_where(place, lines)}"
+    # The line of the key, or of what should hold it.
+    for length in range(len(place), 0, -1):
+        # One entry may be written for a list of one: its number is then nowhere in the file.
+        for known in (place[:length], tuple(part for part in place[:length] if part != 0)):
+            if known in lines:
+                return f"{key}: {what} (line {lines[known]})"
+    return f"{key}: {what}"
 
 
 def is_typed(place: Sequence[str | int], overrides: Sequence[str]) -> bool:
@@ -61,7 +70,7 @@ def is_typed(place: Sequence[str | int], overrides: Sequence[str]) -> bool:
     return any(names[: len(key)] == key for key in typed)
 
 
-def plain(item: Any) -> str:
+def plain(item: ErrorDetails) -> str:
     """What was expected, and what was found."""
     form = _EXPECTED.get(item["type"])
     if form is not None:
@@ -104,17 +113,7 @@ def _places(node: yaml.Node | None, place: Place) -> Iterator[tuple[Place, int]]
             yield from _places(value, (*place, number))
 
 
-def _where(place: Place, lines: Lines) -> str:
-    """The line of the key, or of what should hold it."""
-    for length in range(len(place), 0, -1):
-        # One entry may be written for a list of one: its number is then nowhere in the file.
-        for known in (place[:length], tuple(part for part in place[:length] if part != 0)):
-            if known in lines:
-                return f" (line {lines[known]})"
-    return ""
-
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -48,10 +48,32 @@ def keys_of(model: type[BaseModel], prefix: str = "", given: BaseModel | None = 
         kinds = list(_kinds(field.annotation))
         items = [item for kind in kinds if get_origin(kind) is list for item in get_args(kind)]
         item_kinds = [kind for item in items for kind in _kinds(item)]
+        marks = [
+            inner
+            for mark in field.metadata
+            for inner in (mark.metadata if isinstance(mark, FieldInfo) else [mark])
+        ]
+        bounds = [
+            form.format(f"{bound:g}" if isinstance(bound, float) else bound)
+            for limit, form in _BOUNDS
+            for mark in marks
+            if (bound := getattr(mark, limit, None)) is not None
+        ]
+        if isinstance(default, list):
+            default = [
+                v.model_dump(mode="json") if isinstance(v, BaseModel) else v for v in default
+            ]
+        in_yaml = "none"  # PyYAML ends a bare scalar with a line of its own, "..."
+        if default is not None and default is not PydanticUndefined:
+            in_yaml = yaml.safe_dump(
+                default, default_flow_style=True, sort_keys=False, width=1_000_000
+            )
         key = Key(
             name=prefix + name,
-            allowed=_allowed(kinds, field.metadata),
-            default=None if default is PydanticUndefined else _as_yaml(default),
+            allowed=", ".join([" or ".join(dict.fromkeys(map(_kind_name, kinds))), *bounds]),
+            default=None
+            if default is PydanticUndefined
+            else in_yaml.removesuffix("\n").removesuffix("\n..."),
             description=" ".join((field.description or "").split()),
             is_text=bool(kinds) and all(map(_is_text, kinds)),
             is_list_of_text=bool(item_kinds) and all(map(_is_text, item_kinds)),
@@ -96,20 +118,6 @@ _BOUNDS = (
 )
 
 
-def _allowed(kinds: Sequence[Any], metadata: Sequence[Any]) -> str:
-    texts = [_kind_name(kind) for kind in kinds]
-    marks = [
-        m for mark in metadata for m in (mark.metadata if isinstance(mark, FieldInfo) else [mark])
-    ]
-    bounds = [
-        form.format(f"{bound:g}" if isinstance(bound, float) else bound)
-        for name, form in _BOUNDS
-        for mark in marks
-        if (bound := getattr(mark, name, None)) is not None
-    ]
-    return ", ".join([" or ".join(dict.fromkeys(texts)), *bounds])
-
-
 def _kind_name(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Literal:
@@ -122,15 +130,6 @@ def _kind_name(kind: Any) -> str:
     if origin is dict:
         return "mapping of name: value"
     return "hub:NAME:SPLIT" if kind is HubSet else _NAMES.get(kind, str(kind))
-
-
-def _as_yaml(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        value = [v.model_dump(mode="json") if isinstance(v, BaseModel) else v for v in value]
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1_000_000)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 # What other tools call our keys, and where people put them.
@@ -185,7 +184,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("output_dir", "run_name"), ("--run NAME",)),
     "resume_from_checkpoint": ("nothing: a training resumes by itself",),
 }  # fmt: skip
-_CLOSE = 0.75
+_CLOSE = 0.75  # of difflib, whose default is 0.6; `lora_rank` and `lora_r` have 0.8
 
 
 def meant(key: str, keys: Sequence[Key]) -> list[str]:

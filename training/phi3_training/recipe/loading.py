@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import (
@@ -39,6 +39,11 @@ from .sections import (
     Section,
     ServeSection,
 )
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+YamlMap = dict[str, Any]  # what YAML can hold, until pydantic has read it
 
 
 class Recipe(Section):
@@ -79,7 +84,7 @@ class Recipe(Section):
 # What a recipe sets for one model and would be wrong for another.
 _OF_THE_MODEL = ("model", "base", "finetune", "evaluate", "gate", "serve")
 # What a recipe sets for its chats and would be wrong for others.
-_OF_THE_CHATS: Mapping[str, Any] = {"data.validation": [], "ask": None}
+_OF_THE_CHATS: Mapping[str, object] = {"data.validation": [], "ask": None}
 
 
 def load_recipe(
@@ -110,7 +115,7 @@ def load_recipe(
         if isinstance(content.get("data"), dict):
             content["data"]["casual_copies"] = other["data"].get("casual_copies", False)
         overrides = [text for text in overrides if not text.startswith("model.name_or_path=")]
-    of_file: set[tuple[Any, str]] = set()  # faults that the file alone has
+    of_file: set[tuple[tuple[int | str, ...], str]] = set()  # faults that the file alone has
     if overrides:
         try:
             Recipe.model_validate(deepcopy(content))
@@ -119,7 +124,7 @@ def load_recipe(
     typed = _apply_overrides(content, overrides)
     for key, value in replaced_with_chats(overrides).items():
         _set(content, key.split("."), value)
-    _resolve_paths(content, Path.cwd())  # paths typed on the command line
+    _resolve_paths(content, Path.cwd())  # paths typed on the command line; others are absolute now
     keys = keys_of(Recipe)
     try:
         recipe = Recipe.model_validate(content)
@@ -130,9 +135,23 @@ def load_recipe(
             is_new = bool(overrides) and (item["loc"], item["msg"]) not in of_file
             by_hand = is_new or is_typed(item["loc"], overrides)
             (typed if by_hand else faults).append(fault_line(item, {} if by_hand else lines, keys))
+        # What is sound of it names files as well: those that are missing belong to the same report.
         recipe = _sound_part(content, items)
-    for key, fault in _missing_files(recipe):
-        (typed if is_typed(key.split("."), overrides) else faults).append(fault)
+    named: dict[str, Sequence[Path | HubSet]] = {
+        "base.data": recipe.base.data if recipe.base else [],
+        "data.train": recipe.data.train,
+        "data.validation": recipe.data.validation,
+        "data.replay": recipe.data.replay,
+        "evaluate.canary": recipe.evaluate.canary or [],
+        "evaluate.probes": recipe.evaluate.probes or [],
+    }
+    for key, paths in named.items():
+        reported = typed if is_typed(key.split("."), overrides) else faults
+        for file in paths:
+            if isinstance(file, HubSet) or file.is_file():
+                continue
+            if not (key in _MAY_BE_FOLDERS and file.is_dir()):
+                reported.append(f"{key}: no such file: {file}")
     if faults or typed:
         raise RecipeError(str(path), faults, typed)
     return recipe
@@ -144,11 +163,13 @@ def azure_section_of(values: Mapping[str, str]) -> AzureSection:
         return AzureSection.model_validate(dict(values))
     except ValidationError as error:
         keys = keys_of(Recipe)
-        items = ({**item, "loc": ("azure", *item["loc"])} for item in error.errors())
+        items = error.errors()
+        for item in items:
+            item["loc"] = ("azure", *item["loc"])
         raise UsageError("\n".join(fault_line(item, {}, keys) for item in items)) from None
 
 
-def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
+def replaced_with_chats(overrides: Sequence[str]) -> YamlMap:
     """What overriding `data.train` replaces: held-out chats and question of the recipe's own chats.
 
     A share of the new chats is held back, and the first of them is asked. A key that is overridden
@@ -163,6 +184,7 @@ def replaced_with_chats(overrides: Sequence[str]) -> dict[str, Any]:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe as it was resolved, so that `load_recipe` reads the same one again."""
     content = recipe.model_dump(mode="json")
+    # In the order of the sections, as a person would write it.
     write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
@@ -177,11 +199,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str) -> object:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> YamlMap:
     """The keys of a YAML file; RecipeError when it cannot be read as such."""
     try:
         content = _parse(path.read_text(encoding="utf-8"))
@@ -196,7 +218,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def _apply_overrides(content: YamlMap, overrides: Sequence[str]) -> list[str]:
     faults = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -216,8 +238,11 @@ def _apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> list[
 _TEXTS_UNDER = "azure.tags."
 
 
-def _value(key: str, text: str) -> Any:
-    """The value of an override: as typed where the key is text, else what YAML makes of it."""
+def _value(key: str, text: str) -> object:
+    """The value of an override: as typed where the key is text, else what YAML makes of it.
+
+    A name may be `007` or `no`, which YAML would read as a number and as false.
+    """
     known = next((each for each in keys_of(Recipe) if each.name == key), None)
     is_list = text.startswith("[") and text.endswith("]")
     if text in ("", "null") or (known is None and not key.startswith(_TEXTS_UNDER)):
@@ -229,7 +254,7 @@ def _value(key: str, text: str) -> Any:
     return text if key == "finetune.target_modules" else [text]
 
 
-def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set(content: YamlMap, keys: list[str], value: object) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
         if not isinstance(content, dict):
@@ -248,7 +273,7 @@ _PATH_KEYS = (
 _MAY_BE_FOLDERS = ("data.train", "data.validation", "data.replay")
 
 
-def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+def _resolve_paths(content: YamlMap, folder: Path) -> None:
     """Make paths absolute, and turn a single path into a list of one."""
     for section, key in _PATH_KEYS:
         values = content.get(section)
@@ -264,30 +289,10 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         ]
 
 
-def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
-    """Each key that names a file which is not there, and the fault."""
-    named: dict[str, Sequence[Path | HubSet]] = {
-        "base.data": recipe.base.data if recipe.base else [],
-        "data.train": recipe.data.train,
-        "data.validation": recipe.data.validation,
-        "data.replay": recipe.data.replay,
-        "evaluate.canary": recipe.evaluate.canary or [],
-        "evaluate.probes": recipe.evaluate.probes or [],
-    }
-    return [
-        (key, f"{key}: no such file: {path}")
-        for key, paths in named.items()
-        for path in paths
-        if not (
-            isinstance(path, HubSet) or path.is_file() or (key in _MAY_BE_FOLDERS and path.is_dir())
-        )
-    ]
-
-
-def _sound_part(content: Mapping[str, Any], faults: Sequence[Any]) -> Recipe:
+def _sound_part(content: YamlMap, faults: Sequence[ErrorDetails]) -> Recipe:
     """What of a faulty recipe names files and can be read: each section without its wrong keys."""
     wrong = {tuple(item["loc"][:2]) for item in faults}
-    sections: dict[str, Any] = {"data": DataSection.model_construct(train=[])}
+    sections: YamlMap = {"data": DataSection.model_construct(train=[])}
     for name in {section for section, _key in _PATH_KEYS}:
         values = content.get(name)
         if not isinstance(values, dict):

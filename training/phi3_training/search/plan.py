@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,16 +14,13 @@ from ..recipe import Recipe, read_yaml
 from ..recipe.faults import plain
 from ..recipe.sections import Positive, Section
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 # A recipe with these overrides applied; raises RecipeError.
 MakeRecipe = Callable[[Sequence[str]], Recipe]
 Value = bool | int | float | str | None
 
 # Metrics of the training itself: they need no evaluation.
 TRAINING_METRICS = ("validation_loss", "final_loss")
-_SECTIONS = ("finetune", "data", "base", "model")
+_SECTIONS = ("finetune", "data", "base", "model")  # what a training depends on
 # Trials that are asked other questions cannot be compared.
 _FIXED = ("data.seed", "data.validation", "data.validation_share")
 
@@ -95,6 +92,9 @@ def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
     Raises RecipeError with every fault: of the form, of the metric, and of keys and values that
     the recipe does not take.
     """
+    from ..evaluate.figures import METRICS
+    from ..evaluate.questions import PARTS
+
     recipe = make([])
     if not path.is_file():
         raise RecipeError(str(path), ["no such file; docs/search.md shows how to write one"])
@@ -103,27 +103,19 @@ def load_plan(path: Path, make: MakeRecipe) -> SearchPlan:
     try:
         plan = SearchPlan.model_validate(content)
     except ValidationError as error:
-        faults = [_fault_line(item) for item in error.errors()]
-    faults += [*_metric_faults(content, recipe), *_parameter_faults(content, make)]
-    if faults:
-        raise RecipeError(str(path), faults)
-    return plan
-
-
-def overrides_of(values: Mapping[str, Value]) -> list[str]:
-    """`key=value` for each parameter, as the command line takes it: text as it is."""
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in values.items()
-    ]
-
-
-# The following look at the file as it was written, so that a fault of its form hides no other.
-def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
-    from ..evaluate.figures import METRICS
-    from ..evaluate.questions import PARTS
-
-    faults = []
+        for item in error.errors():
+            # In the file's own terms: pydantic adds the type that it took a parameter for.
+            parts = [
+                str(part) for part in item["loc"] if part not in ("float", "int", "categorical")
+            ]
+            what = {
+                "extra_forbidden": "unknown key; check its spelling",
+                "missing": "is missing",
+                "union_tag_invalid": "needs type: float, int or categorical",
+                "union_tag_not_found": "needs type: float, int or categorical",
+            }.get(item["type"]) or plain(item)
+            faults.append(f"{'.'.join(parts)}: {what}")
+    # The following look at the file as it was written, so that a fault of its form hides no other.
     metric = content.get("metric")
     evaluates = recipe.finetune.eval_steps or "finetune.eval_steps" in _parameters(content)
     part, _, figure = str(metric).partition(".")
@@ -138,7 +130,18 @@ def _metric_faults(content: Mapping[str, object], recipe: Recipe) -> list[str]:
         faults.append("metric: validation_loss needs finetune.eval_steps in the recipe")
     if content.get("pruning") is not None and not evaluates:
         faults.append("pruning: needs finetune.eval_steps in the recipe, to judge trials early")
-    return faults
+    faults += _parameter_faults(content, make)
+    if faults:
+        raise RecipeError(str(path), faults)
+    return plan
+
+
+def overrides_of(values: Mapping[str, Value]) -> list[str]:
+    """`key=value` for each parameter, as the command line takes it: text as it is."""
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    ]
 
 
 def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[str]:
@@ -150,8 +153,16 @@ def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[s
             faults[f"parameters.{key}: does not affect training; expected {sections}"] = None
         elif key in _FIXED:
             faults[f"parameters.{key}: trials with other held-out chats cannot be compared"] = None
-        elif values := _probes(parameter):
-            probes[key] = values
+        elif isinstance(parameter, dict):
+            choices = parameter.get("choices")
+            ends = [parameter.get("low"), parameter.get("high")]
+            values: list[Value] = [end for end in ends if isinstance(end, (int, float))]
+            if len(values) == 2 and parameter.get("type") == "float":
+                low, high = (float(str(end)) for end in values)
+                values.append(low + 0.37 * (high - low))  # shows keys that need whole numbers
+            values += choices if isinstance(choices, list) else []
+            if values:
+                probes[key] = values
     # The others are set as well: some keys make sense only together.
     first = {key: values[0] for key, values in probes.items()}
     for key, values in probes.items():
@@ -166,27 +177,3 @@ def _parameter_faults(content: Mapping[str, object], make: MakeRecipe) -> list[s
 def _parameters(content: Mapping[str, object]) -> dict[str, object]:
     listed = content.get("parameters")
     return {str(key): value for key, value in listed.items()} if isinstance(listed, dict) else {}
-
-
-def _probes(parameter: object) -> list[Value]:
-    """Values that the recipe must accept; one in between shows keys that need whole numbers."""
-    if not isinstance(parameter, dict):
-        return []
-    choices = parameter.get("choices")
-    ends = [parameter.get("low"), parameter.get("high")]
-    numbers = [end for end in ends if isinstance(end, (int, float))]
-    if len(numbers) == 2 and parameter.get("type") == "float":
-        numbers.append(numbers[0] + 0.37 * (numbers[1] - numbers[0]))
-    return [*numbers, *(choices if isinstance(choices, list) else [])]
-
-
-def _fault_line(item: ErrorDetails) -> str:
-    """One fault in the file's own terms: `parameters.finetune.lora_r.low: is missing`."""
-    key = ".".join(str(part) for part in item["loc"] if part not in ("float", "int", "categorical"))
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key; check its spelling"
-    if item["type"] == "missing":
-        return f"{key}: is missing"
-    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{key}: needs type: float, int or categorical"
-    return f"{key}: {plain(item)}"

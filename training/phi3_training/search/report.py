@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from ..errors import StageError
 from ..journey import Journey
 from ..run import write_atomically
-from .plan import Choices, MakeRecipe, SearchPlan, overrides_of
+from .plan import Choices, MakeRecipe, SearchPlan, Value, overrides_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ class Finished:
     number: int
     state: str  # complete, pruned or fail
     value: float | None
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Value]
     seconds: float | None
     remark: str | None
 
@@ -79,13 +79,14 @@ def draw(plan: SearchPlan, trials: Sequence[Finished], best: Finished, path: Pat
     history.plot(numbers, list(so_far), color=_BEST)
     history.plot(lost, [0] * len(lost), "x", color="gray", transform=history.get_xaxis_transform())
     for place, (key, parameter) in enumerate(plan.parameters.items()):
-        at = [trial.parameters[key] for trial in measured]
+        given = [trial.parameters[key] for trial in measured]
         if isinstance(parameter, Choices):  # compared as JSON: in Python 1, 1.0 and true are equal
             names = [json.dumps(choice) for choice in parameter.choices]
-            at = [names.index(json.dumps(value)) for value in at]
+            at = [names.index(json.dumps(value)) for value in given]
             panel(grid[1 + place // 2, place % 2], key, at).set_xticks(range(len(names)), names)
         else:
-            panel(grid[1 + place // 2, place % 2], key, at).set_xscale(
+            figures = [value for value in given if isinstance(value, (int, float))]
+            panel(grid[1 + place // 2, place % 2], key, figures).set_xscale(
                 "log" if parameter.log else "linear"
             )
     # Text stays text, and nothing names the day: the same trials make the same file.

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -31,7 +30,6 @@ from .plan import (
     Choices,
     IntRange,
     MakeRecipe,
-    Parameter,
     SearchPlan,
     Value,
     overrides_of,
@@ -50,6 +48,7 @@ _NO_PART = {"save_steps", "save_seconds", "save_total_limit", "allow", "num_thre
 def trial_journey(whole: Journey, recipe: Recipe, number: int) -> Journey:
     """The journey of trial `number`, with chats and base where its recipe has the same ones."""
     run = Run.open(whole.run.path / "search" / "trials" / f"trial-{number:03d}")
+    # A trial that changes the chats or the base makes its own.
     if recipe.data == whole.recipe.data:
         dataset = whole.run.require(DatasetManifest)
         for part in dataset.outputs.values():
@@ -112,7 +111,7 @@ def _watched(progress: Progress, run: Run, watch: Watch) -> Progress:
     return step
 
 
-def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, Any]:
+def search(journey: Journey, plan: SearchPlan, make: MakeRecipe) -> dict[str, object]:
     """Run the trials that are missing; the report (also run/search/report.json).
 
     Raises StageError when no trial came to a figure, and UsageError when the run folder holds
@@ -174,6 +173,7 @@ def _check_same(study: optuna.Study, journey: Journey, plan: SearchPlan) -> None
         for name in ("model", "finetune", "evaluate")
         if (section := getattr(recipe, name)) is not None
     }
+    # Not the number of trials: a search may be continued with more of them.
     parts = {
         "search file": fingerprint(plan.model_dump(mode="json", exclude={"trials"})),
         "recipe": fingerprint(sections),
@@ -200,7 +200,18 @@ def _run_trial(
     seed = int(fingerprint([plan.seed, number])[:8], 16)
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
     trial = study.ask()
-    values = {key: _propose(trial, key, choice) for key, choice in plan.parameters.items()}
+    values: dict[str, Value] = {}
+    for key, given in plan.parameters.items():
+        if isinstance(given, Choices):
+            values[key] = trial.suggest_categorical(key, given.choices)
+        elif isinstance(given, IntRange):
+            values[key] = trial.suggest_int(
+                key, given.low, given.high, step=given.step or 1, log=given.log
+            )
+        else:
+            values[key] = trial.suggest_float(
+                key, given.low, given.high, step=given.step, log=given.log
+            )
     title = f"trial {number}/{plan.trials}"
     short = {
         key.rpartition(".")[2]: f"{v:.4g}" if isinstance(v, float) else json.dumps(v).strip('"')
@@ -234,14 +245,3 @@ def _run_trial(
     trial.set_user_attr("seconds", round(seconds, 3))
     study.tell(trial, result[0], state=result[1])
     console.stage_done(title, f"{shown}: {outcome}", seconds)
-
-
-def _propose(trial: optuna.Trial, key: str, parameter: Parameter) -> Value:
-    if isinstance(parameter, Choices):
-        return trial.suggest_categorical(key, parameter.choices)
-    if isinstance(parameter, IntRange):
-        step = parameter.step or 1
-        return trial.suggest_int(key, parameter.low, parameter.high, step=step, log=parameter.log)
-    return trial.suggest_float(
-        key, parameter.low, parameter.high, step=parameter.step, log=parameter.log
-    )

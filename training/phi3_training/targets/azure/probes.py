@@ -204,7 +204,8 @@ def judge(
     right = [row for row in rows if row["after_right"] is not None]
     shown = [f"{answered} answered ({against}: {before})"]
     if right:
-        now, was = (sum(row[f"{side}_right"] for row in right) for side in ("after", "before"))
+        now = sum(bool(row["after_right"]) for row in right)
+        was = sum(bool(row["before_right"]) for row in right)
         shown.append(f"{now} of {len(right)} right ({was})")
     return Judgement(
         ", ".join([*shown, *times]), tuple(text for text in (failed, lost, same, slow) if text)
