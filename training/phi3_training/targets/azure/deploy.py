@@ -68,8 +68,7 @@ from .probes import fault_of
 from .resources import IDENTITY
 from .rollout import PutBackKeeper, Rollout, undo_interrupted
 from .sizes import find_size, refuse_retired, when_cores_are_free
-from .traffic import DeploymentId as DeploymentId
-from .traffic import traffic_shares as traffic_shares
+from .traffic import DeploymentId, traffic_shares
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import (

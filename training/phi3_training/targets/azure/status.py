@@ -17,7 +17,6 @@ from ..base import EndpointStatus, Overview, PlanLine, RunStatus
 from .clients import Clients
 from .costs import Price
 from .deadline import Deadline, read_deadline, rule_text
-from .deploy import traffic_shares
 from .failures import message_of
 from .jobs import recorded_jobs
 from .operations import find, is_absent, state_of
@@ -25,6 +24,7 @@ from .place import ROLLOUT_TAG, RUN_TAG, endpoint_name
 from .rollout import plan_lines
 from .search_service import Made, made_services
 from .sizes import PRICE_PAGE, quota_needs, quota_shortage, refuse_retired, taking_turns
+from .traffic import traffic_shares
 from .train import choose_route
 from .workflow import shown, utc_now
 

@@ -30,7 +30,7 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from .clients import Clients
 from .deadline import ENDPOINT_TAG, WORKSPACE_TAG, remove_deadline
-from .deploy import DeploymentId, delete_deployment, traffic_shares
+from .deploy import delete_deployment
 from .failures import explained
 from .jobs import WORKING, cancel_all, compute_of, others_at_work, status_of
 from .operations import delete, find, get_or_none, state_of
@@ -51,6 +51,7 @@ from .prompt_flow import delete_connection
 from .resources import DELETION_ORDER, IDENTITY, SOFT_DELETED, dependents_of, grants, last_part
 from .search_service import made_services, remove_service
 from .status import take_inventory
+from .traffic import DeploymentId, traffic_shares
 from .workflow import WORKFLOW_TYPE
 
 log = logging.getLogger(__name__)
