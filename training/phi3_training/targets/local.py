@@ -5,6 +5,7 @@ Reads the run folder; writes run/onnx-<precision> and run/endpoint.log; starts o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -313,17 +314,15 @@ def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerC
     settings["model_dir"] = run.path / model.path
     if engine == "onnxruntime":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
-    # The port of the last endpoint, so that clients find the next one; 0, any, when it is taken.
-    before = run.read(EndpointManifest)
-    last = 0 if before is None else before.port or 0
-    with socket.socket() as probe:
-        # As the server binds: else a connection that lingers in TIME_WAIT would look like a taker.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", last))
-        except OSError:
-            last = 0
-    settings["port"] = recipe.serve.port or last
+    port, before = recipe.serve.port, run.read(EndpointManifest)
+    if not port and before is not None and before.port:
+        # That of the last endpoint, so that clients find the next one; any where it is taken.
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # As the server binds: else a connection in TIME_WAIT would look like a taker.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", before.port))
+            port = before.port
+    settings["port"] = port
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
