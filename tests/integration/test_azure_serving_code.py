@@ -19,11 +19,11 @@ from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.deploy import (
     SCRIPT,
-    DeploymentId,
     ServedModel,
     code_folder,
     deployment_entity,
 )
+from phi3_training.targets.azure.traffic import DeploymentId
 
 pytest_plugins = ("tests.integration.server_plugin",)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.integration.phi_family import PHI4, PHI35, Family
 
 from phi3_training.prompt import ChatFormat
-from phi3_training.verify.reference import Reference
+from phi3_training.verify.parity import Reference
 
 USER = {"role": "user", "content": "Which tent is best?"}
 MORE = {"role": "user", "content": "For two people."}

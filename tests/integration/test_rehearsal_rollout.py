@@ -31,11 +31,10 @@ from phi3_training.run import RECIPE_FILE, Run
 from phi3_training.runs import remarks
 from phi3_training.targets.azure.clients import Clients
 from phi3_training.targets.azure.deploy import access_to
-from phi3_training.targets.azure.inventory import take_inventory
 from phi3_training.targets.azure.place import find_place
 from phi3_training.targets.azure.rollback import roll_back, set_shares, traffic_of
 from phi3_training.targets.azure.rollout import Rollout
-from phi3_training.targets.azure.status import plan
+from phi3_training.targets.azure.status import plan, take_inventory
 from phi3_training.targets.azure.target import AzureTarget
 from phi3_training.targets.azure.traffic import DeploymentId, Wanted, set_traffic
 

@@ -13,11 +13,10 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
 from phi3_rehearsal import endpoints, jobs, logic, resources, workspaces
 from phi3_rehearsal.cloud import Cloud
-from phi3_rehearsal.identity import CALLER, token_for
+from phi3_rehearsal.identity import CALLER, action_of, token_for
+from phi3_rehearsal.logic import literal
 from phi3_rehearsal.proxy import answer
-from phi3_rehearsal.rights import action_of
 from phi3_rehearsal.wire import ARM, ML, Reply, Request
-from phi3_rehearsal.workflow_text import literal
 
 GROUP = "/subscriptions/5ab5c817-0000-4000-8000-5ab5c8170000/resourceGroups/rg"
 WORKSPACE = f"{GROUP}/providers/{ML}/workspaces/ws"

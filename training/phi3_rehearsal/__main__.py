@@ -35,14 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _act(args)
     except RehearsalError as error:
         sys.stderr.write(f"{error}\n")
+        # 2 as argparse itself ends where a command line is wrong.
         return 2 if isinstance(error, UsageError) else 1
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+)([mhd])", text)
-    if match is None:
-        raise UsageError(f"{text!r}: expected a duration such as 30m, 9h or 2d")
-    return int(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +78,7 @@ def _act(args: argparse.Namespace) -> int:
 
         return run_job(folder)
     if args.action == "run":
+        # `phi3 … --rehearse` runs this: killed, it must not leave the command at work.
         ask = control.ends_with_parent()
         if ask is not None:
             ask()
@@ -110,7 +105,10 @@ def _act(args: argparse.Namespace) -> int:
         running = control.find(folder)
         if running is None:
             raise UsageError(_NOT_RUNNING)
-        answer = running.advance(_seconds(args.by))
+        match = re.fullmatch(r"(\d+)([mhd])", args.by)
+        if match is None:
+            raise UsageError(f"{args.by!r}: expected a duration such as 30m, 9h or 2d")
+        answer = running.advance(int(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0}[match[2]])
     elif args.action == "calls":
         answer = control.calls(folder)[-args.n :]
     else:
@@ -129,7 +127,6 @@ def _serve(folder: Path, port: int) -> int:
     # Importing a service module declares the calls that it answers.
     from . import (
         assets,
-        budgets,
         compute,
         endpoints,
         jobs,
@@ -141,10 +138,11 @@ def _serve(folder: Path, port: int) -> int:
     )
     from .proxy import Authority, Proxy
 
-    del assets, budgets, metrics, resources, storage, workspaces
+    del assets, metrics, resources, storage, workspaces
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     cloud = Cloud(folder)
     proxy = Proxy(cloud, Authority(folder), port)
+    # Servers ended with the process before this one; their deployments are still there.
     with cloud.lock:
         endpoints.resume_deployments(cloud)
         cloud.save()
@@ -160,6 +158,7 @@ def _serve(folder: Path, port: int) -> int:
         with cloud.lock:
             logic.run_due(cloud)
             cloud.save()
+    # First the door, so that no call starts what would outlive this process.
     proxy.close()
     with cloud.lock:
         for job in cloud.children("/subscriptions", jobs.KIND):

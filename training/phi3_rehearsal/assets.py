@@ -40,7 +40,18 @@ def put_version(cloud: Cloud, request: Request) -> Reply:
         raise bad(f"Asset name '{name}' is invalid.", "ValidationError")
     before = cloud.get(request.id(_ONE))
     if family == "models":
-        given = _checked_model(cloud, workspace, given, before)
+        uri = str(given.get("modelUri") or "")
+        address = datastore_uri(cloud, workspace, uri)
+        if before and before["properties"]["modelUri"].rstrip("/") != address.rstrip("/"):
+            text = "A model with this name and version already exists; its path cannot be changed."
+            raise AzureError(409, "UserError", text)
+        place = locate(cloud, workspace, uri)
+        if not place.exists():
+            raise bad(f"NoMatchingArtifactsFoundFromJob: no artifacts were found at '{uri}'.")
+        kind = str(given.get("modelType", "")).lower().replace("_", "")
+        if kind in ("mlflow", "mlflowmodel") and not (place / "MLmodel").is_file():
+            raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
+        given = {"flavors": {}, "stage": "Development", **given, "modelUri": address}
     kind = f"{ML}/workspaces/{family}/versions"
     defaults: Json = {"isArchived": False, "isAnonymous": False, "tags": {}, "properties": {}}
     document = {
@@ -48,21 +59,6 @@ def put_version(cloud: Cloud, request: Request) -> Reply:
         "systemData": before["systemData"] if before else stamps(),
     }
     return Reply(200 if before else 201, public(cloud.put(request.id(_ONE), kind, document)))
-
-
-def _checked_model(cloud: Cloud, workspace: Json, given: Json, before: Json | None) -> Json:
-    uri = str(given.get("modelUri") or "")
-    address = datastore_uri(cloud, workspace, uri)
-    if before and before["properties"]["modelUri"].rstrip("/") != address.rstrip("/"):
-        text = "A model with this name and version already exists; its path cannot be changed."
-        raise AzureError(409, "UserError", text)
-    place = locate(cloud, workspace, uri)
-    if not place.exists():
-        raise bad(f"NoMatchingArtifactsFoundFromJob: no artifacts were found at '{uri}'.")
-    mlflow = str(given.get("modelType", "")).lower().replace("_", "") in ("mlflow", "mlflowmodel")
-    if mlflow and not (place / "MLmodel").is_file():
-        raise bad(f"The model at '{uri}' has no MLmodel file.", "UserError")
-    return {"flavors": {}, "stage": "Development", **given, "modelUri": address}
 
 
 def datastore_uri(cloud: Cloud, workspace: Json, uri: str) -> str:
@@ -100,6 +96,7 @@ def locate(cloud: Cloud, workspace: Json, uri: str) -> Path:
 def start_upload(cloud: Cloud, request: Request) -> Reply:
     """A container of its own for the files of an asset, with a signature to write there."""
     account = storage_account(need_workspace(cloud, request))
+    # Derived: a repeated call gets the same container, and finds in it what was sent before.
     own = uuid.uuid5(uuid.NAMESPACE_URL, request.id(_ONE).lower())
     address = f"https://{account}.blob.core.windows.net/{own}"
     credential = {"credentialType": "SAS", "sasUri": f"{address}?{account_sas(cloud, account)}"}
@@ -140,6 +137,7 @@ def list_versions(cloud: Cloud, request: Request) -> Reply:
         return listed([d for d in docs if digest in d["properties"]["properties"].values()])
     if "desc" in request.query.get("$orderby", request.query.get("orderby", "")).lower():
         docs = docs[::-1]
+    # The default hides archived ones, so `latest` finds nothing of a model that is retired.
     if request.query.get("listviewtype", "ActiveOnly").lower() == "activeonly":
         docs = [doc for doc in docs if not doc["properties"]["isArchived"]]
     top = request.query.get("$top")

@@ -57,7 +57,7 @@ def put_compute(cloud: Cloud, request: Request) -> Reply:
         "properties": {
             "remoteLoginPortPublicAccess": "NotSpecified",
             **inner,
-            "vmSize": real.upper(),
+            "vmSize": real.upper(),  # so Azure Machine Learning answers it, however it was asked
             "allocationState": "Steady",
             "allocationStateTransitionTime": made_at,
         },
@@ -101,6 +101,7 @@ def _idle_nodes(cloud: Cloud, cluster: Json) -> int:
         raise bad(f"nodeIdleTimeBeforeScaleDown '{idle}' is not a duration.", "ValidationError")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     kept = ((24 * days + hours) * 60 + minutes) * 60 + seconds
+    # Idle nodes are not tracked one by one: as many as the largest job that ended lately.
     lately = nodes_of_ended_jobs(cloud, cluster["id"], kept)
     busy, least = len(nodes_on(cloud, cluster["id"])), int(scale.get("minNodeCount", 0))
     return max(0, max(lately, least) - busy)
@@ -153,6 +154,7 @@ def list_sizes(_cloud: Cloud, _request: Request) -> Reply:
         "premiumIO": True,
         "supportedComputeTypes": ["AmlCompute", "ComputeInstance"],
     }
+    # In the wire's spelling: azure-ai-ml 1.35 leaves its own v_cp_us and memory_gb empty.
     sizes = [
         {"name": name, "family": s.family, "vCPUs": s.cores, "gpus": s.gpus}
         | {"memoryGB": s.memory_gb, **same}

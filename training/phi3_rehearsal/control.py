@@ -89,7 +89,18 @@ def start(folder: Path, *, faults: Sequence[str] = ()) -> Rehearsal:
     with FileLock(folder / ".lock"):
         rehearsal = find(folder)
         if rehearsal is None:
-            _spawn(folder)
+            file, log = folder / "process.json", folder / "control.log"
+            port = last_port(file)
+            file.unlink(missing_ok=True)
+            process = spawn("phi3_rehearsal", "serve", str(folder), str(port), log=log)
+            deadline = time.monotonic() + _START_SECONDS
+            # The process writes the file once it listens.
+            while time.monotonic() < deadline and not file.is_file():
+                if process.poll() is not None:
+                    lines = log.read_text(encoding="utf-8").splitlines()
+                    why = lines[-1] if lines else "its log is empty"
+                    raise RehearsalError(f"The rehearsal did not start: {why}")
+                time.sleep(_POLL_SECONDS)
             rehearsal = find(folder)
     if rehearsal is None:
         raise RehearsalError(f"The rehearsal did not start; see {folder / 'control.log'}")
@@ -108,7 +119,26 @@ def find(folder: Path) -> Rehearsal | None:
     if process.find() is None:
         return None
     url, ca_file = f"http://127.0.0.1:{port}", folder / "ca.pem"
-    return Rehearsal(folder, url, ca_file, process, _environment(folder, url, str(ca_file)))
+    # The variables that lead the official SDKs to the rehearsal instead of Azure: azure-core, msal,
+    # requests, the storage SDK and Prompt flow all read them, so that they use the real host names
+    # and need no change of code.
+    local, bundles = "localhost,127.0.0.1,::1", ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    environment = {
+        "HTTPS_PROXY": url,
+        "https_proxy": url,
+        "NO_PROXY": local,
+        "no_proxy": local,
+        **dict.fromkeys((*bundles, "SSL_CERT_FILE"), str(ca_file)),
+        "AZURE_TENANT_ID": TENANT,
+        "AZURE_CLIENT_ID": CLIENT,
+        "AZURE_CLIENT_SECRET": client_secret(Cloud(folder)),
+        "AZURE_SUBSCRIPTION_ID": SUBSCRIPTION,
+        # Read by azure-ai-ml when it is imported: seconds between two looks at a job's logs, which
+        # grow from 2 to 60 by themselves.
+        "AZUREML_RUN_POLLING_INTERVAL_MIN": "1",
+        "AZUREML_RUN_POLLING_INTERVAL_MAX": "1",
+    }
+    return Rehearsal(folder, url, ca_file, process, environment)
 
 
 def stop(folder: Path) -> bool:
@@ -148,49 +178,12 @@ def advance(url: str, seconds: float) -> Json:
     return answer
 
 
-def _environment(folder: Path, url: str, ca_file: str) -> dict[str, str]:
-    """The variables that lead the official SDKs to the rehearsal instead of Azure."""
-    # azure-core, msal, requests, the storage SDK and Prompt flow all read them, so that they use
-    # the real host names and need no change of code.
-    local = "localhost,127.0.0.1,::1"
-    return {
-        "HTTPS_PROXY": url,
-        "https_proxy": url,
-        "NO_PROXY": local,
-        "no_proxy": local,
-        **dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), ca_file),
-        "AZURE_TENANT_ID": TENANT,
-        "AZURE_CLIENT_ID": CLIENT,
-        "AZURE_CLIENT_SECRET": client_secret(Cloud(folder)),
-        "AZURE_SUBSCRIPTION_ID": SUBSCRIPTION,
-        # Read by azure-ai-ml when it is imported: seconds between two looks at a job's logs, which
-        # grow from 2 to 60 by themselves.
-        "AZUREML_RUN_POLLING_INTERVAL_MIN": "1",
-        "AZUREML_RUN_POLLING_INTERVAL_MAX": "1",
-    }
-
-
 def calls(folder: Path) -> list[Json]:
     """The journal of the rehearsal of `folder`."""
     path = folder / "calls.jsonl"
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _spawn(folder: Path) -> None:
-    """Start the process and wait until it has written its port."""
-    file, log = folder / "process.json", folder / "control.log"
-    port = last_port(file)
-    file.unlink(missing_ok=True)
-    process = spawn("phi3_rehearsal", "serve", str(folder), str(port), log=log)
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and not file.is_file():
-        if process.poll() is not None:
-            lines = log.read_text(encoding="utf-8").splitlines()
-            why = lines[-1] if lines else "its log is empty"
-            raise RehearsalError(f"The rehearsal did not start: {why}")
-        time.sleep(_POLL_SECONDS)
 
 
 def last_port(file: Path) -> int:

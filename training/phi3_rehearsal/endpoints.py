@@ -68,12 +68,21 @@ def put_endpoint(cloud: Cloud, request: Request) -> Reply:
         text = f"The traffic adds up to {sum(traffic.values())}; expected 0 or 100."
         raise bad(text, "InvalidTraffic")
     _check_mirror(cloud, arm_id, given.get("mirrorTraffic") or {}, traffic)
+    users = (body.get("identity") or {}).get("userAssignedIdentities")
+    own_identity: Json = {
+        "type": "SystemAssigned",
+        "principalId": str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower())),
+        "tenantId": identity.TENANT,
+    }
+    if users:
+        ids = identity.user_identities(cloud, users)
+        own_identity = {"type": "UserAssigned", "userAssignedIdentities": ids}
     host = f"https://{name}.{region}.inference.ml.azure.com"
     document = {
         "location": region,
         "tags": body.get("tags") or {},
         "kind": "Managed",
-        "identity": _identity(cloud, arm_id, body.get("identity")),
+        "identity": own_identity,
         "systemData": before["systemData"] if before else stamps(),
         "properties": {
             **given,
@@ -105,15 +114,6 @@ def _check_mirror(cloud: Cloud, arm_id: str, mirror: Json, traffic: dict[str, in
         if traffic.get(name):
             text = f"The deployment '{name}' cannot have live and mirrored traffic at once."
             raise bad(text, "InvalidTraffic")
-
-
-def _identity(cloud: Cloud, arm_id: str, given: Json | None) -> Json:
-    users = (given or {}).get("userAssignedIdentities")
-    if not users:
-        principal = str(uuid.uuid5(uuid.NAMESPACE_URL, arm_id.lower()))
-        return {"type": "SystemAssigned", "principalId": principal, "tenantId": identity.TENANT}
-    ids = identity.user_identities(cloud, users)
-    return {"type": "UserAssigned", "userAssignedIdentities": ids}
 
 
 @route("DELETE", ARM, ENDPOINT)
@@ -180,6 +180,7 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
     _timeout_seconds(given)
     instance_type = _check_size(cloud, workspace, given, instances, before)
     folder = _model_folder(cloud, workspace, given)
+    # Found only once the machine pulls image and model, so the PUT itself is accepted.
     error = _missing_role(cloud, workspace, endpoint)
     if before:
         stop_server_of(before)
@@ -426,10 +427,23 @@ def score(cloud: Cloud, request: Request) -> Reply:
         # Azure's gateway answers these in plain text, not as the resource manager's JSON.
         if endpoint is None:
             return _plain(404, b"Specified endpoint could not be found")
-        if not _may_score(cloud, endpoint, request):
+        scheme, _, value = request.headers.get("authorization", "").partition(" ")
+        if endpoint["properties"]["authMode"] == "Key":
+            keys = [key_of(cloud, endpoint, which) for which in KEYS]
+            is_known = any(hmac.compare_digest(value.encode(), key.encode()) for key in keys)
+        else:
+            claims = identity.claims_of(cloud, value) if value.count(".") == 2 else None
+            audiences = identity.AUDIENCES["ml"]
+            is_known = claims is not None and claims["aud"].rstrip("/") in audiences
+        if scheme.lower() != "bearer" or not is_known:
             return _plain(401, b"key_auth_access_denied")
-        deployment = _choose(cloud, endpoint, request)
-        if deployment is None:
+        # The deployment that the header names, or one drawn by its share of the traffic.
+        forced, deployment = request.headers.get(_BY_NAME), None
+        traffic = {n: s for n, s in (endpoint["properties"].get("traffic") or {}).items() if s > 0}
+        if forced is not None or traffic:
+            drawn = random.choices(list(traffic), list(traffic.values())) if traffic else []  # noqa: S311
+            deployment = cloud.get(f"{endpoint['id']}/deployments/{forced or drawn[0]}")
+        if deployment is None or deployment["type"] != DEPLOYMENT_KIND:
             return _plain(404, b"Specified traffic group could not be found")
         _copy(cloud, endpoint, request)
         server, key = deployment.get("_server"), server_key(cloud, deployment)
@@ -449,34 +463,13 @@ def score(cloud: Cloud, request: Request) -> Reply:
 get_score = route("GET", _HOST, "/{path*}", audience="", locked=False)(score)
 
 
-def _may_score(cloud: Cloud, endpoint: Json, request: Request) -> bool:
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        return False
-    if endpoint["properties"]["authMode"] == "Key":
-        keys = [key_of(cloud, endpoint, which) for which in KEYS]
-        return any(hmac.compare_digest(value.encode(), key.encode()) for key in keys)
-    claims = identity.claims_of(cloud, value) if value.count(".") == 2 else None
-    return claims is not None and claims["aud"].rstrip("/") in identity.AUDIENCES["ml"]
-
-
-def _choose(cloud: Cloud, endpoint: Json, request: Request) -> Json | None:
-    """The deployment that the header names, or one drawn by its share of the traffic."""
-    forced = request.headers.get(_BY_NAME)
-    traffic = {n: s for n, s in (endpoint["properties"].get("traffic") or {}).items() if s > 0}
-    if forced is None and not traffic:
-        return None
-    name = forced or random.choices(list(traffic), list(traffic.values()))[0]  # noqa: S311
-    deployment = cloud.get(f"{endpoint['id']}/deployments/{name}")
-    return deployment if deployment and deployment["type"] == DEPLOYMENT_KIND else None
-
-
 def _copy(cloud: Cloud, endpoint: Json, request: Request) -> None:
     """Send a copy to the mirror, if it is its turn; nobody gets the answer."""
     mirror = endpoint["properties"].get("mirrorTraffic") or {}
     if _BY_NAME in request.headers:  # such a request is not mirrored
         return
     for name, percent in mirror.items():
+        # Whoever is being created has no server yet, and gets no copy.
         deployment = cloud.get(f"{endpoint['id']}/deployments/{name}") or {}
         server = deployment.get("_server")
         if server and random.random() * 100 < percent:  # noqa: S311

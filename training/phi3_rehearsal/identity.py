@@ -1,7 +1,8 @@
-"""Who may do what: sign-in as Microsoft Entra ID does it, managed identities, role assignments.
+"""Who may do what: sign-in as Microsoft Entra ID does it, managed identities, roles.
 
-Tokens are signed with the rehearsal's seed. The caller that signs in may do everything; of the
-roles of identities this module knows who has which, and rights.py what a role allows.
+Tokens are signed with the rehearsal's seed. The caller that signs in stands for an owner of the
+subscription and may do everything. Identities (of workflows, of endpoints) may do what the roles
+allow that they were assigned at the call's resource or above it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import json
 import re
 import time
 import uuid
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 from urllib.parse import parse_qsl
 
 from .cloud import Cloud, check_location, listed, need_group, on_get, public, route
 from .offers import ROLES
-from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
+from .wire import ARM, GROUP, ML, AzureError, Json, Reply, Request, bad
 
 # The made-up service principal that the caller signs in as, and its id in role assignments.
 TENANT = "7e4ea25a-0000-4000-8000-7e4ea25a0000"
@@ -117,6 +120,7 @@ def _encode(value: Json) -> str:
 
 def _signature(cloud: Cloud, text: str) -> str:
     key = cloud.derive("token-signature").encode()
+    # Symmetric, where Entra signs with RSA: nobody but this rehearsal checks a signature.
     digest = hmac.new(key, text.encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
@@ -265,3 +269,83 @@ def roles_of(cloud: Cloud, principal: str, scope: str) -> set[str]:
         if properties["principalId"] == principal and (scope.lower() + "/").startswith(own):
             names.add(ROLES[properties["roleDefinitionId"].rsplit("/", 1)[-1].lower()])
     return names
+
+
+# --- what a role allows: Azure's own check of each call ---
+
+_VERBS = {"GET": "read", "HEAD": "read", "PUT": "write", "PATCH": "write", "DELETE": "delete"}
+
+
+class Role(NamedTuple):
+    """Patterns of the actions that a role allows, and of those that it leaves out."""
+
+    actions: tuple[str, ...]
+    not_actions: tuple[str, ...] = ()
+
+
+_WS, _AUTH = f"{ML}/workspaces", "Microsoft.Authorization"
+# "Azure built-in roles" (learn.microsoft.com/azure/role-based-access-control/built-in-roles), the
+# control plane's actions. A role that is not here allows nothing there.
+ALLOWED = {
+    "Owner": Role(("*",)),
+    "Contributor": Role(("*",), (f"{_AUTH}/*/Delete", f"{_AUTH}/*/Write")),
+    "Reader": Role(("*/read",)),
+    "AzureML Data Scientist": Role(
+        (f"{_WS}/*/read", f"{_WS}/*/action", f"{_WS}/*/delete", f"{_WS}/*/write"),
+        (
+            *(f"{_WS}/delete", f"{_WS}/write", f"{_WS}/listKeys/action"),
+            # `computes/*/delete` in the role's text; it also keeps computes themselves.
+            *(f"{_WS}/computes/*delete", f"{_WS}/computes/*write"),
+            f"{_WS}/computes/listKeys/action",
+            *(f"{_WS}/hubs/delete", f"{_WS}/hubs/write"),
+            *(f"{_WS}/featurestores/delete", f"{_WS}/featurestores/write"),
+        ),
+    ),
+    # `*/assign/action` in the role's text; it also allows that on the identity itself.
+    "Managed Identity Operator": Role((f"{_UAI_KIND}/*read", f"{_UAI_KIND}/*assign/action")),
+    "Search Service Contributor": Role(("Microsoft.Search/searchServices/*",)),
+}
+
+
+def action_of(method: str, path: str) -> str:
+    """The action that a call is: provider, types and what is done to them."""
+    if "/providers/" not in path:
+        return f"Microsoft.Resources/subscriptions/resourceGroups/{_VERBS.get(method, 'action')}"
+    namespace, *parts = path.rsplit("/providers/", 1)[1].strip("/").split("/")
+    # Types and names take turns; after a POST's last name comes what is asked for (listKeys).
+    return "/".join([namespace, *parts[::2], _VERBS.get(method, "action")])
+
+
+def check_right(cloud: Cloud, principal: str, request: Request) -> None:
+    """Raise AzureError (403) unless a role of the principal allows the call."""
+    if principal == CALLER or request.host != ARM:
+        return
+    client = f"The client '{principal}' with object id '{principal}'"
+    action = action_of(request.method, request.path)
+    if not _may(cloud, principal, action, request.path):
+        text = f"{client} does not have authorization to perform action '{action}' over scope "
+        raise AzureError(403, "AuthorizationFailed", f"{text}'{request.path}'.")
+    if request.method not in ("PUT", "PATCH"):
+        return
+    # Whoever gives a resource an identity must be allowed to use that, also where it had it before
+    # ("Assign a managed identity access", linked access checks of the resource manager).
+    for user in (request.json().get("identity") or {}).get("userAssignedIdentities") or {}:
+        assign = f"{_UAI_KIND}/assign/action"
+        if not _may(cloud, principal, assign, user):
+            text = f"{client} has permission to perform action '{action}' on scope "
+            text += f"'{request.path}'; however, it does not have permission to perform action "
+            text += f"'{assign}' on the linked scope(s) '{user}'."
+            raise AzureError(403, "LinkedAuthorizationFailed", text)
+
+
+def _may(cloud: Cloud, principal: str, action: str, scope: str) -> bool:
+    """Whether a role of the principal at the scope or above it allows the action."""
+    for name in roles_of(cloud, principal, scope):
+        role = ALLOWED.get(name, Role(()))
+        if _fits(action, role.actions) and not _fits(action, role.not_actions):
+            return True
+    return False
+
+
+def _fits(action: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(action.lower(), pattern.lower()) for pattern in patterns)

@@ -104,9 +104,18 @@ def _run(folder: Path, plan: JobPlan) -> Json | None:
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    inputs = {
-        name: _input(plan, item, work / "inputs" / name) for name, item in plan.inputs.items()
-    }
+    # Each input as text: a value, or the path of its copy.
+    inputs: dict[str, str] = {}
+    for name, item in plan.inputs.items():
+        if item.path is None:
+            inputs[name] = str(item.literal)
+            continue
+        source = Path(item.path)
+        if source == tiny_model.folder_in(Path(plan.catalogue)):
+            tiny_model.make(Path(plan.catalogue))  # half a minute, the first time it is needed
+        target = work / "inputs" / name / source.name
+        tiny_model.link(source, target)
+        inputs[name] = str(target)
     if plan.command is None:
         outputs = _run_pipeline(plan, inputs, work)
     else:
@@ -120,17 +129,6 @@ def _run(folder: Path, plan: JobPlan) -> Json | None:
         tiny_model.link(place, Path(plan.outputs[name]))
     shutil.rmtree(work)
     return None
-
-
-def _input(plan: JobPlan, item: JobInput, target: Path) -> str:
-    """An input as text: a value, or the path of its copy."""
-    if item.path is None:
-        return str(item.literal)
-    source = Path(item.path)
-    if source == tiny_model.folder_in(Path(plan.catalogue)):
-        tiny_model.make(Path(plan.catalogue))
-    tiny_model.link(source, target / source.name)
-    return str(target / source.name)
 
 
 # --- command jobs ---
@@ -233,18 +231,7 @@ def _run_pipeline(plan: JobPlan, inputs: dict[str, str], work: Path) -> dict[str
     """Train as the inputs say; returns where each of the pipeline's outputs is."""
     weights = tiny_model.weights_in(tiny_model.make(Path(plan.catalogue)))
     assert weights is not None  # noqa: S101 - it was made with weights
-    recipe = work / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(_recipe(inputs, weights)), encoding="utf-8")
-    with plan.log("std_log.txt").open("wb") as log:
-        model = tiny_model.train([str(recipe)], work / "runs", log)
-    folders = {"mlflow_model_folder": work / "mlflow", "pytorch_model_folder": work / "pytorch"}
-    tiny_model.as_mlflow(model, folders["mlflow_model_folder"])
-    tiny_model.link(model, folders["pytorch_model_folder"])
-    return {plan.bound[name]: path for name, path in folders.items() if name in plan.bound}
-
-
-def _recipe(inputs: dict[str, str], weights: Path) -> Json:
-    """A recipe with the component's inputs, and its defaults where there are none."""
+    # A recipe with the component's inputs, and its defaults where there are none.
     values = {name: item.default for name, item in INPUTS.items() if item.default} | inputs
     shape = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     data: Json = {
@@ -253,7 +240,7 @@ def _recipe(inputs: dict[str, str], weights: Path) -> Json:
     }
     if "validation_file_path" in values:
         data["validation"] = values["validation_file_path"]
-    return {
+    content = {
         "name": "pipeline",
         "model": {"name_or_path": str(weights)},
         "data": data,
@@ -263,3 +250,11 @@ def _recipe(inputs: dict[str, str], weights: Path) -> Json:
             "num_threads": 1,
         },
     }
+    recipe = work / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with plan.log("std_log.txt").open("wb") as log:
+        model = tiny_model.train([str(recipe)], work / "runs", log)
+    folders = {"mlflow_model_folder": work / "mlflow", "pytorch_model_folder": work / "pytorch"}
+    tiny_model.as_mlflow(model, folders["mlflow_model_folder"])
+    tiny_model.link(model, folders["pytorch_model_folder"])
+    return {plan.bound[name]: path for name, path in folders.items() if name in plan.bound}

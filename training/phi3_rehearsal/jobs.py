@@ -62,12 +62,7 @@ def put_job(cloud: Cloud, request: Request) -> Reply:
     else:
         raise AzureError(501, "NotRehearsed", f"Jobs of type {kind} are not rehearsed")
     job = cloud.put(request.id(_JOB), KIND, _job_document(workspace, name, given))
-    _start(cloud, workspace, job, plan)
-    return Reply(201, public(job))
-
-
-def _start(cloud: Cloud, workspace: Json, job: Json, plan: JobPlan) -> None:
-    """Write job.json and start the process that carries the job out."""
+    # Write job.json and start the process that carries the job out.
     folder = cloud.folder / "jobs" / job["name"]
     folder.mkdir(parents=True, exist_ok=True)
     files = BlobFiles(cloud.folder, storage_account(workspace))
@@ -75,18 +70,20 @@ def _start(cloud: Cloud, workspace: Json, job: Json, plan: JobPlan) -> None:
     plan.name, plan.workspace = job["name"], workspace["id"]
     plan.experiment = job["properties"]["experimentName"]
     plan.outputs = {
-        name: str(assets.locate(cloud, workspace, value["uri"]))
-        for name, value in job["properties"]["outputs"].items()
-        if name != "default"
+        output: str(assets.locate(cloud, workspace, value["uri"]))
+        for output, value in job["properties"]["outputs"].items()
+        if output != "default"
     }
     plan.artifacts = str(artifacts / "ExperimentRun" / f"dcid.{job['name']}")
     plan.catalogue = str(assets.catalogue(cloud))
+    # Injected faults count down here, so that a job that is submitted again meets the next one.
     plan.slow_seconds = cloud.faults.slowness(job["id"], "job")
     plan.failure = cloud.faults.failure(job["id"], "job")
     plan.write(folder / "job.json")
     process = spawn("phi3_rehearsal", "job", str(folder), log=folder / "process.log")
     _children[process.pid] = process
     job["_process"] = dataclasses.asdict(ProcessId.of(process.pid))
+    return Reply(201, public(job))
 
 
 def refreshed(cloud: Cloud, job: Json) -> Json:
@@ -95,6 +92,7 @@ def refreshed(cloud: Cloud, job: Json) -> Json:
     if properties["status"] not in ACTIVE:
         return job
     written = _status_of(cloud, job)
+    # One that was killed has not written how it ended.
     if written["status"] in ACTIVE and _process_of(job) is None:
         written = _status_of(cloud, job)  # it may have ended between the two looks
         if written["status"] in ACTIVE:
@@ -130,6 +128,7 @@ def cancel(cloud: Cloud, job: Json, error: Json | None = None) -> None:
         return
     process = _process_of(job)
     if process is not None:
+        # Its ranks and the workers that they forked would outlive it.
         for member in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
@@ -323,11 +322,36 @@ def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
     known = f"registries/azureml/components/{offers.COMPONENT}/versions/{offers.COMPONENT_VERSION}"
     if not asked.endswith(known):
         raise bad(f"The component '{asked}' was not found.")
-    values = {
-        name: _resolved(value, given.get("inputs") or {})
-        for name, value in (node.get("inputs") or {}).items()
-    }
-    faults = _input_faults(values)
+    # A node's input that is bound to an input of the pipeline is replaced by that.
+    parent, values = given.get("inputs") or {}, dict[str, Json]()
+    for name, value in (node.get("inputs") or {}).items():
+        to = _PARENT.fullmatch(str(value.get("value", "")))
+        if to is None:
+            kind = value.get("job_input_type") or value.get("jobInputType")
+            own = {"jobInputType": kind, "value": value.get("value"), "uri": value.get("uri")}
+            values[name] = own
+        elif to.group(2) in parent:
+            values[name] = parent[to.group(2)]
+        else:
+            raise bad(f"The pipeline has no input '{to.group(2)}'.")
+    # What the component would refuse: unknown inputs, wrong types, no model, no data.
+    faults = []
+    for name, value in values.items():
+        item = offers.INPUTS.get(name)
+        if item is None:
+            faults.append(f"Unknown input '{name}' of {offers.COMPONENT}")
+        elif item.is_literal != (value.get("jobInputType") == _LITERAL):
+            faults.append(f"Input '{name}' must be of type {item.kind}")
+        elif not item.is_literal and value["jobInputType"] != item.kind:
+            faults.append(f"Input '{name}' is {value['jobInputType']}, expected {item.kind}")
+        elif item.is_literal and (fault := item.fault(value.get("value"))):
+            faults.append(f"Input '{name}': {fault}")
+    for needed in (
+        ("mlflow_model_path", "pytorch_model_path", "huggingface_id"),
+        ("train_file_path", "train_mltable_path"),
+    ):
+        if not set(needed) & set(values):
+            faults.append(f"One of {', '.join(needed)} is needed")
     faults += _compute_faults(cloud, workspace, values)
     if faults:
         details = [{"code": "InvalidInput", "message": fault} for fault in faults]
@@ -341,40 +365,6 @@ def _pipeline_plan(cloud: Cloud, workspace: Json, given: Json) -> JobPlan:
             bound[name] = match.group(2)
     inputs = {n: _input(cloud, workspace, n, v) for n, v in values.items()}
     return JobPlan(inputs=inputs, bound=bound)
-
-
-def _resolved(value: Json, parent: Json) -> Json:
-    """A node's input; one that is bound to an input of the pipeline is replaced by that."""
-    bound = _PARENT.fullmatch(str(value.get("value", "")))
-    if bound is None:
-        kind = value.get("job_input_type") or value.get("jobInputType")
-        return {"jobInputType": kind, "value": value.get("value"), "uri": value.get("uri")}
-    if bound.group(2) not in parent:
-        raise bad(f"The pipeline has no input '{bound.group(2)}'.")
-    resolved: Json = parent[bound.group(2)]
-    return resolved
-
-
-def _input_faults(values: dict[str, Json]) -> list[str]:
-    """What the component would refuse: unknown inputs, wrong types, no model, no data."""
-    faults = []
-    for name, value in values.items():
-        known = offers.INPUTS.get(name)
-        if known is None:
-            faults.append(f"Unknown input '{name}' of {offers.COMPONENT}")
-        elif known.is_literal != (value.get("jobInputType") == _LITERAL):
-            faults.append(f"Input '{name}' must be of type {known.kind}")
-        elif not known.is_literal and value["jobInputType"] != known.kind:
-            faults.append(f"Input '{name}' is {value['jobInputType']}, expected {known.kind}")
-        elif known.is_literal and (fault := known.fault(value.get("value"))):
-            faults.append(f"Input '{name}': {fault}")
-    for needed in (
-        ("mlflow_model_path", "pytorch_model_path", "huggingface_id"),
-        ("train_file_path", "train_mltable_path"),
-    ):
-        if not set(needed) & set(values):
-            faults.append(f"One of {', '.join(needed)} is needed")
-    return faults
 
 
 def _compute_faults(cloud: Cloud, workspace: Json, values: dict[str, Json]) -> list[str]:

@@ -3,7 +3,7 @@
 They go by the rehearsal's clock, which `clock` moves: what would have fired in between fires then,
 with no client alive. A recurrence as in "Schedule recurring automated workflows" and "Recurrence
 trigger" (learn.microsoft.com/azure/logic-apps): without a start time it fires at once, with one in
-the past at the next slot. Of actions it knows Http and If, of conditions those of workflow_text.py.
+the past at the next slot. Of actions it knows Http and If.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from .cloud import Cloud, check_location, need_group, on_get, public, route
 from .identity import TENANT, token_for
 from .proxy import CutError, answer
 from .wire import ARM, GROUP, AzureError, Json, Reply, Request, bad
-from .workflow_text import Condition, check_literal, literal
 
 KIND = "Microsoft.Logic/workflows"
 _WORKFLOW = GROUP + "/providers/Microsoft.Logic/workflows/{workflow}"
@@ -47,7 +49,13 @@ def put_workflow(cloud: Cloud, request: Request) -> Reply:
         if trigger.get("type") != "Recurrence":
             raise AzureError(501, "NotRehearsed", f"Triggers of type {trigger.get('type')}")
         _period(trigger.get("recurrence") or {})
-    identity = _identity(body.get("identity"), before)
+    # The identity that the service makes stays the same until the workflow is deleted.
+    asked, identity = body.get("identity") or {}, None
+    if asked and asked.get("type") != "None":
+        if asked.get("type") != "SystemAssigned":
+            raise AzureError(501, "NotRehearsed", f"Workflows with identity {asked.get('type')}")
+        principal = ((before or {}).get("identity") or {}).get("principalId") or str(uuid.uuid4())
+        identity = {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
     _check_actions(definition.get("actions") or {}, set(), has_identity=identity is not None)
     document: Json = {
         "location": location,
@@ -91,17 +99,6 @@ def _check_actions(actions: Json, names: set[str], *, has_identity: bool) -> Non
                 raise bad(text, "WorkflowManagedIdentityNotSpecified")
         else:
             raise AzureError(501, "NotRehearsed", f"Actions of type {action.get('type')}")
-
-
-def _identity(given: Json | None, before: Json | None) -> Json | None:
-    """The identity that the service makes; it stays the same until the workflow is deleted."""
-    if not given or given.get("type") == "None":
-        return None
-    if given.get("type") != "SystemAssigned":
-        raise AzureError(501, "NotRehearsed", f"Workflows with identity {given.get('type')}")
-    known = (before or {}).get("identity") or {}
-    principal = known.get("principalId") or str(uuid.uuid4())
-    return {"type": "SystemAssigned", "principalId": principal, "tenantId": TENANT}
 
 
 def _need(cloud: Cloud, request: Request) -> Json:
@@ -181,8 +178,15 @@ def run_due(cloud: Cloud) -> None:
 def _fire_due(cloud: Cloud, until: float) -> list[Json]:
     """Let the time pass, from one slot to the next; each run's workflow, time and status."""
     runs = []
-    while slots := sorted(_slots(cloud), key=lambda slot: slot[0]):
-        when, workflow, trigger = slots[0]
+    while True:
+        # Looked for again after each run: what a workflow did may have changed or ended another.
+        slots = [
+            (when, workflow, trigger)
+            for workflow in cloud.children("/subscriptions", KIND)
+            for trigger in workflow["properties"]["definition"]["triggers"]
+            if (when := _next(workflow, trigger)) is not None
+        ]
+        when, workflow, trigger = min(slots, key=lambda slot: slot[0], default=(math.inf, {}, ""))
         if when > until:
             break
         cloud.clock += max(0.0, when - cloud.time())
@@ -194,14 +198,6 @@ def _fire_due(cloud: Cloud, until: float) -> list[Json]:
     cloud.clock += max(0.0, until - cloud.time())
     cloud.settle()
     return runs
-
-
-def _slots(cloud: Cloud) -> Iterator[tuple[float, Json, str]]:
-    for workflow in cloud.children("/subscriptions", KIND):
-        for trigger in workflow["properties"]["definition"]["triggers"]:
-            when = _next(workflow, trigger)
-            if when is not None:
-                yield when, workflow, trigger
 
 
 def _next(workflow: Json, trigger: str) -> float | None:
@@ -319,3 +315,69 @@ def _call(
     except CutError:
         return 502, {}, {}
     return reply.status, reply.headers, reply.body if isinstance(reply.body, dict) else {}
+
+
+# --- conditions and literal text ---
+# As in "Workflow Definition Language schema" (learn.microsoft.com/azure/logic-apps): a text that
+# begins with @ or holds @{ is an expression, @@ stands for a literal @. Of expressions two
+# conditions are rehearsed; every other one is answered with 501.
+
+_DUE = re.compile(r"@greaterOrEquals\(ticks\(utcNow\(\)\), ?ticks\('([^']+)'\)\)")
+# A quote inside of quotes is doubled.
+_TAGGED = re.compile(r"@equals\(body\('([^']+)'\)\?\['tags'\]\?\['([^']+)'\], ?'((?:[^']|'')*)'\)")
+_EXPRESSION = re.compile(r"^@(?!@)|(?<!@)@\{")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What an If asks: whether a time has come, or whether a read resource has a tag."""
+
+    due: float | None = None  # seconds since 1970
+    read: str = ""  # the action that read the resource
+    tag: tuple[str, str] = ("", "")
+
+    @classmethod
+    def of(cls, expression: object) -> Condition:
+        """Read it. Raises AzureError: 501 for another expression, 400 for a time that is none."""
+        text = expression if isinstance(expression, str) else ""
+        if match := _DUE.fullmatch(text):
+            try:
+                when = dt.datetime.fromisoformat(match[1].replace("Z", "+00:00"))
+            except ValueError:
+                raise bad(f"'{match[1]}' is no timestamp.", "InvalidTemplate") from None
+            zoned = when if when.tzinfo else when.replace(tzinfo=dt.timezone.utc)
+            return cls(due=zoned.timestamp())
+        if match := _TAGGED.fullmatch(text):
+            return cls(read=match[1], tag=(match[2], match[3].replace("''", "'")))
+        raise AzureError(501, "NotRehearsed", f"The condition {expression}")
+
+    def holds(self, now: float, bodies: Mapping[str, Json]) -> bool:
+        """Whether it is true now; `bodies`: what each action has read."""
+        if self.due is not None:
+            return now >= self.due
+        name, value = self.tag
+        return (bodies.get(self.read, {}).get("tags") or {}).get(name) == value
+
+
+def check_literal(value: Any) -> None:
+    """Raise AzureError (501) where a text anywhere in `value` is an expression."""
+    if isinstance(value, dict):
+        for item in value.values():
+            check_literal(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_literal(item)
+    elif isinstance(value, str) and _EXPRESSION.search(value):
+        raise AzureError(501, "NotRehearsed", f"The expression {value}")
+
+
+def literal(value: Any) -> Any:
+    """`value` as it is sent: with @ for @@ at the beginning of a text and before a brace."""
+    if isinstance(value, dict):
+        return {name: literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    if isinstance(value, str):
+        text = value[1:] if value.startswith("@@") else value
+        return text.replace("@@{", "@{")
+    return value

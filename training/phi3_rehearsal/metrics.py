@@ -33,11 +33,21 @@ def get_metrics(cloud: Cloud, request: Request) -> Reply:
     if query.get("interval", "PT1M") != "PT1M" or query.get("aggregation") != "Average":
         raise AzureError(501, "NotRehearsed", "Metrics other than an average of each minute")
     begins, ends = _span(query.get("timespan", ""))
-    clauses = _clauses(query.get("$filter", ""))
+    # `NAME eq 'VALUE' and NAME ne 'VALUE'`; '*' stands for every value.
+    known = {name.lower(): name for name in _DIMENSIONS}
+    clauses = []
+    for part in query["$filter"].split(" and ") if query.get("$filter") else ():
+        match = _CLAUSE.fullmatch(part.strip())
+        if match is None or match[1].lower() not in known:
+            raise bad(f"The filter '{part}' names no dimension of {_METRIC}.", "BadRequest")
+        clauses.append((known[match[1].lower()], match[2], match[3]))
     asked = list(dict.fromkeys(name for name, _operator, _value in clauses))
     counts: Counter[tuple[tuple[str, ...], dt.datetime]] = Counter()
     for minute, values in _requests(cloud, endpoint, begins, ends):
-        if all(_fits(values[name], operator, value) for name, operator, value in clauses):
+        if all(
+            (wanted == "*" or values[name].lower() == wanted.lower()) == (operator == "eq")
+            for name, operator, wanted in clauses
+        ):
             counts[tuple(values[name] for name in asked), minute] += 1
     series = [
         {
@@ -77,23 +87,6 @@ def _span(text: str) -> tuple[dt.datetime, dt.datetime]:
     return begins.replace(second=0, microsecond=0), ends
 
 
-def _clauses(text: str) -> list[tuple[str, str, str]]:
-    """`NAME eq 'VALUE' and NAME ne 'VALUE'`; '*' stands for every value. Raises AzureError."""
-    known = {name.lower(): name for name in _DIMENSIONS}
-    clauses = []
-    for part in text.split(" and ") if text else ():
-        match = _CLAUSE.fullmatch(part.strip())
-        if match is None or match[1].lower() not in known:
-            raise bad(f"The filter '{part}' names no dimension of {_METRIC}.", "BadRequest")
-        clauses.append((known[match[1].lower()], match[2], match[3]))
-    return clauses
-
-
-def _fits(value: str, operator: str, wanted: str) -> bool:
-    same = wanted == "*" or value.lower() == wanted.lower()
-    return same if operator == "eq" else not same
-
-
 def _requests(
     cloud: Cloud, endpoint: Json, begins: dt.datetime, ends: dt.datetime
 ) -> list[tuple[dt.datetime, dict[str, str]]]:
@@ -102,6 +95,7 @@ def _requests(
     found = []
     with (cloud.folder / "calls.jsonl").open(encoding="utf-8") as stream:
         for line in stream:
+            # Few of the journal's lines are answers of a deployment: the others are not parsed.
             if '"deployment"' not in line:
                 continue
             call = json.loads(line)
@@ -109,6 +103,7 @@ def _requests(
             if call["host"] != host or not begins <= moment < ends:
                 continue
             status = str(call["status"])
+            # Azure's classes are 2xx, 4xx and 5xx; an answer that was lost counts as what it was.
             values = (call["deployment"], status, f"{status[0]}xx")
             minute = moment.replace(second=0, microsecond=0)
             found.append((minute, dict(zip(_DIMENSIONS, values, strict=True))))

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -157,21 +158,13 @@ def _await_port(process: subprocess.Popen[bytes], status_file: Path, log_path: P
             raise RehearsalError(f"The container did not start. {why}")
         if status_file.exists():
             port = int(json.loads(status_file.read_text(encoding="utf-8"))["port"])
-            if _answers(port):
-                return port
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROBE_SECONDS)
+            with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):
+                connection.request("GET", "/")
+                if connection.getresponse().status == 200:
+                    return port
         time.sleep(_POLL_SECONDS)
     raise RehearsalError(f"The container did not answer in {_START_SECONDS:.0f} seconds.")
-
-
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROBE_SECONDS)
-    try:
-        connection.request("GET", "/")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 def server_process(deployment: Json) -> ProcessId | None:

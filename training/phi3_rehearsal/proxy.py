@@ -14,7 +14,6 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from urllib.parse import urlsplit
 import trustme
 
 from .cloud import Cloud, router
-from .identity import check_token
-from .rights import check_right
+from .identity import check_right, check_token
 from .wire import AzureError, Reply, Request
 
 _log = logging.getLogger(__name__)
@@ -96,11 +94,26 @@ class _Connection(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         host = self._host or (urlsplit(self.path).hostname or "")
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, host, self.path, headers, self._body())
+        if "chunked" in headers.get("transfer-encoding", "").lower():
+            pieces = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                pieces.append(self.rfile.read(size))
+                self.rfile.readline()
+            while self.rfile.readline().strip():  # trailers, up to the empty line
+                pass
+            body = b"".join(pieces)
+        else:
+            body = self.rfile.read(int(headers.get("content-length") or 0))
+        request = Request(self.command, host, self.path, headers, body)
         try:
             reply = answer(self.server.cloud, request)
         except CutError:
-            self._cut()
+            # A reset, no polite end, as when a gateway dies: with linger on and 0 s close() sends
+            # RST, not FIN.
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+            self.connection.close()
             return
         try:
             self._send(reply)
@@ -109,18 +122,6 @@ class _Connection(BaseHTTPRequestHandler):
 
     # The names that http.server calls.
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _serve  # noqa: N815
-
-    def _body(self) -> bytes:
-        if "chunked" in self.headers.get("Transfer-Encoding", "").lower():
-            return b"".join(self._chunks())
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def _chunks(self) -> Iterator[bytes]:
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        while self.rfile.readline().strip():
-            pass
 
     def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)
@@ -144,13 +145,6 @@ class _Connection(BaseHTTPRequestHandler):
                 self.wfile.flush()
             self.wfile.write(b"0\r\n\r\n")
         self.wfile.flush()
-
-    def _cut(self) -> None:
-        """Reset the connection: no polite end, as when a gateway dies."""
-        linger = struct.pack("ii", 1, 0)  # on, 0 s: close() sends RST, not FIN
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.close_connection = True
-        self.connection.close()
 
     def finish(self) -> None:
         """Close; a connection that was cut has nothing left to flush."""

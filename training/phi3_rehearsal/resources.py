@@ -1,4 +1,4 @@
-"""Subscriptions, resource groups, template deployments, and what a workspace stands on.
+"""Subscriptions, resource groups and budgets, templates, and what a workspace stands on.
 
 Of templates the one with which azure-ai-ml makes a workspace is carried out; others are refused.
 """
@@ -70,7 +70,7 @@ def check_group(cloud: Cloud, request: Request) -> Reply:
 def delete_group(cloud: Cloud, request: Request) -> Reply:
     """Delete the group with everything in it, unless a job still runs there."""
     group = need_group(cloud, request)
-    cloud.release(group["id"])
+    cloud.release(group["id"])  # its 409 comes before anything is gone
     for doc in cloud.children(group["id"]):
         _before_delete(cloud, doc)
     return cloud.accepted(group, cloud.operate(group, kind="delete"), 202, body=False)
@@ -80,7 +80,7 @@ def delete_group(cloud: Cloud, request: Request) -> Reply:
 def list_resources(cloud: Cloud, request: Request) -> Reply:
     """The top-level resources of a group; deployments and role assignments are not among them."""
     prefix = need_group(cloud, request)["id"] + "/providers"
-    depth = len(prefix.split("/")) + 3
+    depth = len(prefix.split("/")) + 3  # /NAMESPACE/TYPE/NAME; what lies deeper is a child
     docs = [d for d in cloud.children(prefix) if len(d["id"].split("/")) == depth]
     hidden = ("Microsoft.Resources/", "Microsoft.Authorization/")
     return listed([doc for doc in docs if not doc["type"].startswith(hidden)])
@@ -98,6 +98,7 @@ def list_tagged(cloud: Cloud, request: Request) -> Reply:
     docs = [
         doc
         for doc in cloud.children(request.id(_SUBSCRIPTION) + "/resourceGroups")
+        # The same depth: "", subscriptions, S, resourceGroups, G, providers, NAMESPACE, TYPE, NAME.
         if len(doc["id"].split("/")) == 9 and (doc.get("tags") or {}).get(match[1]) == match[2]
     ]
     return listed(docs)
@@ -165,6 +166,7 @@ def put_deployment(cloud: Cloud, request: Request) -> Reply:
     state = {"provisioningState": "Accepted", "mode": "Incremental", "duration": "PT2S"}
     times = {"timestamp": stamps()["createdAt"], "outputResources": resources}
     document: Json = {"properties": {**state, **times}}
+    # A new workspace is there when the operation ends, not before (Cloud.finish).
     made = [] if stood else [cloud.resources.pop(resources[-1]["id"].lower())]
     document["_makes"] = made
     deployment = cloud.put(request.id(_DEPLOYMENT), "Microsoft.Resources/deployments", document)
@@ -307,3 +309,46 @@ def _before_delete(cloud: Cloud, doc: Json) -> None:
         properties = {"vaultId": doc["id"], "location": doc["location"]}
         deleted = {"properties": {**properties, "tags": doc.get("tags") or {}}}
         cloud.put(_deleted_id(doc["id"], doc["location"]), _DELETED_KIND, deleted)
+
+
+# --- budgets of a resource group; none of them ever mails here ---
+# learn.microsoft.com/rest/api/consumption/budgets.
+
+_BUDGET_KIND = "Microsoft.Consumption/budgets"
+_BUDGET = GROUP + f"/providers/{_BUDGET_KIND}/{{budget}}"
+_NOTIFICATIONS = 5  # the most that a budget has
+
+
+@route("PUT", ARM, _BUDGET)
+def put_budget(cloud: Cloud, request: Request) -> Reply:
+    """Make a budget or change it."""
+    need_group(cloud, request)
+    given = request.json().get("properties") or {}
+    start = str((given.get("timePeriod") or {}).get("startDate", ""))
+    if given.get("category") != "Cost" or given.get("timeGrain") != "Monthly":
+        raise AzureError(501, "NotRehearsed", "Budgets other than of a month's costs")
+    if not isinstance(given.get("amount"), int | float) or given["amount"] <= 0:
+        raise bad("The amount of a budget must be greater than 0.", "400")
+    if start[8:10] != "01":
+        raise bad("The start date of a budget must be the first of a month.", "400")
+    notifications = given.get("notifications") or {}
+    if len(notifications) > _NOTIFICATIONS:
+        raise bad(f"A budget has at most {_NOTIFICATIONS} notifications.", "400")
+    for name, notification in notifications.items():
+        kinds = notification.get("thresholdType"), notification.get("operator")
+        if kinds[0] not in ("Actual", "Forecasted") or kinds[1] != "GreaterThan":
+            raise bad(f"The notification '{name}' is invalid.", "400")
+        if not notification.get("contactEmails"):
+            raise bad(f"The notification '{name}' has nobody to mail to.", "400")
+    before = cloud.get(request.id(_BUDGET))
+    budget = cloud.put(request.id(_BUDGET), _BUDGET_KIND, {"properties": given})
+    return Reply(200 if before else 201, public(budget))
+
+
+on_get(_BUDGET, lambda cloud, request: cloud.need(request.id(_BUDGET), "budget"))
+
+
+@route("DELETE", ARM, _BUDGET)
+def delete_budget(cloud: Cloud, request: Request) -> Reply:
+    """Delete it."""
+    return cloud.delete_now(request.id(_BUDGET))

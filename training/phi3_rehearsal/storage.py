@@ -124,6 +124,7 @@ class BlobFiles:
     def names(self, container: str, prefix: str = "") -> list[str]:
         """The names of the blobs that begin with `prefix`, sorted."""
         root = self.data / container
+        # Left out is what another thread is just writing (Blob.write).
         files = (path for path in root.rglob("*") if path.is_file())
         names = (path.relative_to(root).as_posix() for path in files)
         return sorted(n for n in names if n.startswith(prefix) and not n.endswith(".part"))
@@ -143,6 +144,8 @@ def refused(status: int, code: str, message: str) -> AzureError:
 
 
 # --- blobs ---
+# Without an audience: a call may carry a key or a signature in the place of a token (`checked`).
+# Without the lock: a job's files are sent many at a time.
 
 BLOB_HOST = "{account}.blob.core.windows.net"
 _CONTAINER, _BLOB = "/{container}", "/{container}/{blob*}"
@@ -233,11 +236,23 @@ def get_container(cloud: Cloud, request: Request) -> Reply:
     prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
     blobs, folders = [], dict[str, None]()
     for name in files.names(container, prefix):
+        # No name holds a line break: without a delimiter nothing is a folder.
         folder, separator, _rest = name[len(prefix) :].partition(delimiter or "\n")
         if separator:  # deeper levels are listed as one folder
             folders[prefix + folder + delimiter] = None
         else:
-            blobs.append(_listed(Blob(files, container, name)))
+            blob = Blob(files, container, name)
+            headers = blob.headers(length=True)
+            metadata = "".join(f"<{k}>{escape(v)}</{k}>" for k, v in blob.metadata().items())
+            blobs.append(
+                f"<Blob><Name>{escape(name)}</Name><Properties>"
+                f"<Last-Modified>{headers['Last-Modified']}</Last-Modified>"
+                f"<Etag>{headers['ETag'][1:-1]}</Etag>"
+                f"<Content-Length>{headers['Content-Length']}</Content-Length>"
+                f"<Content-Type>{headers['Content-Type']}</Content-Type>"
+                "<BlobType>BlockBlob</BlobType></Properties>"
+                f"<Metadata>{metadata}</Metadata></Blob>"
+            )
     names = (f"<BlobPrefix><Name>{escape(folder)}</Name></BlobPrefix>" for folder in folders)
     body = (
         f'<?xml version="1.0" encoding="utf-8"?><EnumerationResults ServiceEndpoint='
@@ -248,18 +263,6 @@ def get_container(cloud: Cloud, request: Request) -> Reply:
 
 
 head_container = route("HEAD", BLOB_HOST, _CONTAINER, audience="", locked=False)(get_container)
-
-
-def _listed(blob: Blob) -> str:
-    headers = blob.headers(length=True)
-    metadata = "".join(f"<{k}>{escape(v)}</{k}>" for k, v in blob.metadata().items())
-    return (
-        f"<Blob><Name>{escape(blob.name)}</Name><Properties>"
-        f"<Last-Modified>{headers['Last-Modified']}</Last-Modified><Etag>{headers['ETag'][1:-1]}"
-        f"</Etag><Content-Length>{headers['Content-Length']}</Content-Length><Content-Type>"
-        f"{headers['Content-Type']}</Content-Type><BlobType>BlockBlob</BlobType></Properties>"
-        f"<Metadata>{metadata}</Metadata></Blob>"
-    )
 
 
 # --- who may: account keys, signatures and tokens ---
@@ -304,7 +307,7 @@ def checked(cloud: Cloud, request: Request) -> str:
         )
         good = hmac.compare_digest(query.get("sig", ""), _sign(cloud, account, text))
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        good = good and query.get("se", "") >= now
+        good = good and query.get("se", "") >= now  # ISO times compare as text
     if not good:
         text = "Server failed to authenticate the request. Make sure the value of Authorization "
         text += "header is formed correctly including the signature."

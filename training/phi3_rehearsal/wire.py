@@ -20,6 +20,7 @@ REGIONAL = "{region}.api.azureml.ms"
 GROUP = "/subscriptions/{sub}/resourceGroups/{rg}"
 ML = "Microsoft.MachineLearningServices"
 WORKSPACE = f"{GROUP}/providers/{ML}/workspaces/{{ws}}"
+# `{name}`, `{name*}` or `{name:a|b}`; see Router.route.
 _ARGUMENT = re.compile(r"\{(\w+)(\*|:[^}]*)?\}")
 
 
@@ -87,6 +88,7 @@ class AzureError(Exception):
 
     def error(self) -> Json:
         """The inner object: code, message, and details if there are any."""
+        # A shortage of quota is a BadRequest outside, and OutOfQuota in the details.
         more: Json = {"details": self.details} if self.details else {}
         return {"code": self.code, "message": self.message, **more}
 
@@ -111,6 +113,7 @@ def bad(message: str, code: str = "UserError", **more: Any) -> AzureError:
     return AzureError(400, code, message, **more)
 
 
+# A type of its own, so that this module need not know cloud.py, which imports it.
 State = TypeVar("State")
 Handler = Callable[[State, Request], Reply]
 
@@ -176,4 +179,5 @@ def _pattern(template: str, separator: str) -> re.Pattern[str]:
             own = ".+" if kind == "*" else "|".join(map(re.escape, kind[1:].split("|")))
         text += re.escape(template[end : match.start()]) + f"(?P<{name}>{own})"
         end = match.end()
+    # Azure ignores case in paths, and its SDKs differ (resourceGroups, resourcegroups).
     return re.compile(text + re.escape(template[end:]), re.IGNORECASE)

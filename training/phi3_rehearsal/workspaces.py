@@ -53,6 +53,7 @@ def make(cloud: Cloud, arm_id: str, body: Json) -> Json:
     else:
         for part in ("storageAccount", "keyVault"):
             cloud.need(properties.get(part) or "", part)
+    # It stays when the workspace is made again: the name of its container has it.
     own_id = (before or {}).get("properties", {}).get("workspaceId") or str(uuid.uuid4())
     host = f"{location}.api.azureml.ms"
     document: Json = {
@@ -260,6 +261,7 @@ def put_connection(cloud: Cloud, request: Request) -> Reply:
         raise bad("The custom keys must be strings.", "ValidationError")
     if not all(isinstance(v, str) for v in (properties.get("metadata") or {}).values()):
         raise bad("The connection's metadata must be strings.", "ValidationError")
+    # state.json holds no secret in clear text.
     sealed = cloud.seal(properties.pop("credentials", None))
     document = {
         "properties": {**properties, "group": "AzureAI", "createdByWorkspaceArmId": None},
@@ -273,6 +275,7 @@ def put_connection(cloud: Cloud, request: Request) -> Reply:
 def get_connection(cloud: Cloud, request: Request) -> Reply:
     """One connection, without its secrets."""
     answer = public(_need_connection(cloud, request))
+    # As the service does, which is why clients need listsecrets (microsoft/promptflow issue 749).
     if answer["properties"].get("authType") == "CustomKeys":
         answer["properties"]["credentials"] = None
     return Reply(200, answer)
@@ -311,6 +314,7 @@ def delete_connection(cloud: Cloud, request: Request) -> Reply:
 def _need_connection(cloud: Cloud, request: Request) -> Json:
     workspace, name = need_workspace(cloud, request), request.args["name"]
     connection = cloud.get(request.id(_CONNECTION))
+    # A project also has what its hub shares with all projects, and nothing else of it.
     hub = workspace["properties"].get("hubResourceId")
     if connection is None and hub:
         above = cloud.get(f"{hub}/connections/{name}")

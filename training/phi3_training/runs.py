@@ -6,7 +6,7 @@ The current run is what every command works on unless another is named. Reads an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from .packages import has_prompt_flow
 from .run import Run, write_atomically
 
 if TYPE_CHECKING:
-    from .targets import Target
+    from .targets import RunStatus, Target
 
 _FILE = ".current"
 
@@ -136,7 +136,7 @@ class RunState:
     remarks: Sequence[str]
     done: Sequence[str]
     broken: Sequence[str]
-    status: Mapping[str, Any]
+    status: RunStatus
     adapters: Sequence[str]
     question: str | None
     answer: str | None
@@ -178,11 +178,12 @@ def state_of(run: Run, target: Target | None = None) -> RunState:
             broken[stage.manifest] = str(error)
     # The target would read the same file, and fail.
     if EndpointManifest in broken:
-        status: Mapping[str, Any] = {"endpoint": {"state": "unknown"}}
+        status: RunStatus = {"endpoint": {"state": "unknown"}}
     elif target is None and not here:
         endpoint = run.read(EndpointManifest)
-        where = {} if endpoint is None else {"url": endpoint.endpoint}
-        status = {"endpoint": {"state": "not asked", **where}}
+        status = {"endpoint": {"state": "not asked"}}
+        if endpoint is not None:
+            status["endpoint"]["url"] = endpoint.endpoint
     else:
         status = (target or get_target(name)).status(run)
     answer = None if AnswerManifest in broken else run.read(AnswerManifest)

@@ -26,12 +26,18 @@ from phi3_training.project import find
 from phi3_training.recipe import load_recipe
 from phi3_training.recipe.azure import GPU_SIZE, AzureSection
 from phi3_training.run import Run
+from phi3_training.targets.azure import check_live
 from phi3_training.targets.azure import clients as azure_clients
-from phi3_training.targets.azure import live_steps
-from phi3_training.targets.azure.check_live import Outcome, list_steps, run_steps
-from phi3_training.targets.azure.live_steps import CHECK_TAG, LiveCheck, check_section
+from phi3_training.targets.azure.check_live import (
+    CHECK_TAG,
+    LiveCheck,
+    Outcome,
+    check_section,
+    list_steps,
+    run_steps,
+)
+from phi3_training.targets.azure.costs import Prices
 from phi3_training.targets.azure.place import find_place
-from phi3_training.targets.azure.prices import Prices
 
 from .azure_rehearsed import Rehearsed, rehearsed
 from .azure_wire import SUBSCRIPTION, place
@@ -87,9 +93,9 @@ def listed_prices(_url: str, query: dict[str, str], _seconds: float) -> Any:
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LiveCheck:
-    monkeypatch.setattr(live_steps, "open_store", lambda *_args: (Container(), []))
-    monkeypatch.setattr(live_steps, "provision", made_at_once)
-    monkeypatch.setattr(live_steps, "FIRED_LEAD", dt.timedelta(0))
+    monkeypatch.setattr(check_live, "open_store", lambda *_args: (Container(), []))
+    monkeypatch.setattr(check_live, "provision", made_at_once)
+    monkeypatch.setattr(check_live, "FIRED_LEAD", dt.timedelta(0))
     theirs = AzureSection(
         subscription_id=SUBSCRIPTION, resource_group="theirs", storage_account="theirstorage"
     )
@@ -148,7 +154,7 @@ def test_by_hand_has_keys_of_this_version(check: LiveCheck) -> None:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line, without a terminal, with prices that were asked before."""
     kept = {"asked": time.time(), "prices": [0.229]}
-    cache = {f"eastus/{size}": kept for size in (live_steps.CPU_SIZE, GPU_SIZE)}
+    cache = {f"eastus/{size}": kept for size in (check_live.CPU_SIZE, GPU_SIZE)}
     (tmp_path / "azure-prices.json").write_text(json.dumps(cache), encoding="utf-8")
     monkeypatch.setenv("PHI3_CACHE", str(tmp_path))
     monkeypatch.setattr("os.isatty", lambda _fd: False)
@@ -181,7 +187,7 @@ def test_yes_runs_it_with_the_price_before_each_and_fails_with_a_step(
     def refused(*_args: object, **_options: object) -> None:
         raise StageError("the workspace was refused")
 
-    monkeypatch.setattr(live_steps, "provision", refused)
+    monkeypatch.setattr(check_live, "provision", refused)
     monkeypatch.setattr(azure_clients, "Clients", lambda here, _poll: rehearsed(tmp_path, here))
     assert main([*command, "--yes"]) == 1
     said = capsys.readouterr().out.partition("az group delete")[2]
@@ -268,7 +274,7 @@ def test_the_node_of_the_job_must_go(
     known = check.clients.ml.jobs
     monkeypatch.setattr(known, "create_or_update", ended)
     monkeypatch.setattr(known, "get", lambda _name: SimpleNamespace(status="Completed"))
-    monkeypatch.setattr(live_steps, "RELEASE_SECONDS", 30.0 if goes else -119.5)
+    monkeypatch.setattr(check_live, "RELEASE_SECONDS", 30.0 if goes else -119.5)
     outcome = run(check, wanted=(1, 6, 8))[8]
     if goes:
         assert outcome.state == "passed", outcome
@@ -282,7 +288,7 @@ def test_the_node_of_the_job_must_go(
 def test_a_workflow_that_deletes_nothing_fails_the_step(
     check: LiveCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_steps, "FIRED_SECONDS", 0.1)
+    monkeypatch.setattr(check_live, "FIRED_SECONDS", 0.1)
     cloud_of(check).faults.add("DELETE */onlineEndpoints/* 403 times=1")
     outcomes = run(check)
     assert "still exists, so no deadline would hold here; its runs: Failed" in outcomes[7].detail
@@ -302,7 +308,7 @@ def test_ctrl_c_deletes_all_the_same(check: LiveCheck, monkeypatch: pytest.Monke
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(live_steps, "hold_deadline", interrupted)
+    monkeypatch.setattr(check_live, "hold_deadline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(check)
     assert groups(check) == []

@@ -14,9 +14,8 @@ from azure.core.exceptions import HttpResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.recipe.azure import AzureSection, PollSection
-from phi3_training.targets.azure import cores
-from phi3_training.targets.azure.cores import taking_turns, when_cores_are_free
-from phi3_training.targets.azure.sizes import Need
+from phi3_training.targets.azure import sizes
+from phi3_training.targets.azure.sizes import Need, taking_turns, when_cores_are_free
 
 from .azure_wire import place
 
@@ -93,7 +92,7 @@ def test_without_nodes_a_refusal_is_what_it_is(tmp_path: Path) -> None:
 def test_a_node_that_stays_ends_the_wait_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "RELEASE_SECONDS", -60.0)
+    monkeypatch.setattr(sizes, "RELEASE_SECONDS", -60.0)
     region = Region(tmp_path, [1])
     with pytest.raises(StageError, match=r"still holds 1 node.*--request 48"):
         when_cores_are_free(region, section(), region.start, lambda *_: None)  # type: ignore[arg-type]

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from phi3_training.targets.azure.costs import Price, Prices, plain_prices
 from phi3_training.targets.azure.deadline import Deadline
-from phi3_training.targets.azure.inventory import (
+from phi3_training.targets.azure.status import (
     Cluster,
     Deployment,
     Endpoint,
     Inventory,
     sum_of,
 )
-from phi3_training.targets.azure.prices import Price, Prices, plain_prices
 
 GPU, REGION = "Standard_NC24ads_A100_v4", "eastus"
 TODAY = dt.date(2026, 11, 29)

@@ -17,7 +17,7 @@ pytest.importorskip("trustme", reason="the extra `rehearsal` is not installed")
 
 from pydantic import ValidationError
 
-from phi3_rehearsal import budgets, endpoints, logic, resources
+from phi3_rehearsal import endpoints, logic, resources
 from phi3_rehearsal.compute import DEPLOYMENT_KIND
 from phi3_rehearsal.identity import token_for
 from phi3_rehearsal.proxy import answer
@@ -27,7 +27,7 @@ from phi3_training.errors import StageError, UsageError
 from phi3_training.recipe.azure import AzureSection, duration_of
 from phi3_training.run import Run
 from phi3_training.targets.azure import target
-from phi3_training.targets.azure.budget import set_budget
+from phi3_training.targets.azure.costs import set_budget
 from phi3_training.targets.azure.deadline import (
     endpoint_id,
     extend_deadline,
@@ -36,15 +36,15 @@ from phi3_training.targets.azure.deadline import (
     remove_deadline,
     workflow_id,
 )
-from phi3_training.targets.azure.discovery import Found, find_places
-from phi3_training.targets.azure.inventory import take_inventory
+from phi3_training.targets.azure.status import take_inventory
+from phi3_training.targets.azure.teardown import Found, find_places
 from phi3_training.targets.azure.workflow import Dated, iso, utc_now, workflow_body
 
 from .azure_rehearsed import Rehearsed, with_endpoint
 from .azure_wire import SUBSCRIPTION
 
 HOUR = 3600.0
-SERVICES = (resources, budgets)  # importing a service's module declares its calls
+SERVICES = (resources,)  # importing a service's module declares its calls
 
 
 def silent(_done: int, _total: int, _text: str) -> None:

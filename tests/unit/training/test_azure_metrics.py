@@ -29,7 +29,7 @@ from phi3_training.progress import no_progress
 from phi3_training.recipe import Recipe
 from phi3_training.run import Run
 from phi3_training.targets.azure.deadline import endpoint_id
-from phi3_training.targets.azure.metrics import counted
+from phi3_training.targets.azure.probes import counted
 from phi3_training.targets.azure.rollout import Rollout
 from phi3_training.targets.azure.traffic import DeploymentId
 from phi3_training.targets.base import Access

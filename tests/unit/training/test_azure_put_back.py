@@ -23,18 +23,19 @@ from phi3_training.progress import no_progress
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets.azure.deadline import (
+    Now,
     endpoint_id,
     extend_deadline,
     hold_deadline,
     read_deadline,
+    removals_of,
     settle_removals,
     workflow_id,
 )
-from phi3_training.targets.azure.discovery import Found
-from phi3_training.targets.azure.inventory import take_inventory
-from phi3_training.targets.azure.put_back import PutBackKeeper
-from phi3_training.targets.azure.removals import Now, removals_of
 from phi3_training.targets.azure.resources import IDENTITY
+from phi3_training.targets.azure.rollout import PutBackKeeper
+from phi3_training.targets.azure.status import take_inventory
+from phi3_training.targets.azure.teardown import Found
 from phi3_training.targets.azure.traffic import Wanted, set_traffic
 
 from .azure_rehearsed import Rehearsed, add_deployment, with_endpoint

@@ -29,20 +29,18 @@ from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets.azure import search_service
 from phi3_training.targets.azure import target as azure_target
-from phi3_training.targets.azure.discovery import Found
-from phi3_training.targets.azure.inventory import take_inventory
-from phi3_training.targets.azure.search_deadline import (
-    extend_search_deadline,
-    read_search_deadline,
-    search_workflow_id,
-)
 from phi3_training.targets.azure.search_service import (
     Wanted,
     ensure_service,
     exists,
+    extend_search_deadline,
     made_services,
+    read_search_deadline,
     remove_service,
+    search_workflow_id,
 )
+from phi3_training.targets.azure.status import take_inventory
+from phi3_training.targets.azure.teardown import Found
 
 from .azure_rehearsed import Rehearsed, with_endpoint
 from .search_service import KEY, SearchServiceStub

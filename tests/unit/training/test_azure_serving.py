@@ -12,8 +12,7 @@ from phi3_training.errors import MissingExtraError, StageError, UsageError
 from phi3_training.recipe.azure import AzureSection
 from phi3_training.run import Run
 from phi3_training.targets import target_of
-from phi3_training.targets.azure.deploy import DeploymentId, refuse_no_answer
-from phi3_training.targets.azure.inventory import model_label
+from phi3_training.targets.azure.deploy import refuse_no_answer
 from phi3_training.targets.azure.place import (
     VARIABLES,
     RunResource,
@@ -25,8 +24,10 @@ from phi3_training.targets.azure.place import (
     recorded_resources,
     settle,
 )
+from phi3_training.targets.azure.status import model_label
 from phi3_training.targets.azure.target import refuse_without_extra
 from phi3_training.targets.azure.teardown import Receipt
+from phi3_training.targets.azure.traffic import DeploymentId
 
 from .azure_wire import SUBSCRIPTION, place
 

@@ -15,10 +15,11 @@ from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from phi3_training.errors import StageError
 from phi3_training.recipe.azure import AzureSection, PollSection
 from phi3_training.run import Run
-from phi3_training.targets.azure.deploy import DeploymentId, ServedModel, ensure_deployment
+from phi3_training.targets.azure.deploy import ServedModel, ensure_deployment
 from phi3_training.targets.azure.place import RunResource, record, recorded_resources
 from phi3_training.targets.azure.provision import ensure_cluster
 from phi3_training.targets.azure.teardown import remove_run
+from phi3_training.targets.azure.traffic import DeploymentId
 
 from .azure_wire import place
 

@@ -11,7 +11,6 @@ from phi3_training.manifests import EndpointManifest
 from phi3_training.progress import no_progress
 from phi3_training.run import Run
 from phi3_training.targets.azure.deploy import (
-    DeploymentId,
     ServedModel,
     ensure_endpoint,
     free_name,
@@ -19,7 +18,7 @@ from phi3_training.targets.azure.deploy import (
 )
 from phi3_training.targets.azure.place import deployment_name
 from phi3_training.targets.azure.status import endpoint_state
-from phi3_training.targets.azure.traffic import Wanted, check_traffic, set_traffic
+from phi3_training.targets.azure.traffic import DeploymentId, Wanted, check_traffic, set_traffic
 
 from .azure_endpoint import BLUE, Service, deployment, refusal, section
 from .azure_wire import clients

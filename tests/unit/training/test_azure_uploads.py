@@ -15,8 +15,8 @@ from azure.core.exceptions import HttpResponseError, ServiceResponseError
 
 from phi3_training.errors import StageError
 from phi3_training.progress import no_progress
-from phi3_training.targets.azure import uploads
-from phi3_training.targets.azure.uploads import code_asset, upload
+from phi3_training.targets.azure import storage
+from phi3_training.targets.azure.storage import code_asset, upload
 
 from .azure_wire import Answer, Wire, clients, place
 
@@ -60,7 +60,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
         ]
         return store, found
 
-    monkeypatch.setattr(uploads, "open_store", opened)
+    monkeypatch.setattr(storage, "open_store", opened)
     return store
 
 
@@ -139,7 +139,7 @@ def test_a_refused_upload_ends_at_once_with_azures_reason(
 def test_a_lost_connection_is_tried_again_with_what_is_missing(
     store: Store, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, times = uploads.open_store, []
+    opened, times = storage.open_store, []
 
     def reset(*where: Any) -> Any:
         times.append(len(store.tried))
@@ -147,7 +147,7 @@ def test_a_lost_connection_is_tried_again_with_what_is_missing(
             raise ServiceResponseError("reset")
         return opened(*where)
 
-    monkeypatch.setattr(uploads, "open_store", reset)
+    monkeypatch.setattr(storage, "open_store", reset)
     upload(clients(Wire(absent), tmp_path), folder, no_progress)
     assert (len(times), len(store.tried)) == (2, FILES + 1)
 

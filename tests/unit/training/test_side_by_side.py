@@ -10,7 +10,7 @@ import pytest
 
 from phi3_training.errors import StageError
 from phi3_training.progress import Progress, captured_output, note
-from phi3_training.targets.azure.side_by_side import side_by_side
+from phi3_training.targets.azure.operations import side_by_side
 
 
 def test_each_is_seen_on_its_own_line_and_gives_its_result() -> None:

@@ -196,8 +196,7 @@ def run_provision(args: argparse.Namespace) -> int:
 def run_quota(args: argparse.Namespace) -> int:
     """Show what is needed, used and allowed, or ask for more; 1 when it does not suffice."""
     recipe = recipe_of(args.words, "azure")
-    from ..targets.azure.cores import taking_turns
-    from ..targets.azure.sizes import quota_needs, request_quota, short_of_quota
+    from ..targets.azure.sizes import quota_needs, request_quota, short_of_quota, taking_turns
     from ..targets.azure.target import clients_at
 
     clients = clients_at(recipe.azure)
@@ -246,7 +245,7 @@ def run_extend(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"{args.by!r}: {error}") from None
     from ..targets.azure.deadline import extend_deadline
-    from ..targets.azure.inventory import cost_of
+    from ..targets.azure.status import cost_of
     from ..targets.azure.workflow import shown
 
     clients, section, name = _endpoint_meant(args)
@@ -303,7 +302,7 @@ def _endpoint_meant(args: argparse.Namespace) -> tuple[Clients, AzureSection, st
 def run_budget(args: argparse.Namespace) -> int:
     """Set a budget that mails on the run's resource group."""
     run = current_run(args)
-    from ..targets.azure.budget import set_budget
+    from ..targets.azure.costs import set_budget
     from ..targets.azure.target import clients_of
 
     line = set_budget(clients_of(run), args.amount, args.mail)
@@ -363,9 +362,14 @@ def _show_traffic(args: argparse.Namespace, traffic: Traffic, run: Run) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Print the list, then run the confirmed steps; 1 when a step failed."""
     recipe = recipe_of(args.words, "azure")
-    from ..targets.azure.check_live import list_steps, run_steps
+    from ..targets.azure.check_live import (
+        LiveCheck,
+        check_name,
+        check_section,
+        list_steps,
+        run_steps,
+    )
     from ..targets.azure.clients import Clients
-    from ..targets.azure.live_steps import LiveCheck, check_name, check_section
     from ..targets.azure.place import find_place
     from ..targets.azure.target import clients_at
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from .. import console
@@ -169,11 +170,11 @@ def run_push(args: argparse.Namespace) -> int:
         pushed = target.push(run, bundle, args.to, progress)
     lines = []
     for item in pushed:
-        done = "already exists" if item["state"] == "exists" else "created"
-        lines.append(f"{item['display_name']} {done} in {item['workspace']}")
-        if item["page"]:
-            lines.append(f"  open it at {item['page']}")
-    return console.show(args.output, pushed, *lines)
+        done = "already exists" if item.state == "exists" else "created"
+        lines.append(f"{item.display_name} {done} in {item.workspace}")
+        if item.page:
+            lines.append(f"  open it at {item.page}")
+    return console.show(args.output, [asdict(item) for item in pushed], *lines)
 
 
 def run_image(args: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
 
 from phi3_tool.errors import Phi3Error
 
@@ -14,7 +13,7 @@ from ..manifests import EndpointManifest
 from ..rag.index_files import service_line, services_of, take_down
 from ..run import Run
 from ..runs import RunState, all_runs, state_of
-from ..targets import HERE, get_target, is_here, target_of
+from ..targets import HERE, Overview, get_target, is_here, target_of
 from . import HELP
 from .common import confirm, named_run
 from .options import Subparsers, add_command, add_on, add_place, add_rehearse, add_run, place_in
@@ -65,7 +64,7 @@ def run_status(args: argparse.Namespace) -> int:
     names = {target_of(run) for run in runs} | ({"azure"} if args.on == "azure" else set())
     targets = {name: get_target(name) for name in names if asks}
     states = [state_of(run, targets.get(target_of(run))) for run in runs]
-    workspaces: list[dict[str, Any]] = []
+    workspaces: list[Overview] = []
     for name, target in targets.items():
         if target.cloud is not None:
             own = [run for run in runs if target_of(run) == name]

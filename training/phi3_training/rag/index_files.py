@@ -21,7 +21,7 @@ from ..recipe import AzureSection, azure_section_of
 from ..run import Run, write_atomically
 
 if TYPE_CHECKING:
-    from ..targets.azure.search_deadline import SearchDeadline
+    from ..targets.azure.search_service import SearchDeadline
     from .azure_search import Destination, Store
 
 
@@ -142,7 +142,7 @@ def extend_service(
 
     Raises UsageError where phi3 has created none, StageError where Azure refuses.
     """
-    from ..targets.azure.search_deadline import extend_search_deadline
+    from ..targets.azure.search_service import extend_search_deadline
     from ..targets.azure.target import clients_at
 
     path = search_file(run)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from ..errors import UsageError
 from ..manifests import PlaceManifest
 from ..run import Run
-from .base import Access, CloudTarget, PlanLine, Target
+from .base import Access, CloudTarget, Overview, PlanLine, RunStatus, Target
 
 __all__ = [
     "HERE",
     "Access",
     "CloudTarget",
+    "Overview",
     "PlanLine",
+    "RunStatus",
     "Target",
     "get_target",
     "is_here",

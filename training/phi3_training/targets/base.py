@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from phi3_tool.client import Phi3Client
 
@@ -39,6 +39,37 @@ class Access:
         return Phi3Client(self.endpoint, self.key, token_provider=self.token_provider, **options)
 
 
+class EndpointStatus(TypedDict, total=False):
+    """The state of a run's endpoint; beside `state` what is known of it at its target."""
+
+    state: str  # up, down or none
+    url: str
+    engine: str  # on this machine
+    pid: int | None
+    name: str  # on Azure, as the rest
+    deployment: str
+    reason: str  # why it is down
+
+
+class RunStatus(TypedDict, total=False):
+    """What of a run is up; keys of `-o json`. A cloud adds `lines` for people, and what bills."""
+
+    endpoint: EndpointStatus
+    lines: list[str]
+    bills: list[str]
+
+
+class Overview(TypedDict):
+    """What exists and bills in one workspace, whichever runs use it; keys of `-o json`."""
+
+    workspace: str
+    resource_group: str
+    subscription: str
+    lines: list[str]
+    bills: list[str]
+    usd: dict[str, float]  # per hour, so far, until the deadlines
+
+
 class Target(Protocol):
     """Where a run takes place. Results are recorded in manifests; failures are StageErrors."""
 
@@ -57,7 +88,7 @@ class Target(Protocol):
         """What this target would use and cost, and what would stop it; changes nothing."""
         ...
 
-    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: object) -> object:
         """What the result of a stage depends on: `shared`, and what counts at this target."""
         ...
 
@@ -101,8 +132,8 @@ class Target(Protocol):
         """The endpoint's key if this target can hand it out now; kept in memory only."""
         ...
 
-    def status(self, run: Run) -> dict[str, Any]:
-        """What of this run is up: `{"endpoint": {"state": "up"|"down"|"none", …}}`."""
+    def status(self, run: Run) -> RunStatus:
+        """What of this run is up."""
         ...
 
     def teardown(self, run: Run) -> list[str]:
@@ -152,7 +183,7 @@ class CloudTarget(Target, Protocol):
 
     def overview(
         self, runs: Sequence[Run], named: Mapping[str, str], *, search: bool
-    ) -> list[dict[str, Any]]:
+    ) -> list[Overview]:
         """What exists and bills in the runs' places, each once; with `search` also in those that
         have no run here. `named` are keys of the place that the user named."""
         ...

@@ -5,11 +5,11 @@ Reads the run folder; writes run/onnx-<precision> and run/endpoint.log; starts o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
 from pathlib import Path
-from typing import Any
 
 from phi3_tool.client import Phi3Client
 from phi3_tool.connection import ConnectionSettings, same_endpoint
@@ -36,7 +36,7 @@ from ..run import Run
 from ..serve import keyholder, process
 from ..serve.config import ServerConfig
 from ..serve.export import converted
-from .base import PlanLine
+from .base import EndpointStatus, PlanLine, RunStatus
 
 # The chat flow's own default.
 _MAX_NEW_TOKENS = 256
@@ -70,7 +70,7 @@ class LocalTarget:
             PlanLine("cost", f"nothing is billed; phi3 creates {run.path} and one server process"),
         ]
 
-    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: object) -> object:
         """Nothing but what every target shares."""
         del recipe, stage
         return shared
@@ -108,9 +108,12 @@ class LocalTarget:
         """
         config, engine, reason = server_config(recipe, run, progress)
         before = run.read(EndpointManifest)
+        # Else the old server goes on until the new one answers: clients see no gap.
         port_is_in_use = before is not None and before.port == config.port
         if port_is_in_use:
             self.teardown(run)
+        # A key of the user's own is for clients that have it already, and for systems other than
+        # Linux, where no server hands out its key.
         key = os.environ.get("PHI3_KEY") or secrets.token_urlsafe(32)
         note(progress, "waiting for the endpoint to answer")
         started = process.start(
@@ -181,6 +184,7 @@ class LocalTarget:
         question = question_of(recipe, run)
         if not has_prompt_flow():
             settings = settings_from_server(run)
+            # As the chat flow does it: room for the answer is kept free of the history.
             room = (settings.context_length or DEFAULT_CONTEXT_LENGTH) - _MAX_NEW_TOKENS
             messages = to_messages((), question, max_tokens=room)
             with Phi3Client.from_connection(settings) as client:
@@ -200,6 +204,7 @@ class LocalTarget:
         key = self.key(run)
         if key is not None or not has_prompt_flow():
             return key
+        # The run's own connection first: the shared name may belong to another run by now.
         for name in (own_name(recipe.connection.name, run.name), recipe.connection.name):
             try:
                 stored, stored_key = read_connection(name)
@@ -213,14 +218,19 @@ class LocalTarget:
         """The key of the endpoint that this object started, or that the server hands out."""
         return self._keys.get(run.path) or _key_of_server(run)
 
-    def status(self, run: Run) -> dict[str, Any]:
+    def status(self, run: Run) -> RunStatus:
         """Whether the run's server process lives."""
         endpoint = run.read(EndpointManifest)
         if endpoint is None:
             return {"endpoint": {"state": "none"}}
         state = "up" if _lives(endpoint) else "down"
-        shown = {"url": endpoint.endpoint, "pid": endpoint.pid, "engine": endpoint.engine}
-        return {"endpoint": {"state": state, **shown}}
+        shown: EndpointStatus = {
+            "state": state,
+            "url": endpoint.endpoint,
+            "pid": endpoint.pid,
+            "engine": endpoint.engine,
+        }
+        return {"endpoint": shown}
 
     def teardown(self, run: Run) -> list[str]:
         """Stop the run's server; requests that it is answering are finished first."""
@@ -278,37 +288,44 @@ def server_config(recipe: Recipe, run: Run, progress: Progress) -> tuple[ServerC
     settings = recipe.serve.model_dump(exclude={"precision", "adapters"})
     settings["engine"] = engine
     if recipe.serve.adapters:
-        settings.update(_adapters(run, model))
+        # The run's own adapter, the named ones, and the base below them.
+        from ..finetune.weights import list_adapters
+
+        if model.adapter is None:
+            raise StageError(
+                f"The model of the run {run.name!r} was trained with method full, so no adapters "
+                "can be served with it: train with finetune.method=lora, or set "
+                "serve.adapters=false"
+            )
+        named = {adapter.name: adapter.path for adapter in list_adapters(run) if adapter.fits}
+        if not named:
+            raise StageError(
+                f"The run {run.name!r} has no named adapter to serve; "
+                "train one: phi3 train RECIPE --adapter NAME"
+            )
+        base = run.path / run.require(BaseManifest).path
+        for folder in named.values():  # here, where its error is seen, not in the server's log
+            check_adapter(folder, base)
+        settings |= {
+            "base_dir": base,
+            "adapter_dir": run.path / model.adapter,
+            "adapters": named,
+        }
     settings["model_dir"] = run.path / model.path
     if engine == "onnxruntime":
         settings["onnx_dir"] = converted(run, recipe.serve.precision, progress)
-    before = run.read(EndpointManifest)
-    last = 0 if before is None else before.port or 0
-    settings["port"] = recipe.serve.port or _free_again(last)
+    port, before = recipe.serve.port, run.read(EndpointManifest)
+    if not port and before is not None and before.port:
+        # That of the last endpoint, so that clients find the next one; any where it is taken.
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # As the server binds: else a connection in TIME_WAIT would look like a taker.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", before.port))
+            port = before.port
+    settings["port"] = port
     settings["num_threads"] = recipe.finetune.num_threads
     config = ServerConfig.model_validate(settings)
     return config, engine, reason
-
-
-def _adapters(run: Run, model: ModelManifest) -> dict[str, Any]:
-    """The run's own adapter, the named ones, and the base below them."""
-    from ..finetune.weights import list_adapters
-
-    if model.adapter is None:
-        raise StageError(
-            f"The model of the run {run.name!r} was trained with method full, so no adapters can "
-            f"be served with it: train with finetune.method=lora, or set serve.adapters=false"
-        )
-    named = {adapter.name: adapter.path for adapter in list_adapters(run) if adapter.fits}
-    if not named:
-        raise StageError(
-            f"The run {run.name!r} has no named adapter to serve; "
-            "train one: phi3 train RECIPE --adapter NAME"
-        )
-    base = run.path / run.require(BaseManifest).path
-    for folder in named.values():  # here, where its error is seen, not in the server's log
-        check_adapter(folder, base)
-    return {"base_dir": base, "adapter_dir": run.path / model.adapter, "adapters": named}
 
 
 def serve_in_front(recipe: Recipe, run: Run, key: str) -> int:
@@ -328,14 +345,3 @@ def context_length(config: ServerConfig) -> int | None:
     if config.engine == "upstream" or config.model_dir is None:
         return None
     return ChatFormat.from_folder(config.model_dir).context_length or None
-
-
-def _free_again(port: int) -> int:
-    """The port of the last endpoint, so that clients find the next one; 0 when it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return 0
-    return port

@@ -118,6 +118,7 @@ def _after(model: StepModel, ids: Sequence[int], length: int, switch: int | None
 
 def deviation(prompt: Prompt, trace: Trace, logits: Logits) -> Deviation:
     """How far `logits` are from the trace; KL in nats, of the trace's distribution to the other."""
+    # A conversion may pad the vocabulary; no token has those ids.
     size = min(trace.logits.shape[1], logits.shape[1])
     first, second = _log_softmax(trace.logits[:, :size]), _log_softmax(logits[:, :size])
     kl = (np.exp(first) * (first - second)).sum(axis=1)
@@ -126,6 +127,7 @@ def deviation(prompt: Prompt, trace: Trace, logits: Logits) -> Deviation:
     where = int(other[0]) if other.size else None
     return Deviation(
         prompt.name,
+        # Rounding may make it a little less than 0; a NaN or an overflow is a broken export.
         max(0.0, float(kl.mean())) if np.isfinite(kl).all() else float("inf"),
         len(trace.tokens),
         len(trace.tokens) - len(other),
@@ -134,6 +136,7 @@ def deviation(prompt: Prompt, trace: Trace, logits: Logits) -> Deviation:
 
 
 def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    # In float64, and from the largest on: exp overflows a float32 above 88.
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
@@ -285,17 +288,17 @@ def behaviour(
     if agreement < limits.token_agreement:
         problems.append(
             f"only {agreement:.2%} of the tokens are the same (at least "
-            f"{limits.token_agreement:.1%}); worst prompt: {_told(least, token, sides)}"
+            f"{limits.token_agreement:.1%}); worst prompt: {_named(least, token, sides)}"
         )
     if mean_kl > limits.mean_kl:
         problems.append(
             f"mean KL {mean_kl:.2g} (at most {limits.mean_kl:g}); "
-            f"worst prompt: {_told(worst, token, sides)}"
+            f"worst prompt: {_named(worst, token, sides)}"
         )
     if worst.kl > limits.worst_kl:
         problems.append(
             f"KL {worst.kl:.2g} at one prompt (at most {limits.worst_kl:g}): "
-            f"{_told(worst, token, sides)}"
+            f"{_named(worst, token, sides)}"
         )
     return ExportCheck(
         passed=not problems,
@@ -371,7 +374,7 @@ def weights(
     return check, problems
 
 
-def _told(deviation: Deviation, token: Callable[[int], str], sides: tuple[str, str]) -> str:
+def _named(deviation: Deviation, token: Callable[[int], str], sides: tuple[str, str]) -> str:
     text = f"{deviation.prompt[:60]!r}"
     if deviation.first_other is None:
         return text

@@ -61,31 +61,29 @@ def layers(model: Any, base: Path, merged: Path) -> Iterator[Layer]:
     # Merged again in float32: what the file holds was rounded to its own type once.
     whole = model.merge_and_unload().state_dict()
     with ExitStack() as stack:
-        before, after = (_tensors(folder, stack) for folder in (base, merged))
-        for name, expected in whole.items():
+        # The file that contains each weight of a folder: large models are in several.
+        before, after = (
+            {
+                name: file
+                for path in sorted(folder.glob("*.safetensors"))
+                for file in [stack.enter_context(safe_open(path, framework="pt"))]
+                for name in file.keys()  # noqa: SIM118 - no mapping
+            }
+            for folder in (base, merged)
+        )
+        for name, weight in whole.items():
             if name in after:
-                was = before[name].get_tensor(name) if name in before else None
-                yield _layer(name, expected.cpu(), after[name].get_tensor(name), was)
+                expected, stored = weight.cpu().float(), after[name].get_tensor(name)
+                dtype = str(stored.dtype).removeprefix("torch.")
+                if expected.shape != stored.shape:
+                    yield Layer(name, float("inf"), float("inf"), dtype)
+                    continue
+                away, size = float((stored.float() - expected).norm()), float(expected.norm())
+                moved = 0.0
+                if name in before:
+                    moved = float((expected - before[name].get_tensor(name).float()).norm())
+                # What is zero, or left alone by the adapter, has no share to be off by.
+                change = away / moved if moved else 0.0
+                yield Layer(name, away / size if size else away, change, dtype)
             elif not name.startswith("lm_head"):  # that one may be the embedding's
                 raise StageError(f"{merged} lacks the weight {name}; train again with: phi3 train")
-
-
-def _tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """The file that contains each weight of a folder."""
-    files = [
-        stack.enter_context(safe_open(path, framework="pt"))
-        for path in sorted(folder.glob("*.safetensors"))
-    ]
-    return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
-
-
-def _layer(
-    name: str, expected: torch.Tensor, merged: torch.Tensor, before: torch.Tensor | None
-) -> Layer:
-    dtype = str(merged.dtype).removeprefix("torch.")
-    if expected.shape != merged.shape:
-        return Layer(name, float("inf"), float("inf"), dtype)
-    away = float((merged.float() - expected.float()).norm())
-    size = float(expected.float().norm())
-    moved = float((expected.float() - before.float()).norm()) if before is not None else 0.0
-    return Layer(name, away / size if size else away, away / moved if moved else 0.0, dtype)

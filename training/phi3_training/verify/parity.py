@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -276,6 +277,40 @@ def forged(case: Case, ids: list[int], harmless: list[int], names: Vocabulary) -
     return Difference(case.name, f"{_FORGED}: {names.text(ids[at])!r} at token {at}")
 
 
+# The reference: transformers' own `apply_chat_template`, as other programs load the model.
+
+
+class TemplateRefusalError(Exception):
+    """The template does not take this conversation."""
+
+
+class Reference:
+    """Prompts and rows of one folder as transformers writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer  # seconds, and only the extra `local` has it
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"transformers cannot load the tokenizer in {folder}: {error}; "
+                "train again with: phi3 train"
+            ) from None
+
+    def ids(self, messages: Sequence[dict[str, str]], *, prompt: bool) -> list[int]:
+        """Token ids with (or without) the opening of the next answer."""
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=prompt, tokenize=True, return_dict=False
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            raise TemplateRefusalError(str(error)) from None
+        return [int(token) for token in ids]
+
+
 # The serving side: golden conversations sent through the server's own code, without weights.
 # A request goes the whole way (client, JSON, route, chat format, batcher); a recorder takes the
 # model's place and keeps the ids that it is handed. Reads the served folder's format only.
@@ -291,7 +326,7 @@ class Recorder:
     def __init__(self, end: int) -> None:
         self.prompts: list[list[int]] = []
         self._logits: Logits = np.zeros((1, end + 1), np.float32)
-        self._logits[0, end] = 1.0
+        self._logits[0, end] = 1.0  # the others are 0: greedy sampling takes this one
 
     def has_room(self, length: int) -> bool:  # noqa: ARG002 - the protocol's signature
         """Always: nothing is computed."""
@@ -366,6 +401,7 @@ async def forwarded(case: Case) -> Messages:
         return httpx.Response(200, text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
 
     transport = httpx.MockTransport(answer)
+    # `.invalid` never resolves (RFC 2606): nothing is sent, should the transport not be used.
     engine = Upstream("http://upstream.invalid/v1", "m", None, transport=transport)
     try:
         await client_asks(engine, case.messages)
@@ -495,11 +531,10 @@ def _reference(
     """transformers, which lets messages write control tokens: not compared where they try to."""
     place = Place(f"transformers' chat template, {title} model")
     try:
-        from .reference import Reference, TemplateRefusalError
+        reference = Reference(folder)
     except ImportError as error:
         place.skipped = str(MissingExtraError(error.name or "transformers", "local"))
         return place
-    reference = Reference(folder)
     for case, row in zip(cases, rows, strict=True):
         if case.literals or row.refused is not None:
             continue
@@ -547,24 +582,20 @@ async def _engine(
                     if row.refused is None:
                         place.differences.append(Difference(case.name, f"refused: {error}"))
                     continue
-                place.differences += _answered(case, row, recorder.prompts[0], reason, names)
+                if row.refused is not None:
+                    what = f"answered, but the trainer rejects it: {row.refused}"
+                    place.differences.append(Difference(case.name, what))
+                    continue
+                ids = recorder.prompts[0]
+                found = first_difference(case.name, row.prompt, ids, names, "the prompt")
+                place.differences += [] if found is None else [found]
+                if reason != "stop":
+                    what = "does not stop at the token that ends a trained answer"
+                    place.differences.append(Difference(case.name, what))
             places.append(place)
     finally:
         await engine.close()
     return places
-
-
-def _answered(
-    case: Case, row: Trained, ids: list[int], reason: str, names: Vocabulary
-) -> list[Difference]:
-    if row.refused is not None:
-        return [Difference(case.name, f"answered, but the trainer rejects it: {row.refused}")]
-    found = first_difference(case.name, row.prompt, ids, names, "the prompt")
-    differences = [] if found is None else [found]
-    if reason != "stop":
-        what = "does not stop at the token that ends a trained answer"
-        differences.append(Difference(case.name, what))
-    return differences
 
 
 async def _upstream(cases: Sequence[Case]) -> Place:

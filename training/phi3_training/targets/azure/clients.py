@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from azure.mgmt.quota import QuotaMgmtClient
     from azure.mgmt.resource.resources import ResourceManagementClient
 
-    from .prices import Prices
+    from .costs import Prices
 
 log = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -272,7 +272,7 @@ class Clients:
     @cached_property
     def prices(self) -> Prices:
         """Azure's public price list."""
-        from .prices import Prices  # its table of sizes is in a module that needs this one
+        from .costs import Prices  # its table of sizes is in a module that needs this one
 
         return Prices(self._ask_anonymously)
 

@@ -22,15 +22,14 @@ from ...recipe import Recipe
 from ...run import Run, fingerprint, sha256_of, write_atomically
 from .clients import Clients
 from .environments import JOB_ENVIRONMENT, job_conda_file
-from .jobs import output_path
 from .operations import find
 from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
-from .uploads import code_asset, upload
+from .storage import code_asset, output_path, upload
 
 if TYPE_CHECKING:
     from azure.ai.ml import Input, Output
-    from azure.ai.ml.entities import Command, Environment
+    from azure.ai.ml.entities import Command
 
 MODULE = "phi3_training.targets.azure.in_job"
 MODEL_OUTPUT, RUN_OUTPUT = "model", "run"
@@ -60,6 +59,7 @@ def stage_inputs(recipe: Recipe, run: Run, processes: int = 1) -> JobInputs:
     from ...evaluate.questions import extra_files
 
     folder = _emptied(run.path / "azure" / "data")
+    # Without what a job does not read: another endpoint size must not send a new recipe.
     content = recipe.model_dump(mode="json", exclude={"azure", "serve"})
     for part, path in data_files(run).items():
         _copy(path, folder / "data" / f"{part}.jsonl")
@@ -251,8 +251,33 @@ def _command(
     what: str,
 ) -> Command:
     from azure.ai.ml import command
+    from azure.ai.ml.entities import Environment
 
-    train = recipe.azure.train
+    train, named = recipe.azure.train, recipe.azure.train.environment
+    environment: str | Environment
+    if named.name is not None:
+        is_latest = named.version == "latest"
+        if named.registry_name is None:
+            version = "@latest" if is_latest else f":{named.version}"
+            environment = f"azureml:{named.name}{version}"
+        else:
+            where = f"azureml://registries/{named.registry_name}/environments/{named.name}"
+            version = "labels/latest" if is_latest else f"versions/{named.version}"
+            environment = f"{where}/{version}"
+    else:
+        # Ours, by a version derived from its content: one that exists has its image built already.
+        path, version = job_conda_file(recipe, run)
+        read = partial(clients.ml.environments.get, version=version)
+        if find("environment", JOB_ENVIRONMENT, read) is not None:
+            environment = f"azureml:{JOB_ENVIRONMENT}:{version}"
+        else:
+            environment = Environment(
+                name=JOB_ENVIRONMENT,
+                version=version,
+                image=named.image,
+                conda_file=str(path),
+                description="What phi3-promptflow's trainer needs",
+            )
     is_distributed = machines.all_processes > 1
     # Azure ML then sets RANK, LOCAL_RANK, WORLD_SIZE and NODE_RANK in each process.
     distribution: dict[str, str | int] = {
@@ -268,7 +293,7 @@ def _command(
         command=" ".join(["python", "-m", MODULE, *words]),
         inputs=inputs,
         outputs=outputs,
-        environment=_environment(clients, recipe, run),
+        environment=environment,
         environment_variables={
             "PYTHONUNBUFFERED": "1",  # the log is followed line by line
             "TOKENIZERS_PARALLELISM": "false",  # its threads may deadlock in forked processes
@@ -281,32 +306,6 @@ def _command(
         timeout=train.timeout_minutes * 60,  # seconds; the job then ends itself and stops billing
         tags={JOB_RUN_TAG: run.name, **resource_tags(recipe.azure)},
         distribution=distribution if is_distributed else None,
-    )
-
-
-def _environment(clients: Clients, recipe: Recipe, run: Run) -> str | Environment:
-    """The environment that the recipe names, else ours, by a version derived from its content."""
-    from azure.ai.ml.entities import Environment
-
-    named = recipe.azure.train.environment
-    if named.name is not None:
-        is_latest = named.version == "latest"
-        if named.registry_name is None:
-            version = "@latest" if is_latest else f":{named.version}"
-            return f"azureml:{named.name}{version}"
-        where = f"azureml://registries/{named.registry_name}/environments/{named.name}"
-        return f"{where}/labels/latest" if is_latest else f"{where}/versions/{named.version}"
-    path, version = job_conda_file(recipe, run)
-    # An environment that exists has its image built already.
-    read = partial(clients.ml.environments.get, version=version)
-    if find("environment", JOB_ENVIRONMENT, read) is not None:
-        return f"azureml:{JOB_ENVIRONMENT}:{version}"
-    return Environment(
-        name=JOB_ENVIRONMENT,
-        version=version,
-        image=named.image,
-        conda_file=str(path),
-        description="What phi3-promptflow's trainer needs",
     )
 
 

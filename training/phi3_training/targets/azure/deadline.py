@@ -1,8 +1,8 @@
-"""An endpoint's deadline: a Logic App on Azure that deletes it, whether or not this machine is on.
+"""What deletes itself at an endpoint: a Logic App on Azure, whether or not this machine is on.
 
-One workflow of the plan Consumption per endpoint, next to the workspace. It also deletes
-deployments without traffic at their own times (removals.py), and puts the traffic back where a
-rollout was not ended (put_back.py). Its identity has one role, on that endpoint alone, and while a
+One workflow of the plan Consumption per endpoint, next to the workspace. It deletes the endpoint
+at its deadline, deployments without traffic at their own times, and puts the traffic back where a
+rollout was not ended (rollout.py). Its identity has one role, on that endpoint alone, and while a
 rollout lasts the right to use the endpoint's identity. Never verified on live Azure.
 """
 
@@ -11,23 +11,23 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import StageError
 from ...progress import Progress, note
-from ...recipe.azure import NO_DEADLINE, AzureSection, duration_of
+from ...recipe.azure import NO_DEADLINE, AzureSection, EndpointSection, duration_of
 from ...run import Run
 from .clients import Clients
 from .failures import explained
-from .operations import TRIES, get_or_none
+from .operations import TRIES, get_or_none, state_of
 from .place import JOB_RUN_TAG, RUN_TAG, Place, made_by_phi3, resource_tags
-from .removals import Now, removals_of, rule_text
 from .resources import ENDPOINT_KEEPER, IDENTITY, IDENTITY_USER, Body, Grant, ensure_grant
 from .traffic import traffic_shares
 from .workflow import (
+    SAME_TIME,
     WORKFLOW_TYPE,
     Dated,
     delete_workflow,
@@ -50,9 +50,6 @@ _REMOVALS, _ROLLOUT = "deployments", "rollout"  # the other triggers
 _DELETE_ENDPOINT, _DELETE_DEPLOYMENT = "delete_endpoint", "delete_deployment_"
 _PUT_BACK = "put_traffic_back"
 _PUT_BACK_MINUTES = 15  # between two tries: meanwhile a bad deployment has traffic
-# Azure's time of the next run may differ from what was asked by rounding alone; more means that
-# this machine's clock is off, and that the endpoint would go at another time than is said here.
-_SAME_TIME = dt.timedelta(minutes=5)
 ENDPOINT_TAG, WORKSPACE_TAG, DEADLINE_TAG = "phi3-endpoint", "phi3-workspace", "phi3-deadline"
 BUDGET = "phi3 azure budget 50 --mail YOU@EXAMPLE.COM"
 
@@ -181,6 +178,7 @@ def hold_deadline(
     try:
         before = read_deadline(clients, name)
         at = None
+        # Never earlier than it was: somebody may have extended it.
         if settings.deadline != NO_DEADLINE:
             at = utc_now() + duration_of(settings.deadline)
             at = max(at, before.at) if before.holds and before.at is not None else at
@@ -291,6 +289,7 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
     if not _is_ours(workflow, place, endpoint):
         return Deadline(endpoint, None, f"{_name(endpoint)} is not the workflow of this endpoint")
     found = _as_deadline(endpoint, workflow)
+    # Anybody may switch a workflow off in the portal; it then looks as before.
     if str((workflow.properties or {}).get("state")).lower() != "enabled":
         found = replace(found, fault=f"the workflow {_name(endpoint)} is switched off")
     if TRIGGER in ((workflow.properties or {}).get("definition") or {}).get("triggers", {}):
@@ -298,6 +297,7 @@ def read_deadline(clients: Clients, endpoint: str) -> Deadline:
         if found.at is None and not found.fault:
             fault = f"the workflow {_name(endpoint)} does not run any more"
             return Deadline(endpoint, None, fault)
+    # Without the role the workflow fires and is refused, every hour, and nobody hears of it.
     principal = str(workflow.identity.principal_id)
     if not _has(clients, _keeper(place, endpoint, principal)) and not found.fault:
         found = replace(found, fault=f"the workflow {_name(endpoint)} has no role: run deploy")
@@ -348,6 +348,7 @@ def _removals(
     with explained(f"Listing the deployments of {name}"):
         endpoint = ml.online_endpoints.get(name)
         listed = list(ml.online_deployments.list(name))
+    # Copies of requests count as traffic: a deployment that gets them is being tried out.
     live = (traffic_shares(endpoint.traffic), traffic_shares(endpoint.mirror_traffic))
     used = frozenset(name for shares in live for name in shares)
     found = Now(listed, used, coming, refused)
@@ -405,7 +406,18 @@ def _send(clients: Clients, body: Body, wanted: Deadline, progress: Progress) ->
             ensure_grant(clients, grant)
         # After a lost answer `create` finds a workflow that is well, as it was before or as wanted.
         found = read_deadline(clients, endpoint)
-        if _same(found, wanted):
+        as_wanted = found
+        if (
+            found.at is not None
+            and wanted.at is not None
+            and abs(found.at - wanted.at) <= SAME_TIME
+        ):
+            as_wanted = replace(as_wanted, at=wanted.at)
+        if found.put_back is not None and wanted.put_back is not None:
+            # A body may come back in other words than it went, such as without a null.
+            back = replace(found.put_back, body=wanted.put_back.body)
+            as_wanted = replace(as_wanted, put_back=back)
+        if as_wanted == wanted:
             return
         note(progress, f"{doing}: not there yet")
         time.sleep(clients.poll.interval)
@@ -416,16 +428,6 @@ def _send(clients: Clients, body: Body, wanted: Deadline, progress: Progress) ->
         or f"Azure would delete it at {found.at}, not at {wanted.at}: is this machine's clock "
         "right?"
     )
-
-
-def _same(found: Deadline, wanted: Deadline) -> bool:
-    """Whether Azure has what was asked for, give or take what rounding may do to the deadline."""
-    if found.at is not None and wanted.at is not None and abs(found.at - wanted.at) <= _SAME_TIME:
-        found = replace(found, at=wanted.at)
-    if found.put_back is not None and wanted.put_back is not None:
-        # A body may come back in other words than it went, such as without a null.
-        found = replace(found, put_back=replace(found.put_back, body=wanted.put_back.body))
-    return found == wanted
 
 
 def _as_deadline(endpoint: str, workflow: Any) -> Deadline:
@@ -451,7 +453,7 @@ def _keeper(place: Place, endpoint: str, principal: str) -> Grant:
     return Grant(ENDPOINT_KEEPER, endpoint_id(place, endpoint), principal)
 
 
-def _users(identities: Any, principal: str) -> list[Grant]:
+def _users(identities: Iterable[str], principal: str) -> list[Grant]:
     """The right to give an endpoint the identities that it has: without it Azure refuses a PUT."""
     return [Grant(IDENTITY_USER, arm_id, principal) for arm_id in identities]
 
@@ -472,3 +474,97 @@ def _name(endpoint: str) -> str:
 
 def _plain(error: StageError) -> str:
     return " ".join(str(error).split()).rstrip(".")
+
+
+# --- which deployments without traffic delete themselves, and when ---
+# Azure refuses to delete a deployment that has traffic, so a time that is out of date takes
+# nobody's answers away.
+
+# What else may pass before a new deployment has all of the traffic: questions, changes of traffic.
+_BESIDE = dt.timedelta(hours=1)
+
+
+class Tagged(Protocol):
+    """What is used of the SDK's deployment."""
+
+    name: str | None
+    tags: dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class Now:
+    """An endpoint's deployments as they are; `used`: those that have traffic or get copies of it.
+
+    `coming` is about to be created; `refused` failed, or was worse than the one that it was to
+    replace.
+    """
+
+    deployments: Iterable[Tagged]
+    used: frozenset[str]
+    coming: str = ""
+    refused: str = ""
+
+
+def removals_of(
+    section: AzureSection, run: str, found: Now, known: Mapping[str, dt.datetime], now: dt.datetime
+) -> dict[str, dt.datetime]:
+    """When each of the run's deployments without traffic goes; `known`: the times until now.
+
+    One that waits for a rollback gets a new time with each change, one that failed keeps it.
+    """
+    settings = section.endpoint
+    failed_after = length(settings.remove_failed_after)
+    unused_after = length(settings.remove_unused_after)
+    times: dict[str, dt.datetime] = {}
+    for item in found.deployments:
+        name = str(item.name)
+        if name in found.used or name == found.coming:
+            continue
+        if (item.tags or {}).get(RUN_TAG) != run:
+            if name in known:  # another run's, which set its time
+                times[name] = known[name]
+        elif name == found.refused or state_of(item) in ("failed", "canceled"):
+            if failed_after is not None:
+                at = now + failed_after
+                times[name] = at if name == found.refused else min(at, known.get(name, at))
+        elif unused_after is not None:
+            at = now + unused_after
+            times[name] = max(at, known.get(name, at))
+    if found.coming and found.coming not in found.used and failed_after is not None:
+        # Before it exists, so that it also goes where nobody is left to see it fail.
+        times[found.coming] = now + longest_rollout(section) + failed_after
+    return times
+
+
+def longest_rollout(section: AzureSection) -> dt.timedelta:
+    """How long a new deployment may take until it has all of the traffic."""
+    looks = len(section.rollout.steps) + bool(section.rollout.mirror)
+    seconds = section.poll.deploy_timeout + 60 * section.rollout.minutes * looks
+    return dt.timedelta(seconds=int(seconds)) + _BESIDE
+
+
+def length(after: str) -> dt.timedelta | None:
+    """The recipe's duration; None for `none`."""
+    return None if after == NO_DEADLINE else duration_of(after)
+
+
+def rule_text(settings: EndpointSection, hourly: float | None) -> str:
+    """What the recipe says of it, for people; empty where nothing is removed.
+
+    `hourly`: what a deployment costs per hour in US dollars, where that is known.
+    """
+    parts = []
+    for what, after, key in (
+        ("one that fails or is worse", settings.remove_failed_after, "remove_failed_after"),
+        ("an old one", settings.remove_unused_after, "remove_unused_after"),
+    ):
+        time, deadline = length(after), length(settings.deadline)
+        if time is not None:
+            later = deadline is not None and time > deadline
+            hours = (deadline if later and deadline else time).total_seconds() / 3600
+            usd = "" if hourly is None else f", {hourly * hours:.2f} USD"
+            when = f"after {after}{' or at the deadline' if later else ''}"
+            parts.append(f"{what} {when}{usd} (azure.endpoint.{key})")
+    if not parts:
+        return ""
+    return f"a deployment without traffic deletes itself: {'; '.join(parts)}"

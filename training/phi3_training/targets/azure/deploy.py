@@ -12,11 +12,11 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phi3_tool.client import ChatReply
 from phi3_tool.credentials import SCOPE
@@ -40,7 +40,6 @@ from ...recipe.azure import AzureSection
 from ...run import Run
 from ..base import Access
 from .clients import Clients
-from .cores import when_cores_are_free
 from .deadline import hold_deadline, settle_removals
 from .environments import serving_environment
 from .failures import explained, scrub
@@ -66,12 +65,10 @@ from .place import (
     recorded_resources,
 )
 from .probes import fault_of
-from .put_back import PutBackKeeper
 from .resources import IDENTITY
-from .rollout import Rollout, undo_interrupted
-from .sizes import find_size, refuse_retired
-from .traffic import DeploymentId as DeploymentId
-from .traffic import traffic_shares as traffic_shares
+from .rollout import PutBackKeeper, Rollout, undo_interrupted
+from .sizes import find_size, refuse_retired, when_cores_are_free
+from .traffic import DeploymentId, traffic_shares
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import (
@@ -279,7 +276,10 @@ def free_name(
     """
     live = {*traffic_shares(shares), *traffic_shares(endpoint.mirror_traffic)}
     get = clients.ml.online_deployments.get
-    for name in _numbered(deployment_name(section, model.name, model.version)):
+    base = deployment_name(section, model.name, model.version)
+    for number in itertools.count(1):  # NAME, NAME-2, NAME-3, …, each short enough
+        mark = f"-{number}" if number > 1 else ""
+        name = f"{base[: LONGEST_NAME - len(mark)].rstrip('-')}{mark}" if mark else base
         existing = find("deployment", name, lambda own: get(own, str(endpoint.name)))
         if existing is None:
             return name
@@ -290,14 +290,6 @@ def free_name(
         elif model.is_held_by(existing):
             return name
     raise AssertionError("names do not end")
-
-
-def _numbered(name: str) -> Iterator[str]:
-    """The name, then name-2, name-3, …, each short enough."""
-    yield name
-    for number in itertools.count(2):
-        mark = f"-{number}"
-        yield name[: LONGEST_NAME - len(mark)].rstrip("-") + mark
 
 
 def ensure_deployment(
@@ -342,7 +334,25 @@ def ensure_deployment(
                 pause=section.poll.interval,
             )
     except StageError as error:
-        raise StageError(_with_log(clients, run, target, str(error))) from None
+        # The failure, the end of the container's log, and what bills now.
+        try:
+            exists = find("deployment", target.name, lambda _name: read()) is not None
+        except StageError:  # it may exist, and then it bills
+            exists = True
+        if not exists:
+            raise StageError(
+                f"{error}\nNo deployment {target.name} was created: nothing new bills."
+            ) from None
+        message, text = str(error), _read_log(clients, target)
+        if text:
+            path = run.file("azure", "deployment.log")
+            path.write_text(text + "\n", encoding="utf-8")
+            message += f"\nThe end of its log (more in {path}):{_last_lines(text)}"
+        raise StageError(
+            f"{message}\nThe deployment {target.name} stays in {target.endpoint} as it is and "
+            f"bills until it is deleted: phi3 down --on azure --failed --run {run.name}. "
+            "`phi3 up` replaces it."
+        ) from None
     return "created"
 
 
@@ -358,26 +368,23 @@ def deployment_entity(
     )
 
     settings = section.endpoint
-    own: dict[str, Any] = {}
     # A model of our own job brings scoring script and environment; a model of the pipeline is
     # served by the image that its MLmodel file names.
-    if model.route == "job":
-        own = {
-            "code_configuration": CodeConfiguration(
-                code=str(code_folder(run)), scoring_script=SCRIPT
-            ),
-            "environment": serving_environment(section),
-            "environment_variables": {
-                "PHI3_CONCURRENCY": str(settings.max_concurrent_requests_per_instance),
-                # Azure's inference server ends a worker after this many seconds; it must outlive
-                # the longest request that the front door waits for.
-                "WORKER_TIMEOUT": str(settings.request_timeout_ms // 1000 + 30),
-            },
-        }
+    is_ours = model.route == "job"
+    code = CodeConfiguration(code=str(code_folder(run)), scoring_script=SCRIPT) if is_ours else None
+    variables = {
+        "PHI3_CONCURRENCY": str(settings.max_concurrent_requests_per_instance),
+        # Azure's inference server ends a worker after this many seconds; it must outlive the
+        # longest request that the front door waits for.
+        "WORKER_TIMEOUT": str(settings.request_timeout_ms // 1000 + 30),
+    }
     return ManagedOnlineDeployment(
         name=target.name,
         endpoint_name=target.endpoint,
         model=f"azureml:{model.name}:{model.version}",
+        code_configuration=code,
+        environment=serving_environment(section) if is_ours else None,
+        environment_variables=variables if is_ours else None,
         instance_type=settings.instance_type,
         instance_count=settings.instance_count,
         # "Managed online deployment YAML reference": a request may take 5 s by default and 180 s at
@@ -390,7 +397,6 @@ def deployment_entity(
         readiness_probe=ProbeSettings(**settings.readiness_probe.model_dump()),
         app_insights_enabled=settings.app_insights_enabled,
         tags={**section.tags, RUN_TAG: run.name},
-        **own,
     )
 
 
@@ -402,29 +408,6 @@ def code_folder(run: Run) -> Path:
     copy_carried(folder, _SCORING)
     (folder / SCRIPT).write_text(_SCRIPT_TEXT, encoding="utf-8")
     return folder
-
-
-def _with_log(clients: Clients, run: Run, target: DeploymentId, message: str) -> str:
-    """The failure, the end of the container's log, and what bills now."""
-    get = clients.ml.online_deployments.get
-    try:
-        exists = (
-            find("deployment", target.name, lambda name: get(name, target.endpoint)) is not None
-        )
-    except StageError:  # it may exist, and then it bills
-        exists = True
-    if not exists:
-        return f"{message}\nNo deployment {target.name} was created: nothing new bills."
-    text = _read_log(clients, target)
-    if text:
-        path = run.file("azure", "deployment.log")
-        path.write_text(text + "\n", encoding="utf-8")
-        message += f"\nThe end of its log (more in {path}):{_last_lines(text)}"
-    return (
-        f"{message}\nThe deployment {target.name} stays in {target.endpoint} as it is and bills "
-        f"until it is deleted: phi3 down --on azure --failed --run {run.name}. "
-        "`phi3 up` replaces it."
-    )
 
 
 def _read_log(clients: Clients, target: DeploymentId) -> str:

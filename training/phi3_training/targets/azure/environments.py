@@ -52,6 +52,7 @@ def pinned(*names: str) -> list[str]:
 
 def job_conda_file(recipe: Recipe, run: Run) -> tuple[Path, str]:
     """The file with a job's packages, and a version that changes with it and with the image."""
+    # All of them, not the direct needs alone: what pip resolves today is not what was tested.
     pins = list(trainer_pins().values())
     if recipe.finetune.method == "qlora":
         pins.append(_BITSANDBYTES)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from ... import console
 from ...errors import StageError
@@ -26,12 +26,11 @@ from ...run import Run, write_atomically
 from .clients import Clients
 from .failures import explained, message_of, scrub, stage_error
 from .in_job import ERROR, PROGRESS
-from .operations import TRIES, get_or_none, is_transient, paced, within
-from .side_by_side import meanwhile
+from .operations import TRIES, get_or_none, is_transient, meanwhile, paced, within
+from .storage import LOG_STORE, datastore_of, open_store
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Job
-    from azure.storage.blob import BlobProperties, ContainerClient
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +56,6 @@ _SHOWN_LINES = 8  # last log lines in an error
 # job itself is not concerned.
 _PATIENCE = 6
 _REASON_SECONDS = 120.0  # for Azure's words about a job that failed
-OUTPUT_STORE, LOG_STORE = "workspaceblobstore", "workspaceartifactstore"
-_DATASTORE_PATH = re.compile(r"datastores/(?P<store>[^/]+)/(?:paths/)?(?P<path>.+?)/?$")
 # The log of the first process of the first machine, which the SDK shows as well; then what there
 # is. A pipeline has only the second kind.
 _LOG_NAMES = (
@@ -440,64 +437,3 @@ def _read_log(clients: Clients, name: str, *, whole: bool) -> list[str]:
                 lines = text[:end].removesuffix("\n").split("\n") if end else []
                 return [line.rstrip().rpartition("\r")[2] for line in lines]
     return []
-
-
-def output_path(job_name: str, output: str) -> str:
-    """The path a job writes one of our outputs to."""
-    # Set by us, not by Azure, so that it is found without guessing.
-    return f"azureml://datastores/{OUTPUT_STORE}/paths/phi3/{job_name}/{output}"
-
-
-def path_of_output(job: Job, output: str) -> str:
-    """Where an output is, as Azure says; where Azure does not say, as it was asked."""
-    named = str(getattr((getattr(job, "outputs", None) or {}).get(output), "path", None) or "")
-    return named if datastore_of(named) is not None else output_path(str(job.name), output)
-
-
-def datastore_of(path: str) -> tuple[str, str] | None:
-    """(store, path) of an `azureml://…/datastores/STORE/paths/PATH`; None for anything else."""
-    match = _DATASTORE_PATH.search(path)
-    # Until it has filled it in Azure answers a template: `…/paths/azureml/${{name}}/…`.
-    return None if match is None or "${{" in path else (match["store"], match["path"])
-
-
-def open_store(
-    clients: Clients, store: str, prefix: str
-) -> tuple[ContainerClient, list[BlobProperties]]:
-    """A datastore's container and the blobs below `prefix`; keys stay in memory."""
-    from azure.core.exceptions import HttpResponseError
-
-    start = prefix.strip("/") + "/"
-    try:
-        container = _container(clients, store, with_key=True)
-        return container, list(container.list_blobs(name_starts_with=start))
-    except HttpResponseError as error:
-        # Where a policy switches account keys off, the sign-in is left; it needs the role Storage
-        # Blob Data Reader.
-        if error.status_code not in (401, 403):
-            raise
-        container = _container(clients, store, with_key=False)
-        return container, list(container.list_blobs(name_starts_with=start))
-
-
-def _container(clients: Clients, store: str, *, with_key: bool) -> ContainerClient:
-    from azure.core.credentials import AzureSasCredential
-    from azure.storage.blob import ContainerClient, ExponentialRetry
-
-    datastore: Any = clients.ml.datastores.get(store, include_secrets=with_key)
-    secret = getattr(datastore, "credentials", None)
-    key, sas = getattr(secret, "account_key", None), getattr(secret, "sas_token", None)
-    credential: Any = clients.credential
-    if with_key and key:
-        credential = key
-    elif with_key and sas:
-        credential = AzureSasCredential(sas)
-    endpoint = getattr(datastore, "endpoint", None) or "core.windows.net"
-    return ContainerClient(
-        f"https://{datastore.account_name}.blob.{endpoint}",
-        datastore.container_name,
-        credential=credential,
-        # The storage SDK's default waits 15 s before its first retry.
-        retry_policy=ExponentialRetry(initial_backoff=1, increment_base=2, retry_total=5),
-        logging_enable=False,
-    )

@@ -1,4 +1,4 @@
-"""Calls that take minutes on Azure: reads, creates and deletes with progress, a limit and retries.
+"""Calls that take minutes on Azure: with progress, a limit and retries, one by one or side by side.
 
 After a transient fault (409 while something else changes, a lost poll, a reset connection) it looks
 at what exists before it tries again, so that nothing is created twice. The SDKs' own retries of
@@ -11,14 +11,14 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from ... import console
 from ...errors import StageError
 from ...progress import Progress, captured_output, note
-from .failures import code_of, explained, stage_error
+from .failures import code_of, explained, scrub, stage_error
 
 log = logging.getLogger(__name__)
 
@@ -172,18 +172,14 @@ def within(doing: str, call: Callable[[], T], progress: Progress, *, limit: floa
     return results[0]
 
 
-def _real(poller: Poller) -> Poller:
-    """The poller that waits: azure-ai-ml's for workspaces says done() at once."""
-    # `CustomArmTemplateDeploymentPollingMethod` holds the ARM deployment's own poller, and asks it
-    # only in `result()`, without a limit (azure-ai-ml 1.32 and 1.35).
-    method = getattr(poller, "polling_method", None)
-    inner = getattr(method(), "poller", None) if callable(method) else None
-    return inner if isinstance(inner, Poller) else poller
-
-
 def wait_for(poller: Poller, text: str, progress: Progress, limit: float) -> None:
     """Wait for an operation: raises what it raises, StageError after `limit` seconds."""
-    poller = _real(poller)
+    # azure-ai-ml's poller for workspaces says done() at once: its
+    # `CustomArmTemplateDeploymentPollingMethod` holds the ARM deployment's own poller, and asks
+    # that only in `result()`, without a limit (1.32 and 1.35).
+    method = getattr(poller, "polling_method", None)
+    inner = getattr(method(), "poller", None) if callable(method) else None
+    poller = inner if isinstance(inner, Poller) else poller
     # `poller.result(timeout)` cannot be used: for an endpoint it raises an AttributeError while the
     # operation still runs (azure-ai-ml 1.32 and 1.35).
     started = time.monotonic()
@@ -350,3 +346,84 @@ def without_dots() -> Iterator[None]:
     # Standard output alone: the log of a job that is followed meanwhile goes to standard error.
     with captured_output(io.StringIO(), of_new_threads=True, errors=False):
         yield
+
+
+# --- several at the same time ---
+
+
+_LOOKS = 0.2  # seconds between two looks at what is at work
+
+
+def side_by_side(progress: Progress, works: Mapping[str, Callable[[Progress], T]]) -> dict[str, T]:
+    """What each of the works returns, by its name; each reports on a line of its own.
+
+    All of them end, also where one fails; then the first failure is raised. Ctrl-C ends the
+    waiting, not what Azure has begun.
+    """
+    results: dict[str, T] = {}
+    failures: list[BaseException] = []
+    lines: dict[str, str] = {}
+
+    def run(name: str, work: Callable[[Progress], T]) -> None:
+        def show(done: int, total: int, text: str) -> None:
+            lines[name] = f"{done}/{total} {text}" if total else text
+
+        try:
+            results[name] = work(show)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+        finally:
+            lines.pop(name, None)
+
+    threads = [
+        threading.Thread(target=run, args=item, name=item[0], daemon=True) for item in works.items()
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        # Only this thread shows anything: a display need not stand several at once.
+        while at_work := [thread for thread in threads if thread.is_alive()]:
+            at_work[0].join(_LOOKS)
+            if shown := "\n".join(list(lines.values())):
+                note(progress, shown)
+    except KeyboardInterrupt:
+        console.note("Azure continues with what was begun, and what it creates may bill.")
+        console.note("See what exists: phi3 status --on azure")
+        raise
+    if failures:
+        raise failures[0]
+    return results
+
+
+@contextmanager
+def meanwhile(progress: Progress, work: Callable[[Progress], object] | None) -> Iterator[Progress]:
+    """Do `work` while the block is at something else; yields a progress that shows both.
+
+    For what is only begun early: whoever needs it looks again and reports why it is not there.
+    """
+    line = ""
+
+    def show_work(_done: int, _total: int, text: str) -> None:
+        nonlocal line
+        line = text
+
+    def show_both(done: int, total: int, text: str) -> None:
+        progress(done, total, f"{text}\n{line}" if line else text)
+
+    def run() -> None:
+        nonlocal line
+        try:
+            if work is not None:
+                work(show_work)
+        except Exception as error:  # noqa: BLE001 - whoever needs it meets the same again
+            log.info("not ready yet: %s", scrub(str(error)))
+        finally:
+            line = ""
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield show_both
+    while thread.is_alive():  # not after a failure or Ctrl-C, which do not come here
+        thread.join(_LOOKS)
+        if line:
+            note(progress, line)

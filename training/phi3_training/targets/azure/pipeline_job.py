@@ -21,11 +21,10 @@ from ...run import Run
 from .clients import Clients
 from .command_job import data_files
 from .failures import explained
-from .jobs import output_path
 from .operations import is_absent
 from .place import JOB_RUN_TAG, resource_tags
 from .sizes import gpus_in
-from .uploads import upload
+from .storage import output_path, upload
 
 if TYPE_CHECKING:
     from azure.ai.ml import Input

@@ -1,4 +1,4 @@
-"""The golden questions of a rollout: which they are, what two deployments answer, what is worse.
+"""What tells whether a new deployment is worse: golden questions, and what Azure Monitor counted.
 
 Every deployment is asked through its header, past the traffic rules, and every body is read: a
 model's failure may come with status 200 (`{}`, `"None"`, an error object, an empty text). Reads
@@ -8,12 +8,14 @@ run/evaluate/rows.jsonl: the questions, and what the model answered when it was 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from phi3_tool.client import Phi3Client
 from phi3_tool.errors import Phi3Error, one_line
@@ -28,6 +30,10 @@ from ...recipe import Recipe
 from ...recipe.azure import RolloutSection
 from ...run import Run
 from ..base import Access
+from .clients import ARM, Clients
+from .failures import message_of
+
+log = logging.getLogger(__name__)
 
 # The held-out chats first: the model has not seen their answers. Some general questions beside
 # them show what it forgot. Refusal probes have no right answer that could be counted.
@@ -113,7 +119,10 @@ class Panel:
         self._access = access
         self._settings = recipe.azure.rollout
         self._longest = recipe.evaluate.max_new_tokens
-        self._metrics = _metrics_of(recipe)
+        # What the gate judged the model by, where texts alone and a share of right are enough.
+        rules = (*recipe.gate.min_gain, *recipe.gate.max_regression)
+        names = dict.fromkeys(["contains", *(rule.metric for rule in rules)])
+        self._metrics = [METRICS[name] for name in names if METRICS[name].unit]
         self._golden = golden
         # A small set is asked more than once: whether it answers needs numbers.
         self._turns = max(self._settings.questions, len(golden))
@@ -128,11 +137,8 @@ class Panel:
         green: list[Heard] = []
         blue: list[Heard] = []
         # 200 s: a little more than Azure lets a request take (180 s).
-        options: Mapping[str, Any] = {"max_retries": 4, "deadline": 200.0}
-        with (
-            self._access.client(deployment=new, **options) as new_client,
-            self._access.client(deployment=old or new, **options) as old_client,
-        ):
+        client = partial(self._access.client, max_retries=4, deadline=200.0)
+        with client(deployment=new) as new_client, client(deployment=old or new) as old_client:
             for golden in itertools.islice(itertools.cycle(self._golden), self._turns):
                 asked.append(golden)
                 green.append(self._ask(new_client, golden.question))
@@ -154,13 +160,6 @@ class Panel:
         except Phi3Error as error:
             return Heard("", one_line(str(error)), time.monotonic() - started)
         return Heard(reply.text, fault_of(reply.text), time.monotonic() - started)
-
-
-def _metrics_of(recipe: Recipe) -> list[Metric]:
-    """What the gate judged the model by, where texts alone and a share of right are enough."""
-    rules = (*recipe.gate.min_gain, *recipe.gate.max_regression)
-    names = dict.fromkeys(["contains", *(rule.metric for rule in rules)])
-    return [METRICS[name] for name in names if METRICS[name].unit]
 
 
 def fault_of(text: str) -> str:
@@ -198,8 +197,28 @@ def judge(
         [Answered(Said(green[i].text), None) for i in once],
     )
     lost, failed = _losses(rows, settings.max_loss, metrics), _failed(asked, green, blue, settings)
-    slow, times = _slower(green, blue, settings.max_p95_ratio)
-    same = _parroted(rows, against)
+    # One text for all questions, where there were different ones before.
+    texts, before_texts = ({row[side].strip() for row in rows} for side in ("after", "before"))
+    same = ""
+    if len(rows) >= FEWEST_ROWS and len(texts) == 1 and texts != {""} and len(before_texts) > 1:
+        same = (
+            f"all {len(rows)} questions got the same text {_cut(min(texts))}; not so of {against}"
+        )
+    # Times are compared only where both answered: a fault may come at once, or after a timeout.
+    slow, times = "", []
+    both = [
+        (g.seconds, b.seconds) for g, b in zip(green, blue, strict=True) if not (g.fault or b.fault)
+    ]
+    if any(seconds for _, seconds in both):  # the evaluation's answers have none
+        now_p95, was_p95 = (
+            sorted(side)[math.ceil(0.95 * len(side)) - 1] for side in zip(*both, strict=True)
+        )
+        times = [f"p95 {now_p95:.2f} s ({was_p95:.2f} s)"]
+        if now_p95 > settings.max_p95_ratio * was_p95 + _P95_SLACK:
+            slow = (
+                f"95 % of the answers took up to {now_p95:.2f} s, {was_p95:.2f} s before; "
+                f"{settings.max_p95_ratio:g} times as long is allowed (azure.rollout.max_p95_ratio)"
+            )
     answered, before = (f"{len(h) - _faults(h)} of {len(h)}" for h in (green, blue))
     right = [row for row in rows if row["after_right"] is not None]
     shown = [f"{answered} answered ({against}: {before})"]
@@ -271,34 +290,6 @@ def _losses(rows: Sequence[Row], allowed: float, metrics: Sequence[Metric]) -> s
     return ""
 
 
-def _parroted(rows: Sequence[Row], against: str) -> str:
-    """One text for all questions, where there were different ones before."""
-    now, before = ({row[side].strip() for row in rows} for side in ("after", "before"))
-    if len(rows) < FEWEST_ROWS or len(now) > 1 or now == {""} or len(before) == 1:
-        return ""
-    return f"all {len(rows)} questions got the same text {_cut(min(now))}; not so of {against}"
-
-
-def _slower(green: Sequence[Heard], blue: Sequence[Heard], ratio: float) -> tuple[str, list[str]]:
-    """Longer answers than allowed, and the times where both were measured."""
-    both = [(g, b) for g, b in zip(green, blue, strict=True) if not g.fault and not b.fault]
-    if not both or not any(b.seconds for _, b in both):
-        return "", []
-    now, was = (_p95([one.seconds for one in side]) for side in zip(*both, strict=True))
-    shown = [f"p95 {now:.2f} s ({was:.2f} s)"]
-    if now <= ratio * was + _P95_SLACK:
-        return "", shown
-    return (
-        f"95 % of the answers took up to {now:.2f} s, {was:.2f} s before; {ratio:g} times as long "
-        f"is allowed (azure.rollout.max_p95_ratio)",
-        shown,
-    )
-
-
-def _p95(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-
-
 def _with_named(text: str, named: Sequence[str]) -> str:
     more = [f"… and {len(named) - _NAMED} more"] if len(named) > _NAMED else []
     return "\n    ".join([text, *named[:_NAMED], *more])
@@ -307,3 +298,77 @@ def _with_named(text: str, named: Sequence[str]) -> str:
 def _cut(text: str) -> str:
     plain = " ".join(text.split())
     return f'"{plain if len(plain) <= _SHOWN else plain[: _SHOWN - 1] + "…"}"'
+
+
+# --- Azure Monitor: what the service itself counted, a second voice ---
+# Its metric RequestsPerMinute has one value a minute for each deployment and class of status, and
+# comes some minutes late: a quiet endpoint has none, so nothing depends on it alone. Not yet run
+# against live Azure.
+
+_API = "2023-10-01"
+_METRIC = "RequestsPerMinute"
+# Seconds to connect and to read: a rollout does not wait for what it can do without.
+_PATIENCE = 10.0
+# Fewer say nothing about a share of a few percent.
+FEWEST_REQUESTS = 50
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Requests of one deployment, and those of them without a status of 2xx."""
+
+    requests: float
+    failed: float
+
+    @property
+    def share(self) -> float:
+        """The share that failed."""
+        return self.failed / self.requests if self.requests else 0.0
+
+
+def counted(
+    clients: Clients, endpoint: str, deployment: str, minutes: float, now: datetime | None = None
+) -> Counted | None:
+    """A deployment's requests of the last `minutes`; None where Azure Monitor has none to give."""
+    from azure.core.exceptions import AzureError
+    from azure.core.rest import HttpRequest
+
+    ends = now or datetime.now(UTC)
+    span = [(ends - timedelta(minutes=minutes)), ends]
+    path = f"{clients.place.workspace_id()}/onlineEndpoints/{endpoint}"
+    request = HttpRequest(
+        "GET",
+        f"{ARM}{path}/providers/Microsoft.Insights/metrics",
+        params={
+            "api-version": _API,
+            "metricnames": _METRIC,
+            "aggregation": "Average",
+            "interval": "PT1M",
+            "timespan": "/".join(f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in span),
+            "$filter": f"deployment eq '{deployment}' and statusCodeClass eq '*'",
+        },
+    )
+    try:
+        with clients.arm() as pipeline:
+            response = pipeline.send_request(
+                request, retry_total=1, connection_timeout=_PATIENCE, read_timeout=_PATIENCE
+            )
+            response.raise_for_status()
+            metrics = response.json()["value"]
+        if not isinstance(metrics, list):
+            return None
+        requests = failed = 0.0
+        # One time series for each class of status.
+        for series in [item for metric in metrics for item in metric["timeseries"]]:
+            labels = {str(m["name"]["value"]).lower(): m["value"] for m in series["metadatavalues"]}
+            # A value is a rate per minute, averaged over one minute: so many requests.
+            count = sum(float(point.get("average") or 0.0) for point in series["data"])
+            requests += count
+            is_good = str(labels.get("statuscodeclass", "")).startswith("2")
+            failed += 0.0 if is_good else count
+        return Counted(requests, failed) if requests else None
+    except AzureError as error:
+        log.info("no metrics of %s: %s", endpoint, message_of(error))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.info("the metrics of %s could not be read: %s", endpoint, type(error).__name__)
+    return None

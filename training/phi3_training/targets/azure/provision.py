@@ -24,6 +24,7 @@ from .operations import (
     find,
     get_or_none,
     paced,
+    side_by_side,
     state_of,
     wait_until_ready,
 )
@@ -38,11 +39,10 @@ from .resources import (
     ensure_group,
     grants,
 )
-from .side_by_side import side_by_side
 from .sizes import find_size, quota_needs, quota_shortage, refuse_shortage
 
 if TYPE_CHECKING:
-    from azure.ai.ml.entities import Compute, Workspace
+    from azure.ai.ml.entities import Workspace
 
 # The cluster is left out once nothing is left to train or to measure.
 PARTS = ("workspace", "roles", "project", "cluster")
@@ -150,7 +150,7 @@ class _Provisioning:
 
     def at(self, progress: Progress) -> _Provisioning:
         """The same pass, with a display of its own for what is done beside the rest."""
-        other = copy(self)
+        other = copy(self)  # shallow: `done` is shared, so each branch sees the others' steps
         other.progress = progress
         return other
 
@@ -186,7 +186,19 @@ class _Provisioning:
             adopted = dependents_of(existing, place)
             for what, resource in (("resource group", place.resource_group), *adopted.named()):
                 self.step(what, resource, lambda: "exists")
-            use = partial(self._use_workspace, existing)
+
+            def use() -> Outcome:
+                # Azure answers the region's name as "eastus" or as "East US".
+                location = str(existing.location or place.location).replace(" ", "").lower()
+                if location != place.location:
+                    raise StageError(
+                        f"it is in {location}, not in {place.location}. Fix: set "
+                        f"azure.location={location}"
+                    )
+                # It may be the one that a killed command had only begun to make.
+                self._await_workspace("workspace", place.workspace_name)
+                return "exists"
+
             if not self.step("workspace", place.workspace_name, use):
                 return
             self.done.dependents = adopted
@@ -243,20 +255,23 @@ class _Provisioning:
         if _workspace(self.clients, what, name) is not None:
             self._await_workspace(what, name)
             return "exists"
-        self._await_deletion(what, name)
+        read = partial(_workspace_resource, self.clients, name)
+        # One that is being deleted keeps its name until it is gone. Not by trying: azure-ai-ml
+        # updates a workspace that it still finds, dying or not.
+        doing, poll = f"Waiting for the old {what} {name} to be gone", self.clients.poll
+        began = time.monotonic()
+        while state_of(get_or_none(read, doing)) == "deleting":
+            if time.monotonic() > began + poll.delete_timeout:
+                raise StageError(f"{doing}: still there; run the same command again later")
+            note(self.progress, doing)
+            time.sleep(paced(time.monotonic() - began, poll.interval))
         self.create(
             f"Creating the {what} {name}",
             lambda: self.clients.subscription.workspaces.begin_create(body),
-            partial(_workspace_resource, self.clients, name),
+            read,
             self.progress,
         )
         return "created"
-
-    def _use_workspace(self, existing: Workspace) -> Outcome:
-        """Somebody else's, or the one that a killed command had begun to make."""
-        outcome = _check_location(existing, self.place.location)
-        self._await_workspace("workspace", self.place.workspace_name)
-        return outcome
 
     def _await_workspace(self, what: str, name: str) -> None:
         poll = self.clients.poll
@@ -267,19 +282,6 @@ class _Provisioning:
             ends=time.monotonic() + poll.provision_timeout,
             pause=poll.interval,
         )
-
-    def _await_deletion(self, what: str, name: str) -> None:
-        """One that is being deleted keeps its name until it is gone."""
-        # Not by trying: azure-ai-ml updates a workspace that it still finds, dying or not.
-        doing, poll = f"Waiting for the old {what} {name} to be gone", self.clients.poll
-        began = time.monotonic()
-        ends = began + poll.delete_timeout
-        read = partial(_workspace_resource, self.clients, name)
-        while state_of(get_or_none(read, doing)) == "deleting":
-            if time.monotonic() > ends:
-                raise StageError(f"{doing}: still there; run the same command again later")
-            note(self.progress, doing)
-            time.sleep(paced(time.monotonic() - began, poll.interval))
 
     def identity(self) -> None:
         """The identity that the deployment runs as."""
@@ -306,15 +308,21 @@ class _Provisioning:
 
         place, dependents = self.place, self.done.dependents
         arguments = dependents.as_arguments() if dependents is not None else {}
-        # A project must be in its hub's region.
-        common: dict[str, Any] = {
-            "location": place.location,
-            "resource_group": place.resource_group,
-            "tags": self.tags,
-        }
         # The same storage and vault as the workspace's: nothing that bills is made twice.
-        hub = Hub(name=place.hub, **common, **arguments)
-        project = Project(name=place.project, hub_id=place.workspace_id(place.hub), **common)
+        hub = Hub(
+            name=place.hub,
+            location=place.location,
+            resource_group=place.resource_group,
+            tags=self.tags,
+            **arguments,
+        )
+        project = Project(
+            name=place.project,
+            hub_id=place.workspace_id(place.hub),
+            location=place.location,  # Azure refuses another one than the hub's
+            resource_group=place.resource_group,
+            tags=self.tags,
+        )
         if self.step("hub", place.hub, partial(self._ensure_workspace, "hub", place.hub, hub)):
             ensure = partial(self._ensure_workspace, "project", place.project, project)
             made, principal = self.step("project", place.project, ensure), self.done.principal_id
@@ -354,16 +362,6 @@ class _Provisioning:
         )
 
 
-def _check_location(workspace: Workspace, wanted: str) -> Outcome:
-    # Azure answers the region's name as "eastus" or as "East US".
-    location = str(workspace.location or wanted).replace(" ", "").lower()
-    if location != wanted:
-        raise StageError(
-            f"it is in {location}, not in {wanted}. Fix: set azure.location={location}"
-        )
-    return "exists"
-
-
 def _workspace(clients: Clients, what: str, name: str) -> Workspace | None:
     """The workspace, hub or project; None where it does not exist or is being deleted."""
     workspace = find(what, name, clients.subscription.workspaces.get)
@@ -392,7 +390,19 @@ def ensure_cluster(
     # A failed one is put again. One that is being deleted refuses that with a 409 until it is gone,
     # which `create` waits for.
     if existing is not None and state_of(existing) not in ("failed", "deleting"):
-        _refuse_other_cluster(existing, section)
+        # An existing cluster is used or refused, never changed: others may work on it.
+        own_size = str(getattr(existing, "size", "") or "")
+        if own_size and own_size.lower() != section.size.lower():
+            raise StageError(
+                f"it has machines of size {own_size}, the recipe says {section.size}. Fix: set "
+                f"azure.compute.size={own_size}, or another azure.compute.name"
+            )
+        most = getattr(existing, "max_instances", None)
+        if most is not None and int(most) < section.max_instances:
+            raise StageError(
+                f"it has at most {most} machines, the recipe says {section.max_instances}. Fix: "
+                f"set azure.compute.max_instances={most}, or another azure.compute.name"
+            )
         return "exists"
     size = find_size(clients, section.size, "azure.compute.size")
     if size.gpus < 1:
@@ -423,35 +433,15 @@ def ensure_cluster(
             pause=clients.poll.interval,
         )
     except StageError as error:
-        raise StageError(f"{error}. {_what_remains(clients, name, remains)}") from None
+        try:
+            exists = find("cluster", name, operations.get) is not None
+        except StageError:  # nobody can tell, so it may bill
+            exists = True
+        left = remains if exists else "No cluster was created: nothing bills"
+        raise StageError(f"{error}. {left}") from None
     if state_of(cluster) == "failed":
         raise StageError(f"Azure created the cluster in the state Failed. {remains}")
     return "created"
-
-
-def _what_remains(clients: Clients, name: str, remains: str) -> str:
-    """`remains` where the cluster exists or nobody can tell; else that nothing bills."""
-    try:
-        exists = find("cluster", name, clients.ml.compute.get) is not None
-    except StageError:
-        exists = True
-    return remains if exists else "No cluster was created: nothing bills"
-
-
-def _refuse_other_cluster(cluster: Compute, section: ComputeSection) -> None:
-    """StageError where the existing cluster is not what the recipe needs; it is not changed."""
-    size = str(getattr(cluster, "size", "") or "")
-    if size and size.lower() != section.size.lower():
-        raise StageError(
-            f"it has machines of size {size}, the recipe says {section.size}. Fix: set "
-            f"azure.compute.size={size}, or another azure.compute.name"
-        )
-    most = getattr(cluster, "max_instances", None)
-    if most is not None and int(most) < section.max_instances:
-        raise StageError(
-            f"it has at most {most} machines, the recipe says {section.max_instances}. Fix: set "
-            f"azure.compute.max_instances={most}, or another azure.compute.name"
-        )
 
 
 def is_provisioned(

@@ -193,7 +193,8 @@ def _create(
 def _sources(clients: Clients, job_model: ModelManifest) -> Iterator[str]:
     """Where the model may be: the job's output, the path that Azure names, a step's output."""
     # Registering from the output keeps the lineage from model to job. For a pipeline Azure now and
-    # then finds nothing there, and the model is only an output of one of its steps.
+    # then finds nothing there (azure-sdk-for-python issue 33978), and the model is only an output
+    # of one of its steps. Each is looked for only when the one before was refused.
     job, output = job_model.job, job_model.output
     yield job_model.model_output or f"azureml://jobs/{job}/outputs/{output}"
     with explained(f"Reading the job {job}"):

@@ -18,9 +18,8 @@ from ...errors import StageError
 from ...progress import Progress, note
 from .clients import Clients
 from .failures import code_of, explained, stage_error
-from .operations import TRIES, Outcome, create, get_or_none, is_transient
+from .operations import TRIES, Outcome, create, get_or_none, is_transient, side_by_side
 from .place import Place
-from .side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import Workspace
@@ -267,13 +266,11 @@ def _tenant(clients: Clients) -> str:
     if place.tenant_id is not None:
         return place.tenant_id
     with explained("Looking up the subscription's tenant"):
-        subscription: Any = clients.resources.resources.get_by_id(
-            place.subscription_scope, api_version=SUBSCRIPTION_API
-        )
-    tenant = subscription.get("tenantId")
-    if not tenant:
+        by_id = clients.resources.resources.get_by_id
+        subscription: Any = by_id(place.subscription_scope, api_version=SUBSCRIPTION_API)
+    if not subscription.get("tenantId"):
         raise StageError("The subscription's tenant is unknown: set azure.tenant_id=GUID")
-    return str(tenant)
+    return str(subscription["tenantId"])
 
 
 # "Azure built-in roles": a role's id is the same in every tenant.

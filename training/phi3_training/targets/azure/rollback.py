@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from phi3_tool.errors import Phi3Error, one_line
 
@@ -51,7 +50,7 @@ class Traffic:
     unfinished: str = ""  # the deployment whose rollout nobody has ended
     removals: Sequence[str] = ()  # what deletes itself and when, in words
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Plain values."""
         return asdict(self)
 
@@ -87,7 +86,14 @@ class Traffic:
 
 def traffic_of(clients: Clients, run: Run) -> Traffic:
     """Who has how much of the run's endpoint. StageError where the run has none."""
-    endpoint = read_endpoint(clients, _endpoint_of(run))
+    # The last deployment's endpoint; a run that was killed before it wrote that has its rollout or
+    # its list of what it made.
+    manifests = (run.read(EndpointManifest), run.read(RolloutManifest))
+    names = [item.endpoint_name for item in manifests if item is not None and item.endpoint_name]
+    names = names or [item.name for item in reversed(recorded_resources(run, "endpoint"))]
+    if not names:
+        raise StageError(f"The run {run.name!r} has no endpoint on Azure yet: phi3 up --on azure")
+    endpoint = read_endpoint(clients, names[0])
     name, shares = str(endpoint.name), traffic_shares(endpoint.traffic)
     with explained(f"Listing the deployments of {name}"):
         listed = list(clients.ml.online_deployments.list(name))
@@ -140,6 +146,7 @@ def set_shares(
         state="begun",
         reasons=[],
     )
+    # Before the change, so that it can be undone from whatever becomes of this process.
     run.write(record)
     try:
         set_traffic(
@@ -165,12 +172,24 @@ def roll_back(clients: Clients, section: AzureSection, run: Run, progress: Progr
             f"traffic before. See what there is with: phi3 azure traffic --run {run.name}"
         )
     record = run.read(RolloutManifest)
-    faults = _changed(now, {} if record is None else record.models)
+    # Which of those to go back to are gone, broken, or serve another model by now.
+    there = {item.name: item for item in now.deployments}
+    models = {} if record is None else record.models
+    faults = []
+    for name in now.before:
+        item = there.get(name)
+        if item is None:
+            faults.append(f"{name} is gone")
+        elif item.state != "succeeded":
+            faults.append(f"{name} is {item.state}")
+        elif models.get(name, item.model).lower() != item.model.lower():
+            faults.append(f"{name} serves another model now ({item.model})")
     if faults:
         raise StageError(
             f"The traffic of {now.endpoint} cannot go back to {shares_text(now.before)}: "
             f"{'; '.join(faults)}. See what there is with: phi3 azure traffic --run {run.name}"
         )
+    # They may have broken since: a rollback must not make things worse.
     _ask(clients, run, now.endpoint, now.before, progress)
     change = Wanted(
         now.before,
@@ -192,42 +211,24 @@ def _settled(clients: Clients, section: AzureSection, run: Run, progress: Progre
     return replace(found, removals=removals)
 
 
-def _endpoint_of(run: Run) -> str:
-    for manifest in (run.read(EndpointManifest), run.read(RolloutManifest)):
-        if manifest is not None and manifest.endpoint_name:
-            return manifest.endpoint_name
-    made = recorded_resources(run, "endpoint")
-    if not made:
-        raise StageError(f"The run {run.name!r} has no endpoint on Azure yet: phi3 up --on azure")
-    return made[-1].name
-
-
-def _changed(now: Traffic, models: Mapping[str, str]) -> list[str]:
-    """Which of those to go back to are gone, broken, or serve another model by now."""
-    there = {item.name: item for item in now.deployments}
-    faults = []
-    for name in now.before:
-        item = there.get(name)
-        if item is None:
-            faults.append(f"{name} is gone")
-        elif item.state != "succeeded":
-            faults.append(f"{name} is {item.state}")
-        elif models.get(name, item.model).lower() != item.model.lower():
-            faults.append(f"{name} serves another model now ({item.model})")
-    return faults
-
-
 def _ask(
     clients: Clients, run: Run, endpoint: str, shares: Mapping[str, int], progress: Progress
 ) -> None:
     """One question through the header of each; StageError with what did not answer it."""
-    access, question = access_to(clients, endpoint), _question(run)
+    access, manifest = access_to(clients, endpoint), run.read(EndpointManifest)
+    question = None if manifest is None else manifest.smoke.get("question")
+    if not question:
+        try:
+            question = read_rows(run)[0]["question"]
+        except StageError:  # killed before its first deployment, and without an evaluation
+            question = "Who are you?"
     faults = []
     for name in shares:
         note(progress, f"asking {name}")
+        # 200 s: a little more than Azure lets a request take (180 s).
         with access.client(deployment=name, max_retries=2, deadline=200.0) as client:
             try:
-                messages = [{"role": "user", "content": question}]
+                messages = [{"role": "user", "content": str(question)}]
                 fault = fault_of(client.chat(messages, temperature=0.0, max_new_tokens=64).text)
             except Phi3Error as error:
                 fault = one_line(str(error))
@@ -242,20 +243,11 @@ def _ask(
         )
 
 
-def _question(run: Run) -> str:
-    endpoint = run.read(EndpointManifest)
-    if endpoint is not None and endpoint.smoke.get("question"):
-        return str(endpoint.smoke["question"])
-    try:
-        return str(read_rows(run)[0]["question"])
-    except StageError:  # killed before its first deployment, and without an evaluation
-        return "Who are you?"
-
-
 def _served_by(run: Run, endpoint: str, shares: Mapping[str, int]) -> None:
     """Note in the endpoint's manifest who serves it, so that `up` takes it for done."""
     manifest = run.read(EndpointManifest)
     if manifest is not None and manifest.endpoint_name == endpoint and shares:
+        # The run is served by whoever has most; `status` and `up` look at that one.
         update = {"deployment": _largest(shares), "traffic": dict(shares)}
         run.write(manifest.model_copy(update=update))
 

@@ -2,17 +2,18 @@
 
 The shares from before are in <run>/rollout.json before the first change, and in a tag of the
 endpoint until the last share is judged: whoever finds the endpoint half changed can finish or undo
-it, and Azure itself does where nobody comes (put_back.py). Each share is judged by the golden
-questions (probes.py).
+it, and Azure itself does where nobody comes (PutBackKeeper). Each share is judged by what
+probes.py measures.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,14 +26,14 @@ from ...recipe import Recipe
 from ...recipe.azure import NO_DEADLINE, AzureSection
 from ...run import Run
 from ..base import Access, PlanLine
-from .clients import Clients
+from .clients import ARM, Clients
+from .deadline import ENDPOINTS_API, PutBack, endpoint_id, keep_put_back
 from .failures import explained
-from .metrics import FEWEST_REQUESTS, counted
 from .operations import find
-from .place import ROLLOUT_TAG, deployment_name, endpoint_name
-from .probes import Judgement, Panel, golden_questions
-from .put_back import PutBackKeeper
-from .sizes import cores_needed, find_size, quota_usage
+from .place import ROLLOUT_TAG, RUN_TAG, deployment_name, endpoint_name
+from .probes import FEWEST_REQUESTS, Panel, counted, golden_questions
+from .resources import Body
+from .sizes import cores_needed, family_key, find_size, quota_usage
 from .traffic import (
     DeploymentId,
     Wanted,
@@ -40,6 +41,7 @@ from .traffic import (
     shares_text,
     traffic_shares,
 )
+from .workflow import shown, utc_now
 
 if TYPE_CHECKING:
     from azure.ai.ml.entities import OnlineEndpoint
@@ -147,7 +149,20 @@ class Rollout:
             self._watch(panel, old, now, minutes=0.0)
             if old and settings.mirror and not now:
                 self._arm(record)
-                self._copy(record, settings.mirror)
+                # Copies of real requests: the new deployment bears the load, and nobody gets its
+                # answers. Azure tells of copies their status and latency alone ("Perform safe
+                # rollout of new deployments"), so what they say is not compared.
+                wanted = Wanted(
+                    record.before,
+                    mirror={self.target.name: settings.mirror},
+                    tags={ROLLOUT_TAG: tag_of(record)},
+                )
+                section, name = self.recipe.azure, self.target.endpoint
+                set_traffic(self.clients, section, name, wanted, self.progress)
+                self.lines.append(
+                    f"{settings.mirror} % of the requests were copied to {self.target.name}: it "
+                    f"bore the load; the answers to copies are not compared"
+                )
                 self._watch(panel, old, now, minutes=settings.minutes)
             for share in [step for step in settings.steps if step > now] if old else [100]:
                 record = record.model_copy(update={"share": share})
@@ -168,20 +183,6 @@ class Rollout:
             raise
         self.run.write(record.model_copy(update={"state": "done"}))
 
-    def _copy(self, record: RolloutManifest, percent: int) -> None:
-        """Let the new deployment work on copies of real requests; nobody gets its answers."""
-        section, name = self.recipe.azure, self.target.endpoint
-        wanted = Wanted(
-            record.before,
-            mirror={self.target.name: percent},
-            tags={ROLLOUT_TAG: tag_of(record)},
-        )
-        set_traffic(self.clients, section, name, wanted, self.progress)
-        self.lines.append(
-            f"{percent} % of the requests were copied to {self.target.name}: it bore the load; "
-            f"the answers to copies are not compared"
-        )
-
     def _arm(self, record: RolloutManifest) -> None:
         """Have Azure put the traffic back, should this process not come to the step's end."""
         if self.keeper is None:
@@ -198,18 +199,40 @@ class Rollout:
 
     def _watch(self, panel: Panel, old: str | None, share: int, *, minutes: float) -> None:
         """Look at a share until its time is over; StageError as soon as it is worse than before."""
+
+        def step(done: int, total: int) -> None:
+            text = f"{self.target.name} with {share} %: golden questions"
+            self.progress(done, total, text)
+
         ends = time.monotonic() + 60 * minutes
         looks = 0
         while True:
             began = time.monotonic()
-            judged = panel.look(self.target.name, old, partial(self._step, share))
+            judged = panel.look(self.target.name, old, step)
             self._look_seconds = time.monotonic() - began
             looks += 1
             left = ends - time.monotonic()
-            counts, worse = self._counted(old, minutes) if minutes and share else ("", "")
-            if judged.reasons or worse:
-                reasons = (*judged.reasons, *([worse] if worse else []))
-                raise StageError(self._worse(replace(judged, reasons=reasons), old, share))
+            reasons, counts = [*judged.reasons], ""
+            # What Azure Monitor counted of real requests: without a share it has none.
+            if old is not None and minutes and share:
+                read = partial(counted, self.clients, self.target.endpoint, minutes=minutes)
+                new, before = read(self.target.name), read(old)
+                counts = "; Azure Monitor has no figures yet"
+                if new is not None and before is not None:
+                    failed = f"{new.share:.1%} of {new.requests:.0f} requests failed"
+                    text = f"Azure Monitor: {failed} ({old}: {before.share:.1%})"
+                    counts = f"; {text}"
+                    enough = min(new.requests, before.requests) >= FEWEST_REQUESTS
+                    allowed = self.recipe.azure.rollout.max_error_gain
+                    if enough and new.share - before.share > allowed:
+                        reasons.append(text)
+            if reasons:
+                faults = "\n  ".join(reasons)
+                raise StageError(
+                    f"The deployment {self.target.name} of {self.target.endpoint} is worse than "
+                    f"{old or 'the evaluated model'}, with {share} % of the traffic "
+                    f"({judged.figures}):\n  {faults}"
+                )
             if left <= 0:
                 again = f", the last of {looks} looks" if looks > 1 else ""
                 line = f"with {share} % of the traffic: {judged.figures}{again}{counts}"
@@ -217,33 +240,6 @@ class Rollout:
                 return
             note(self.progress, f"{share} % of the traffic, {left / 60:.1f} minutes more")
             time.sleep(min(left, _PAUSE_SECONDS))
-
-    def _counted(self, old: str | None, minutes: float) -> tuple[str, str]:
-        """What Azure Monitor counted of real requests: figures, and whether they are worse."""
-        if old is None:
-            return "", ""
-        read = partial(counted, self.clients, self.target.endpoint, minutes=minutes)
-        new, before = read(self.target.name), read(old)
-        if new is None or before is None:
-            return "; Azure Monitor has no figures yet", ""
-        shown = f"{new.share:.1%} of {new.requests:.0f} requests failed ({old}: {before.share:.1%})"
-        allowed = self.recipe.azure.rollout.max_error_gain
-        enough = min(new.requests, before.requests) >= FEWEST_REQUESTS
-        worse = enough and new.share - before.share > allowed
-        return f"; Azure Monitor: {shown}", f"Azure Monitor: {shown}" if worse else ""
-
-    def _step(self, share: int, done: int, total: int) -> None:
-        self.progress(done, total, f"{self.target.name} with {share} %: golden questions")
-
-    def _worse(self, judged: Judgement, old: str | None, share: int) -> str:
-        than = old or "the evaluated model"
-        return "\n  ".join(
-            [
-                f"The deployment {self.target.name} of {self.target.endpoint} is worse than "
-                f"{than}, with {share} % of the traffic ({judged.figures}):",
-                *judged.reasons,
-            ]
-        )
 
     def _undo(self, record: RolloutManifest, reason: str) -> str:
         """Put the shares from before back, and read them back; what to tell of it."""
@@ -339,9 +335,7 @@ def _second_deployment(clients: Clients, recipe: Recipe, run: Run, endpoint: str
         kind = str(getattr(item, "instance_type", None) or "")
         if kind.lower() == settings.instance_type.lower():
             taken += cores_needed(size, int(item.instance_count or 1), online=True)[0]
-    usage = quota_usage(clients)
-    limits = {key: limit for key, (_used, limit) in usage.items()}
-    limit = limits.get(size.family.replace(" ", "").lower())
+    _used, limit = quota_usage(clients).get(family_key(size.family), (0, None))
     text = (
         f"a new deployment needs {cores} cores of {size.family} beside the {taken} of those that "
         f"stand"
@@ -362,3 +356,88 @@ def _second_deployment(clients: Clients, recipe: Recipe, run: Run, endpoint: str
         f"azure quota --request {taken + cores}, or phi3 down --on azure --idle",
         stops=needed,
     )
+
+
+# --- should this client die: Azure itself puts the traffic back ---
+# Before each step the endpoint's workflow (deadline.py) gets a PUT of the whole endpoint with the
+# shares from before, due when the step should be over. It is sent only while the endpoint carries
+# the rollout's tag, which the rollout's end takes away: what is left of it then changes nothing.
+# Never verified on live Azure.
+
+# A change of the traffic takes a minute or two, and may wait for another one; with room to spare.
+_CHANGE = dt.timedelta(minutes=20)
+# Azure sets these by itself, and takes none of them.
+_READ_ONLY = {"id", "name", "type", "systemData"}
+_READ_ONLY_PROPERTIES = {"provisioningState", "scoringUri", "swaggerUri"}
+
+
+@dataclass
+class PutBackKeeper:
+    """Keeps one endpoint's put-back up to date while `target` takes over."""
+
+    clients: Clients
+    section: AzureSection
+    run: Run
+    endpoint: str
+    target: str
+    progress: Progress
+    _body: Body = field(default_factory=dict, init=False)
+
+    def arm(self, before: Mapping[str, int], tag: str, seconds: float) -> str:
+        """Have the shares `before` put back unless the step ends within `seconds`, and some more.
+
+        One sentence about it. Nothing is raised: the rollout itself puts them back while it lives.
+        """
+        from azure.core.rest import HttpRequest
+
+        try:
+            with explained(f"Reading the endpoint {self.endpoint}"):
+                found = self._body
+                if not found:
+                    # As Azure sends it: the SDK's own class leaves out what it does not know, and
+                    # a PUT without that would remove it.
+                    url = f"{ARM}{endpoint_id(self.clients.place, self.endpoint)}"
+                    request = HttpRequest("GET", url, params={"api-version": ENDPOINTS_API})
+                    answer = self.clients.arm().send_request(request)
+                    answer.raise_for_status()
+                    found = answer.json()
+            if RUN_TAG not in (found.get("tags") or {}):
+                return self._not("phi3 did not create the endpoint")
+            self._body = self._body or put_back_body(found, before, self.target)
+            at = utc_now() + dt.timedelta(seconds=int(seconds)) + _CHANGE
+            back = PutBack(at, (ROLLOUT_TAG, tag), self._body)
+            keep_put_back(self.clients, self.section, self.run, self.endpoint, back, self.progress)
+        except StageError as error:
+            return self._not(" ".join(str(error).split()).rstrip("."))
+        return (
+            f"should this machine die now, Azure itself puts the traffic back to "
+            f"{shares_text(before)} at {shown(at)} (never verified on live Azure)"
+        )
+
+    def _not(self, reason: str) -> str:
+        return (
+            f"should this machine die now, NOBODY puts the traffic back before the next phi3 up: "
+            f"{reason}"
+        )
+
+
+def put_back_body(found: Body, before: Mapping[str, int], target: str) -> Body:
+    """The PUT of an endpoint that was read as `found`, with the shares `before` and no rollout.
+
+    Everything else is sent as it was read, since Azure takes what a PUT leaves out for removed.
+    """
+    properties = {k: v for k, v in found["properties"].items() if k not in _READ_ONLY_PROPERTIES}
+    properties["traffic"] = dict(before)
+    mirror = properties.get("mirrorTraffic") or {}
+    properties["mirrorTraffic"] = {n: share for n, share in mirror.items() if n != target}
+    body = {name: value for name, value in found.items() if name not in _READ_ONLY}
+    body["properties"] = properties
+    body["tags"] = {n: text for n, text in (found.get("tags") or {}).items() if n != ROLLOUT_TAG}
+    identity = dict(found.get("identity") or {})
+    if identity:
+        # Of an identity Azure answers its ids, and takes its type and an empty object for each.
+        users = identity.get("userAssignedIdentities")
+        body["identity"] = {"type": identity["type"]} | (
+            {"userAssignedIdentities": {user: {} for user in users}} if users else {}
+        )
+    return body

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import console
 from ...errors import MissingExtraError, RecipeError, StageError
@@ -32,7 +32,7 @@ from ...progress import Progress, no_progress, note
 from ...recipe import Recipe, azure_section_of
 from ...recipe.azure import AzureSection
 from ...run import Run
-from ..base import Access, PlanLine
+from ..base import Access, Overview, PlanLine, RunStatus
 from .clients import Clients
 from .place import (
     AZURE,
@@ -47,8 +47,9 @@ from .place import (
 from .provision import PARTS, is_provisioned, provision
 
 if TYPE_CHECKING:
-    from .discovery import Found
-    from .inventory import Inventory
+    from .prompt_flow import PushedFlow
+    from .status import Inventory
+    from .teardown import Found
 
 # What the extra `azure` installs, one module of each package that is used.
 NEEDED_MODULES = (
@@ -87,6 +88,7 @@ class AzureTarget:
     def _of(self, run: Run) -> tuple[Clients, AzureSection]:
         """The clients for where the run is, and the section that it was made with."""
         section, place = section_of(run), place_of(run)
+        # Another place needs other clients, but no second sign-in, which may open a browser.
         if self._clients is None or self._clients.place.workspace_id() != place.workspace_id():
             credential = None if self._clients is None else self._clients.credential
             self._clients = Clients(place, section.poll, credential)
@@ -119,10 +121,11 @@ class AzureTarget:
         del run
         return is_provisioned(self.clients(recipe), recipe.azure, parts=_parts(trains))
 
-    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: Any) -> Any:
+    def inputs(self, recipe: Recipe, stage: type[Manifest], shared: object) -> object:
         """What a stage depends on here: also its part of the `azure:` section."""
         section = recipe.azure
-        own: dict[type[Manifest], Any] = {
+        # Left out is what changes nothing that a stage has made: tags, waits, the tenant.
+        own: dict[type[Manifest], object] = {
             ProvisionManifest: section.model_dump(
                 mode="json", exclude={"train", "endpoint", "poll", "tags", "tenant_id"}
             ),
@@ -184,6 +187,7 @@ class AzureTarget:
         from .status import endpoint_state
 
         del recipe
+        # Then the traffic is between two states, and `deploy` has to end that.
         rollout = run.read(RolloutManifest)
         if rollout is not None and rollout.unfinished:
             return False
@@ -228,7 +232,7 @@ class AzureTarget:
         """The endpoint's key, fetched now; None where it takes Entra tokens."""
         return self.access(run).key
 
-    def status(self, run: Run) -> dict[str, Any]:
+    def status(self, run: Run) -> RunStatus:
         """What exists in the run's workspace, and what bills."""
         from .status import status
 
@@ -237,7 +241,7 @@ class AzureTarget:
 
     def _inventory(self, clients: Clients) -> Inventory:
         """What the workspace has; looked at once for all the runs that one command shows."""
-        from .inventory import take_inventory
+        from .status import take_inventory
 
         key = clients.place.workspace_id().lower()
         if key not in self._seen:
@@ -246,7 +250,7 @@ class AzureTarget:
 
     def overview(
         self, runs: Sequence[Run], named: Mapping[str, str], *, search: bool
-    ) -> list[dict[str, Any]]:
+    ) -> list[Overview]:
         """What each workspace has and costs, once: the runs', and those phi3's tags lead to."""
         from .status import overview
 
@@ -278,14 +282,14 @@ class AzureTarget:
 
     def found(self, named: Mapping[str, str]) -> list[Found]:
         """The workspaces that `named` means, with what phi3 made there. UsageError for none."""
-        from .discovery import Found
+        from .teardown import Found
 
         near = find_place(azure_section_of(named), os.environ, Path.cwd())
         return [Found(self._at(place)) for place in self._places(named, [near])]
 
     def _places(self, named: Mapping[str, str], known: Sequence[Place]) -> list[Place]:
         """The named workspace; else those of each known subscription that phi3's tags lead to."""
-        from .discovery import find_places
+        from .teardown import find_places
 
         try:
             near = [find_place(azure_section_of(named), os.environ, Path.cwd())]
@@ -329,7 +333,7 @@ class AzureTarget:
         clients, section = self._of(run)
         return remove_run(clients, section, run, only, progress)
 
-    def push(self, run: Run, bundle: Bundle, to: str, progress: Progress) -> list[dict[str, Any]]:
+    def push(self, run: Run, bundle: Bundle, to: str, progress: Progress) -> list[PushedFlow]:
         """Make a flow of the bundle in the workspace, the project, or both."""
         from .prompt_flow import push_flow
 
@@ -337,11 +341,12 @@ class AzureTarget:
         place = clients.place
         named = {"workspace": [place.workspace_name], "project": [place.project]}
         workspaces = named.get(to, [place.workspace_name, place.project])
-        return [asdict(push_flow(clients, run, bundle, name, progress)) for name in workspaces]
+        return [push_flow(clients, run, bundle, name, progress) for name in workspaces]
 
 
 def refuse_without_extra(modules: Sequence[str] = NEEDED_MODULES) -> None:
     """Raise MissingExtraError where a package of the extra `azure` is not installed."""
+    # Looked for, not imported: azure.ai.ml alone takes seconds.
     for module in modules:
         try:
             spec = find_spec(module)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ...errors import StageError
@@ -75,6 +74,9 @@ def set_traffic(
     Raises StageError for shares that Azure would refuse, before anything is sent; and, with Azure's
     own reason and the shares that count now, when Azure refuses them.
     """
+    from azure.ai.ml.exceptions import MlException
+    from azure.core.exceptions import AzureError
+
     operations = clients.ml.online_endpoints
     doing = f"Giving the traffic of {endpoint_name} to {shares_text(wanted.shares)}"
     pause, ends = section.poll.interval, time.monotonic() + section.poll.deploy_timeout
@@ -91,7 +93,9 @@ def set_traffic(
         if not is_changing and wanted.holds_for(endpoint):
             return changed  # also after an answer that was lost on the way
         if time.monotonic() > ends or not tries or not conflicts:
-            raise _refused(doing, refusal, endpoint)
+            # Azure's reason, and who has the traffic now.
+            text = str(refusal or f"{doing}: Azure reported success, but did not do it")
+            raise StageError(f"{text}\nThe shares are still: {shares_text(endpoint.traffic)}.")
         if is_changing:
             note(progress, f"{doing}: the endpoint is being changed ({state_of(endpoint)})")
             time.sleep(pause)
@@ -100,45 +104,26 @@ def set_traffic(
         endpoint.traffic = {name: wanted.shares.get(name, 0) for name in deployments}
         tags = {**(endpoint.tags or {}), **(wanted.tags or {})}
         endpoint.tags = {name: value for name, value in tags.items() if value is not None}
-        fault = _send(partial(operations.begin_create_or_update, endpoint), doing, progress, ends)
         changed = True
-        if fault is None:
+        try:
+            with without_dots():
+                operation = operations.begin_create_or_update(endpoint)
+                if isinstance(operation, Poller):
+                    wait_for(operation, doing, progress, max(1.0, ends - time.monotonic()))
+        except (AzureError, MlException) as fault:
+            refusal = stage_error(fault, doing)
+            if getattr(fault, "status_code", None) == 409:
+                conflicts -= 1
+            else:
+                # A poll that answers 404: the operation's record is lost, not the change.
+                lasts = not is_transient(fault) and getattr(fault, "status_code", None) != 404
+                tries = 0 if lasts else tries - 1
+            if tries and conflicts:
+                note(progress, f"{doing}: refused, trying again ({message_of(fault)[:120]})")
+                time.sleep(pause)
+        else:
             # Azure says that it is done; only what is read back counts.
             tries -= 1
-            continue
-        refusal = stage_error(fault, doing)
-        if getattr(fault, "status_code", None) == 409:
-            conflicts -= 1
-        else:
-            # A poll that answers 404: the operation's record is lost, not the change.
-            lasts = not is_transient(fault) and getattr(fault, "status_code", None) != 404
-            tries = 0 if lasts else tries - 1
-        if tries and conflicts:
-            note(progress, f"{doing}: refused, trying again ({message_of(fault)[:120]})")
-            time.sleep(pause)
-
-
-def _send(
-    start: Callable[[], object], doing: str, progress: Progress, ends: float
-) -> Exception | None:
-    """Send the change and wait for its end; the SDK's error, if there was one."""
-    from azure.ai.ml.exceptions import MlException
-    from azure.core.exceptions import AzureError
-
-    try:
-        with without_dots():
-            operation = start()
-            if isinstance(operation, Poller):
-                wait_for(operation, doing, progress, max(1.0, ends - time.monotonic()))
-    except (AzureError, MlException) as error:
-        return error
-    return None
-
-
-def _refused(doing: str, refusal: StageError | None, endpoint: OnlineEndpoint) -> StageError:
-    """Azure's reason, and who has the traffic now."""
-    text = str(refusal) if refusal else f"{doing}: Azure reported success, but did not do it"
-    return StageError(f"{text}\nThe shares are still: {shares_text(endpoint.traffic)}.")
 
 
 def traffic_shares(traffic: Mapping[str, int] | None) -> dict[str, int]:

@@ -10,9 +10,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from ...errors import StageError
@@ -32,20 +30,14 @@ from .command_job import (
     stage_inputs,
     train_job,
 )
-from .failures import explained
 from .in_job import MANIFESTS, SMALL_FILES
 from .jobs import (
     EVALUATE,
     TRAIN,
     Purpose,
-    datastore_of,
-    open_store,
-    output_path,
-    path_of_output,
     run_job,
     status_of,
 )
-from .operations import within
 from .pipeline_job import (
     ARCHIVED,
     PIPELINE_OUTPUT,
@@ -57,6 +49,7 @@ from .pipeline_job import (
 )
 from .place import AZURE
 from .sizes import refuse_outside, refuse_retired
+from .storage import fetch_output, path_of_output
 
 if TYPE_CHECKING:
     from azure.ai.ml import Input
@@ -64,8 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Route = Literal["pipeline", "job"]
-# Bytes; a larger file stays in Azure. Adapters and figures are far below, merged weights above.
-_LARGEST = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -326,8 +317,16 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> 
     # takes compute_model_evaluation, and has no evaluation step any more.
     model = run.require(ModelManifest)
     questions = stage_inputs(recipe, run).questions
-    measured = _measured_in_training(run, model.job, questions)
-    if measured is not None:
+    try:
+        measured = _brought(run, TRAIN).read(MetricsManifest)
+    except StageError:  # written by another version: a second job evaluates again
+        measured = None
+    # Only what answers the same questions about the same model, and still has its rows.
+    if (
+        measured is not None
+        and (measured.job, measured.asked) == (model.job, questions)
+        and (run.path / measured.rows).is_file()
+    ):
         return measured
     # By its path in the store: azureml://jobs/… is a source for models, not for a job's inputs.
     tuned = Input(type="mlflow_model", path=model.output_path)
@@ -359,17 +358,6 @@ def evaluate(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -> 
             f"studio, then try again: phi3 up --on azure --again evaluate"
         )
     return metrics
-
-
-def _measured_in_training(run: Run, job: str, questions: str) -> MetricsManifest | None:
-    """What came back with the training job, if it answered the same questions and is still here."""
-    try:
-        metrics = _brought(run, TRAIN).read(MetricsManifest)
-    except StageError:  # a second job evaluates again
-        return None
-    if metrics is None or (metrics.job, metrics.asked) != (job, questions):
-        return None
-    return metrics if (run.path / metrics.rows).is_file() else None
 
 
 def _brought(run: Run, purpose: Purpose) -> Run:
@@ -407,65 +395,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def fetch_output(clients: Clients, job: Job, output: str, folder: Path, progress: Progress) -> None:
-    """Copy the files of a job's output over `folder`. StageError when there are none."""
-    # Straight from the workspace's storage: azure-ai-ml before 1.35.1 may download nothing of a
-    # named output and say nothing of it. Its own download is the last resort.
-    doing = f"Fetching the output {output} of the job {job.name}"
-    # Inside the folder, so on the same disk, and gone again whatever happens.
-    with TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-        content = Path(temporary)
-        with explained(doing):
-            count = 0
-            asked = output_path(str(job.name), output)
-            for path in dict.fromkeys((path_of_output(job, output), asked)):
-                place = datastore_of(path)
-                if place and not count:
-                    count = _download_blobs(clients, *place, content, progress)
-        if not count:
-            fetch = partial(
-                clients.ml.jobs.download,
-                str(job.name),
-                output_name=output,
-                download_path=str(content),
-            )
-            with explained(doing):
-                within(doing, fetch, progress, limit=clients.poll.upload_timeout)
-            inner = content / "named-outputs" / output
-            content = inner if inner.is_dir() else content
-        if not any(path.is_file() for path in content.rglob("*")):
-            raise StageError(
-                f"The job {job.name} is completed, but its output {output} is empty. Check the "
-                f"job in the studio; train again with: phi3 up --on azure --again finetune"
-            )
-        shutil.copytree(content, folder, dirs_exist_ok=True)
-
-
-def _download_blobs(
-    clients: Clients, store: str, prefix: str, folder: Path, progress: Progress
-) -> int:
-    """Download every blob below `prefix`; how many there were."""
-    start = prefix.strip("/") + "/"
-    container, blobs = open_store(clients, store, prefix)
-    count = 0
-    for blob in blobs:
-        relative = Path(str(blob.name).removeprefix(start))
-        # A store with a hierarchical namespace (Data Lake) lists its folders as empty blobs.
-        is_folder = (blob.metadata or {}).get("hdi_isfolder") == "true"
-        # The names come from a job, which anybody with the workspace may have written to.
-        if is_folder or relative.is_absolute() or ".." in relative.parts:
-            continue
-        if (blob.size or 0) > _LARGEST:
-            continue
-        count += 1
-        progress(count, len(blobs), f"fetching {relative}")
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            container.download_blob(blob.name).readinto(file)
-    return count
 
 
 def _limit(recipe: Recipe) -> float:
