@@ -281,7 +281,7 @@ def test_the_plan_says_what_a_rollout_takes(stand: Stand) -> None:
     lines = [line.text for line in plan(stand.clients, stand.recipe, stand.run)]
 
     assert any("in steps of 5, 25, 100 %, each watched for 0 minutes" in line for line in lines)
-    assert any("needs 24 cores" in line and "beside the 48" in line for line in lines)
+    assert any("needs 24 cores" in line and "besides the 48" in line for line in lines)
     assert any(line.startswith("rollout: both deployments bill") for line in lines)
     assert any("the old one, kept for a rollback, for 24h more" in line for line in lines)
     assert any(line.startswith("Azure AI Search phi3-docs: basic; ") for line in lines)

@@ -85,7 +85,7 @@ def _check_actions(actions: Json, names: set[str], *, has_identity: bool) -> Non
             raise bad(f"The action name '{name}' is taken or too long.", "InvalidTemplate")
         names.add(name)
         if not set(action.get("runAfter") or {}) <= set(actions):
-            text = f"The action '{name}' runs after one that is not beside it."
+            text = f"The action '{name}' runs after one of another level."
             raise bad(text, "InvalidTemplate")
         if action.get("type") == "If":
             Condition.of(action.get("expression"))
@@ -256,7 +256,7 @@ def _run(cloud: Cloud, workflow: Json) -> Json:
 def _do(
     cloud: Cloud, workflow: Json, actions: Json, done: dict[str, Json], bodies: dict[str, Json]
 ) -> None:
-    """Do actions that are beside each other, in the order of their `runAfter`."""
+    """Do actions of one level, in the order of their `runAfter`."""
     waiting = dict(actions)
     while waiting:
         name = next(

@@ -18,7 +18,7 @@ from .endpoints import ENDPOINT, need_endpoint
 from .wire import ARM, AzureError, Json, Reply, Request, bad
 
 _METRIC = "RequestsPerMinute"
-# modelStatusCode is what the container answered, which is not told apart here.
+# modelStatusCode is what the container answered, which is not distinguished here.
 _DIMENSIONS = ("deployment", "statusCode", "statusCodeClass")
 _CLAUSE = re.compile(r"(\w+) (eq|ne) '([^']*)'")
 _MINUTE = dt.timedelta(minutes=1)

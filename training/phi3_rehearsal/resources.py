@@ -231,7 +231,7 @@ def list_deployment_operations(cloud: Cloud, request: Request) -> Reply:
     return Reply(200, {"value": operations})
 
 
-# --- what a workspace stands on: storage, key vault, logs, insights, registry; search beside it ---
+# --- what a workspace stands on: storage, key vault, logs, insights, registry; search ---
 
 # Azure's rules for their names (learn.microsoft.com/azure/azure-resource-manager/management, page
 # resource-name-rules).

@@ -40,7 +40,7 @@ class Access:
 
 
 class EndpointStatus(TypedDict, total=False):
-    """The state of a run's endpoint; beside `state` what is known of it at its target."""
+    """The state of a run's endpoint; besides `state` what is known of it at its target."""
 
     state: str  # up, down or none
     url: str

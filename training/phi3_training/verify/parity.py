@@ -392,7 +392,7 @@ async def client_asks(engine: Engine, messages: Messages) -> str:
 
 
 async def forwarded(case: Case) -> Messages:
-    """The messages that the `upstream` engine hands to the server behind it."""
+    """The messages that the `upstream` engine passes on to the other server."""
     bodies: list[dict[str, Any]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:

@@ -1,8 +1,8 @@
 """What a machine costs per hour by Azure's public price list, and a budget that mails.
 
 Asks the Retail Prices API (anonymous) and keeps its answers for a day in <cache>/azure-prices.json;
-never waits longer than ten seconds in all, and never takes "not found" for a price of 0. Behind it
-is the dated table of sizes.py.
+never waits longer than ten seconds in all, and never takes "not found" for a price of 0. The dated
+table of sizes.py is the fallback.
 """
 
 from __future__ import annotations

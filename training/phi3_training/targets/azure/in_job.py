@@ -218,7 +218,7 @@ def weights_in(folder: Path, work: Path) -> Path:
     Catalogue models keep weights and tokenizer apart; `work` then becomes both. Raises StageError.
     """
     # A catalogue model: data/model and data/tokenizer. One of our jobs: artifacts/model with both.
-    weights = _topmost(folder, "config.json", beside="*.safetensors")
+    weights = _topmost(folder, "config.json", together_with="*.safetensors")
     if weights is None:
         raise StageError(
             f"{folder.name} contains no weights: expected config.json and *.safetensors"
@@ -238,9 +238,9 @@ def weights_in(folder: Path, work: Path) -> Path:
     return work
 
 
-def _topmost(folder: Path, name: str, beside: str = "*") -> Path | None:
-    """The topmost folder with a file `name` and a file that matches `beside`."""
-    parents = [path.parent for path in folder.rglob(name) if any(path.parent.glob(beside))]
+def _topmost(folder: Path, name: str, together_with: str = "*") -> Path | None:
+    """The topmost folder with a file `name` and one that matches `together_with`."""
+    parents = [path.parent for path in folder.rglob(name) if any(path.parent.glob(together_with))]
     return min(parents, key=lambda path: len(path.parts), default=None)
 
 

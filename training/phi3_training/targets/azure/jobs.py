@@ -106,12 +106,12 @@ def run_job(
     progress: Progress,
     *,
     limit: float,
-    beside: Callable[[Progress], object] | None = None,
+    in_parallel: Callable[[Progress], object] | None = None,
 ) -> Job:
     """The completed job for these inputs: the recorded one, resumed, or a new one.
 
-    `build` makes the job to submit under a name; `limit` is in seconds; `beside` is done while the
-    job is at work. Raises StageError when the job fails or is cancelled, or when another job of
+    `build` makes the job to submit under a name; `limit` is in seconds; `in_parallel` is done while
+    the job is at work. Raises StageError when the job fails or is cancelled, or when another job of
     the run is still running.
     """
     record, job = _resumable(clients, run, purpose, fingerprint)
@@ -131,7 +131,7 @@ def run_job(
     else:
         note(progress, f"resuming the job {record.name}")
     if status_of(job) != "completed":
-        with meanwhile(progress, beside) as both:
+        with meanwhile(progress, in_parallel) as both:
             job = follow_job(clients, run, purpose, record.name, both, limit=limit)
     return job
 

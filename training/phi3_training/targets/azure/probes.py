@@ -35,8 +35,8 @@ from .failures import message_of
 
 log = logging.getLogger(__name__)
 
-# The held-out chats first: the model has not seen their answers. Some general questions beside
-# them show what it forgot. Refusal probes have no right answer that could be counted.
+# The held-out chats first: the model has not seen their answers. Some general questions as
+# well show what it forgot. Refusal probes have no right answer that could be counted.
 _PARTS = ("validation", "canary", "train", "replay")
 _GENERAL_SHARE = 0.25
 # An answer that takes 0.2 s longer is not slower in a way that anybody notices (seconds).

@@ -107,7 +107,7 @@ def provision(
 ) -> Provisioned:
     """Create what is missing of `parts`. StageError that names every step that failed.
 
-    `ahead` is done as soon as there is a workspace, beside what takes minutes.
+    `ahead` is done as soon as there is a workspace, in parallel with what takes minutes.
     """
     work = _Provisioning(clients, recipe, progress, on_step)
     wanted = set(parts)
@@ -149,7 +149,7 @@ class _Provisioning:
         self.create = partial(create, limit=poll.provision_timeout, pause=poll.interval)
 
     def at(self, progress: Progress) -> _Provisioning:
-        """The same pass, with a display of its own for what is done beside the rest."""
+        """The same pass, with a display of its own for what is done in parallel."""
         other = copy(self)  # shallow: `done` is shared, so each branch sees the others' steps
         other.progress = progress
         return other

@@ -309,7 +309,7 @@ def plan_lines(clients: Clients, recipe: Recipe, run: Run) -> list[PlanLine]:
     return [
         PlanLine(
             "deploy",
-            f"a changed model or setting gets a new deployment beside the old one "
+            f"a changed model or setting gets a new deployment next to the old one "
             f"({shares_text(endpoint.traffic)}) and takes over in steps of "
             f"{', '.join(map(str, steps))} %, each watched for {minutes:g} minutes",
         ),
@@ -337,7 +337,7 @@ def _second_deployment(clients: Clients, recipe: Recipe, run: Run, endpoint: str
             taken += cores_needed(size, int(item.instance_count or 1), online=True)[0]
     _used, limit = quota_usage(clients).get(family_key(size.family), (0, None))
     text = (
-        f"a new deployment needs {cores} cores of {size.family} beside the {taken} of those that "
+        f"a new deployment needs {cores} cores of {size.family} besides the {taken} of those that "
         f"stand"
     )
     if limit is None:

@@ -346,7 +346,7 @@ def remove_service(
 # --- its deadline: a Logic App (workflow.py) whose identity has one role, on that service alone ---
 
 SEARCH_API = "2025-05-01"
-# "Azure built-in roles": everything on the service itself, nothing beside it.
+# "Azure built-in roles": everything on the service itself, nothing else.
 SEARCH_KEEPER = "Search Service Contributor"
 SEARCH_TAG, DEADLINE_TAG = "phi3-search", "phi3-deadline"
 _TRIGGER = "deadline"
@@ -369,7 +369,7 @@ class SearchDeadline:
 
 
 def search_workflow_id(service_id: str) -> str:
-    """The ARM id of a service's workflow: beside it, whatever group that is."""
+    """The ARM id of a service's workflow: in its group, whichever that is."""
     group, _, rest = service_id.partition("/providers/")
     return f"{group}/providers/{WORKFLOW_TYPE}/{rest.rsplit('/', 1)[-1]}-deadline"
 

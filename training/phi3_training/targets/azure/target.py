@@ -156,13 +156,13 @@ class AzureTarget:
             return finetune(clients, recipe, run, progress)
         name = endpoint_name(recipe.azure, clients.place, run)
 
-        def beside(shown: Progress) -> None:
+        def make_endpoint(shown: Progress) -> None:
             """The endpoint: without a deployment it costs nothing, and it takes minutes."""
             from .deploy import ensure_endpoint  # imported while the job is at work
 
             ensure_endpoint(clients, recipe.azure, run, name, shown)
 
-        return finetune(clients, recipe, run, progress, beside)
+        return finetune(clients, recipe, run, progress, make_endpoint)
 
     def evaluate(self, recipe: Recipe, run: Run, progress: Progress) -> MetricsManifest:
         """Bring back what was measured in a job."""

@@ -179,7 +179,7 @@ def send_ahead(clients: Clients, recipe: Recipe, run: Run, progress: Progress) -
         log.info("not uploaded ahead: %s", error)
 
 
-Beside = Callable[[Progress], object]  # what is done while a job is at work
+Work = Callable[[Progress], object]  # what is done while a job is at work
 
 
 def finetune(
@@ -187,14 +187,14 @@ def finetune(
     recipe: Recipe,
     run: Run,
     progress: Progress,
-    beside: Beside | None = None,
+    in_parallel: Work | None = None,
 ) -> ModelManifest:
-    """Fine-tune in a job and wait for it, doing `beside` meanwhile."""
+    """Fine-tune in a job and wait for it, with `in_parallel` at the same time."""
     note(progress, "choosing the route")
     choice = choose_route(clients, recipe)
     if choice.foundation is not None:
-        return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress, beside)
-    return _by_command_job(clients, recipe, run, choice, progress, beside)
+        return _by_pipeline(clients, recipe, run, choice, choice.foundation, progress, in_parallel)
+    return _by_command_job(clients, recipe, run, choice, progress, in_parallel)
 
 
 def _by_command_job(
@@ -203,7 +203,7 @@ def _by_command_job(
     run: Run,
     choice: RouteChoice,
     progress: Progress,
-    beside: Beside | None,
+    in_parallel: Work | None,
 ) -> ModelManifest:
     machines = machines_of(clients, recipe)
     processes = machines.all_processes
@@ -222,7 +222,7 @@ def _by_command_job(
         build,
         progress,
         limit=_limit(recipe),
-        beside=beside,
+        in_parallel=in_parallel,
     )
     brought = _bring_back(clients, run, job, TRAIN, progress)
     model, base = brought.read(ModelManifest), brought.read(BaseManifest)
@@ -252,7 +252,7 @@ def _by_pipeline(
     choice: RouteChoice,
     foundation: FoundationModel,
     progress: Progress,
-    beside: Beside | None,
+    in_parallel: Work | None,
 ) -> ModelManifest:
     prepared = prepare_pipeline(clients, recipe, foundation)
     training_data = stage_inputs(recipe, run).training_data
@@ -271,7 +271,7 @@ def _by_pipeline(
         ),
         progress,
         limit=_limit(recipe),
-        beside=beside,
+        in_parallel=in_parallel,
     )
     return _of_job(job, choice, PIPELINE_OUTPUT).model_copy(
         update={
