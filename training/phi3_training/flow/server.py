@@ -112,9 +112,30 @@ def _prepare() -> None:
     store.quiet()
     _module("promptflow.core._serving.app_base")
     let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
+    value = {
+        name: str(given)
+        for name in ("endpoint", "key", "deployment", "dialect", "context_length")
+        if (given := getattr(settings, name)) is not None
+    }
+    dicts = _module("promptflow.core._connection_provider._dict_connection_provider")
+
+    class Environment(dicts.DictConnectionProvider):  # type: ignore[misc,name-defined]
+        """Hands the environment's endpoint to whatever connection a flow names."""
+
+        def get(self, name: str) -> Any:
+            return self._build_connection(
+                {
+                    "name": name,
+                    "type": "CustomConnection",
+                    "module": "promptflow.connections",
+                    "value": dict(value),
+                    "secret_keys": ["key"],
+                }
+            )
+
     provider = _module("promptflow.core._connection_provider._connection_provider")
     # A private attribute, but the one way that works without a store (promptflow 1.18.5).
-    provider.ConnectionProvider._instance = _provider_of(settings)
+    provider.ConnectionProvider._instance = Environment({})
 
 
 def leave_traces_out() -> None:
@@ -127,30 +148,6 @@ def leave_traces_out() -> None:
         return
     for engine in ("flask", "fastapi"):
         sys.modules.setdefault(f"opentelemetry.instrumentation.{engine}", None)  # type: ignore[arg-type]
-
-
-def _provider_of(settings: ConnectionSettings) -> Any:
-    """Hands the environment's endpoint to whatever connection a flow names."""
-    value = {
-        name: str(given)
-        for name in ("endpoint", "key", "deployment", "dialect", "context_length")
-        if (given := getattr(settings, name)) is not None
-    }
-    dicts = _module("promptflow.core._connection_provider._dict_connection_provider")
-
-    class Environment(dicts.DictConnectionProvider):  # type: ignore[misc,name-defined]
-        def get(self, name: str) -> Any:
-            return self._build_connection(
-                {
-                    "name": name,
-                    "type": "CustomConnection",
-                    "module": "promptflow.connections",
-                    "value": dict(value),
-                    "secret_keys": ["key"],
-                }
-            )
-
-    return Environment({})
 
 
 def _module(name: str) -> Any:
