@@ -107,6 +107,7 @@ def asgi_app() -> Any:
 def _prepare() -> None:
     """Quiet, and with the connection out of the environment, before a flow is loaded."""
     settings = ConnectionSettings.from_environment()
+    # Before Prompt flow is imported: it reads the level then, and a user's own level stays.
     os.environ.setdefault("PF_LOGGING_LEVEL", "ERROR")
     leave_traces_out()
     store.quiet()
