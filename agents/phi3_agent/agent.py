@@ -130,6 +130,7 @@ def create_agent(
         description="Phi-3, tuned on your own chats",
         instructions=instructions,
         default_options={**DEFAULTS, **options},
+        # Without one, an agent of the framework would keep a history in memory itself.
         context_providers=[TurnsProvider(conversations)] if conversations else None,
         middleware=[Grounding(documents)] if documents else None,
     )

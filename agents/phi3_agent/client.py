@@ -108,6 +108,7 @@ def phi3_error(error: BaseException | None) -> Phi3Error | None:
 def text_of(message: Message) -> str:
     """A message's text; raises RequestRejectedError where it holds anything else."""
     # Not `message.text`, which joins the parts with a space.
+    # Named once each: a message with three images is one fault.
     other = sorted({content.type for content in message.contents if content.type != "text"})
     if other:
         raise RequestRejectedError(
@@ -143,6 +144,7 @@ def role_messages(messages: Sequence[Message], instructions: object = None) -> l
 
 def parameters_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the request; raises RequestRejectedError for what no endpoint knows."""
+    # All of them in one error, so that one correction is enough.
     refused = [name for name in _REFUSED if options.get(name)]
     # The framework always says "auto"; without tools that asks for nothing.
     choice = options.get("tool_choice")
@@ -220,6 +222,7 @@ class RawPhi3ChatClient(BaseChatClient[Phi3ChatOptions]):
             "completion_tokens": "output_token_count",
             "total_tokens": "total_token_count",
         }
+        # The framework's names; counts that it has no name for are left out.
         usage = {names[name]: count for name, count in reply.usage.items() if name in names}
         facts = {"attempts": reply.attempts, "seconds": reply.seconds}
         return ChatResponse(

@@ -118,6 +118,7 @@ class FileConversations:
                 f"The session id {session!r:.80} cannot name a file: use letters, digits, - and _, "
                 "at most 128"
             )
+        # The pattern above allows no dot and no slash: an id cannot lead out of the folder.
         return self._folder / f"{session}.json"
 
 

@@ -57,6 +57,7 @@ class Flow:
 
     def given(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The flow's inputs in their types; raises RequestRejectedError for one that is missing."""
+        # A null counts as not given, as in Prompt flow.
         known = {name: value for name, value in values.items() if value is not None}
         missing = [
             n for n, about in self.inputs.items() if n not in known and "default" not in about
@@ -96,6 +97,7 @@ def load(folder: Path) -> Flow:
         if node["type"] == "prompt":
             call: Callable[..., Any] = _template(path)
         else:
+            # By its path: two nodes' files may have one name in different folders.
             spec = importlib.util.spec_from_file_location(path.stem, path)
             if spec is None or spec.loader is None:
                 raise ConfigurationError(f"{path} cannot be imported")
@@ -194,6 +196,7 @@ def value_of(value: Any, state: State) -> Any:
     output = state.outputs[first]
     for word, key, index in _PART.findall(parts):
         if word:
+            # As Prompt flow reads ${node.output.a.b}: keys of a dict, attributes of anything else.
             output = output[word] if isinstance(output, dict) else getattr(output, word)
         else:
             output = output[int(index)] if index else output[key]
@@ -244,6 +247,7 @@ def main(folder: Path, words: list[str]) -> int:
     question = [word for word in words if "=" not in word]
     given: dict[str, Any] = dict(word.split("=", 1) for word in words if "=" in word)
     if question and first:
+        # Unquoted words of a question are one question.
         given[first] = " ".join(question)
     try:
         state = State(flow.given(given), {}, connection_for(None))

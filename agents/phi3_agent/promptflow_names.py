@@ -30,6 +30,8 @@ class CustomConnection:
         self.name = name
 
     def __getattr__(self, item: str) -> str:
+        # Through __dict__: an attribute that is looked up here may not be set yet, when it is
+        # copied.
         for values in (self.__dict__.get("secrets", {}), self.__dict__.get("configs", {})):
             if item in values:
                 return str(values[item])
@@ -70,6 +72,7 @@ def tool(function: Any = None, *, streaming_option_parameter: str = "", **_other
     """Marks a node's function; called or not, as Prompt flow's."""
 
     def mark(marked: _F) -> _F:
+        # Read by converted.load: which parameter asks for a stream.
         marked.__phi3_tool__ = streaming_option_parameter  # type: ignore[attr-defined]
         return marked
 

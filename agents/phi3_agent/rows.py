@@ -61,6 +61,7 @@ async def outcome(row: Row, make: Make = shipped) -> dict[str, Any]:
     try:
         workflow, inputs = make(row)
         if row.get("stream"):
+            # Collected: what is compared is the whole answer, and that it came in pieces.
             pieces = [piece async for piece in stream_flow(workflow, inputs)]
             # A converted flow's answer need not be text.
             answer: Any = pieces[0] if len(pieces) == 1 else "".join(pieces)
@@ -94,6 +95,7 @@ async def serve_rows(lines: TextIO, out: TextIO, make: Make = shipped) -> None:
                 "exception": type(error).__name__,
             }
         out.write(json.dumps(line) + "\n")
+        # A line is read as soon as it is there; a buffer would hold back hundreds.
         out.flush()
 
     # In a thread: reading standard input blocks, and rows that are in work must go on.

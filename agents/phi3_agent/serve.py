@@ -127,7 +127,15 @@ class Served:
     async def responses(self, request: Request) -> Response:
         """Responses, whole or streamed; kept under its id unless `store` is false."""
         asked = read_responses(await _json(request))
-        turns = self._turns(asked)
+        turns: list[Mapping[str, Any]] = []
+        if asked.previous is not None:
+            known = self._conversations.read(asked.previous)
+            if known is None:
+                raise _NoSuchResponseError(
+                    f"There is no response {asked.previous!r:.80} any more: send the whole "
+                    "conversation as input"
+                )
+            turns = known
         writer = ResponseWriter(self._model, asked)
         if asked.stream:
             return await _streaming(self._events(asked, turns, writer))
@@ -220,17 +228,6 @@ class Served:
         text = "".join(pieces)
         self._keep(asked, turns, writer.id, text)
         yield writer.end(text, {})
-
-    def _turns(self, asked: Asked) -> list[Mapping[str, Any]]:
-        if asked.previous is None:
-            return []
-        turns = self._conversations.read(asked.previous)
-        if turns is None:
-            raise _NoSuchResponseError(
-                f"There is no response {asked.previous!r:.80} any more: send the whole "
-                "conversation as input"
-            )
-        return turns
 
     def _keep(self, asked: Asked, turns: list[Mapping[str, Any]], name: str, answer: str) -> None:
         # Under its own id, with all turns before it: a client may go on from any answer, as in

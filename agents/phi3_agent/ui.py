@@ -36,6 +36,7 @@ def show(
         ) from None
     # Both are listed on the page: the agent for conversations, the workflow with its nodes to see.
     workflow = create_rag_workflow(client, Path()) if rag else create_workflow(client)
+    # A key in any case: the page can start conversations that cost money.
     token = os.environ.get(TOKEN, "").strip() or secrets.token_urlsafe(16)
     sys.stderr.write(f"DevUI at http://{host}:{port}, until Ctrl-C; its key: {token}\n")
     with contextlib.suppress(KeyboardInterrupt):

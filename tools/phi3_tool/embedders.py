@@ -53,6 +53,7 @@ class OnnxEmbedder:
                     f"{folder} is no embedder: {file.name} is missing. It needs the files of a "
                     "sentence-transformers model in ONNX form: model.onnx and tokenizer.json"
                 )
+        # Both files: another tokenizer makes other vectors of the same weights.
         digest = hashlib.sha256(model.read_bytes() + tokenizer.read_bytes()).hexdigest()
         self.identity = f"onnx:{digest[:16]}"
         options = onnxruntime.SessionOptions()
@@ -96,6 +97,7 @@ class OnnxEmbedder:
             wanted = {name: value for name, value in given.items() if name in self._inputs}
             states = self._session.run(None, wanted)[0]
             weights = mask[:, :, None].astype(np.float32)
+            # The mean over the text's own tokens: padding must not count.
             means = (states * weights).sum(1) / np.maximum(weights.sum(1), 1)
             vectors[batch] = means / np.linalg.norm(means, axis=1, keepdims=True)
         return vectors
@@ -169,6 +171,7 @@ class EndpointEmbedder:
             reason = f"status {answer.status_code}: {said_by(answer)}"
             raise ServiceError(f"{self.base} gave no vectors: {reason}")
         try:
+            # By index: the API does not promise the order of the question.
             items = sorted(answer.json()["data"], key=lambda item: item["index"])
             vectors: list[Sequence[float]] = [
                 [float(value) for value in item["embedding"]] for item in items
@@ -204,6 +207,8 @@ def embedder_of(facts: Mapping[str, str], index: Path) -> Embedder | None:
                     settings["base"], settings["model"], key, int(facts["dimension"])
                 )
             else:
+                # What is named first, then what travels with the index, then where the index was
+                # made.
                 places = [os.environ.get(FOLDER_VARIABLE), index.parent / "embedder"]
                 places.append(Path(settings["folder"]).expanduser())
                 here = [Path(place) for place in places if place and Path(place).is_dir()]

@@ -18,11 +18,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+# Characters: a proxy's whole error page would push everything else off the screen.
 QUOTE_LIMIT = 300
 
 
 def one_line(text: str) -> str:
     """Another party's words made fit for a message: one line of at most 300 characters."""
+    # Control characters too: another party's words must not move the cursor of a terminal.
     flat = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
     return flat if len(flat) <= QUOTE_LIMIT else flat[: QUOTE_LIMIT - 1] + "…"
 
@@ -67,6 +69,7 @@ class Phi3Error(Exception):
             )
             if value is not None
         ]
+        # The usual single attempt is no fact worth a word.
         if self.attempts > 1:
             facts.append(f"after {self.attempts} attempts")
         return f"{self.message} [{', '.join(facts)}]" if facts else self.message
@@ -78,6 +81,7 @@ class Phi3Error(Exception):
     @staticmethod
     def from_facts(facts: Mapping[str, Any]) -> Phi3Error:
         """The error that `facts` describes; an unknown kind becomes a plain Phi3Error."""
+        # By name: the other process may have another version of this class.
         kinds = {kind.__name__: kind for kind in Phi3Error.__subclasses__()}
         kind = kinds.get(str(facts.get("kind")), Phi3Error)
         return kind(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+# A screen; the rest is in the report.
 SHOWN_FAULTS = 20
 
 
@@ -45,6 +46,7 @@ class LocatedFault(Protocol):
 
 
 _FOLDED_FROM = 3  # faults of one kind; fewer are one line each
+# Of the lines of a folded fault: enough to look at, few enough for a line of a terminal.
 _LINES_NAMED = 5
 _VARIES = re.compile(r"\d+|'[^']*'|\([^)]*\)")  # numbers, names in quotes, remarks in brackets
 

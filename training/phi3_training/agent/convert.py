@@ -25,6 +25,7 @@ FLOW = "flow.json"
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\.?(.*)\}")
 _SHOWN = 5
 
+# Short: what a person reads and changes; the running is in phi3_agent.converted.
 _AGENT = '''\
 """The flow {name} on Microsoft Agent Framework; written by `phi3 flow to-agent`.
 
@@ -91,6 +92,7 @@ def convert(flow: Path, data: Path, out: Path, prove: Prove = compare) -> Conver
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
+        # A flow of package tools alone has no file to copy.
         folder.mkdir(exist_ok=True)
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (folder / FLOW).write_text(text, encoding="utf-8")
@@ -183,6 +185,7 @@ def rows_of(path: Path, inputs: Mapping[str, Mapping[str, Any]]) -> list[GoldenR
 
     Each row is asked whole by /score and streamed in OpenAI's dialect.
     """
+    # Both sides are asked the same rows, so a missing input is found before either starts.
     needed = [name for name, about in inputs.items() if "default" not in about]
     faults, rows = [], []
     try:
@@ -213,6 +216,7 @@ def rows_of(path: Path, inputs: Mapping[str, Mapping[str, Any]]) -> list[GoldenR
 
 def _faults(source: FlowSource, node: Mapping[str, Any]) -> Iterator[str]:
     """Why a node cannot be converted."""
+    # What an agent has no counterpart for is refused by name, never left out.
     kind, about = str(node.get("type")), node.get("source") or {}
     if kind not in ("python", "prompt"):
         yield f"type {kind}; only python and prompt can be converted"

@@ -142,45 +142,40 @@ class _Handler(BaseHTTPRequestHandler):
             return
         question = json.loads(body)
         if reply.status == 200 and reply.body is None and question.get("stream"):
-            self._send_stream(reply, _text(reply, question))
-        else:
-            self._send_whole(reply, question)
-
-    def _send_whole(self, reply: Reply, question: Mapping[str, Any]) -> None:
-        body = reply.body
-        if body is None:
+            text = _text(reply, question)
+            # Seven characters: words and characters of several bytes are cut in the middle as well.
+            pieces = reply.pieces
+            if pieces is None:
+                pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            # As every server streams whose answer has no length yet.
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for number, piece in enumerate(pieces):
+                if number == reply.cut:
+                    self.close_connection = True
+                    return
+                self._event({"index": 0, "delta": {"content": piece}, "finish_reason": None})
+            self._event({"index": 0, "delta": {}, "finish_reason": "stop"})
+            self._chunk(b"data: [DONE]\n\n")
+            self._chunk(b"")
+            return
+        answer = reply.body
+        if answer is None:
             text = _text(reply, question)
             shape: dict[str, Any] = {"output": text}
             if "messages" in question:
                 message = {"role": "assistant", "content": text}
                 shape = {"choices": [{"message": message, "finish_reason": "stop"}]}
-            body = json.dumps(shape).encode()
+            answer = json.dumps(shape).encode()
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(body if reply.cut is None else body[: reply.cut])
+        self.wfile.write(answer if reply.cut is None else answer[: reply.cut])
         self.close_connection = reply.cut is not None
-
-    def _send_stream(self, reply: Reply, text: str) -> None:
-        pieces = reply.pieces
-        if pieces is None:
-            # Seven characters: words and characters of several bytes are cut in the middle as well.
-            pieces = [text[i : i + 7] for i in range(0, len(text), 7)]
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        # As every server streams whose answer has no length yet.
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for number, piece in enumerate(pieces):
-            if number == reply.cut:
-                self.close_connection = True
-                return
-            self._event({"index": 0, "delta": {"content": piece}, "finish_reason": None})
-        self._event({"index": 0, "delta": {}, "finish_reason": "stop"})
-        self._chunk(b"data: [DONE]\n\n")
-        self._chunk(b"")
 
     def _event(self, choice: Mapping[str, Any]) -> None:
         self._chunk(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())

@@ -1,6 +1,7 @@
 """A process that answers rows: Prompt flow's or the agent's, each with the Python that has it.
 
-One JSON object per line to its standard input, one per row from its standard output.
+One JSON object per line to its standard input, one per row from its standard output. For
+`phi3 batch --agent` it stays, and answers many lines at once.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ import json
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from phi3_tool.client import ChatReply
+from phi3_tool.connection import ConnectionSettings
 from phi3_tool.errors import Phi3Error
 
+from ..batch import INPUTS, Ask, Line
 from ..errors import StageError
+from ..flow.page import environment_of
+from .environment import agent_python, command, environment
 
 #: Starting a framework takes seconds; a row on this machine takes milliseconds.
 SECONDS = 600.0
@@ -166,3 +173,27 @@ class RowProcess:
         # Rows that nobody waits for any more are not waited for either.
         self._process.kill()
         self._process.wait()
+
+
+@contextmanager
+def agent_asker(settings: ConnectionSettings, defaults: Mapping[str, Any]) -> Iterator[Ask]:
+    """What asks a line as `batch.asker` does; the workflow builds the same messages itself.
+
+    Raises StageError where there is no environment with Agent Framework.
+    """
+    variables = environment(environment_of(settings))
+    # One process for all lines: starting the framework takes far longer than a line.
+    program = Program("The agent", command(agent_python(), ["rows"]), variables)
+    with RowProcess(program) as process:
+
+        def ask(line: Line) -> ChatReply:
+            # A column of the row wins over the option; an empty cell of a table is a null here.
+            given = {**defaults, **{k: v for k, v in line.columns.items() if v is not None}}
+            inputs = {name: given[name] for name in INPUTS if name in given}
+            outcome = process.ask({"inputs": inputs})
+            failure = outcome.failure()
+            if failure is not None:
+                raise failure
+            return ChatReply(str(outcome.answer), seconds=outcome.seconds)
+
+        yield ask

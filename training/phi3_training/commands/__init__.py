@@ -138,4 +138,5 @@ GROUPS = (
         completion="print what a shell needs to complete commands, options and run names",
     ),
 )
+# For each module's own parser: the line in `phi3 --help` and in `phi3 COMMAND --help` is the same.
 HELP = {name: text for group in GROUPS for name, text in group.commands.items()}

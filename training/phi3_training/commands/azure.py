@@ -172,6 +172,7 @@ def _register_run_commands(inner: Subparsers) -> None:
 
 def run_provision(args: argparse.Namespace) -> int:
     """Create what is missing, a line for each step; 1 when one failed."""
+    # As a word of the recipe, so that plan, up and this command read it in one place.
     words = [*args.words, *(["azure.least_privilege=true"] if args.least_privilege else [])]
     recipe = recipe_of(words, "azure")
     from ..targets.azure.provision import Step, provision
@@ -205,7 +206,9 @@ def run_quota(args: argparse.Namespace) -> int:
     if args.request is not None:
         if args.request < 1:
             raise UsageError(f"--request {args.request}: expected the number of cores, at least 1")
+        # The one that is short, if any: that is what people come here for.
         family = args.family or (short or needs)[0].family
+        # Azure may take minutes to grant it, or says that support must.
         with console.progress_bar("quota") as progress:
             answer = request_quota(clients, family, args.request, progress)
         return console.show(
@@ -231,6 +234,7 @@ def run_cancel(args: argparse.Namespace) -> int:
     from ..targets.azure.jobs import cancel_all
     from ..targets.azure.target import clients_of
 
+    # By name from the run folder: jobs of other runs in the workspace stay.
     lines = cancel_all(clients_of(run), run)
     shown = lines or ["This run has no active job."]
     return console.show(args.output, {"cancelled": lines}, *shown)
@@ -241,6 +245,7 @@ def run_extend(args: argparse.Namespace) -> int:
     from ..recipe.azure import duration_of
 
     try:
+        # Before Azure is asked anything: a typing mistake needs no sign-in.
         by = duration_of(args.by)
     except ValueError as error:
         raise UsageError(f"{args.by!r}: {error}") from None
@@ -325,6 +330,7 @@ def run_rollback(args: argparse.Namespace) -> int:
 
 def run_traffic(args: argparse.Namespace) -> int:
     """Show the shares, or set them."""
+    # Else `phi3 azure traffic blue=90` would show, and look as if it had set.
     if args.action == "show" and (args.shares or args.force):
         raise UsageError("Shares are set with: phi3 azure traffic set NAME=PERCENT …")
     wanted = parse_shares(args.shares) if args.action == "set" else {}
@@ -374,6 +380,7 @@ def run_check(args: argparse.Namespace) -> int:
     from ..targets.azure.target import clients_at
 
     is_text = args.output == "text"
+    # A group of its own for the check: deleting it at the end deletes nothing else.
     name = check_name()
     section = check_section(recipe.azure, clients_at(recipe.azure).place, name)
     with tempfile.TemporaryDirectory() as folder:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from .. import console
-from ..batch import INPUTS, Answers, Ask, asked_of, asker, read_lines, run_batch, verdict
+from ..batch import INPUTS, Answers, asked_of, asker, read_lines, run_batch, verdict
 from . import HELP
-from .endpoint import Endpoint, endpoint_of
+from .endpoint import endpoint_of
 from .options import Subparsers, add_command, add_run, add_sampling, number, sampling_of
 
 # As many connections as the client's pool keeps open (phi3_tool.transport.POOL_SIZE).
@@ -90,7 +88,16 @@ def run_lines(args: argparse.Namespace) -> int:
     endpoint = endpoint_of(args)
     defaults = {"system_prompt": args.system, **sampling_of(args)}
     out = args.out or args.data.with_suffix(".answers.jsonl")
-    with _asker_of(args, endpoint, defaults) as ask:
+    with ExitStack() as stack:
+        if args.agent:  # in its own process
+            from ..agent.worker import agent_asker
+
+            ask = stack.enter_context(agent_asker(endpoint.settings(), defaults))
+        else:
+            # Few retries of the client's own: a throttled line waits its turn again, and all slow
+            # down.
+            client = stack.enter_context(endpoint.client(max_retries=2))
+            ask = asker(client.chat, defaults, endpoint.context)
         asked = asked_of(args.data, renamed, defaults, endpoint.name, args.details)
         answers = Answers(out, asked, resume=args.resume)
         with console.progress_bar("Batch") as step:
@@ -124,19 +131,3 @@ def run_lines(args: argparse.Namespace) -> int:
     # Last, because it raises: the counts are shown in either case.
     verdict(tally, shlex.join(words))
     return 0
-
-
-@contextmanager
-def _asker_of(
-    args: argparse.Namespace, endpoint: Endpoint, defaults: Mapping[str, Any]
-) -> Iterator[Ask]:
-    """What asks a line: the client, or with --agent the agent in its own process."""
-    if args.agent:
-        from ..agent.asker import agent_asker
-
-        with agent_asker(endpoint.settings(), defaults) as ask:
-            yield ask
-        return
-    # Few retries of the client's own: a throttled line waits its turn again, and all slow down.
-    with endpoint.client(max_retries=2) as client:
-        yield asker(client.chat, defaults, endpoint.context)

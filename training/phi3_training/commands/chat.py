@@ -107,6 +107,7 @@ def run_chat(args: argparse.Namespace) -> int:
         if args.output == "text":
             _answer(client, args, (), args.question)
             return 0
+        # Not streamed: JSON is whole or useless.
         prompt, hits = _prompt(args, (), args.question)
         answer = NOT_IN_DOCUMENTS
         if prompt:
@@ -124,6 +125,7 @@ def converse(client: Phi3Client, args: argparse.Namespace, room: int) -> int:
     for question in typed_questions():
         console.out.print("Model: ", end="", style="bold green")
         answer = _answer(client, args, history, question, room)
+        # As Prompt flow keeps it, so that both cut a long conversation in the same way.
         history.append({"inputs": {"input_data": question}, "outputs": {"answer": answer}})
     return 0
 

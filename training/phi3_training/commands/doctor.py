@@ -113,6 +113,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.tool:
         from ..doctor.package_tool import check_tool
 
+        # Of a clone: an installed wheel has no sources to build another from.
         project = find(Path("tools/phi3_tool")).parents[1]
         return _report(args, check_tool(project, new_environment=args.tool == "fresh"))
     from ..doctor import Setup, examine, unfinished_rollouts
@@ -165,6 +166,7 @@ def _report(args: argparse.Namespace, checks: Iterable[Finding]) -> int:
 def _run_dates(args: argparse.Namespace) -> int:
     """The whole table of dates; always exit 0, for a date is no fault."""
     day = sunset.today()
+    # All of them, also what people bring from tutorials.
     rows = sunset.in_order()
     if args.output == "json":
         table = [row.as_dict(day) for row in rows]
@@ -232,6 +234,7 @@ def run_lint(args: argparse.Namespace) -> int:
     """Show each place with its fix; exit 1 when there is one."""
     from ..lint import files_in, lint
 
+    # Every path that cannot be read is one fault, before any finding is printed.
     files = files_in(args.paths)
     findings = lint(files)
     places = f"{len(findings)} place{'' if len(findings) == 1 else 's'}"

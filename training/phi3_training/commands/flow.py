@@ -78,6 +78,7 @@ def register_flow(subparsers: Subparsers) -> None:
     )
     push.set_defaults(on="azure")
     add_rehearse(push)
+    # Optional, and the last positional of each: `phi3 flow pack` alone means the shipped flow.
     for each in (packs, image, serve, push):
         each.add_argument(
             "flow",
@@ -95,6 +96,7 @@ def register_flow(subparsers: Subparsers) -> None:
             help="another file of the flow's folder that its code reads (repeatable)",
         )
     for each in (packs, push):
+        # The tool comes from one place: its source, a feed, or the image.
         tool = each.add_mutually_exclusive_group()
         tool.add_argument(
             "--feed",
@@ -170,6 +172,7 @@ def run_push(args: argparse.Namespace) -> int:
         pushed = target.push(run, bundle, args.to, progress)
     lines = []
     for item in pushed:
+        # The same content was pushed before: nothing was uploaded again.
         done = "already exists" if item.state == "exists" else "created"
         lines.append(f"{item.display_name} {done} in {item.workspace}")
         if item.page:
@@ -209,6 +212,7 @@ def run_to_agent(args: argparse.Namespace) -> int:
     """Convert; print what was written and verified."""
     from ..agent.convert import convert
 
+    # In the current folder, not inside the flow.
     out = args.out or Path(args.flow.resolve().name + "_agent")
     done = convert(args.flow, args.data, out)
     return console.show(

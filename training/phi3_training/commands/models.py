@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import console
 from ..errors import MissingExtraError, UsageError
-from ..manifests import EXPORTS, ExportCheck
+from ..manifests import EXPORTS
 from ..models.catalogue import CATALOGUE, SMALL, TINY, KnownModel, weights_folder
 from ..project import RECIPES, copy_project, find
 from ..recipe import Recipe
@@ -266,17 +266,12 @@ def run_export(args: argparse.Namespace) -> int:
     manifest = run.require(EXPORTS[args.to])
     if args.output == "json":
         console.print_json(manifest.as_json())
-    else:
-        _show_check(str(run.path / manifest.path), check)
-    return 0 if check.passed else 1
-
-
-def _show_check(path: str, check: ExportCheck) -> None:
-    console.line(f"Written: {path}")
+        return 0 if check.passed else 1
+    console.line(f"Written: {run.path / manifest.path}")
     limits = check.limits
     if limits is None:
         console.line(check.note or "")
-        return
+        return 0 if check.passed else 1
     rows = [
         ["same token chosen", f"{check.token_agreement:.2%}",
          f"at least {limits.token_agreement:.1%}"],
@@ -298,3 +293,4 @@ def _show_check(path: str, check: ExportCheck) -> None:
     console.table(title, ["figure", "measured", "limit"], rows)
     for problem in check.problems:
         console.line(f"Over the limit: {problem}")
+    return 0 if check.passed else 1

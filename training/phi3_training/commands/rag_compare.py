@@ -84,6 +84,7 @@ def run_compare(args: argparse.Namespace) -> int:
     embedder = embedder_of(index.facts(), index.path)
     with run.lock(), console.progress_bar("compare") as progress:
         recipe = recipe_of_run(run)
+        # The recipe's own interval and seed, as `phi3 evaluate` uses them.
         settings = Resampling.model_validate(recipe.evaluate.model_dump(mode="json"))
         comparison = compare_arms(
             run, index, embedder, questions, changes, Asking(recipe, run, progress), settings,
@@ -188,6 +189,7 @@ def run_chat_compare(args: argparse.Namespace) -> int:
                 prompt = prompts.of(arm, question) if needs and prompts else Prompt(question)
                 text = answer(arm, prompt)
                 seconds = round(time.monotonic() - started, 2)
+                # Only those that exist: an invented [9] has no place to show.
                 cited = [c for c in citations(text, prompt.hits) if c["exists"]]
                 answers[name] = {"answer": text, "citations": cited, "seconds": seconds}
             return answers
@@ -214,6 +216,7 @@ class Timed(TypedDict):
 
 
 def _side_by_side(answers: dict[str, Timed]) -> None:
+    # Columns of one width: answers are compared by reading across.
     table = Table(show_lines=False, expand=True)
     cells = []
     for name, reply in answers.items():

@@ -347,6 +347,7 @@ def _show_trials(journey: Journey, report: dict[str, Any]) -> None:
     )
     rows = []
     for trial in ranked:
+        # A trial that was cut short may lack the later parameters.
         values = (trial["parameters"].get(key) for key in keys)
         rows.append(
             [

@@ -82,6 +82,7 @@ def _validated(source: FlowSource, copy: Path) -> Finding:
         faults = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
     if not faults:
         return HERE.ok("validate", "Prompt flow accepts it")
+    # The first line names the fault; the rest is Prompt flow's traceback.
     first_lines = (fault.strip().splitlines()[0] for fault in faults)
     return HERE.fault("validate", "; ".join(dict.fromkeys(first_lines)), fix)
 
@@ -108,6 +109,7 @@ def tools_of(source: FlowSource, copy: Path) -> Finding:
 
 def package_tool() -> Finding:
     """Prompt flow lists the package tool where its entry point is installed."""
+    # By the metadata alone: Prompt flow's own list imports every tool package there is.
     if any(e.name == "phi3_tool" for e in metadata.entry_points(group="package_tools")):
         return HERE.ok("package tool", "installed: Prompt flow lists Phi-3 chat among its tools")
     return HERE.warning(
@@ -156,6 +158,7 @@ class Connection:
             self.why_not = "there is no connection to use"
             fix = "phi3 up" if self._without_store is not None else _CONNECT
             yield CONNECTION.fault("present", str(error), fix)
+            # Listed as skipped, so that nobody takes a missing line for a passed check.
             for check in ("shape", "https"):
                 yield CONNECTION.skipped(check, self.why_not)
             return

@@ -210,6 +210,7 @@ def _wait_for(url: str, process: psutil.Popen, log: Path, key: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     with requests.Session() as session:
         session.trust_env = False  # this machine is queried directly, never through a proxy
+        # Ends at once when the process has died, with what it said last.
         while time.monotonic() < deadline and process.poll() is None:
             try:
                 if session.get(url, timeout=5).ok:
@@ -221,6 +222,7 @@ def _wait_for(url: str, process: psutil.Popen, log: Path, key: str) -> None:
 
 def _tail(log: Path, key: str) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
+    # The log has what Prompt flow prints, and that is not in our hands.
     text = text.replace(key, "***") if key else text
     lines = [f"  {line.strip()}" for line in text.splitlines() if line.strip()]
     shown = "\n".join(lines[-_SHOWN_LINES:]) or "  It printed nothing."

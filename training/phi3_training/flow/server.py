@@ -107,14 +107,36 @@ def asgi_app() -> Any:
 def _prepare() -> None:
     """Quiet, and with the connection out of the environment, before a flow is loaded."""
     settings = ConnectionSettings.from_environment()
+    # Before Prompt flow is imported: it reads the level then, and a user's own level stays.
     os.environ.setdefault("PF_LOGGING_LEVEL", "ERROR")
     leave_traces_out()
     store.quiet()
     _module("promptflow.core._serving.app_base")
     let_the_page_leave_defaults_out(os.environ.get(_NAME, ""))
+    value = {
+        name: str(given)
+        for name in ("endpoint", "key", "deployment", "dialect", "context_length")
+        if (given := getattr(settings, name)) is not None
+    }
+    dicts = _module("promptflow.core._connection_provider._dict_connection_provider")
+
+    class Environment(dicts.DictConnectionProvider):  # type: ignore[misc,name-defined]
+        """Hands the environment's endpoint to whatever connection a flow names."""
+
+        def get(self, name: str) -> Any:
+            return self._build_connection(
+                {
+                    "name": name,
+                    "type": "CustomConnection",
+                    "module": "promptflow.connections",
+                    "value": dict(value),
+                    "secret_keys": ["key"],
+                }
+            )
+
     provider = _module("promptflow.core._connection_provider._connection_provider")
     # A private attribute, but the one way that works without a store (promptflow 1.18.5).
-    provider.ConnectionProvider._instance = _provider_of(settings)
+    provider.ConnectionProvider._instance = Environment({})
 
 
 def leave_traces_out() -> None:
@@ -127,30 +149,6 @@ def leave_traces_out() -> None:
         return
     for engine in ("flask", "fastapi"):
         sys.modules.setdefault(f"opentelemetry.instrumentation.{engine}", None)  # type: ignore[arg-type]
-
-
-def _provider_of(settings: ConnectionSettings) -> Any:
-    """Hands the environment's endpoint to whatever connection a flow names."""
-    value = {
-        name: str(given)
-        for name in ("endpoint", "key", "deployment", "dialect", "context_length")
-        if (given := getattr(settings, name)) is not None
-    }
-    dicts = _module("promptflow.core._connection_provider._dict_connection_provider")
-
-    class Environment(dicts.DictConnectionProvider):  # type: ignore[misc,name-defined]
-        def get(self, name: str) -> Any:
-            return self._build_connection(
-                {
-                    "name": name,
-                    "type": "CustomConnection",
-                    "module": "promptflow.connections",
-                    "value": dict(value),
-                    "secret_keys": ["key"],
-                }
-            )
-
-    return Environment({})
 
 
 def _module(name: str) -> Any:

@@ -190,6 +190,7 @@ class StoreError(StageError):
 
 def own_name(name: str, run: str) -> str:
     """The name of the run's own connection, made of the flow's `name`; at most 64 characters."""
+    # Shortened with a hash: two long names must not become one.
     own = f"{name}_{run}"
     return own if len(own) <= _LONGEST else f"{own[: _LONGEST - 9]}_{fingerprint(own)[:8]}"
 
@@ -264,6 +265,7 @@ def copy_connection(source: str, target: str) -> None:
 
     Raises StoreError for somebody else's connection `target` and where `source` cannot be read.
     """
+    # Read with its key from the store: no key passes through a file or an argument.
     stored = stored_connection(source)
     _refuse_foreign(target)
     connection = _sdk("promptflow.connections").CustomConnection(
@@ -288,6 +290,7 @@ def stored_connection(name: str) -> Any:
     row = _row(name)
     if row is None:
         raise StoreError(f"Prompt flow has no connection {name!r}; write it with: phi3 connect")
+    # Custom alone: others keep their key under names that no flow of ours reads.
     if row.connectionType != "Custom":
         raise StoreError(
             f"The connection {name!r} has the type {row.connectionType}; expected a custom "

@@ -59,6 +59,7 @@ def measure(
     unanswerable = [question for question in questions if not question.answerable]
     if not answerable:
         raise UsageError("Every question is unanswerable: there is nothing to find")
+    # The flow's own limits, so that `lost` and `refused` are what its users would see.
     least = MIN_WORDS_SCORE if embedder is None else MIN_SCORE
     wanted = [ids for q, ids in zip(questions, right_ids, strict=True) if q.answerable]
     ranks: list[list[bool]] = []
@@ -74,6 +75,7 @@ def measure(
         right = [hit.id in ids for hit in hits]
         ranks.append(right)
         best.append(hits[0].score if hits else 0.0)
+        # Worst means that another passage comes first, wherever the right one is.
         if not any(right[:1]):
             worst.append((question.line, question.text, hits[0].place if hits else "nothing"))
     none = [

@@ -112,6 +112,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def of_split(questions: Sequence[Question], split: str) -> list[Question]:
     """The questions of a split; all of them where the file does not split."""
+    # A file without splits is both: what is trained on is asked, and `compare` leaves it out.
     if not any(question.split for question in questions):
         return list(questions)
     return [question for question in questions if question.split == split]
@@ -125,6 +126,7 @@ def answers_of(questions: Sequence[Question]) -> Set:
 
 def right_ids_of(questions: Sequence[Question], passages: Sequence[Hit]) -> list[set[int]]:
     """The passages at each question's place; of one without a place those with its answer."""
+    # Grouped once: a question then looks at its own document's passages alone.
     by_source: defaultdict[str, list[Hit]] = defaultdict(list)
     for hit in passages:
         by_source[hit.source].append(hit)
@@ -176,6 +178,8 @@ def right_passages(question: Question, passages: Sequence[Hit], among: Set) -> l
     if question.source is None:
         return [hit for hit in passages if tells(hit, question, among)]
     there = [hit for hit in passages if question.is_place_of(hit)]
+    # Where no passage at the place holds the answer, the place counts: the answer may be split
+    # between two.
     return [hit for hit in there if tells(hit, question, among)] or there
 
 

@@ -96,6 +96,7 @@ def _find(pid: int, create_time: float) -> psutil.Process | None:
     """The process, if pid, moment of creation and command line all fit."""
     process = processes.find(pid, create_time)
     try:
+        # All three: the system uses pids again.
         return process if process is not None and _MODULE in process.cmdline() else None
     except psutil.Error:
         return None
@@ -123,6 +124,7 @@ def _spawn(settings: Path, log_path: Path, keys: str) -> subprocess.Popen[bytes]
         paths = [package_home, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         absolute = dict.fromkeys(str(Path(path).resolve()) for path in paths)
         environment["PYTHONPATH"] = os.pathsep.join(absolute)
+        # Else the log is empty when a server dies early, and that log is the error message.
         environment["PYTHONUNBUFFERED"] = "1"
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
             command,

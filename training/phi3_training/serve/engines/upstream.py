@@ -45,6 +45,7 @@ class Upstream:
         *,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        # With or without the route: base URLs are written in both ways.
         self._url = url.rstrip("/").removesuffix(_ROUTE) + _ROUTE
         self._model = model
         self.active = 0
@@ -86,6 +87,7 @@ class Upstream:
                 if response.status_code != 200:
                     await response.aread()
                     raise _refusal(response, self._url)
+                # httpx joins lines that were cut between two reads.
                 async for line in response.aiter_lines():
                     arrived = reading.take(line)
                     if arrived and cutter.hit:  # the usage often comes after it, more text never
@@ -134,6 +136,7 @@ class _Reading:
             self._counted = True
             self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
             self.completion_tokens = int(usage.get("completion_tokens") or 0)
+        # The last event of usage has an empty list of choices.
         choice: Mapping[str, Any] = next(iter(event.get("choices") or ()), {})
         self._reason = choice.get("finish_reason") or self._reason
         text = str((choice.get("delta") or {}).get("content") or "")
@@ -156,6 +159,7 @@ class _Reading:
 def _refusal(response: httpx.Response, url: str) -> EngineError:
     """What an answer other than 200 means for our caller."""
     status = response.status_code
+    # In its own words: the fault is the caller's, and only the server knows which.
     if status in (400, 413, 422):
         try:
             error = response.json()["error"]
