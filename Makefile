@@ -78,10 +78,12 @@ CORES ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 # A third of their time tests wait for servers and processes: one worker more than there are cores.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
+# The agent's tests run beside the others' start, in which one process imports for all.
 test: $(VENV)/.dev $(AGENT)/.dev
-	@$(AGENT)/bin/python -m pytest -q tests/agent
-	@$(BIN)/python -m pytest -q --tx '$(WORKERS)*$(FORKED)' \
-	    --dist loadfile --no-loadscope-reorder --ignore tests/agent
+	@$(AGENT)/bin/python -m pytest -q tests/agent & agent=$$!; \
+	$(BIN)/python -m pytest -q --tx '$(WORKERS)*$(FORKED)' \
+	    --dist loadfile --no-loadscope-reorder --ignore tests/agent; status=$$?; \
+	wait $$agent && exit $$status
 
 # For every save: no process is started, no model trained.
 test-fast: $(VENV)/.dev

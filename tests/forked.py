@@ -10,6 +10,10 @@ One server serves all workers of a test run. It ends when the last of them does.
 the interpreter is what a test is about (another PYTHONPATH, `-I`, warnings of an import), take
 `subprocess`.
 
+What a forked command starts with `sys.executable -m phi3_…` or `pf` is forked as well: its
+sys.executable is a small program, `python` beside the server's socket. Where a job brings its own
+copy of our packages, these are imported again from there, as the interpreter itself would.
+
     python tests/forked.py -c CODE    run it in a process forked from the server: pytest's workers,
                                       which else import for 20 CPU seconds each (see the Makefile)
     python tests/forked.py serve ADDRESS    be the server
@@ -18,6 +22,7 @@ the interpreter is what a test is about (another PYTHONPATH, `-I`, warnings of a
 from __future__ import annotations
 
 import array
+import atexit
 import fcntl
 import gc
 import importlib
@@ -30,8 +35,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -51,13 +59,39 @@ PRELOADED = (
     "onnxruntime",
     "mlflow.pyfunc",
     "openai.types.chat",
+    "phi3_rehearsal.control",
+    "phi3_training.serve.server",
+    "phi3_training.serve.engines.onnxruntime",
+    "phi3_training.serve.engines.transformers",
     "sqlalchemy.orm",
     "sqlalchemy.dialects.sqlite",
     "opentelemetry.sdk.trace",
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "opentelemetry.sdk.metrics",
+    "azure.monitor.opentelemetry",
     "rich.console",
+    "rich.syntax",
     "aiohttp",
     "flask_restx",
+    "httpx",
+    "dotenv",
+    "tiktoken",
+    "ruamel.yaml",
+    "docstring_parser",
+    "filetype",
+    "keyring.core",
+    "keyring.backends.chainer",
+    "keyring.backends.SecretService",
+    "keyring.backends.kwallet",
+    "keyring.backends.libsecret",
+    "keyring.backends.macOS",
+    "keyring.backends.Windows",
+    "keyrings.alt.file",
+    "keyrings.alt.Gnome",
+    "keyrings.alt.Google",
+    "keyrings.alt.Windows",
+    "keyrings.alt.keyczar",
+    "keyrings.alt.multi",
     "azure.core.pipeline.policies",
     "azure.ai.ml.entities",
     "azure.identity",
@@ -183,34 +217,115 @@ def start(
     stdin: IO[Any] | None = None,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
+    executable: str | None = None,
 ) -> Forked:
-    """Start what `python COMMAND…` would; -m, -c and a script's path are understood."""
+    """Start what `python COMMAND…` would; -m, -c and a script's path are understood.
+
+    `executable`: its sys.executable, if not the program that forks.
+    """
     request = {
         "command": list(command),
         "cwd": str(cwd or Path.cwd()),
         "env": dict(os.environ if env is None else env),
+        "executable": executable,
     }
     with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a device
         streams = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno()]
-        ours, theirs = os.pipe()
-        body = json.dumps(request).encode()
-        connection = _connection()
-        rights = array.array("i", [*streams, theirs])
-        connection.sendmsg(
-            [len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-        )
-        connection.sendall(body)
+        return _request(_connection(), request, streams)
+
+
+def _request(connection: socket.socket, request: dict[str, Any], streams: list[int]) -> Forked:
+    ours, theirs = os.pipe()
+    body = json.dumps(request).encode()
+    rights = array.array("i", [*streams, theirs])
+    connection.sendmsg(
+        [len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    )
+    connection.sendall(body)
     os.close(theirs)
     return Forked(int(_line(ours)), ours)
+
+
+FORKED_COMMANDS = (
+    "-m phi3_",
+    "-m torch.distributed.run",
+    f"-c {PF_MAIN}",
+    str(ROOT / "training" / "phi3_training" / "flow" / "describe.py"),
+)
+FLAGS = ("-u", "-B")  # that may stand before
+# An endpoint of this machine hands its key out by its process id, which is the stand-in's when it
+# is forked; the rehearsed Azure's servers do not.
+SERVER, SERVERS_TOO = "-m phi3_training.serve ", "TESTS_FORK_SERVERS"
+# What a forked process finds in sys.executable.
+_PROGRAM = """\
+#!{interpreter} -IS
+import sys
+sys.path.insert(0, {tests!r})
+import forked
+forked.stand_in({interpreter!r}, sys.argv[1:])
+"""
+
+
+@contextmanager
+def forked_modules(*, start_server: bool = True) -> Iterator[None]:
+    """In this block FORKED_COMMANDS are forked where a program starts them by sys.executable.
+
+    `start_server=False`: only where the server runs, which costs more than it saves a few tests.
+    """
+    if not start_server and not (_folder() / "socket").exists():
+        yield
+        return
+    _connection()
+    own, path = sys.executable, os.environ.get("PYTHONPATH")
+    sys.executable = str(_folder() / "bin" / "python")
+    os.environ |= {"PYTHONPATH": PYTHONPATH, SERVERS_TOO: "1"}
+    try:
+        yield
+    finally:
+        sys.executable = own
+        del os.environ["PYTHONPATH"], os.environ[SERVERS_TOO]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+
+
+def stand_in(interpreter: str, words: list[str]) -> NoReturn:
+    """Be `python WORDS…` for who started this process: forked if it is a module of ours.
+
+    It ends when that one ends, and the other way round; signals are passed on.
+    """
+    address = Path(sys.argv[0]).parents[1] / "socket"
+    connection = socket.socket(socket.AF_UNIX)
+    named = " ".join(word for word in words if word not in FLAGS)
+    ours = named.startswith(FORKED_COMMANDS) and _finds_ours(os.environ)
+    if named.startswith(SERVER) and SERVERS_TOO not in os.environ:
+        ours = False
+    # 0, or why not: the tests may have ended, and with them the server.
+    if not ours or connection.connect_ex(str(address)):
+        os.execv(interpreter, [interpreter, *words])  # noqa: S606
+    request = {"command": words, "cwd": str(Path.cwd()), "env": dict(os.environ), "tied": True}
+    process = _request(connection, request, [0, 1, 2])
+    connection.close()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    _end(process.wait())
+
+
+def _finds_ours(env: Mapping[str, str]) -> bool:
+    """Whether an interpreter with these variables has our packages from this clone."""
+    return set(env.get("PYTHONPATH", "").split(os.pathsep)) == set(PYTHONPATH.split(os.pathsep))
 
 
 _connected: list[socket.socket] = []
 
 
+def _folder() -> Path:
+    return Path(os.environ["PHI3_TESTS_SHARED"]) / "forked"
+
+
 def _connection() -> socket.socket:
     """This process's connection to the server, which is started where it does not run."""
     if not _connected:
-        folder = Path(os.environ["PHI3_TESTS_SHARED"]) / "forked"
+        folder = _folder()
         folder.mkdir(mode=0o700, exist_ok=True)
         _connected.append(_connect(folder))
     return _connected[0]
@@ -279,10 +394,19 @@ def serve(address: str) -> None:
     for name in PRELOADED:
         try:
             importlib.import_module(name)
-        except ImportError:  # an extra that is not installed; its tests are skipped
-            continue
+        except ImportError as error:  # an extra that is not installed; its tests are skipped
+            if str(error.name).startswith("phi3_"):
+                raise
     assert "promptflow" not in sys.modules, "it has read where this HOME's Prompt flow is"
     _set_by_imports.update({k: v for k, v in os.environ.items() if k not in before})
+    programs = Path(address).with_name("bin")
+    programs.mkdir()
+    for program in Path(sys.executable).parent.iterdir():
+        if not program.name.startswith("python"):
+            (programs / program.name).symlink_to(program)
+    python = programs / "python"
+    python.write_text(_PROGRAM.format(interpreter=sys.executable, tests=str(ROOT / "tests")))
+    python.chmod(0o700)
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -310,13 +434,13 @@ def serve(address: str) -> None:
             if os.fork() == 0:
                 for connection in (listener, *connections):
                     connection.close()
-                _watched(json.loads(body), list(handles))
+                _watched(json.loads(body), list(handles), str(python))
             for handle in handles:
                 os.close(handle)
 
 
-def _watched(request: dict[str, Any], handles: list[int]) -> NoReturn:
-    """Fork once more: this process reports how that one ended."""
+def _watched(request: dict[str, Any], handles: list[int], python: str) -> NoReturn:
+    """Fork once more: this process reports how that one ended, and may end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, ended = handles
     child = os.fork()
@@ -325,10 +449,17 @@ def _watched(request: dict[str, Any], handles: list[int]) -> NoReturn:
         for number, handle in enumerate(streams):
             os.dup2(handle, number)
             os.close(handle)
+        sys.executable = request.get("executable") or python
         _become(request)
     for handle in (*streams, 0, 1, 2):
         os.close(handle)
     os.write(ended, b"%d\n" % child)
+    if "tied" in request:
+        events = select.poll()
+        events.register(handle := os.pidfd_open(child), select.POLLIN)
+        events.register(ended, 0)  # POLLERR: nobody reads it any more
+        if handle not in dict(events.poll()):
+            os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
         os.write(ended, b"%d\n" % status)
@@ -354,24 +485,66 @@ def _become(request: dict[str, Any]) -> NoReturn:
     sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
         2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False
     )
-    first, *rest = request["command"][request["command"][0] == "-u" :]
+    flags = list(takewhile(FLAGS.__contains__, request["command"]))
+    sys.dont_write_bytecode = "-B" in flags
+    first, *rest = request["command"][len(flags) :]
+    brought = (Path.cwd() / "phi3_training").is_dir() and Path.cwd() not in map(Path, sys.path)
+    if brought or not first.startswith("-"):  # a job's own copies, a flow's
+        for name in list(sys.modules):
+            if name.startswith("phi3_"):
+                del sys.modules[name]
     sys.path[0] = request["cwd"] if first.startswith("-") else str(Path(first).parent)
     sys.argv = [first, *rest]
-    if first == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif first == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
-    else:
-        runpy.run_path(first, run_name="__main__")
-    sys.exit(0)
+    status = 0
+    try:
+        if first == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif first == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        else:
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as ended:
+        if ended.code is not None and not isinstance(ended.code, int):
+            sys.stderr.write(f"{ended.code}\n")
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException as error:  # noqa: BLE001 - as the interpreter does
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    """End as the interpreter does, but for its own tidying up.
+
+    That takes every module apart, and with it 800 MB of pages that are still the server's: 1.5 CPU
+    seconds, more than most commands need.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError:  # nobody reads it any more
+            status = status or 120
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status & 0xFF)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2])
     else:
-        worker = start(sys.argv[1:], stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
+        worker = start(
+            sys.argv[1:],
+            stdin=sys.stdin,
+            stdout=sys.stdout,
+            stderr=sys.stderr,
+            executable=sys.executable,
+        )
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker's end is this one's
         sys.exit(worker.wait())

@@ -98,7 +98,9 @@ class Road:
     @classmethod
     def begin(cls, home: Path, work: Path) -> Road:
         shutil.copytree(SMALL, work, dirs_exist_ok=True)
-        return cls(Laptop(home, work), start(work / "runs" / "rehearsal" / "azure"))
+        with forked.forked_modules():
+            rehearsal = start(work / "runs" / "rehearsal" / "azure")
+        return cls(Laptop(home, work), rehearsal)
 
     @property
     def runs(self) -> Path:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests import forked
 from tests.integration.server_fixture import Taught
 
 pytest.importorskip("azure.ai.ml", reason="the extra `azure` is not installed")
@@ -25,7 +26,8 @@ def rehearsed(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A rehearsed Azure whose catalogue has the taught model."""
     folder: Path = tmp_path_factory.mktemp("rehearsal") / "azure"
     tiny_model.as_mlflow(taught.model_dir, folder / "catalogue" / "mlflow")
-    rehearsal = start(folder)
+    with forked.forked_modules():
+        rehearsal = start(folder)
     yield rehearsal
     rehearsal.close()
 

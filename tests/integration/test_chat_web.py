@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Streaming:
 
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    seen_first: threading.Event = field(default_factory=threading.Event)  # words of LONG
 
     def answer(self, messages: list[dict[str, str]]) -> str:
         question = messages[-1]["content"]
@@ -68,6 +70,8 @@ def _handler(state: Streaming) -> type[BaseHTTPRequestHandler]:
                 return
             self._head(200, "text/event-stream")
             for start in range(0, len(text), 200):
+                if text == LONG and start:
+                    state.seen_first.wait(240)
                 piece = {"choices": [{"delta": {"content": text[start : start + 200]}}]}
                 self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
@@ -179,7 +183,10 @@ def test_conversation_and_long_answer(
         assert served.bodies[-1]["max_tokens"] == 99
         assert served.bodies[-1]["stream"] is True
 
-        ask(page, "Tell me everything.")
+        ask(page, "Tell me everything.")  # its first words are there before the last are made
+        seen(page, "The Mossback tent, size 1,")
+        assert page.get_by_text("The Mossback tent, size 40").count() == 0
+        served.seen_first.set()
         seen(page, "The Mossback tent, size 40")
         pictures(page, "long_answer")
         assert started_in(temporary)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import forked
 from tests.integration.finetune_fixture import loss_log, make_base, make_recipe, make_run
 
 from phi3_training.errors import RecipeError, StageError
@@ -35,7 +36,8 @@ def test_two_processes_take_the_steps_of_one(base: Path, tmp_path: Path) -> None
     )
     two_run = make_run(tmp_path / "two", two_recipe)
     seen: list[tuple[int, int]] = []
-    two = finetune(two_recipe, two_run, lambda done, total, _text: seen.append((done, total)))
+    with forked.forked_modules():
+        two = finetune(two_recipe, two_run, lambda done, total, _text: seen.append((done, total)))
     assert (1, 1) in seen
     assert two.steps == one.steps == len(loss_log(two_run)) == 1
     assert two.first_loss == pytest.approx(one.first_loss, abs=1e-4)

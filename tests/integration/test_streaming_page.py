@@ -41,6 +41,7 @@ def address(home: PfHome) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow  # test_chat_web shows words as they come, on the same page
 def test_words_appear_while_the_answer_is_made(
     page: Any,
     address: str,

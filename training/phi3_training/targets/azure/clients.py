@@ -123,7 +123,10 @@ def quiet_sdks() -> None:
         return
     names = [name for name in logging.root.manager.loggerDict if name.startswith("azure.")]
     for name in ("azure", "msal", "msrest", *names):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logger = logging.getLogger(name)
+        # Most have the level of `azure`. Each setLevel empties the caches of all loggers: 0.5 ms.
+        if logger.getEffectiveLevel() != logging.CRITICAL:
+            logger.setLevel(logging.CRITICAL)
 
 
 class _ScrubbingFilter(logging.Filter):

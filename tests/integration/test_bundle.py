@@ -7,10 +7,12 @@ import os
 import runpy
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from tests import forked
 
 from phi3_training.cli import main
 from phi3_training.errors import StageError, UsageError
@@ -19,10 +21,17 @@ from phi3_training.flow.source import FlowSource
 
 pytest.importorskip("promptflow", reason="promptflow describes the tools")
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FLOW = ROOT / "flows/phi3_chat"
 FEED = "https://pkgs.dev.azure.com/org/_packaging/feed/pypi/simple/"
 KEY = "planted/Key+in-a-flow=="
+
+
+@pytest.fixture(scope="module", autouse=True)
+def described_quickly() -> Iterator[None]:
+    """The process that describes a flow's tools is forked from one that has the libraries."""
+    with forked.forked_modules(start_server=False):
+        yield
 
 
 @pytest.fixture(scope="module")
