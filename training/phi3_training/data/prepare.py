@@ -266,11 +266,14 @@ def distribute(table: Table, target: U8, writers: Mapping[int, RowWriter]) -> No
     """
 
     def sorted_lines(span: Span) -> Lines:
-        texts, wanted = table.texts(span), target[span.rows]
-        lines = []
+        with span.path.open("rb") as stream:
+            stream.seek(span.start)
+            data = memoryview(stream.read(span.end - span.start))
+        wanted, lines = target[span.rows], []
         for number in writers:
-            chosen = [texts[place] for place in np.flatnonzero(wanted == number).tolist()]
-            lines.append((number, b"\n".join([*chosen, b""]), len(chosen)))
+            chosen = np.flatnonzero(wanted == number).tolist()
+            texts = [data[span.places[i] : span.places[i] + span.sizes[i]] for i in chosen]
+            lines.append((number, b"\n".join([*texts, b""]), len(texts)))
         return lines
 
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as hashing:

@@ -403,6 +403,8 @@ class Span(NamedTuple):
     path: Path
     start: int
     end: int
+    places: list[int]  # of each row, counted from the start; a row's line end is not part of it
+    sizes: list[int]
 
 
 class Table:
@@ -467,16 +469,9 @@ class Table:
             for rows in np.split(part, np.flatnonzero(np.diff(places)) + 1):
                 start = int(self.offset[rows[0]])
                 end = int(self.offset[rows[-1]]) + int(self.size[rows[-1]])
-                yield Span(rows, self._paths[int(self._backing[rows[0]])], start, end)
-
-    def texts(self, span: Span) -> list[memoryview]:
-        """The bytes of the rows of a span, without line ends."""
-        with span.path.open("rb") as stream:
-            stream.seek(span.start)
-            data = memoryview(stream.read(span.end - span.start))
-        places = (self.offset[span.rows].astype(np.int64) - span.start).tolist()
-        sizes = self.size[span.rows].tolist()
-        return [data[a : a + n] for a, n in zip(places, sizes, strict=True)]
+                places = (self.offset[rows].astype(np.int64) - start).tolist()
+                path = self._paths[int(self._backing[rows[0]])]
+                yield Span(rows, path, start, end, places, self.size[rows].tolist())
 
 
 def _column(parts: Sequence[npt.NDArray[Column]], kind: type[Column]) -> npt.NDArray[Column]:

@@ -55,6 +55,8 @@ def prepare_base(recipe: Recipe, run: Run, progress: Progress) -> BaseManifest:
 
 
 def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) -> BaseManifest:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
     started = time.process_time()
     rows = [
         (f"{chats.source.name}:{chats.line}", [message.to_dict() for message in chats.messages])
@@ -73,7 +75,22 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
         encoded = encode_rows(chat, rows)
         checked, _ = audited(chat, encoded, base.max_position_embeddings, allow=None)
         examples = [row.example for row in checked]
-        model = _new_model(base, size, chat)
+        config = Phi3Config(
+            vocab_size=size,
+            hidden_size=base.hidden_size,
+            intermediate_size=base.intermediate_size,
+            num_hidden_layers=base.num_hidden_layers,
+            num_attention_heads=base.num_attention_heads,
+            num_key_value_heads=base.num_attention_heads,
+            max_position_embeddings=base.max_position_embeddings,
+            original_max_position_embeddings=base.max_position_embeddings,
+            bos_token_id=chat.control_id(BEGIN),
+            eos_token_id=chat.pad_token_id,
+            pad_token_id=chat.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(base.seed)  # the same random weights each time
+            model = Phi3ForCausalLM(config)
         taught = teach(model, examples, base, chat.pad_token_id, progress)
         write_model(model, chat, folder, tokenizer_from=folder)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -98,28 +115,6 @@ def _make_tiny(recipe: Recipe, base: BaseSection, run: Run, progress: Progress) 
         settings={**base.model_dump(mode="json", exclude={"data"}), "vocab_size": size},
         choices=choices,
     )
-
-
-def _new_model(base: BaseSection, vocab_size: int, chat: ChatFormat) -> Phi3ForCausalLM:
-    """A Phi-3 with random weights; the seed makes it the same each time."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    config = Phi3Config(
-        vocab_size=vocab_size,
-        hidden_size=base.hidden_size,
-        intermediate_size=base.intermediate_size,
-        num_hidden_layers=base.num_hidden_layers,
-        num_attention_heads=base.num_attention_heads,
-        num_key_value_heads=base.num_attention_heads,
-        max_position_embeddings=base.max_position_embeddings,
-        original_max_position_embeddings=base.max_position_embeddings,
-        bos_token_id=chat.control_id(BEGIN),
-        eos_token_id=chat.pad_token_id,
-        pad_token_id=chat.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(base.seed)
-        return Phi3ForCausalLM(config)
 
 
 # Teaches the tiny Phi-3 from scratch: a plain torch loop on answers only.

@@ -425,9 +425,39 @@ class DensePhi3:
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, checkpointing: bool = False) -> DensePhi3 | None:
-        """None for models and adapters that have to go their libraries' own way."""
+        """None for models and adapters that have to go their libraries' own way.
+
+        Computed here is a Phi-3 whose own weights are frozen, with plain LoRA on its layers'
+        matrices at most.
+        """
+        from peft.tuners.lora import Linear
+        from transformers import Phi3ForCausalLM
+
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return cls(model, checkpointing=checkpointing) if _fits(plain) else None
+        if type(plain) is not Phi3ForCausalLM:
+            return None
+        config = plain.config
+        weights = plain.named_parameters()
+        if not (
+            config._attn_implementation == "sdpa"
+            and config.hidden_act == "silu"
+            and not (config.attention_dropout or config.resid_pdrop or config.embd_pdrop)
+            and type(plain.lm_head) is nn.Linear
+            and type(plain.model.embed_tokens) is nn.Embedding
+            and not any(w.requires_grad for name, w in weights if "lora_" not in name)
+        ):
+            return None
+        for layer in plain.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+                if type(module) is nn.Linear:
+                    continue
+                if type(module) is not Linear or module.merged or module.disable_adapters:
+                    return None
+                # peft's variants (DoRA and others) compute more than base + scale · B · A.
+                if len(module.active_adapters) != 1 or module.lora_variant:
+                    return None
+        return cls(model, checkpointing=checkpointing)
 
     def loss(self, batch: Layout, ids: Tensor) -> Tensor:
         """Summed cross entropy (float32) of a part of the batch with these ids (rows × width)."""
@@ -533,34 +563,3 @@ def _projection(module: Any) -> Projection:
         module.scaling[name],
         drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
     )
-
-
-def _fits(model: PreTrainedModel) -> bool:
-    """A Phi-3 whose own weights are frozen, with plain LoRA on its layers' matrices at most."""
-    from peft.tuners.lora import Linear
-    from transformers import Phi3ForCausalLM
-
-    if type(model) is not Phi3ForCausalLM:
-        return False
-    config = model.config
-    frozen = not any(w.requires_grad for n, w in model.named_parameters() if "lora_" not in n)
-    plain = (
-        config._attn_implementation == "sdpa"
-        and config.hidden_act == "silu"
-        and not (config.attention_dropout or config.resid_pdrop or config.embd_pdrop)
-        and type(model.lm_head) is nn.Linear
-        and type(model.model.embed_tokens) is nn.Embedding
-    )
-    if not (frozen and plain):
-        return False
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-            if type(module) is nn.Linear:
-                continue
-            if type(module) is not Linear or module.merged or module.disable_adapters:
-                return False
-            # peft's variants (DoRA and others) compute more than base + scale · B · A.
-            if len(module.active_adapters) != 1 or module.lora_variant:
-                return False
-    return True

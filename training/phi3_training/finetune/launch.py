@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from .. import processes
@@ -85,7 +84,28 @@ def finetune(recipe: Recipe, run: Run, progress: Progress) -> ModelManifest:
         "launcher": [os.getpid(), processes.start_time(os.getpid())],
     }
     write_atomically(plan, json.dumps(body))
-    status = _follow(command(recipe.finetune, where, plan), log, progress)
+    # Each process computes with one thread, unless somebody says otherwise: they share the cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    words = command(recipe.finetune, where, plan)
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
+            words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+        try:
+            for line in process.stdout or ():  # what the main process says of its progress
+                try:
+                    done, total, text = json.loads(line)
+                except ValueError:  # something that a library printed
+                    continue
+                progress(int(done), int(total), str(text))
+            status = process.wait()
+        finally:
+            if process.poll() is None:  # we were interrupted: take them with us
+                process.terminate()
+                try:
+                    process.wait(_END)
+                except subprocess.TimeoutExpired:
+                    process.kill()
     answer = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     if "error" in answer:
         raise StageError(str(answer["error"]))
@@ -121,30 +141,6 @@ def command(settings: FinetuneSection, where: str, plan: Path) -> list[str]:
         tool = ["torch.distributed.run", "--nproc-per-node", str(here), "--nnodes", machines]
         tool += ["--node-rank", rank, "--master-addr", address, "--master-port", port]
     return [sys.executable, "-m", *tool, "--module", WORKER, str(plan)]
-
-
-def _follow(words: Sequence[str], log: Path, progress: Progress) -> int:
-    """Run the command, showing the progress that its main process writes, to its end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter and arguments
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
-        try:
-            for line in process.stdout or ():
-                try:
-                    done, total, text = json.loads(line)
-                except ValueError:  # something that a library printed
-                    continue
-                progress(int(done), int(total), str(text))
-            return process.wait()
-        finally:
-            if process.poll() is None:  # we were interrupted: take them with us
-                process.terminate()
-                try:
-                    process.wait(_END)
-                except subprocess.TimeoutExpired:
-                    process.kill()
 
 
 def train_as_worker(plan: Path) -> int:

@@ -211,14 +211,24 @@ def make_trainer(
     # Several processes exchange gradients in the whole model's own call, which CpuTrainer avoids.
     alone = settings.num_processes == 1
     kind = CpuTrainer if runtime.device == "cpu" and alone else Trainer
+    # The rows as TRL takes them unchanged: ids, and labels only where something is learnt.
+    data = [
+        packed_rows(examples, rows.limit)
+        if settings.packing
+        else Dataset.from_dict(
+            {
+                "input_ids": [example.input_ids for example in examples],
+                "labels": [expected_labels(example) for example in examples],
+            }
+        )
+        for examples in (rows.train, rows.validation)
+    ]
     trainer = (kind if loss is None else OwnLossTrainer)(
         model=model,
         args=_arguments(settings, runtime, output, bool(rows.validation)),
         data_collator=PackedCollator(rows.pad_token_id) if settings.packing else None,
-        train_dataset=_dataset(rows.train, rows.limit, packing=settings.packing),
-        eval_dataset=_dataset(rows.validation, rows.limit, packing=settings.packing)
-        if rows.validation
-        else None,
+        train_dataset=data[0],
+        eval_dataset=data[1] if rows.validation else None,
         processing_class=AutoTokenizer.from_pretrained(folder, local_files_only=True),
         peft_config=peft_config(settings),
         callbacks=list(callbacks),
@@ -250,18 +260,6 @@ def audit_trainer(trainer: Trainer, rows: Sequence[Row], chat: ChatFormat) -> Re
             ids, labels = batch["input_ids"][number][real], batch["labels"][number][real]
             seen.append(Seen(ids.tolist(), labels.tolist()))
     return audit_packed(rows, packed, chat) if packed else audit(rows, seen, chat)
-
-
-def _dataset(examples: Sequence[Example], limit: int, *, packing: bool) -> Dataset:
-    """The rows as TRL takes them unchanged: ids, and labels only where something is learnt."""
-    if packing:
-        return packed_rows(examples, limit)
-    return Dataset.from_dict(
-        {
-            "input_ids": [example.input_ids for example in examples],
-            "labels": [expected_labels(example) for example in examples],
-        }
-    )
 
 
 def _arguments(

@@ -156,6 +156,8 @@ def find_weights(model: ModelSection, progress: Progress) -> Path:
 
     Raises StageError, with what to do, when they are not there or are not a chat model's.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from transformers import AutoConfig
 
     if model.is_small:
@@ -163,7 +165,25 @@ def find_weights(model: ModelSection, progress: Progress) -> Path:
     name = model.name_or_path
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _download(model)
+        revision = f" (revision {model.revision})" if model.revision else ""
+        try:
+            folder = Path(
+                snapshot_download(name, revision=model.revision, allow_patterns=_WANTED_FILES)
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            what = f"could not be downloaded: {_first_line(error)}"
+            if isinstance(error, HFValidationError):
+                what = (
+                    "is neither a folder nor a Hugging Face id such as "
+                    "microsoft/Phi-3-mini-4k-instruct"
+                )
+            elif isinstance(error, LocalEntryNotFoundError):
+                what = "is not on this machine and huggingface.co cannot be reached"
+            raise StageError(
+                f"model.name_or_path {name!r}{revision} {what}. Either give the folder with the "
+                "weights (model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has "
+                "them, or connect this machine to the network; a gated model also needs HF_TOKEN."
+            ) from None
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -207,27 +227,6 @@ def load_model(
             f"The weights in {folder} cannot be loaded: {_first_line(error)}. Expected a causal "
             "language model that transformers knows, as safetensors."
         ) from None
-
-
-def _download(model: ModelSection) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name = model.name_or_path
-    try:
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=_WANTED_FILES))
-    except HFValidationError:
-        what = "is neither a folder nor a Hugging Face id such as microsoft/Phi-3-mini-4k-instruct"
-    except LocalEntryNotFoundError:
-        what = "is not on this machine and huggingface.co cannot be reached"
-    except (HfHubHTTPError, OSError) as error:
-        what = f"could not be downloaded: {_first_line(error)}"
-    revision = f" (revision {model.revision})" if model.revision else ""
-    raise StageError(
-        f"model.name_or_path {name!r}{revision} {what}. Either give the folder with the weights "
-        f"(model.name_or_path=/path/to/folder), or set HF_HOME to a cache that has them, or "
-        f"connect this machine to the network; a gated model also needs HF_TOKEN."
-    )
 
 
 def _first_line(error: BaseException) -> str:
