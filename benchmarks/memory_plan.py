@@ -237,8 +237,9 @@ def train(case: Case, model_folder: Path, out: Path, batch: int, tokens: int) ->
     """Three steps and the merge, as `phi3 train` does them; growth of both."""
     import random
 
+    from phi3_training.finetune.callbacks import LossLog
     from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
-    from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
+    from phi3_training.finetune.trainer import Rows, make_trainer
     from phi3_training.finetune.weights import (
         chat_format,
         count_weights,

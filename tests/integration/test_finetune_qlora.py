@@ -8,8 +8,9 @@ import pytest
 import torch
 from tests.integration.finetune_fixture import CHATS, make_base, make_recipe
 
+from phi3_training.finetune.callbacks import LossLog
 from phi3_training.finetune.runtime import choose_runtime, quiet_libraries
-from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
+from phi3_training.finetune.trainer import Rows, make_trainer
 from phi3_training.finetune.weights import (
     chat_format,
     load_for_training,

@@ -10,9 +10,10 @@ from tests.integration.tiny_model import tiny_model_folder
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from phi3_training.finetune.callbacks import LossLog
 from phi3_training.finetune.rows import encode_rows
 from phi3_training.finetune.runtime import Runtime, quiet_libraries
-from phi3_training.finetune.trainer import LossLog, Rows, make_trainer
+from phi3_training.finetune.trainer import Rows, make_trainer
 from phi3_training.finetune.weights import load_model
 from phi3_training.prompt import ChatFormat
 from phi3_training.recipe import FinetuneSection
