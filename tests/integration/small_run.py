@@ -31,6 +31,19 @@ run = Run(Path(sys.argv[1]))
 run.write(finetune(load_recipe(run.path.parent / "recipe.yaml", sys.argv[2:]), run))
 """
 
+# Sends itself SIGKILL before it opens a file of that name for the so-and-so-many-th time.
+DYING = """
+import os, signal, sys
+end, left = {end!r}, {times}
+def look(event, args):
+    global left
+    if event == "open" and str(args[0]).endswith(end):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(look)
+"""
+
 SMALL = """\
 name: small
 model: {name_or_path: tiny}
@@ -102,6 +115,14 @@ def kill_when(
         time.sleep(0.002)  # a step takes ten times as long
     process.kill()
     assert process.wait(30) == -signal.SIGKILL
+
+
+def kill_before_opening(run: Path, end: str, times: int = 1) -> None:
+    """Fine-tune in a process of its own that SIGKILL ends before a file is opened again."""
+    with run.with_name(f"{run.name}.log").open("a") as log:
+        code = DYING.format(end=end, times=times) + TRAIN
+        process = forked.start(["-c", code, str(run)], stdout=log, stderr=log)
+    assert process.wait(240) == -signal.SIGKILL, run.with_name(f"{run.name}.log").read_text()
 
 
 def steps(run: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.integration.small_run import (
     copy_of,
+    kill_before_opening,
     kill_when,
     losses,
     make_small_run,
@@ -121,34 +122,23 @@ def test_a_kill_while_a_checkpoint_is_written(
     prepared: Path, uninterrupted: Callable[[str], list[tuple[int, float]]]
 ) -> None:
     """What was half written is not used; training goes on from the one before."""
-    for attempt in range(20):
-        run = copy_of(prepared, f"half-{attempt}")
-        half = next_checkpoint(run, 20)
-        kill_when(run, [], lambda half=half: half() is not None)
-        last = checkpoints(run)[-1]
-        if not (last / SEAL).exists():  # else it was faster than our signal: once more
-            break
+    run = copy_of(prepared, "half")
+    kill_before_opening(run, "checkpoint-20/trainer_state.json")
+    last = checkpoints(run)[-1]
+    assert not (last / SEAL).exists()
     assert last.name == "checkpoint-20"
     train_apart(run)
     assert "checkpoint at step 15" in str(Run(run).require(ModelManifest).choices)
     assert_same(losses(run), uninterrupted("dropout"))
 
 
-def next_checkpoint(run: Path, step: int) -> Callable[[], Path | None]:
-    """Finds the folder of that step's checkpoint as soon as something is in it."""
-
-    def look() -> Path | None:
-        files = run.glob(f"finetune/checkpoints/*/checkpoint-{step}/*")
-        return next(iter(files), None)
-
-    return look
-
-
 @pytest.fixture(scope="module")
 def killed(prepared: Path) -> Path:
     """A run that was killed after step 22: checkpoints 15 and 20 are there."""
     run = copy_of(prepared, "killed")
-    kill_when(run, [], lambda: steps(run) >= 22)
+    # Written anew when training begins, opened once for each step.
+    kill_before_opening(run, "finetune/loss.jsonl", 23)
+    assert steps(run) == 22
     assert [path.name for path in checkpoints(run)] == ["checkpoint-15", "checkpoint-20"]
     return run
 
