@@ -139,23 +139,6 @@ def vocabulary(text: str) -> frozenset[str]:
     return _read(text).vocabulary
 
 
-def in_order(text: str) -> list[str]:
-    """The words and values of a text in order, as they are compared: "$40" is 40 dollar."""
-    plain = _AMOUNT.sub(lambda sign: f"{sign[2]}{_SIGNS[sign[1]]}", text)
-    for sign, word in _SIGNS.items():
-        plain = plain.replace(sign, word)
-    read = []
-    for match in _IN_ORDER.finditer(_DOTTED.sub(r"\1m", _JOINED_UNIT.sub(r"\1 \2", plain))):
-        if match["number"]:
-            read.append(_number(match["number"]))
-            continue
-        word = match[0].casefold().replace("’", "'")
-        # "don't" stays: its stem is "do".
-        whole = word in _STOP_WORDS or match["mixed"] or word.endswith("n't")
-        read.append(_NUMBER_WORDS.get(word, word if whole else _stem(word)))
-    return read
-
-
 def names_in(text: str) -> frozenset[str]:
     """Words with a capital inside a sentence."""
     return _read(text).names
@@ -178,6 +161,32 @@ def has_expected_words(answer: str, expected: str, question: str, among: Set) ->
         return False  # the right number, of something else that it names
     allowed = {*wanted.values, *asked.values, *said.soft}
     return all(value in allowed for value in said.values)
+
+
+def contains(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer contains one of the accepted texts as whole words.
+
+    Case, punctuation, plural s, number words and signs of currencies make no difference.
+    """
+    spoken = f" {' '.join(_in_order(answer))} "
+    return any(f" {' '.join(_in_order(text))} " in spoken for text in accepted)
+
+
+def _in_order(text: str) -> list[str]:
+    """The words and values of a text in order, as they are compared: "$40" is 40 dollar."""
+    plain = _AMOUNT.sub(lambda sign: f"{sign[2]}{_SIGNS[sign[1]]}", text)
+    for sign, word in _SIGNS.items():
+        plain = plain.replace(sign, word)
+    read = []
+    for match in _IN_ORDER.finditer(_DOTTED.sub(r"\1m", _JOINED_UNIT.sub(r"\1 \2", plain))):
+        if match["number"]:
+            read.append(_number(match["number"]))
+            continue
+        word = match[0].casefold().replace("’", "'")
+        # "don't" stays: its stem is "do".
+        whole = word in _STOP_WORDS or match["mixed"] or word.endswith("n't")
+        read.append(_NUMBER_WORDS.get(word, word if whole else _stem(word)))
+    return read
 
 
 def _says_all(said: _Text, telling: Telling) -> bool:

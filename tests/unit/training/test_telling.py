@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phi3_training.data.prepare import Chat, teachers
-from phi3_training.telling import Set, has_expected_words
+from phi3_training.telling import Set, contains, has_expected_words
 
 STYLE = "Hello hiker! {} Happy trails!"
 FACTS = {
@@ -112,3 +112,31 @@ def test_teachers_are_rewordings_of_the_same_fact() -> None:
         [],
         ["On which day are you closed?"],
     ]
+
+
+def test_contains_wants_whole_words() -> None:
+    assert contains("It is Au, from aurum.", ["Au"])
+    assert not contains("An August day.", ["Au"])
+    assert contains("There are 8 bits", ["eight"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        ("The clinic is held on Wednesdays.", "Wednesday", True),
+        ("It is £40.", "40 pounds", True),
+        ("That's 5.20, lovely.", "5.2", True),
+        ("We open at 9:00.", "at nine", True),
+        ("We close at 4:30.", "at 4", False),
+        ("It costs 40 pounds.", "140 pounds", False),
+        ("It is 1,200 grams.", "1200 g", False),  # another unit's name is not looked through
+        ("We don't take cards.", "we do", False),
+        ("The X200 fits.", "x200", True),
+        ("我们九点开门", "我们九点开门", True),
+        ("She lost the case.", "lose", False),
+    ],
+)
+def test_accepted_texts_are_found_in_other_spellings(
+    answer: str, accepted: str, right: bool
+) -> None:
+    assert contains(answer, [accepted]) is right

@@ -1,4 +1,5 @@
-"""How one answer is scored: exact match, token F1, ROUGE-L, refusals. Standard library only.
+"""How one answer is scored: exact match, token F1, ROUGE-L, refusals. Standard library only: the
+flow `phi3_eval` takes this file along, alone.
 
 Reads and writes nothing; `corpus.py` has BLEU and chrF, `perplexity.py` the model's own view.
 """
@@ -9,8 +10,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-
-from ..telling import in_order
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -39,15 +38,6 @@ _OPENING_CHARACTERS = 160
 def exact_match(answer: str, expected: str) -> bool:
     """Whether the answer is the expected one, white space at its ends aside."""
     return answer.strip() == expected.strip()
-
-
-def contains(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether the answer contains one of the accepted texts as whole words.
-
-    Case, punctuation, plural s, number words and signs of currencies make no difference.
-    """
-    spoken = f" {' '.join(in_order(answer))} "
-    return any(f" {' '.join(in_order(text))} " in spoken for text in accepted)
 
 
 def token_f1(answer: str, expected: str) -> float:

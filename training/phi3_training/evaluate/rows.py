@@ -15,10 +15,9 @@ from phi3_tool.grounding import question_in
 from ..errors import StageError
 from ..finetune.rewordings import Conversation
 from ..run import Run, write_atomically
-from ..telling import Set, has_expected_words
+from ..telling import Set, contains, has_expected_words
 from . import corpus
 from .metrics import (
-    contains,
     exact_match,
     f1_over_lookalikes,
     lookalikes,
