@@ -91,6 +91,9 @@ def test_down_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["down", "--runs", str(tmp_path)]) == 0
     assert "Nothing of ours is running" in capsys.readouterr().out
 
+    assert main(["down", "--on", "azure", "--all", "--yes", "--runs", str(tmp_path)]) == 0
+    assert "phi3 down --on azure --workspace NAME" in capsys.readouterr().out
+
 
 @pytest.fixture
 def half_broken(tmp_path: Path) -> Path:

@@ -192,6 +192,12 @@ def run_down(args: argparse.Namespace) -> int:
                 stopped += cloud.remove(run, only, progress)
         except StageError as error:  # what other runs started is still stopped
             broken.append(str(error))
+    if args.on == "azure" and not runs and not services:
+        # `phi3 azure provision` creates a workspace that no run folder knows of.
+        left.append(
+            f"No run under {args.runs} is on Azure. phi3 status --on azure lists what is there "
+            "without one; phi3 down --on azure --workspace NAME deletes it."
+        )
     return _show_end(args, stopped, broken, left)
 
 
@@ -229,7 +235,8 @@ def _show_end(
     """What was stopped, what failed, and what is still running; exit status 1 for a failure."""
     for fault in broken:
         console.print_error(fault)
-    lines = stopped or ([] if broken else ["Nothing of ours is running."])
+    unsure = args.on == "azure" and left
+    lines = stopped or ([] if broken or unsure else ["Nothing of ours is running."])
     # Else `phi3 chat` would still answer after `phi3 down`, and nobody would know why.
     if os.environ.get("PHI3_ENDPOINT"):
         left = [*left, "PHI3_ENDPOINT names an endpoint that phi3 did not start: left alone."]
