@@ -74,7 +74,6 @@ agent: $(AGENT)/.agent
 # A worker of pytest, forked from a process that has imported what tests need: it would import for 20
 # CPU seconds by itself.
 FORKED = popen//python=$(BIN)/python tests/forked.py
-CORES ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 1)')
 # A third of their time tests wait for servers and processes: one worker more than there are cores.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
@@ -85,9 +84,10 @@ test: $(VENV)/.dev $(AGENT)/.dev
 	    --dist loadfile --no-loadscope-reorder --ignore tests/agent; status=$$?; \
 	wait $$agent && exit $$status
 
-# For every save: no process is started, no model trained.
+# For every save: no process is started, no model trained, nothing that takes a second.
 test-fast: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q --tx '$(CORES)*$(FORKED)' --dist loadfile tests/unit tests/contract
+	@$(BIN)/python -m pytest -q -m 'not slow and not patient' --tx '$(WORKERS)*$(FORKED)' \
+	    --dist loadfile tests/unit tests/contract
 
 # The same, plus what is marked slow: longer journeys, and the pretrained model end to end
 # (about 20 minutes more, downloads a wheel).

@@ -171,6 +171,7 @@ class _Client:
         pass
 
 
+@pytest.mark.patient
 @pytest.mark.parametrize("fails", [True, False])
 def test_errors_that_the_golden_questions_do_not_see_undo_the_rollout(
     azure: Rehearsed, tmp_path: Path, fails: bool

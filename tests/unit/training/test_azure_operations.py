@@ -103,6 +103,7 @@ def test_a_resource_that_is_not_ready_is_not_taken(state: str, told: str) -> Non
         create("Creating", lambda: None, lambda: made(state), silent, limit=0.05, pause=0.01)
 
 
+@pytest.mark.patient
 def test_a_call_that_never_returns_is_given_up_with_a_line_for_each_second() -> None:
     never, shown = threading.Event(), []
     with pytest.raises(StageError, match=r"uploading: no answer after 1 s.*upload_timeout"):

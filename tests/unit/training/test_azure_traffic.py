@@ -58,6 +58,7 @@ def test_a_refusal_is_reported_once_with_azures_reason(tmp_path: Path) -> None:
     assert "The shares are still: blue 100 %" in str(caught.value)
 
 
+@pytest.mark.patient
 def test_a_conflict_is_waited_for_and_its_reason_kept(tmp_path: Path) -> None:
     busy = refusal(409, "Conflict", "another change is in progress")
     service = Service([busy, busy])

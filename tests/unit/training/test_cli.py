@@ -203,6 +203,7 @@ def plan_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     return to_do
 
 
+@pytest.mark.patient
 def test_named_run_continues_with_its_own_recipe(
     chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +276,7 @@ def test_long_conversation_drops_its_oldest_turns(monkeypatch: pytest.MonkeyPatc
     assert questions[0] not in [message["content"] for message in last]
 
 
+@pytest.mark.patient
 @pytest.mark.parametrize("command", ["up", "train"])
 def test_bad_chats_are_refused_and_nothing_is_trained(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -323,6 +325,7 @@ def test_completion_prints_what_the_shell_needs(
     assert "phi3" in said
 
 
+@pytest.mark.patient
 @pytest.mark.parametrize(
     ("line", "offered"), [("phi3 data c", {"check", "convert"}), ("phi3 use k", {"kettle"})]
 )

@@ -96,6 +96,7 @@ def test_working_system_keyring_wins(home: Path) -> None:
     assert not (home / ".local").exists()
 
 
+@pytest.mark.patient
 def test_silent_keyring_is_given_up_in_time(home: Path) -> None:
     configure(home, SILENT)
     keeper = store.find_keeper(limit=1.5)
@@ -106,6 +107,7 @@ def test_silent_keyring_is_given_up_in_time(home: Path) -> None:
     assert store.find_keeper(limit=1.5) == keeper
 
 
+@pytest.mark.patient
 @pytest.mark.skipif(sys.platform != "linux", reason="D-Bus keyrings are Linux's")
 def test_dead_d_bus_leads_to_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as listener:

@@ -60,6 +60,7 @@ def test_every_encoding_of_every_kind(tmp_path: Path, codec: str, packed: bool, 
     assert ("every other byte is zero" in notes) == codec.endswith(("le", "be"))
 
 
+@pytest.mark.patient
 def test_packed_lines_of_many_blocks(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     rows = [{"messages": [{"role": "user", "content": f"Question {i}?"},

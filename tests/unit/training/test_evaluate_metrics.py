@@ -166,6 +166,7 @@ def test_same_seed_gives_the_same_interval() -> None:
     )
 
 
+@pytest.mark.patient
 def test_interval_holds_the_truth_as_often_as_it_says() -> None:
     """300 samples of a model that is right on 60 % (before: 30 %): the interval holds +30 %."""
     chance = np.random.default_rng(3)

@@ -150,6 +150,7 @@ def test_plan_of_the_tiny_recipe_fits_here(
     assert "evaluate   fits; memory" in shown
 
 
+@pytest.mark.patient
 @pytest.mark.parametrize("command", ["up", pytest.param("train", marks=pytest.mark.slow)])
 def test_up_and_train_refuse_before_a_device_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -85,6 +85,7 @@ def test_prepared_rows_are_counted_to_the_token(tmp_path: Path, model: Path) -> 
     assert sizes.how == "counted in the prepared chats"
 
 
+@pytest.mark.patient
 def test_one_long_row_among_many_is_found(tmp_path: Path, model: Path) -> None:
     """Also where only the largest rows are counted; those left out add no more than they may."""
     words = [5] * MANY + [200] + [5] * 50

@@ -174,6 +174,7 @@ def test_docx_whose_xml_would_fill_the_memory_is_refused_unread(tmp_path: Path) 
     assert "more than 16 MB of XML" in why(path)
 
 
+@pytest.mark.patient
 def test_docx_with_entities_of_entities_is_refused(tmp_path: Path) -> None:
     names = "abcdefg"
     entities = f'<!ENTITY a "{"lol" * 50}">' + "".join(
@@ -198,6 +199,7 @@ def test_docx_reads_no_other_file(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"secret.txt", "a.docx"}
 
 
+@pytest.mark.patient
 def test_pdf_stream_that_unpacks_to_a_hundred_megabytes_is_refused(tmp_path: Path) -> None:
     path = pdf(tmp_path / "a.pdf", [b"BT /F1 12 Tf (x) Tj ET\n" + b" " * (100 << 20)], packed=True)
     assert path.stat().st_size < 1 << 20
@@ -222,6 +224,7 @@ def test_a_line_without_an_end_is_cut(
     assert index(tmp_path, folder) >= megabytes
 
 
+@pytest.mark.patient
 def test_lines_without_a_letter_cost_what_the_file_does(tmp_path: Path) -> None:
     file = tmp_path / "a.md"
     file.write_text("ab\n" * (2 << 20))

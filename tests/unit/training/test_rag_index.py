@@ -198,6 +198,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, handbook: Path) -> None:
         DocumentIndex(tmp_path / "other.sqlite")
 
 
+@pytest.mark.patient
 def test_every_unreadable_file_is_named_at_once(tmp_path: Path, handbook: Path) -> None:
     (handbook / "broken.pdf").write_bytes(b"%PDF-1.4 broken")
     scan = PdfWriter()
@@ -282,6 +283,7 @@ def sync_until_killed(file: Path, folder: Path, steps: int) -> int:
         os._exit(0)
 
 
+@pytest.mark.patient
 def test_a_killed_run_leaves_the_generation_before(tmp_path: Path, handbook: Path) -> None:
     """Killed at ten points; the index answers as before, and the next run completes it."""
     index(tmp_path, handbook, Bag())
@@ -376,6 +378,7 @@ class Embeddings(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.patient
 def test_endpoint_embedder_keeps_order_and_waits_when_throttled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

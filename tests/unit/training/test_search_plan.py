@@ -115,6 +115,7 @@ def test_held_out_loss_needs_evaluations_while_training(tmp_path: Path) -> None:
     assert "pruning: needs finetune.eval_steps" in told
 
 
+@pytest.mark.patient
 def test_keys_that_belong_together_are_tried_together(tmp_path: Path) -> None:
     text = GOOD.replace(
         "pruning:",

@@ -56,6 +56,7 @@ def test_a_run_on_azure_has_a_name_of_its_own() -> None:
     assert len(run_name(Recipe.model_construct(name="x" * 64), "azure")) == 64
 
 
+@pytest.mark.patient
 def test_a_run_does_not_change_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     azure_run(tmp_path, "mine")
     assert main(["up", "--on", "local", "--run", "mine", "--runs", str(tmp_path)]) == 2
