@@ -37,7 +37,7 @@ from phi3_training.finetune.weights import make_tokenizer
 from phi3_training.processes import free_port
 from phi3_training.serve.engines import onnxruntime
 from phi3_training.serve.engines.base import Sampling
-from phi3_training.serve.engines.batch import Batcher, Job, Sampler
+from phi3_training.serve.engines.batch import REJOIN_SECONDS, Batcher, Job, Sampler
 from phi3_training.serve.export import Precision, export_onnx
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -189,9 +189,10 @@ Side = Callable[[Load], Seen]
 
 
 @contextmanager
-def ours(onnx_dir: Path, slots: int = 32) -> Iterator[Side]:
+def ours(onnx_dir: Path, rejoin_seconds: float = REJOIN_SECONDS) -> Iterator[Side]:
     """The engine `onnxruntime` with its batcher: what the endpoint runs."""
-    batcher = Batcher(onnxruntime.step_model(onnx_dir), slots=slots)
+    model = onnxruntime.step_model(onnx_dir)
+    batcher = Batcher(model, slots=32, rejoin_seconds=rejoin_seconds)
     try:
         yield lambda load: asyncio.run(_ask_ours(batcher, load))
     finally:
@@ -395,6 +396,8 @@ def _measure(
         for precision, path in converted.items():
             roofline = bandwidth / bytes_per_token(path)
             sides[f"{_OURS} {precision}"] = stack.enter_context(ours(path)), roofline
+            hasty = stack.enter_context(ours(path, rejoin_seconds=0))
+            sides[f"no wait {precision}"] = hasty, roofline
         if "int4" in converted:
             path = converted["int4"]
             roofline = bandwidth / bytes_per_token(path)

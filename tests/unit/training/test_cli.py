@@ -213,6 +213,9 @@ def test_named_run_continues_with_its_own_recipe(
     mine = ["data.validation=[]", *runs, f"data.train={chats}"]
 
     assert main(["data", "prepare", *mine]) == 0
+    said = " ".join(" ".join(capsys.readouterr()).split())
+    assert "one of their questions is asked at the end" in said
+    assert "the held-out chats are taken from them" not in said, "data.validation was named"
 
     assert "prepare" not in plan_of(capsys, *runs)
     assert "prepare" not in plan_of(capsys, *runs, "ask=Hello?")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi3_training.serve.engines import batch
 from phi3_training.serve.engines.base import EngineError, Sampling
 from phi3_training.serve.engines.batch import PART_TOKENS, Batcher, Job, Logits, Sampler
 from phi3_training.serve.engines.tokens import share_limit
@@ -98,12 +97,12 @@ def test_many_answers_share_steps_and_never_mix() -> None:
     assert model.rows == []
 
 
-def test_who_asks_again_at_once_joins_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "REJOIN_SECONDS", 30.0)  # as long as a slow machine may need
+def test_who_asks_again_at_once_joins_the_next_step() -> None:
     model = Counting()
 
     async def main() -> None:
-        batcher = Batcher(model, slots=2)
+        # As long as a slow machine may need.
+        batcher = Batcher(model, slots=2, rejoin_seconds=30.0)
         model.gate.clear()
         long = asyncio.create_task(tokens(batcher, job(500, limit=40)))
         first = asyncio.create_task(tokens(batcher, job(10, limit=4)))

@@ -46,12 +46,12 @@ def journey_of(args: argparse.Namespace, *, make_run: bool = True) -> Journey:
     for choice in () if make_run else choices:  # a training prints them itself
         console.note(choice)
     replaced = replaced_with_chats(words) if make_run else {}
-    named = {
+    texts = {
         "data.validation": "the held-out chats are taken from them (others: data.validation=FILE)",
         "ask": "one of their questions is asked at the end (another: ask=QUESTION)",
     }
-    if taken := [text for key, text in named.items() if key in replaced]:
-        console.note(f"With data.train, chats of your own, {'; '.join(taken)}.")
+    if taken := [text for key, text in texts.items() if key in replaced]:
+        console.note(f"data.train names chats of your own: {'; '.join(taken)}.")
     if make_run and recipe.model.is_small:
         recipe = _with_small_weights(recipe, words, on)
     # Resolved: a manifest's paths must hold after a later command is typed in another folder.

@@ -213,13 +213,22 @@ class Batcher:
     """Runs jobs on a step model, at most `slots` at a time.
 
     Short prompts are read first, but later ones cannot pass a prompt for ever. A job that may grow
-    beyond `share_limit` tokens runs alone, and is read again at that length.
+    beyond `share_limit` tokens runs alone, and is read again at that length. After an answer ended,
+    the next step waits up to `rejoin_seconds` for a new question in its place.
     """
 
-    def __init__(self, model: StepModel, *, slots: int, share_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        *,
+        slots: int,
+        share_limit: int | None = None,
+        rejoin_seconds: float = REJOIN_SECONDS,
+    ) -> None:
         self._model = model
         self._slots = slots
         self._share_limit = share_limit
+        self._rejoin_seconds = rejoin_seconds
         self._waiting: list[Job] = []
         self._reading: dict[Job, Generator[Logits | None, None, None]] = {}
         self._rows: list[Job] = []
@@ -304,7 +313,8 @@ class Batcher:
             # the wait it would just miss the next step.
             with self._wake:
                 self._wake.wait_for(
-                    lambda: self._closing or len(self._waiting) >= ended, timeout=REJOIN_SECONDS
+                    lambda: self._closing or len(self._waiting) >= ended,
+                    timeout=self._rejoin_seconds,
                 )
 
     def _admit(self) -> None:
